@@ -1,0 +1,113 @@
+"""Where text comes from: files, folders, globs, ``.jsonl`` and gzip, as documents read piece by piece."""
+
+import glob
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHUNK = 1 << 20
+
+# What is read of one document, and the name to show in errors.
+Document = tuple[str, Iterable[bytes]]
+
+
+def find_files(spec: str) -> list[Path]:
+    """The file, the files of the folder and of the folders in it, or those the glob matches, in sorted order.
+
+    Hidden files and folders (their names start with a dot) are left out unless named.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        files = sorted(_walk(path))
+    elif path.exists():
+        if not path.is_file():
+            raise ValueError(f"{spec} is a pipe or device, expected a regular file: write its content to a file first")
+        files = [path]
+    else:
+        files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+    if not files:
+        got = "the folder has no files" if path.is_dir() else f"no file, folder or glob matches {os.path.abspath(path)}"
+        raise FileNotFoundError(
+            f"no data at {spec!r}: {got}; the built-in corpora are auto, enwik8 and python-docs, and a weight is a "
+            "positive number after the last colon"
+        )
+    return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(root, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.is_file())
+
+
+def is_plain(file: Path) -> bool:
+    """Whether the file's bytes are its text, so that it can be mapped as it is."""
+    return not file.name.endswith((".gz", ".jsonl"))
+
+
+def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
+    """The documents of the files: each line of ``.jsonl`` (its ``text_key``), else each file; ``.gz`` is unpacked."""
+    for file in files:
+        if file.name.removesuffix(".gz").endswith(".jsonl"):
+            for text in _read_jsonl(file, text_key):
+                yield str(file), (text,)
+        else:
+            yield str(file), _read_chunks(file)
+
+
+def python_docs() -> list[Document]:
+    """The language reference that ships inside every Python (``pydoc_data.topics``), a document for each topic."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"this Python ({sys.executable}) was installed without its module pydoc_data: name a file or folder of text"
+        ) from error
+    return [(f"python-docs, {name}", (text.encode(),)) for name, text in sorted(topics.items())]
+
+
+def _read_chunks(file: Path) -> Iterator[bytes]:
+    with _open(file) as stream:
+        yield from _guarded(file, stream, iter(lambda: stream.read(CHUNK), b""))
+
+
+def _read_jsonl(file: Path, text_key: str) -> Iterator[bytes]:
+    with _open(file) as stream:
+        for number, line in enumerate(_guarded(file, stream, stream), start=1):
+            if not line.isspace():
+                try:
+                    yield _text(json.loads(line), text_key)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{file}, line {number}: {error}; every line must be one JSON object with its text under "
+                        f"{text_key!r}: mend or delete that line, or name another text_key"
+                    ) from error
+
+
+def _text(record: Any, text_key: str) -> bytes:
+    if not isinstance(record, dict):
+        raise ValueError(f"got a {type(record).__name__}, expected an object")
+    if not isinstance(record.get(text_key), str):
+        got = f"a {type(record[text_key]).__name__}" if text_key in record else f"only the keys {sorted(record)}"
+        raise ValueError(f"got {got}, expected a string under {text_key!r}")
+    return record[text_key].encode()
+
+
+def _open(file: Path) -> BinaryIO:
+    return gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb")
+
+
+def _guarded(file: Path, stream: BinaryIO, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from pieces
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{file} is not a whole gzip file: it ends early or is damaged after {stream.tell():,} bytes of text "
+            f"({error}); copy or compress it again"
+        ) from error

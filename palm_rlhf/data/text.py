@@ -1,0 +1,231 @@
+"""Corpora of text as memory-mapped tokens, split into train, valid and test."""
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from beartype import beartype
+
+from palm_rlhf.data.disk import default_cache_dir
+from palm_rlhf.data.download import ENWIK8, Archive, cached, fetch
+from palm_rlhf.data.sources import find_files, is_plain, python_docs, read_documents
+from palm_rlhf.data.store import (
+    Text,
+    Tokenizer,
+    Tokens,
+    bytes_of,
+    digest,
+    stamp,
+    text_of_documents,
+    text_of_file,
+    tokens_of,
+)
+
+NUM_BYTES = 256
+
+
+@beartype
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokens to train on, to validate with and to test with: one 1-d array for each part of a mixture, in its order.
+
+    ``note`` says in words what was taken and why. The ``weights`` of the parts sum to 1. ``*_bytes`` are the bytes of
+    text behind each array's tokens, so that bits per byte do not depend on the tokenizer. ``test`` is None unless
+    every part has a test split of its own.
+    """
+
+    name: str
+    note: str
+    vocab_size: int
+    weights: tuple[float, ...]
+    train: tuple[np.ndarray, ...]
+    valid: tuple[np.ndarray, ...]
+    test: tuple[np.ndarray, ...] | None
+    train_bytes: tuple[int, ...]
+    valid_bytes: tuple[int, ...]
+    test_bytes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A text, the bytes at which its splits start and end, and what to say about it."""
+
+    name: str
+    note: str
+    text: Text
+    bounds: tuple[int, ...]
+
+
+@beartype
+def load_corpus(
+    data: str | Sequence[str] = "auto",
+    *,
+    tokenizer: Tokenizer | None = None,
+    eos_token: int | None = None,
+    text_key: str = "text",
+    window: int = 2,
+    cache_dir: str | os.PathLike[str] | None = None,
+    download: bool = True,
+    timeout: float = 10.0,
+    enwik8: Archive = ENWIK8,
+) -> Corpus:
+    """Opens text as tokens; nothing is read whole into memory, and what must be written is written once, to the cache.
+
+    Each entry of ``data`` is a part of the mixture, with an optional weight after a colon (``notes/:0.3``; else 1):
+    ``enwik8``; ``python-docs``, the language reference of this Python; ``auto``, the first of these that can be had;
+    or a file, a folder with all below it, or a glob. Each line of a ``.jsonl`` file is a document (its string under
+    ``text_key``), every other file is one; ``.gz`` is unpacked.
+
+    Without ``tokenizer`` the tokens are the bytes. ``eos_token`` follows each document; without one an empty line
+    joins them. The splits of enwik8 are its first 90, next 5 and last 5 million bytes; every other text of n bytes
+    holds out its last n // 20 for validation and trains on the n - n // 20 before them. Splits are cut before they
+    are tokenized, so every tokenizer is measured on the same text (a cut inside a character moves to its end).
+
+    ``window``: the fewest tokens that a part must have to train on. ``cache_dir``: else ``PALM_RLHF_CACHE``, else
+    ``~/.cache/palm_rlhf``. ``download=False`` leaves the network alone; ``timeout``: seconds to wait for it.
+    ``enwik8``: where that corpus comes from. Raises ``ValueError``, ``FileNotFoundError`` and ``OSError``.
+    """
+    _check(tokenizer, eos_token, window)
+    specs = [split_weight(spec) for spec in ([data] if isinstance(data, str) else data)]
+    if not specs:
+        raise ValueError("got no data, expected at least one corpus, file, folder or glob: name one, or 'auto'")
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    parts = [_open_part(name, text_key, cache, download, timeout, enwik8) for name, _ in specs]
+    tokens = [_tokens(part, tokenizer, eos_token, window, cache) for part in parts]
+    total = math.fsum(weight for _, weight in specs)
+    weights = tuple(weight / total for _, weight in specs)
+    names = [part.name for part in parts]
+    if len(parts) > 1:
+        names = [f"{name}:{weight:.3g}" for name, weight in zip(names, weights)]
+    # The shortest ends a zip: there is a test only if every part has one.
+    train, valid, *test = zip(*(part.splits for part in tokens))
+    train_bytes, valid_bytes, *test_bytes = zip(*(part.num_bytes for part in tokens))
+    return Corpus(
+        name=" + ".join(names),
+        note="; ".join(part.note for part in parts),
+        vocab_size=NUM_BYTES if tokenizer is None else tokenizer.vocab_size,
+        weights=weights,
+        train=train,
+        valid=valid,
+        test=test[0] if test else None,
+        train_bytes=train_bytes,
+        valid_bytes=valid_bytes,
+        test_bytes=test_bytes[0] if test else None,
+    )
+
+
+@beartype
+def split_weight(spec: str) -> tuple[str, float]:
+    """A part's name and weight: ``notes/:0.3`` is ``notes/`` and 0.3; without a weight, or if the path exists, 1."""
+    name, weight = spec, 1.0
+    head, colon, tail = spec.rpartition(":")
+    if colon and not os.path.exists(os.path.expanduser(spec)):
+        try:
+            name, weight = head, float(tail)
+        except ValueError:
+            pass  # no number, so the colon belongs to the name
+    if not name:
+        raise ValueError(f"got {spec!r} as data, expected the name of a corpus, file, folder or glob before the weight")
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"got the weight {weight:g} in {spec!r}, expected a positive number: leave out what has none")
+    return name, weight
+
+
+def _check(tokenizer: Tokenizer | None, eos_token: int | None, window: int) -> None:
+    if window < 2:
+        raise ValueError(f"got window={window}, expected at least 2: a token and the one to predict from it")
+    if tokenizer is None:
+        if eos_token is not None:
+            raise ValueError(f"got eos_token={eos_token} without a tokenizer: every byte is text; leave it out")
+        return
+    kind = type(tokenizer).__name__
+    if tokenizer.vocab_size < 1:
+        raise ValueError(f"got a {kind} with vocab_size {tokenizer.vocab_size}, expected at least 1")
+    if eos_token is not None and not 0 <= eos_token < tokenizer.vocab_size:
+        raise ValueError(f"got eos_token={eos_token}, expected 0 to below the vocab_size {tokenizer.vocab_size}")
+    if len(extra := tokenizer.encode("")):
+        raise ValueError(
+            f"{kind}.encode('') gave {list(extra)}, expected nothing: text is tokenized in pieces, so turn its special "
+            "tokens off (add_special_tokens=False) and mark documents with eos_token"
+        )
+
+
+def _open_part(name: str, text_key: str, cache: Path, download: bool, timeout: float, archive: Archive) -> _Part:
+    if name == "enwik8":
+        return _open_enwik8(cache, download, timeout, archive)
+    if name == "python-docs":
+        return _open_python_docs(cache)
+    if name != "auto":
+        return _open_files(name, text_key, cache)
+    try:
+        part = _open_enwik8(cache, download, timeout, archive)
+        return replace(part, note=f"auto took {part.note}")
+    except OSError as error:
+        part = _open_python_docs(cache)
+        return replace(part, note=f"auto took {part.note}; enwik8 could not be had: {error}")
+
+
+def _open_enwik8(cache: Path, download: bool, timeout: float, archive: Archive) -> _Part:
+    how, path = "found in", cached(archive, cache)
+    if path is None and not download:
+        raise FileNotFoundError(
+            f"{cache} has no {archive.name}, and download=False: allow the download, or put the unpacked file there"
+        )
+    if path is None:
+        how, path = f"downloaded from {archive.url} to", fetch(archive, cache, timeout)
+    sizes = " / ".join(f"{size:,}" for size in archive.splits)
+    note = f"{archive.name}, {how} {cache}: {sizes} bytes to train, validate and test"
+    return _Part(archive.name, note, text_of_file(path), tuple(accumulate(archive.splits, initial=0)))
+
+
+def _open_python_docs(cache: Path) -> _Part:
+    version = platform.python_version()
+    documents = python_docs()
+    content = [chunk for _, chunks in documents for chunk in chunks]
+    text = text_of_documents(
+        cache / "text" / f"python-docs-{version}",
+        digest([chunk.decode() for chunk in content]),
+        sum(map(len, content)),
+        documents,
+    )
+    return _held_out("python-docs", f"python-docs (the language reference inside Python {version})", text)
+
+
+def _open_files(spec: str, text_key: str, cache: Path) -> _Part:
+    files = find_files(spec)
+    if len(files) == 1 and is_plain(files[0]):
+        text = text_of_file(files[0])
+    else:
+        stamps = [stamp(file) for file in files]
+        place = os.path.abspath(os.path.expanduser(spec))
+        text = text_of_documents(
+            cache / "text" / digest(place, text_key)[:32],
+            digest(stamps),
+            sum(size for _, size, _ in stamps),
+            read_documents(files, text_key),
+        )
+    return _held_out(spec, f"{spec} ({len(files):,} file{'s' * (len(files) > 1)})", text)
+
+
+def _held_out(name: str, what: str, text: Text) -> _Part:
+    bounds = (0, text.size - text.size // 20, text.size)
+    return _Part(name, f"{what}: {text.size:,} bytes, the last 5% held out", text, bounds)
+
+
+def _tokens(part: _Part, tokenizer: Tokenizer | None, eos_token: int | None, window: int, cache: Path) -> Tokens:
+    if tokenizer is None:
+        tokens = bytes_of(part.text, part.bounds)
+    else:
+        tokens = tokens_of(part.text, part.bounds, tokenizer, cache / "tokens", eos_token=eos_token)
+    train, *held_out = (len(split) for split in tokens.splits)
+    if train < window or min(held_out) < 2:
+        raise ValueError(
+            f"{part.name} is too short: got {train:,} tokens to train on and {min(held_out):,} held out, expected at "
+            f"least {window:,} (one training window) and 2: add text, or train on shorter windows"
+        )
+    return tokens

@@ -1,0 +1,1 @@
+"""Floor 1: PaLM, its cache, its adapters, and how it is stored."""

@@ -1,0 +1,107 @@
+"""One layer of PaLM: attention and feed-forward side by side, fed by one norm and one matrix."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..ops.attention import attention
+from ..ops.linear import split_linear
+from ..ops.rotary import rotary_split, rotary_tables, xpos_scales
+from ..ops.swiglu import swiglu
+from .cache import KVCache
+from .config import PaLMConfig
+from .lora import BlockLoRA
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation without a bias (Ba et al. 2016), its scale starting at 1.
+
+    `shape` may hold more than the axis that is normalised, for a scale of its own in every head.
+    """
+
+    def __init__(self, *shape: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.ndim == 1:
+            return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
+        return F.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight
+
+
+class ParallelBlock(nn.Module):
+    """y = x + attention(norm(x)) + ff(norm(x)) (Chowdhery et al. 2022, section 2): `b n e -> b n e`.
+
+    `in_proj` holds, row under row: queries, keys, values, the feed-forward's gate, its value.
+    """
+
+    def __init__(self, config: PaLMConfig):
+        super().__init__()
+        self.config = config
+        q_dim, kv_dim, inner = config.heads * config.dim_head, config.kv_heads * config.dim_head, config.inner_dim
+        self.sizes = [q_dim + 2 * kv_dim, inner, inner]
+        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
+        self.in_proj = nn.Linear(config.dim, sum(self.sizes), bias=False)
+        self.attn_out = nn.Linear(q_dim, config.dim, bias=False)
+        self.ff_out = nn.Linear(inner, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm = LayerNorm(config.heads, config.dim_head, eps=config.norm_eps)
+            self.k_norm = LayerNorm(config.kv_heads, config.dim_head, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        lora: BlockLoRA | None,
+    ) -> Tensor:
+        normed = self.norm(x)
+        qkv, gate, value = split_linear(normed, self.in_proj.weight, self.sizes)
+        if lora is not None:
+            qkv = qkv + lora.qkv(normed)
+        q, k, v = self._heads(qkv, tables)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        attended = attention(
+            q,
+            k,
+            v,
+            causal=self.config.causal,
+            key_mask=key_mask,
+            document_ids=document_ids,
+            implementation="auto" if self.config.flash_attn else "eager",
+        )
+        attended = rearrange(attended, "b h n d -> b n (h d)")
+        out = self.attn_out(attended) + self.ff_out(swiglu(gate, value))
+        if lora is not None:
+            out = out + lora.out(attended)
+        return x + self.dropout(out)
+
+    def _heads(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised and rotated queries and keys, and values: `b n (q k v) -> b h n d`, `b hk n d`, `b hk n d`."""
+        heads, kv_heads = self.config.heads, self.config.kv_heads
+        qkv = rearrange(qkv, "b n (h d) -> b n h d", d=self.config.dim_head)
+        if self.config.qk_norm:
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
+            qkv = torch.cat((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=-2)
+        q, k, v = rotary_split(qkv, *tables, heads=heads, kv_heads=kv_heads)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def position_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for `rotary_split`, xPos scales included: `b n -> b n 1 d/2`, or a row for each head with xPos."""
+    cos, sin = (t.unsqueeze(-2) for t in rotary_tables(positions, config.dim_head, theta=config.rotary_theta, dtype=dtype))
+    if not config.xpos:
+        return cos, sin
+    scale = xpos_scales(positions, config.dim_head, dtype=dtype).unsqueeze(-2)
+    scales = torch.cat(
+        (scale.expand(*scale.shape[:2], config.heads, -1), scale.reciprocal().expand(*scale.shape[:2], config.kv_heads, -1)),
+        dim=-2,
+    )
+    return cos * scales, sin * scales

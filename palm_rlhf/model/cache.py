@@ -1,0 +1,67 @@
+"""Keys and values of the tokens already read."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Room for the keys and values of every layer, filled from the left, the same number of tokens in every row.
+
+    Rows of different lengths are padded on their left: `left_padding` (`b`) counts each row's pads, which are masked
+    and take no position, so that a row's numbers do not depend on its neighbours.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        dim_head: int,
+        left_padding: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        shape = (batch, kv_heads, capacity, dim_head)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
+        self.capacity, self.length = capacity, 0
+        self.left_padding = None
+        if left_padding is not None and bool(left_padding.any()):
+            self.left_padding = left_padding.to(device)
+
+    def positions(self, num_new: int, device: torch.device) -> Tensor:
+        """Positions of the next tokens: `1 i`, or `b i` with padding (whose own positions are 0)."""
+        columns = torch.arange(self.length, self.length + num_new, device=device).unsqueeze(0)
+        if self.left_padding is None:
+            return columns
+        return (columns - self.left_padding.unsqueeze(-1)).clamp(min=0)
+
+    def key_mask(self, num_new: int) -> Tensor | None:
+        """Which of the keys, the new ones included, are tokens: `b j`, or None where all are."""
+        if self.left_padding is None:
+            return None
+        columns = torch.arange(self.length + num_new, device=self.left_padding.device)
+        return columns >= self.left_padding.unsqueeze(-1)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values, and return all of them: `b hk i d -> b hk j d`, twice."""
+        stop = self.length + k.shape[2]
+        if stop > self.capacity:
+            raise ValueError(f"{stop} tokens in a cache with room for {self.capacity}; make it larger")
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.length : stop] = k
+        values[:, :, self.length : stop] = v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def advance(self, num_new: int) -> None:
+        """Count tokens that every layer has appended."""
+        self.length += num_new
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the given rows, in the given order (a row may come more than once): rows `b'`, integer."""
+        self.keys = [t.index_select(0, rows) for t in self.keys]
+        self.values = [t.index_select(0, rows) for t in self.values]
+        if self.left_padding is not None:
+            self.left_padding = self.left_padding.index_select(0, rows)

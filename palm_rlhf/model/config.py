@@ -1,0 +1,72 @@
+"""The numbers that make a PaLM."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PaLMConfig:
+    """What is saved beside the weights; every field is a keyword of `PaLM`, which documents them."""
+
+    num_tokens: int
+    dim: int
+    depth: int
+    heads: int = 8
+    dim_head: int = 64
+    kv_heads: int = 1
+    ff_mult: float = 4
+    ff_inner_dim: int | None = None
+    causal: bool = True
+    rotary_theta: float = 10000.0
+    xpos: bool = False
+    logit_scale: float | None = None
+    z_loss: float = 1e-4
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    dropout: float = 0.0
+    max_seq_len: int = 2048
+    flash_attn: bool = True
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "kv_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}; expected a multiple, "
+                "so that every key head serves the same number of query heads"
+            )
+        if self.dim_head % 2:
+            raise ValueError(f"dim_head is {self.dim_head}; expected an even number, since rotary turns pairs")
+        if self.inner_dim < 1:
+            raise ValueError(f"the feed-forward has {self.inner_dim} units; expected at least 1, from ff_mult or ff_inner_dim")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
+
+    @property
+    def inner_dim(self) -> int:
+        """Hidden units of the feed-forward."""
+        return int(self.dim * self.ff_mult) if self.ff_inner_dim is None else self.ff_inner_dim
+
+    @property
+    def output_scale(self) -> float:
+        """What the logits are multiplied with."""
+        return self.dim**-0.5 if self.logit_scale is None else self.logit_scale
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "PaLMConfig":
+        """Read what `dataclasses.asdict` wrote; a field that this version does not know is refused by name."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"the config holds unknown fields {unknown}; was it written by a newer palm_rlhf?")
+        return cls(**values)
+
+
+# Chowdhery et al. 2022, table 1.
+PRESETS = {
+    "8B": {"depth": 32, "heads": 16, "dim": 4096},
+    "62B": {"depth": 64, "heads": 32, "dim": 8192},
+    "540B": {"depth": 118, "heads": 48, "dim": 18432},
+}
+PRESET_COMMON = {"num_tokens": 256_000, "dim_head": 256, "kv_heads": 1, "ff_mult": 4}

@@ -1,0 +1,44 @@
+"""Low-rank adapters (Hu et al. 2021) on the attention of every block, kept in named scopes beside the base weights."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Module):
+    """x A B alpha / r, zero at the start: `... i -> ... o`."""
+
+    def __init__(self, dim_in: int, dim_out: int, r: int, alpha: float):
+        super().__init__()
+        self.scale = alpha / r
+        self.A = nn.Parameter(torch.randn(dim_in, r) * dim_in**-0.5)
+        self.B = nn.Parameter(torch.zeros(r, dim_out))
+
+    @property
+    def delta(self) -> Tensor:
+        """What merging adds to a weight stored as `o i`."""
+        return (self.A @ self.B).mT * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.A) @ self.B * self.scale
+
+
+class BlockLoRA(nn.Module):
+    """The adapters of one parallel block: queries, keys, values, and the attention's output."""
+
+    def __init__(self, dim: int, q_dim: int, kv_dim: int, r: int, alpha: float):
+        super().__init__()
+        self.q = LoRALinear(dim, q_dim, r, alpha)
+        self.k = LoRALinear(dim, kv_dim, r, alpha)
+        self.v = LoRALinear(dim, kv_dim, r, alpha)
+        self.out = LoRALinear(q_dim, dim, r, alpha)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """What the adapters add to the fused queries, keys and values: `b n e -> b n (q k v)`."""
+        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+
+    @torch.no_grad()
+    def merge_into(self, in_proj: Tensor, attn_out: Tensor) -> None:
+        """Add the adapters to a block's weights, `(q k v ff) e` and `e q`, in place."""
+        delta = torch.cat((self.q.delta, self.k.delta, self.v.delta))
+        in_proj[: len(delta)] += delta.to(in_proj.dtype)
+        attn_out += self.out.delta.to(attn_out.dtype)

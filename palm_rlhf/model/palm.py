@@ -1,0 +1,328 @@
+"""PaLM (Chowdhery et al. 2022): the decoder-only language model."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.cross_entropy import cross_entropy
+from ..ops.logprobs import next_token_pairs, target_mask
+from . import checkpoint as storage
+from . import generate as generation
+from .block import LayerNorm, ParallelBlock, position_tables
+from .cache import KVCache
+from .config import PRESET_COMMON, PRESETS, PaLMConfig
+from .lora import BlockLoRA
+
+
+class PaLM(nn.Module):
+    """The language model of arXiv:2204.02311, section 2.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: width of the residual stream.
+        depth: number of parallel blocks.
+        heads: query heads.
+        dim_head: width of a head.
+        kv_heads: heads of keys and values; 1 is multi-query attention, more is grouped-query attention.
+        ff_mult: hidden units of the feed-forward, in multiples of `dim`.
+        ff_inner_dim: hidden units of the feed-forward, instead of `ff_mult`.
+        causal: False gives a bidirectional encoder.
+        rotary_theta: base of the rotary wavelengths.
+        xpos: rotary with the length-extrapolating scales of xPos.
+        logit_scale: factor of the logits; None is the paper's `dim**-0.5`.
+        z_loss: weight of the auxiliary `log(Z)^2`, which counts in `train()` only.
+        norm_eps: epsilon of every layer norm.
+        qk_norm: layer-normalise the queries and keys of each head, before the rotary.
+        dropout: on the embeddings and on each block's output.
+        max_seq_len: the context a server offers, in tokens; rotary itself has no limit.
+        flash_attn: False takes the eager float32 attention.
+        gradient_checkpointing: keep only the blocks' inputs in training, and compute the rest again.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        kv_heads: int = 1,
+        ff_mult: float | int = 4,
+        ff_inner_dim: int | None = None,
+        causal: bool = True,
+        rotary_theta: float | int = 10000.0,
+        xpos: bool = False,
+        logit_scale: float | int | None = None,
+        z_loss: float | int = 1e-4,
+        norm_eps: float = 1e-5,
+        qk_norm: bool = False,
+        dropout: float | int = 0.0,
+        max_seq_len: int = 2048,
+        flash_attn: bool = True,
+        gradient_checkpointing: bool = False,
+    ):
+        values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config = config = PaLMConfig(**values)
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(ParallelBlock(config) for _ in range(depth))
+        self.norm = LayerNorm(dim, eps=norm_eps)
+        self.finetune_modules = nn.ModuleDict()
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Kernels N(0, 1/fan_in), embeddings N(0, 1), scales 1 (Chowdhery et al. 2022, section 5)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_()
+
+    @classmethod
+    @beartype
+    def from_config(cls, config: PaLMConfig) -> "PaLM":
+        """A freshly initialised model of the given numbers."""
+        return cls(**dataclasses.asdict(config))
+
+    @classmethod
+    @beartype
+    def preset(cls, name: str, **overrides) -> "PaLM":
+        """One of the paper's three sizes, "8B", "62B" or "540B" (table 1); build it under `torch.device("meta")` to count."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r}; expected one of {sorted(PRESETS)}")
+        return cls(**{**PRESET_COMMON, **PRESETS[name], **overrides})
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_emb.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.token_emb.weight.dtype
+
+    def forward(
+        self,
+        tokens: Tensor,
+        return_loss: bool = False,
+        *,
+        loss_mask: Tensor | None = None,
+        loss_denominator: Tensor | int | float | None = None,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        extra_embed: Tensor | None = None,
+        return_only_embedding: bool = False,
+        return_logits_with_embedding: bool = False,
+        finetune_scope: str | None = None,
+        disable_lora: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or a loss, or the final embeddings.
+
+        Args:
+            tokens: `b n`, integers below `num_tokens` (not checked here; generate, trainers and loaders check).
+            return_loss: predict each token from those before it, and return the mean cross-entropy in nats.
+            loss_mask: `b n`, True for the tokens that count as targets; the first of a row or document never does.
+            loss_denominator: divides the summed loss instead of the number of targets.
+            key_mask: `b n`, True for real tokens; what comes out at the others has no meaning.
+            positions: `b n` or `1 n`; by default they count the real tokens, anew in every document.
+            document_ids: `b n`, equal for the tokens of one document, which see only each other.
+            cache: read before these tokens, and extended by them.
+            extra_embed: added to the token embeddings, broadcastable to `b n e`.
+            return_only_embedding: the final embeddings, `b n e`.
+            return_logits_with_embedding: both, `b n v` and `b n e`.
+            finetune_scope: the LoRA scope to apply, unless `disable_lora`.
+
+        Returns:
+            `b n v` float logits, a scalar loss, or embeddings as asked.
+        """
+        if return_loss:
+            targets_mask = target_mask(loss_mask=loss_mask, key_mask=key_mask, document_ids=document_ids)
+            tokens, targets = next_token_pairs(tokens)
+            key_mask, positions, document_ids, extra_embed = (
+                t if t is None or t.shape[1] == 1 else t[:, :-1] for t in (key_mask, positions, document_ids, extra_embed)
+            )
+        embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, finetune_scope, disable_lora)
+        if return_only_embedding:
+            return embeds
+        logits = self.to_logits(embeds)
+        if return_loss:
+            z_loss = self.config.z_loss if self.training else 0.0
+            return cross_entropy(logits, targets, targets_mask, z_loss=z_loss, denominator=loss_denominator)
+        return (logits, embeds) if return_logits_with_embedding else logits
+
+    def to_logits(self, embeds: Tensor) -> Tensor:
+        """The tied output layer: `... e -> ... v`."""
+        return F.linear(embeds, self.token_emb.weight) * self.config.output_scale
+
+    def _embed(self, tokens, key_mask, positions, document_ids, cache, extra_embed, finetune_scope, disable_lora) -> Tensor:
+        """Tokens to final embeddings, `b n -> b n e`."""
+        num_new = tokens.shape[1]
+        if cache is not None:
+            if key_mask is not None or document_ids is not None:
+                raise ValueError("got a cache and a mask; expected the cache alone, whose left_padding marks the pads")
+            key_mask = cache.key_mask(num_new)
+            positions = cache.positions(num_new, tokens.device) if positions is None else positions
+        elif positions is None:
+            positions = default_positions(tokens, key_mask, document_ids)
+        if self.config.causal and cache is None:
+            key_mask = without_right_padding(key_mask)
+        tables = position_tables(self.config, positions, torch.promote_types(self.dtype, torch.float32))
+
+        x = self.token_emb(tokens)
+        if extra_embed is not None:
+            x = x + extra_embed
+        x = self.dropout(x)
+        adapters = None if finetune_scope is None or disable_lora else self._scope(finetune_scope)
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
+            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        if cache is not None:
+            cache.advance(num_new)
+        return self.norm(x)
+
+    @beartype
+    def make_cache(self, batch: int, capacity: int, *, left_padding: Tensor | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens; left_padding: `b`, pads on the left of each row."""
+        if not self.config.causal:
+            raise ValueError("a bidirectional PaLM has no cache: each token sees those after it; expected causal=True")
+        return KVCache(
+            depth=self.config.depth,
+            batch=batch,
+            kv_heads=self.config.kv_heads,
+            capacity=capacity,
+            dim_head=self.config.dim_head,
+            left_padding=left_padding,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    @beartype
+    def generate(
+        self, seq_len: int | None = None, prompt: Tensor | list[Tensor] | None = None, **options
+    ) -> Tensor | list[Tensor] | tuple:
+        """Sample continuations; see `palm_rlhf.model.generate.generate` for every option."""
+        return generation.generate(self, seq_len, prompt, **options)
+
+    @beartype
+    def stream(self, prompt: Tensor | list[Tensor] | None = None, **options) -> Iterator[Tensor]:
+        """Yield the next tokens of all rows, one tensor `b` a step; see `palm_rlhf.model.generate.stream`."""
+        return generation.stream(self, prompt, **options)
+
+    def _scope(self, scope: str) -> nn.ModuleList:
+        if scope not in self.finetune_modules:
+            raise ValueError(f"finetune scope {scope!r}; expected one of {sorted(self.finetune_modules)}; add it first")
+        return self.finetune_modules[scope]
+
+    @beartype
+    def add_finetune_params(
+        self, scope: str = "default", r: int = 8, *, alpha: float | int | None = None, train_base: bool = False
+    ) -> nn.ModuleList:
+        """Add a LoRA scope of rank r that changes nothing yet, and freeze the base unless `train_base`.
+
+        `alpha` scales what it adds by alpha / r; None is r. Returns one module of adapters a block.
+        """
+        if scope in self.finetune_modules:
+            raise ValueError(f"finetune scope {scope!r} is there already; remove or merge it first, or choose another name")
+        c = self.config
+        adapters = nn.ModuleList(
+            BlockLoRA(c.dim, c.heads * c.dim_head, c.kv_heads * c.dim_head, r, r if alpha is None else alpha)
+            for _ in range(c.depth)
+        )
+        self.finetune_modules[scope] = adapters.to(self.device, self.dtype)
+        for parameter in self.palm_parameters():
+            parameter.requires_grad_(train_base)
+        return adapters
+
+    @beartype
+    def remove_finetune_params(self, scope: str = "default") -> nn.ModuleList:
+        """Take a LoRA scope away and return it; with the last one gone the base is trainable again."""
+        adapters = self._scope(scope)
+        del self.finetune_modules[scope]
+        if not self.finetune_modules:
+            for parameter in self.palm_parameters():
+                parameter.requires_grad_(True)
+        return adapters
+
+    @beartype
+    def merge_finetune_params(self, scope: str = "default") -> None:
+        """Add a LoRA scope into the base weights, and take it away."""
+        for layer, adapters in zip(self.layers, self.remove_finetune_params(scope), strict=True):
+            adapters.merge_into(layer.in_proj.weight.data, layer.attn_out.weight.data)
+
+    def palm_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the base."""
+        adapters = set(self.finetune_modules.parameters())
+        return [parameter for parameter in self.parameters() if parameter not in adapters]
+
+    @beartype
+    def finetune_parameters(self, scope: str = "default") -> list[nn.Parameter]:
+        """The parameters of one LoRA scope."""
+        return list(self._scope(scope).parameters())
+
+    @beartype
+    def save_pretrained(self, directory: str | os.PathLike, *, format: str = "palm", max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and safetensors, atomically; `format="cohere"` is what Hugging Face transformers opens."""
+        storage.save_pretrained(self, Path(directory), format=format, max_shard_size=max_shard_size)
+
+    @classmethod
+    @beartype
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+    ) -> "PaLM":
+        """Open a `save_pretrained` folder, a Hugging Face `cohere` folder, or a hub id of one."""
+        return storage.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision)
+
+    @classmethod
+    @beartype
+    def from_palm_rlhf_pytorch(cls, source: str | os.PathLike | dict, *, causal: bool = True) -> "PaLM":
+        """Read a checkpoint, or its state dict, of the PyPI package palm-rlhf-pytorch."""
+        return storage.from_palm_rlhf_pytorch(cls, source, causal=causal)
+
+    @beartype
+    def load(self, path: str | os.PathLike) -> "PaLM":
+        """Load weights of this model's shape from a folder, a `.pt` state dict of ours, or palm-rlhf-pytorch's."""
+        storage.load_into(self, Path(path))
+        return self
+
+
+def default_positions(tokens: Tensor, key_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    """Positions that count the real tokens of a row, anew in every document: `b n -> b n`, or `1 n` without masks."""
+    steps = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    if key_mask is not None:
+        steps = (key_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    if document_ids is not None:
+        starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        steps = steps - torch.where(starts, steps, 0).cummax(dim=-1).values
+    return steps
+
+
+def without_right_padding(key_mask: Tensor | None) -> Tensor | None:
+    """None if a causal model needs no mask, because all pads come after all tokens that could see them.
+
+    Looking costs a synchronisation on an accelerator, and cannot be compiled: there the mask stays.
+    """
+    if key_mask is None or torch.compiler.is_compiling() or key_mask.device.type != "cpu":
+        return key_mask
+    return None if bool((key_mask[:, :-1] >= key_mask[:, 1:]).all()) else key_mask

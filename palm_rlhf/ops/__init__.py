@@ -1,0 +1,1 @@
+"""Floor 0: functions of tensors. They know nothing of models."""

@@ -1,0 +1,145 @@
+"""Attention behind one function: it checks the shapes, chooses an implementation, and says why one is refused."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor
+
+from .attention_chunked import attention_chunked
+from .attention_reference import attention_reference, visibility
+
+Implementation = Literal["auto", "eager", "fused", "chunked", "triton"]
+
+
+@beartype
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, with keys and values shared by groups of query heads.
+
+    Causal attention aligns the last query with the last key. A query that sees no key returns 0.
+
+    - `eager`: the float32 definition, holding all scores at once.
+    - `fused`: PyTorch's scaled_dot_product_attention.
+    - `chunked`: matrix products over chunks of queries; linear memory under any mask, fastest to train on a CPU.
+    - `triton`: the fused GPU kernel.
+    - `auto`: `triton` on a GPU that has it, else whichever of `fused` and `chunked` suits the call.
+
+    q: `b (hk g) i d`, k and v: `b hk j d`, key_mask: `b j` bool, document_ids: `b j` integer -> `b (hk g) i d`
+
+    Raises:
+        ValueError: shapes that do not fit, or a named implementation that cannot run here.
+    """
+    if not torch.compiler.is_compiling():
+        _check(q, k, v, causal, key_mask, document_ids)
+    masks = {"causal": causal, "key_mask": key_mask, "document_ids": document_ids}
+    if implementation == "auto":
+        implementation = choose(q, k, v, **masks)
+    elif (reason := available_implementations(q.device.type)[implementation]) is not None:
+        raise ValueError(f'implementation="{implementation}" cannot run here: {reason}; use "auto" or another')
+    if implementation == "triton":
+        from .attention_triton import attention_triton
+
+        return attention_triton(q, k, v, **masks)
+    run = {"eager": attention_reference, "fused": attention_fused, "chunked": attention_chunked}[implementation]
+    return run(q, k, v, **masks)
+
+
+@beartype
+def available_implementations(device_type: str = "cpu") -> dict[str, str | None]:
+    """For each implementation, None where it can run on such a device, else the reason why not."""
+    return {"eager": None, "fused": None, "chunked": None, "triton": _triton_refusal(device_type)}
+
+
+def _triton_refusal(device_type: str) -> str | None:
+    try:
+        from . import attention_triton  # noqa: F401
+    except ImportError as error:
+        return f"the Triton kernel is not there ({error})"
+    return None
+
+
+@beartype
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None = None, document_ids: Tensor | None = None
+) -> str:
+    """The implementation that `auto` takes for a call.
+
+    q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j`
+    """
+    if torch.compiler.is_compiling():
+        return "fused"
+    if q.device.type == "cuda" and _triton_refusal("cuda") is None:
+        return "triton"
+    masked = key_mask is not None or document_ids is not None
+    if q.shape[-2] == 1 or q.device.type == "meta":
+        return "fused"
+    if masked or (causal and q.shape[-2] != k.shape[-2]):
+        return "chunked"
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return "chunked" if needs_grad and q.device.type == "cpu" else "fused"
+
+
+def attention_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """PyTorch's fused attention. With one new query, the heads that share a key become its query axis."""
+    num_queries, num_keys, kv_heads = q.shape[-2], k.shape[-2], k.shape[1]
+    if num_queries == 1:
+        causal = False  # the last query sees every key
+    plain = key_mask is None and document_ids is None and (not causal or num_queries == num_keys)
+    visible = None
+    if not plain:
+        visible = visibility(
+            num_queries, num_keys, causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
+        )
+    if num_queries == 1:
+        rows = rearrange(q, "b (k g) 1 d -> b k g d", k=kv_heads)
+        mask = None if visible is None else rearrange(visible, "b 1 j -> b 1 1 j")
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        out = rearrange(out, "b k g d -> b (k g) 1 d")
+    else:
+        mask = None if visible is None else rearrange(visible, "b i j -> b 1 i j")
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=plain and causal, enable_gqa=kv_heads != q.shape[1]
+        )
+    if visible is None:
+        return out
+    return out.masked_fill(~rearrange(visible.any(dim=-1), "b i -> b 1 i 1"), 0.0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, document_ids: Tensor | None) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; expected 4 axes, `b h n d`")
+    (batch, heads, num_queries, dim), (_, kv_heads, num_keys, _) = q.shape, k.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[-1] != dim:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; expected q `b h i d`, "
+            "k and v both `b hk j d`, with the same b and d"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads over {kv_heads} key heads; expected a multiple, so that groups share a key")
+    if causal and num_queries > num_keys:
+        raise ValueError(f"{num_queries} causal queries over {num_keys} keys; expected at least as many keys as queries")
+    for name, mask in (("key_mask", key_mask), ("document_ids", document_ids)):
+        if mask is not None and mask.shape != (batch, num_keys):
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected `b j` = {(batch, num_keys)}")
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        raise ValueError(f"key_mask is {key_mask.dtype}; expected torch.bool, True for the keys to keep")

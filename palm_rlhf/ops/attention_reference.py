@@ -1,0 +1,71 @@
+"""Scaled dot-product attention, written out: the definition that every faster implementation is held against."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def visibility(
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    queries: slice = slice(None),
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Which keys each query may see, or None where every query sees every key.
+
+    The last query stands at the last key, as it must when a few new tokens meet a cache.
+
+    key_mask: `b j`, document_ids: `b j` -> `b i j` or `1 i j`, bool; `queries` picks rows of i.
+    """
+    rows = torch.arange(num_keys - num_queries, num_keys, device=device)[queries]
+    visible = None
+    if causal:
+        visible = rearrange(rows, "i -> 1 i 1") >= torch.arange(num_keys, device=device)
+    if key_mask is not None:
+        keep = rearrange(key_mask, "b j -> b 1 j")
+        visible = keep if visible is None else visible & keep
+    if document_ids is not None:
+        same = rearrange(document_ids[:, rows], "b i -> b i 1") == rearrange(document_ids, "b j -> b 1 j")
+        visible = same if visible is None else visible & same
+    if visible is not None and visible.shape[1] == 1:
+        visible = visible.expand(-1, len(rows), -1)
+    return visible
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in float32 (float64 inputs stay float64); a query that sees no key returns 0.
+
+    Vaswani et al. 2017, equation 1; shared keys and values: Shazeer 2019 and Ainslie et al. 2023.
+
+    q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j` -> `b (hk g) i d`
+    """
+    dtype = q.dtype
+    compute = torch.promote_types(dtype, torch.float32)
+    q, k, v = (t.to(compute) for t in (q, k, v))
+    q = rearrange(q, "b (hk g) i d -> b hk g i d", hk=k.shape[1])
+
+    scores = torch.einsum("b k g i d, b k j d -> b k g i j", q, k) * q.shape[-1] ** -0.5
+    visible = visibility(
+        q.shape[-2], k.shape[-2], causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
+    )
+    if visible is not None:
+        visible = rearrange(visible, "b i j -> b 1 1 i j")
+        scores = scores.masked_fill(~visible, torch.finfo(compute).min)
+    weights = scores.softmax(dim=-1)
+    if visible is not None:
+        weights = weights.masked_fill(~visible, 0.0)
+
+    out = torch.einsum("b k g i j, b k j d -> b k g i d", weights, v)
+    return rearrange(out, "b hk g i d -> b (hk g) i d").to(dtype)

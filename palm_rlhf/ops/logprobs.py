@@ -1,0 +1,35 @@
+"""The only place where tokens and logits are shifted against each other."""
+
+import torch
+from torch import Tensor
+
+
+def next_token_pairs(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What a language model reads and what it is to say: `b n -> b (n-1)`, twice."""
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def target_mask(
+    *, loss_mask: Tensor | None = None, key_mask: Tensor | None = None, document_ids: Tensor | None = None
+) -> Tensor | None:
+    """Which of the next tokens count: those kept by both masks, and of the same document as the token before.
+
+    all: `b n` -> `b (n-1)`, or None where all count
+    """
+    mask = None
+    for keep in (loss_mask, key_mask):
+        if keep is not None:
+            mask = keep[:, 1:] if mask is None else mask & keep[:, 1:]
+    if document_ids is not None:
+        same = document_ids[:, 1:] == document_ids[:, :-1]
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability of each token under the logits that stand at its own place.
+
+    logits: `... v`, tokens: `...` -> `...`, float32 or wider
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

@@ -1,0 +1,26 @@
+"""The only place where a mask reduces a tensor and a loss is normalised. True means keep."""
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The sum of the kept entries; what the others hold, NaN included, does not matter.
+
+    x and mask: `...` -> scalar
+    """
+    return x.sum() if mask is None else torch.where(mask, x, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor | None = None, *, denominator: Tensor | int | float | None = None) -> Tensor:
+    """The sum of the kept entries over their number, or over a given denominator; 0 where nothing is kept.
+
+    A denominator that counts a whole optimiser step makes micro-batches and processes add up to one large batch.
+
+    x and mask: `...` -> scalar
+    """
+    if denominator is None:
+        denominator = x.numel() if mask is None else mask.sum()
+    if isinstance(denominator, Tensor):
+        return masked_sum(x, mask) / denominator.clamp(min=1)
+    return masked_sum(x, mask) / max(denominator, 1)

@@ -1,0 +1,78 @@
+"""From logits to the distribution that is sampled from."""
+
+import torch
+from torch import Tensor
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of seen tokens by the penalty, multiply negative ones (Keskar et al. 2019, section 4.1).
+
+    logits: `b v`, seen: `b v` bool -> `b v`
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Leave the k largest logits, and those equal to the k-th (Fan et al. 2018): `b v -> b v`."""
+    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Leave the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
+
+    logits: `b v` -> `b v`
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = ordered.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    drop = before >= p
+    drop[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Leave tokens of at least p times the probability of the likeliest (Nguyen et al. 2024): `b v -> b v`."""
+    probs = logits.softmax(dim=-1)
+    return logits.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def sampling_logprobs(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities of the distribution sampled from: penalty, temperature, then top-k, top-p and min-p in turn.
+
+    Temperature 0 is greedy: all mass on the first largest logit.
+
+    logits: `b v`, seen: `b v` bool -> `b v`, float32 or wider
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if repetition_penalty != 1.0:
+        logits = penalise_repetition(logits, seen, repetition_penalty)
+    if temperature == 0:
+        certain = torch.full_like(logits, -torch.inf)
+        return certain.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+    if temperature != 1.0:
+        logits = logits / temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None and top_p < 1.0:
+        logits = keep_top_p(logits, top_p)
+    if min_p is not None and min_p > 0.0:
+        logits = keep_min_p(logits, min_p)
+    return logits.log_softmax(dim=-1)
+
+
+def sample(logprobs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token a row, by the race of exponential clocks (Gumbel's trick): `b v -> b`."""
+    if logprobs.device.type == "meta":
+        return logprobs.argmax(dim=-1)
+    clocks = torch.empty_like(logprobs).exponential_(generator=generator)
+    return (logprobs.exp() / clocks).argmax(dim=-1)

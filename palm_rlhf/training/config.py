@@ -1,0 +1,105 @@
+"""The settings of language-model training; the command line's help is generated from the texts below the fields."""
+
+from dataclasses import dataclass
+
+from beartype import BeartypeConf, beartype
+
+from palm_rlhf.training.optimization import Precision
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+@dataclass(frozen=True)
+class LMConfig:
+    """How a language model is trained."""
+
+    seed: int = 0
+    """Seed of the order of the data and of dropout."""
+
+    batch_size: int = 16
+    """Sequences in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""
+
+    seq_len: int = 256
+    """Tokens predicted in one sequence."""
+
+    grad_accum: int = 1
+    """Forwards and backwards of one process whose gradients make one optimiser step."""
+
+    num_steps: int = 1000
+    """Optimiser steps of the whole run."""
+
+    max_seconds: float | None = None
+    """Wall-clock budget of all steps, evaluations between them included. The learning rate then follows
+    max(step / num_steps, elapsed / max_seconds), so a slow machine still finishes its annealing. Where the clock rules,
+    two runs, or a run and its resumption, are no longer bitwise the same."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+
+    min_lr_ratio: float = 0.1
+    """The learning rate at the end of the cosine, as a part of the peak."""
+
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly to the peak."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's first and second moments."""
+
+    eps: float = 1e-8
+    """AdamW's term against division by zero."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices, the tied embedding among them; never of norms."""
+
+    grad_clip: float = 1.0
+    """Largest norm of a step's gradient, longer ones are scaled down to it; 0 for no clipping."""
+
+    ema_decay: float = 0.0
+    """Decay per step of a running average of the weights, which is then what is evaluated, sampled and saved as the
+    model; 0 for none. Early on it is at most (1 + step) / (10 + step), so that the start is forgotten."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward: bf16 autocast, float32, or auto: bf16 where the hardware computes in it. Weights and
+    optimiser stay in float32."""
+
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, faster steps after."""
+
+    eval_every: int = 250
+    """Steps between evaluations on the validation data."""
+
+    eval_tokens: int = 200_000
+    """Validation tokens of those evaluations, split over the sources; the evaluation at the end takes them all."""
+
+    eval_context: int = 128
+    """Tokens that each token has before it at least when it is predicted in evaluation (at a source's start, all)."""
+
+    save_every: int = 250
+    """Steps between checkpoints."""
+
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that also get the metrics, by their names in accelerate: tensorboard, wandb, ..."""
+
+    plot: bool | None = None
+    """Draw curves.png at evaluations and the end; None: where matplotlib is installed (the extra palm-rlhf[plot])."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "seq_len", "grad_accum", "num_steps", "learning_rate", "eps", "eval_every",
+                     "eval_tokens", "save_every", "keep_checkpoints", "log_every"):  # fmt: skip
+            self._expect(name, getattr(self, name) > 0, "a number above 0")
+        for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "eval_context"):
+            self._expect(name, getattr(self, name) >= 0, "0 or more")
+        self._expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
+        self._expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
+        self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        self._expect("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")
+        self._expect("eval_context", self.eval_context <= self.seq_len, f"at most seq_len, {self.seq_len}")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"LMConfig.{name} is {getattr(self, name)}, expected {expected}")

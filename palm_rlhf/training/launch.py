@@ -1,0 +1,32 @@
+"""The processes that a trainer runs on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+
+def build_accelerator(output_dir: Path | None, trackers: Sequence[str]) -> Accelerator:
+    """The Accelerator of one process, or of those of `accelerate launch`, each with a replica of the model."""
+    if trackers and output_dir is None:
+        raise ValueError(f"trackers is {tuple(trackers)} without output_dir: give the folder that they write to")
+    accelerator = Accelerator(
+        mixed_precision="no",  # the forward has its own autocast, which leaves the user's model unwrapped
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer divides by tokens itself
+        log_with=list(trackers),
+        project_dir=None if output_dir is None else str(output_dir),
+    )
+    if accelerator.distributed_type not in REPLICATED:
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, expected replicas of the whole model: "
+            f"launch with --multi_gpu, --multi_cpu, or with one process"
+        )
+    if missing := set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}:
+        raise ImportError(
+            f"trackers has {sorted(missing)}, which accelerate does not find here: "
+            f"install their packages, for tensorboard by pip install palm-rlhf[tensorboard]"
+        )
+    return accelerator

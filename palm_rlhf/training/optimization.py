@@ -1,0 +1,52 @@
+"""The optimiser, the learning rate's schedule and the precision of a training step."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["auto", "bf16", "float32"]
+
+
+def adamw(
+    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over the trainable parameters, with decay on matrices only; fused on CPU and CUDA."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = {parameter.device.type for parameter in trainable} <= {"cpu", "cuda"}
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
+
+
+def warmup_cosine(step: int, progress: float, *, warmup_steps: int, min_ratio: float) -> float:
+    """The factor of the peak learning rate before step `step` (from 0): linear warm-up times a cosine over `progress`.
+
+    `progress` runs from 0 to 1 over the whole run; the cosine ends at `min_ratio` (arXiv:1608.03983, equation 5).
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return warmup * (min_ratio + (1.0 - min_ratio) * cosine)
+
+
+def forward_precision(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Makes the context of a forward: bfloat16 autocast, or none; "auto" takes bfloat16 where the hardware has it."""
+    if precision == "bf16" or (precision == "auto" and computes_bfloat16(device)):
+        return partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own; elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False

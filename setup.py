@@ -1,0 +1,68 @@
+"""Packaging: metadata, dependencies, extras and the console script; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "palm_rlhf/__init__.py").read_text(encoding="utf-8"), re.M)
+
+DEPENDENCIES = [
+    "accelerate>=1.2",
+    "beartype>=0.19",
+    "einops>=0.8",
+    "numpy>=1.24",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+    "torch>=2.6",
+    "tqdm>=4.65",
+    # No version here: CUDA builds of torch pin their own Triton, and a bound would fight that pin.
+    # The kernels check the version when they are used.
+    'triton; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
+    "tyro>=0.9",
+]
+EXTRAS = {
+    "hf": ["huggingface_hub>=0.26", "transformers>=4.48"],
+    "plot": ["matplotlib>=3.8"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "bench": ["palm-rlhf-pytorch==0.8.0"],
+    "dev": ["ruff>=0.9"],
+}
+EXTRAS["test"] = [
+    *EXTRAS["hf"],
+    *EXTRAS["plot"],
+    *EXTRAS["tensorboard"],
+    "hypothesis>=6.100",
+    "pytest>=8.2",
+    "setuptools>=77",  # a test builds the wheel and the source archive
+]
+
+setup(
+    name="palm-rlhf",
+    version=VERSION.group(1),
+    description="The whole recipe behind ChatGPT in one small PyTorch library, on the PaLM architecture",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="palm-rlhf contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=["PaLM", "transformer", "language model", "RLHF", "reward model", "PPO", "PyTorch"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["palm_rlhf", "palm_rlhf.*"]),
+    package_data={"palm_rlhf": ["py.typed"]},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["palm-rlhf = palm_rlhf.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,90 @@
+"""Shared fixtures, one seed for every test, and `--strict-skips`: no skip but for hardware or data that is missing."""
+
+import os
+import random
+from pathlib import Path
+
+# Before torch is imported, and inherited by the processes that tests start: models here are tiny, and a thread for
+# every core of a large machine only slows them down.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+NEEDS_GPU = "needs a GPU"
+NEEDS_DATA = "needs ../shared/data"
+ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA)
+
+hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("enwik6")` is the path of that file in ../shared/data; the test skips where it is missing."""
+
+    def path(name: str = ".") -> Path:
+        found = SHARED_DATA / name
+        if not found.exists():
+            pytest.skip(f"{NEEDS_DATA}: {found} does not exist")
+        return found
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpu() -> torch.device:
+    """The first CUDA device; the test skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
+    return torch.device("cuda")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--strict-skips",
+        action="store_true",
+        help="fail a test that skips, unless its reason begins with " + " or ".join(map(repr, ALLOWED_SKIPS)),
+    )
+
+
+def refuse_skip(report, config):
+    """The report itself, or a failed one where `--strict-skips` does not allow the reason of its skip."""
+    if not config.getoption("--strict-skips") or not report.skipped or hasattr(report, "wasxfail"):
+        return report
+    _, _, message = report.longrepr
+    reason = message.removeprefix("Skipped: ")
+    if not reason.startswith(ALLOWED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"skipped: {reason!r}; --strict-skips allows {' and '.join(map(repr, ALLOWED_SKIPS))} only"
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item):
+    return refuse_skip((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(collector):
+    return refuse_skip((yield), collector.config)

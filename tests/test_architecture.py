@@ -1,0 +1,236 @@
+"""The laws of the house, read from the source with `ast`: who imports whom, how large files are, what is documented."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "palm_rlhf"
+FLOORS = {
+    "ops": 0,
+    "model": 1,
+    "policy": 2,
+    "algorithms": 3,
+    "training": 4,
+    "data": 5,
+    "evaluation": 6,
+    "serving": 6,
+    "feedback": 6,
+    "cli": 7,
+}
+TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
+CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf.py")
+MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 2500, 400, 80
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def requirements(setup: Path) -> tuple[set[str], set[str]]:
+    """The names that setup.py requires (Triton apart, which may be missing), and those of its extras."""
+    core, extras = set(), set()
+    for node in ast.parse(setup.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.Assign):
+            continue
+        entries = chain.from_iterable(part.elts for part in ast.walk(node.value) if isinstance(part, ast.List))
+        texts = (entry.value for entry in entries if isinstance(entry, ast.Constant))
+        names = {re.match(r"[\w-]+", text).group().replace("-", "_") for text in texts}
+        match node.targets[0]:
+            case ast.Name(id="DEPENDENCIES"):
+                core |= names - {"triton"}
+            case ast.Name(id="EXTRAS") | ast.Subscript(value=ast.Name(id="EXTRAS")):
+                extras |= names
+    return core, extras
+
+
+def modules(target: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names that one node imports, relative ones resolved against the package of the importing file."""
+    match target:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=module, names=names, level=level):
+            parents = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+            base = ".".join([*parents, module] if module else parents)
+            # `from palm_rlhf import ops` names a floor; `from palm_rlhf import PaLM` names the package itself
+            is_package = base == PACKAGE
+            yield from {f"{base}.{alias.name}" if is_package and alias.name in FLOORS else base for alias in names}
+        case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
+            yield name
+
+
+def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if not isinstance(node, (*FUNCTIONS, ast.Lambda)):
+            yield from outside_functions(node)
+
+
+def module_name(path: Path, source: Path) -> str:
+    return ".".join([PACKAGE, *path.relative_to(source).with_suffix("").parts])
+
+
+def floor_of(module: str) -> tuple[str, int]:
+    """The folder that a dotted module of the package lies in, and its floor."""
+    _, folder, *_ = [*module.split("."), ""]
+    return folder, FLOORS.get(folder, TOP)
+
+
+def import_violations(path: Path, tree: ast.AST, source: Path, core: set[str], extras: set[str]) -> Iterator[str]:
+    """Imports of one file that leave its floor, hide Triton in the wrong file, or need what may not be installed."""
+    module = module_name(path, source)
+    folder, floor = floor_of(module)
+    at_import = set(map(id, outside_functions(tree)))
+    for node in ast.walk(tree):
+        for name in modules(node, package=module.rpartition(".")[0]):
+            where, distribution = f"{path.name}:{node.lineno} imports {name}", name.split(".")[0]
+            if distribution == PACKAGE:
+                target, target_floor = floor_of(name)
+                if target_floor > floor or (target_floor == floor and target != folder and floor < TOP):
+                    yield f"{where}: floor {floor} ({folder}) may import its own folder and lower floors only"
+                if folder == "algorithms" and target not in ("ops", "algorithms"):
+                    yield f"{where}: algorithms are pure functions and import ops only"
+            elif distribution == "triton":
+                if not path.stem.endswith("_triton"):
+                    yield f"{where}: Triton is imported in *_triton.py files only"
+            elif distribution in sys.stdlib_module_names or distribution in core:
+                pass
+            elif distribution not in extras:
+                yield f"{where}: it is neither required nor in an extra of setup.py"
+            elif id(node) in at_import:
+                yield f"{where}: an extra is imported inside the function that uses it"
+
+
+def is_public(node: ast.AST) -> bool:
+    return isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_")
+
+
+def is_autograd_function(node: ast.AST) -> bool:
+    """Its forward and backward are called by autograd; the function that applies it says what they do."""
+    bases = map(ast.unparse, node.bases) if isinstance(node, ast.ClassDef) else ()
+    return any(base.endswith("autograd.Function") for base in bases)
+
+
+def documentation_violations(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Public functions, classes and their methods of one file that have no docstring."""
+    for node in filter(is_public, tree.body):
+        members = node.body if isinstance(node, ast.ClassDef) and not is_autograd_function(node) else []
+        for item in (node, *filter(is_public, members)):
+            if not ast.get_docstring(item):
+                yield f"{path.name}:{item.lineno} {item.name} has no docstring"
+
+
+def size_violations(path: Path, text: str, tree: ast.AST) -> Iterator[str]:
+    """A file that is not read in one sitting, or functions that do not fit a screen."""
+    if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+        yield f"{path.name} has {lines} lines, above {MAX_FILE_LINES}"
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS) and (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
+            yield f"{path.name}:{node.lineno} {node.name} has {lines} lines, above {MAX_FUNCTION_LINES}"
+
+
+def core_lines(source: Path) -> int:
+    """Lines of the core; kernels and interop are not counted."""
+    files = ((path, path.relative_to(source).as_posix()) for path in source.rglob("*.py"))
+    return sum(
+        len(path.read_text(encoding="utf-8").splitlines())
+        for path, name in files
+        if name.startswith(CORE) and not name.endswith("_triton.py") and not name.startswith("model/interop")
+    )
+
+
+def violations(root: Path) -> list[str]:
+    """Every broken law of the project in `root`, one sentence each."""
+    source = root / PACKAGE
+    core, extras = requirements(root / "setup.py")
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text, filename=str(path))
+        found += import_violations(path, tree, source, core, extras)
+        found += documentation_violations(path, tree)
+        found += size_violations(path, text, tree)
+        if floor_of(module_name(path, source))[0] not in (*FLOORS, "__init__"):
+            found.append(f"{path.relative_to(root)} lies on no floor")
+    if (lines := core_lines(source)) > MAX_CORE_LINES:
+        found.append(f"the core has {lines} lines, above {MAX_CORE_LINES}")
+    return found
+
+
+def test_the_house_is_in_order(root):
+    assert core_lines(root / PACKAGE) > 0
+    assert violations(root) == []
+
+
+SETUP = 'DEPENDENCIES = ["torch>=2.6", "triton; platform_system == \'Linux\'"]\nEXTRAS = {"plot": ["matplotlib>=3"]}\n'
+LAWFUL = {
+    "__init__.py": "from palm_rlhf.model.palm import PaLM\n",
+    "ops/rotary.py": "import math\nimport torch\nfrom .masked import mean\n",
+    "ops/masked.py": "import importlib.util\n\ndef mean():\n    'Mean.'\n    importlib.util.find_spec('triton')\n",
+    "ops/attention_triton.py": "import triton\n\nclass A(autograd.Function):\n    'A.'\n    def forward(ctx): ...\n",
+    "model/palm.py": "from ..ops import rotary\n\nclass PaLM:\n    'A model.'\n    def _norm(self): ...\n",
+    "algorithms/kl.py": "from palm_rlhf.ops.masked import mean\n",
+    "training/plot.py": "def plot():\n    'Curves.'\n    import matplotlib.pyplot\n",
+    "serving/server.py": "from palm_rlhf import model\n\ndef _private(): ...\n",
+    "cli.py": "from palm_rlhf import PaLM\nfrom palm_rlhf.serving import server\n",
+}
+
+
+def project(folder: Path, files: dict[str, str]) -> Path:
+    (folder / "setup.py").write_text(SETUP)
+    for name, text in files.items():
+        path = folder / PACKAGE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_lawful_project_has_no_violation(tmp_path):
+    assert violations(project(tmp_path, LAWFUL)) == []
+
+
+LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("ops/rotary.py", "from palm_rlhf.model.palm import PaLM\n", "floor 0"),
+        ("ops/rotary.py", "from ..model import palm\n", "floor 0"),
+        ("ops/rotary.py", "from palm_rlhf import model\n", "floor 0"),
+        ("ops/rotary.py", "from palm_rlhf import PaLM\n", "floor 0"),
+        ("ops/rotary.py", "import palm_rlhf.model.palm\n", "floor 0"),
+        ("ops/rotary.py", "def f():\n    'Late.'\n    from palm_rlhf.model import palm\n", "floor 0"),
+        ("ops/rotary.py", "import importlib\nimportlib.import_module('palm_rlhf.model.palm')\n", "floor 0"),
+        ("model/interop/cohere.py", "from ...policy import reward\n", "floor 1"),
+        ("training/rlhf.py", "from palm_rlhf.data import text\n", "floor 4"),
+        ("serving/server.py", "from palm_rlhf.feedback import app\n", "own folder"),
+        ("algorithms/kl.py", "from palm_rlhf.model.palm import PaLM\n", "import ops only"),
+        ("ops/attention.py", "def f():\n    'Late.'\n    import triton.language as tl\n", "*_triton.py files only"),
+        ("ops/attention.py", "try:\n    from triton import jit\nfinally:\n    pass\n", "*_triton.py files only"),
+        ("ops/attention.py", "import importlib\nimportlib.import_module('triton')\n", "*_triton.py files only"),
+        ("training/plot.py", "import matplotlib.pyplot as plt\n", "inside the function"),
+        ("training/plot.py", "class Plot:\n    'A plot.'\n    from matplotlib import pyplot\n", "inside the function"),
+        ("training/plot.py", "def plot():\n    'Late.'\n    import wandb\n", "neither required nor in an extra"),
+        ("extra.py", "", "lies on no floor"),
+        ("ops/rotary.py", "def rotate():\n    return 1\n", "rotate has no docstring"),
+        ("ops/rotary.py", "class Rotary:\n    def __init__(self): ...\n", "Rotary has no docstring"),
+        ("ops/rotary.py", "class Rotary:\n    'A.'\n    def rotate(self): ...\n", "rotate has no docstring"),
+        ("model/palm.py", "class PaLM(nn.Module):\n    'A.'\n    def forward(self): ...\n", "forward has no docstring"),
+        ("ops/rotary.py", "\n" * (MAX_FILE_LINES + 1), "above 400"),
+        ("ops/rotary.py", LONG_FUNCTION, "above 80"),
+        ("training/rlhf.py", "\n" * (MAX_CORE_LINES + 1), "the core has"),
+    ],
+)
+def test_each_broken_law_is_reported(tmp_path, name, text, expected):
+    found = violations(project(tmp_path, {**LAWFUL, name: text}))
+    assert any(expected in violation for violation in found), found
+
+
+def test_kernels_and_interop_do_not_count_as_core(tmp_path):
+    many = "\n" * MAX_CORE_LINES
+    files = {"ops/gemm_triton.py": many, "model/interop/cohere.py": many, "training/language_model.py": many}
+    assert core_lines(project(tmp_path, files) / PACKAGE) == 0
+    assert core_lines(project(tmp_path, {"training/rlhf.py": many}) / PACKAGE) == MAX_CORE_LINES
