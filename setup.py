@@ -46,7 +46,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     author="palm-rlhf contributors",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
     keywords=["PaLM", "transformer", "language model", "RLHF", "reward model", "PPO", "PyTorch"],
     classifiers=[

@@ -5,12 +5,14 @@ import importlib.metadata
 import platform
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 from beartype import beartype
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+import palm_rlhf
 from palm_rlhf import PaLM, __version__
 from palm_rlhf.ops.attention import available_implementations
 
@@ -38,16 +40,24 @@ def devices() -> list[str]:
     return found
 
 
+def attention_implementations() -> list[str]:
+    """One line for each way to compute attention on each kind of device here: usable, or why not."""
+    return [
+        f"{name} on {device}: {'usable' if reason is None else f'refused, {reason}'}"
+        for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+        for name, reason in available_implementations(device).items()
+    ]
+
+
 def info() -> None:
-    """Print the versions and devices that count, and which attention implementations can run here or why not."""
-    implementations = available_implementations().items()
+    """Print the versions and devices in use, and which attention implementations can run here or why not."""
     rows = {
         "palm-rlhf": [__version__],
         "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         "torch": [torch.__version__],
         "triton": [triton_version()],
         "devices": devices(),
-        "attention": [f"{name}: {f'refused, {reason}' if reason else 'usable'}" for name, reason in implementations],
+        "attention": attention_implementations(),
     }
     for name, lines in rows.items():
         for label, line in zip((name, *[""] * len(lines)), lines):
@@ -56,13 +66,13 @@ def info() -> None:
 
 @beartype
 def generate(
-    checkpoint: Positional[Path],
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
     *,
     prompt: str,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
-    top_p: float | None = None,
-    seed: int | None = None,
+    top_p: float = 1.0,
+    seed: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> None:
     """Continue a text with a byte-level model, printing it as it is sampled.
 
@@ -71,21 +81,22 @@ def generate(
         prompt: The text to continue; it is not printed again.
         max_new_tokens: How many bytes to sample.
         temperature: Divides the logits before sampling; 0 always takes the likeliest byte.
-        top_p: Sample from the fewest bytes that hold this much of the probability; all of them by default.
+        top_p: Samples from the fewest bytes that hold this much of the probability; 1 takes all.
         seed: Makes the sample repeatable; another one each time by default.
     """
-    palm = PaLM.from_pretrained(str(checkpoint)).eval()
-    num_tokens = palm.config.num_tokens
-    if num_tokens > NUM_BYTES:
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint} is no folder: expected one that save_pretrained wrote")
+    palm = PaLM.from_pretrained(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    if palm.num_tokens > NUM_BYTES:
         raise ValueError(
-            f"{checkpoint} has {num_tokens} tokens, but this command writes each token as one byte, so it takes models "
-            f"of at most {NUM_BYTES}: use PaLM.from_pretrained with the tokenizer that the model was trained with"
+            f"{checkpoint} has {palm.num_tokens} tokens, but this command writes each token as one byte, so it takes "
+            f"at most {NUM_BYTES}: use PaLM.from_pretrained with the tokenizer that the model was trained with"
         )
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator(palm.device).manual_seed(seed)
     # A character can span several bytes: the decoder holds an unfinished one back until the rest has come.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     steps = palm.stream(
-        prompt=torch.tensor(list(prompt.encode("utf-8"))),
+        torch.tensor(list(prompt.encode("utf-8", errors="surrogateescape"))),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -99,8 +110,9 @@ def generate(
 @beartype
 def main(args: list[str] | None = None) -> None:
     """Run the subcommand that the arguments name; those of the process by default."""
+    subcommands = {"info": info, "generate": generate}
     try:
-        tyro.extras.subcommand_cli_from_dict({"info": info, "generate": generate}, prog="palm-rlhf", args=args)
+        tyro.extras.subcommand_cli_from_dict(subcommands, prog="palm-rlhf", description=palm_rlhf.__doc__, args=args)
     except (ValueError, OSError) as error:
         sys.exit(f"palm-rlhf: {error}")
     except KeyboardInterrupt:

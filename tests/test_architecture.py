@@ -107,17 +107,17 @@ def is_public(node: ast.AST) -> bool:
     return isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_")
 
 
-def is_autograd_function(node: ast.AST) -> bool:
-    """Its forward and backward are called by autograd; the function that applies it says what they do."""
-    bases = map(ast.unparse, node.bases) if isinstance(node, ast.ClassDef) else ()
-    return any(base.endswith("autograd.Function") for base in bases)
+def is_covered_by_its_class(method: ast.AST) -> bool:
+    """Properties read as attributes, and forward and backward as calls of their class: its docstring covers them."""
+    decorators = getattr(method, "decorator_list", [])
+    return method.name in ("forward", "backward") or any(ast.unparse(d).endswith("property") for d in decorators)
 
 
 def documentation_violations(path: Path, tree: ast.Module) -> Iterator[str]:
     """Public functions, classes and their methods of one file that have no docstring."""
     for node in filter(is_public, tree.body):
-        members = node.body if isinstance(node, ast.ClassDef) and not is_autograd_function(node) else []
-        for item in (node, *filter(is_public, members)):
+        members = filter(is_public, node.body if isinstance(node, ast.ClassDef) else [])
+        for item in (node, *(member for member in members if not is_covered_by_its_class(member))):
             if not ast.get_docstring(item):
                 yield f"{path.name}:{item.lineno} {item.name} has no docstring"
 
@@ -169,8 +169,9 @@ LAWFUL = {
     "__init__.py": "from palm_rlhf.model.palm import PaLM\n",
     "ops/rotary.py": "import math\nimport torch\nfrom .masked import mean\n",
     "ops/masked.py": "import importlib.util\n\ndef mean():\n    'Mean.'\n    importlib.util.find_spec('triton')\n",
-    "ops/attention_triton.py": "import triton\n\nclass A(autograd.Function):\n    'A.'\n    def forward(ctx): ...\n",
-    "model/palm.py": "from ..ops import rotary\n\nclass PaLM:\n    'A model.'\n    def _norm(self): ...\n",
+    "ops/attention_triton.py": "import triton\n",
+    "model/palm.py": "from ..ops import rotary\n\nclass PaLM:\n    'A model.'\n    def forward(self): ...\n",
+    "model/cache.py": "class KVCache:\n    'A cache.'\n    @property\n    def device(self): ...\n",
     "algorithms/kl.py": "from palm_rlhf.ops.masked import mean\n",
     "training/plot.py": "def plot():\n    'Curves.'\n    import matplotlib.pyplot\n",
     "serving/server.py": "from palm_rlhf import model\n\ndef _private(): ...\n",
@@ -218,7 +219,7 @@ LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * (MAX_FUNCTION_LIN
         ("ops/rotary.py", "def rotate():\n    return 1\n", "rotate has no docstring"),
         ("ops/rotary.py", "class Rotary:\n    def __init__(self): ...\n", "Rotary has no docstring"),
         ("ops/rotary.py", "class Rotary:\n    'A.'\n    def rotate(self): ...\n", "rotate has no docstring"),
-        ("model/palm.py", "class PaLM(nn.Module):\n    'A.'\n    def forward(self): ...\n", "forward has no docstring"),
+        ("ops/rotary.py", "class Rotary:\n    'A.'\n    @staticmethod\n    def turn(): ...\n", "turn has no docstring"),
         ("ops/rotary.py", "\n" * (MAX_FILE_LINES + 1), "above 400"),
         ("ops/rotary.py", LONG_FUNCTION, "above 80"),
         ("training/rlhf.py", "\n" * (MAX_CORE_LINES + 1), "the core has"),

@@ -121,17 +121,17 @@ def _transfer(archive: Archive, part: Path, timeout: float) -> bool:
             raise
         part.unlink()  # longer than the file on the server, so not a part of it
         return _transfer(archive, part, timeout)
-    with response, open(part, "ab") as file:
+    with response:
         # A server that does not know ranges answers 200 with the whole file.
         resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         start = int(resumed.group(1)) if resumed and response.status == http.client.PARTIAL_CONTENT else 0
         if start > have:
             raise DownloadError(f"the server sent bytes from {start:,} on, expected from {have:,} on")
-        file.seek(file.truncate(start))
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         bar = tqdm(desc=f"downloading {archive.name}", total=total, initial=start, unit="B", unit_scale=True)
-        with bar, room_for((total or 0) - start, part.parent):
+        with bar, room_for((total or start) - start, part.parent), open(part, "ab") as file:
+            file.seek(file.truncate(start))
             while chunk := response.read1(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))

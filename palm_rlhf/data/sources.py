@@ -16,14 +16,14 @@ CHUNK = 1 << 20
 Document = tuple[str, Iterable[bytes]]
 
 
-def find_files(spec: str) -> list[Path]:
+def find_files(spec: str, cache: Path) -> list[Path]:
     """The file, the files of the folder and of the folders in it, or those the glob matches, in sorted order.
 
-    Hidden files and folders (their names start with a dot) are left out unless named.
+    Hidden files and folders (their names start with a dot) are left out unless named, and so is a cache in the folder.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        files = sorted(_walk(path))
+        files = sorted(_walk(path, cache))
     elif path.exists():
         if not path.is_file():
             raise ValueError(f"{spec} is a pipe or device, expected a regular file: write its content to a file first")
@@ -39,9 +39,11 @@ def find_files(spec: str) -> list[Path]:
     return files
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, cache: Path) -> Iterator[Path]:
+    left_out = {cache.resolve(), *(cache.resolve() / name for name in ("text", "tokens"))}
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(root).resolve()
+        folders[:] = [name for name in folders if not name.startswith(".") and below / name not in left_out]
         files = (Path(root, name) for name in names if not name.startswith("."))
         yield from (file for file in files if file.is_file())
 

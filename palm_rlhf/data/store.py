@@ -195,7 +195,7 @@ def _encoded(
                     "train on bytes, without a tokenizer"
                 ) from error
             yield _checked(tokenizer, string), len(raw)
-        if eos_token is not None and start < last <= end:
+        if eos_token is not None and last <= end:
             yield np.array([eos_token]), 0
 
 
@@ -213,6 +213,7 @@ def _checked(tokenizer: Tokenizer, string: str) -> np.ndarray:
     return array
 
 
+CUT_WITHIN = 1 << 16
 # Where to cut text in two, best first: at a place where both sides keep the words that the whole has, as tokenizers
 # split text into words (a line break, or a space, alone between printing characters); else between two characters.
 _CUTS = tuple(re.compile(cut, re.DOTALL) for cut in (rb".*\S\n(?=\S)", rb".*\S(?= \S)", rb".+(?=[\x00-\x7f\xc0-\xff])"))
@@ -224,11 +225,12 @@ def pieces(source: BinaryIO, start: int, end: int, size: int) -> Iterator[tuple[
     held = b""
     while chunk := source.read(min(size, end - start - len(held))):
         held += chunk
-        found = next(filter(None, (cut.match(held) for cut in _CUTS)), None)
-        if found and end - start > len(held):
-            yield start, held[: found.end()]
-            start += found.end()
-            held = held[found.end() :]
+        found = next(filter(None, (cut.match(held, max(0, len(held) - CUT_WITHIN)) for cut in _CUTS)), None)
+        if end - start > len(held):
+            cut = found.end() if found else len(held)
+            yield start, held[:cut]
+            start += cut
+            held = held[cut:]
     if held:
         yield start, held
 

@@ -197,7 +197,7 @@ def _open_python_docs(cache: Path) -> _Part:
 
 
 def _open_files(spec: str, text_key: str, cache: Path) -> _Part:
-    files = find_files(spec)
+    files = find_files(spec, cache)
     if len(files) == 1 and is_plain(files[0]):
         text = text_of_file(files[0])
     else:

@@ -2,11 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..ops.attention import attention
-from ..ops.linear import split_linear
+from ..ops.linear import split_linear, sum_linear
 from ..ops.rotary import rotary_split, rotary_tables, xpos_scales
 from ..ops.swiglu import swiglu
 from .cache import KVCache
@@ -77,8 +76,8 @@ class ParallelBlock(nn.Module):
             document_ids=document_ids,
             implementation="auto" if self.config.flash_attn else "eager",
         )
-        attended = rearrange(attended, "b h n d -> b n (h d)")
-        out = self.attn_out(attended) + self.ff_out(swiglu(gate, value))
+        attended = attended.transpose(1, 2).flatten(2)  # b n (h d)
+        out = sum_linear(attended, self.attn_out.weight, swiglu(gate, value), self.ff_out.weight)
         if lora is not None:
             out = out + lora.out(attended)
         return x + self.dropout(out)
@@ -86,7 +85,7 @@ class ParallelBlock(nn.Module):
     def _heads(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised and rotated queries and keys, and values: `b n (q k v) -> b h n d`, `b hk n d`, `b hk n d`."""
         heads, kv_heads = self.config.heads, self.config.kv_heads
-        qkv = rearrange(qkv, "b n (h d) -> b n h d", d=self.config.dim_head)
+        qkv = qkv.unflatten(-1, (-1, self.config.dim_head))  # b n (q k v) d
         if self.config.qk_norm:
             q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
             qkv = torch.cat((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=-2)
@@ -95,7 +94,7 @@ class ParallelBlock(nn.Module):
 
 
 def position_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `rotary_split`, xPos scales included: `b n -> b n 1 d/2`, or a row for each head with xPos."""
+    """Cosines and sines for `rotary_split`, xPos scales included: `b n -> b n 1 d`, or a row for each head with xPos."""
     cos, sin = (t.unsqueeze(-2) for t in rotary_tables(positions, config.dim_head, theta=config.rotary_theta, dtype=dtype))
     if not config.xpos:
         return cos, sin

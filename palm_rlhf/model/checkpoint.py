@@ -1,0 +1,231 @@
+"""How a PaLM is stored: folders of safetensors, state dicts of others; checked before anything is changed."""
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from torch import Tensor, nn
+
+from .config import PaLMConfig
+from .interop import cohere, palm_rlhf_pytorch
+from .interop.folder import CONFIG, WeightsFolder, check_shapes, local_folder, parse_size, write_folder
+
+# Tensors by name, each in parts that lie row under row; not copied until they are asked for.
+Parts = Iterator[tuple[str, Iterable[Tensor]]]
+# Fields of the config that are not the model's mathematics: they may differ between a model and what it loads.
+FREE_TO_CHANGE = {"dropout", "flash_attn", "gradient_checkpointing", "max_seq_len", "z_loss"}
+STATE_DICT = "what torch.save(model.state_dict(), path) writes"
+
+
+def save_pretrained(palm: nn.Module, path: Path, *, format: str, max_shard_size: int | str) -> None:
+    """Write a PaLM and its LoRA scopes to a folder, or to one of Hugging Face's Cohere."""
+    if format not in ("palm", "cohere"):
+        raise ValueError(f'format is {format!r}; expected "palm" or "cohere"')
+    if format == "cohere":
+        config = cohere.to_cohere_config(palm.config, scopes=list(palm.finetune_modules), dtype=palm.dtype)
+        tensors = cohere.to_cohere_tensors(palm.config, palm.state_dict())
+    else:
+        config = {"model_type": "palm", **dataclasses.asdict(palm.config), "finetune_scopes": scope_options(palm)}
+        tensors = palm.state_dict()
+    write_folder(path, config, tensors, parse_size(max_shard_size))
+
+
+def from_pretrained(
+    cls: type,
+    source: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    revision: str | None,
+) -> nn.Module:
+    """Open a folder, or a hub id, as a new model, in the file's dtype unless another is asked for."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
+    folder = WeightsFolder(local_folder(source, revision))
+    skeleton, parts = open_folder(cls, folder)
+    palm = filled(skeleton, parts, dtype, device)
+    folder.require_unchanged()
+    return palm
+
+
+def from_palm_rlhf_pytorch(cls: type, source: str | os.PathLike | Mapping[str, Any], *, causal: bool) -> nn.Module:
+    """Read a checkpoint of palm-rlhf-pytorch 0.8.0 as a new model."""
+    if isinstance(source, Mapping):
+        state, where = tensors_only(source, "the state dict"), "the state dict"
+    else:
+        state, where = read_state_dict(Path(source)), str(source)
+    return filled(*open_palm_rlhf_pytorch(cls, state, causal, where), dtype=None, device=None)
+
+
+def load_into(palm: nn.Module, path: Path) -> None:
+    """Load a folder, a `.pt` state dict of ours, or palm-rlhf-pytorch's; the model keeps its dtype and device.
+
+    A folder's LoRA scopes that the model lacks are added.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is damaged, or of another model; nothing is changed then.
+    """
+    folder = None
+    if path.is_dir():
+        folder = WeightsFolder(path)
+        skeleton, parts = open_folder(type(palm), folder)
+    else:
+        state = read_state_dict(path)
+        if palm_rlhf_pytorch.is_from_there(state):
+            skeleton, parts = open_palm_rlhf_pytorch(type(palm), state, palm.config.causal, str(path))
+        else:
+            skeleton, parts = open_state_dict(palm, state, path)
+    require_same_mathematics(palm.config, skeleton.config, path)
+    require_same_scopes(palm, skeleton, path)
+    for scope, options in scope_options(skeleton).items():
+        if scope not in palm.finetune_modules:
+            palm.add_finetune_params(scope, **options)
+    parameters = dict(palm.named_parameters())
+    for name, rows in parts:
+        copy_rows(parameters[name], rows)
+    if folder is not None:
+        folder.require_unchanged()
+
+
+def open_folder(cls: type, folder: WeightsFolder) -> tuple[nn.Module, Parts]:
+    """A folder's model on the meta device, and its tensors, checked against that."""
+    config, where = dict(folder.config), folder.path / CONFIG
+    model_type = config.pop("model_type", None)
+    if model_type == "cohere":
+        skeleton = skeleton_of(cls, cohere.from_cohere_config(config, where), {}, where)
+        return skeleton, cohere.from_cohere_tensors(skeleton.config, folder)
+    if model_type != "palm":
+        raise ValueError(
+            f'{where} has the model_type {model_type!r}; expected "palm", which save_pretrained writes, '
+            'or "cohere" (Command R, Aya 23)'
+        )
+    scopes = config.pop("finetune_scopes", {})
+    skeleton = skeleton_of(cls, config, scopes, where)
+    check_shapes(folder.shapes, shapes_of(skeleton.state_dict()), folder.path)
+    return skeleton, ((name, [folder[name]]) for name in folder.shapes)
+
+
+def open_palm_rlhf_pytorch(cls: type, state: Mapping[str, Any], causal: bool, where: str) -> tuple[nn.Module, Parts]:
+    """A foreign state dict's model on the meta device, and its tensors."""
+    config = palm_rlhf_pytorch.config_of(state, causal=causal, where=where)
+    skeleton = skeleton_of(cls, config, palm_rlhf_pytorch.scopes_of(state), where)
+    return skeleton, palm_rlhf_pytorch.tensors_of(state, skeleton.config, where)
+
+
+def open_state_dict(palm: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, Parts]:
+    """The tensors of `torch.save(palm.state_dict())`, checked against the model itself."""
+    scopes = {name.split(".")[1] for name in state if name.startswith("finetune_modules.")}
+    if missing := sorted(scopes - set(palm.finetune_modules)):
+        raise ValueError(
+            f"{path} has the finetune scopes {missing}, which the model lacks, and not their alpha; call "
+            f"palm.add_finetune_params({missing[0]!r}, r=..., alpha=...) first, or load a save_pretrained folder"
+        )
+    check_shapes(shapes_of(state), shapes_of(palm.state_dict()), path)
+    return palm, ((name, [tensor]) for name, tensor in state.items())
+
+
+def skeleton_of(cls: type, config: Mapping[str, Any], scopes: Mapping[str, Any], where: Path | str) -> nn.Module:
+    """A model on the meta device, with its LoRA scopes; ValueError where the numbers do not make one."""
+    try:
+        with torch.device("meta"):
+            palm = cls.from_config(PaLMConfig.from_dict(dict(config)))
+            for scope, options in scopes.items():
+                palm.add_finetune_params(scope, **options)
+    except (TypeError, ValueError, AttributeError, RuntimeError, BeartypeCallHintViolation) as error:
+        raise ValueError(f"{where} does not describe a PaLM: {error}") from error
+    return palm
+
+
+def filled(
+    skeleton: nn.Module, parts: Parts, dtype: torch.dtype | None, device: str | torch.device | None
+) -> nn.Module:
+    """Turn a model on the meta device into a real one, reading one tensor at a time."""
+    shapes, state = shapes_of(skeleton.state_dict()), {}
+    for name, rows in parts:
+        rows = iter(rows)
+        first = next(rows)
+        state[name] = torch.empty(shapes[name], dtype=dtype or first.dtype, device=device)
+        copy_rows(state[name], chain([first], rows))
+    skeleton.load_state_dict(state, assign=True)
+    return skeleton
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, parts: Iterable[Tensor]) -> None:
+    """Fill a tensor with parts that lie row under row."""
+    start = 0
+    for part in parts:
+        target[start : start + len(part)] = part
+        start += len(part)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def scope_options(palm: nn.Module) -> dict[str, dict[str, Any]]:
+    """For each LoRA scope, what `add_finetune_params` needs to add it again."""
+    train_base = all(parameter.requires_grad for parameter in palm.palm_parameters())
+    first = {scope: adapters[0].q for scope, adapters in palm.finetune_modules.items()}
+    return {scope: {"r": lora.r, "alpha": lora.alpha, "train_base": train_base} for scope, lora in first.items()}
+
+
+def require_same_mathematics(ours: PaLMConfig, theirs: PaLMConfig, path: Path) -> None:
+    """ValueError where two configs, for the same tensors, would compute different numbers."""
+    computed = {"ff_mult": "inner_dim", "ff_inner_dim": "inner_dim", "logit_scale": "output_scale"}
+    names = {computed.get(field.name, field.name) for field in dataclasses.fields(PaLMConfig)} - FREE_TO_CHANGE
+    different = [
+        f"{name}={getattr(theirs, name)} there and {getattr(ours, name)} here"
+        for name in sorted(names)
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if different:
+        raise ValueError(
+            f"{path} is of another model: {', '.join(different)}; build the model with its numbers, or open it with "
+            "PaLM.from_pretrained or PaLM.from_palm_rlhf_pytorch"
+        )
+
+
+def require_same_scopes(palm: nn.Module, skeleton: nn.Module, path: Path) -> None:
+    """ValueError where a LoRA scope of the model is not in the file, or is another one there."""
+    there = scope_options(skeleton)
+    for scope, here in scope_options(palm).items():
+        found = {name: value for name, value in there.get(scope, {}).items() if name != "train_base"}
+        here.pop("train_base")
+        if found != here:
+            raise ValueError(
+                f"the model has the finetune scope {scope!r} with {here}, {path} has {found or 'none of that name'}; "
+                f"call palm.remove_finetune_params({scope!r}) first: loading adds the scopes that are there"
+            )
+
+
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """The tensors in a file of `torch.save`; a pickle of anything else is refused, and never executed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected a folder of save_pretrained, or {STATE_DICT}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or foreign file fails in as many ways as there are bytes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{path} cannot be read as tensors alone, and nothing else is run ({reason}); expected {STATE_DICT}"
+        ) from error
+    return tensors_only(state, path)
+
+
+def tensors_only(state: Any, where: Path | str) -> Mapping[str, Tensor]:
+    """The state dict itself; ValueError for anything but floating-point tensors by name."""
+    values = state.values() if isinstance(state, Mapping) else [None]
+    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        raise ValueError(f"{where} holds something else than floating-point tensors by name; expected {STATE_DICT}")
+    return state

@@ -32,6 +32,11 @@ class PaLMConfig:
         for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "kv_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("norm_eps", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if self.rotary_theta <= 0:
+            raise ValueError(f"rotary_theta is {self.rotary_theta}; expected above 0, such as 10000")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}; expected a multiple, "

@@ -9,14 +9,20 @@ class LoRALinear(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, r: int, alpha: float):
         super().__init__()
-        self.scale = alpha / r
+        self.r, self.alpha = r, alpha
         self.A = nn.Parameter(torch.randn(dim_in, r) * dim_in**-0.5)
         self.B = nn.Parameter(torch.zeros(r, dim_out))
 
     @property
+    def scale(self) -> float:
+        """The factor of the product of the two matrices."""
+        return self.alpha / self.r
+
+    @property
     def delta(self) -> Tensor:
-        """What merging adds to a weight stored as `o i`."""
-        return (self.A @ self.B).mT * self.scale
+        """What merging adds to a weight stored as `o i`, in at least float32, so that it is rounded once."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return (self.A.to(dtype) @ self.B.to(dtype)).mT * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.A) @ self.B * self.scale
@@ -40,5 +46,5 @@ class BlockLoRA(nn.Module):
     def merge_into(self, in_proj: Tensor, attn_out: Tensor) -> None:
         """Add the adapters to a block's weights, `(q k v ff) e` and `e q`, in place."""
         delta = torch.cat((self.q.delta, self.k.delta, self.v.delta))
-        in_proj[: len(delta)] += delta.to(in_proj.dtype)
-        attn_out += self.out.delta.to(attn_out.dtype)
+        in_proj[: len(delta)] += delta
+        attn_out += self.out.delta

@@ -152,11 +152,15 @@ class PaLM(nn.Module):
             `b n v` float logits, a scalar loss, or embeddings as asked.
         """
         if return_loss:
+            if tokens.shape[1] < 2:
+                raise ValueError(f"got {tokens.shape[1]} tokens a row; a loss needs at least 2, one to read, one to predict")
             targets_mask = target_mask(loss_mask=loss_mask, key_mask=key_mask, document_ids=document_ids)
             tokens, targets = next_token_pairs(tokens)
-            key_mask, positions, document_ids, extra_embed = (
-                t if t is None or t.shape[1] == 1 else t[:, :-1] for t in (key_mask, positions, document_ids, extra_embed)
+            key_mask, positions, document_ids = (
+                t if t is None else t[:, :-1] for t in (key_mask, positions, document_ids)
             )
+            if extra_embed is not None and extra_embed.ndim > 1 and extra_embed.shape[-2] > 1:
+                extra_embed = extra_embed[..., :-1, :]
         embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, finetune_scope, disable_lora)
         if return_only_embedding:
             return embeds
@@ -239,7 +243,11 @@ class PaLM(nn.Module):
         `alpha` scales what it adds by alpha / r; None is r. Returns one module of adapters a block.
         """
         if scope in self.finetune_modules:
-            raise ValueError(f"finetune scope {scope!r} is there already; remove or merge it first, or choose another name")
+            raise ValueError(f"finetune scope {scope!r} is there already; remove or merge it, or choose another name")
+        if not scope or "." in scope or hasattr(self.finetune_modules, scope):
+            raise ValueError(f"finetune scope {scope!r} cannot name a module; expected a name without dots, like 'default'")
+        if r < 1:
+            raise ValueError(f"the rank r is {r}; expected at least 1")
         c = self.config
         adapters = nn.ModuleList(
             BlockLoRA(c.dim, c.heads * c.dim_head, c.kv_heads * c.dim_head, r, r if alpha is None else alpha)
@@ -264,7 +272,7 @@ class PaLM(nn.Module):
     def merge_finetune_params(self, scope: str = "default") -> None:
         """Add a LoRA scope into the base weights, and take it away."""
         for layer, adapters in zip(self.layers, self.remove_finetune_params(scope), strict=True):
-            adapters.merge_into(layer.in_proj.weight.data, layer.attn_out.weight.data)
+            adapters.merge_into(layer.in_proj.weight, layer.attn_out.weight)
 
     def palm_parameters(self) -> list[nn.Parameter]:
         """The parameters of the base."""
@@ -277,8 +285,15 @@ class PaLM(nn.Module):
         return list(self._scope(scope).parameters())
 
     @beartype
-    def save_pretrained(self, directory: str | os.PathLike, *, format: str = "palm", max_shard_size: int | str = "5GB") -> None:
-        """Write config.json and safetensors, atomically; `format="cohere"` is what Hugging Face transformers opens."""
+    def save_pretrained(
+        self, directory: str | os.PathLike, *, format: str = "palm", max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write the model and its LoRA scopes as config.json and safetensors, atomically.
+
+        `format="cohere"` is what Hugging Face transformers opens, without the numbers of training, such as the z-loss;
+        xPos, bidirectional models and unmerged scopes are refused. Weights above `max_shard_size`, in bytes or as "5GB",
+        go to several files. Raises OSError on a full disk; what was in the folder is intact then.
+        """
         storage.save_pretrained(self, Path(directory), format=format, max_shard_size=max_shard_size)
 
     @classmethod
@@ -291,18 +306,29 @@ class PaLM(nn.Module):
         device: str | torch.device | None = None,
         revision: str | None = None,
     ) -> "PaLM":
-        """Open a `save_pretrained` folder, a Hugging Face `cohere` folder, or a hub id of one."""
+        """Open a `save_pretrained` folder, a Hugging Face `cohere` folder, or the hub id of one.
+
+        `dtype` None is that of the file; `revision` is a branch, tag or commit on the hub. Raises FileNotFoundError for
+        what is not there, and ValueError for a file that is damaged or holds what a PaLM cannot compute.
+        """
         return storage.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision)
 
     @classmethod
     @beartype
     def from_palm_rlhf_pytorch(cls, source: str | os.PathLike | dict, *, causal: bool = True) -> "PaLM":
-        """Read a checkpoint, or its state dict, of the PyPI package palm-rlhf-pytorch."""
+        """Read a `.pt` of the PyPI package palm-rlhf-pytorch 0.8.0, or a state dict of its PaLM.
+
+        Causal models have xPos there, with a scale base of 512. Its loss leaves token 0 out by default; ours does not.
+        """
         return storage.from_palm_rlhf_pytorch(cls, source, causal=causal)
 
     @beartype
     def load(self, path: str | os.PathLike) -> "PaLM":
-        """Load weights of this model's shape from a folder, a `.pt` state dict of ours, or palm-rlhf-pytorch's."""
+        """Load a folder, a `.pt` state dict of ours, or palm-rlhf-pytorch's, in place; dtype and device stay.
+
+        LoRA scopes that the model lacks are added. A pickle is never executed. Raises FileNotFoundError, or ValueError
+        for a file that is damaged or of another model, which leaves this one as it was.
+        """
         storage.load_into(self, Path(path))
         return self
 

@@ -1,11 +1,11 @@
 """Attention behind one function: it checks the shapes, chooses an implementation, and says why one is refused."""
 
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
-from einops import rearrange
 from torch import Tensor
 
 from .attention_chunked import attention_chunked
@@ -42,11 +42,12 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         _check(q, k, v, causal, key_mask, document_ids)
+        reason = None if implementation == "auto" else available_implementations(q.device.type)[implementation]
+        if reason is not None:
+            raise ValueError(f'implementation="{implementation}" cannot run here: {reason}; use "auto" or another')
     masks = {"causal": causal, "key_mask": key_mask, "document_ids": document_ids}
     if implementation == "auto":
         implementation = choose(q, k, v, **masks)
-    elif (reason := available_implementations(q.device.type)[implementation]) is not None:
-        raise ValueError(f'implementation="{implementation}" cannot run here: {reason}; use "auto" or another')
     if implementation == "triton":
         from .attention_triton import attention_triton
 
@@ -61,6 +62,7 @@ def available_implementations(device_type: str = "cpu") -> dict[str, str | None]
     return {"eager": None, "fused": None, "chunked": None, "triton": _triton_refusal(device_type)}
 
 
+@cache
 def _triton_refusal(device_type: str) -> str | None:
     try:
         from . import attention_triton  # noqa: F401
@@ -69,7 +71,6 @@ def _triton_refusal(device_type: str) -> str | None:
     return None
 
 
-@beartype
 def choose(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None = None, document_ids: Tensor | None = None
 ) -> str:
@@ -108,20 +109,17 @@ def attention_fused(
     if not plain:
         visible = visibility(
             num_queries, num_keys, causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
-        )
+        ).unsqueeze(1)  # b 1 i j
     if num_queries == 1:
-        rows = rearrange(q, "b (k g) 1 d -> b k g d", k=kv_heads)
-        mask = None if visible is None else rearrange(visible, "b 1 j -> b 1 1 j")
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-        out = rearrange(out, "b k g d -> b (k g) 1 d")
+        rows = q.reshape(len(q), kv_heads, -1, q.shape[-1])  # b hk g d
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).reshape(q.shape)
     else:
-        mask = None if visible is None else rearrange(visible, "b i j -> b 1 i j")
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=plain and causal, enable_gqa=kv_heads != q.shape[1]
+            q, k, v, attn_mask=visible, is_causal=plain and causal, enable_gqa=kv_heads != q.shape[1]
         )
     if visible is None:
         return out
-    return out.masked_fill(~rearrange(visible.any(dim=-1), "b i -> b 1 i 1"), 0.0)
+    return out.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, document_ids: Tensor | None) -> None:
@@ -136,8 +134,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | Non
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads over {kv_heads} key heads; expected a multiple, so that groups share a key")
-    if causal and num_queries > num_keys:
-        raise ValueError(f"{num_queries} causal queries over {num_keys} keys; expected at least as many keys as queries")
+    if (causal or document_ids is not None) and num_queries > num_keys:
+        raise ValueError(
+            f"{num_queries} queries over {num_keys} keys; expected at least as many keys as queries, "
+            "since the last query stands at the last key"
+        )
     for name, mask in (("key_mask", key_mask), ("document_ids", document_ids)):
         if mask is not None and mask.shape != (batch, num_keys):
             raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected `b j` = {(batch, num_keys)}")

@@ -1,90 +1,84 @@
 """Attention in chunks of queries: matrix products alone, forward and backward, in memory linear in the length.
 
 On a CPU the backward of PyTorch's fused attention runs far below the speed of the matrix units. Here the heads that
-share a key are stacked into the rows of one product, and each chunk of queries meets all the keys it may see at once,
-so that no online softmax is needed: the chunk's scores are held, used and dropped. Masks are built a chunk at a time.
+share a key are packed into the rows of one product (row = query * group + head), and each chunk of queries meets all
+the keys it may see at once, so that no online softmax is needed: a chunk's scores are held, used and dropped. Masks
+are made a chunk at a time.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
-from .attention_reference import visibility
+from .attention_reference import full_precision, visibility
 
-# Elements of one chunk's scores: small enough to stay in a CPU's cache, large enough for efficient products.
-CHUNK_ELEMENTS = 1 << 20
+# Scores of one chunk: few enough to stay in a CPU's cache, many enough for efficient products.
+CHUNK_ELEMENTS = 1 << 21
 
 
-class _Chunks:
-    """The chunks of one attention: which queries, which keys they meet, which of those they see."""
+class _Plan:
+    """How one attention is cut into chunks, and what each chunk's queries may not see."""
 
     def __init__(self, q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None, document_ids: Tensor | None):
-        batch, heads, self.num_queries, _ = q.shape
+        self.batch, heads, self.num_queries, _ = q.shape
         self.kv_heads, self.num_keys = k.shape[1:3]
-        self.batch, self.group, self.device = batch, heads // self.kv_heads, q.device
-        self.causal, self.key_mask, self.document_ids = causal, key_mask, document_ids
-        rows = CHUNK_ELEMENTS // max(1, batch * heads * self.num_keys)
-        self.size = min(self.num_queries, max(16, min(256, rows // 16 * 16)))
+        self.group = heads // self.kv_heads
+        self.masks = {"causal": causal, "key_mask": key_mask, "document_ids": document_ids}
+        queries = CHUNK_ELEMENTS // (self.batch * heads * self.num_keys)
+        self.size = min(self.num_queries, max(16, min(256, queries // 16 * 16)))
 
-    def __iter__(self):
-        """Yield the slice of the queries and the number of keys that they meet."""
+    def pack(self, x: Tensor) -> Tensor:
+        """`b (hk g) i d -> (b hk) (i g) d`"""
+        return rearrange(x, "b (k g) i d -> (b k) (i g) d", k=self.kv_heads)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`(b hk) (i g) d -> b (hk g) i d`"""
+        return rearrange(x, "(b k) (i g) d -> b (k g) i d", b=self.batch, g=self.group)
+
+    def chunks(self) -> Iterator[tuple[slice, slice, int]]:
+        """Yield each chunk's queries, its rows, and how many keys it meets."""
         for start in range(0, self.num_queries, self.size):
             stop = min(start + self.size, self.num_queries)
-            yield slice(start, stop), stop + self.num_keys - self.num_queries if self.causal else self.num_keys
+            num_keys = stop + self.num_keys - self.num_queries if self.masks["causal"] else self.num_keys
+            yield slice(start, stop), slice(start * self.group, stop * self.group), num_keys
 
-    def rows(self, x: Tensor, chunk: slice) -> Tensor:
-        """Stack a chunk's heads that share a key: `b (hk g) i d -> (b hk) (g i) d`."""
-        return rearrange(x[:, :, chunk], "b (k g) i d -> (b k) (g i) d", k=self.kv_heads)
+    def hide_(self, scores: Tensor, queries: slice, value: float) -> Tensor:
+        """Overwrite what a chunk's queries may not see: `(b hk) (i g) j`."""
+        view = scores.unflatten(1, (-1, self.group)).unflatten(0, (self.batch, -1))  # b k i g j
+        if self.masks["key_mask"] is None and self.masks["document_ids"] is None:
+            if self.masks["causal"]:  # only a chunk's own keys can lie in its future
+                size = queries.stop - queries.start
+                future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
+                view[..., -size:].masked_fill_(repeat(future, "i j -> i g j", g=self.group), value)
+            return scores
+        visible = visibility(self.num_queries, self.num_keys, **self.masks, queries=queries, device=scores.device)
+        view.masked_fill_(~rearrange(visible[..., : scores.shape[-1]], "b i j -> b 1 i 1 j"), value)
+        return scores
 
-    def unrows(self, x: Tensor) -> Tensor:
-        return rearrange(x, "(b k) (g i) d -> b (k g) i d", b=self.batch, g=self.group)
-
-    def buffer(self, dtype: torch.dtype) -> Tensor:
+    def buffer(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for the scores of one chunk, used again by the next: fresh memory costs more than the arithmetic."""
-        num_rows = self.batch * self.kv_heads * self.group * self.size
-        return torch.empty(num_rows * self.num_keys, dtype=dtype, device=self.device)
-
-    def hide_(self, x: Tensor, chunk: slice, num_keys: int, value: float) -> Tensor:
-        """Overwrite the entries of `(b hk) (g i) j` that the chunk's queries may not see."""
-        x = rearrange(x, "(b k) (g i) j -> b k g i j", b=self.batch, g=self.group)
-        if self.key_mask is None and self.document_ids is None:
-            if self.causal:  # only the last keys of a chunk lie above the diagonal
-                size = chunk.stop - chunk.start
-                future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu_(1)
-                x[..., num_keys - size :].masked_fill_(future, value)
-            return rearrange(x, "b k g i j -> (b k) (g i) j")
-        visible = visibility(
-            self.num_queries,
-            self.num_keys,
-            causal=self.causal,
-            key_mask=self.key_mask,
-            document_ids=self.document_ids,
-            queries=chunk,
-            device=x.device,
-        )
-        x.masked_fill_(rearrange(~visible[..., :num_keys], "b i j -> b 1 1 i j"), value)
-        return rearrange(x, "b k g i j -> (b k) (g i) j")
+        return torch.empty(self.batch * self.kv_heads * self.group * self.size * self.num_keys, dtype=dtype, device=device)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, chunks: _Chunks) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of each row's sum of exponentials, `b h i d` and `b h i`.
 
     The scores are float32 products: in bfloat16 they would be rounded before the softmax sees them.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=compute, device=q.device)
-    keys, values = (rearrange(t, "b k j d -> (b k) j d") for t in (k.to(compute), v))
-    for chunk, num_keys in chunks:
-        rows = chunks.rows(q, chunk).to(compute) * q.shape[-1] ** -0.5
-        scores = chunks.hide_(rows @ keys[:, :num_keys].mT, chunk, num_keys, -torch.inf)
-        row_lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-        weights = scores.sub_(row_lse.clamp(min=torch.finfo(compute).min)).exp_()
-        out[:, :, chunk] = chunks.unrows(weights.to(v.dtype) @ values[:, :num_keys])
-        lse[:, :, chunk] = chunks.unrows(row_lse).squeeze(-1)
-    return out, lse
+    rows = plan.pack(q).to(compute) * q.shape[-1] ** -0.5
+    keys, values = k.flatten(0, 1).to(compute), v.flatten(0, 1)
+    out = torch.empty(rows.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(*rows.shape[:2], 1, dtype=compute, device=q.device)
+    for queries, r, num_keys in plan.chunks():
+        scores = plan.hide_(rows[:, r] @ keys[:, :num_keys].mT, queries, -torch.inf)
+        lse[:, r] = torch.logsumexp(scores, dim=-1, keepdim=True)
+        weights = scores.sub_(lse[:, r].clamp(min=torch.finfo(compute).min)).exp_()
+        out[:, r] = weights.to(v.dtype) @ values[:, :num_keys]
+    return plan.unpack(out), plan.unpack(lse).squeeze(-1)
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -96,7 +90,8 @@ class ChunkedAttention(torch.autograd.Function):
         if key_mask is None and document_ids is None and (square or not causal) and q.device.type == "cpu":
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         else:
-            out, lse = _forward(q, k, v, _Chunks(q, k, causal, key_mask, document_ids))
+            with full_precision(q.device.type):
+                out, lse = _forward(q, k, v, _Plan(q, k, causal, key_mask, document_ids))
         ctx.save_for_backward(q, k, v, out, lse, key_mask, document_ids)
         ctx.causal = causal
         return out
@@ -104,32 +99,42 @@ class ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, lse, key_mask, document_ids = ctx.saved_tensors
-        chunks = _Chunks(q, k, ctx.causal, key_mask, document_ids)
+        plan = _Plan(q, k, ctx.causal, key_mask, document_ids)
         compute, scale = lse.dtype, q.shape[-1] ** -0.5
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing: exp(s - inf) = 0
-        keys, values = (rearrange(t, "b k j d -> (b k) j d") for t in (k, v))
-        d_q = torch.empty_like(q)
-        d_keys, d_values = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (keys, values))
-        buffers = [chunks.buffer(dtype) for dtype in (q.dtype, compute, compute)]
-        for chunk, num_keys in chunks:
-            rows, d_rows, out_rows = (chunks.rows(t, chunk) for t in (q, d_out, out))
-            shape = (*rows.shape[:2], num_keys)
-            product, weights, d_scores = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-            row_lse = chunks.rows(lse.unsqueeze(-1), chunk)
-            delta = (d_rows.to(compute) * out_rows).sum(dim=-1, keepdim=True)
+        lse = lse.masked_fill(lse == -torch.inf, 1e4)  # a row that sees nothing: exp(s - 1e4) = 0
+        rows, d_rows = plan.pack(q), plan.pack(d_out)
+        keys, values = k.flatten(0, 1), v.flatten(0, 1)
+        delta = (d_rows.to(compute) * plan.pack(out)).sum(dim=-1, keepdim=True)
+        # the products subtract each row's lse and delta themselves, in float32 and before any rounding
+        rows_lse, ones_keys = _with_offset(rows * scale, plan.pack(lse.unsqueeze(-1))), _with_ones(keys)
+        d_rows_delta, ones_values = _with_offset(d_rows, delta), _with_ones(values)
+        d_q = torch.empty_like(rows)
+        d_keys, d_values = (t.new_zeros(t.shape, dtype=compute) for t in (keys, values))
+        weights_buffer, d_scores_buffer = (plan.buffer(q.dtype, q.device) for _ in range(2))
+        for queries, r, num_keys in plan.chunks():
+            shape = (len(rows), r.stop - r.start, num_keys)
+            weights, d_scores = (buffer[: math.prod(shape)].view(shape) for buffer in (weights_buffer, d_scores_buffer))
+            torch.bmm(rows_lse[:, r], ones_keys[:, :num_keys].mT, out=weights).exp_()
+            plan.hide_(weights, queries, 0.0)
+            torch.bmm(d_rows_delta[:, r], ones_values[:, :num_keys].mT, out=d_scores).mul_(weights)
 
-            weights.copy_(torch.bmm(rows, keys[:, :num_keys].mT, out=product))
-            torch.add(-row_lse, weights, alpha=scale, out=weights).exp_()
-            chunks.hide_(weights, chunk, num_keys, 0.0)
-            d_scores.copy_(torch.bmm(d_rows, values[:, :num_keys].mT, out=product))
-            d_scores.sub_(delta).mul_(weights)
+            d_values[:, :num_keys] += weights.mT @ d_rows[:, r]
+            d_keys[:, :num_keys] += d_scores.mT @ rows[:, r]
+            d_q[:, r] = d_scores @ keys[:, :num_keys]
+        d_k, d_v = (t.to(k.dtype).view_as(k) for t in (d_keys.mul_(scale), d_values))
+        return plan.unpack(d_q.mul_(scale)), d_k, d_v, None, None, None
 
-            d_values[:, :num_keys] += product.copy_(weights).mT @ d_rows
-            product.copy_(d_scores)
-            d_q[:, :, chunk] = chunks.unrows(product @ keys[:, :num_keys]).mul_(scale)
-            d_keys[:, :num_keys] += (product.mT @ rows).mul_(scale)
-        d_k, d_v = (rearrange(t, "(b k) j d -> b k j d", b=chunks.batch).to(k.dtype) for t in (d_keys, d_values))
-        return d_q, d_k, d_v, None, None, None
+
+def _with_offset(x: Tensor, offset: Tensor) -> Tensor:
+    """Append minus an offset in two columns, whose sum keeps what one of x's precision would lose: `b n d+2`."""
+    high = offset.to(x.dtype)
+    low = (offset - high.to(offset.dtype)).to(x.dtype)
+    return torch.cat((x, -high, -low), dim=-1)
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    """Append what the two columns of `_with_offset` are multiplied with: `b n d -> b n d+2`."""
+    return torch.cat((x, x.new_ones(*x.shape[:-1], 2)), dim=-1)
 
 
 def attention_chunked(
@@ -145,4 +150,6 @@ def attention_chunked(
 
     q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j` -> `b (hk g) i d`
     """
+    # PyTorch's kernel takes the last axis to be dense, and reads something else where it is not.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return ChunkedAttention.apply(q, k, v, causal, key_mask, document_ids)

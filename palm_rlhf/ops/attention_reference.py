@@ -1,5 +1,7 @@
 """Scaled dot-product attention, written out: the definition that every faster implementation is held against."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -36,6 +38,13 @@ def visibility(
     return visible
 
 
+def full_precision(device_type: str) -> AbstractContextManager:
+    """A context in which autocast leaves float32 products in float32."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -56,7 +65,8 @@ def attention_reference(
     q, k, v = (t.to(compute) for t in (q, k, v))
     q = rearrange(q, "b (hk g) i d -> b hk g i d", hk=k.shape[1])
 
-    scores = torch.einsum("b k g i d, b k j d -> b k g i j", q, k) * q.shape[-1] ** -0.5
+    with full_precision(q.device.type):
+        scores = torch.einsum("b k g i d, b k j d -> b k g i j", q, k) * q.shape[-1] ** -0.5
     visible = visibility(
         q.shape[-2], k.shape[-2], causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
     )
@@ -67,5 +77,6 @@ def attention_reference(
     if visible is not None:
         weights = weights.masked_fill(~visible, 0.0)
 
-    out = torch.einsum("b k g i j, b k j d -> b k g i d", weights, v)
+    with full_precision(q.device.type):
+        out = torch.einsum("b k g i j, b k j d -> b k g i d", weights, v)
     return rearrange(out, "b hk g i d -> b (hk g) i d").to(dtype)

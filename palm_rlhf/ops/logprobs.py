@@ -1,5 +1,7 @@
 """The only place where tokens and logits are shifted against each other."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,18 @@ def next_token_pairs(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def target_mask(
     *, loss_mask: Tensor | None = None, key_mask: Tensor | None = None, document_ids: Tensor | None = None
 ) -> Tensor | None:
-    """Which of the next tokens count: those kept by both masks, and of the same document as the token before.
+    """Which of the next tokens count: those in the loss mask that follow a real token of their own document.
 
     all: `b n` -> `b (n-1)`, or None where all count
     """
-    mask = None
-    for keep in (loss_mask, key_mask):
-        if keep is not None:
-            mask = keep[:, 1:] if mask is None else mask & keep[:, 1:]
+    masks = []
+    if loss_mask is not None:
+        masks.append(loss_mask[:, 1:])
+    if key_mask is not None:  # what comes out at a pad predicts nothing
+        masks.append(key_mask[:, :-1] & key_mask[:, 1:])
     if document_ids is not None:
-        same = document_ids[:, 1:] == document_ids[:, :-1]
-        mask = same if mask is None else mask & same
-    return mask
+        masks.append(document_ids[:, :-1] == document_ids[:, 1:])
+    return reduce(torch.logical_and, masks) if masks else None
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

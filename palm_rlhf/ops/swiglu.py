@@ -28,6 +28,6 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, both `... d`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return swiglu_reference(gate, value)
     return _SwiGLU.apply(gate, value)

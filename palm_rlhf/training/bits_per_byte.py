@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from palm_rlhf.model.generate import evaluating
 from palm_rlhf.training.windows import Window, read_windows
 
 
@@ -37,10 +38,10 @@ def total_nats(
     shard: tuple[int, int] = (0, 1),
     autocast: Callable[[], AbstractContextManager],
 ) -> float:
-    """The nats that `palm` spends on `arrays`, or on shard i of k: `shard=(i, k)` scores every k-th window from the i-th.
+    """The nats that `palm` spends on `arrays`; with `shard=(i, k)` on every k-th window from the i-th on only.
 
-    A source's first token, which has nothing before it, costs log(num_tokens) nats as under a uniform guess, so that the
-    sum over the shards is the length of a code from which the arrays could be decoded.
+    A source's first token, which has nothing before it, costs log(num_tokens) nats as under a uniform guess, so that
+    the sum over all shards is the length of a code from which the arrays could be decoded.
     """
     device = next(palm.parameters()).device
     index, num_shards = shard
@@ -51,15 +52,12 @@ def total_nats(
         for start, first, stop in sliding_windows(len(array), seq_len, context)
     )
     mine = islice(everything, index, None, num_shards)
-    was_training = palm.training
-    palm.eval()
     while batch := list(islice(mine, batch_size)):
         windows, num_given = zip(*batch, strict=True)
         tokens, mask = read_windows(arrays, windows, max(stop - start for _, start, stop in windows))
         loss_mask = torch.arange(tokens.shape[1]) >= torch.tensor(num_given)[:, None]
         loss_mask = loss_mask if mask is None else loss_mask & mask
-        with autocast():
+        with evaluating(palm), autocast():
             loss = palm(tokens.to(device), return_loss=True, loss_mask=loss_mask.to(device), loss_denominator=1)
         nats += float(loss)
-    palm.train(was_training)
     return nats

@@ -10,7 +10,12 @@ from palm_rlhf.training.optimization import Precision
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class LMConfig:
-    """How a language model is trained."""
+    """How a language model is trained.
+
+    The learning rate rises linearly over `warmup_steps`, times a cosine over the run's progress, which is the larger of
+    step / num_steps and elapsed / max_seconds: a machine too slow for its steps still anneals to the end. Where the
+    clock rules, two runs, or a run and its resumption, are not bitwise the same.
+    """
 
     seed: int = 0
     """Seed of the order of the data and of dropout."""
@@ -28,9 +33,7 @@ class LMConfig:
     """Optimiser steps of the whole run."""
 
     max_seconds: float | None = None
-    """Wall-clock budget of all steps, evaluations between them included. The learning rate then follows
-    max(step / num_steps, elapsed / max_seconds), so a slow machine still finishes its annealing. Where the clock rules,
-    two runs, or a run and its resumption, are no longer bitwise the same."""
+    """Wall-clock budget of the steps and what is between them; the schedule shrinks to fit. Not bitwise repeatable."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -54,12 +57,10 @@ class LMConfig:
     """Largest norm of a step's gradient, longer ones are scaled down to it; 0 for no clipping."""
 
     ema_decay: float = 0.0
-    """Decay per step of a running average of the weights, which is then what is evaluated, sampled and saved as the
-    model; 0 for none. Early on it is at most (1 + step) / (10 + step), so that the start is forgotten."""
+    """Decay, per step, of a running average of the weights, which is evaluated and saved in their place; 0: none."""
 
     precision: Precision = "auto"
-    """Arithmetic of the forward: bf16 autocast, float32, or auto: bf16 where the hardware computes in it. Weights and
-    optimiser stay in float32."""
+    """Arithmetic of the forward; auto is bf16 where the hardware has it. Weights stay as they are, in float32."""
 
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps after."""

@@ -21,7 +21,18 @@ from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.launch import build_accelerator
 from palm_rlhf.training.metrics import Metrics, RunLog
 from palm_rlhf.training.optimization import adamw, forward_precision, warmup_cosine
-from palm_rlhf.training.state import RunState, complete_checkpoints, require_unused
+from palm_rlhf.training.state import (
+    complete_checkpoints,
+    load_optimizer,
+    new_checkpoint,
+    read_state,
+    reading,
+    require_unused,
+    rng_state,
+    save_optimizer,
+    set_rng_state,
+    write_state,
+)
 from palm_rlhf.training.windows import Tokens, Window, WindowSampler, token_arrays
 
 
@@ -30,7 +41,7 @@ class LanguageModelTrainer:
 
     `train_data` and `valid_data` are 1-d arrays of token ids (memory-mapped ones are read as needed), or several, mixed
     by `weights`; `valid_bytes` is how many bytes of text the validation tokens stand for, as many as tokens if None.
-    Everything that is saved goes to `output_dir`; `resume=True` goes on from the newest checkpoint there, if there is one.
+    All that is saved goes to `output_dir`; `resume=True` goes on from the newest checkpoint there, if there is one.
     Seeds the random generators of Python, NumPy and PyTorch. The user's loop over `steps()` is the callback.
     """
 
@@ -41,7 +52,7 @@ class LanguageModelTrainer:
         *,
         train_data: Tokens | Sequence[Tokens],
         valid_data: Tokens | Sequence[Tokens] | None = None,
-        config: LMConfig = LMConfig(),
+        config: LMConfig = LMConfig(),  # noqa: B008 (it is frozen)
         output_dir: str | Path | None = None,
         weights: Sequence[float | int] | None = None,
         valid_bytes: int | Sequence[int] | None = None,
@@ -49,6 +60,8 @@ class LanguageModelTrainer:
     ):
         self.palm, self.config = palm, config
         self.output_dir = None if output_dir is None else Path(output_dir)
+        if not palm.config.causal:
+            raise ValueError("got a PaLM with causal=False, which sees what it is to predict; expected causal=True")
         if resume and output_dir is None:
             raise ValueError("resume=True without output_dir: give the folder of the run to go on with")
         if output_dir is not None and not resume:
@@ -81,7 +94,7 @@ class LanguageModelTrainer:
         return self.finish()
 
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
-        """Yields the metrics of one optimiser step after the other to the schedule's end, evaluating and saving when due.
+        """Yields the metrics of one optimiser step after another until the schedule ends; evaluates and saves when due.
 
         `loss` is in nats per token (with the z-loss), `elapsed` in seconds; `bits_per_byte` is there after evaluations.
         FloatingPointError where the loss or the gradient is not finite.
@@ -126,7 +139,7 @@ class LanguageModelTrainer:
         return self.palm if self.averaged is None else self.averaged
 
     def _optimizer_step(self) -> Metrics:
-        """One step on batch_size * grad_accum windows of every process, all losses divided by the targets of them all."""
+        """One step on batch_size * grad_accum windows of every process, every loss divided by the targets of all."""
         config, started = self.config, time.perf_counter()
         rate = config.learning_rate * warmup_cosine(self.step, self.progress, config.warmup_steps, config.min_lr_ratio)
         for group in self.optimizer.param_groups:
@@ -172,7 +185,7 @@ class LanguageModelTrainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         if self.averaged is not None:
-            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # the first weights fade fast
             for average, parameter in zip(self.averaged.parameters(), self.palm.parameters(), strict=True):
                 average.lerp_(parameter, 1 - decay)
 
@@ -209,16 +222,72 @@ class LanguageModelTrainer:
         return sum(gather_object([nats])) / math.log(2) / (sum(map(len, arrays)) * bytes_per_token)
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, complete or not at all, and removes all but the newest `keep_checkpoints`.
+        """Writes the checkpoint of this step, whole or not at all, and removes all but the newest `keep_checkpoints`.
 
         OSError where the disk is full; what was saved before stays.
         """
         if self.output_dir is None:
             return
-        state = self._state()
         random_states = gather_object([rng_state()])
         if self.accelerator.is_main_process:
             with new_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints) as folder:
-                self.trained.save_pretrained(folder / "model")
-                ...
+                for name, palm in self._models().items():
+                    palm.save_pretrained(folder / name)
+                save_optimizer(folder / "optimizer.safetensors", self.optimizer, self._parameter_names())
+                state = {"step": self.step, "elapsed": self.elapsed, "config": dataclasses.asdict(self.config)}
+                write_state(folder, {**state, "sampler": self.sampler.state_dict(), "random_states": random_states})
         self.accelerator.wait_for_everyone()
+
+    def _load_newest(self) -> None:
+        if not (saved := complete_checkpoints(self.checkpoints)):
+            return
+        folder, rank = saved[-1], self.accelerator.process_index
+        with reading(folder):
+            state = read_state(folder)
+            if (state["config"]["ema_decay"] > 0) != (self.averaged is not None):
+                there, here = state["config"]["ema_decay"], self.config.ema_decay
+                raise ValueError(f"{folder} has ema_decay {there}, got {here}: resume with an average if it has one")
+            self.sampler.load_state_dict(state["sampler"])
+            for name, palm in self._models().items():
+                palm.load(folder / name)
+            load_optimizer(folder / "optimizer.safetensors", self.optimizer, self._parameter_names())
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            if rank < len(state["random_states"]):  # a process that the run did not have before starts from its seed
+                set_rng_state(state["random_states"][rank])
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.output_dir / "checkpoints"
+
+    def _models(self) -> dict[str, PaLM]:
+        return {"model": self.trained} if self.averaged is None else {"model": self.averaged, "unaveraged": self.palm}
+
+    def _parameter_names(self) -> dict[torch.nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.palm.named_parameters()}
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        saved = [] if self.output_dir is None else complete_checkpoints(self.checkpoints)
+        raise FloatingPointError(
+            f"step {self.step + 1} has the loss {loss} and the gradient norm {norm}, expected finite numbers; its "
+            f"update is left out. The last good checkpoint is {saved[-1] if saved else 'none'}: go on from it with a "
+            f"lower learning_rate (now {self.config.learning_rate:g}), more warmup_steps, or precision float32"
+        )
+
+    def _agreed(self, elapsed: float) -> float:
+        """The main process's clock where the clock rules, so that all processes end with the same step."""
+        if self.config.max_seconds is None or self.accelerator.num_processes == 1:
+            return elapsed
+        return broadcast_object_list([elapsed])[0]
+
+    def _progress_bar(self, wanted: bool) -> tqdm:
+        return tqdm(
+            total=self.config.num_steps if self.config.max_seconds is None else None,  # else the clock may end the run
+            initial=self.step,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            file=sys.stderr,
+            disable=not (wanted and self.accelerator.is_main_process),
+        )

@@ -16,13 +16,13 @@ def build_accelerator(output_dir: Path | None, trackers: Sequence[str]) -> Accel
     accelerator = Accelerator(
         mixed_precision="no",  # the forward has its own autocast, which leaves the user's model unwrapped
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer divides by tokens itself
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         project_dir=None if output_dir is None else str(output_dir),
     )
     if accelerator.distributed_type not in REPLICATED:
         raise ValueError(
             f"accelerate is set up for {accelerator.distributed_type.value}, expected replicas of the whole model: "
-            f"launch with --multi_gpu, --multi_cpu, or with one process"
+            f"launch one process, or replicas by torchrun or accelerate launch --multi_gpu"
         )
     if missing := set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}:
         raise ImportError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from palm_rlhf.training.state import METRICS_FILE, write_text
+from palm_rlhf.training.state import METRICS_FILE, write_text, writing
 
 Metrics = dict[str, float]
 
@@ -29,36 +29,41 @@ class RunLog:
     ):
         if plot and not has_matplotlib():
             raise ImportError("plot=True draws with matplotlib, which is missing: pip install palm-rlhf[plot]")
-        self.accelerator, self.output_dir = accelerator, output_dir
+        self.accelerator = accelerator
+        self.folder = output_dir if accelerator.is_main_process else None
         self.plot = has_matplotlib() if plot is None else plot
         self.lines: list[Metrics] = []
-        self._file = None
-        if output_dir is not None and accelerator.is_main_process:
-            self.lines = [line for line in read_metrics(output_dir / METRICS_FILE) if line["step"] <= last_step]
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_text(output_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.lines))
-            self._file = open(output_dir / METRICS_FILE, "a", encoding="utf-8")
-        plain = {key: value if isinstance(value, int | float | bool) else str(value) for key, value in settings.items()}
+        if self.folder is not None:
+            self.lines = [line for line in read_metrics(self.folder / METRICS_FILE) if line["step"] <= last_step]
+            with writing(f"the metrics in {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.lines))
+        plain = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
         accelerator.init_trackers("palm-rlhf", config=plain)
 
     def write(self, metrics: Metrics) -> None:
         """Adds a line; the curves are drawn again where it has an evaluation."""
         self.accelerator.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
-        if self._file is None:
-            return
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-        self.lines.append(metrics)
-        if self.plot and "bits_per_byte" in metrics:
-            plot_curves(self.lines, self.output_dir / "curves.png")
+        if self.folder is not None:
+            self.lines.append(metrics)
+            with writing(f"the metrics in {self.folder}"):
+                with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                if "bits_per_byte" in metrics:
+                    self._draw()
 
     def close(self) -> None:
-        """Draws the curves, and closes the file and the trackers."""
-        self.accelerator.end_training()
-        if self._file is not None:
-            self._file.close()
-            if self.plot and self.lines:
-                plot_curves(self.lines, self.output_dir / "curves.png")
+        """Draws the curves a last time, and closes the trackers."""
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' communication as well
+            tracker.finish()
+        self.accelerator.trackers.clear()
+        if self.folder is not None:
+            with writing(f"the curves in {self.folder}"):
+                self._draw()
+
+    def _draw(self) -> None:
+        if self.plot and self.lines:
+            plot_curves(self.lines, self.folder / "curves.png")
 
 
 def read_metrics(path: Path) -> list[Metrics]:

@@ -13,7 +13,7 @@ Precision = Literal["auto", "bf16", "float32"]
 
 
 def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over the trainable parameters, with decay on matrices only; fused on CPU and CUDA."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -25,7 +25,7 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
-def warmup_cosine(step: int, progress: float, *, warmup_steps: int, min_ratio: float) -> float:
+def warmup_cosine(step: int, progress: float, warmup_steps: int, min_ratio: float) -> float:
     """The factor of the peak learning rate before step `step` (from 0): linear warm-up times a cosine over `progress`.
 
     `progress` runs from 0 to 1 over the whole run; the cosine ends at `min_ratio` (arXiv:1608.03983, equation 5).

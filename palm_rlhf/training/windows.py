@@ -18,6 +18,11 @@ class Window(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the window asks for."""
+        return self.stop - self.start - 1
+
 
 @beartype
 def token_arrays(data: Tokens | Sequence[Tokens], num_tokens: int, name: str, min_length: int = 2) -> list[np.ndarray]:
@@ -59,8 +64,8 @@ class WindowSampler:
     """Draws windows of up to `seq_len` targets, reproducibly from a seed.
 
     Each epoch of a source cuts it at a random offset into windows that do not overlap, and goes through them in random
-    order, so every token but the source's first is a target exactly once an epoch. Sources take turns so that after
-    every draw each has had its share, by `weights` (default: by their lengths), to within the rounding.
+    order, so every token but the source's first is a target exactly once an epoch. The next window is always of the
+    source that is furthest behind its share, which is by `weights` (default: by their lengths).
     """
 
     @beartype
@@ -135,10 +140,8 @@ class WindowSampler:
         return {"seed": self.seed, "seq_len": self.seq_len, "lengths": [len(array) for array in self.arrays]}
 
 
-def read_windows(
-    arrays: Sequence[np.ndarray], windows: Sequence[Window], width: int
-) -> tuple[Tensor, Tensor | None]:
-    """Windows as a batch `b width` filled up with zeros on the right, and the mask of the real tokens if any is short."""
+def read_windows(arrays: Sequence[np.ndarray], windows: Sequence[Window], width: int) -> tuple[Tensor, Tensor | None]:
+    """Windows as a batch `b width`, zeros after short ones, and the mask of the real tokens if there is a short one."""
     tokens = np.zeros((len(windows), width), dtype=np.int64)
     for row, (source, start, stop) in zip(tokens, windows, strict=True):
         row[: stop - start] = arrays[source][start:stop]

@@ -1,0 +1,179 @@
+"""Hugging Face's `CohereForCausalLM` (Command R, Aya 23): PaLM's mathematics under other names.
+
+Its rotary turns neighbouring coordinates where ours turns the two halves of a head, so the rows of queries and keys,
+and the scales of their norms, are in another order.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..config import PaLMConfig
+from .folder import WeightsFolder, check_shapes
+
+ARCHITECTURE = "CohereForCausalLM"
+EMBEDDINGS, UNTIED = "model.embed_tokens.weight", "lm_head.weight"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of theirs, which holds some rows of one of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    heads: int = 0  # whose rows the rotary turns; 0 for none
+
+
+def layout(config: PaLMConfig) -> dict[str, list[Part]]:
+    """For each tensor of ours, those of theirs that make it up, row under row."""
+    dim, inner, heads, kv_heads, d = config.dim, config.inner_dim, config.heads, config.kv_heads, config.dim_head
+    parts = {"token_emb.weight": [Part(EMBEDDINGS, (config.num_tokens, dim))]}
+    for i in range(config.depth):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        parts[f"{ours}.norm.weight"] = [Part(f"{theirs}.input_layernorm.weight", (dim,))]
+        parts[f"{ours}.in_proj.weight"] = [
+            Part(f"{theirs}.self_attn.q_proj.weight", (heads * d, dim), heads),
+            Part(f"{theirs}.self_attn.k_proj.weight", (kv_heads * d, dim), kv_heads),
+            Part(f"{theirs}.self_attn.v_proj.weight", (kv_heads * d, dim)),
+            Part(f"{theirs}.mlp.gate_proj.weight", (inner, dim)),
+            Part(f"{theirs}.mlp.up_proj.weight", (inner, dim)),
+        ]
+        parts[f"{ours}.attn_out.weight"] = [Part(f"{theirs}.self_attn.o_proj.weight", (dim, heads * d))]
+        parts[f"{ours}.ff_out.weight"] = [Part(f"{theirs}.mlp.down_proj.weight", (dim, inner))]
+        if config.qk_norm:
+            parts[f"{ours}.q_norm.weight"] = [Part(f"{theirs}.self_attn.q_norm.weight", (heads, d), heads)]
+            parts[f"{ours}.k_norm.weight"] = [Part(f"{theirs}.self_attn.k_norm.weight", (kv_heads, d), kv_heads)]
+    parts["norm.weight"] = [Part("model.norm.weight", (dim,))]
+    return parts
+
+
+def to_halves(x: Tensor, heads: int, dim_head: int) -> Tensor:
+    """From their order to ours: `(h d) e` or `h d`, the first and second of each pair of d gathered in two halves."""
+    pairs = x.reshape(heads, dim_head, -1)
+    return rearrange(pairs, "h (i pair) e -> h (pair i) e", pair=2).reshape(x.shape)
+
+
+def to_pairs(x: Tensor, heads: int, dim_head: int) -> Tensor:
+    """From our order to theirs: `(h d) e` or `h d`."""
+    halves = x.reshape(heads, dim_head, -1)
+    return rearrange(halves, "h (pair i) e -> h (i pair) e", pair=2).reshape(x.shape)
+
+
+def to_cohere_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of a Cohere folder, in the words of transformers 4 and 5 alike.
+
+    What counts in training only is not kept: dropout, the z-loss, gradient checkpointing. A PaLM has no special tokens,
+    so their ids are null: generation of transformers then stops at its length, until they are set. vLLM and llama.cpp
+    moreover expect `heads * dim_head == dim`.
+
+    Raises:
+        ValueError: what the format cannot hold, by name.
+    """
+    refused = []
+    if config.xpos:
+        refused.append("xpos=True (train or build the model without it)")
+    if not config.causal:
+        refused.append("causal=False (the format is of causal models)")
+    if scopes:
+        refused.append(f"the finetune scopes {scopes} (call palm.merge_finetune_params, or remove them, first)")
+    if refused:
+        raise ValueError(f'format="cohere" cannot hold {" and ".join(refused)}; format="palm" can')
+    return {
+        "model_type": "cohere",
+        "architectures": [ARCHITECTURE],
+        "vocab_size": config.num_tokens,
+        "hidden_size": config.dim,
+        "intermediate_size": config.inner_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.dim_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rotary_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_theta},
+        "logit_scale": config.output_scale,
+        "layer_norm_eps": config.norm_eps,
+        "use_qk_norm": config.qk_norm,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def to_cohere_tensors(config: PaLMConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Cohere folder; the output layer, tied to the embeddings, is not among them."""
+    tensors = {}
+    for name, parts in layout(config).items():
+        for part, rows in zip(parts, state[name].split([part.shape[0] for part in parts]), strict=True):
+            tensors[part.name] = to_pairs(rows, part.heads, config.dim_head) if part.heads else rows
+    return tensors
+
+
+def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The fields of a PaLMConfig from a Cohere folder's config.json; the z-loss is 0, as it is there.
+
+    Raises:
+        ValueError: what a PaLM cannot compute, and what is missing, by name.
+    """
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", values.get("rope_theta"))
+    expected = {
+        "attention_bias": (values.get("attention_bias"), (None, False)),
+        "hidden_act": (values.get("hidden_act"), (None, "silu")),
+        "tie_word_embeddings": (values.get("tie_word_embeddings"), (None, True)),
+        "the rope type": (rope.get("rope_type", rope.get("type")), (None, "default")),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", values.get("partial_rotary_factor")), (None, 1)),
+        "quantization_config": (values.get("quantization_config"), (None,)),
+        "architectures": (values.get("architectures"), (None, [ARCHITECTURE])),
+    }
+    refused = [f"{name}={got!r}, not {fine[-1]!r}" for name, (got, fine) in expected.items() if got not in fine]
+    if refused:
+        raise ValueError(f"{where} has {', '.join(refused)}: a PaLM cannot compute that; take another model")
+    missing = [name for name in SIZES if not isinstance(values.get(name), int)]
+    if theta is None:  # transformers 4 and 5 have different defaults
+        missing.append("rope_theta")
+    if missing:
+        raise ValueError(f"{where} does not give {', '.join(missing)}; expected all the numbers of a Cohere model")
+    heads = values["num_attention_heads"]
+    return {
+        "num_tokens": values["vocab_size"],
+        "dim": values["hidden_size"],
+        "depth": values["num_hidden_layers"],
+        "heads": heads,
+        "dim_head": values.get("head_dim") or values["hidden_size"] // max(heads, 1),
+        "kv_heads": values.get("num_key_value_heads") or heads,
+        "ff_inner_dim": values["intermediate_size"],
+        "rotary_theta": theta,
+        "logit_scale": values.get("logit_scale", 0.0625),
+        "z_loss": 0.0,
+        "norm_eps": values.get("layer_norm_eps", 1e-5),
+        "qk_norm": bool(values.get("use_qk_norm")),
+        # the length trained with rope_theta, where it is more than transformers' own tables
+        "max_seq_len": values.get("model_max_length") or values.get("max_position_embeddings", 8192),
+    }
+
+
+def from_cohere_tensors(config: PaLMConfig, folder: WeightsFolder) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    """Our tensors by name, each in parts that lie row under row, checked before the first is read."""
+    parts = layout(config)
+    expected = {part.name: part.shape for group in parts.values() for part in group}
+    found = dict(folder.shapes)
+    if found.pop(UNTIED, None) and not torch.equal(folder[UNTIED], folder[EMBEDDINGS]):
+        raise ValueError(f"{folder.path} has a {UNTIED} of its own: the output layer of a PaLM is its embeddings")
+    check_shapes(found, expected, folder.path)
+
+    def read(part: Part) -> Tensor:
+        return to_halves(folder[part.name], part.heads, config.dim_head) if part.heads else folder[part.name]
+
+    return ((name, map(read, group)) for name, group in parts.items())

@@ -1,0 +1,204 @@
+"""The projections of a block and SwiGLU against their plain formulas, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from palm_rlhf.ops.linear import linear, split_linear, sum_linear
+from palm_rlhf.ops.swiglu import swiglu
+
+SIZES = [4, 1, 6]
+
+
+def plain_split(x, weight, sizes):
+    return (x @ weight.T).split(sizes, dim=-1)
+
+
+def plain_swiglu(gate, value):
+    return gate / (1 + (-gate).exp()) * value
+
+
+def projection(*, batch=(2, 3), dim=5, dtype=torch.float64):
+    x = torch.randn(*batch, dim, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, torch.randn(sum(SIZES), dim, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def gradients(outs, inputs, used=None, strided=False):
+    """Of a fixed projection of the used outputs."""
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outs]
+    if strided:
+        directions = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in directions]
+    used = range(len(outs)) if used is None else used
+    return torch.autograd.grad([outs[n] for n in used], inputs, [directions[n] for n in used], retain_graph=True)
+
+
+def assert_all_close(got, expected, **tolerance):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **(tolerance or {"rtol": 0, "atol": 1e-12}))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 2, 3)], ids=str)
+def test_split_linear_is_a_product_cut_in_pieces(batch):
+    x, weight = projection(batch=batch)
+    got, expected = split_linear(x, weight, SIZES), plain_split(x, weight, SIZES)
+    assert_all_close(got, expected)
+    assert_all_close(gradients(got, (x, weight)), gradients(expected, (x, weight)))
+    with torch.no_grad():
+        assert_all_close(split_linear(x, weight, SIZES), expected)
+
+
+def test_split_linear_passes_gradcheck():
+    assert gradcheck(lambda x, weight: split_linear(x, weight, SIZES), projection())
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["weight only", "input only"])
+def test_split_linear_with_one_side_frozen(frozen):
+    inputs = projection()
+    inputs[frozen].requires_grad_(False)
+    live = [inputs[1 - frozen]]
+    got = split_linear(*inputs, SIZES)
+    assert_all_close(gradients(got, live), gradients(plain_split(*inputs, SIZES), live))
+
+
+@pytest.mark.parametrize("used", [[0], [1], [2], [0, 2]], ids=str)
+def test_split_linear_with_outputs_that_nobody_used(used):
+    inputs = projection()
+    expected = gradients(plain_split(*inputs, SIZES), inputs, used)
+    assert_all_close(gradients(split_linear(*inputs, SIZES), inputs, used), expected)
+
+
+def test_split_linear_reads_strided_gradients_and_inputs():
+    x, weight = projection()
+    expected = gradients(plain_split(x, weight, SIZES), (x, weight))
+    assert_all_close(gradients(split_linear(x, weight, SIZES), (x, weight), strided=True), expected)
+    strided = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert_all_close(gradients(split_linear(strided, weight, SIZES), (strided, weight)), expected)
+
+
+def test_a_bfloat16_projection_keeps_its_type():
+    inputs = projection(dtype=torch.bfloat16)
+    got = split_linear(*inputs, SIZES)
+    exact = plain_split(*(t.double() for t in inputs), SIZES)
+    assert all(out.dtype == torch.bfloat16 for out in got)
+    assert_all_close([out.double() for out in got], exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_split_linear_under_autocast_is_that_of_pytorch(dtype):
+    """bfloat16 products; the gradients come back in the types of the inputs."""
+    inputs = projection(batch=(4, 32), dim=64, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = split_linear(*inputs, SIZES), F.linear(*inputs).split(SIZES, dim=-1)
+    assert [out.dtype for out in got] == [out.dtype for out in expected] == [torch.bfloat16] * 3
+    assert_all_close(got, expected, rtol=1e-2, atol=5e-2)
+    grads = gradients(got, inputs), gradients(expected, inputs)
+    assert [grad.dtype for grad in grads[0]] == [dtype] * 2
+    assert_all_close(*grads, rtol=2e-2, atol=2e-1)
+
+
+def summands(*, batch=(2, 3), dtype=torch.float64):
+    """Two inputs and their weights: `... 5`, `4 5`, `... 7`, `4 7`."""
+    shapes = (*batch, 5), (4, 5), (*batch, 7), (4, 7)
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 2, 3)], ids=str)
+def test_sum_linear_is_a_sum_of_products(batch):
+    x, weight, other, other_weight = inputs = summands(batch=batch)
+    got, expected = [sum_linear(*inputs)], [x @ weight.T + other @ other_weight.T]
+    assert_all_close(got, expected)
+    assert_all_close(gradients(got, inputs), gradients(expected, inputs))
+    with torch.no_grad():
+        assert_all_close([sum_linear(*inputs)], expected)
+
+
+def test_sum_linear_passes_gradcheck():
+    assert gradcheck(sum_linear, summands())
+
+
+@pytest.mark.parametrize("live", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
+def test_sum_linear_with_some_of_it_frozen(live):
+    inputs = [t.requires_grad_(n in live) for n, t in enumerate(summands())]
+    x, weight, other, other_weight = inputs
+    expected = gradients([x @ weight.T + other @ other_weight.T], [inputs[n] for n in live])
+    assert_all_close(gradients([sum_linear(*inputs)], [inputs[n] for n in live]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sum_linear_under_autocast_is_that_of_pytorch(dtype):
+    x, weight, other, other_weight = inputs = summands(batch=(4, 32), dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = [sum_linear(*inputs)], [F.linear(x, weight) + F.linear(other, other_weight)]
+    assert got[0].dtype == expected[0].dtype == torch.bfloat16
+    assert_all_close(got, expected, rtol=1e-2, atol=5e-2)
+    grads = gradients(got, inputs), gradients(expected, inputs)
+    assert [grad.dtype for grad in grads[0]] == [dtype] * 4
+    assert_all_close(*grads, rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (1, 1), (3, 1), (1, 3), (2, 3)], ids=str)
+def test_linear_is_a_product(batch):
+    x, weight = projection(batch=batch)
+    for mode in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert_all_close([linear(x, weight)], [x @ weight.T])
+
+
+def test_swiglu_is_its_formula():
+    gate, value = inputs = [torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert_all_close([swiglu(gate, value)], [plain_swiglu(gate, value)])
+    assert_all_close(gradients([swiglu(*inputs)], inputs), gradients([plain_swiglu(*inputs)], inputs))
+    assert_all_close(gradients([swiglu(*inputs)], inputs, strided=True), gradients([plain_swiglu(*inputs)], inputs))
+    assert gradcheck(swiglu, inputs)
+    assert float(swiglu(torch.tensor([1.0]), torch.tensor([2.0]))) == pytest.approx(2 * 0.7310585786)
+
+
+def test_swiglu_of_extreme_gates_is_finite():
+    gate = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
+    out = swiglu(gate, torch.ones(5))
+    torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 0.0, 100.0, 1e4]))
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), gate)[0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("live", [0, 1], ids=["gate", "value"])
+def test_swiglu_with_one_side_frozen(live):
+    inputs = [torch.randn(6, dtype=torch.float64, requires_grad=n == live) for n in range(2)]
+    got, expected = swiglu(*inputs), plain_swiglu(*inputs)
+    assert_all_close(gradients([got], [inputs[live]]), gradients([expected], [inputs[live]]))
+
+
+def test_swiglu_takes_views_of_one_tensor_and_changes_neither():
+    """The two halves of a fused projection."""
+    hidden = torch.randn(3, 8, dtype=torch.float64)
+    before = hidden.clone()
+    halves = hidden.requires_grad_().chunk(2, dim=-1)
+    got = swiglu(*halves)
+    expected = plain_swiglu(*halves)
+    assert_all_close([got], [expected])
+    assert_all_close(gradients([got], [hidden]), gradients([expected], [hidden]))
+    assert torch.equal(hidden, before)
+
+
+def test_swiglu_in_bfloat16_stays_near():
+    inputs = [torch.randn(1000, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    out, exact = swiglu(*inputs), plain_swiglu(*wide)
+    assert out.dtype == torch.bfloat16
+    assert_all_close([out.double()], [exact], rtol=2e-2, atol=2e-2)
+    grads = gradients([out], inputs), gradients([exact], wide)
+    assert_all_close([grad.double() for grad in grads[0]], grads[1], rtol=4e-2, atol=4e-2)
+
+
+def test_both_compile_to_the_same():
+    x, weight = projection()
+
+    def function(x, weight):
+        first, gate, value = split_linear(x, weight, [1, 5, 5])
+        return first.sum() + (swiglu(gate, value) ** 2).sum()
+
+    torch.compiler.reset()
+    losses = function(x, weight), torch.compile(function, fullgraph=True, backend="aot_eager")(x, weight)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+    assert_all_close(*(torch.autograd.grad(loss, (x, weight)) for loss in losses), rtol=0, atol=1e-10)

@@ -1,0 +1,37 @@
+"""Tiny models and data for the trainers' tests."""
+
+import numpy as np
+import pytest
+import torch
+
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.training.config import LMConfig
+
+
+@pytest.fixture
+def tiny_palm():
+    """`tiny_palm(dropout=0.1)` is a byte-level PaLM with the same weights at every call."""
+
+    def build(**fields) -> PaLM:
+        torch.manual_seed(0)
+        return PaLM(**{"num_tokens": 256, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, **fields})
+
+    return build
+
+
+@pytest.fixture
+def tiny_config():
+    """`tiny_config(num_steps=10)` is a short run in float32."""
+
+    def build(**fields) -> LMConfig:
+        short = {"batch_size": 4, "seq_len": 16, "eval_context": 8, "num_steps": 4, "warmup_steps": 2, "log_every": 1}
+        return LMConfig(**{**short, "precision": "float32", "plot": False, **fields})
+
+    return build
+
+
+@pytest.fixture
+def text() -> np.ndarray:
+    """Bytes with something to learn: a walk through the letters."""
+    steps = np.random.default_rng(0).integers(1, 4, 3000)
+    return (97 + np.cumsum(steps) % 26).astype(np.uint8)
