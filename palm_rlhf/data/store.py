@@ -167,7 +167,7 @@ def fingerprint_of(tokenizer: Tokenizer, text: Text) -> str:
     of the beginning of the text.
     """
     kind = type(tokenizer)
-    known: list[Any] = [kind.__module__, kind.__qualname__, tokenizer.vocab_size]
+    known: list[Any] = [kind.__module__, kind.__qualname__, int(tokenizer.vocab_size)]
     write = getattr(getattr(tokenizer, "backend_tokenizer", tokenizer), "to_str", None)
     if isinstance(getattr(tokenizer, "fingerprint", None), str):
         known.append(tokenizer.fingerprint)

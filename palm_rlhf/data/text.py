@@ -108,7 +108,7 @@ def load_corpus(
     return Corpus(
         name=" + ".join(names),
         note="; ".join(part.note for part in parts),
-        vocab_size=NUM_BYTES if tokenizer is None else tokenizer.vocab_size,
+        vocab_size=NUM_BYTES if tokenizer is None else int(tokenizer.vocab_size),
         weights=weights,
         train=train,
         valid=valid,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from beartype.roar import BeartypeCallHintViolation
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import PaLMConfig
@@ -208,13 +209,14 @@ def require_same_scopes(palm: nn.Module, skeleton: nn.Module, path: Path) -> Non
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a file of `torch.save`; a pickle of anything else is refused, and never executed."""
+    """The tensors in a file of `torch.save`, or safetensors; a pickle of anything else is refused, and never run."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a folder of save_pretrained, or {STATE_DICT}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or foreign file fails in as many ways as there are bytes
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

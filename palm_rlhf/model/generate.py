@@ -64,6 +64,7 @@ def generate(
         `t` for one row; a list gives a list of 1-d tensors, each cut after its EOS. The prompt is left out; without one
         the whole sequence comes back. With `return_logprobs`, a pair in the same form.
     """
+    check_options(temperature, top_k, top_p, min_p, repetition_penalty, eos_token, num_samples, palm.num_tokens)
     prompts = read_prompts(palm, prompt, generator)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
     steps = stream(
@@ -87,7 +88,9 @@ def generate(
 
     if prompts.form == "list":
         lengths = answer_lengths(tokens, limits, eos_token).tolist()
-        tokens, logprobs = ([row[:length] for row, length in zip(rows, lengths, strict=True)] for rows in (tokens, logprobs))
+        tokens, logprobs = (
+            [row[:length] for row, length in zip(rows, lengths, strict=True)] for rows in (tokens, logprobs)
+        )
     elif prompts.form == "none":
         first = prompts.tokens.repeat_interleave(num_samples, dim=0)
         uniform = torch.full_like(first, 1 / palm.num_tokens, dtype=logprobs.dtype).log()
@@ -174,15 +177,15 @@ def next_logits(palm, tokens: Tensor, cache: KVCache, finetune_scope: str | None
 
 @contextmanager
 def evaluating(module):
-    """Dropout and the like are off inside, and as they were after."""
-    was_training = module.training
-    if was_training:
-        module.eval()
+    """Dropout and the like are off inside, and as they were after, in every part of a module."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        if was_training:
-            module.train()
+        for part in training:
+            part.training = True
 
 
 def read_prompts(palm, prompt: Tensor | list[Tensor] | None, generator: torch.Generator | None) -> Prompts:

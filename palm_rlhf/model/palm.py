@@ -335,13 +335,14 @@ class PaLM(nn.Module):
 
 def default_positions(tokens: Tensor, key_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
     """Positions that count the real tokens of a row, anew in every document: `b n -> b n`, or `1 n` without masks."""
-    steps = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-    if key_mask is not None:
-        steps = (key_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    if key_mask is None and document_ids is None:
+        return torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    real = torch.ones_like(tokens) if key_mask is None else key_mask.to(tokens.dtype)
+    count = real.cumsum(dim=-1)
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-        steps = steps - torch.where(starts, steps, 0).cummax(dim=-1).values
-    return steps
+        count = count - torch.where(starts, count - real, 0).cummax(dim=-1).values
+    return (count - 1).clamp(min=0)
 
 
 def without_right_padding(key_mask: Tensor | None) -> Tensor | None:

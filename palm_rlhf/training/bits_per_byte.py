@@ -7,12 +7,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from beartype import beartype
 from torch import nn
 
 from palm_rlhf.model.generate import evaluating
 from palm_rlhf.training.windows import Window, read_windows
 
 
+@beartype
 def sliding_windows(length: int, seq_len: int, context: int) -> Iterator[tuple[int, int, int]]:
     """Triples (start, first, stop): the tokens from `first` on are predicted from those from `start` on.
 
@@ -28,6 +30,7 @@ def sliding_windows(length: int, seq_len: int, context: int) -> Iterator[tuple[i
 
 
 @torch.no_grad()
+@beartype
 def total_nats(
     palm: nn.Module,
     arrays: Sequence[np.ndarray],

@@ -93,6 +93,7 @@ class LanguageModelTrainer:
             pass
         return self.finish()
 
+    @beartype
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
         """Yields the metrics of one optimiser step after another until the schedule ends; evaluates and saves when due.
 
@@ -111,7 +112,10 @@ class LanguageModelTrainer:
                     self.log.write(metrics)
                 if self.step % config.save_every == 0 or self.progress >= 1:
                     self.save()
-                bar.set_postfix({"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]}, refresh=False)
+                bar.set_postfix(
+                    {"done": f"{self.progress:.0%}", "loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]},
+                    refresh=False,
+                )
                 bar.update()
                 yield metrics
 
@@ -148,13 +152,13 @@ class LanguageModelTrainer:
         num_processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         windows = self.sampler.draw(config.batch_size * config.grad_accum * num_processes)
         num_targets = sum(window.num_targets for window in windows)
+        self.optimizer.zero_grad()
         loss = self._accumulate_gradients(windows[rank::num_processes], num_targets)
         loss = float(self.accelerator.reduce(loss, "sum"))
         norm = float(self.accelerator.clip_grad_norm_(self.palm.parameters(), config.grad_clip or math.inf))
         self._check_finite(loss, norm)
 
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self._update_average()
         self.step += 1
         return {
@@ -284,7 +288,7 @@ class LanguageModelTrainer:
 
     def _progress_bar(self, wanted: bool) -> tqdm:
         return tqdm(
-            total=self.config.num_steps if self.config.max_seconds is None else None,  # else the clock may end the run
+            total=self.config.num_steps if self.config.max_seconds is None else None,  # the clock may end it before
             initial=self.step,
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 30,

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from beartype import beartype
 
 REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
+@beartype
 def build_accelerator(output_dir: Path | None, trackers: Sequence[str]) -> Accelerator:
     """The Accelerator of one process, or of those of `accelerate launch`, each with a replica of the model."""
     if trackers and output_dir is None:

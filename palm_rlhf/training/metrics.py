@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from beartype import beartype
 
 from palm_rlhf.training.state import METRICS_FILE, write_text, writing
 
-Metrics = dict[str, float]
+Metrics = dict[str, float | int]
 
 
 class RunLog:
@@ -18,6 +19,7 @@ class RunLog:
     Lines of steps after `last_step`, left by a run that was cut off, are dropped.
     """
 
+    @beartype
     def __init__(
         self,
         accelerator: Accelerator,
@@ -41,6 +43,7 @@ class RunLog:
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
         accelerator.init_trackers("palm-rlhf", config=plain)
 
+    @beartype
     def write(self, metrics: Metrics) -> None:
         """Adds a line; the curves are drawn again where it has an evaluation."""
         self.accelerator.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
@@ -66,6 +69,7 @@ class RunLog:
             plot_curves(self.lines, self.folder / "curves.png")
 
 
+@beartype
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a metrics file, without a last one that was cut off; none where there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
@@ -77,6 +81,7 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+@beartype
 def plot_curves(lines: list[Metrics], path: Path) -> None:
     """Draws the training loss, the validation's bits per byte and the learning rate over the steps as a PNG."""
     from matplotlib.figure import Figure

@@ -7,13 +7,19 @@ from functools import partial
 from typing import Literal
 
 import torch
+from beartype import beartype
 from torch import nn
 
 Precision = Literal["auto", "bf16", "float32"]
 
 
+@beartype
 def adamw(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    learning_rate: float | int,
+    betas: tuple[float | int, float | int],
+    eps: float | int,
+    weight_decay: float | int,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over the trainable parameters, with decay on matrices only; fused on CPU and CUDA."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -25,7 +31,8 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
-def warmup_cosine(step: int, progress: float, warmup_steps: int, min_ratio: float) -> float:
+@beartype
+def warmup_cosine(step: int, progress: float | int, warmup_steps: int, min_ratio: float | int) -> float:
     """The factor of the peak learning rate before step `step` (from 0): linear warm-up times a cosine over `progress`.
 
     `progress` runs from 0 to 1 over the whole run; the cosine ends at `min_ratio` (arXiv:1608.03983, equation 5).
@@ -35,6 +42,7 @@ def warmup_cosine(step: int, progress: float, warmup_steps: int, min_ratio: floa
     return warmup * (min_ratio + (1.0 - min_ratio) * cosine)
 
 
+@beartype
 def forward_precision(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Makes the context of a forward: bfloat16 autocast, or none; "auto" takes bfloat16 where the hardware has it."""
     if precision == "bf16" or (precision == "auto" and computes_bfloat16(device)):
@@ -42,6 +50,7 @@ def forward_precision(precision: Precision, device: torch.device) -> Callable[[]
     return nullcontext
 
 
+@beartype
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 arithmetic of its own; elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":

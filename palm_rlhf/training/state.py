@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from beartype import beartype
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,12 +23,14 @@ from palm_rlhf.model.interop.folder import sync
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "state.json"
 
 
+@beartype
 def complete_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first; half-written ones have other names and are not seen."""
     folders = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted((path for path in folders if (path / STATE_FILE).is_file()), key=lambda path: int(path.name[5:]))
 
 
+@beartype
 def require_unused(output_dir: Path) -> None:
     """FileExistsError where a run has left something in `output_dir`, which a new run would write over."""
     for left in [*complete_checkpoints(output_dir / "checkpoints")[-1:], output_dir / METRICS_FILE]:
@@ -38,6 +41,7 @@ def require_unused(output_dir: Path) -> None:
 
 
 @contextmanager
+@beartype
 def writing(what: str) -> Iterator[None]:
     """Turns what a full disk raises into one OSError that says what was not written and the way out."""
     try:
@@ -50,6 +54,7 @@ def writing(what: str) -> Iterator[None]:
 
 
 @contextmanager
+@beartype
 def new_checkpoint(root: Path, step: int, keep: int) -> Iterator[Path]:
     """A folder to fill, which becomes the checkpoint of `step` when the block ends; then all but the newest `keep` go.
 
@@ -86,16 +91,19 @@ def _remove_leftovers(root: Path) -> None:
         shutil.rmtree(leftover)
 
 
+@beartype
 def write_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Writes all that is not a tensor, as JSON."""
     write_text(checkpoint / STATE_FILE, json.dumps(state) + "\n")
 
 
+@beartype
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Reads what `write_state` wrote."""
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
+@beartype
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once: a reader, or a kill, finds the old text or the new one."""
     partial = path.with_name(f".{path.name}.partial")
@@ -106,6 +114,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+@beartype
 def reading(checkpoint: Path) -> Iterator[None]:
     """Turns what a damaged checkpoint raises into one ValueError that names the folder and the way out."""
     try:
@@ -117,6 +126,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
+@beartype
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
     """Writes what an optimiser keeps for each parameter as safetensors, by the parameters' names."""
     tensors = {
@@ -127,13 +137,15 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[
     save_file(tensors, path)
 
 
+@beartype
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Puts back what `save_optimizer` wrote; KeyError where a parameter is missing there."""
+    """Puts back what `save_optimizer` wrote; parameters without gradients have nothing there."""
     kept: dict[str, dict[str, Tensor]] = {}
     for name, value in load_file(path).items():
         parameter, _, key = name.rpartition("/")
         kept.setdefault(parameter, {})[key] = value
-    state = {index: kept[names[parameter]] for index, parameter in enumerate(_parameters(optimizer))}
+    order = [names[parameter] for parameter in _parameters(optimizer)]
+    state = {index: kept[name] for index, name in enumerate(order) if name in kept}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -141,6 +153,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+@beartype
 def rng_state() -> dict[str, Any]:
     """The states of this process's random generators - Python's, NumPy's, PyTorch's - as JSON."""
     version, internal, gauss_next = random.getstate()
@@ -155,6 +168,7 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+@beartype
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Puts the generators back where `rng_state` found them."""
     version, internal, gauss_next = state["python"]

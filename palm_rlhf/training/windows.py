@@ -82,6 +82,7 @@ class WindowSampler:
         self.positions = [0] * len(arrays)
         self._orders: dict[int, tuple[int, int, np.ndarray]] = {}
 
+    @beartype
     def draw(self, count: int) -> list[Window]:
         """The next `count` windows; with several processes all draw the same ones and read their own part."""
         return [self._next() for _ in range(count)]
@@ -111,6 +112,7 @@ class WindowSampler:
             self._orders[source] = (epoch, offset, generator.permutation(num_windows))
         return self._orders[source][1:]
 
+    @beartype
     def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor | None]:
         """The windows' tokens `b n` (int64), and the mask `b n` of the real ones, None where no window is short."""
         return read_windows(self.arrays, windows, self.seq_len + 1)
@@ -124,6 +126,7 @@ class WindowSampler:
             "positions": list(self.positions),
         }
 
+    @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`; ValueError where it belongs to other data or another setting."""
         for key, present in self._identity().items():
@@ -140,6 +143,7 @@ class WindowSampler:
         return {"seed": self.seed, "seq_len": self.seq_len, "lengths": [len(array) for array in self.arrays]}
 
 
+@beartype
 def read_windows(arrays: Sequence[np.ndarray], windows: Sequence[Window], width: int) -> tuple[Tensor, Tensor | None]:
     """Windows as a batch `b width`, zeros after short ones, and the mask of the real tokens if there is a short one."""
     tokens = np.zeros((len(windows), width), dtype=np.int64)

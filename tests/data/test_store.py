@@ -121,7 +121,7 @@ def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab
 
 @settings(deadline=None, max_examples=60)
 @given(
-    documents=st.lists(st.text(st.sampled_from("ab \né😀"), min_size=1, max_size=30), min_size=1, max_size=8),
+    documents=st.lists(st.text(st.sampled_from("ab \né😀"), min_size=1, max_size=60), min_size=1, max_size=12),
     cuts=st.lists(st.integers(0, 300), max_size=2),
     piece=st.integers(4, 40),
     eos=st.sampled_from([None, 0, 7]),
@@ -134,7 +134,7 @@ def test_the_splits_are_the_text_and_every_document_ends_with_eos(documents, cut
         try:
             corpus = load_corpus(str(folder / "a.jsonl"), **load)
         except ValueError:
-            assert len("\n\n".join(documents).encode()) < 60
+            assert len("\n\n".join(documents).encode()) // 20 < 2 * 4 + 3  # may hold out fewer than two characters
         else:
             assert joined(corpus.train + corpus.valid) == expected(documents, eos)
         (text_file,) = folder.glob("text/*/text")

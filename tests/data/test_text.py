@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 
 from palm_rlhf.data.text import load_corpus, split_weight
 
-ENWIK6 = Path(__file__).resolve().parents[3] / "shared" / "data" / "enwik6"
-
 
 def whole(corpus, part=0):
     return corpus.train[part].tobytes() + corpus.valid[part].tobytes()
@@ -29,9 +27,9 @@ def load(tmp_path):
     return lambda data, **options: load_corpus(data, cache_dir=tmp_path / "cache", download=False, **options)
 
 
-@pytest.mark.skipif(not ENWIK6.exists(), reason="no ../shared/data/enwik6")
-def test_the_last_twentieth_of_enwik6_is_held_out(load):
-    corpus, content = load(str(ENWIK6)), ENWIK6.read_bytes()
+def test_the_last_twentieth_of_enwik6_is_held_out(load, shared_data):
+    file = shared_data("enwik6")
+    corpus, content = load(str(file)), file.read_bytes()
     assert corpus.train[0].tobytes() == content[:950_000]
     assert corpus.valid[0].tobytes() == content[950_000:]
     assert (corpus.train_bytes, corpus.valid_bytes) == ((950_000,), (50_000,))

@@ -1,22 +1,14 @@
-"""Checkpoints: what is saved comes back, whole or not at all, and what is no checkpoint is refused with a reason."""
+"""Checkpoints: what is saved comes back, in files of the expected names, into a new model or one that is there."""
 
 import dataclasses
-import functools
+import hashlib
 import inspect
-import io
 import json
 import os
-import pickle
-import random
 import re
-import resource
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,11 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop.folder import WeightsFolder, parse_size, shards
+from palm_rlhf.model.interop.folder import parse_size, shards
 from palm_rlhf.model.palm import PaLM
 
 SIZES = {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2}
@@ -241,10 +232,14 @@ def test_load_keeps_what_is_not_mathematics(tmp_path):
     assert torch.equal(palm(tokens()), model(1, flash_attn=False)(tokens()))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_load_takes_a_state_dict_of_ours(tmp_path, legacy):
-    torch.save(model(1).half().state_dict(), tmp_path / "palm.pt", _use_new_zipfile_serialization=not legacy)
-    assert same(model(2).load(tmp_path / "palm.pt"), model(1).half().float())
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_load_takes_a_state_dict_of_ours(tmp_path, form):
+    file = tmp_path / ("palm.safetensors" if form == "safetensors" else "palm.pt")
+    if form == "safetensors":
+        save_file(model(1).half().state_dict(), file)
+    else:
+        torch.save(model(1).half().state_dict(), file, _use_new_zipfile_serialization=form == "zip")
+    assert same(model(2).load(file), model(1).half().float())
 
 
 @pytest.mark.parametrize("train_base", [False, True])
@@ -276,36 +271,86 @@ def test_load_fills_the_scopes_of_a_state_dict_where_they_were_added(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository, owner/name, with two revisions."""
+    """A repository, owner/name, whose branches are the folders of `root`; a commit is its branch's name ten times."""
 
-    revisions: dict[str, Path] = {}
-    requested: list[str] = []
+    root: Path
+    requested: list[str]
 
     def do_HEAD(self):
-        self.answer(body=False)
+        self.do_GET()
 
     def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        self.requested.append(self.path)
-        if match := re.fullmatch(r"/api/models/owner/name/revision/(\w+)", self.path):
-            names = [{"rfilename": file.name} for file in self.revisions[match[1]].iterdir()]
-            content = json.dumps({"id": "owner/name", "sha": match[1] * 10, "siblings": names}).encode()
-        elif match := re.fullmatch(r"/owner/name/resolve/(\w+)/([\w.-]+)", self.path):
-            content = (self.revisions[match[1][:4]] / match[2]).read_bytes()
-        else:
-            self.send_response(404)
+        path, _, _ = self.path.partition("?")
+        self.requested.append(path)
+        content, commit = None, ""
+        if match := re.fullmatch(r"/api/models/owner/name/(revision|tree)/(\w{4})\w*", path):
+            commit = match[2] * 10
+            names = files(self.root / match[2])
+            tree = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
+            info = {"id": "owner/name", "sha": commit, "siblings": [{"rfilename": name} for name in names]}
+            content = json.dumps(info if match[1] == "revision" else tree).encode()
+        elif match := re.fullmatch(r"/owner/name/resolve/(\w{4})\w*/([\w.-]+)", path):
+            commit = match[1] * 10
+            content = (self.root / match[1] / match[2]).read_bytes()
+        self.send_response(404 if content is None else 200)
+        if content is None:
             self.send_header("X-Error-Code", "RepoNotFound")
-            content = b""
-        if content:
-            self.send_response(200)
+        else:
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", match[1][:4] * 10)
-        self.send_header("Content-Length", str(len(content)))
+            self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", str(len(content or b"")))
         self.end_headers()
-        if body:
+        if content is not None and self.command == "GET":
             self.wfile.write(content)
 
     def log_message(self, *_):
         pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Runs `from_pretrained(hub_id, revision)` in a process that takes this machine for the hub."""
+    Hub.root, Hub.requested = tmp_path / "repository", []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def open_and_copy(hub_id: str, revision: str | None = None) -> subprocess.CompletedProcess:
+        script = (
+            "import sys; from palm_rlhf.model.palm import PaLM\n"
+            "PaLM.from_pretrained(sys.argv[1], revision=sys.argv[2] or None).save_pretrained(sys.argv[3])"
+        )
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-c", script, hub_id, revision or "", str(tmp_path / "copy")]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    yield open_and_copy
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("revision", [None, "next"])
+def test_a_hub_id_is_downloaded_and_opened(tmp_path, hub, revision):
+    model(1).save_pretrained(tmp_path / "repository" / "main")
+    model(2, **OTHER).save_pretrained(tmp_path / "repository" / "next", format="cohere", max_shard_size="4KB")
+    for branch in ("main", "next"):
+        (tmp_path / "repository" / branch / "pytorch_model.bin").write_bytes(b"a pickle")
+    done = hub("owner/name", revision)
+    assert done.returncode == 0, done.stderr
+    opened = PaLM.from_pretrained(tmp_path / "copy")
+    assert same(opened, PaLM.from_pretrained(tmp_path / "repository" / (revision or "main")))
+    assert any(path.endswith("/config.json") for path in Hub.requested)
+    assert not any("pytorch_model.bin" in path for path in Hub.requested)
+
+
+def test_what_the_hub_does_not_have_is_refused(tmp_path, hub):
+    model(1).save_pretrained(tmp_path / "repository" / "main")
+    done = hub("owner/other")
+    assert re.search(r"FileNotFoundError: there is no folder owner/other, and .* not found on the .* hub", done.stderr)
+    assert "check the name" in done.stderr

@@ -116,7 +116,7 @@ def test_padding_and_neighbours_do_not_change_the_logits(variant, lengths, extra
 
 
 @settings(max_examples=40)
-@given(CAUSAL, LENGTHS.filter(lambda lengths: max(lengths) > 1), st.integers(0, 3), st.sampled_from(["left", "right"]), SEEDS)
+@given(CAUSAL, LENGTHS.filter(lambda row: max(row) > 1), st.integers(0, 3), st.sampled_from(["left", "right"]), SEEDS)
 def test_padding_and_neighbours_do_not_change_the_training(variant, lengths, extra, side, seed):
     palm, rows = palm_of(variant), token_rows(lengths, seed)
     tokens, key_mask = padded(rows, seed, side=side, extra=extra)

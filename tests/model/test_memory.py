@@ -54,12 +54,12 @@ CASES = {
     "key_mask": ("attend", (4096, 8192), {"mask": "key_mask"}),
     "document_ids": ("attend", (4096, 8192), {"mask": "document_ids"}),
     "inference": ("attend", (4096, 8192), {"mask": "key_mask", "train": False}),
-    "all scores": ("attend", (1024, 2048), {"implementation": "eager"}),
-    "a whole mask": ("attend", (1024, 2048), {"implementation": "fused", "mask": "key_mask"}),
+    "all scores": ("attend", (2048, 4096), {"implementation": "eager"}),
+    "a whole mask": ("attend", (2048, 4096), {"implementation": "fused", "mask": "key_mask"}),
     "step": ("step", (4096, 8192), {}),
     "packed step": ("step", (4096, 8192), {"mask": "document_ids"}),
-    "deep step": ("step", (1024,), {"depth": 16}),
-    "deep step, computed again": ("step", (1024,), {"depth": 16, "gradient_checkpointing": True}),
+    "deep step": ("step", (2048,), {"dim": 128, "depth": 8}),
+    "deep step, computed again": ("step", (2048,), {"dim": 128, "depth": 8, "gradient_checkpointing": True}),
 }
 
 
@@ -85,7 +85,7 @@ def test_attention_holds_nothing_for_every_pair_of_tokens(peaks, case):
 def test_what_holds_all_pairs_is_caught(peaks, case):
     half, whole = peaks[case]
     assert whole > 3 * half
-    assert whole > 2048**2
+    assert whole > 4096**2
 
 
 @pytest.mark.parametrize("case", ["step", "packed step"])

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import tyro
+from beartype.roar import BeartypeCallHintParamViolation
 
 from palm_rlhf.training.config import LMConfig
 
@@ -48,7 +49,7 @@ def test_whole_numbers_may_stand_for_floats():
 
 
 def test_a_wrong_type_is_refused():
-    with pytest.raises(Exception, match="num_steps"):
+    with pytest.raises(BeartypeCallHintParamViolation, match="num_steps"):
         LMConfig(num_steps="many")
 
 

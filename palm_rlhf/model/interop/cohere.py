@@ -18,7 +18,9 @@ from .folder import WeightsFolder, check_shapes
 
 ARCHITECTURE = "CohereForCausalLM"
 EMBEDDINGS, UNTIED = "model.embed_tokens.weight", "lm_head.weight"
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What a config.json must give, and transformers' defaults; that of rope_theta is not the same in all its versions.
+NUMBERS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
+NUMBERS |= {"rope_theta": None, "logit_scale": 0.0625, "layer_norm_eps": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
         ValueError: what a PaLM cannot compute, and what is missing, by name.
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", values.get("rope_theta"))
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     expected = {
         "attention_bias": (values.get("attention_bias"), (None, False)),
         "hidden_act": (values.get("hidden_act"), (None, "silu")),
@@ -140,26 +142,25 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
     refused = [f"{name}={got!r}, not {fine[-1]!r}" for name, (got, fine) in expected.items() if got not in fine]
     if refused:
         raise ValueError(f"{where} has {', '.join(refused)}: a PaLM cannot compute that; take another model")
-    missing = [name for name in SIZES if not isinstance(values.get(name), int)]
-    if theta is None:  # transformers 4 and 5 have different defaults
-        missing.append("rope_theta")
-    if missing:
+    numbers = {name: values.get(name, default) for name, default in NUMBERS.items()}
+    numbers["rope_theta"] = rope.get("rope_theta", numbers["rope_theta"])
+    if missing := [name for name, number in numbers.items() if not isinstance(number, (int, float))]:
         raise ValueError(f"{where} does not give {', '.join(missing)}; expected all the numbers of a Cohere model")
-    heads = values["num_attention_heads"]
+    heads = numbers["num_attention_heads"]
     return {
-        "num_tokens": values["vocab_size"],
-        "dim": values["hidden_size"],
-        "depth": values["num_hidden_layers"],
+        "num_tokens": numbers["vocab_size"],
+        "dim": numbers["hidden_size"],
+        "depth": numbers["num_hidden_layers"],
         "heads": heads,
-        "dim_head": values.get("head_dim") or values["hidden_size"] // max(heads, 1),
+        "dim_head": values.get("head_dim") or numbers["hidden_size"] // max(heads, 1),
         "kv_heads": values.get("num_key_value_heads") or heads,
-        "ff_inner_dim": values["intermediate_size"],
-        "rotary_theta": theta,
-        "logit_scale": values.get("logit_scale", 0.0625),
+        "ff_inner_dim": numbers["intermediate_size"],
+        "rotary_theta": numbers["rope_theta"],
+        "logit_scale": numbers["logit_scale"],
         "z_loss": 0.0,
-        "norm_eps": values.get("layer_norm_eps", 1e-5),
+        "norm_eps": numbers["layer_norm_eps"],
         "qk_norm": bool(values.get("use_qk_norm")),
-        # the length trained with rope_theta, where it is more than transformers' own tables
+        # Command R was trained to be used beyond max_position_embeddings, and says so here.
         "max_seq_len": values.get("model_max_length") or values.get("max_position_embeddings", 8192),
     }
 
