@@ -59,11 +59,11 @@ def main(
     }
     seconds = alternate({name: generate(model) for name, model in models.items()}, rounds=rounds)
     ratios = {
-        f"{mine} than {other.removeprefix('palm-rlhf-')}": speedup(seconds[mine], seconds[other])
-        for mine, other in [
-            ("palm-rlhf, float32", "palm-rlhf-pytorch, float32"),
-            ("palm-rlhf, bfloat16 weights", "palm-rlhf-pytorch, float32"),
-            ("palm-rlhf, bfloat16 weights", "palm-rlhf-pytorch, bfloat16 weights"),
+        label: speedup(seconds[mine], seconds[other])
+        for label, mine, other in [
+            ("float32", "palm-rlhf, float32", "palm-rlhf-pytorch, float32"),
+            ("bfloat16 weights", "palm-rlhf, bfloat16 weights", "palm-rlhf-pytorch, bfloat16 weights"),
+            ("ours bfloat16, theirs float32", "palm-rlhf, bfloat16 weights", "palm-rlhf-pytorch, float32"),
         ]
     }
     title = f"{num_tokens} tokens after {prompt_len}, batch {batch}, dim {dim}, depth {depth}"

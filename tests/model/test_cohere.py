@@ -24,7 +24,7 @@ shapes = st.fixed_dictionaries(
         "dim_head": st.sampled_from([4, 8, 10]),  # of which 4 heads make up the width or do not
         "ff_inner_dim": st.sampled_from([24, 40]),
         "rotary_theta": st.sampled_from([100.0, 10_000.0, 8e6]),
-        "logit_scale": st.sampled_from([0.0625, 0.3]),
+        "logit_scale": st.sampled_from([0.2, 0.5]),
         "norm_eps": st.sampled_from([1e-5, 1e-2]),
         "qk_norm": st.booleans(),
     }
@@ -39,7 +39,7 @@ GROUPED = {
     "dim_head": 8,
     "ff_inner_dim": 40,
     "rotary_theta": 1000.0,
-    "logit_scale": 0.3,
+    "logit_scale": 0.5,
     "norm_eps": 1e-4,
     "qk_norm": True,
 }
@@ -50,7 +50,7 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     """Weights of which none is like another: the norms too, which start at 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        parameter.normal_(0, 1 if "emb" in name else 1.5 * parameter.shape[-1] ** -0.5, generator=generator)
+        parameter.normal_(0, 0.5 if "emb" in name else 2 * parameter.shape[-1] ** -0.5, generator=generator)
         if "norm" in name:
             parameter.div_(2).add_(1)
     return model.eval()
@@ -89,7 +89,7 @@ def tokens(seed: int = 0, length: int = 40) -> Tensor:
 @torch.no_grad()
 def assert_same_logits(palm: PaLM, model: nn.Module, seed: int = 0) -> None:
     logits = model(tokens(seed)).logits
-    assert logits.dtype == torch.float32 and 0.3 < logits.std() < 10
+    assert logits.dtype == torch.float32 and 0.1 < logits.std() < 10
     torch.testing.assert_close(palm(tokens(seed)), logits, rtol=0, atol=1e-5)
 
 
@@ -152,11 +152,12 @@ def test_bfloat16_stays_bfloat16_both_ways(tmp_path, max_shard_size):
     model.save_pretrained(tmp_path / "in", max_shard_size=max_shard_size)
     palm = PaLM.from_pretrained(tmp_path / "in")
     assert {parameter.dtype for parameter in palm.parameters()} == {torch.bfloat16}
-    assert_same_logits(PaLM.from_pretrained(tmp_path / "in", dtype=torch.float32), model.float())
+    unrounded = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
+    assert_same_logits(PaLM.from_pretrained(tmp_path / "in", dtype=torch.float32), unrounded)
     palm.save_pretrained(tmp_path / "out", format="cohere", max_shard_size=max_shard_size)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in back.parameters()} == {torch.bfloat16}
-    for name, tensor in model.bfloat16().state_dict().items():
+    for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
@@ -181,7 +182,6 @@ def test_what_a_folder_may_leave_out(tmp_path):
     """As the first ones of the hub do, which were written before some of the names were."""
     numbers = {**GROUPED, "kv_heads": 4, "qk_norm": False, "logit_scale": 0.0625, "norm_eps": 1e-5}
     model = cohere(1, **numbers)
-    model.lm_head.weight.data.mul_(1)
     model.save_pretrained(tmp_path)
     optional = "num_key_value_heads head_dim logit_scale layer_norm_eps use_qk_norm attention_bias tie_word_embeddings"
     edit_config(tmp_path, remove=(*optional.split(), "hidden_act", "architectures"), model_max_length=4096)

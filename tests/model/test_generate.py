@@ -98,17 +98,17 @@ def test_recorded_logprobs_are_those_of_a_forward_without_a_cache(lengths, optio
         torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("forgotten", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
-def test_logprobs_of_another_distribution_are_told_apart(forgotten):
+@pytest.mark.parametrize(
+    "option", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"repetition_penalty": 1.5}], ids=str
+)
+def test_logprobs_of_another_distribution_are_told_apart(option):
     """What the law above says of a sampler that records before, say, the temperature."""
-    (row,), options = prompts_of(6), {"temperature": 0.8, "top_k": 15, "top_p": 0.9, "min_p": 0.05}
-    options["repetition_penalty"] = 1.3
-    (answer,), (recorded,) = palm_of().generate(
-        prompt=[row], max_new_tokens=12, generator=seeded(), return_logprobs=True, **options
+    palm, (row,) = palm_of(), prompts_of(6)
+    (answer,), (recorded,) = palm.generate(
+        prompt=[row], max_new_tokens=12, generator=seeded(), return_logprobs=True, **option
     )
-    torch.testing.assert_close(recorded, recomputed_logprobs(palm_of(), row, answer, **options), rtol=0, atol=1e-10)
-    del options[forgotten]
-    assert (recorded - recomputed_logprobs(palm_of(), row, answer, **options)).abs().max() > 1e-3
+    torch.testing.assert_close(recorded, recomputed_logprobs(palm, row, answer, **option), rtol=0, atol=1e-10)
+    assert (recorded - recomputed_logprobs(palm, row, answer)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
@@ -253,9 +253,7 @@ def test_eos_ends_a_row_is_kept_and_fills_what_follows():
 
 def test_eos_cuts_the_rows_of_a_list():
     rows, eos, expected = ending_rows()
-    tokens, logprobs = palm_of().generate(
-        prompt=rows, max_new_tokens=10, eos_token=eos, return_logprobs=True, **GREEDY
-    )
+    tokens, logprobs = palm_of().generate(prompt=rows, max_new_tokens=10, eos_token=eos, return_logprobs=True, **GREEDY)
     assert [row.tolist() for row in tokens] == expected
     assert [len(row) for row in logprobs] == [len(row) for row in expected]
     one_by_one = [palm_of().generate(prompt=[row], max_new_tokens=10, eos_token=eos, **GREEDY)[0] for row in rows]
@@ -275,7 +273,9 @@ def test_token_0_is_a_token_like_any_other():
     answer = slowly(palm, row, 6)
     other = answer[2]
     palm.token_emb.weight.data[[0, other]] = palm.token_emb.weight.data[[other, 0]]
-    renamed, expected = ([{0: other, other: 0}.get(token, token) for token in tokens] for tokens in (row.tolist(), answer))
+    renamed, expected = (
+        [{0: other, other: 0}.get(token, token) for token in tokens] for tokens in (row.tolist(), answer)
+    )
     options = {"prompt": [torch.tensor(renamed)], "max_new_tokens": 6, **GREEDY}
     assert 0 in expected and palm.generate(**options)[0].tolist() == expected
     assert palm.generate(**options, eos_token=0)[0].tolist() == cut(expected, 0)

@@ -1,6 +1,7 @@
 """Peak memory, as the system counts it, grows linearly with the length of a sequence."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -58,8 +59,8 @@ CASES = {
     "a whole mask": ("attend", (2048, 4096), {"implementation": "fused", "mask": "key_mask"}),
     "step": ("step", (4096, 8192), {}),
     "packed step": ("step", (4096, 8192), {"mask": "document_ids"}),
-    "deep step": ("step", (2048,), {"dim": 128, "depth": 8}),
-    "deep step, computed again": ("step", (2048,), {"dim": 128, "depth": 8, "gradient_checkpointing": True}),
+    "deep step": ("step", (1024,), {"dim": 256, "depth": 12}),
+    "deep step, computed again": ("step", (1024,), {"dim": 256, "depth": 12, "gradient_checkpointing": True}),
 }
 
 
@@ -67,7 +68,9 @@ CASES = {
 def peaks() -> dict[str, list[int]]:
     """Peak bytes of every case, for each of its lengths."""
     command = [sys.executable, "-c", MEASURE, json.dumps(list(CASES.values()))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    # glibc then gives every freed tensor back at once; else the peak would count what it keeps for later
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = dict(zip(CASES, json.loads(done.stdout), strict=True))
     assert not any(None in case for case in found.values()), done.stderr
@@ -78,14 +81,14 @@ def peaks() -> dict[str, list[int]]:
 def test_attention_holds_nothing_for_every_pair_of_tokens(peaks, case):
     half, whole = peaks[case]
     assert whole < 3 * half
-    assert whole < 8192**2  # not even a mask of one byte for every pair
+    assert whole - half < 8192**2 - 4096**2  # what is added is not even one byte for every added pair
 
 
 @pytest.mark.parametrize("case", ["all scores", "a whole mask"])
 def test_what_holds_all_pairs_is_caught(peaks, case):
     half, whole = peaks[case]
     assert whole > 3 * half
-    assert whole > 4096**2
+    assert whole - half > 4096**2 - 2048**2
 
 
 @pytest.mark.parametrize("case", ["step", "packed step"])
@@ -96,4 +99,4 @@ def test_a_training_step_on_8192_tokens_is_linear(peaks, case):
 
 
 def test_gradient_checkpointing_holds_less(peaks):
-    assert peaks["deep step, computed again"][0] < 0.6 * peaks["deep step"][0]
+    assert peaks["deep step, computed again"][0] < 0.4 * peaks["deep step"][0]

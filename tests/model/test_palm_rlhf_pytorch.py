@@ -233,10 +233,13 @@ def edited(**changes) -> dict[str, Tensor]:
         (edited(extra=torch.ones(1)), "has the unexpected extra"),
         (
             edited(layers__1__fn__attn_out__weight=torch.ones(3, 3)),
-            "another shape of layers.1.fn.attn_out.weight: (3, 3), not (32, 32)",
+            "has another shape of layers.1.fn.attn_out.weight: (3, 3), not (32, 32)",
         ),
-        (edited(norm__beta=torch.ones(32)), "has another beta than that package makes"),
-        (edited(layers__1__fn__rotary_emb__inv_freq=torch.ones(4)), "has another inv_freq than that package makes"),
+        (edited(norm__beta=torch.ones(32)), "has another norm.beta than that package makes"),
+        (
+            edited(layers__1__fn__rotary_emb__inv_freq=torch.ones(4)),
+            "has another layers.1.fn.rotary_emb.inv_freq than that package makes",
+        ),
         (edited(to_logits__weight=torch.ones(NUM_TOKENS, 32)), "has a to_logits.weight of its own"),
         (edited(norm__gamma=3), "holds something else than floating-point tensors by name"),
     ],

@@ -1,0 +1,48 @@
+"""The benchmarks run, at sizes that only show that they do, and end with a line of JSON whose ratios are theirs."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def bench(root):
+    pytest.importorskip("palm_rlhf_pytorch", reason="needs the extra palm-rlhf[bench]")
+
+    def run(name: str, *options: str) -> dict:
+        command = [sys.executable, str(root / "benchmarks" / name), *options]
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        assert "parity" in process.stdout
+        return json.loads(process.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_training_step(bench):
+    result = bench("training_step.py", "--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "32", "--rounds", "2")
+    assert len(result["seconds"]) == 3 and len(result["speedups"]) == 2
+
+
+def test_generation(bench):
+    sizes = ["--dim", "32", "--depth", "1", "--prompt-len", "4", "--num-tokens", "4", "--rounds", "2"]
+    result = bench("generation.py", *sizes)
+    assert len(result["seconds"]) == 4 and len(result["speedups"]) == 3
+
+
+def test_medians_and_ratios_of_known_times(root):
+    module = runpy.run_path(str(root / "benchmarks" / "side_by_side.py"))
+    assert module["summary"]([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    # round by round 2, 2 and 4 times; the ratio of the medians would be 3
+    assert module["speedup"]([1.0, 3.0, 1.0], [2.0, 6.0, 4.0])["median"] == 2.0
+
+
+def test_rounds_alternate(root):
+    order = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = runpy.run_path(str(root / "benchmarks" / "side_by_side.py"))["alternate"](runs, rounds=2)
+    assert order == ["a", "b"] * 3  # the first round warms up
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
