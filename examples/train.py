@@ -20,17 +20,19 @@ from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
 
 # The defaults, for two CPU cores and about ten minutes.
-MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4)
+MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2, dropout=0.1)
 TRAINING = LMConfig(
     batch_size=16,
     seq_len=256,
-    num_steps=4000,
-    max_seconds=540,
-    learning_rate=2e-3,
-    min_lr_ratio=0.05,
-    warmup_steps=100,
+    num_steps=2000,
+    max_seconds=500,
+    optimizer="muon",
+    learning_rate=1e-2,
+    min_lr_ratio=0.0,
+    warmup_steps=50,
     eval_every=500,
     eval_tokens=20_000,
+    eval_context=192,
     save_every=500,
 )
 

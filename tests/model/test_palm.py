@@ -301,11 +301,12 @@ def test_bfloat16_weights_stay_near_float64():
 MASKED = {"key_mask": torch.ones(2, 9).tril(6).bool(), "document_ids": (torch.arange(9) // 4).expand(2, 9)}
 
 
-@pytest.mark.parametrize("variant", ["multi-query", "all at once"])
-@pytest.mark.parametrize("masks", [{}, MASKED], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    "variant, masks", [("multi-query", {}), ("all at once", MASKED)], ids=["multi-query", "all at once, masked"]
+)
 def test_compiles_into_one_graph_with_the_same_gradients(variant, masks):
     torch.compiler.reset()
-    palm, tokens = small(**VARIANTS[variant], z_loss=0.1), some_tokens()
+    palm, tokens = small(**{**VARIANTS[variant], "depth": 1}, z_loss=0.1), some_tokens()
     compiled = torch.compile(palm, fullgraph=True, backend="aot_eager")
     losses = palm(tokens, return_loss=True, **masks), compiled(tokens, return_loss=True, **masks)
     torch.testing.assert_close(*losses, rtol=0, atol=1e-10)

@@ -14,12 +14,15 @@ DIM, HEADS, KV_HEADS = 8, 4, 2
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 100, 0, 3]])
 
 
-def turned(x, positions, theta=10000.0):
-    """First half + i second half, times exp(i position theta^(-2m/d)): x `... n h d`, positions `... n`."""
-    half = x.shape[-1] // 2
-    frequencies = torch.tensor([theta ** (-2 * m / x.shape[-1]) for m in range(half)], dtype=torch.float64)
-    angles = positions.double()[..., None, None] * frequencies
-    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+def turned(x, positions, theta=10000.0, *, xpos=0):
+    """First half + i second half, times exp(i position theta^(-2m/d)): x `... n h d`, positions `... n`.
+
+    xPos: a query (1) or a key (-1) is also multiplied by ((2m/d + 0.4) / 1.4)^(+-position / 512).
+    """
+    dim, at = x.shape[-1], positions.double()[..., None, None]
+    angles = at * torch.tensor([theta ** (-2 * m / dim) for m in range(dim // 2)], dtype=torch.float64)
+    zeta = torch.tensor([(2 * m / dim + 0.4) / 1.4 for m in range(dim // 2)], dtype=torch.float64)
+    z = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) * torch.polar(zeta ** (xpos * at / 512), angles)
     return torch.cat((z.real, z.imag), dim=-1)
 
 
@@ -123,11 +126,8 @@ def test_gradients_are_those_of_the_formula(make_tables, positions):
     assert gradcheck(lambda x: rotary_split(x, cos, sin, heads=HEADS, kv_heads=KV_HEADS), qkv)
 
     q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=-2)
-    half = DIM // 2
-    qk = torch.cat((q, k), dim=-2)
-    first, second = qk[..., :half], qk[..., half:]
-    plain = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    expected = (plain[..., :HEADS, :], plain[..., HEADS:, :], v)
+    xpos = int(make_tables is xpos_tables)
+    expected = turned(q, positions, xpos=xpos), turned(k, positions, xpos=-xpos), v
     got = rotary_split(qkv, cos, sin, heads=HEADS, kv_heads=KV_HEADS)
     directions = [torch.randn_like(t) for t in expected]
     for ours, theirs in zip(got, expected, strict=True):
@@ -138,6 +138,13 @@ def test_gradients_are_those_of_the_formula(make_tables, positions):
             for outs in (got, expected)
         ]
         torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+def test_without_gradients_the_result_is_the_same():
+    qkv = fused(POSITIONS)
+    expected = rotary_split(qkv.clone().requires_grad_(), *tables(POSITIONS), heads=HEADS, kv_heads=KV_HEADS)
+    for ours, theirs in zip(rotary_split(qkv, *tables(POSITIONS), heads=HEADS, kv_heads=KV_HEADS), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_gradients_may_come_transposed():

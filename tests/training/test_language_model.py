@@ -68,6 +68,23 @@ def test_a_step_follows_the_mean_over_all_its_targets_however_they_are_batched(t
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_every_step_follows_its_own_gradient_alone(tiny_palm, tiny_config, text):
+    config = tiny_config(**GRADIENT_DESCENT, betas=(0.0, 0.0), min_lr_ratio=1.0)
+    trainer = LanguageModelTrainer(tiny_palm(z_loss=0.0), train_data=text, config=config)
+    assert len(list(trainer.steps())) == 4
+
+    palm = tiny_palm(z_loss=0.0)
+    sampler = LanguageModelTrainer(palm, train_data=text, config=config).sampler
+    for _ in range(4):
+        windows = sampler.draw(4)
+        nats = sum(window_nats(palm, [text], window) for window in windows)
+        descent = gradients(palm, nats / sum(window.num_targets for window in windows))
+        with torch.no_grad():
+            for name, parameter in palm.named_parameters():
+                parameter -= descent[name]
+    assert distance(dict(trainer.palm.named_parameters()), dict(palm.named_parameters())) < 1e-5
+
+
 def test_clipping_scales_the_gradient_to_its_largest_norm(tiny_palm, tiny_config, text):
     free = tiny_config(**GRADIENT_DESCENT)
     metrics, full = one_step(tiny_palm(), text, free)

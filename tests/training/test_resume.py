@@ -73,7 +73,7 @@ torch.manual_seed(0)
 palm = PaLM(num_tokens=256, dim=32, depth=2, heads=2, dim_head=16, dropout=0.1)
 text = np.load(sys.argv[2])
 config = LMConfig(batch_size=4, seq_len=16, eval_context=8, num_steps=10, warmup_steps=2, log_every=1,
-                  precision=sys.argv[3], plot=False, save_every=5, grad_accum=2, ema_decay=0.9)
+                  precision=sys.argv[3], optimizer=sys.argv[4], plot=False, save_every=5, grad_accum=2, ema_decay=0.9)
 trainer = LanguageModelTrainer(palm, train_data=[text[:500], text[500:700]], weights=[1, 2], config=config,
                                output_dir=sys.argv[1])
 for metrics in trainer.steps():
@@ -82,18 +82,20 @@ for metrics in trainer.steps():
 """
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_ten_steps_equal_five_a_kill_and_five_to_the_bit(make_trainer, text, tmp_path, precision):
-    whole = make_trainer(tmp_path / "whole", precision=precision)
+@pytest.mark.parametrize("precision, optimizer", [("float32", "adamw"), ("bf16", "muon")])
+def test_ten_steps_equal_five_a_kill_and_five_to_the_bit(make_trainer, text, tmp_path, precision, optimizer):
+    arithmetic = {"precision": precision, "optimizer": optimizer}
+    whole = make_trainer(tmp_path / "whole", **arithmetic)
     losses = [metrics["loss"] for metrics in whole.steps()]
 
     np.save(tmp_path / "text.npy", text)
-    run_and_die(KILLED_RUN, str(tmp_path / "run"), str(tmp_path / "text.npy"), precision)
+    run_and_die(KILLED_RUN, str(tmp_path / "run"), str(tmp_path / "text.npy"), precision, optimizer)
     assert names(tmp_path / "run") == ["step_00000005"]
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
 
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    resumed = make_trainer(tmp_path / "run", resume=True, precision=precision)
+    resumed = make_trainer(tmp_path / "run", resume=True, **arithmetic)
+    assert resumed.elapsed == read_metrics(tmp_path / "run/metrics.jsonl")[4]["elapsed"]
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert [metrics["loss"] for metrics in resumed.steps()] == losses[5:]
     assert equal(weights_of(resumed), weights_of(whole))
@@ -269,7 +271,8 @@ def test_a_run_is_not_written_over_by_accident(make_trainer, tmp_path):
         ({"dim": 48}, "dim=32"),
         ({"seed": 7}, "seed"),
         ({"seq_len": 24}, "seq_len"),
-        ({"ema_decay": 0.0}, "ema_decay"),
+        ({"ema_decay": 0.0}, "ema_decay=0.9"),
+        ({"optimizer": "muon"}, "optimizer=adamw"),
     ],
 )
 def test_another_run_is_not_resumed(make_trainer, tmp_path, change, message):
