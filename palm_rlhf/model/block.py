@@ -94,13 +94,11 @@ class ParallelBlock(nn.Module):
 
 
 def position_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `rotary_split`, xPos scales included: `b n -> b n 1 d`, or a row for each head with xPos."""
-    cos, sin = (t.unsqueeze(-2) for t in rotary_tables(positions, config.dim_head, theta=config.rotary_theta, dtype=dtype))
+    """Cosines and sines for `rotary_split`: `b n -> b n 1 d`, or with xPos `b n (h + hk) d`, its scales included."""
+    tables = rotary_tables(positions, config.dim_head, theta=config.rotary_theta, dtype=dtype)
+    cos, sin = (table.unsqueeze(-2) for table in tables)
     if not config.xpos:
         return cos, sin
     scale = xpos_scales(positions, config.dim_head, dtype=dtype).unsqueeze(-2)
-    scales = torch.cat(
-        (scale.expand(*scale.shape[:2], config.heads, -1), scale.reciprocal().expand(*scale.shape[:2], config.kv_heads, -1)),
-        dim=-2,
-    )
+    scales = torch.cat((scale,) * config.heads + (scale.reciprocal(),) * config.kv_heads, dim=-2)
     return cos * scales, sin * scales

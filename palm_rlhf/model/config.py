@@ -45,7 +45,7 @@ class PaLMConfig:
         if self.dim_head % 2:
             raise ValueError(f"dim_head is {self.dim_head}; expected an even number, since rotary turns pairs")
         if self.inner_dim < 1:
-            raise ValueError(f"the feed-forward has {self.inner_dim} units; expected at least 1, from ff_mult or ff_inner_dim")
+            raise ValueError(f"the feed-forward has {self.inner_dim} units; raise ff_mult or ff_inner_dim to get 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
 

@@ -98,7 +98,7 @@ class PaLM(nn.Module):
     @classmethod
     @beartype
     def preset(cls, name: str, **overrides) -> "PaLM":
-        """One of the paper's three sizes, "8B", "62B" or "540B" (table 1); build it under `torch.device("meta")` to count."""
+        """One of the paper's sizes, "8B", "62B" or "540B" (table 1); under `torch.device("meta")` it is free."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r}; expected one of {sorted(PRESETS)}")
         return cls(**{**PRESET_COMMON, **PRESETS[name], **overrides})
@@ -153,7 +153,7 @@ class PaLM(nn.Module):
         """
         if return_loss:
             if tokens.shape[1] < 2:
-                raise ValueError(f"got {tokens.shape[1]} tokens a row; a loss needs at least 2, one to read, one to predict")
+                raise ValueError(f"got {tokens.shape[1]} tokens a row; expected at least 2: to read one, say one")
             targets_mask = target_mask(loss_mask=loss_mask, key_mask=key_mask, document_ids=document_ids)
             tokens, targets = next_token_pairs(tokens)
             key_mask, positions, document_ids = (
@@ -161,7 +161,8 @@ class PaLM(nn.Module):
             )
             if extra_embed is not None and extra_embed.ndim > 1 and extra_embed.shape[-2] > 1:
                 extra_embed = extra_embed[..., :-1, :]
-        embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, finetune_scope, disable_lora)
+        scope = None if disable_lora else finetune_scope
+        embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, scope)
         if return_only_embedding:
             return embeds
         logits = self.to_logits(embeds)
@@ -174,7 +175,7 @@ class PaLM(nn.Module):
         """The tied output layer: `... e -> ... v`."""
         return F.linear(embeds, self.token_emb.weight) * self.config.output_scale
 
-    def _embed(self, tokens, key_mask, positions, document_ids, cache, extra_embed, finetune_scope, disable_lora) -> Tensor:
+    def _embed(self, tokens, key_mask, positions, document_ids, cache, extra_embed, scope) -> Tensor:
         """Tokens to final embeddings, `b n -> b n e`."""
         num_new = tokens.shape[1]
         if cache is not None:
@@ -192,7 +193,7 @@ class PaLM(nn.Module):
         if extra_embed is not None:
             x = x + extra_embed
         x = self.dropout(x)
-        adapters = None if finetune_scope is None or disable_lora else self._scope(finetune_scope)
+        adapters = None if scope is None else self._scope(scope)
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
@@ -203,7 +204,7 @@ class PaLM(nn.Module):
 
     @beartype
     def make_cache(self, batch: int, capacity: int, *, left_padding: Tensor | None = None) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` tokens; left_padding: `b`, pads on the left of each row."""
+        """An empty cache for `batch` rows of up to `capacity` tokens; left_padding: `b`, pads before each row."""
         if not self.config.causal:
             raise ValueError("a bidirectional PaLM has no cache: each token sees those after it; expected causal=True")
         return KVCache(

@@ -133,7 +133,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | Non
             "k and v both `b hk j d`, with the same b and d"
         )
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads over {kv_heads} key heads; expected a multiple, so that groups share a key")
+        raise ValueError(f"{heads} query heads over {kv_heads} key heads; expected a multiple: groups share a key head")
     if (causal or document_ids is not None) and num_queries > num_keys:
         raise ValueError(
             f"{num_queries} queries over {num_keys} keys; expected at least as many keys as queries, "

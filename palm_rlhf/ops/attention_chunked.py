@@ -60,7 +60,8 @@ class _Plan:
 
     def buffer(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for the scores of one chunk, used again by the next: fresh memory costs more than the arithmetic."""
-        return torch.empty(self.batch * self.kv_heads * self.group * self.size * self.num_keys, dtype=dtype, device=device)
+        num_rows = self.batch * self.kv_heads * self.group * self.size
+        return torch.empty(num_rows * self.num_keys, dtype=dtype, device=device)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal matrices nearest to given ones, by Newton-Schulz iteration in bfloat16: `k i o -> k i o`."""
+    """The nearly orthogonal matrices nearest to given ones, by Newton-Schulz steps in bfloat16: `k i o -> k i o`."""
     a, b, c = QUINTIC
     x = matrices.bfloat16()
     if wide := x.shape[-2] > x.shape[-1]:
@@ -58,6 +58,12 @@ class Muon(torch.optim.AdamW):
                 part.add_(update, alpha=-0.2 * max(shape) ** 0.5 * rate)
         return loss
 
+    def __setstate__(self, state):
+        # AdamW's looks into the state of every parameter for its own count of steps.
+        groups = state["param_groups"]
+        super().__setstate__({**state, "param_groups": [group for group in groups if "momentum" not in group]})
+        self.param_groups = groups
+
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov's: the running average of the gradients, looked at one step ahead."""
         state = self.state[parameter]
@@ -76,7 +82,7 @@ def muon(
     weight_decay: float | int,
     momentum: float = 0.95,
 ) -> Muon:
-    """Muon (Jordan et al. 2024) over the blocks' matrices, AdamW over what else is trainable, with decay on the former."""
+    """Muon (Jordan et al. 2024) over the blocks' matrices, with decay, and AdamW over what else is trainable."""
     groups = []
     for block in (module for module in model.modules() if isinstance(module, ParallelBlock)):
         config = block.config

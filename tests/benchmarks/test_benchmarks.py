@@ -23,7 +23,8 @@ def bench(root):
 
 
 def test_training_step(bench):
-    result = bench("training_step.py", "--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "32", "--rounds", "2")
+    sizes = ["--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "32", "--rounds", "2"]
+    result = bench("training_step.py", *sizes)
     assert len(result["seconds"]) == 3 and len(result["speedups"]) == 2
 
 

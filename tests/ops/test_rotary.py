@@ -141,9 +141,9 @@ def test_gradients_are_those_of_the_formula(make_tables, positions):
 
 
 def test_without_gradients_the_result_is_the_same():
-    qkv = fused(POSITIONS)
-    expected = rotary_split(qkv.clone().requires_grad_(), *tables(POSITIONS), heads=HEADS, kv_heads=KV_HEADS)
-    for ours, theirs in zip(rotary_split(qkv, *tables(POSITIONS), heads=HEADS, kv_heads=KV_HEADS), expected, strict=True):
+    qkv, options = fused(POSITIONS), {"heads": HEADS, "kv_heads": KV_HEADS}
+    expected = rotary_split(qkv.clone().requires_grad_(), *tables(POSITIONS), **options)
+    for ours, theirs in zip(rotary_split(qkv, *tables(POSITIONS), **options), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 

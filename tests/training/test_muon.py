@@ -43,7 +43,7 @@ def test_every_matrix_of_a_fused_projection_is_orthogonalised_by_itself(tiny_pal
     sizes = [q_dim, kv_dim, kv_dim, config.inner_dim, config.inner_dim]
     for got, block in zip(moved.split(sizes), gradient.split(sizes), strict=True):
         expected = orthogonalise(block.unsqueeze(0))[0] * -0.01 * 0.2 * max(block.shape) ** 0.5
-        assert (got - expected).norm() < 0.03 * expected.norm()  # the iteration is in bfloat16
+        assert (got - expected).norm() < 0.05 * expected.norm()  # the iteration is in bfloat16
     whole = orthogonalise(gradient.unsqueeze(0))[0] * -0.01 * 0.2 * max(gradient.shape) ** 0.5
     assert (moved - whole).norm() > 0.2 * whole.norm()  # what one matrix of all rows would have given
 
