@@ -20,7 +20,7 @@ from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
 
 # The defaults, for two CPU cores and about ten minutes.
-MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2, dropout=0.1)
+MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)
 TRAINING = LMConfig(
     batch_size=16,
     seq_len=256,

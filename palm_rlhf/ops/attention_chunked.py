@@ -89,7 +89,8 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, causal, key_mask, document_ids):
         square = q.shape[2] == k.shape[2]
         if key_mask is None and document_ids is None and (square or not causal) and q.device.type == "cpu":
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+            shared = [_for_every_head(t, q.shape[1]) for t in (k, v)]
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *shared, 0.0, causal)
         else:
             with full_precision(q.device.type):
                 out, lse = _forward(q, k, v, _Plan(q, k, causal, key_mask, document_ids))
@@ -124,6 +125,11 @@ class ChunkedAttention(torch.autograd.Function):
             d_q[:, r] = d_scores @ keys[:, :num_keys]
         d_k, d_v = (t.to(k.dtype).view_as(k) for t in (d_keys.mul_(scale), d_values))
         return plan.unpack(d_q.mul_(scale)), d_k, d_v, None, None, None
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """`b hk j d -> b h j d`, which older versions of PyTorch's kernel need; multi-query keys are not copied."""
+    return x.expand(-1, heads, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _with_offset(x: Tensor, offset: Tensor) -> Tensor:
