@@ -153,7 +153,7 @@ class PaLM(nn.Module):
         """
         if return_loss:
             if tokens.shape[1] < 2:
-                raise ValueError(f"got {tokens.shape[1]} tokens a row; a loss needs at least 2, to read one and say one")
+                raise ValueError(f"got {tokens.shape[1]} tokens a row; a loss needs at least 2, one to say")
             targets_mask = target_mask(loss_mask=loss_mask, key_mask=key_mask, document_ids=document_ids)
             tokens, targets = next_token_pairs(tokens)
             key_mask, positions, document_ids = (
