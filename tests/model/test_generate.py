@@ -260,6 +260,14 @@ def test_eos_cuts_the_rows_of_a_list():
     assert [row.tolist() for row in one_by_one] == expected
 
 
+def test_a_row_that_reaches_seq_len_is_not_given_an_eos():
+    rows = [row[: len(row) - n] for n, row in enumerate(prompts_of(6, 6, 6))]
+    answers = [slowly(palm_of(), row, 8 + n) for n, row in enumerate(rows)]
+    eos = next(token for token in range(VOCABULARY) if not any(token in answer for answer in answers))
+    got = palm_of().generate(14, rows, eos_token=eos, **GREEDY)
+    assert [row.tolist() for row in got] == answers
+
+
 def test_generation_stops_when_every_row_has_ended():
     rows, eos, expected = ending_rows()
     longest = max(map(len, expected[:2]))

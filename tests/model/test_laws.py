@@ -18,10 +18,11 @@ VARIANTS = {
     "xpos": {"xpos": True, "heads": 2, "kv_heads": 2},
     "eager": {"flash_attn": False},
 }
-CAUSAL = st.sampled_from(sorted(VARIANTS))
-ANY = st.sampled_from([*sorted(VARIANTS), "bidirectional"])
+every_causal = pytest.mark.parametrize("variant", VARIANTS)
+every_variant = pytest.mark.parametrize("variant", [*VARIANTS, "bidirectional"])
 SEEDS = st.integers(0, 2**16)
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+UNEVEN = st.lists(st.integers(2, 9), min_size=2, max_size=4, unique=True)
 
 
 @functools.cache
@@ -59,8 +60,9 @@ def mean_loss_alone(palm, rows):
 # the future
 
 
-@settings(max_examples=40)
-@given(CAUSAL, st.integers(2, 40), SEEDS, st.data())
+@every_causal
+@settings(max_examples=15)
+@given(length=st.integers(2, 40), seed=SEEDS, data=st.data())
 def test_future_tokens_cannot_change_the_past(variant, length, seed, data):
     palm, now = palm_of(variant), data.draw(st.integers(0, length - 2))
     tokens, other = torch.stack(token_rows([length, length], seed)).split(1)
@@ -69,7 +71,7 @@ def test_future_tokens_cannot_change_the_past(variant, length, seed, data):
     assert_close(palm(tokens[:, : now + 1]), palm(tokens)[:, : now + 1], atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_causal
 def test_no_gradient_comes_from_the_future(variant):
     """Of each place's logits with respect to each place's embedding."""
     palm, (row,) = palm_of(variant), token_rows([7], 0)
@@ -104,8 +106,10 @@ def padded(rows, seed, *, side, extra=0):
     return tokens, key_mask
 
 
-@settings(max_examples=60)
-@given(ANY, LENGTHS, st.integers(0, 3), st.sampled_from(["left", "right", "between"]), SEEDS)
+@every_variant
+@pytest.mark.parametrize("side", ["left", "right", "between"])
+@settings(max_examples=8)
+@given(lengths=UNEVEN, extra=st.integers(0, 3), seed=SEEDS)
 def test_padding_and_neighbours_do_not_change_the_logits(variant, lengths, extra, side, seed):
     palm, rows = palm_of(variant), token_rows(lengths, seed)
     tokens, key_mask = padded(rows, seed, side=side, extra=extra)
@@ -115,8 +119,10 @@ def test_padding_and_neighbours_do_not_change_the_logits(variant, lengths, extra
         assert_close(row_logits[keep], palm(row[None])[0])
 
 
-@settings(max_examples=40)
-@given(CAUSAL, LENGTHS.filter(lambda row: max(row) > 1), st.integers(0, 3), st.sampled_from(["left", "right"]), SEEDS)
+@every_causal
+@pytest.mark.parametrize("side", ["left", "right"])
+@settings(max_examples=8)
+@given(lengths=UNEVEN, extra=st.integers(0, 3), seed=SEEDS)
 def test_padding_and_neighbours_do_not_change_the_training(variant, lengths, extra, side, seed):
     palm, rows = palm_of(variant), token_rows(lengths, seed)
     tokens, key_mask = padded(rows, seed, side=side, extra=extra)
@@ -147,8 +153,9 @@ def pieces(length, cuts):
     return itertools.pairwise(sorted({0, length, *(cut for cut in cuts if cut < length)}))
 
 
-@settings(max_examples=60)
-@given(CAUSAL, LENGTHS, st.lists(st.integers(1, 8), max_size=5), SEEDS)
+@every_causal
+@settings(max_examples=15)
+@given(lengths=UNEVEN, cuts=st.lists(st.integers(1, 8), max_size=5), seed=SEEDS)
 def test_cached_equals_uncached_at_every_step(variant, lengths, cuts, seed):
     palm, rows = palm_of(variant), token_rows(lengths, seed)
     tokens, key_mask = padded(rows, seed, side="left")
@@ -161,8 +168,9 @@ def test_cached_equals_uncached_at_every_step(variant, lengths, cuts, seed):
     assert cache.length == tokens.shape[1]
 
 
-@settings(max_examples=30)
-@given(CAUSAL, LENGTHS, st.data(), SEEDS)
+@every_causal
+@settings(max_examples=10)
+@given(lengths=UNEVEN, data=st.data(), seed=SEEDS)
 def test_rows_of_a_cache_may_be_dropped_doubled_and_moved(variant, lengths, data, seed):
     palm, rows = palm_of(variant), token_rows([length + 2 for length in lengths], seed)
     tokens, key_mask = padded(rows, seed, side="left")
@@ -174,6 +182,15 @@ def test_rows_of_a_cache_may_be_dropped_doubled_and_moved(variant, lengths, data
         logits = palm(tokens[order, -2:], cache=cache)
     for row, row_logits in zip(order, logits, strict=True):
         assert_close(row_logits, palm(rows[row][None])[0, -2:])
+
+
+def test_positions_and_mask_of_a_cache_by_hand():
+    cache = palm_of("multi-query").make_cache(2, 6, left_padding=torch.tensor([2, 0]))
+    assert cache.positions(3, torch.device("cpu")).tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert cache.key_mask(3).tolist() == [[False, False, True], [True, True, True]]
+    cache.advance(3)
+    assert cache.positions(1, torch.device("cpu")).tolist() == [[1], [3]]
+    assert cache.key_mask(1).tolist() == [[False, False, True, True], [True] * 4]
 
 
 def test_a_cache_says_when_it_is_full_or_misused():
@@ -203,8 +220,10 @@ def packed(rows_of_documents, seed):
     return tokens, document_ids, key_mask
 
 
-@settings(max_examples=50)
-@given(ANY, st.lists(LENGTHS, min_size=1, max_size=3), SEEDS, st.booleans())
+@every_variant
+@pytest.mark.parametrize("with_mask", [True, False], ids=["masked", "unmasked"])
+@settings(max_examples=8)
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=3), seed=SEEDS)
 def test_packed_documents_have_the_logits_of_separate_ones(variant, lengths, seed, with_mask):
     palm = palm_of(variant)
     documents = [token_rows(row, seed + n) for n, row in enumerate(lengths)]
@@ -216,12 +235,13 @@ def test_packed_documents_have_the_logits_of_separate_ones(variant, lengths, see
             assert_close(got, palm(document[None])[0])
 
 
-@settings(max_examples=40)
-@given(CAUSAL, st.lists(LENGTHS, min_size=1, max_size=3), SEEDS)
+@every_causal
+@settings(max_examples=10)
+@given(lengths=st.lists(UNEVEN, min_size=1, max_size=3), seed=SEEDS)
 def test_packed_documents_train_as_separate_ones(variant, lengths, seed):
     """No document's first token is predicted from the end of another."""
     palm = palm_of(variant)
-    documents = [token_rows([1 + length for length in row], seed + n) for n, row in enumerate(lengths)]
+    documents = [token_rows(row, seed + n) for n, row in enumerate(lengths)]
     tokens, document_ids, key_mask = packed(documents, seed)
     loss = palm(tokens, return_loss=True, document_ids=document_ids, key_mask=key_mask)
     assert_same_training(palm, loss, mean_loss_alone(palm, [document for row in documents for document in row]))
@@ -249,8 +269,9 @@ def test_default_positions_by_hand():
         assert default_positions(tokens, mask, packed_and_padded)[mask].tolist() == expected
 
 
-@settings(max_examples=30)
-@given(CAUSAL, LENGTHS, SEEDS)
+@every_causal
+@settings(max_examples=8)
+@given(lengths=LENGTHS, seed=SEEDS)
 def test_explicit_positions_that_restart_in_every_document_are_the_default(variant, lengths, seed):
     palm, documents = palm_of(variant), token_rows(lengths, seed)
     tokens = torch.cat(documents)[None]
@@ -260,8 +281,9 @@ def test_explicit_positions_that_restart_in_every_document_are_the_default(varia
     assert torch.equal(palm(tokens, document_ids=document_ids, positions=positions), default)
 
 
-@settings(max_examples=30)
-@given(CAUSAL, st.integers(1, 9), st.integers(0, 1000), SEEDS)
+@every_causal
+@settings(max_examples=10)
+@given(length=st.integers(1, 9), shift=st.integers(0, 1000), seed=SEEDS)
 def test_only_distances_between_positions_matter(variant, length, shift, seed):
     palm, rows = palm_of(variant), token_rows([length] * 2, seed)
     positions = torch.arange(length)[None]
