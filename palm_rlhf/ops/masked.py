@@ -15,12 +15,15 @@ def masked_sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor | None = None, *, denominator: Tensor | int | float | None = None) -> Tensor:
     """The sum of the kept entries over their number, or over a given denominator; 0 where nothing is kept.
 
-    A denominator that counts a whole optimiser step makes micro-batches and processes add up to one large batch.
+    A denominator that counts a whole optimiser step makes micro-batches and processes add up to one large batch; one
+    with axes, broadcastable to `...`, divides entry by entry, as where each row has its own.
 
     x and mask: `...` -> scalar
     """
     if denominator is None:
         denominator = x.numel() if mask is None else mask.sum()
-    if isinstance(denominator, Tensor):
+    if not isinstance(denominator, Tensor):
+        return masked_sum(x, mask) / max(denominator, 1)
+    if denominator.ndim == 0:
         return masked_sum(x, mask) / denominator.clamp(min=1)
-    return masked_sum(x, mask) / max(denominator, 1)
+    return masked_sum(x / denominator.clamp(min=1), mask)

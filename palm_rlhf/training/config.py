@@ -1,4 +1,4 @@
-"""The settings of language-model training; the command line's help is generated from the texts below the fields."""
+"""The settings of a run, and of language-model training; the command line's help is made of the texts below them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,16 +10,59 @@ from palm_rlhf.training.optimization import Precision
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class LMConfig:
+class RunConfig:
+    """What the runs of every trainer have in common."""
+
+    seed: int = 0
+    """Seed of the order of the data and of all that is drawn at random."""
+
+    grad_clip: float = 1.0
+    """Largest norm of a step's gradient, longer ones are scaled down to it; 0 for no clipping."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward; auto is bf16 where the hardware has it. Weights stay as they are, in float32."""
+
+    save_every: int = 250
+    """Steps between checkpoints."""
+
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that also get the metrics, by their names in accelerate: tensorboard, wandb, ..."""
+
+    plot: bool | None = None
+    """Draw curves.png at evaluations and the end; None: where matplotlib is installed (the extra palm-rlhf[plot])."""
+
+    def __post_init__(self):
+        self._expect_positive("save_every", "keep_checkpoints", "log_every")
+        self._expect_not_negative("seed", "grad_clip")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, expected {expected}")
+
+    def _expect_positive(self, *names: str) -> None:
+        for name in names:
+            self._expect(name, getattr(self, name) > 0, "a number above 0")
+
+    def _expect_not_negative(self, *names: str) -> None:
+        for name in names:
+            self._expect(name, getattr(self, name) >= 0, "0 or more")
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+@dataclass(frozen=True)
+class LMConfig(RunConfig):
     """How a language model is trained.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's progress, which is the larger of
     step / num_steps and elapsed / max_seconds: a machine too slow for its steps still anneals to the end. Where the
     clock rules, two runs, or a run and its resumption, are not bitwise the same.
     """
-
-    seed: int = 0
-    """Seed of the order of the data and of dropout."""
 
     batch_size: int = 16
     """Sequences in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""
@@ -57,14 +100,8 @@ class LMConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices, with adamw the tied embedding among them; never of norms."""
 
-    grad_clip: float = 1.0
-    """Largest norm of a step's gradient, longer ones are scaled down to it; 0 for no clipping."""
-
     ema_decay: float = 0.0
     """Decay, per step, of a running average of the weights, which is evaluated and saved in their place; 0: none."""
-
-    precision: Precision = "auto"
-    """Arithmetic of the forward; auto is bf16 where the hardware has it. Weights stay as they are, in float32."""
 
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps after."""
@@ -78,33 +115,13 @@ class LMConfig:
     eval_context: int = 128
     """Tokens that each token has before it at least when it is predicted in evaluation (at a source's start, all)."""
 
-    save_every: int = 250
-    """Steps between checkpoints."""
-
-    keep_checkpoints: int = 2
-    """Checkpoints kept, the newest ones."""
-
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl."""
-
-    trackers: tuple[str, ...] = ()
-    """Experiment trackers that also get the metrics, by their names in accelerate: tensorboard, wandb, ..."""
-
-    plot: bool | None = None
-    """Draw curves.png at evaluations and the end; None: where matplotlib is installed (the extra palm-rlhf[plot])."""
-
     def __post_init__(self):
-        for name in ("batch_size", "seq_len", "grad_accum", "num_steps", "learning_rate", "eps", "eval_every",
-                     "eval_tokens", "save_every", "keep_checkpoints", "log_every"):  # fmt: skip
-            self._expect(name, getattr(self, name) > 0, "a number above 0")
-        for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "eval_context"):
-            self._expect(name, getattr(self, name) >= 0, "0 or more")
+        super().__post_init__()
+        self._expect_positive("batch_size", "seq_len", "grad_accum", "num_steps", "learning_rate", "eps", "eval_every",
+                              "eval_tokens")  # fmt: skip
+        self._expect_not_negative("warmup_steps", "weight_decay", "eval_context")
         self._expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
         self._expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         self._expect("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")
         self._expect("eval_context", self.eval_context <= self.seq_len, f"at most seq_len, {self.seq_len}")
-
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"LMConfig.{name} is {getattr(self, name)}, expected {expected}")

@@ -28,12 +28,13 @@ class RunLog:
         *,
         last_step: int,
         plot: bool | None,
+        panels: dict[str, str],
     ):
         if plot and not has_matplotlib():
             raise ImportError("plot=True draws with matplotlib, which is missing: pip install palm-rlhf[plot]")
         self.accelerator = accelerator
         self.folder = output_dir if accelerator.is_main_process else None
-        self.plot = has_matplotlib() if plot is None else plot
+        self.plot, self.panels = has_matplotlib() if plot is None else plot, panels
         self.lines: list[Metrics] = []
         if self.folder is not None:
             self.lines = [line for line in read_metrics(self.folder / METRICS_FILE) if line["step"] <= last_step]
@@ -44,15 +45,15 @@ class RunLog:
         accelerator.init_trackers("palm-rlhf", config=plain)
 
     @beartype
-    def write(self, metrics: Metrics) -> None:
-        """Adds a line; the curves are drawn again where it has an evaluation."""
+    def write(self, metrics: Metrics, *, draw: bool = False) -> None:
+        """Adds a line, and draws the curves again if asked."""
         self.accelerator.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
         if self.folder is not None:
             self.lines.append(metrics)
             with writing(f"the metrics in {self.folder}"):
                 with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
                     file.write(json.dumps(metrics) + "\n")
-                if "bits_per_byte" in metrics:
+                if draw:
                     self._draw()
 
     def close(self) -> None:
@@ -66,7 +67,7 @@ class RunLog:
 
     def _draw(self) -> None:
         if self.plot and self.lines:
-            plot_curves(self.lines, self.folder / "curves.png")
+            plot_curves(self.lines, self.folder / "curves.png", self.panels)
 
 
 @beartype
@@ -82,17 +83,20 @@ def has_matplotlib() -> bool:
 
 
 @beartype
-def plot_curves(lines: list[Metrics], path: Path) -> None:
-    """Draws the training loss, the validation's bits per byte and the learning rate over the steps as a PNG."""
+def plot_curves(lines: list[Metrics], path: Path, panels: dict[str, str]) -> None:
+    """Draws the given metrics over the steps as a PNG, one panel each: metric -> title."""
     from matplotlib.figure import Figure
 
-    panels = {"loss": "training loss (nats per token)", "bits_per_byte": "validation (bits per byte)",
-              "learning_rate": "learning rate"}  # fmt: skip
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (key, title) in zip(all_axes, panels.items(), strict=False):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
+    for axes in list(all_axes):  # what is left of the grid
+        axes.set_axis_off()
     figure.savefig(path, dpi=120)

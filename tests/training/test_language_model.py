@@ -173,7 +173,7 @@ def test_the_clock_ends_a_run_that_its_steps_would_not(tiny_palm, tiny_config, t
     config = tiny_config(num_steps=10**9, max_seconds=1e-9)
     trainer = LanguageModelTrainer(tiny_palm(), train_data=text, config=config)
     assert [metrics["step"] for metrics in trainer.steps()] == [1]
-    trainer.elapsed = 0.5e-9
+    trainer.run.elapsed = 0.5e-9
     assert trainer.progress == pytest.approx(0.5)
 
 

@@ -121,7 +121,7 @@ def test_what_a_resumed_run_must_bring_back(make_trainer, tmp_path):
         return not equal(weights_of(trainer), weights_of(whole))
 
     def forget_moments(trainer):
-        for state in trainer.optimizer.state.values():
+        for state in trainer.run.optimizer.state.values():
             state["exp_avg_sq"].zero_()
 
     def forget_average(trainer):
@@ -130,7 +130,7 @@ def test_what_a_resumed_run_must_bring_back(make_trainer, tmp_path):
     assert not differs(lambda trainer: None)
     assert differs(lambda trainer: torch.manual_seed(0))
     assert differs(lambda trainer: trainer.sampler.draw(1))
-    assert differs(lambda trainer: setattr(trainer, "step", 4))
+    assert differs(lambda trainer: setattr(trainer.run, "step", 4))
     assert differs(forget_moments)
     assert differs(forget_average)
 
