@@ -13,7 +13,7 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Leave the k largest logits, and those equal to the k-th (Fan et al. 2018): `b v -> b v`."""
+    """Leave the k largest logits, and those equal to the k-th (Fan et al. 2018): `... v -> ... v`."""
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < kth, -torch.inf)
 
@@ -21,7 +21,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Leave the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
 
-    logits: `b v` -> `b v`
+    logits: `... v` -> `... v`
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
@@ -32,42 +32,56 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Leave tokens of at least p times the probability of the likeliest (Nguyen et al. 2024): `b v -> b v`."""
+    """Leave tokens of at least p times the probability of the likeliest (Nguyen et al. 2024): `... v -> ... v`."""
     probs = logits.softmax(dim=-1)
     return logits.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), -torch.inf)
 
 
-def sampling_logprobs(
+def truncated_logits(
     logits: Tensor,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seen: Tensor | None = None,
+    always: Tensor | None = None,
 ) -> Tensor:
-    """Log-probabilities of the distribution sampled from: penalty, temperature, then top-k, top-p and min-p in turn.
+    """Logits of the distribution sampled from: temperature, then top-k, top-p and min-p in turn; -inf is left out.
 
     Temperature 0 is greedy: all mass on the first largest logit.
+
+    logits: `... v`, always: `...`, tokens that are never left out -> `... v`, float32 or wider
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        certain = torch.full_like(logits, -torch.inf)
+        return certain.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+    if temperature != 1.0:
+        logits = logits / temperature
+    kept = logits
+    if top_k is not None:
+        kept = keep_top_k(kept, top_k)
+    if top_p is not None and top_p < 1.0:
+        kept = keep_top_p(kept, top_p)
+    if min_p is not None and min_p > 0.0:
+        kept = keep_min_p(kept, min_p)
+    if always is not None and kept is not logits:
+        always = always.unsqueeze(-1)
+        kept = kept.scatter(-1, always, logits.gather(-1, always))
+    return kept
+
+
+def sampling_logprobs(
+    logits: Tensor, *, repetition_penalty: float = 1.0, seen: Tensor | None = None, **truncation
+) -> Tensor:
+    """Log-probabilities of the distribution sampled from: the penalty, then what `truncated_logits` leaves.
 
     logits: `b v`, seen: `b v` bool -> `b v`, float32 or wider
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty != 1.0:
         logits = penalise_repetition(logits, seen, repetition_penalty)
-    if temperature == 0:
-        certain = torch.full_like(logits, -torch.inf)
-        return certain.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
-    if temperature != 1.0:
-        logits = logits / temperature
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if top_p is not None and top_p < 1.0:
-        logits = keep_top_p(logits, top_p)
-    if min_p is not None and min_p > 0.0:
-        logits = keep_min_p(logits, min_p)
-    return logits.log_softmax(dim=-1)
+    return truncated_logits(logits, **truncation).log_softmax(dim=-1)
 
 
 def sample(logprobs: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+"""The policy of reinforcement learning, what judges it, and what it says."""

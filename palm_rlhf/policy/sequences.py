@@ -1,0 +1,154 @@
+"""Prompts with responses as one block of tokens, and what a policy gives those responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from beartype import beartype
+from torch import Tensor
+
+from ..model.palm import PaLM
+from ..ops.logprobs import token_logprobs
+from ..ops.sampling import truncated_logits
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows of a prompt and its response, next to each other, padded on the right.
+
+    A token of a response is an action: what the policy said where the token before it stands.
+    """
+
+    tokens: Tensor  # b n
+    prompt_lengths: Tensor  # b
+    response_lengths: Tensor  # b
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, pads not counted: `b`."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def key_mask(self) -> Tensor:
+        """True for tokens, False for pads: `b n`."""
+        return self._columns < self.lengths.unsqueeze(-1)
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """True for the tokens of the prompt: `b n`."""
+        return self._columns < self.prompt_lengths.unsqueeze(-1)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """True for the tokens of the response, in their columns of `tokens`: `b n`."""
+        return self.key_mask & ~self.prompt_mask
+
+    @property
+    def action_mask(self) -> Tensor:
+        """True for the actions, counted from the first of each row: `b t`."""
+        return self._steps < self.response_lengths.unsqueeze(-1)
+
+    @property
+    def actions(self) -> Tensor:
+        """The responses, each from column 0; 0 after their end: `b t`."""
+        actions = self.tokens.gather(-1, self._action_columns)
+        return actions.masked_fill(~self.action_mask, 0)
+
+    @property
+    def num_actions(self) -> int:
+        """Actions of all rows together."""
+        return int(self.response_lengths.sum())
+
+    @property
+    def _columns(self) -> Tensor:
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    @property
+    def _steps(self) -> Tensor:
+        return torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
+
+    @property
+    def _action_columns(self) -> Tensor:
+        """Where each action stands in `tokens`; past a row's end, somewhere in it: `b t`."""
+        return (self.prompt_lengths.unsqueeze(-1) + self._steps).clamp(max=self.tokens.shape[1] - 1)
+
+    def before_actions(self, x: Tensor) -> Tensor:
+        """What stands where each action is about to be said: `b n ... -> b t ...`."""
+        index = self._action_columns - 1
+        return x.gather(1, index.reshape(*index.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:]))
+
+    def select(self, rows: Tensor | slice) -> "Sequences":
+        """Some of the rows, without the columns that only the others need."""
+        prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
+        return Sequences(self.tokens[rows][:, : int((prompts + responses).max())], prompts, responses)
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        """The same rows on another device."""
+        return Sequences(*(t.to(device) for t in (self.tokens, self.prompt_lengths, self.response_lengths)))
+
+
+@beartype
+def join(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sequences:
+    """Lay out prompts and responses, 1-d tensors of any lengths above 0, one pair a row."""
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(f"got {len(prompts)} prompts and {len(responses)} responses; expected as many, at least one")
+    for kind, rows in (("prompt", prompts), ("response", responses)):
+        for index, row in enumerate(rows):
+            if row.ndim != 1 or len(row) == 0:
+                raise ValueError(
+                    f"{kind} {index} has the shape {tuple(row.shape)}; expected a 1-d tensor of at least one token"
+                )
+    rows = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    device = rows[0].device
+    prompt_lengths, response_lengths = (
+        torch.tensor([len(row) for row in part], device=device) for part in (prompts, responses)
+    )
+    return Sequences(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), prompt_lengths, response_lengths)
+
+
+class ActionLogprobs(NamedTuple):
+    """Of each action, under the distribution that it is sampled from; both `b t`, float32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def action_logprobs(
+    palm: PaLM,
+    embeds: Tensor,
+    actions: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    entropy_needs_grad: bool = False,
+) -> ActionLogprobs:
+    """The log-probability of each action under the sampling distribution, and that distribution's entropy in nats.
+
+    An action always counts as kept by top-k and top-p: they cut what was sampled from then, and the policy has moved.
+
+    embeds: `b t e` where the actions are about to be said, actions: `b t`
+    """
+    logits = palm.to_logits(embeds)
+    logits = truncated_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, always=actions)
+    with torch.set_grad_enabled(entropy_needs_grad and torch.is_grad_enabled()):
+        logprobs = logits.log_softmax(dim=-1)
+        entropy = -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(dim=-1)
+    return ActionLogprobs(token_logprobs(logits, actions), entropy)
+
+
+def response_logprobs(
+    palm: PaLM, sequences: Sequences, *, finetune_scope: str | None = None, **sampling
+) -> ActionLogprobs:
+    """What `action_logprobs` gives the responses, by one forward; `sampling` are its temperature, top_k and top_p."""
+    embeds = palm(
+        sequences.tokens,
+        key_mask=sequences.key_mask,
+        return_only_embedding=True,
+        finetune_scope=finetune_scope,
+    )
+    return action_logprobs(palm, sequences.before_actions(embeds), sequences.actions, **sampling)
