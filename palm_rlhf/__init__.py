@@ -2,6 +2,10 @@
 
 from .model.config import PaLMConfig
 from .model.palm import PaLM
+from .policy.actor_critic import ActorCritic
+from .policy.reward import RewardModel
+from .training.rlhf import RLHFTrainer
+from .training.rlhf_config import PPOConfig
 
-__all__ = ["PaLM", "PaLMConfig", "__version__"]
+__all__ = ["ActorCritic", "PPOConfig", "PaLM", "PaLMConfig", "RLHFTrainer", "RewardModel", "__version__"]
 __version__ = "0.1.0"

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 
-def masked_sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
+def masked_sum(x: Tensor, mask: Tensor | None = None, *, dim: int | None = None) -> Tensor:
     """The sum of the kept entries; what the others hold, NaN included, does not matter.
 
-    x and mask: `...` -> scalar
+    x and mask: `...` -> scalar, or `...` without `dim`
     """
-    return x.sum() if mask is None else torch.where(mask, x, 0.0).sum()
+    return (x if mask is None else torch.where(mask, x, 0.0)).sum(dim=dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None, *, denominator: Tensor | int | float | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from beartype import beartype
@@ -16,6 +17,7 @@ def build_accelerator(output_dir: Path | None, trackers: Sequence[str]) -> Accel
     if trackers and output_dir is None:
         raise ValueError(f"trackers is {tuple(trackers)} without output_dir: give the folder that they write to")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on a CPU would know nothing of each other
         mixed_precision="no",  # the forward has its own autocast, which leaves the user's model unwrapped
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the trainer divides by tokens itself
         log_with=list(trackers) or None,

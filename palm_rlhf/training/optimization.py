@@ -1,7 +1,7 @@
 """The optimiser, the learning rate's schedule and the precision of a training step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
@@ -23,12 +23,25 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over the trainable parameters, with decay on matrices only; fused on CPU and CUDA."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    return adamw_groups([(trainable, learning_rate)], betas, eps, weight_decay)
+
+
+@beartype
+def adamw_groups(
+    groups: Iterable[tuple[Sequence[nn.Parameter], float | int]],
+    betas: tuple[float | int, float | int],
+    eps: float | int,
+    weight_decay: float | int,
+) -> torch.optim.AdamW:
+    """The same over groups of parameters, each with its own learning rate."""
+    split = [
+        {"params": [p for p in parameters if (p.ndim >= 2) == decays], "lr": rate, "weight_decay": decay}
+        for parameters, rate in groups
+        for decays, decay in ((True, weight_decay), (False, 0.0))
     ]
-    fused = {parameter.device.type for parameter in trainable} <= {"cpu", "cuda"}
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    split = [group for group in split if group["params"]]
+    fused = {parameter.device.type for group in split for parameter in group["params"]} <= {"cpu", "cuda"}
+    return torch.optim.AdamW(split, betas=betas, eps=eps, fused=fused)
 
 
 @beartype

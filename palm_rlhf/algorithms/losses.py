@@ -1,0 +1,107 @@
+"""The clipped losses of policy and critic, and what an optimiser step divides them by."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from beartype import beartype
+from torch import Tensor
+
+from ..ops.masked import masked_mean
+from . import Denominator, Number, kept
+from .kl import kl_estimate
+
+
+class PolicyLoss(NamedTuple):
+    """Scalars; all but the loss have no gradient."""
+
+    loss: Tensor
+    clip_fraction: Tensor  # of the actions, those whose gradient the clip takes away
+    approx_kl: Tensor  # k3 estimate of KL(old, new), nats an action
+    ratio_min: Tensor  # of new / old over the actions; 1 where there are none
+    ratio_max: Tensor
+
+
+class ValueLoss(NamedTuple):
+    """Scalars; the fraction has no gradient."""
+
+    loss: Tensor
+    clip_fraction: Tensor  # of the actions, those whose loss the clip raises
+
+
+@beartype
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    *,
+    clip_eps: Number,
+    clip_eps_high: Number | None = None,
+    denominator: Denominator = None,
+) -> PolicyLoss:
+    """The mean of `max(-A * r, -A * clip(r, 1 - clip_eps, 1 + clip_eps_high))` (Schulman et al. 2017, equation 7).
+
+    Without clip_eps_high, clip_eps is on both sides; a higher one lets unlikely actions grow (DAPO: Yu et al. 2025,
+    section 3.1). `denominator` replaces the number of actions in all means, so that parts of a step add up.
+
+    all: `b t` -> scalars
+    """
+    logprobs, old_logprobs, advantages = kept(
+        action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+    )
+    mean = partial(masked_mean, mask=action_mask, denominator=denominator)
+    ratio = (logprobs - old_logprobs).exp()
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + high)
+    loss = mean(torch.maximum(free, clipped))
+    clip_fraction = mean((clipped > free).to(ratio.dtype))
+    approx_kl = mean(kl_estimate(old_logprobs, logprobs, kind="k3")).detach()
+    extremes = (ratio.detach()[action_mask] if action_mask.any() else ratio.new_ones(1)).aminmax()
+    return PolicyLoss(loss, clip_fraction, approx_kl, *extremes)
+
+
+@beartype
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor,
+    *,
+    value_clip_eps: Number | None,
+    denominator: Denominator = None,
+) -> ValueLoss:
+    """The mean of `0.5 * max((V - R)^2, (clip(V, V_old ± value_clip_eps) - R)^2)` (as in OpenAI's baselines, ppo2).
+
+    Without value_clip_eps nothing is clipped; `denominator` as in `policy_loss`.
+
+    all: `b t` -> scalars
+    """
+    values, old_values, returns = kept(action_mask, values=values, old_values=old_values, returns=returns)
+    mean = partial(masked_mean, mask=action_mask, denominator=denominator)
+    limit = torch.inf if value_clip_eps is None else value_clip_eps
+    near = values.clamp(old_values - limit, old_values + limit)
+    free, clipped = (values - returns).square(), (near - returns).square()
+    return ValueLoss(mean(0.5 * torch.maximum(free, clipped)), mean((clipped > free).to(values.dtype)))
+
+
+@beartype
+def step_denominator(
+    action_mask: Tensor,
+    *,
+    aggregation: Literal["token", "sequence", "constant"],
+    num_tokens: Tensor | Number,
+    num_sequences: Tensor | Number,
+    max_length: int,
+) -> Tensor:
+    """What the losses of a part of an optimiser step are divided by, so that parts add up to the mean over the step.
+
+    "token": the step's actions (PPO; DAPO: Yu et al. 2025, section 3.3). "sequence": each row's own, times the step's
+    sequences (GRPO: Shao et al. 2024, equation 3). "constant": the step's sequences times the longest response allowed
+    (Dr. GRPO: Liu et al. 2025, section 3.2).
+
+    action_mask: `b t` of the part; the numbers: of the step, over all processes -> scalar, or `b 1` for "sequence"
+    """
+    if aggregation == "sequence":
+        return action_mask.sum(dim=-1, keepdim=True) * num_sequences
+    return torch.as_tensor(num_tokens if aggregation == "token" else num_sequences * max_length)

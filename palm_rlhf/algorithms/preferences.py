@@ -1,0 +1,113 @@
+"""Losses of choices and rankings, for a reward model and for a policy that is its own."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor
+
+from ..ops.masked import masked_mean
+from . import Denominator, Number, kept
+
+
+class PreferenceLoss(NamedTuple):
+    """The loss, and with no gradient the rewards that the policy implies, `b` each."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+@beartype
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | None = None,
+    centering: Number = 0.0,
+    denominator: Denominator = None,
+) -> Tensor:
+    """Mean of `-log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2`; equal scores give ln 2.
+
+    Margins are from Llama 2 (Touvron et al. 2023, section 3.2.2); centering holds the mean score at 0 (Eisenstein et
+    al. 2023). `denominator` replaces the number of pairs.
+
+    all: `b` -> scalar, nats
+    """
+    margin = torch.zeros_like(chosen) if margin is None else margin
+    chosen, rejected, margin = kept(chosen=chosen, rejected=rejected, margin=margin)
+    losses = -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
+    return masked_mean(losses, denominator=denominator)
+
+
+@beartype
+def ranking_loss(
+    scores: Tensor, mask: Tensor | None = None, *, centering: Number = 0.0, denominator: Denominator = None
+) -> Tensor:
+    """Bradley-Terry over the K(K-1)/2 pairs of each ranking, a mean over pairs, then rows (Ouyang et al. 2022, eq. 1).
+
+    Rows of fewer than two completions do not count; `denominator` replaces the number of those that do.
+
+    scores, best completion first, and mask of those that exist: `b k` -> scalar, nats
+    """
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    (scores,) = kept(mask, scores=scores)
+    better, worse = scores.unsqueeze(-1), scores.unsqueeze(-2)
+    pairs = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1)
+    num_pairs = pairs.sum(dim=(-2, -1), keepdim=True)
+    num_rows = (num_pairs > 0).sum() if denominator is None else denominator
+    losses = -F.logsigmoid(better - worse) + centering * (better + worse).square()
+    return masked_mean(losses, pairs, denominator=num_pairs * num_rows)
+
+
+@beartype
+def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None, *, denominator: Denominator = None) -> Tensor:
+    """The mean of -log p of each ranking, drawn place by place from what is left (Luce 1959; Plackett 1975).
+
+    Rows of fewer than two completions do not count; `denominator` replaces the number of those that do.
+
+    scores, best completion first, and mask of those that exist: `b k` -> scalar, nats
+    """
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    (scores,) = kept(mask, scores=scores)
+    # At pads it is the pad itself that is left: the logarithm of an empty sum has no gradient.
+    left = (mask.unsqueeze(-2) | torch.eye(scores.shape[-1], dtype=torch.bool, device=mask.device)).triu()
+    losses = torch.where(left, scores.unsqueeze(-2), -torch.inf).logsumexp(dim=-1) - scores
+    return masked_mean(losses, mask, denominator=(mask.sum(dim=-1) > 1).sum() if denominator is None else denominator)
+
+
+@beartype
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: Number,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    label_smoothing: Number = 0.0,
+    denominator: Denominator = None,
+) -> PreferenceLoss:
+    """Bradley-Terry over the rewards `beta * (logprob - ref_logprob)` (DPO: Rafailov et al. 2023, equation 7).
+
+    "ipo" draws the difference of the log-ratios to 1 / (2 beta) instead (Azar et al. 2023, equation 17).
+    label_smoothing is the chance that a label is wrong (conservative DPO: Mitchell 2023), for "sigmoid" alone.
+
+    all: `b`, log-probabilities of responses, summed over tokens, or their means for "ipo" -> scalar, and `b`
+    """
+    if beta <= 0 or not 0 <= label_smoothing <= 0.5 or (kind == "ipo" and label_smoothing):
+        raise ValueError(
+            f"got beta={beta}, label_smoothing={label_smoothing}, kind={kind!r}; expected a beta above 0, and a "
+            "label_smoothing of 0 to 0.5, and of 0 for 'ipo'"
+        )
+    chosen, rejected, ref_chosen, ref_rejected = kept(
+        chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
+    rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    margin = rewards[0] - rewards[1]
+    if kind == "ipo":
+        losses = (margin / beta - 1 / (2 * beta)).square()
+    else:
+        losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return PreferenceLoss(masked_mean(losses, denominator=denominator), *(reward.detach() for reward in rewards))

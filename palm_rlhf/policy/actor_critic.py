@@ -1,0 +1,149 @@
+"""The policy with its critic in one module, and the reference that both are held against."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from beartype import beartype
+from torch import Tensor, nn
+
+from ..model.palm import PaLM
+from .reward import RewardModel
+from .sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
+
+ACTOR_SCOPE, CRITIC_SCOPE = "actor", "critic"
+
+
+class PolicyOutput(NamedTuple):
+    """What the policy and the critic say of each action, all `b t` in float32, or None for what was not asked."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    values: Tensor | None
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value for every action, in one module for one optimiser.
+
+    Dropout is switched off in all parts, for good: a ratio of probabilities means nothing between two draws of it.
+
+    Args:
+        palm: the policy, trained in place.
+        critic: what the critic's trunk starts from, copied: a PaLM, a RewardModel, or None for the policy itself.
+        value: "separate" for a trunk of the critic's own, "shared" for the policy's, "none" for no critic.
+        actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains all of it.
+        critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
+    """
+
+    @beartype
+    def __init__(
+        self,
+        palm: PaLM,
+        critic: PaLM | RewardModel | None = None,
+        *,
+        value: str = "separate",
+        actor_lora_r: int = 0,
+        critic_lora_r: int = 0,
+    ):
+        super().__init__()
+        if value not in ("separate", "shared", "none") or (critic is not None and value != "separate"):
+            raise ValueError(
+                f"got value={value!r} and a critic of type {type(critic).__name__}; "
+                "expected 'separate', or without a critic to start from 'shared' or 'none'"
+            )
+        self.actor_scope = self.critic_scope = self.critic = self.value_head = None
+        if value == "separate":
+            self.critic = copy.deepcopy(palm if critic is None else critic)
+            if isinstance(self.critic, RewardModel):
+                self.critic.head.requires_grad_(False)  # its place is taken by the value head
+            elif critic_lora_r:
+                self.critic_scope = CRITIC_SCOPE
+                self.critic.add_finetune_params(CRITIC_SCOPE, critic_lora_r)
+        self.palm = palm
+        if actor_lora_r:
+            self.actor_scope = ACTOR_SCOPE
+            palm.add_finetune_params(ACTOR_SCOPE, actor_lora_r)
+        if value != "none":
+            trunk = getattr(self.critic or palm, "palm", self.critic or palm)
+            self.value_head = nn.Linear(trunk.config.dim, 1, device=palm.device, dtype=palm.dtype)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        switch_off_dropout(self)
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the policy."""
+        return [parameter for parameter in self.palm.parameters() if parameter.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that are the critic's alone."""
+        parts = [part for part in (self.critic, self.value_head) if part is not None]
+        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+
+    def forward(
+        self,
+        sequences: Sequences,
+        *,
+        policy: bool = True,
+        values: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        entropy_needs_grad: bool = False,
+    ) -> PolicyOutput:
+        """Log-probabilities, entropies and values of all actions, or with `policy=False` the values alone."""
+        logprobs = entropy = said_values = None
+        if policy or self.critic is None:
+            embeds = sequences.before_actions(self._trunk(self.palm, sequences, self.actor_scope))
+        if policy:
+            logprobs, entropy = action_logprobs(
+                self.palm,
+                embeds,
+                sequences.actions,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                entropy_needs_grad=entropy_needs_grad,
+            )
+        if values and self.value_head is not None:
+            if self.critic is not None:
+                embeds = sequences.before_actions(self._trunk(self.critic, sequences, self.critic_scope))
+            said_values = wide(self.value_head(embeds)).squeeze(-1)
+        return PolicyOutput(logprobs, entropy, said_values)
+
+    @staticmethod
+    def _trunk(trunk: PaLM | RewardModel, sequences: Sequences, scope: str | None) -> Tensor:
+        """The final embeddings, `b n e`."""
+        if isinstance(trunk, RewardModel):
+            return trunk.embed(sequences.tokens, sequences.key_mask, prompt_mask=sequences.prompt_mask)
+        return trunk(sequences.tokens, key_mask=sequences.key_mask, return_only_embedding=True, finetune_scope=scope)
+
+
+class Reference:
+    """The policy as it was before: a frozen copy of it, or with LoRA its own base, whose adapter is off.
+
+    It is no part of the trained module: no optimiser sees it, and nothing that is trained can reach it.
+    """
+
+    @beartype
+    def __init__(self, actor_critic: ActorCritic, palm: PaLM | None = None):
+        self.is_base = palm is None and actor_critic.actor_scope is not None
+        source = actor_critic.palm if palm is None else palm
+        self.palm = source if self.is_base else switch_off_dropout(copy.deepcopy(source).requires_grad_(False))
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences, **sampling) -> ActionLogprobs:
+        """What the reference gives the actions; `sampling` are temperature, top_k and top_p."""
+        return response_logprobs(self.palm, sequences, **sampling)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: `... -> ...`."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def switch_off_dropout(module: nn.Module) -> nn.Module:
+    """Set the rate of every dropout in a module to 0, and return the module."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return module

@@ -1,0 +1,70 @@
+"""Examples drawn by their indices, epoch by epoch, and dealt out to processes and micro-batches."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from beartype import beartype
+
+Item = TypeVar("Item")
+
+
+class EpochSampler:
+    """Draws the indices of `num_items` examples, reproducibly from a seed: each once an epoch, in a new random order.
+
+    `num_drawn` is all that changes: how many were drawn so far.
+    """
+
+    @beartype
+    def __init__(self, num_items: int, seed: int):
+        if num_items < 1:
+            raise ValueError(f"num_items is {num_items}, expected at least one example to draw")
+        self.num_items, self.seed = num_items, seed
+        self.num_drawn = 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next index, from 0."""
+        return self.num_drawn // self.num_items
+
+    @beartype
+    def draw(self, count: int) -> list[int]:
+        """The next `count` indices, over the ends of epochs; with several processes all draw the same ones."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> int:
+        epoch, position = divmod(self.num_drawn, self.num_items)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
+        self.num_drawn += 1
+        return int(self._order[1][position])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler is, as JSON."""
+        return {**self._identity(), "num_drawn": self.num_drawn}
+
+    @beartype
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict()`; ValueError where it belongs to other data or another seed."""
+        for key, present in self._identity().items():
+            if state[key] != present:
+                raise ValueError(
+                    f"the checkpoint's sampler has {key} {state[key]}, this run has {present}: "
+                    f"resume with the data and settings of the run, or start one in another output_dir"
+                )
+        self.num_drawn = state["num_drawn"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"num_items": self.num_items, "seed": self.seed}
+
+
+@beartype
+def micro_batches(items: Sequence[Item], size: int, shard: tuple[int, int] = (0, 1)) -> list[Sequence[Item]]:
+    """What a process takes of a step's items, in batches of at most `size`; with `shard=(i, k)`, it is the i-th of k.
+
+    Where k divides the number of items, as the gradients of replicas need it, all processes have as many batches.
+    """
+    index, num_shards = shard
+    mine = items[index::num_shards]
+    return [mine[first : first + size] for first in range(0, len(mine), size)]

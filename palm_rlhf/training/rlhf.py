@@ -1,0 +1,382 @@
+"""Reinforcement learning from human feedback: prompts and a reward in; a better policy out."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor, nn
+
+from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards, varied_groups, whiten
+from palm_rlhf.algorithms.gae import gae
+from palm_rlhf.algorithms.kl import adapt_kl_coef, kl_estimate
+from palm_rlhf.algorithms.losses import policy_loss, step_denominator, value_loss
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.masked import masked_mean, masked_sum
+from palm_rlhf.policy.actor_critic import ActorCritic, Reference
+from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.rollout import Reward, Rollout, Scores, best_of_n, collect, score
+from palm_rlhf.policy.sequences import Sequences
+from palm_rlhf.training.batches import EpochSampler
+from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
+from palm_rlhf.training.prompts import read_prompts
+from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.rlhf_metrics import CURVES, SampleTable, UpdateStatistics, rollout_metrics
+from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_policy
+from palm_rlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """Responses with all that the losses need of the moment when they were said; `b t` each."""
+
+    sequences: Sequences
+    action_mask: Tensor  # of the responses that have a score
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def select(self, rows: Tensor) -> "Experience":
+        """Some of the rows, without the columns that only the others need."""
+        sequences = self.sequences.select(rows)
+        width = int(sequences.response_lengths.max())
+        _, *rest = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Experience(sequences, *(part[rows, :width] for part in rest))
+
+
+class RLHFTrainer:
+    """Improves a PaLM by a reward: PPO with a critic, or GRPO or RLOO without, on one process or several.
+
+    `palm` is trained in place (with `config.actor_lora_r`, its adapters "actor" are). The reward is a RewardModel, or a
+    function of a list of prompts and a list of completions that returns a number for each, or None where it cannot say;
+    it gets texts where there is a `tokenizer` (anything with `encode` and `decode`), else 1-d tensors. Prompts are ids,
+    as a list of 1-d tensors or as `b n` with `prompt_lengths` where rows are padded on the right, or texts, or a file
+    with one a line. `critic` is what the critic starts from, `reference` what the KL is measured against: both the
+    given palm if None. All that is saved goes to `output_dir`; `resume=True` goes on from the newest checkpoint there.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        palm: PaLM,
+        reward_model: Reward,
+        prompt_token_ids: Tensor | Sequence[Tensor] | None = None,
+        prompt_lengths: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        prompts_path: str | Path | None = None,
+        tokenizer: Any = None,
+        critic: PaLM | RewardModel | None = None,
+        reference: PaLM | None = None,
+        config: PPOConfig = PPOConfig(),  # noqa: B008 (it is frozen)
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+    ):
+        self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
+        self.prompts = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
+        self.sampler = EpochSampler(len(self.prompts), config.seed)
+        self.actor_critic = ActorCritic(
+            palm,
+            critic,
+            value="none" if config.algorithm != "ppo" else "shared" if config.shared_trunk else "separate",
+            actor_lora_r=config.actor_lora_r,
+            critic_lora_r=config.critic_lora_r,
+        )
+        self.reference = Reference(self.actor_critic, reference)
+        self.kl_coef, self.score_moments = config.kl_coef, RunningMoments()
+
+        self.run = Run(self.actor_critic, self._make_optimizer, config, output_dir=output_dir, resume=resume)
+        self.accelerator = self.run.accelerator
+        self.reference.palm.to(self.run.device)
+        if isinstance(reward_model, RewardModel):
+            reward_model.to(self.run.device)
+        self.run.load_newest(self._read_checkpoint)
+        self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, CURVES)
+        self.samples = SampleTable(self.run, config.samples_kept, tokenizer, config.eos_token)
+
+    @beartype
+    def train(
+        self,
+        num_episodes: int | None = None,
+        max_timesteps: int = 500,
+        update_timesteps: int | None = None,
+        max_batch_size: int | None = None,
+        max_seq_len: int | None = None,
+        eos_token: int | None = None,
+        temperature: float | int | None = None,
+    ) -> Metrics:
+        """Runs the steps with a progress bar on standard error, and returns the metrics of the last.
+
+        Without arguments they are those of the config. An episode is `max_timesteps` rollouts, a step comes every
+        `update_timesteps` of them (None: `rollouts_per_step`), `max_batch_size` are drawn at once, of prompts and
+        responses of `max_seq_len` tokens together.
+        """
+        given = {
+            "rollouts_per_step": update_timesteps,
+            "rollout_batch_size": max_batch_size,
+            "max_seq_len": max_seq_len,
+            "eos_token": eos_token,
+            "temperature": temperature,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        if num_episodes is not None:
+            num_rollouts = num_episodes * max_timesteps
+            per_step = min(update_timesteps or self.config.rollouts_per_step, num_rollouts)
+            changes |= {"rollouts_per_step": per_step, "num_steps": num_rollouts // per_step}
+        self.config = self.run.config = dataclasses.replace(self.config, **changes)
+        metrics: Metrics = {}
+        for latest in self.steps(progress_bar=True):
+            metrics = latest
+        self.run.log.close()
+        return metrics
+
+    @beartype
+    def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
+        """The metrics of one step after another until the run ends; saves and shows samples when due.
+
+        FloatingPointError where a loss, a gradient or a reward is not finite, RuntimeError where the reward raises.
+        """
+        return self.run.drive(
+            self._step,
+            lambda: self.run.step >= self.config.num_steps,
+            self.save,
+            num_steps=self.config.num_steps,
+            show=lambda metrics: {name: metrics[name] for name in ("score", "kl", "tokens_per_second")},
+            progress_bar=progress_bar,
+        )
+
+    def _step(self) -> Metrics:
+        started = time.perf_counter()
+        rollout = self.collect()
+        scores = self.score(rollout)
+        experience = self.estimate_advantages(rollout, scores)
+        metrics = self.update(experience)
+        metrics |= rollout_metrics(
+            self.accelerator, rollout, scores, experience, started, looks_for_eos=self.config.eos_token is not None
+        )
+        metrics["kl_coef"] = self.kl_coef
+        if self.config.kl_target is not None:
+            self.kl_coef = adapt_kl_coef(
+                self.kl_coef,
+                metrics["kl"],
+                target=self.config.kl_target,
+                horizon=self.config.kl_horizon,
+                num_samples=self.config.rollouts_per_step,
+            )
+        self.run.step += 1
+        if self.run.is_due(self.config.sample_every):
+            self.samples.write(rollout.sequences, scores)
+        return {"step": self.run.step, **metrics}
+
+    def collect(self) -> Rollout:
+        """Draw this process's share of a step's responses to the next prompts."""
+        c, run = self.config, self.run
+        drawn = self.sampler.draw(c.rollouts_per_step // c.num_samples)
+        if len(drawn) % run.num_processes:
+            raise ValueError(f"{len(drawn)} prompts a step for {run.num_processes} processes; expected a multiple")
+        with run.autocast():
+            return collect(
+                self.palm,
+                [self.prompts[index] for index in drawn[run.rank :: run.num_processes]],
+                c.sampling,
+                num_samples=c.num_samples,
+                batch_size=c.rollout_batch_size,
+                finetune_scope=self.actor_critic.actor_scope,
+            )
+
+    @beartype
+    def score(self, rollout: Rollout) -> Scores:
+        """What the reward says of the responses, before any shaping."""
+        scores = score(
+            self.reward_model,
+            rollout.sequences,
+            tokenizer=self.tokenizer,
+            eos_token=self.config.eos_token,
+            batch_size=self.config.rollout_batch_size,
+        )
+        if not self.accelerator.reduce(scores.valid.sum(), "sum"):
+            raise ValueError(
+                f"the reward returned None for all responses of step {self.run.step + 1}; expected numbers"
+            )
+        return scores
+
+    @torch.no_grad()
+    @beartype
+    def estimate_advantages(self, rollout: Rollout, scores: Scores) -> Experience:
+        """How much better each action was than expected, by the critic or by the other responses to the prompt."""
+        c, sequences = self.config, rollout.sequences
+        action_mask = sequences.action_mask & scores.valid.unsqueeze(-1)
+        truncation = c.sampling.truncation
+        ref_logprobs = self._in_batches(lambda part: self.reference.logprobs(part, **truncation).logprobs, sequences)
+        logprobs = rollout.logprobs
+        if c.precision != "float32":  # one token at a time rounds otherwise than all at once
+            logprobs = self._in_batches(lambda part: self.actor_critic(part, values=False, **truncation)[0], sequences)
+        shaped = self._shape(scores, rollout.truncated)
+        kl_coef = 0.0 if c.kl_in_loss else self.kl_coef
+        rewards = token_rewards(shaped, logprobs, ref_logprobs, action_mask, kl_coef=kl_coef)
+        if c.algorithm == "ppo":
+            values = self._in_batches(lambda part: self.actor_critic(part, policy=False).values, sequences)
+            advantages, returns = gae(rewards, values, action_mask, gamma=c.gamma, gae_lambda=c.gae_lambda)
+            if c.whiten_advantages:
+                advantages = whiten(advantages, action_mask, reduce=lambda t: self.accelerator.reduce(t, "sum"))
+        else:
+            totals, valid = masked_sum(rewards, action_mask, dim=-1), scores.valid
+            if c.algorithm == "rloo":
+                baselined = rloo_advantages(totals, c.num_samples, valid=valid)
+            else:
+                scale = c.grpo_variant != "dr_grpo"
+                baselined = group_advantages(totals, c.num_samples, scale=scale, valid=valid)
+            if c.grpo_variant == "dapo":
+                action_mask = action_mask & varied_groups(shaped, c.num_samples, valid=valid).unsqueeze(-1)
+            advantages = baselined.unsqueeze(-1) * action_mask
+            values = returns = torch.zeros_like(rewards)
+        return Experience(sequences, action_mask, logprobs, ref_logprobs, values, advantages, returns)
+
+    def _shape(self, scores: Scores, truncated: Tensor) -> Tensor:
+        """Scores as they are learnt from: scaled, clipped, and less where a response did not end: `b`."""
+        c, shaped = self.config, scores.scores
+        if c.scale_scores:
+            self.score_moments.update(self.accelerator.gather(scores.scores[scores.valid]))
+            shaped = shaped / self.score_moments.deviation
+        if c.score_clip is not None:
+            shaped = shaped.clamp(-c.score_clip, c.score_clip)
+        return shaped - c.missing_eos_penalty * truncated
+
+    @beartype
+    def update(self, experience: Experience) -> Metrics:
+        """Optimise on the responses, `epochs` times, in minibatches; returns the means of what the losses report."""
+        c, statistics = self.config, UpdateStatistics(self.accelerator)
+        per_process = max(min(c.minibatch_size, c.rollouts_per_step) // self.run.num_processes, 1)
+        for _ in range(c.epochs):
+            for rows in torch.randperm(len(experience.sequences)).split(per_process):
+                self._optimizer_step(experience.select(rows.to(self.run.device)), statistics)
+                if c.early_stop_kl is not None and statistics.last("approx_kl") > c.early_stop_kl:
+                    return statistics.means()
+        return statistics.means()
+
+    def _optimizer_step(self, batch: Experience, statistics: UpdateStatistics) -> None:
+        """One optimiser step on a minibatch of every process, each loss divided by what all of them hold."""
+        c, run = self.config, self.run
+        counts = torch.stack([batch.action_mask.sum(), batch.action_mask.any(dim=-1).sum()])
+        num_tokens, num_sequences = self.accelerator.reduce(counts, "sum")
+        if not num_tokens:  # no response of this minibatch has a score
+            return
+
+        def loss_of(rows: Tensor) -> Tensor:
+            part = batch.select(rows)
+            denominator = step_denominator(
+                part.action_mask,
+                aggregation=c.aggregation,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                max_length=c.max_new_tokens if c.max_seq_len is None else c.max_seq_len,
+            )
+            return self._loss(part, num_tokens, denominator, statistics)
+
+        progress = run.step / c.num_steps
+        _, norms = run.optimizer_step(
+            torch.arange(len(batch.sequences), device=run.device).split(c.micro_batch_size or len(batch.sequences)),
+            loss_of,
+            rate_factor=warmup_cosine(run.step, progress, c.warmup_steps, c.min_lr_ratio),
+            clip=[group for group in self._parameter_groups() if group],
+        )
+        statistics.add_norms(dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False)))
+
+    def _loss(self, part: Experience, num_tokens: Tensor, denominator: Tensor, statistics: UpdateStatistics) -> Tensor:
+        """This part's share of the loss of an optimiser step."""
+        c, mask = self.config, part.action_mask
+        said = self.run.model(part.sequences, entropy_needs_grad=c.entropy_coef > 0, **c.sampling.truncation)
+        policy = policy_loss(
+            said.logprobs,
+            part.logprobs,
+            part.advantages,
+            mask,
+            clip_eps=c.clip_eps,
+            clip_eps_high=c.upper_clip_eps,
+            denominator=denominator,
+        )
+        entropy = masked_mean(said.entropy, mask, denominator=num_tokens)
+        loss = policy.loss - c.entropy_coef * entropy
+        parts = {"policy_loss": policy.loss, "entropy": entropy, "clip_fraction": policy.clip_fraction,
+                 "approx_kl": policy.approx_kl}  # fmt: skip
+        if c.kl_in_loss:
+            kl = kl_estimate(said.logprobs, part.ref_logprobs, kind=c.kl_estimator)
+            parts["kl_loss"] = masked_mean(kl, mask, denominator=denominator)
+            loss = loss + self.kl_coef * parts["kl_loss"]
+        if said.values is not None:
+            value = value_loss(
+                said.values, part.values, part.returns, mask, value_clip_eps=c.value_clip_eps, denominator=num_tokens
+            )
+            parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+            loss = loss + c.value_coef * value.loss
+        statistics.add(parts, policy.ratio_min, policy.ratio_max)
+        return loss
+
+    @torch.no_grad()
+    @beartype
+    def generate(
+        self, max_seq_len: int | None = None, *, prompt: Tensor, num_samples: int = 4, max_new_tokens: int | None = None
+    ) -> Tensor:
+        """The best of `num_samples` responses by the reward: `n -> t`, the prompt left out; sampled as in training."""
+        if (max_seq_len is None) == (max_new_tokens is None):
+            raise ValueError(f"got max_seq_len={max_seq_len} and max_new_tokens={max_new_tokens}; expected one of them")
+        changes = {"max_seq_len": max_seq_len, "max_new_tokens": max_new_tokens}
+        return best_of_n(
+            self.palm,
+            self.reward_model,
+            prompt.to(self.run.device),
+            dataclasses.replace(self.config.sampling, **changes),
+            num_samples=num_samples,
+            tokenizer=self.tokenizer,
+            finetune_scope=self.actor_critic.actor_scope,
+        )
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, whole or not at all; the policy in it is one that PaLM opens.
+
+        OSError where the disk is full; what was saved before stays.
+        """
+        state = {
+            "sampler": self.sampler.state_dict(),
+            "kl_coef": self.kl_coef,
+            "score_moments": self.score_moments.state_dict(),
+        }
+        self.run.save(lambda folder: write_policy(folder, self.actor_critic, self.reference), state)
+
+    def _read_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
+        there = state["config"]
+        for name in ("algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk"):
+            if there[name] != getattr(self.config, name):
+                raise ValueError(
+                    f"this run has {name}={getattr(self.config, name)!r}, {folder} has {there[name]!r}: "
+                    "resume with what the run keeps"
+                )
+        self.sampler.load_state_dict(state["sampler"])
+        read_policy(folder, self.actor_critic, self.reference)
+        self.kl_coef = state["kl_coef"]
+        self.score_moments.load_state_dict(state["score_moments"])
+
+    def _in_batches(self, function: Callable[[Sequences], Tensor], sequences: Sequences) -> Tensor:
+        """`function` of a few rows at a time, `b t`; 0 where only longer responses of other rows reach."""
+        width, size = int(sequences.response_lengths.max()), self.config.rollout_batch_size
+        parts = []
+        with self.run.autocast():
+            for first in range(0, len(sequences), size):
+                part = function(sequences.select(slice(first, first + size)))
+                parts.append(F.pad(part, (0, width - part.shape[1])))
+        return torch.cat(parts)
+
+    def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return self.actor_critic.actor_parameters(), self.actor_critic.critic_parameters()
+
+    def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        c = self.config
+        rates = (c.learning_rate, c.critic_learning_rate or c.learning_rate)
+        return adamw_groups(zip(self._parameter_groups(), rates, strict=True), c.betas, c.eps, c.weight_decay)

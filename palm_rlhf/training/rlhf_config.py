@@ -1,0 +1,218 @@
+"""The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from beartype import BeartypeConf, beartype
+
+from palm_rlhf.policy.rollout import Sampling
+from palm_rlhf.training.config import RunConfig
+from palm_rlhf.training.optimization import Precision
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+@dataclass(frozen=True)
+class PPOConfig(RunConfig):
+    """How a policy is improved: PPO (arXiv:1707.06347; for language arXiv:1909.08593 and arXiv:2203.02155), GRPO, RLOO.
+
+    A step collects rollouts, scores them, and makes several optimiser steps on them. Defaults are those of
+    lm-human-preferences (arXiv:1909.08593) where the text below a field names nothing else.
+    """
+
+    algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
+    """ppo has a critic; grpo (arXiv:2402.03300) and rloo (arXiv:2402.14740) compare the responses to one prompt."""
+
+    num_steps: int = 100
+    """Steps of the whole run."""
+
+    rollouts_per_step: int = 64
+    """Responses collected in a step, by all processes together."""
+
+    num_samples: int = 1
+    """Responses to one prompt; grpo and rloo need at least 2."""
+
+    rollout_batch_size: int = 64
+    """Responses that one process draws, or scores, at once."""
+
+    max_new_tokens: int | None = 64
+    """Longest response, in tokens."""
+
+    max_seq_len: int | None = None
+    """Longest prompt and response together, in tokens; where it is given, max_new_tokens does not count."""
+
+    temperature: float = 1.0
+    """Divides the logits, in sampling and wherever probabilities are compared."""
+
+    top_k: int | None = None
+    """Draw from the k likeliest tokens alone."""
+
+    top_p: float | None = None
+    """Draw from the smallest set of tokens that holds this mass."""
+
+    eos_token: int | None = None
+    """Ends a response, and is an action like any other; None: every response takes all the room there is."""
+
+    minibatch_size: int = 16
+    """Responses behind one optimiser step, of all processes together."""
+
+    micro_batch_size: int | None = None
+    """Responses in one forward of one process, if fewer; the gradients are the same."""
+
+    epochs: int = 4
+    """Times that a step goes through its responses."""
+
+    learning_rate: float = 1e-5
+    """Learning rate of the policy."""
+
+    critic_learning_rate: float | None = None
+    """Learning rate of the critic; None: that of the policy."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise linearly."""
+
+    min_lr_ratio: float = 1.0
+    """The learning rates at the end of a cosine over the run, as a part of those above; 1 keeps them."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moments."""
+
+    eps: float = 1e-5
+    """AdamW's term against division by zero."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices."""
+
+    clip_eps: float = 0.2
+    """Ratios of probabilities beyond 1 - clip_eps and 1 + clip_eps earn nothing more (arXiv:1707.06347, equation 7)."""
+
+    clip_eps_high: float | None = None
+    """An upper bound of its own (clip-higher, arXiv:2503.14476, equation 10); None: clip_eps, with dapo 0.28."""
+
+    value_clip_eps: float | None = 0.2
+    """How far a value may move from the one at collection before it earns nothing more; None: no clipping."""
+
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+
+    gamma: float = 1.0
+    """Discount of a reward for each token that it lies ahead."""
+
+    gae_lambda: float = 0.95
+    """Weight of long returns against the critic's values (arXiv:1506.02438, equation 16)."""
+
+    whiten_advantages: bool = True
+    """Bring ppo's advantages to mean 0 and deviation 1 over all tokens of a step."""
+
+    early_stop_kl: float | None = None
+    """End a step's optimisation where the policy is this far from the one that spoke, in nats per token."""
+
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference, its starting value where kl_target is given; TRL's PPO had 0.05."""
+
+    kl_target: float | None = None
+    """The KL, in nats per response, that kl_coef is steered to; lm-human-preferences had 6. None: kl_coef is fixed."""
+
+    kl_horizon: int = 10_000
+    """Responses over which kl_coef can grow or shrink by a fifth."""
+
+    kl_penalty: Literal["reward", "loss"] | None = None
+    """Whether that KL is taken from each token's reward, or is a term of the loss; None: loss for grpo, else reward."""
+
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """The estimate of KL that a term of the loss is made of; one in the reward is k1, whose gradient is right there."""
+
+    grpo_variant: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor lengths; dapo (arXiv:2503.14476) takes the mean over
+    tokens, clips higher, and leaves out prompts whose responses score the same."""
+
+    scale_scores: bool = False
+    """Divide scores by their deviation so far (running, over the whole run)."""
+
+    score_clip: float | None = None
+    """Largest absolute value of a score, after scaling."""
+
+    missing_eos_penalty: float = 0.0
+    """Taken from the score of a response that ended for lack of room."""
+
+    actor_lora_r: int = 0
+    """Rank of the policy's adapters; its base is the reference then. 0 trains the whole policy, beside a copy."""
+
+    critic_lora_r: int = 0
+    """Rank of the critic's adapters, where it is no reward model; 0 trains all of it."""
+
+    shared_trunk: bool = False
+    """Read values from the policy's own embeddings, instead of a critic beside it."""
+
+    sample_every: int = 10
+    """Steps between tables of responses in samples.jsonl."""
+
+    samples_kept: int = 8
+    """Responses in such a table."""
+
+    precision: Precision = "float32"
+    """Arithmetic of sampling and training; in bf16 the recorded probabilities are computed again before training."""
+
+    save_every: int = 50
+    """Steps between checkpoints."""
+
+    log_every: int = 1
+    """Steps between lines in metrics.jsonl."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
+                              "minibatch_size", "epochs", "learning_rate", "eps", "clip_eps", "kl_horizon",
+                              "sample_every", "samples_kept")  # fmt: skip
+        self._expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef", "kl_coef",
+                                  "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
+        for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
+                     "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "eos_token"):  # fmt: skip
+            value, least = getattr(self, name), 0 if name == "eos_token" else 1e-12
+            self._expect(name, value is None or value >= least, "None or a number above 0")
+        for name in ("gamma", "gae_lambda", "min_lr_ratio"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        self._expect("top_p", self.top_p is None or 0 < self.top_p <= 1, "None or a number above 0, up to 1")
+        if self.max_seq_len is None:
+            self._expect("max_new_tokens", self.max_new_tokens is not None, "a number where max_seq_len is None")
+        if self.algorithm != "ppo":
+            self._expect("num_samples", self.num_samples > 1, f"at least 2, for {self.algorithm} compares responses")
+            self._expect("shared_trunk", not self.shared_trunk, f"False, for {self.algorithm} has no critic")
+        self._expect("rollouts_per_step", self.rollouts_per_step % self.num_samples == 0,
+                     f"a multiple of num_samples, {self.num_samples}")  # fmt: skip
+        if self.grpo_variant != "grpo":
+            self._expect("grpo_variant", self.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How responses are drawn."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens if self.max_seq_len is None else None,
+            max_seq_len=self.max_seq_len,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            eos_token=self.eos_token,
+        )
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL to the reference is a term of the loss."""
+        return self.kl_penalty == "loss" or (self.kl_penalty is None and self.algorithm == "grpo")
+
+    @property
+    def upper_clip_eps(self) -> float:
+        """The bound above 1."""
+        if self.clip_eps_high is not None:
+            return self.clip_eps_high
+        return 0.28 if self.grpo_variant == "dapo" else self.clip_eps
+
+    @property
+    def aggregation(self) -> Literal["token", "sequence", "constant"]:
+        """What a step's losses are divided by."""
+        if self.algorithm != "grpo":
+            return "token"
+        return {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token"}[self.grpo_variant]
