@@ -307,7 +307,7 @@ class RLHFTrainer:
         parts = {"policy_loss": policy.loss, "entropy": entropy, "clip_fraction": policy.clip_fraction,
                  "approx_kl": policy.approx_kl}  # fmt: skip
         if c.kl_in_loss:
-            kl = kl_estimate(said.logprobs, part.ref_logprobs, kind=c.kl_estimator)
+            kl = kl_estimate(said.logprobs, part.ref_logprobs, kind=c.kl_estimator, action_mask=mask)
             parts["kl_loss"] = masked_mean(kl, mask, denominator=denominator)
             loss = loss + self.kl_coef * parts["kl_loss"]
         if said.values is not None:

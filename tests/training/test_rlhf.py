@@ -1,0 +1,423 @@
+"""The master tests of the RLHF trainer; beside each law stands a broken copy of the trainer that it must reject."""
+
+import copy
+import dataclasses
+from itertools import chain
+
+import pytest
+import torch
+
+from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf.algorithms import advantages as advantage_functions
+from palm_rlhf.policy.rollout import Rollout, Scores
+from palm_rlhf.policy.sequences import Sequences
+
+EOS = 5
+
+
+def tiny_palm(seed: int = 0, **options) -> PaLM:
+    torch.manual_seed(seed)
+    return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **options})
+
+
+def ragged_prompts(count: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(12, (1 + index % 5,), generator=generator) for index in range(count)]
+
+
+def evens(prompts, completions) -> list[float]:
+    """The share of even tokens: a reward that differs between responses and needs no model."""
+    return [float((row % 2 == 0).double().mean()) for row in completions]
+
+
+def make_trainer(palm: PaLM | None = None, reward=evens, prompts=None, output_dir=None, **options) -> RLHFTrainer:
+    settings = {
+        "rollouts_per_step": 8,
+        "minibatch_size": 8,
+        "epochs": 1,
+        "max_new_tokens": 6,
+        "eos_token": EOS,
+        "learning_rate": 1e-3,
+        "plot": False,
+    }
+    extra = {name: options.pop(name) for name in ("critic", "reference", "tokenizer", "resume") if name in options}
+    return RLHFTrainer(
+        palm=tiny_palm() if palm is None else palm,
+        reward_model=reward,
+        prompt_token_ids=ragged_prompts() if prompts is None else prompts,
+        config=PPOConfig(**{**settings, **options}),
+        output_dir=output_dir,
+        **extra,
+    )
+
+
+def experience_of(trainer: RLHFTrainer):
+    rollout = trainer.collect()
+    return trainer.estimate_advantages(rollout, trainer.score(rollout))
+
+
+def gradients(trainer: RLHFTrainer, experience) -> dict[str, torch.Tensor]:
+    """What one update would have stepped along: with no learning rate the weights stay."""
+    trainer.run.base_rates = [0.0 for _ in trainer.run.base_rates]
+    trainer.update(experience)
+    return {name: p.grad.clone() for name, p in trainer.actor_critic.named_parameters() if p.grad is not None}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+SAMPLING = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.4, "top_p": 0.8},
+    {"top_k": 4},
+    {"actor_lora_r": 2},
+    {"shared_trunk": True},
+    {"algorithm": "grpo", "num_samples": 4},
+    {"micro_batch_size": 3},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_the_first_ratio_is_one(options, dtype, tolerance):
+    """For every token, in train() mode, with dropout in the config and prompts of different lengths."""
+    trainer = make_trainer(tiny_palm(dropout=0.3).to(dtype), **options)
+    trainer.actor_critic.train()
+    metrics = trainer.update(experience_of(trainer))
+    assert metrics["optimizer_steps"] == 1
+    assert abs(metrics["ratio_min"] - 1) < tolerance and abs(metrics["ratio_max"] - 1) < tolerance
+
+
+def dropout_on(trainer):
+    for part in trainer.actor_critic.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+
+
+def temperature_forgotten(trainer):
+    trainer.config = dataclasses.replace(trainer.config, temperature=1.0)
+
+
+def another_row_s_actions(experience):
+    return dataclasses.replace(experience, logprobs=experience.logprobs.roll(1, dims=0))
+
+
+def log_probabilities_one_off(experience):
+    return dataclasses.replace(experience, logprobs=experience.logprobs.roll(1, dims=1))
+
+
+@pytest.mark.parametrize("spoil", [dropout_on, temperature_forgotten])
+def test_the_first_ratio_is_not_one_in_a_broken_trainer(spoil):
+    trainer = make_trainer(tiny_palm(dropout=0.3), temperature=0.6)
+    trainer.actor_critic.train()
+    experience = experience_of(trainer)
+    spoil(trainer)
+    assert trainer.update(experience)["ratio_max"] > 1 + 1e-2
+
+
+@pytest.mark.parametrize("spoil", [another_row_s_actions, log_probabilities_one_off])
+def test_the_first_ratio_is_not_one_with_broken_records(spoil):
+    trainer = make_trainer()
+    assert trainer.update(spoil(experience_of(trainer)))["ratio_max"] > 1 + 1e-2
+
+
+def widened(experience, garbage: float):
+    """The same experience with three more columns of pads, which hold garbage."""
+
+    def pad(part: torch.Tensor, value) -> torch.Tensor:
+        return torch.cat((part, torch.full((len(part), 3), value, dtype=part.dtype)), dim=-1)
+
+    sequences = experience.sequences
+    wider = Padded(pad(sequences.tokens, 7), sequences.prompt_lengths, sequences.response_lengths)
+    floats = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
+    return dataclasses.replace(
+        experience,
+        sequences=wider,
+        action_mask=pad(experience.action_mask, False),
+        **{name: pad(getattr(experience, name), garbage) for name in floats},
+    )
+
+
+class Padded(Sequences):
+    """Sequences whose rows and responses have three columns more than they need."""
+
+    @property
+    def _steps(self):
+        return torch.arange(int(self.response_lengths.max()) + 3)
+
+    def select(self, rows):
+        return Padded(self.tokens[rows], self.prompt_lengths[rows], self.response_lengths[rows])
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "grpo", "num_samples": 4}, {"entropy_coef": 0.1}], ids=str)
+def test_pads_are_nothing(options, monkeypatch):
+    """Columns of pads, with garbage in all that stands there, change no loss, no gradient and no metric."""
+    trainer = make_trainer(tiny_palm().double(), **options)
+    experience = experience_of(trainer)
+    assert not experience.action_mask.all(), "responses of different lengths are what this is about"
+
+    def run(with_experience):
+        torch.manual_seed(2)
+        metrics = trainer.update(with_experience)
+        return metrics, {n: p.grad.clone() for n, p in trainer.actor_critic.named_parameters() if p.grad is not None}
+
+    trainer.run.base_rates = [0.0 for _ in trainer.run.base_rates]
+    metrics, plain = run(experience)
+    # an update cuts columns that no row needs: leave them in
+    monkeypatch.setattr(type(experience), "select", keep_all_columns)
+    padded_metrics, padded = run(widened(experience, float("nan")))
+    assert largest_difference(plain, padded) < 1e-12
+    assert padded_metrics == pytest.approx(metrics, abs=1e-12)
+    broken = dataclasses.replace(
+        widened(experience, 1.0), action_mask=torch.ones(8, experience.logprobs.shape[1] + 3) > 0
+    )
+    assert largest_difference(plain, run(broken)[1]) > 1e-3
+
+
+def keep_all_columns(experience, rows):
+    parts = {field.name: getattr(experience, field.name) for field in dataclasses.fields(experience)}
+    sequences = parts.pop("sequences")
+    return type(experience)(sequences.select(rows), **{name: part[rows] for name, part in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"entropy_coef": 0.05},
+        {"algorithm": "rloo", "num_samples": 2},
+        {"algorithm": "grpo", "num_samples": 4},
+        {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dr_grpo"},
+        {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dapo"},
+    ],
+    ids=str,
+)
+def test_micro_batches_of_uneven_lengths_add_up_to_one_batch(options):
+    trainer = make_trainer(tiny_palm().double(), grad_clip=0.0, **options)
+    experience = experience_of(trainer)
+    whole = gradients(trainer, experience)
+    trainer.config = dataclasses.replace(trainer.config, micro_batch_size=3)
+    assert largest_difference(whole, gradients(trainer, experience)) < 1e-12
+
+
+def test_a_mean_of_micro_batch_means_is_not_the_mean():
+    """The mutant: each micro-batch divided by its own tokens."""
+    trainer = make_trainer(tiny_palm().double(), grad_clip=0.0)
+    experience = experience_of(trainer)
+    whole = gradients(trainer, experience)
+    lengths = experience.sequences.response_lengths
+    assert len(set(lengths.tolist())) > 1
+    parts = [gradients(trainer, experience.select(rows)) for rows in torch.arange(8).split(3)]
+    mean = {name: sum(part[name] for part in parts) / 3 for name in whole}
+    assert largest_difference(whole, mean) > 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"actor_lora_r": 2}, {"algorithm": "grpo", "num_samples": 2}], ids=str)
+def test_the_reference_stays_and_the_kl_leaves_zero(options):
+    trainer = make_trainer(num_steps=4, epochs=2, learning_rate=1e-2, **options)
+    rollout = trainer.collect()
+    before = trainer.reference.logprobs(rollout.sequences).logprobs
+    weights = {name: p.clone() for name, p in trainer.reference.palm.state_dict().items() if "finetune" not in name}
+    kls = [metrics["kl"] for metrics in trainer.steps()]
+    assert abs(kls[0]) < 1e-5 < max(map(abs, kls[1:]))
+    assert torch.equal(trainer.reference.logprobs(rollout.sequences).logprobs, before)
+    assert all(torch.equal(trainer.reference.palm.state_dict()[name], weight) for name, weight in weights.items())
+    base = [p for name, p in trainer.reference.palm.named_parameters() if "finetune" not in name]
+    assert all(p.grad is None and not p.requires_grad for p in base)
+
+
+def test_a_reference_that_is_the_policy_is_noticed():
+    trainer = make_trainer(num_steps=3, epochs=2, learning_rate=1e-2)
+    trainer.reference.palm = trainer.palm
+    assert max(abs(metrics["kl"]) for metrics in trainer.steps()) < 1e-5  # a KL that never leaves 0
+
+
+def exact_kl(trainer: RLHFTrainer, prompts: list[torch.Tensor]) -> float:
+    """KL(policy, reference) of the first new token, over the whole vocabulary, summed over prompts."""
+    with torch.no_grad():
+        pairs = [
+            [palm(p[None])[0, -1].log_softmax(-1) for palm in (trainer.palm, trainer.reference.palm)] for p in prompts
+        ]
+    return sum(float((one.exp() * (one - other)).sum()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_penalty": "loss"}, {"algorithm": "grpo", "num_samples": 4}], ids=str)
+@pytest.mark.parametrize("sign", [1, -1], ids=["penalty", "sign flipped"])
+def test_kl_pulls_back(options, sign, monkeypatch):
+    """Without a reward, a perturbed policy comes nearer to the reference; with the sign flipped it goes away."""
+    reference = tiny_palm()
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    settings = {"rollouts_per_step": 64, "minibatch_size": 32, "max_new_tokens": 1, "eos_token": None, "num_steps": 8,
+                "kl_coef": 2.0, "learning_rate": 3e-3, "whiten_advantages": False}  # fmt: skip
+    trainer = make_trainer(
+        policy, reward=lambda prompts, completions: [0.0] * len(prompts), reference=reference, **{**settings, **options}
+    )
+    trainer.kl_coef *= sign
+    before = exact_kl(trainer, trainer.prompts)
+    list(trainer.steps())
+    after = exact_kl(trainer, trainer.prompts)
+    assert after < 0.7 * before if sign > 0 else after > before
+
+
+def test_the_score_stands_at_the_last_action_and_nothing_after_it():
+    """With gamma 0 a return is the action's own reward: the score is seen in the last column of each row alone."""
+    trainer = make_trainer(gamma=0.0, gae_lambda=1.0, kl_coef=0.0)
+    rollout = trainer.collect()
+    scores = trainer.score(rollout)
+    experience = trainer.estimate_advantages(rollout, scores)
+    lengths = rollout.sequences.response_lengths
+    expected = torch.zeros_like(experience.returns)
+    expected[torch.arange(8), lengths - 1] = scores.scores
+    torch.testing.assert_close(experience.returns, expected)
+    assert (experience.sequences.actions[torch.arange(8), lengths - 1] == EOS).any(), "an EOS carries a score as well"
+
+
+def test_returns_are_not_whitened():
+    trainer = make_trainer(kl_coef=0.0)
+    rollout = trainer.collect()
+    whitened = trainer.estimate_advantages(rollout, trainer.score(rollout))
+    trainer.config = dataclasses.replace(trainer.config, whiten_advantages=False)
+    plain = trainer.estimate_advantages(rollout, trainer.score(rollout))
+    torch.testing.assert_close(whitened.returns, plain.returns)
+    kept = whitened.advantages[whitened.action_mask]
+    assert float(kept.mean()) == pytest.approx(0, abs=1e-6) and float(kept.std(correction=0)) == pytest.approx(
+        1, abs=1e-3
+    )
+
+
+def test_whitening_that_counts_pads_is_noticed(monkeypatch):
+    def unmasked(advantages, action_mask, reduce):
+        return (advantages - advantages.mean()) / advantages.std(correction=0)
+
+    monkeypatch.setattr("palm_rlhf.training.rlhf.whiten", unmasked)
+    experience = experience_of(make_trainer(kl_coef=0.0))
+    kept = experience.advantages[experience.action_mask]
+    assert abs(float(kept.mean())) > 1e-3 or abs(float(kept.std(correction=0)) - 1) > 1e-2
+    assert advantage_functions.whiten is not unmasked
+
+
+def test_responses_without_a_score_are_left_out():
+    def half(prompts, completions):
+        return [None if index % 2 else 1.0 + index for index in range(len(prompts))]
+
+    trainer = make_trainer(tiny_palm().double(), reward=half, grad_clip=0.0)
+    rollout = trainer.collect()
+    scores = trainer.score(rollout)
+    experience = trainer.estimate_advantages(rollout, scores)
+    assert scores.valid.tolist() == [True, False] * 4
+    assert not experience.action_mask[1::2].any() and experience.action_mask[::2].any(dim=-1).all()
+    told = experience.select(torch.arange(0, 8, 2))
+    assert largest_difference(gradients(trainer, experience), gradients(trainer, told)) < 1e-12
+    nobody = make_trainer(reward=lambda prompts, completions: [None] * len(prompts))
+    with pytest.raises(ValueError, match="None for all responses of step 1"):
+        next(nobody.steps())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stops_the_run(bad):
+    trainer = make_trainer(reward=lambda prompts, completions: [0.0] * 7 + [bad])
+    weights = copy.deepcopy(trainer.actor_critic.state_dict())
+    with pytest.raises(FloatingPointError, match=r"the reward is (nan|inf), expected a finite number"):
+        next(trainer.steps())
+    assert all(torch.equal(weights[name], t) for name, t in trainer.actor_critic.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    trainer = make_trainer()
+    experience = experience_of(trainer)
+    with torch.no_grad():
+        trainer.palm.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 1 has the loss nan"):
+        trainer.update(experience)
+
+
+def test_scores_are_shaped_as_asked():
+    trainer = make_trainer(score_clip=1.0, missing_eos_penalty=0.25, scale_scores=True)
+    scores = Scores(torch.tensor([4.0, -8.0, 0.5, 0.0]), torch.tensor([True, True, True, False]))
+    truncated = torch.tensor([False, True, False, True])
+    deviation = torch.tensor([4.0, -8.0, 0.5]).std(correction=0)
+    expected = torch.tensor([4.0 / deviation, -1.0 - 0.25, 0.5 / deviation, -0.25])
+    torch.testing.assert_close(trainer._shape(scores, truncated), expected)
+
+
+def test_optimisation_stops_early_where_the_policy_has_moved_enough():
+    trainer = make_trainer(epochs=50, learning_rate=1e-2, early_stop_kl=0.01)
+    metrics = trainer.update(experience_of(trainer))
+    assert 1 < metrics["optimizer_steps"] < 50
+
+
+def test_the_kl_coefficient_is_steered_to_its_target():
+    low = make_trainer(kl_coef=1.0, kl_target=6.0, kl_horizon=80, num_steps=2)
+    steps = list(low.steps())  # the KL is 0 at first, far below the target: -0.2 * 8 / 80
+    assert [round(metrics["kl_coef"], 6) for metrics in steps] == [1.0, 0.98]
+    high = make_trainer(kl_coef=1.0, kl_target=1e-9, kl_horizon=80, num_steps=4, learning_rate=1e-2)
+    assert list(high.steps())[-1]["kl"] > 0 or high.kl_coef != 1.0
+    assert make_trainer(num_steps=1, kl_coef=0.3).kl_coef == 0.3
+
+
+def test_groups_that_score_the_same_teach_grpo_nothing():
+    trainer = make_trainer(
+        reward=lambda prompts, completions: [3.0] * len(prompts), algorithm="grpo", num_samples=4, kl_coef=0.0
+    )
+    experience = experience_of(trainer)
+    assert not experience.advantages.any()
+    assert all(not gradient.any() for gradient in gradients(trainer, experience).values())
+    dapo = make_trainer(
+        reward=lambda prompts, completions: [3.0] * 4 + [0.0, 1.0, 2.0, 3.0],
+        algorithm="grpo", grpo_variant="dapo", num_samples=4,
+    )  # fmt: skip
+    kept = experience_of(dapo).action_mask.any(dim=-1)
+    assert kept.tolist() == [False] * 4 + [True] * 4
+
+
+def test_the_upper_clip_is_higher_for_dapo_and_as_asked():
+    grpo = {"algorithm": "grpo", "num_samples": 2}
+    assert PPOConfig().upper_clip_eps == 0.2
+    assert PPOConfig(**grpo, grpo_variant="dapo").upper_clip_eps == 0.28
+    assert PPOConfig(**grpo, clip_eps_high=0.4).upper_clip_eps == 0.4
+
+
+def test_minibatches_cover_every_response_once_an_epoch(monkeypatch):
+    trainer = make_trainer(minibatch_size=3, epochs=2)
+    seen = []
+    monkeypatch.setattr(
+        trainer, "_optimizer_step", lambda batch, statistics: seen.append(batch.sequences.tokens[:, 0].tolist())
+    )
+    experience = experience_of(trainer)
+    trainer.update(experience)
+    assert [len(rows) for rows in seen] == [3, 3, 2] * 2
+    firsts = sorted(experience.sequences.tokens[:, 0].tolist())
+    assert sorted(chain(*seen[:3])) == sorted(chain(*seen[3:])) == firsts
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"algorithm": "grpo"}, "num_samples is 1, expected at least 2"),
+        ({"rollouts_per_step": 6, "num_samples": 4}, "rollouts_per_step is 6, expected a multiple of num_samples, 4"),
+        ({"max_new_tokens": None}, "max_new_tokens is None, expected a number where max_seq_len is None"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a number above 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"grpo_variant": "dapo"}, "grpo_variant is 'dapo'|grpo_variant is dapo"),
+        ({"kl_target": 0.0}, "kl_target is 0.0"),
+        ({"gamma": 1.5}, "gamma is 1.5, expected 0 to 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**changes)
+
+
+def test_rollouts_know_which_responses_were_cut():
+    rollout = make_trainer(rollouts_per_step=64).collect()
+    assert isinstance(rollout, Rollout)
+    last = rollout.sequences.actions[torch.arange(64), rollout.sequences.response_lengths - 1]
+    assert torch.equal(rollout.truncated, last != EOS)
+    assert rollout.truncated.any() and not rollout.truncated.all()
+    assert rollout.sequences.response_lengths[rollout.truncated].eq(6).all()
