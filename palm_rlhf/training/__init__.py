@@ -2,5 +2,24 @@
 
 from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.preference import Preference, PreferenceTrainer
+from palm_rlhf.training.preference_config import PreferenceConfig
+from palm_rlhf.training.rankings import Ranking, Rating
+from palm_rlhf.training.reward import RewardModelTrainer
+from palm_rlhf.training.reward_config import RewardConfig
+from palm_rlhf.training.rlhf import RLHFTrainer
+from palm_rlhf.training.rlhf_config import PPOConfig
 
-__all__ = ["LMConfig", "LanguageModelTrainer"]
+__all__ = [
+    "LMConfig",
+    "LanguageModelTrainer",
+    "PPOConfig",
+    "Preference",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "RLHFTrainer",
+    "Ranking",
+    "Rating",
+    "RewardConfig",
+    "RewardModelTrainer",
+]
