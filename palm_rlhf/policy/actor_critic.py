@@ -33,6 +33,10 @@ class ActorCritic(nn.Module):
         value: "separate" for a trunk of the critic's own, "shared" for the policy's, "none" for no critic.
         actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains all of it.
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
+
+    Raises:
+        ValueError: options that do not go together, or a model that is bidirectional, of another vocabulary, or holds
+            LoRA scopes, which nothing here would apply.
     """
 
     @beartype
@@ -51,10 +55,20 @@ class ActorCritic(nn.Module):
                 f"got value={value!r} and a critic of type {type(critic).__name__}; "
                 "expected 'separate', or without a critic to start from 'shared' or 'none'"
             )
+        if critic_lora_r and (value != "separate" or isinstance(critic, RewardModel)):
+            raise ValueError(
+                f"got critic_lora_r={critic_lora_r} with value={value!r} and a critic of type {type(critic).__name__}; "
+                "expected 0, or a separate critic that starts from a PaLM"
+            )
+        check_model("policy", palm, palm.num_tokens)
+        if critic is not None:
+            check_model("critic", critic, palm.num_tokens)
         self.actor_scope = self.critic_scope = self.critic = self.value_head = None
         if value == "separate":
             self.critic = copy.deepcopy(palm if critic is None else critic)
             if isinstance(self.critic, RewardModel):
+                self.critic.requires_grad_(True)  # its original is often frozen
+                self.critic.use_lora_scope(self.critic.lora_scope)
                 self.critic.head.requires_grad_(False)  # its place is taken by the value head
             elif critic_lora_r:
                 self.critic_scope = CRITIC_SCOPE
@@ -126,6 +140,8 @@ class Reference:
 
     @beartype
     def __init__(self, actor_critic: ActorCritic, palm: PaLM | None = None):
+        if palm is not None:
+            check_model("reference", palm, actor_critic.palm.num_tokens)
         self.is_base = palm is None and actor_critic.actor_scope is not None
         source = actor_critic.palm if palm is None else palm
         self.palm = source if self.is_base else switch_off_dropout(copy.deepcopy(source).requires_grad_(False))
@@ -134,6 +150,20 @@ class Reference:
     def logprobs(self, sequences: Sequences, **sampling) -> ActionLogprobs:
         """What the reference gives the actions; `sampling` are temperature, top_k and top_p."""
         return response_logprobs(self.palm, sequences, **sampling)
+
+
+def check_model(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
+    """ValueError for what cannot stand beside, or be, a policy of `num_tokens` tokens."""
+    palm = model.palm if isinstance(model, RewardModel) else model
+    if not palm.config.causal:
+        raise ValueError(f"the {name} has causal=False and sees what is yet to be said; expected causal=True")
+    if palm.num_tokens != num_tokens:
+        raise ValueError(f"the {name} has num_tokens={palm.num_tokens}; expected {num_tokens} as the policy has")
+    if palm is model and palm.finetune_modules:
+        raise ValueError(
+            f"the {name} has the LoRA scopes {sorted(palm.finetune_modules)}; expected none: merge them by "
+            "merge_finetune_params, or take them away by remove_finetune_params"
+        )
 
 
 def wide(x: Tensor) -> Tensor:

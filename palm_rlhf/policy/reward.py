@@ -59,9 +59,9 @@ class RewardModel(StoredRewardModel):
         dim, like = palm.config.dim, {"device": palm.device, "dtype": palm.dtype}
         self.prompt_embed = nn.Parameter(torch.zeros(dim, **like))
         self.response_embed = nn.Parameter(torch.zeros(dim, **like))
-        self.head = nn.Linear(dim, max(num_binned_output, 1), **like)
+        # A score needs no bias: in a loss of differences, its gradient would be rounding, which Adam makes steps of.
+        self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 0, **like)
         nn.init.normal_(self.head.weight, std=(dim + 1) ** -0.5)  # Stiennon et al. 2020
-        nn.init.zeros_(self.head.bias)
         self.register_buffer("score_mean", torch.zeros(1, device=palm.device))
         self.register_buffer("score_std", torch.ones(1, device=palm.device))
 
@@ -150,7 +150,8 @@ class RewardModel(StoredRewardModel):
         """The head, in float32 under autocast too, where scores of bfloat16 would be equal by rounding: `b e -> b o`"""
         dtype = torch.promote_types(pooled.dtype, torch.float32)
         with torch.autocast(pooled.device.type, enabled=False):
-            return F.linear(*(x.to(dtype) for x in (pooled, self.head.weight, self.head.bias)))
+            bias = None if self.head.bias is None else self.head.bias.to(dtype)
+            return F.linear(pooled.to(dtype), self.head.weight.to(dtype), bias)
 
     @torch.no_grad()
     @beartype

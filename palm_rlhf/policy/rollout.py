@@ -59,8 +59,11 @@ def collect(
 ) -> Rollout:
     """Draw `num_samples` responses to each prompt (1-d tensors of any lengths), up to `batch_size` rows at once.
 
-    Every token is read once, through the cache. What is kept does not grow with the vocabulary.
+    Every token is read once, through the cache; the responses to one prompt are drawn together, however many. What is
+    kept does not grow with the vocabulary.
     """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"got num_samples={num_samples} and batch_size={batch_size}; expected at least 1 of each")
     responses, logprobs = [], []
     at_once = max(batch_size // num_samples, 1)
     for first in range(0, len(prompts), at_once):
@@ -133,13 +136,16 @@ def _call(reward: Callable, prompts: list, completions: list) -> list[float | in
         answers = reward(prompts, completions)
     except Exception as error:
         raise RuntimeError(f"the reward function raised {error!r} {_culprit(reward, prompts, completions)}") from error
-    answers = answers.tolist() if isinstance(answers, Tensor) else list(answers)
-    if len(answers) != len(prompts):
-        raise ValueError(f"the reward function returned {len(answers)} scores for {len(prompts)} completions")
     try:
-        return [None if answer is None else float(answer) for answer in answers]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the reward function returned {answers!r:.200}; expected numbers, or None") from error
+        rows = answers.tolist() if isinstance(answers, Tensor) else answers
+        numbers = [None if row is None else float(row) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the reward function returned {answers!r:.200}; expected a number, or None, for each completion"
+        ) from error
+    if len(numbers) != len(prompts):
+        raise ValueError(f"the reward function returned {len(numbers)} scores for {len(prompts)} completions")
+    return numbers
 
 
 def _culprit(reward: Callable, prompts: list, completions: list) -> str:

@@ -137,7 +137,8 @@ def action_logprobs(
     logits = truncated_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, always=actions)
     with torch.set_grad_enabled(entropy_needs_grad and torch.is_grad_enabled()):
         logprobs = logits.log_softmax(dim=-1)
-        entropy = -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(dim=-1)
+        logprobs = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 is 0, and its gradient must not be NaN
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     return ActionLogprobs(token_logprobs(logits, actions), entropy)
 
 

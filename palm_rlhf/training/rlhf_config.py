@@ -183,6 +183,9 @@ class PPOConfig(RunConfig):
             self._expect("shared_trunk", not self.shared_trunk, f"False, for {self.algorithm} has no critic")
         self._expect("rollouts_per_step", self.rollouts_per_step % self.num_samples == 0,
                      f"a multiple of num_samples, {self.num_samples}")  # fmt: skip
+        if self.kl_target is not None:
+            self._expect("kl_horizon", self.kl_horizon > self.rollouts_per_step / 5,
+                         f"more than a fifth of rollouts_per_step, {self.rollouts_per_step}")  # fmt: skip
         if self.grpo_variant != "grpo":
             self._expect("grpo_variant", self.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
 

@@ -182,7 +182,6 @@ def open_palm_rlhf_pytorch(
     own = {ours: state[there] for ours, there in names.items()}
     own |= {name: own[name].flatten() for name in THERE}
     own |= {"score_mean": torch.zeros(1), "score_std": torch.ones(1)}
-    own.setdefault("head.bias", torch.zeros_like(own["head.weight"][:, 0]))
     palm_parts = palm_rlhf_pytorch.tensors_of(theirs, skeleton.palm.config, where)
     return skeleton, chain(
         ((PALM + name, rows) for name, rows in palm_parts), ((name, [tensor]) for name, tensor in own.items())

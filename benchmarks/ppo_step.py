@@ -1,0 +1,173 @@
+"""An iteration of PPO - rollouts, scores, update - beside one of the PyPI package palm-rlhf-pytorch's trainer.
+
+python benchmarks/ppo_step.py                 # 64 prompts, 64 new tokens, minutes; needs the extra palm-rlhf[bench]
+
+Both start from the same weights, answer each prompt once, at full length, and train policy and critic in full, with the
+same epochs and minibatches, AdamW here and that package's optimiser there. Ours also has a reference to keep to.
+"""
+
+import copy
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+import torch
+import tyro
+from side_by_side import alternate, report, speedup
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
+
+Iteration = Callable[[], None]
+
+
+def make_prompts(number: int, shortest: int, longest: int) -> list[Tensor]:
+    """Prompts of random bytes without 0, which is padding there, their lengths spread evenly."""
+    lengths = torch.linspace(shortest, longest, number).round().int().tolist()
+    return [torch.randint(1, 256, (length,)) for length in lengths]
+
+
+def check_parity(theirs: nn.Module, their_reward: nn.Module, prompts: list[Tensor]) -> None:
+    """Raise AssertionError unless both compute the same logits, and the same scores, of the same weights."""
+    ours = PaLM.from_palm_rlhf_pytorch(theirs.state_dict()).eval()
+    reward = RewardModel.from_palm_rlhf_pytorch(their_reward.state_dict()).eval()
+    for prompt in prompts[:4]:
+        tokens = prompt.unsqueeze(0)
+        prompt_mask = torch.arange(tokens.shape[1]).unsqueeze(0) < 8
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-4, atol=1e-4)
+            scores = [model.eval()(tokens, prompt_mask=prompt_mask) for model in (reward, their_reward)]
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+    print("parity: the logits and the scores of prompts agree to 1e-4 in float32")
+
+
+def our_iteration(
+    palm: PaLM, reward: RewardModel, prompts: list[Tensor], new_tokens: int, epochs: int, minibatch: int, precision: str
+) -> Iteration:
+    """A step of our trainer."""
+    config = PPOConfig(
+        num_steps=1_000_000,
+        rollouts_per_step=len(prompts),
+        rollout_batch_size=len(prompts),
+        max_new_tokens=new_tokens,
+        minibatch_size=minibatch,
+        epochs=epochs,
+        precision=precision,
+    )
+    trainer = RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=prompts, config=config)
+    steps = trainer.steps()
+
+    def iteration() -> None:
+        metrics = next(steps)
+        assert metrics["response_length"] == new_tokens, metrics
+        assert metrics["optimizer_steps"] == epochs * -(-len(prompts) // minibatch), metrics
+
+    return iteration
+
+
+def their_iteration(
+    palm: nn.Module, reward: nn.Module, prompts: list[Tensor], new_tokens: int, epochs: int, minibatch: int
+) -> Iteration:
+    """An episode of that package's trainer with one update at its end.
+
+    It draws prompts with replacement and gives all one length with their response; here it takes them in turn, and each
+    response has the tokens that ours has.
+    """
+    from palm_rlhf_pytorch import RLHFTrainer as TheirTrainer
+    from palm_rlhf_pytorch import ppo
+
+    trainer = TheirTrainer(
+        palm=palm,
+        reward_model=reward,
+        prompt_token_ids=pad_sequence(prompts, batch_first=True),
+        actor_lora=False,
+        critic_lora=False,
+        epochs=epochs,
+        minibatch_size=minibatch,
+    )
+    turns = itertools.cycle(range(len(prompts)))
+    ppo.randrange = lambda *_: next(turns)
+    generate, lengths = trainer.actor_critic_generate, []
+
+    def respond(state: Tensor, max_seq_len: int, **options) -> tuple:
+        out = generate(state, state.shape[-1] + new_tokens, **options)
+        lengths.append((state.shape[-1], out.actions.shape[-1]))
+        return out
+
+    trainer.actor_critic_generate = respond
+
+    def iteration() -> None:
+        lengths.clear()
+        with silence():
+            trainer.train(num_episodes=1, max_timesteps=len(prompts), update_timesteps=len(prompts))
+        assert lengths == [(len(prompt), new_tokens) for prompt in prompts], lengths
+
+    return iteration
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keeps losses and progress bars, one for each prompt, from the terminal."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def main(
+    dim: int = 256,
+    depth: int = 4,
+    num_prompts: int = 64,
+    shortest: int = 16,
+    longest: int = 48,
+    new_tokens: int = 64,
+    epochs: int = 1,
+    minibatch: int = 16,
+    rounds: int = 2,
+) -> None:
+    """Time an iteration of ours in float32 and in bfloat16 autocast, and of palm-rlhf-pytorch in float32.
+
+    Args:
+        dim: Width of the model.
+        depth: Blocks.
+        num_prompts: Prompts answered in an iteration, once each.
+        shortest: Tokens of the shortest prompt.
+        longest: Tokens of the longest prompt.
+        new_tokens: Tokens of every response.
+        epochs: Times that the update goes through the responses; 1 is the default there.
+        minibatch: Responses behind an optimiser step.
+        rounds: Timed rounds.
+    """
+    from palm_rlhf_pytorch import PaLM as TheirPaLM
+    from palm_rlhf_pytorch import RewardModel as TheirRewardModel
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # their use of torch.backends.cuda.sdp_kernel
+    torch.manual_seed(0)
+    prompts = make_prompts(num_prompts, shortest, longest)
+    theirs = TheirPaLM(num_tokens=256, dim=dim, depth=depth)
+    their_reward = TheirRewardModel(theirs, use_lora=False)
+    check_parity(theirs, their_reward, prompts)
+
+    def iterations(some: list[Tensor]) -> dict[str, Iteration]:
+        sizes = (some, new_tokens, epochs, minibatch)
+        made = {}
+        for name, precision in ((f32, "float32"), (bf16, "bf16")):
+            palm = PaLM.from_palm_rlhf_pytorch(theirs.state_dict())
+            reward = RewardModel.from_palm_rlhf_pytorch(their_reward.state_dict())
+            made[name] = our_iteration(palm, reward, *sizes, precision)
+        return {**made, other: their_iteration(copy.deepcopy(theirs), their_reward, *sizes)}
+
+    f32, bf16, other = "palm-rlhf, float32", "palm-rlhf, bfloat16", "palm-rlhf-pytorch, float32"
+    alternate(iterations(prompts[:2]), rounds=1, warmup=0)  # a whole iteration would be a long warm-up
+    seconds = alternate(iterations(prompts), rounds=rounds, warmup=0)
+    ratios = {label: speedup(seconds[name], seconds[other]) for label, name in (("float32", f32), ("bfloat16", bf16))}
+    title = (
+        f"PPO iteration, dim {dim}, depth {depth}, {num_prompts} prompts of {shortest} to {longest} tokens, "
+        f"{new_tokens} new tokens, {epochs} epoch{'s'[: epochs != 1]}"
+    )
+    report(title, seconds, ratios, "palm-rlhf-pytorch")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

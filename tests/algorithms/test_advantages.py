@@ -1,0 +1,252 @@
+"""Rewards of tokens, whitening over a rollout, and advantages of groups: by hand and by their laws."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards, varied_groups, whiten
+
+NAN = float("nan")
+
+
+def doubles(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def check_token_rewards(token_rewards):
+    """The second row ends after two actions; the third has a pad between two; the fourth says nothing."""
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, True], [False, False, False]])
+    logprobs = doubles([-1.0, -2.0, -3.0], [-4.0, -1.0, NAN], [-1.0, NAN, -1.0], [NAN, NAN, NAN])
+    ref_logprobs = doubles([-2.0, -2.0, -1.0], [-1.0, -3.0, NAN], [-1.0, NAN, -1.0], [NAN, NAN, NAN])
+    got = token_rewards(doubles(10.0, 20.0, 30.0, NAN), logprobs, ref_logprobs, mask, kl_coef=0.5)
+    expected = doubles([-0.5, 0.0, 11.0], [1.5, 19.0, 0.0], [0.0, 0.0, 30.0], [0.0, 0.0, 0.0])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def kl_sign_flipped(*tensors, kl_coef):
+    return token_rewards(*tensors, kl_coef=-kl_coef)
+
+
+def score_in_the_last_column(scores, logprobs, ref_logprobs, action_mask, *, kl_coef):
+    rewards = token_rewards(torch.zeros_like(scores), logprobs, ref_logprobs, action_mask, kl_coef=kl_coef)
+    rewards[:, -1] += scores.nan_to_num()
+    return rewards
+
+
+def score_before_the_last_action(scores, logprobs, ref_logprobs, action_mask, *, kl_coef):
+    nothing = torch.zeros_like(logprobs)
+    score = token_rewards(scores, nothing, nothing, action_mask, kl_coef=0).roll(-1, dims=-1)
+    return score + token_rewards(0 * scores, logprobs, ref_logprobs, action_mask, kl_coef=kl_coef)
+
+
+def test_token_rewards_by_hand():
+    check_token_rewards(token_rewards)
+
+
+@pytest.mark.parametrize(
+    "mutant", [kl_sign_flipped, score_in_the_last_column, score_before_the_last_action], ids=lambda f: f.__name__
+)
+def test_token_rewards_see_the_mutant(mutant):
+    with pytest.raises(AssertionError):
+        check_token_rewards(mutant)
+
+
+def check_whiten(whiten):
+    """Of 1, 3, 5, 7 the mean is 4 and the variance 5."""
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    got = whiten(doubles([1.0, 3.0, NAN], [5.0, 1e9, 7.0]), mask)
+    expected = doubles([-3.0, -1.0, 0.0], [1.0, 0.0, 3.0]) / 5**0.5
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)
+
+
+def unmasked(advantages, action_mask):
+    return whiten(advantages.nan_to_num(), torch.ones_like(action_mask)) * action_mask
+
+
+def pads_left_at_minus_the_mean(advantages, action_mask):
+    kept = advantages[action_mask]
+    return (advantages.nan_to_num() * action_mask - kept.mean()) / kept.std(correction=0)
+
+
+def row_by_row(advantages, action_mask):
+    return torch.cat([whiten(*row) for row in zip(advantages.split(1), action_mask.split(1), strict=True)])
+
+
+def test_whiten_by_hand():
+    check_whiten(whiten)
+
+
+@pytest.mark.parametrize("mutant", [unmasked, pads_left_at_minus_the_mean, row_by_row], ids=lambda f: f.__name__)
+def test_whiten_sees_the_mutant(mutant):
+    with pytest.raises(AssertionError):
+        check_whiten(mutant)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -7.3, 1000.1, 1e6 / 3])
+@pytest.mark.parametrize("length", [1, 3, 1000])
+def test_a_constant_is_nothing_even_in_float32(constant, length):
+    got = whiten(torch.full((2, length), constant), torch.ones(2, length, dtype=torch.bool))
+    assert got.abs().max() < 1e-3
+
+
+def test_no_actions_give_zeros():
+    assert not whiten(torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)).any()
+
+
+def whiten_in_two_processes(parts, *, reduced):
+    """Two threads stand in for processes: a reduction waits for both and gives both the sum."""
+    barrier, given_by = threading.Barrier(2, timeout=30), [None, None]
+
+    def whiten_part(rank):
+        def reduce(total):
+            given_by[rank] = total
+            barrier.wait()
+            both = given_by[0] + given_by[1]
+            barrier.wait()
+            return both
+
+        return whiten(*parts[rank], **({"reduce": reduce} if reduced else {}))
+
+    with ThreadPoolExecutor(2) as threads:
+        return torch.cat(list(threads.map(whiten_part, range(2))))
+
+
+def test_processes_whiten_together():
+    advantages, mask = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 5) < 0.6
+    parts = [(advantages[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 4))]
+    whole = whiten(advantages, mask)
+    torch.testing.assert_close(whiten_in_two_processes(parts, reduced=True), whole, rtol=0, atol=1e-12)
+    assert (whiten_in_two_processes(parts, reduced=False) - whole).abs().max() > 0.01
+
+
+# scores, which are valid, and advantages over the sample deviation, only centred, and against the others
+GROUPS = {
+    "different": ([1.0, 2.0, 6.0], None, [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5], [-2.0, -1.0, 3.0], [-3.0, -1.5, 4.5]),
+    "equal": ([0.1, 0.1, 0.1], None, [0.0] * 3, [0.0] * 3, [0.0] * 3),
+    "one invalid": (
+        [1.0, NAN, 5.0],
+        [True, False, True],
+        [-(0.5**0.5), 0.0, 0.5**0.5],
+        [-2.0, 0.0, 2.0],
+        [-4.0, 0.0, 4.0],
+    ),
+    "one valid": ([NAN, 3.0, NAN], [False, True, False], [0.0] * 3, [0.0] * 3, [0.0] * 3),
+    "none valid": ([NAN, NAN, NAN], [False] * 3, [0.0] * 3, [0.0] * 3, [0.0] * 3),
+    "equal but for an invalid": ([2.0, 2.0, 9.0], [True, True, False], [0.0] * 3, [0.0] * 3, [0.0] * 3),
+    "equal, below 0, and an invalid": ([-0.1, NAN, -0.1], [True, False, True], [0.0] * 3, [0.0] * 3, [0.0] * 3),
+}
+
+
+def check_groups(advantages, kind, names=tuple(GROUPS)):
+    """All groups in one call, so that none leaks into another."""
+    rows = [GROUPS[name] for name in names]
+    scores = torch.cat([doubles(*row[0]) for row in rows])
+    valid = torch.cat([torch.tensor(row[1] or [True] * 3) for row in rows])
+    expected = torch.cat([doubles(*row[2 + ("scaled", "centred", "others").index(kind)]) for row in rows])
+    torch.testing.assert_close(advantages(scores, 3, valid=valid), expected, rtol=0, atol=1e-7)
+
+
+def dr_grpo(scores, num_samples, *, valid=None):
+    return group_advantages(scores, num_samples, scale=False, valid=valid)
+
+
+def over_the_whole_batch(scores, num_samples, *, valid):
+    return group_advantages(scores, len(scores), valid=valid)
+
+
+def of_every_third_row(scores, num_samples, *, valid):
+    regrouped = [x.view(num_samples, -1).T.flatten() for x in (scores, valid)]
+    return group_advantages(regrouped[0], num_samples, valid=regrouped[1])
+
+
+def invalid_scores_count_as_0(scores, num_samples, *, valid):
+    return group_advantages(scores.masked_fill(~valid, 0.0), num_samples)
+
+
+def baseline_with_itself(scores, num_samples, *, valid):
+    return group_advantages(scores, num_samples, scale=False, valid=valid)
+
+
+@pytest.mark.parametrize(
+    "kind, advantages",
+    [("scaled", group_advantages), ("centred", dr_grpo), ("others", rloo_advantages)],
+    ids=["grpo", "dr_grpo", "rloo"],
+)
+def test_groups_by_hand(kind, advantages):
+    check_groups(advantages, kind)
+    check_groups(lambda scores, num_samples, valid: advantages(scores, num_samples), kind, ("different", "equal"))
+
+
+@pytest.mark.parametrize(
+    "kind, mutant",
+    [
+        ("scaled", over_the_whole_batch),
+        ("scaled", of_every_third_row),
+        ("scaled", invalid_scores_count_as_0),
+        ("scaled", dr_grpo),
+        ("others", baseline_with_itself),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_groups_see_the_mutant(kind, mutant):
+    with pytest.raises(AssertionError):
+        check_groups(mutant, kind)
+
+
+SCORES = st.lists(st.lists(st.integers(-9, 9), min_size=4, max_size=4), min_size=1, max_size=4)
+
+
+@given(SCORES, st.floats(-100, 100), st.floats(0.5, 50))
+def test_a_shift_of_a_prompts_scores_is_nothing_and_a_scale_is_divided_out(groups, shift, factor):
+    groups = torch.tensor(groups, dtype=torch.float64)
+    scores, moved = groups.flatten(), (groups * factor + shift * torch.arange(len(groups)).unsqueeze(-1)).flatten()
+    for advantages, power in ((group_advantages, 0), (dr_grpo, 1), (rloo_advantages, 1)):
+        got, expected = advantages(moved, 4), advantages(scores, 4) * factor**power
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got.view(-1, 4).sum(dim=-1), torch.zeros(len(groups)).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("constant", [0.1, 1000.1, 1e8 / 3])
+@pytest.mark.parametrize("advantages", [group_advantages, rloo_advantages], ids=lambda f: f.__name__)
+def test_equal_scores_are_exactly_nothing_even_in_float32(advantages, constant):
+    assert not advantages(torch.full((14,), constant), 7).any()
+
+
+def test_varied_groups_by_hand():
+    rows = {
+        (1.0, 2.0, 2.0): True,
+        (3.0, 3.0, 3.0): False,
+        (4.0, NAN, 5.0): True,
+        (4.0, NAN, 4.0): False,
+        (-4.0, NAN, -4.0): False,
+        (NAN, NAN, 5.0): False,
+        (NAN, NAN, NAN): False,
+    }
+    scores = torch.tensor(list(rows)).flatten()
+    got = varied_groups(scores, 3, valid=~scores.isnan())
+    assert got.view(-1, 3).tolist() == [[varied] * 3 for varied in rows.values()]
+    assert varied_groups(scores[:6], 6).tolist() == [True] * 6
+    assert varied_groups(scores[:6], 1).tolist() == [False] * 6
+
+
+@pytest.mark.parametrize("advantages", [group_advantages, rloo_advantages], ids=lambda f: f.__name__)
+def test_a_valid_score_that_is_no_number_shows(advantages):
+    assert advantages(torch.tensor([1.0, NAN, 2.0, 3.0]), 2).isnan().tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("function", [group_advantages, rloo_advantages, varied_groups], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scores, num_samples", [(torch.zeros(5), 2), (torch.zeros(4), 0), (torch.zeros(2, 2), 2)])
+def test_rows_that_make_no_groups_are_refused(function, scores, num_samples):
+    with pytest.raises(ValueError, match="got scores of shape"):
+        function(scores, num_samples)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="expected one shape"):
+        group_advantages(torch.zeros(4), 2, valid=torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="expected one shape"):
+        token_rewards(torch.zeros(2, 3), *torch.zeros(2, 2, 3), torch.ones(2, 3, dtype=torch.bool), kl_coef=0.1)
