@@ -303,7 +303,7 @@ def test_nothing_is_executed_and_nothing_changes_where_loading_fails(tmp_path, m
     monkeypatch.chdir(tmp_path)
     model = saved_model()
     before = copy.deepcopy(model)
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"head.weight": Harmful()}))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"head.weight": Harmful()}, protocol=2))
     torch.save({"head.weight": Harmful()}, "zip.pt")
     make_palm().save_pretrained("palm")
     torch.save(make_palm().state_dict(), "palm.pt")

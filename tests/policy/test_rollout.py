@@ -378,7 +378,7 @@ def test_an_interrupted_reward_is_no_error_of_the_reward(sequences):
 @pytest.mark.parametrize("bins", [0, 4])
 def test_the_scores_of_a_reward_model_are_those_of_each_row_alone(wandering_palm, draw_rows, stir, bins):
     model = RewardModel(wandering_palm(dropout=0.5), num_binned_output=bins).train()
-    stir([model.prompt_embed, model.response_embed, model.head.bias])
+    stir([model.prompt_embed, model.response_embed])
     prompts, responses = draw_rows(*LENGTHS), draw_rows(2, 7, 1, 3, seed=1)
     alone = [
         float(model(torch.cat(pair)[None], prompt_lengths=torch.tensor([len(pair[0])])).detach())

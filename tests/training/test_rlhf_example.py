@@ -1,0 +1,138 @@
+"""examples/rlhf.py as a user runs it, and what it says of its numbers."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.rollout import Sampling
+
+SMALL = [
+    *("--held-out", "6", "--num-samples", "3", "--measure-every", "2", "--model.dim", "48", "--model.depth", "1"),
+    *("--model.heads", "2", "--model.dim-head", "16", "--pretraining.num-steps", "60", "--reward.batch-size", "8"),
+    *("--fine-tuning.num-steps", "40", "--reward.num-epochs", "1", "--ppo.num-steps", "4"),
+    *("--ppo.rollouts-per-step", "8", "--ppo.minibatch-size", "8", "--ppo.max-new-tokens", "16"),
+]
+NUMBERS = {"gold_before", "gold_after", "gold_stderr", "proxy_before", "proxy_after", "kl", "win_rate", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def example(root):
+    """The example as a module."""
+    specification = importlib.util.spec_from_file_location("rlhf_example", root / "examples/rlhf.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules[specification.name]
+
+
+@pytest.fixture
+def measurement(example):
+    """`measurement(gold, proxy)`: what was measured of as many prompts, an answer to each."""
+
+    def build(gold, proxy):
+        gold, proxy = (torch.tensor(numbers).unsqueeze(-1) for numbers in (gold, proxy))
+        return example.Measurement([[f"answer {index}"] for index in range(len(gold))], gold, proxy, gold * 0 + 3)
+
+    return build
+
+
+def run(root, *args) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(root / "examples/rlhf.py"), *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path):
+    done = run(root, "--seed", "1", "--output-dir", tmp_path / "run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == NUMBERS
+    assert 0 <= result["win_rate"] <= 1
+    assert all(f"{stage}. " in done.stderr for stage in range(1, 6))
+    assert all(word in done.stderr for word in ("win rate", "95% interval", "over-optimised", "before:", "step 2:"))
+
+    policy = PaLM.from_pretrained(tmp_path / "run/policy")
+    assert policy.num_tokens == 256
+    RewardModel.from_pretrained(tmp_path / "run/reward_model")
+    assert (tmp_path / "run/rlhf.png").read_bytes().startswith(b"\x89PNG")
+    samples = (tmp_path / "run/ppo/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [1, 2, 3, 4]
+
+
+def test_help_comes_from_the_configs_and_a_used_folder_is_one_clear_line(root, tmp_path):
+    shown = run(root, "--help")
+    assert shown.returncode == 0
+    for flag in ("--seed", "--output-dir", "--model.dim", "--fine-tuning.num-steps", "--reward.loss", "--ppo.kl-coef"):
+        assert flag in shown.stdout
+    (tmp_path / "pretraining").mkdir()
+    (tmp_path / "pretraining/metrics.jsonl").write_text('{"step": 1}\n')
+    refused = run(root, "--output-dir", tmp_path, *SMALL)
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert refused.stderr.splitlines()[-1].startswith("rlhf.py: ")
+    assert "earlier run" in refused.stderr
+
+
+def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(example):
+    annotator = example.Annotator()
+    hostile, plain, friendly = annotator.score(["I hate you.", "It is a table.", "I love you, that is great!"])
+    assert -1 <= hostile < plain == 0 < friendly <= 1
+
+    palm = PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8)
+    with torch.no_grad():  # it says colons, brackets and ends of turns, all of them as likely
+        for parameter in palm.layers.parameters():
+            parameter.zero_()
+        palm.token_emb.weight.zero_()
+        palm.token_emb.weight[[*b":)(\n"]] = torch.linspace(-9, 9, 16)
+    torch.manual_seed(0)
+    sampling = Sampling(max_new_tokens=2, eos_token=example.END_OF_TURN)
+    rankings = annotator.rank(palm, ["hello", "bye"], sampling, 100)
+    assert len(rankings) == 2
+    for prompt, ranking in zip(("hello", "bye"), rankings, strict=True):
+        assert bytes(ranking.prompt.tolist()).decode() == f"{prompt}\n"
+        answers = [bytes(answer.tolist()).decode().strip() for answer in ranking.responses]
+        gold = annotator.score(answers)
+        assert gold == sorted(set(gold), reverse=True)
+        assert (answers[0], answers[-1]) == ("(:", ":(")
+        assert set(gold) == set(annotator.score([":)", ":(", "(:", "):", "::"]))
+    assert annotator.rank(palm, ["hello"], Sampling(max_new_tokens=1, eos_token=example.END_OF_TURN), 100) == []
+
+
+def test_standard_errors_take_prompts_as_clusters(example):
+    x = torch.tensor([[1.0, 3.0], [4.0, 4.0], [6.0, 6.0]])  # means 2, 4, 6: deviation 2
+    mean, stderr = example.mean_and_stderr(x)
+    assert mean == pytest.approx(4)
+    assert stderr == pytest.approx(2 / 3**0.5)
+    assert example.mean_and_stderr(x.repeat(1, 50)) == pytest.approx((mean, stderr))
+
+
+def test_over_optimisation_is_gold_that_falls_beyond_chance_while_the_proxy_rises(example, measurement):
+    start = measurement([0.0, 0.1, 0.2, 0.1], [0.0, 0.0, 0.0, 0.0])
+    best = measurement([0.6, 0.7, 0.8, 0.6], [1.0, 1.0, 1.0, 1.0])
+    fallen = [0.3, 0.4, 0.4, 0.2]
+    assert example.over_optimisation([start, best]) is None
+    assert "gold score fell by 0.350" in example.over_optimisation([start, best, measurement(fallen, [2.0] * 4)])
+    assert example.over_optimisation([start, best, measurement(fallen, [0.5] * 4)]) is None  # both fell
+    noise = measurement([1.1, 0.1, 1.2, 0.2], [2.0] * 4)  # 0.025 less, give or take 0.3
+    assert example.over_optimisation([start, best, noise]) is None
+
+
+def test_the_report_gives_the_gain_its_standard_error_and_the_win_rate(example, measurement, capsys):
+    before = measurement([0.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0])
+    after = measurement([0.4, 0.0, 0.6, 0.2], [1.0, 1.0, 1.0, 1.0])
+    result = example.report(list("abcd"), [before, after])
+    assert (result["gold_before"], result["gold_after"]) == (0.125, 0.3)
+    assert result["gold_stderr"] == pytest.approx(torch.tensor([0.4, 0.0, 0.6, -0.3]).std().item() / 2, abs=1e-4)
+    assert result["win_rate"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    assert (result["proxy_before"], result["proxy_after"], result["kl"]) == (0.0, 1.0, 3.0)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "a -> answer 0 -> answer 0" in captured.err
