@@ -1,0 +1,119 @@
+"""Two real processes, started by `accelerate launch`: their gradients are those of one, and their runs resume."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from palm_rlhf.training.metrics import read_metrics
+
+RUN = """
+import dataclasses, itertools, sys
+import torch
+from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf.algorithms.advantages import whiten
+from palm_rlhf.policy.rollout import Rollout, Scores
+
+def evens(prompts, completions):
+    return [float((row % 2 == 0).double().mean()) for row in completions]
+
+def trainer(folder=None, dtype=torch.float64, resume=False, **options):
+    torch.manual_seed(0)
+    palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
+    settings = {"num_steps": 4, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
+                "eos_token": 5, "grad_clip": 0.0, "save_every": 1, "plot": False, **options}
+    prompts = [torch.arange(1 + index % 4) for index in range(8)]
+    return RLHFTrainer(palm=palm, reward_model=evens, prompt_token_ids=prompts, config=PPOConfig(**settings),
+                       output_dir=folder, resume=resume)
+
+def share(rollout, rows):
+    return Rollout(rollout.sequences.select(rows), rollout.logprobs[rows], rollout.truncated[rows])
+
+def rollouts():
+    torch.manual_seed(1)
+    return trainer().collect()
+
+def gradients(mine, whole, rows):
+    part = share(whole, rows)
+    width = part.sequences.action_mask.shape[1]
+    part = dataclasses.replace(part, logprobs=part.logprobs[:, :width])
+    experience = mine.estimate_advantages(part, mine.score(part))
+    mine.run.base_rates = [0.0 for _ in mine.run.base_rates]
+    metrics = mine.update(experience)
+    return {name: p.grad.clone() for name, p in mine.actor_critic.named_parameters() if p.grad is not None}, metrics
+"""
+OPTIONS = [{}, {"algorithm": "grpo", "num_samples": 2}, {"micro_batch_size": 3}]
+TWO_PROCESSES = """
+out = sys.argv[1]
+whole = torch.load(f"{out}/rollouts.pt", weights_only=False)
+for index, options in enumerate(OPTIONS):
+    mine = trainer(**options)
+    rank = mine.run.rank
+    assert mine.run.num_processes == 2
+    # the responses to one prompt stay together
+    rows = torch.arange(8).unflatten(0, (-1, 2))[rank::2].flatten()
+    found, metrics = gradients(mine, whole, rows)
+    if rank == 0:
+        torch.save((found, metrics), f"{out}/two{index}.pt")
+list(trainer(f"{out}/whole").steps())
+list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
+list(trainer(f"{out}/cut", resume=True).steps())
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def names() -> dict:
+    """What the script defines, here in one process."""
+    names = {}
+    exec(RUN, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def runs(names, tmp_path_factory, root) -> Path:
+    """The folder that two processes have written to."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.save(names["rollouts"](), folder / "rollouts.pt")
+    (folder / "script.py").write_text(RUN + f"OPTIONS = {OPTIONS!r}\n" + TWO_PROCESSES)
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, "--main_process_port", "0", folder / "script.py", folder],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("index", range(len(OPTIONS)), ids=map(str, OPTIONS))
+def test_the_gradients_of_two_processes_are_those_of_one(runs, names, index):
+    whole = torch.load(runs / "rollouts.pt", weights_only=False)
+    one, metrics = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.arange(8))
+    two, their_metrics = torch.load(runs / f"two{index}.pt", weights_only=False)
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-9
+    assert their_metrics == pytest.approx(metrics, abs=1e-6)
+    # what one of them alone would have done is something else
+    alone, _ = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.tensor([0, 1, 4, 5]))
+    assert max(float((one[name] - alone[name]).abs().max()) for name in one) > 1e-4
+
+
+def test_two_processes_resume_to_the_bit(runs):
+    for name in ("policy/model.safetensors", "critic.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(runs / run / "checkpoints/step_00000004" / name) for run in ("whole", "cut"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    scores = [[line["score"] for line in read_metrics(runs / run / "metrics.jsonl")] for run in ("whole", "cut")]
+    assert len(scores[0]) == 4 and scores[0] == scores[1]
+
+
+def test_each_process_draws_responses_of_its_own(runs):
+    state = json.loads((runs / "whole/checkpoints/step_00000004/state.json").read_text())
+    first, second = state["random_states"]
+    assert first["torch"] != second["torch"]
