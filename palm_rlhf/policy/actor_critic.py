@@ -39,6 +39,8 @@ class ActorCritic(nn.Module):
             LoRA scopes, which nothing here would apply.
     """
 
+    _no_split_modules = ("ParallelBlock",)  # what accelerate makes shards of, where it is not told
+
     @beartype
     def __init__(
         self,

@@ -139,7 +139,7 @@ def _call(reward: Callable, prompts: list, completions: list) -> list[float | in
     try:
         rows = answers.tolist() if isinstance(answers, Tensor) else answers
         numbers = [None if row is None else float(row) for row in rows]
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"the reward function returned {answers!r:.200}; expected a number, or None, for each completion"
         ) from error

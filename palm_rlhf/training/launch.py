@@ -12,8 +12,11 @@ REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 
 
 @beartype
-def build_accelerator(output_dir: Path | None, trackers: Sequence[str]) -> Accelerator:
-    """The Accelerator of one process, or of those of `accelerate launch`, each with a replica of the model."""
+def build_accelerator(output_dir: Path | None, trackers: Sequence[str], may_shard: bool = False) -> Accelerator:
+    """The Accelerator of one process, or of those of `accelerate launch`, each with a replica of the model.
+
+    With `may_shard`, the processes may also have it in shards (FSDP2).
+    """
     if trackers and output_dir is None:
         raise ValueError(f"trackers is {tuple(trackers)} without output_dir: give the folder that they write to")
     accelerator = Accelerator(
@@ -23,10 +26,11 @@ def build_accelerator(output_dir: Path | None, trackers: Sequence[str]) -> Accel
         log_with=list(trackers) or None,
         project_dir=None if output_dir is None else str(output_dir),
     )
-    if accelerator.distributed_type not in REPLICATED:
+    if accelerator.distributed_type not in REPLICATED and not (may_shard and accelerator.is_fsdp2):
         raise ValueError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, expected replicas of the whole model: "
-            f"launch one process, or replicas by torchrun or accelerate launch --multi_gpu"
+            f"accelerate is set up for {accelerator.distributed_type.value}, expected replicas of the whole model"
+            f"{', or FSDP version 2' if may_shard else ''}: launch one process, or replicas by torchrun or "
+            f"accelerate launch --multi_gpu"
         )
     if missing := set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}:
         raise ImportError(

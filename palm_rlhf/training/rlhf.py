@@ -29,6 +29,7 @@ from palm_rlhf.training.rlhf_config import PPOConfig
 from palm_rlhf.training.rlhf_metrics import CURVES, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.run import Run
+from palm_rlhf.training.sharding import full_state, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ class RLHFTrainer:
         self.reference = Reference(self.actor_critic, reference)
         self.kl_coef, self.score_moments = config.kl_coef, RunningMoments()
 
-        self.run = Run(self.actor_critic, self._make_optimizer, config, output_dir=output_dir, resume=resume)
+        self.run = Run(
+            self.actor_critic, self._make_optimizer, config, output_dir=output_dir, resume=resume, may_shard=True
+        )
         self.accelerator = self.run.accelerator
         self.reference.palm.to(self.run.device)
         if isinstance(reward_model, RewardModel):
@@ -181,7 +184,7 @@ class RLHFTrainer:
         drawn = self.sampler.draw(c.rollouts_per_step // c.num_samples)
         if len(drawn) % run.num_processes:
             raise ValueError(f"{len(drawn)} prompts a step for {run.num_processes} processes; expected a multiple")
-        with run.autocast():
+        with run.autocast(), whole(self.actor_critic):
             return collect(
                 self.palm,
                 [self.prompts[index] for index in drawn[run.rank :: run.num_processes]],
@@ -328,15 +331,16 @@ class RLHFTrainer:
         if (max_seq_len is None) == (max_new_tokens is None):
             raise ValueError(f"got max_seq_len={max_seq_len} and max_new_tokens={max_new_tokens}; expected one of them")
         changes = {"max_seq_len": max_seq_len, "max_new_tokens": max_new_tokens}
-        return best_of_n(
-            self.palm,
-            self.reward_model,
-            prompt.to(self.run.device),
-            dataclasses.replace(self.config.sampling, **changes),
-            num_samples=num_samples,
-            tokenizer=self.tokenizer,
-            finetune_scope=self.actor_critic.actor_scope,
-        )
+        with whole(self.actor_critic):
+            return best_of_n(
+                self.palm,
+                self.reward_model,
+                prompt.to(self.run.device),
+                dataclasses.replace(self.config.sampling, **changes),
+                num_samples=num_samples,
+                tokenizer=self.tokenizer,
+                finetune_scope=self.actor_critic.actor_scope,
+            )
 
     def save(self) -> None:
         """Writes the checkpoint of this step, whole or not at all; the policy in it is one that PaLM opens.
@@ -348,7 +352,8 @@ class RLHFTrainer:
             "kl_coef": self.kl_coef,
             "score_moments": self.score_moments.state_dict(),
         }
-        self.run.save(lambda folder: write_policy(folder, self.actor_critic, self.reference), state)
+        tensors = full_state(self.actor_critic)
+        self.run.save(lambda folder: write_policy(folder, self.actor_critic, self.reference, tensors), state)
 
     def _read_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         there = state["config"]
@@ -367,7 +372,7 @@ class RLHFTrainer:
         """`function` of a few rows at a time, `b t`; 0 where only longer responses of other rows reach."""
         width, size = int(sequences.response_lengths.max()), self.config.rollout_batch_size
         parts = []
-        with self.run.autocast():
+        with self.run.autocast(), whole(self.actor_critic):
             for first in range(0, len(sequences), size):
                 part = function(sequences.select(slice(first, first + size)))
                 parts.append(F.pad(part, (0, width - part.shape[1])))

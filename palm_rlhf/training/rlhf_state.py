@@ -8,36 +8,45 @@ from beartype import beartype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
+from palm_rlhf.training.sharding import load_full, plain_palm
 
 CRITIC_FILE = "critic.safetensors"
 
 
 @beartype
-def write_policy(folder: Path, actor_critic: ActorCritic, reference: Reference) -> None:
-    """Write the models into a checkpoint; with LoRA the policy's base is the reference, stored once."""
-    actor_critic.palm.save_pretrained(folder / "policy")
+def write_policy(folder: Path, actor_critic: ActorCritic, reference: Reference, state: dict[str, Tensor]) -> None:
+    """Write the models into a checkpoint; with LoRA the policy's base is the reference, stored once.
+
+    `state` is the state dict of the actor-critic with all its shards.
+    """
+    policy, critic = _parts(state)
+    plain_palm(actor_critic.palm, policy).save_pretrained(folder / "policy")
     if not reference.is_base:
         reference.palm.save_pretrained(folder / "reference")
-    if critic := _critic_tensors(actor_critic):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in critic.items()}, folder / CRITIC_FILE)
+    if critic:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in critic.items()}, folder / CRITIC_FILE)
 
 
 @beartype
 def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference) -> None:
     """Put back what `write_policy` wrote, in place."""
-    actor_critic.palm.load(folder / "policy")
+    policy, critic = _parts(actor_critic.state_dict())
+    for targets, saved in (
+        (policy, PaLM.from_pretrained(folder / "policy").state_dict()),
+        (critic, load_file(folder / CRITIC_FILE) if critic else {}),
+    ):
+        for name, target in targets.items():
+            load_full(target.detach(), saved[name])
     if not reference.is_base:
         reference.palm.load(folder / "reference")
-    if critic := _critic_tensors(actor_critic):
-        saved = load_file(folder / CRITIC_FILE)
-        for name, tensor in critic.items():
-            tensor.detach().copy_(saved[name])
 
 
-def _critic_tensors(actor_critic: ActorCritic) -> dict[str, Tensor]:
-    """All that is not the policy's, by name, each tensor once."""
-    return {name: tensor for name, tensor in actor_critic.state_dict().items() if not name.startswith("palm.")}
+def _parts(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The policy's tensors, by their names in it, and all others."""
+    policy = {name.removeprefix("palm."): tensor for name, tensor in state.items() if name.startswith("palm.")}
+    return policy, {name: tensor for name, tensor in state.items() if not name.startswith("palm.")}
 
 
 class RunningMoments:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from beartype import beartype
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,15 +20,16 @@ from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.launch import build_accelerator
 from palm_rlhf.training.metrics import Metrics, RunLog
 from palm_rlhf.training.optimization import forward_precision
+from palm_rlhf.training.sharding import prepare_shards
 from palm_rlhf.training.state import (
     complete_checkpoints,
     load_optimizer,
     new_checkpoint,
+    optimizer_tensors,
     read_state,
     reading,
     require_unused,
     rng_state,
-    save_optimizer,
     set_rng_state,
     write_state,
 )
@@ -39,7 +41,8 @@ class Run:
     """One training run: a module with its optimiser, on one process or on those of `accelerate launch`.
 
     `model` is the module ready for a training forward (wrapped where there are several processes), `module` the same
-    one bare. Seeds the random generators of Python, NumPy and PyTorch. All that is saved goes to `output_dir`.
+    one bare; with `may_shard` the weights may be in shards (FSDP2). Seeds the random generators of Python, NumPy and
+    PyTorch. All that is saved goes to `output_dir`.
     """
 
     @beartype
@@ -51,6 +54,7 @@ class Run:
         *,
         output_dir: str | Path | None,
         resume: bool,
+        may_shard: bool = False,
     ):
         self.module, self.config, self.resume = module, config, resume
         self.output_dir = None if output_dir is None else Path(output_dir)
@@ -58,11 +62,12 @@ class Run:
             raise ValueError("resume=True without output_dir: give the folder of the run to go on with")
         if output_dir is not None and not resume:
             require_unused(self.output_dir)
-        self.accelerator = build_accelerator(self.output_dir, config.trackers)
+        self.accelerator = build_accelerator(self.output_dir, config.trackers, may_shard)
         self.autocast = forward_precision(config.precision, self.device)
         set_seed(config.seed, device_specific=True)
         module.to(self.device)
         self.model, self.optimizer = self.accelerator.prepare(module, make_optimizer(module))
+        prepare_shards(module)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step, self.elapsed = 0, 0.0
         self.log: RunLog | None = None
@@ -158,10 +163,11 @@ class Run:
         if self.output_dir is None:
             return
         random_states = gather_object([rng_state()])
+        moments = optimizer_tensors(self.optimizer, self._parameter_names())
         if self.is_main:
             with new_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints) as folder:
                 write_models(folder)
-                save_optimizer(folder / "optimizer.safetensors", self.optimizer, self._parameter_names())
+                save_file(moments, folder / "optimizer.safetensors")
                 own = {"step": self.step, "elapsed": self.elapsed, "config": dataclasses.asdict(self.config)}
                 write_state(folder, {**own, **state, "random_states": random_states})
         self.accelerator.wait_for_everyone()

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from beartype import beartype
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palm_rlhf.model.interop.folder import sync
+from palm_rlhf.training.sharding import full_tensor, sharded_like
 
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "state.json"
 
@@ -127,25 +128,27 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 
 @beartype
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Writes what an optimiser keeps for each parameter as safetensors, by the parameters' names."""
-    tensors = {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """What an optimiser keeps for each parameter, by the parameters' names, with all shards: all processes ask."""
+    return {
+        f"{names[parameter]}/{key}": full_tensor(value.detach()).cpu().contiguous()
         for parameter in _parameters(optimizer)
         for key, value in optimizer.state[parameter].items()
     }
-    save_file(tensors, path)
 
 
 @beartype
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Puts back what `save_optimizer` wrote; parameters without gradients have nothing there."""
+    """Puts back what `optimizer_tensors` gave; parameters without gradients have nothing there."""
     kept: dict[str, dict[str, Tensor]] = {}
     for name, value in load_file(path).items():
         parameter, _, key = name.rpartition("/")
         kept.setdefault(parameter, {})[key] = value
-    order = [names[parameter] for parameter in _parameters(optimizer)]
-    state = {index: kept[name] for index, name in enumerate(order) if name in kept}
+    state = {
+        index: {key: sharded_like(parameter, value) for key, value in kept[names[parameter]].items()}
+        for index, parameter in enumerate(_parameters(optimizer))
+        if names[parameter] in kept
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -301,6 +301,7 @@ def check_reference(reference: Reference, actor_critic: ActorCritic, sequences: 
     again = reference.logprobs(sequences)
     assert torch.equal(again.logprobs, logprobs.logprobs) and torch.equal(again.entropy, logprobs.entropy)
     assert not again.logprobs.requires_grad
+    assert not any(parameter.requires_grad for parameter in reference.palm.palm_parameters())
     assert all(parameter.grad is None for parameter in reference.palm.palm_parameters())
     assert not torch.allclose(actor_critic(sequences).logprobs, start.logprobs, atol=1e-3)
 

@@ -260,10 +260,10 @@ def test_a_function_gets_the_tokens_of_each_row(sequences):
     def reward(prompts, completions):
         assert [row.tolist() for row in prompts] == [[7, 1], [5], [2, 0, 8]]
         assert [row.tolist() for row in completions] == [[3, 0, EOS], [EOS], [9, 9]]
-        return [1, -0.5, None]
+        return [0, -0.5, None]  # 0 is a number
 
     scores, valid = score(reward, sequences, eos_token=EOS)
-    assert scores.dtype == torch.float32 and scores.tolist() == [1.0, -0.5, 0.0]
+    assert scores.dtype == torch.float32 and scores.tolist() == [0.0, -0.5, 0.0]
     assert valid.dtype == torch.bool and valid.tolist() == [True, True, False]
 
 
@@ -368,11 +368,15 @@ def test_a_function_that_raises_names_the_prompt(sequences, tokenizer):
 
 
 def test_an_interrupted_reward_is_no_error_of_the_reward(sequences):
-    def interrupted(prompts, completions):
-        raise KeyboardInterrupt
+    interrupts = [KeyboardInterrupt]
+
+    def reward(prompts, completions):
+        if interrupts:
+            raise interrupts.pop()
+        return [0.0] * len(prompts)
 
     with pytest.raises(KeyboardInterrupt):
-        score(interrupted, sequences)
+        score(reward, sequences)
 
 
 @pytest.mark.parametrize("bins", [0, 4])

@@ -1,6 +1,6 @@
 """examples/rlhf.py as a user runs it, and what it says of its numbers."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +14,7 @@ from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Sampling
 
 SMALL = [
-    *("--held-out", "6", "--num-samples", "3", "--measure-every", "2", "--model.dim", "48", "--model.depth", "1"),
+    *("--held-out", "6", "--num-ranked", "4", "--measure-every", "2", "--model.dim", "48", "--model.depth", "1"),
     *("--model.heads", "2", "--model.dim-head", "16", "--pretraining.num-steps", "60", "--reward.batch-size", "8"),
     *("--fine-tuning.num-steps", "40", "--reward.num-epochs", "1", "--ppo.num-steps", "4"),
     *("--ppo.rollouts-per-step", "8", "--ppo.minibatch-size", "8", "--ppo.max-new-tokens", "16"),
@@ -25,21 +25,24 @@ NUMBERS = {"gold_before", "gold_after", "gold_stderr", "proxy_before", "proxy_af
 @pytest.fixture(scope="module")
 def example(root):
     """The example as a module."""
-    specification = importlib.util.spec_from_file_location("rlhf_example", root / "examples/rlhf.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules[specification.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "examples")
+        yield importlib.import_module("rlhf")
+
+
+@pytest.fixture(scope="module")
+def summary(example):
+    """Its other half, which says what came of it."""
+    return importlib.import_module("rlhf_report")
 
 
 @pytest.fixture
-def measurement(example):
+def measurement(summary):
     """`measurement(gold, proxy)`: what was measured of as many prompts, an answer to each."""
 
     def build(gold, proxy):
         gold, proxy = (torch.tensor(numbers).unsqueeze(-1) for numbers in (gold, proxy))
-        return example.Measurement([[f"answer {index}"] for index in range(len(gold))], gold, proxy, gold * 0 + 3)
+        return summary.Measurement([[f"answer {index}"] for index in range(len(gold))], gold, proxy, gold * 0 + 3)
 
     return build
 
@@ -81,6 +84,14 @@ def test_help_comes_from_the_configs_and_a_used_folder_is_one_clear_line(root, t
     assert "earlier run" in refused.stderr
 
 
+def test_the_dialogues_are_in_the_package_each_once_and_a_turn_on_one_line(example):
+    conversations = example.read_conversations()
+    assert len(conversations) == len(set(conversations)) > 500
+    assert ("What is AI?", "AI is the field of science which concerns itself with building hardware and software that "
+            "replicates the functions of the human mind.") in conversations  # fmt: skip
+    assert all("\n" not in text for turns in conversations for text in turns)
+
+
 def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(example):
     annotator = example.Annotator()
     hostile, plain, friendly = annotator.score(["I hate you.", "It is a table.", "I love you, that is great!"])
@@ -106,29 +117,29 @@ def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(exa
     assert annotator.rank(palm, ["hello"], Sampling(max_new_tokens=1, eos_token=example.END_OF_TURN), 100) == []
 
 
-def test_standard_errors_take_prompts_as_clusters(example):
+def test_standard_errors_take_prompts_as_clusters(summary):
     x = torch.tensor([[1.0, 3.0], [4.0, 4.0], [6.0, 6.0]])  # means 2, 4, 6: deviation 2
-    mean, stderr = example.mean_and_stderr(x)
+    mean, stderr = summary.mean_and_stderr(x)
     assert mean == pytest.approx(4)
     assert stderr == pytest.approx(2 / 3**0.5)
-    assert example.mean_and_stderr(x.repeat(1, 50)) == pytest.approx((mean, stderr))
+    assert summary.mean_and_stderr(x.repeat(1, 50)) == pytest.approx((mean, stderr))
 
 
-def test_over_optimisation_is_gold_that_falls_beyond_chance_while_the_proxy_rises(example, measurement):
+def test_over_optimisation_is_gold_that_falls_beyond_chance_while_the_proxy_rises(summary, measurement):
     start = measurement([0.0, 0.1, 0.2, 0.1], [0.0, 0.0, 0.0, 0.0])
     best = measurement([0.6, 0.7, 0.8, 0.6], [1.0, 1.0, 1.0, 1.0])
     fallen = [0.3, 0.4, 0.4, 0.2]
-    assert example.over_optimisation([start, best]) is None
-    assert "gold score fell by 0.350" in example.over_optimisation([start, best, measurement(fallen, [2.0] * 4)])
-    assert example.over_optimisation([start, best, measurement(fallen, [0.5] * 4)]) is None  # both fell
+    assert summary.over_optimisation([start, best]) is None
+    assert "gold score fell by 0.350" in summary.over_optimisation([start, best, measurement(fallen, [2.0] * 4)])
+    assert summary.over_optimisation([start, best, measurement(fallen, [0.5] * 4)]) is None  # both fell
     noise = measurement([1.1, 0.1, 1.2, 0.2], [2.0] * 4)  # 0.025 less, give or take 0.3
-    assert example.over_optimisation([start, best, noise]) is None
+    assert summary.over_optimisation([start, best, noise]) is None
 
 
-def test_the_report_gives_the_gain_its_standard_error_and_the_win_rate(example, measurement, capsys):
+def test_the_report_gives_the_gain_its_standard_error_and_the_win_rate(summary, measurement, capsys):
     before = measurement([0.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0])
     after = measurement([0.4, 0.0, 0.6, 0.2], [1.0, 1.0, 1.0, 1.0])
-    result = example.report(list("abcd"), [before, after])
+    result = summary.report(list("abcd"), [before, after])
     assert (result["gold_before"], result["gold_after"]) == (0.125, 0.3)
     assert result["gold_stderr"] == pytest.approx(torch.tensor([0.4, 0.0, 0.6, -0.3]).std().item() / 2, abs=1e-4)
     assert result["win_rate"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)

@@ -1,4 +1,4 @@
-"""Two real processes, started by `accelerate launch`: their gradients are those of one, and their runs resume."""
+"""Two real processes, with replicas or shards of the weights: their gradients are those of one, their runs resume."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from palm_rlhf import PaLM
 from palm_rlhf.training.metrics import read_metrics
 
 RUN = """
@@ -45,9 +46,29 @@ def gradients(mine, whole, rows):
     experience = mine.estimate_advantages(part, mine.score(part))
     mine.run.base_rates = [0.0 for _ in mine.run.base_rates]
     metrics = mine.update(experience)
-    return {name: p.grad.clone() for name, p in mine.actor_critic.named_parameters() if p.grad is not None}, metrics
+    found = {name: p.grad for name, p in mine.actor_critic.named_parameters() if p.grad is not None}
+    return {name: getattr(grad, "full_tensor", grad.clone)() for name, grad in found.items()}, metrics
 """
-OPTIONS = [{}, {"algorithm": "grpo", "num_samples": 2}, {"micro_batch_size": 3}]
+# accelerate takes FSDP on GPUs alone: on a CPU its state is set as it does there
+SHARDS = """
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from palm_rlhf.training import launch
+
+def sharding_accelerator(**options):
+    accelerator = Accelerator(**options)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", 
+        cpu_ram_efficient_loading=False,
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+launch.Accelerator = sharding_accelerator
+"""
+OPTIONS = [{}, {"algorithm": "grpo", "num_samples": 2}, {"micro_batch_size": 3}, {"actor_lora_r": 2}]
 TWO_PROCESSES = """
 out = sys.argv[1]
 whole = torch.load(f"{out}/rollouts.pt", weights_only=False)
@@ -55,6 +76,8 @@ for index, options in enumerate(OPTIONS):
     mine = trainer(**options)
     rank = mine.run.rank
     assert mine.run.num_processes == 2
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in mine.actor_critic.parameters())
+    assert sharded == mine.accelerator.is_fsdp2 == ("sharding_accelerator" in globals())
     # the responses to one prompt stay together
     rows = torch.arange(8).unflatten(0, (-1, 2))[rank::2].flatten()
     found, metrics = gradients(mine, whole, rows)
@@ -75,12 +98,12 @@ def names() -> dict:
     return names
 
 
-@pytest.fixture(scope="module")
-def runs(names, tmp_path_factory, root) -> Path:
+@pytest.fixture(scope="module", params=["replicas", "shards"])
+def runs(request, names, tmp_path_factory, root) -> Path:
     """The folder that two processes have written to."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, sharded = tmp_path_factory.mktemp("runs"), request.param == "shards"
     torch.save(names["rollouts"](), folder / "rollouts.pt")
-    (folder / "script.py").write_text(RUN + f"OPTIONS = {OPTIONS!r}\n" + TWO_PROCESSES)
+    (folder / "script.py").write_text(RUN + f"OPTIONS = {OPTIONS!r}\n" + (SHARDS if sharded else "") + TWO_PROCESSES)
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -111,6 +134,12 @@ def test_two_processes_resume_to_the_bit(runs):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     scores = [[line["score"] for line in read_metrics(runs / run / "metrics.jsonl")] for run in ("whole", "cut")]
     assert len(scores[0]) == 4 and scores[0] == scores[1]
+
+
+def test_the_policy_that_they_save_opens_alone(runs):
+    folder = runs / "whole/checkpoints/step_00000004/policy"
+    answer = PaLM.from_pretrained(folder).generate(prompt=torch.tensor([1, 2]), max_new_tokens=3)
+    assert answer.shape == (3,)
 
 
 def test_each_process_draws_responses_of_its_own(runs):
