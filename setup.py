@@ -28,12 +28,14 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard>=2.16"],
     "bench": ["palm-rlhf-pytorch==0.8.0"],
+    "examples": ["chatterbot-corpus>=1.3.3", "matplotlib>=3.8", "PyYAML>=6.0", "vaderSentiment>=3.3.2"],
     "dev": ["ruff>=0.9"],
 }
 EXTRAS["test"] = [
     *EXTRAS["hf"],
     *EXTRAS["plot"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["examples"],
     "hypothesis>=6.100",
     "pytest>=8.2",
     "setuptools>=77",  # a test builds the wheel and the source archive

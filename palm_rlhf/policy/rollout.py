@@ -172,8 +172,9 @@ def spoken(sequences: Sequences, tokenizer: Any = None, eos_token: int | None = 
         said = row[prompt : prompt + response]
         if tokenizer is not None and eos_token is not None and int(said[-1]) == eos_token:
             said = said[:-1]
-        prompts.append(row[:prompt] if tokenizer is None else tokenizer.decode(row[:prompt].tolist()))
-        completions.append(said if tokenizer is None else tokenizer.decode(said.tolist()))
+        # copies: who keeps one is not to keep the whole block
+        prompts.append(row[:prompt].clone() if tokenizer is None else tokenizer.decode(row[:prompt].tolist()))
+        completions.append(said.clone() if tokenizer is None else tokenizer.decode(said.tolist()))
     return prompts, completions
 
 

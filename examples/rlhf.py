@@ -1,0 +1,286 @@
+"""The whole recipe on real dialogues, offline: pretrain, fine-tune to answer, rank, learn the reward, PPO.
+
+The dialogues are the English ones of the package chatterbot-corpus. A program stands in for the people who rank: VADER
+(Hutto and Gilbert 2014), which knows the sentiment of words and prefers what is friendly. Its number is the gold score;
+the reward model, which has seen some of its choices and is what PPO climbs, gives the proxy.
+
+pip install "palm-rlhf[examples]" && python examples/rlhf.py --seed 0
+"""
+
+import copy
+import itertools
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from rlhf_report import Measurement, draw_curves, report, say
+from torch import Tensor
+from tqdm import tqdm
+
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.masked import masked_sum
+from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.rollout import Sampling, collect, spoken
+from palm_rlhf.policy.sequences import join, response_logprobs
+from palm_rlhf.training.batches import EpochSampler
+from palm_rlhf.training.config import LMConfig
+from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.muon import muon
+from palm_rlhf.training.optimization import forward_precision, warmup_cosine
+from palm_rlhf.training.rankings import Ranking
+from palm_rlhf.training.reward import RewardModelTrainer
+from palm_rlhf.training.reward_config import RewardConfig
+from palm_rlhf.training.rlhf import RLHFTrainer
+from palm_rlhf.training.rlhf_config import PPOConfig
+
+try:
+    import chatterbot_corpus
+    import yaml
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+except ImportError as error:
+    sys.exit(f"rlhf.py: {error}; the dialogues and their annotator come with: pip install palm-rlhf[examples]")
+
+END_OF_TURN = ord("\n")
+LONGEST_TURN = 80  # bytes of a prompt or an answer; a few answers are programs of a thousand
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How the model is taught to answer."""
+
+    num_steps: int = 400
+    """Optimiser steps."""
+
+    batch_size: int = 32
+    """Prompts with their answers behind one step."""
+
+    learning_rate: float = 5e-3
+    """Peak learning rate, of Muon."""
+
+
+# The defaults, for two CPU cores and less than ten minutes.
+MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout=0.1)
+PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
+REWARD = RewardConfig(grad_accum=1, learning_rate=5e-4, max_seq_len=192)
+PPO = PPOConfig(
+    num_steps=30,
+    max_new_tokens=48,
+    temperature=0.7,
+    eos_token=END_OF_TURN,
+    missing_eos_penalty=0.5,
+    epochs=2,
+    learning_rate=2e-4,
+    kl_coef=0.1,
+    kl_target=10.0,
+    kl_horizon=300,
+)
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+def turn(text: str) -> Tensor:
+    """What somebody says, with its end."""
+    return torch.tensor([*text.encode(), END_OF_TURN])
+
+
+def read_conversations() -> list[tuple[str, ...]]:
+    """The English dialogues, each once, a turn on one line."""
+    paths = sorted((Path(chatterbot_corpus.__file__).parent / "data/english").glob("*.yml"))
+    files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths]
+    conversations = [turns for file in files for turns in file["conversations"]]
+    return list(dict.fromkeys(tuple(" ".join(text.split()) for text in turns) for turns in conversations))
+
+
+def pretrain(palm: PaLM, conversations: list[tuple[str, ...]], config: LMConfig, output_dir: Path) -> None:
+    """Next-token prediction on the dialogues as running text, a blank line between two."""
+    text = "\n\n".join("\n".join(turns) for turns in conversations)
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    LanguageModelTrainer(palm, train_data=data, config=config, output_dir=output_dir).train()
+
+
+def fine_tune(palm: PaLM, pairs: list[tuple[str, str]], config: FineTuning, seed: int, max_seconds: float) -> None:
+    """Next-token prediction on the answers alone, each after its prompt."""
+    sampler = EpochSampler(len(pairs), seed)
+    optimizer = muon(palm, config.learning_rate, (0.9, 0.95), 1e-8, 0.1)
+    autocast = forward_precision("auto", palm.device)
+    palm.train()
+    started = time.perf_counter()
+    for step in tqdm(range(config.num_steps), mininterval=30, unit="step", file=sys.stderr):
+        progress = max(step / config.num_steps, (time.perf_counter() - started) / max_seconds)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warmup_cosine(step, progress, 20, 0.0)
+        drawn = [pairs[index] for index in sampler.draw(config.batch_size)]
+        rows = join([turn(prompt) for prompt, _ in drawn], [turn(answer) for _, answer in drawn])
+        with autocast():
+            loss = palm(rows.tokens, return_loss=True, loss_mask=rows.response_mask, key_mask=rows.key_mask)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(palm.parameters(), 1.0)
+        optimizer.step()
+
+
+class Annotator:
+    """Who ranks answers, and says at the end whether they are better: from -1, hostile, to 1, friendly."""
+
+    def __init__(self):
+        self.vader = SentimentIntensityAnalyzer()
+
+    def score(self, answers: list[str]) -> list[float]:
+        return [self.vader.polarity_scores(answer)["compound"] for answer in answers]
+
+    def rank(self, palm: PaLM, prompts: list[str], sampling: Sampling, num_samples: int) -> list[Ranking]:
+        """Answers to each prompt, best first: one of those that it likes the same, and no prompt with one left."""
+        rollout = collect(palm, [turn(prompt) for prompt in prompts], sampling, num_samples=num_samples, batch_size=512)
+        _, tokens = spoken(rollout.sequences)
+        _, answers = spoken(rollout.sequences, ByteTokenizer(), END_OF_TURN)
+        rows, rankings = list(zip(self.score(answers), tokens, strict=True)), []
+        for prompt, first in zip(prompts, range(0, len(rows), num_samples), strict=True):
+            best_first = sorted(dict(rows[first : first + num_samples]).items(), key=lambda row: -row[0])
+            if len(best_first) > 1:
+                rankings.append(Ranking(turn(prompt), [answer for _, answer in best_first]))
+        return rankings
+
+
+@torch.no_grad()
+def measure(
+    palm: PaLM,
+    reference: PaLM,
+    reward_model: RewardModel,
+    annotator: Annotator,
+    prompts: list[str],
+    sampling: Sampling,
+    num_samples: int,
+) -> Measurement:
+    """Draw answers to the held-out prompts, from the same random numbers each time, and score them."""
+    generator = torch.Generator().manual_seed(0)
+    turns = [turn(prompt) for prompt in prompts]
+    rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
+    _, answers = spoken(rollout.sequences, ByteTokenizer(), END_OF_TURN)
+    ref_logprobs = response_logprobs(reference, rollout.sequences, **sampling.truncation).logprobs
+    kl = masked_sum(rollout.logprobs - ref_logprobs, rollout.sequences.action_mask, dim=-1)
+    return Measurement(
+        [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)],
+        torch.tensor(annotator.score(answers)).reshape(-1, num_samples),
+        reward_model.score(rollout.sequences).reshape(-1, num_samples),
+        kl.reshape(-1, num_samples),
+    )
+
+
+def main(
+    seed: int = 0,
+    output_dir: Path | None = None,
+    max_seconds: float = 570,
+    held_out: int = 64,
+    num_samples: int = 4,
+    num_ranked: int = 8,
+    measure_every: int = 10,
+    model: PaLMConfig = MODEL,
+    pretraining: LMConfig = PRETRAINING,
+    fine_tuning: FineTuning = FineTuning(),
+    reward: RewardConfig = REWARD,
+    ppo: PPOConfig = PPO,
+) -> None:
+    """The whole recipe of RLHF on real dialogues; the last line on standard output is JSON.
+
+    Args:
+        seed: Of all that is drawn at random, in every stage.
+        output_dir: Where models, metrics and curves go; a new folder in runs/ by default.
+        max_seconds: Where the steps take longer, pretraining ends after 30% of it, fine-tuning after 20% more, and PPO
+            so that all is done by then; two runs are the same to the bit only where it does not come to that.
+        held_out: Prompts kept from all stages, on which policies are measured.
+        num_samples: Answers to each of those in a measurement.
+        num_ranked: Answers to each other prompt that the annotator ranks.
+        measure_every: Steps of PPO between measurements.
+        model: The numbers of the model.
+        pretraining: How it learns the language of the dialogues.
+        fine_tuning: How it learns to answer.
+        reward: How the reward model is trained.
+        ppo: How the policy is.
+    """
+    started = time.perf_counter()
+    output_dir = output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
+    pretraining, reward, ppo = (replace(config, seed=seed) for config in (pretraining, reward, ppo))
+    torch.manual_seed(seed)
+
+    conversations = read_conversations()
+    pairs = dict.fromkeys(itertools.chain.from_iterable(map(itertools.pairwise, conversations)))
+    pairs = [pair for pair in pairs if all(1 <= len(text.encode()) <= LONGEST_TURN for text in pair)]
+    prompts = sorted({prompt for prompt, _ in pairs})
+    random.Random(seed).shuffle(prompts)
+    unseen, prompts = prompts[:held_out], prompts[held_out:]
+    conversations = [turns for turns in conversations if set(unseen).isdisjoint(turns)]
+    pairs = [pair for pair in pairs if pair[0] not in unseen]
+
+    say(f"1. pretraining on {len(conversations)} conversations")
+    palm = PaLM.from_config(model)
+    pretrain(palm, conversations, replace(pretraining, max_seconds=0.3 * max_seconds), output_dir / "pretraining")
+
+    say(f"2. fine-tuning on {len(pairs)} answers")
+    fine_tune(palm, pairs, fine_tuning, seed, 0.2 * max_seconds)
+    fine_tuned = copy.deepcopy(palm).eval()
+
+    say(f"3. ranking {num_ranked} answers to each of {len(prompts)} prompts")
+    annotator = Annotator()
+    rankings = annotator.rank(palm, prompts, ppo.sampling, num_ranked)
+    valid, train = rankings[: len(rankings) // 10], rankings[len(rankings) // 10 :]
+
+    say(f"4. training the reward model on {len(train)} rankings")
+    reward_model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not its end alone
+    trainer = RewardModelTrainer(
+        reward_model, train_data=train, valid_data=valid, config=reward, output_dir=output_dir / "reward"
+    )
+    trainer.train()
+    trainer.normalise(train)
+    say(f"held-out rankings: {trainer.evaluate()}")
+
+    say("5. PPO")
+    trainer = RLHFTrainer(
+        palm=palm,
+        reward_model=reward_model,
+        critic=reward_model,
+        prompts=[f"{prompt}\n" for prompt in prompts],
+        tokenizer=ByteTokenizer(),
+        config=ppo,
+        output_dir=output_dir / "ppo",
+    )
+    judge = (fine_tuned, reward_model, annotator, unseen, ppo.sampling, num_samples)
+    history = [measure(palm, *judge)]
+    say(f"before: {history[0]}")
+    for metrics in trainer.steps(progress_bar=True):
+        is_last = metrics["step"] == ppo.num_steps or time.perf_counter() - started > 0.95 * max_seconds
+        if is_last or metrics["step"] % measure_every == 0:
+            history.append(measure(palm, *judge))
+            say(f"step {metrics['step']}: {history[-1]}")
+        if is_last:
+            break
+
+    palm.save_pretrained(output_dir / "policy")
+    reward_model.save_pretrained(output_dir / "reward_model")
+    draw_curves(output_dir / "rlhf.png", history)
+    result = report(unseen, history)
+    say(f"saved to {output_dir}")
+    print(json.dumps({**result, "seconds": round(time.perf_counter() - started, 1)}))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"rlhf.py: {error}")
