@@ -27,3 +27,13 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, *, denominator: Tensor | 
     if denominator.ndim == 0:
         return masked_sum(x, mask) / denominator.clamp(min=1)
     return masked_sum(x / denominator.clamp(min=1), mask)
+
+
+def weighted_mean(x: Tensor, weights: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
+    """The sum of the weighted entries over the sum of the weights, or over a given sum, as of a whole optimiser step.
+
+    What stands where a weight is 0, NaN included, does not matter.
+
+    x and weights: `...` -> scalar
+    """
+    return masked_sum(x * weights, weights != 0) / (weights.sum() if denominator is None else denominator)

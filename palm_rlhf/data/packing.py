@@ -1,0 +1,100 @@
+"""Rows of a context's length that are full of examples, so that no arithmetic is spent on pads."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from beartype import beartype
+
+from palm_rlhf.training.batches import EpochSampler
+
+
+class _Waiting(NamedTuple):
+    """An example that was reached in the order of the epochs, but is in no row yet."""
+
+    place: int
+    index: int
+
+
+class PackedSampler:
+    """Deals examples out to rows of `capacity` tokens, to the last token where their lengths allow it.
+
+    Each epoch has a new random order. A row takes the example that has waited longest, and then, of the next ones in
+    line, those that fill it best: by dynamic programming over the sums of their lengths (Bellman 1957), which leaves
+    less empty than first-fit-decreasing, and looks no further ahead than a full row needs: at most `lookahead` examples
+    beyond those whose lengths add up to one. All processes draw the same rows, and take their share of them.
+
+    Rows are full over the ends of epochs: the last step of a run is filled up with examples of one more epoch.
+    """
+
+    @beartype
+    def __init__(self, lengths: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, *, lookahead: int = 256):
+        self.lengths, self.capacity, self.lookahead = [int(length) for length in lengths], capacity, lookahead
+        if lookahead < 1:
+            raise ValueError(f"lookahead is {lookahead}, expected at least 1 example")
+        for index, length in enumerate(self.lengths):
+            if not 0 < length <= capacity:
+                raise ValueError(
+                    f"example {index} has {length} tokens, expected 1 to the capacity, {capacity}: split or truncate it"
+                )
+        self._order = EpochSampler(len(self.lengths), seed)
+        self._waiting: list[_Waiting] = []
+
+    @property
+    def num_items(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_drawn(self) -> int:
+        return self._waiting[0].place if self._waiting else self._order.num_drawn
+
+    @beartype
+    def draw(self, count: int) -> list[list[int]]:
+        """The indices of the examples in each of the next `count` rows."""
+        return [self._row() for _ in range(count)]
+
+    def _row(self) -> list[int]:
+        # Bit s of reachable[k] says whether some of the first k + 1 in line, the first among them, sum to s.
+        reachable = [1 << self._length(0)]
+        full, within = 1 << self.capacity, (2 << self.capacity) - 1
+        total, num_spare = self._length(0), 0
+        while not reachable[-1] & full and num_spare < self.lookahead:
+            length = self._length(len(reachable))
+            reachable.append((reachable[-1] | reachable[-1] << length) & within)
+            total += length
+            num_spare += total > self.capacity
+
+        left = reachable[-1].bit_length() - 1
+        taken = [0]
+        for place in range(len(reachable) - 1, 0, -1):
+            if not reachable[place - 1] >> left & 1:
+                taken.append(place)
+                left -= self._length(place)
+        return [self._waiting.pop(place).index for place in sorted(taken, reverse=True)][::-1]
+
+    def _length(self, place: int) -> int:
+        """Tokens of an example in line, the first at place 0."""
+        while len(self._waiting) <= place:
+            self._waiting.append(_Waiting(self._order.num_drawn, *self._order.draw(1)))
+        return self.lengths[self._waiting[place].index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler is, as JSON."""
+        return {**self._identity(), "order": self._order.state_dict(), "waiting": [list(one) for one in self._waiting]}
+
+    @beartype
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict()`; ValueError where it belongs to other data or settings."""
+        for key, present in self._identity().items():
+            if state.get(key) != present:
+                raise ValueError(
+                    f"the checkpoint's sampler has {key} {state.get(key)}, this run has {present}: "
+                    f"resume with the data and settings of the run, or start one in another output_dir"
+                )
+        self._order.load_state_dict(state["order"])
+        self._waiting = [_Waiting(*one) for one in state["waiting"]]
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(np.array(self.lengths, dtype=np.int64).tobytes()).hexdigest()
+        return {"capacity": self.capacity, "lookahead": self.lookahead, "lengths": digest}

@@ -1,0 +1,213 @@
+"""Chat templates: what stands around the messages of a conversation, as data or in Jinja."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from beartype import beartype
+
+from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, token_name
+from palm_rlhf.model.interop.folder import read_json
+from palm_rlhf.training.state import write_text
+
+Messages = Sequence[Mapping[str, Any]]
+TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"
+
+JINJA = """\
+{{{{ {start} }}}}{default_system}{{% for message in messages %}}\
+{{% if message['role'] == 'system' %}}{{{{ {system[0]} + message['content'] + {system[1]} }}}}\
+{{% elif message['role'] == 'user' %}}{{{{ {user[0]} + message['content'] + {user[1]} }}}}\
+{{% else %}}{{{{ {assistant[0]} + message['content'] + {assistant[1]} }}}}{{% endif %}}{{% endfor %}}\
+{{% if add_generation_prompt %}}{{{{ {assistant[0]} }}}}{{% endif %}}"""
+JINJA_DEFAULT_SYSTEM = """\
+{{% if not messages or messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{% endif %}}"""
+
+
+@beartype
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What stands before and after the messages of each role, with `special_tokens` written by their names.
+
+    The assistant's turn has to end in a special token. `start` opens every conversation, and `default_system` is the
+    system message of those that have none.
+    """
+
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    special_tokens: tuple[str, ...]
+    start: str = ""
+    default_system: str | None = None
+
+    def __post_init__(self):
+        if not any(name in self.assistant[1] for name in self.special_tokens):
+            raise ValueError(
+                f"after the assistant's words comes {self.assistant[1]!r}, expected one of the special tokens "
+                f"{self.special_tokens}: a model learns by it to stop"
+            )
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text; with a generation prompt, up to where the assistant is to speak."""
+        if self.default_system is not None and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        turns = ((getattr(self, message["role"]), message["content"]) for message in messages)
+        text = "".join(before + content + after for (before, after), content in turns)
+        return self.start + text + (self.assistant[0] if add_generation_prompt else "")
+
+    def to_jinja(self) -> str:
+        """The same as a `chat_template` of Hugging Face."""
+        quoted = {role: [quote(part) for part in getattr(self, role)] for role in ("system", "user", "assistant")}
+        default_system = ""
+        if self.default_system is not None:
+            default_system = JINJA_DEFAULT_SYSTEM.format(text=quote(self.default_system.join(self.system)))
+        return JINJA.format(start=quote(self.start), default_system=default_system, **quoted)
+
+    @beartype
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the template beside a tokenizer, for `load_template`, and as Jinja for other libraries."""
+        _save(Path(directory), dataclasses.asdict(self), self.to_jinja())
+
+
+@beartype
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A Hugging Face `chat_template`, which runs in a sandbox that lets it change nothing and reach nothing.
+
+    It may use the names in `variables`, such as bos_token. The special tokens are those of the tokenizer.
+    """
+
+    source: str
+    variables: dict[str, str] = field(default_factory=dict)
+    special_tokens: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _ = self._compiled
+
+    @cached_property
+    def _compiled(self) -> Any:
+        import jinja2
+
+        try:
+            return sandbox().from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template is no Jinja ({error}): {self.source[:200]!r}") from error
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text; ValueError where the template refuses it."""
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        options = {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._compiled.render(**{**self.variables, **options})
+        except Exception as error:  # a template can fail in every way that Python can
+            raise ValueError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
+
+    @beartype
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the template beside a tokenizer, for `load_template` and for other libraries."""
+        _save(Path(directory), dataclasses.asdict(self), self.source)
+
+
+def quote(text: str) -> str:
+    """A string as Jinja reads it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+@cache
+def sandbox() -> Any:
+    """Where Hugging Face's templates run: with loop controls and `raise_exception`; `generation` marks nothing."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (it is Jinja's)
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+def _save(folder: Path, fields: dict[str, Any], source: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / JINJA_FILE, source)
+    write_text(folder / TEMPLATE_FILE, json.dumps(fields, indent=2) + "\n")
+
+
+@beartype
+def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
+    """Opens what `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder."""
+    folder = Path(directory)
+    if (folder / TEMPLATE_FILE).is_file():
+        return _from_fields(read_json(folder / TEMPLATE_FILE), folder / TEMPLATE_FILE)
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if (folder / JINJA_FILE).is_file():
+        source = (folder / JINJA_FILE).read_text(encoding="utf-8")
+    if not isinstance(source, str):
+        raise FileNotFoundError(
+            f"{folder} has no {TEMPLATE_FILE}, no {JINJA_FILE} and no chat_template in its {CONFIG_FILE}: "
+            f"take one of {list(PRESETS)} from PRESETS, the one that the model was trained with"
+        )
+    names = {key: token_name(value) for key, value in config.items() if key.endswith("_token")}
+    return JinjaTemplate(source, {key: name for key, name in names.items() if isinstance(name, str)})
+
+
+def _from_fields(fields: dict[str, Any], file: Path) -> ChatTemplate | JinjaTemplate:
+    kind = JinjaTemplate if "source" in fields else ChatTemplate
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    except Exception as error:
+        raise ValueError(f"{file} describes no template: {error}. Save it again") from error
+
+
+PRESETS = {
+    "default": ChatTemplate(
+        system=("<|system|>", EOS),
+        user=("<|user|>", EOS),
+        assistant=("<|assistant|>", EOS),
+        special_tokens=(EOS, "<|system|>", "<|user|>", "<|assistant|>"),
+    ),
+    # Köpf et al. 2023
+    "oasst": ChatTemplate(
+        system=("<|system|>", EOS),
+        user=("<|prompter|>", EOS),
+        assistant=("<|assistant|>", EOS),
+        special_tokens=(EOS, "<|system|>", "<|prompter|>", "<|assistant|>"),
+    ),
+    # version 1.1, of which only the end of the assistant's turn is safe from what users type
+    "vicuna": ChatTemplate(
+        system=("", " "),
+        user=("USER: ", " "),
+        assistant=("ASSISTANT: ", "</s>"),
+        special_tokens=("<s>", "</s>"),
+        start="<s>",
+        default_system=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        ),
+    ),
+    # version 3.5
+    "openchat": ChatTemplate(
+        system=("GPT4 Correct System: ", "<|end_of_turn|>"),
+        user=("GPT4 Correct User: ", "<|end_of_turn|>"),
+        assistant=("GPT4 Correct Assistant: ", "<|end_of_turn|>"),
+        special_tokens=("<s>", "<|end_of_turn|>"),
+        start="<s>",
+    ),
+}

@@ -1,0 +1,66 @@
+"""The settings of supervised fine-tuning; the command line's help is made of the texts below them."""
+
+from dataclasses import dataclass
+
+from beartype import BeartypeConf, beartype
+
+from palm_rlhf.training.config import RunConfig
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+@dataclass(frozen=True)
+class SupervisedConfig(RunConfig):
+    """How a language model is fine-tuned on examples.
+
+    The learning rate rises linearly over `warmup_steps`, times a cosine over the examples of the whole run.
+    """
+
+    batch_size: int = 8
+    """Rows in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""
+
+    grad_accum: int = 1
+    """Forwards and backwards of one process whose gradients make one optimiser step."""
+
+    num_epochs: int = 3
+    """How often each example is seen; the run's last step is filled up with examples of one more epoch."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate; adapters and small models take far more."""
+
+    min_lr_ratio: float = 0.1
+    """The learning rate at the end of the cosine, as a part of the peak."""
+
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises linearly to the peak."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's first and second moments."""
+
+    eps: float = 1e-8
+    """AdamW's term against division by zero."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward, and compute the rest again: less memory, a third more time."""
+
+    lora_r: int = 0
+    """Rank of the adapters that are trained in place of the weights; 0 trains the weights."""
+
+    lora_alpha: float | None = None
+    """Adapters count alpha / r times; None is r."""
+
+    lora_embeddings: bool = False
+    """Beside the adapters train the token embeddings, which tokens that are new to the model need."""
+
+    eval_every: int = 50
+    """Steps between evaluations on the validation data."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._expect_positive("batch_size", "grad_accum", "num_epochs", "learning_rate", "eps", "eval_every")
+        self._expect_not_negative("warmup_steps", "weight_decay", "lora_r")
+        self._expect("lora_embeddings", self.lora_r > 0 or not self.lora_embeddings, "False without adapters (lora_r)")
+        self._expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
+        self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
