@@ -2,8 +2,8 @@
 
 python benchmarks/ppo_step.py                 # 64 prompts, 64 new tokens, minutes; needs the extra palm-rlhf[bench]
 
-Both start from the same weights, answer each prompt once, at full length, and train policy and critic in full, with the
-same epochs and minibatches, AdamW here and that package's optimiser there. Ours also has a reference to keep to.
+Both start from the same weights, answer each prompt once, at full length, and train policy and critic with the same
+adapters (its default), epochs and minibatches; AdamW here, that package's optimiser there. Ours also asks a reference.
 """
 
 import copy
@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 
 import torch
 import tyro
@@ -22,6 +23,17 @@ from torch.nn.utils.rnn import pad_sequence
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 
 Iteration = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an iteration has to do."""
+
+    prompts: list[Tensor]
+    new_tokens: int
+    epochs: int
+    minibatch: int
+    lora_r: int
 
 
 def make_prompts(number: int, shortest: int, longest: int) -> list[Tensor]:
@@ -39,38 +51,36 @@ def check_parity(theirs: nn.Module, their_reward: nn.Module, prompts: list[Tenso
         prompt_mask = torch.arange(tokens.shape[1]).unsqueeze(0) < 8
         with torch.no_grad():
             torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-4, atol=1e-4)
-            scores = [model.eval()(tokens, prompt_mask=prompt_mask) for model in (reward, their_reward)]
+            scores = [model(tokens, prompt_mask=prompt_mask) for model in (reward, their_reward)]
         torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
     print("parity: the logits and the scores of prompts agree to 1e-4 in float32")
 
 
-def our_iteration(
-    palm: PaLM, reward: RewardModel, prompts: list[Tensor], new_tokens: int, epochs: int, minibatch: int, precision: str
-) -> Iteration:
+def our_iteration(palm: PaLM, reward: RewardModel, task: Task, precision: str) -> Iteration:
     """A step of our trainer."""
     config = PPOConfig(
         num_steps=1_000_000,
-        rollouts_per_step=len(prompts),
-        rollout_batch_size=len(prompts),
-        max_new_tokens=new_tokens,
-        minibatch_size=minibatch,
-        epochs=epochs,
+        rollouts_per_step=len(task.prompts),
+        rollout_batch_size=len(task.prompts),
+        max_new_tokens=task.new_tokens,
+        minibatch_size=task.minibatch,
+        epochs=task.epochs,
+        actor_lora_r=task.lora_r,
+        critic_lora_r=task.lora_r,
         precision=precision,
     )
-    trainer = RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=prompts, config=config)
+    trainer = RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=task.prompts, config=config)
     steps = trainer.steps()
 
     def iteration() -> None:
         metrics = next(steps)
-        assert metrics["response_length"] == new_tokens, metrics
-        assert metrics["optimizer_steps"] == epochs * -(-len(prompts) // minibatch), metrics
+        assert metrics["response_length"] == task.new_tokens, metrics
+        assert metrics["optimizer_steps"] == task.epochs * -(-len(task.prompts) // task.minibatch), metrics
 
     return iteration
 
 
-def their_iteration(
-    palm: nn.Module, reward: nn.Module, prompts: list[Tensor], new_tokens: int, epochs: int, minibatch: int
-) -> Iteration:
+def their_iteration(palm: nn.Module, reward: nn.Module, task: Task) -> Iteration:
     """An episode of that package's trainer with one update at its end.
 
     It draws prompts with replacement and gives all one length with their response; here it takes them in turn, and each
@@ -79,21 +89,24 @@ def their_iteration(
     from palm_rlhf_pytorch import RLHFTrainer as TheirTrainer
     from palm_rlhf_pytorch import ppo
 
+    number = len(task.prompts)
     trainer = TheirTrainer(
         palm=palm,
         reward_model=reward,
-        prompt_token_ids=pad_sequence(prompts, batch_first=True),
-        actor_lora=False,
-        critic_lora=False,
-        epochs=epochs,
-        minibatch_size=minibatch,
+        prompt_token_ids=pad_sequence(task.prompts, batch_first=True),
+        actor_lora=task.lora_r > 0,
+        critic_lora=task.lora_r > 0,
+        actor_lora_r=task.lora_r,
+        critic_lora_r=task.lora_r,
+        epochs=task.epochs,
+        minibatch_size=task.minibatch,
     )
-    turns = itertools.cycle(range(len(prompts)))
+    turns = itertools.cycle(range(number))
     ppo.randrange = lambda *_: next(turns)
     generate, lengths = trainer.actor_critic_generate, []
 
     def respond(state: Tensor, max_seq_len: int, **options) -> tuple:
-        out = generate(state, state.shape[-1] + new_tokens, **options)
+        out = generate(state, state.shape[-1] + task.new_tokens, **options)
         lengths.append((state.shape[-1], out.actions.shape[-1]))
         return out
 
@@ -102,8 +115,8 @@ def their_iteration(
     def iteration() -> None:
         lengths.clear()
         with silence():
-            trainer.train(num_episodes=1, max_timesteps=len(prompts), update_timesteps=len(prompts))
-        assert lengths == [(len(prompt), new_tokens) for prompt in prompts], lengths
+            trainer.train(num_episodes=1, max_timesteps=number, update_timesteps=number)
+        assert lengths == [(len(prompt), task.new_tokens) for prompt in task.prompts], lengths
 
     return iteration
 
@@ -124,6 +137,7 @@ def main(
     new_tokens: int = 64,
     epochs: int = 1,
     minibatch: int = 16,
+    lora_r: int = 8,
     rounds: int = 2,
 ) -> None:
     """Time an iteration of ours in float32 and in bfloat16 autocast, and of palm-rlhf-pytorch in float32.
@@ -137,6 +151,7 @@ def main(
         new_tokens: Tokens of every response.
         epochs: Times that the update goes through the responses; 1 is the default there.
         minibatch: Responses behind an optimiser step.
+        lora_r: Rank of the adapters that are trained in policy and critic; 8 is the default there, 0 for none.
         rounds: Timed rounds.
     """
     from palm_rlhf_pytorch import PaLM as TheirPaLM
@@ -146,17 +161,16 @@ def main(
     torch.manual_seed(0)
     prompts = make_prompts(num_prompts, shortest, longest)
     theirs = TheirPaLM(num_tokens=256, dim=dim, depth=depth)
-    their_reward = TheirRewardModel(theirs, use_lora=False)
+    their_reward = TheirRewardModel(theirs, use_lora=False).eval()
     check_parity(theirs, their_reward, prompts)
 
     def iterations(some: list[Tensor]) -> dict[str, Iteration]:
-        sizes = (some, new_tokens, epochs, minibatch)
-        made = {}
+        task, made = Task(some, new_tokens, epochs, minibatch, lora_r), {}
         for name, precision in ((f32, "float32"), (bf16, "bf16")):
             palm = PaLM.from_palm_rlhf_pytorch(theirs.state_dict())
             reward = RewardModel.from_palm_rlhf_pytorch(their_reward.state_dict())
-            made[name] = our_iteration(palm, reward, *sizes, precision)
-        return {**made, other: their_iteration(copy.deepcopy(theirs), their_reward, *sizes)}
+            made[name] = our_iteration(palm, reward, task, precision)
+        return {**made, other: their_iteration(copy.deepcopy(theirs), their_reward, task)}
 
     f32, bf16, other = "palm-rlhf, float32", "palm-rlhf, bfloat16", "palm-rlhf-pytorch, float32"
     alternate(iterations(prompts[:2]), rounds=1, warmup=0)  # a whole iteration would be a long warm-up
@@ -164,7 +178,7 @@ def main(
     ratios = {label: speedup(seconds[name], seconds[other]) for label, name in (("float32", f32), ("bfloat16", bf16))}
     title = (
         f"PPO iteration, dim {dim}, depth {depth}, {num_prompts} prompts of {shortest} to {longest} tokens, "
-        f"{new_tokens} new tokens, {epochs} epoch{'s'[: epochs != 1]}"
+        f"{new_tokens} new tokens, epochs {epochs}, minibatches of {minibatch}, LoRA rank {lora_r}"
     )
     report(title, seconds, ratios, "palm-rlhf-pytorch")
 

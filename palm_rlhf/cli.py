@@ -2,6 +2,7 @@
 
 import codecs
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tyro.conf import Positional, arg
 
 import palm_rlhf
 from palm_rlhf import PaLM, __version__
+from palm_rlhf.data.commands import data
 from palm_rlhf.ops.attention import available_implementations
 
 NUM_BYTES = 256
@@ -110,10 +112,14 @@ def generate(
 @beartype
 def main(args: list[str] | None = None) -> None:
     """Run the subcommand that the arguments name; those of the process by default."""
-    subcommands = {"info": info, "generate": generate}
+    subcommands = {"info": info, "generate": generate, "data": data}
     try:
         tyro.extras.subcommand_cli_from_dict(subcommands, prog="palm-rlhf", description=palm_rlhf.__doc__, args=args)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more when it flushes that at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"palm-rlhf: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

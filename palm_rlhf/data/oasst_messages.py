@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 # The languages of the Open-Assistant Conversations (https://arxiv.org/abs/2304.07327), those with most messages first.
-LANGUAGES = tuple(
-    "en es ru de zh fr th pt-BR ca ko uk-UA it ja vi eu pl hu ar nl sv tr fi cs da gl he ro nb-NO id bg bn fa el eo sk".split()
+LANGUAGES = (
+    *("en", "es", "ru", "de", "zh", "fr", "th", "pt-BR", "ca", "ko", "uk-UA", "it", "ja", "vi", "eu", "pl", "hu", "ar"),
+    *("nl", "sv", "tr", "fi", "cs", "da", "gl", "he", "ro", "nb-NO", "id", "bg", "bn", "fa", "el", "eo", "sk"),
 )
 ROLES = {"prompter": "user", "assistant": "assistant"}
+REVIEWS = {"passed": (True,), "not_failed": (True, None), "any": (True, None, False)}
 
 
 @dataclass(eq=False, slots=True)
@@ -81,6 +83,7 @@ def _check(message: Message) -> None:
     numbers = (*message.labels.values(), *message.emojis.values())
     if not (
         isinstance(message.message_id, str)
+        and message.message_id
         and isinstance(message.text, str)
         and all(text is None or isinstance(text, str) for text in optional_texts)
         and all(isinstance(flag, bool) for flag in flags)
@@ -90,25 +93,23 @@ def _check(message: Message) -> None:
         raise ValueError("malformed message")
     if not isinstance(message.role, str) or message.role not in ROLES:
         raise ValueError("unknown role")
-    if not message.text or message.text.isspace():
-        raise ValueError("no text")
 
 
-def _columns(field: Any, value: str) -> dict[str, Any]:
-    """Labels or emojis by name, from ``{name: {value: x}}``, ``{name: x}``, or columns ``{"name": [...], value: [...]}``."""
-    if field is None:
+def _columns(content: Any, value: str) -> dict[str, Any]:
+    """Numbers by name, from ``{name: {value: x}}``, ``{name: x}`` or columns, ``{"name": [...], value: [...]}``."""
+    if content is None:
         return {}
-    if not isinstance(field, Mapping):
+    if not isinstance(content, Mapping):
         raise ValueError("malformed message")
-    names, values = field.get("name"), field.get(value)
+    names, values = content.get("name"), content.get(value)
     if isinstance(names, list):
         if not isinstance(values, list) or len(names) != len(values) or not all(isinstance(n, str) for n in names):
             raise ValueError("malformed message")
         return dict(zip(names, values))
-    return {name: entry.get(value) if isinstance(entry, Mapping) else entry for name, entry in field.items()}
+    return {name: entry.get(value) if isinstance(entry, Mapping) else entry for name, entry in content.items()}
 
 
-@beartype
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class MessageFilter:
     """Which messages are wanted; a path of a tree holds wanted ones only.
@@ -145,7 +146,7 @@ class MessageFilter:
             return "synthetic"
         if self.languages is not None and not any(_speaks(message.lang, tag) for tag in self.languages):
             return "language"
-        if message.review_result not in {"passed": (True,), "not_failed": (True, None)}.get(self.review, (message.review_result,)):
+        if message.review_result not in REVIEWS[self.review]:
             return "review"
         below = any(message.labels.get(name, -math.inf) < bound for name, bound in low.items())
         above = any(message.labels.get(name, -math.inf) > bound for name, bound in high.items())

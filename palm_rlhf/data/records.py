@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.disk import sync
@@ -61,8 +62,7 @@ def read_records(
     """
     rejected = Counter() if rejected is None else rejected
     with _opened(os.fspath(path)) as (stream, bar, position):
-        pieces = _array(stream, max_record_bytes) if _is_array(stream) else _lines(stream, max_record_bytes)
-        for line, record in pieces:
+        for line, record in _pieces(stream, max_record_bytes):
             bar.update(position() - bar.n)
             if not isinstance(record, _Broken):
                 yield line, record
@@ -106,6 +106,20 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
     return num_records
 
 
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+def is_held_out(key: str, fraction: float, seed: int = 0) -> bool:
+    """Whether what the key names is for validation, ``fraction`` of all: the same key is on the same side in any file.
+
+    Whatever must stay together, like the messages of a tree, shares its key.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(
+            f"got fraction={fraction:g}, expected at least 0 and below 1: something must be left to train on"
+        )
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")
+    return number < fraction * 2**64
+
+
 def _write_lines(stream: BinaryIO | gzip.GzipFile, records: Iterable[Record]) -> int:
     num_records = 0
     for record in records:
@@ -133,11 +147,13 @@ def _opened(path: str) -> Iterator[tuple[Any, tqdm, Callable[[], int]]]:
             file.close()
 
 
-def _is_array(stream: Any) -> bool:
+def _pieces(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
     try:
-        return stream.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-    except GZIP_ERRORS:
-        return False  # whoever reads the first line meets the error again
+        start = stream.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards
+        yield 1, _damaged(error)
+        return
+    yield from (_array if start.startswith(b"[") else _lines)(stream, limit)
 
 
 def _lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
@@ -153,10 +169,11 @@ def _lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
             return
         if not line:
             return
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if is_long:
             yield number, _too_long(limit)
-        elif not line.isspace():
-            yield number, _parsed_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        elif line and not line.isspace():
+            yield number, _parsed_line(line)
 
 
 def _parsed_line(line: bytes) -> Record | _Broken:
@@ -186,7 +203,7 @@ def _array(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
             yield cursor.line, cursor.broken(f"got {mark!r} after a record, expected a comma or ]")
             return
         cursor.step(1)
-    if cursor.mark():
+    if cursor.mark() or cursor.damage:
         yield cursor.line, cursor.broken("text after the end of the array")
 
 

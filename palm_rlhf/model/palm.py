@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.cross_entropy import cross_entropy
+from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.logprobs import next_token_pairs, target_mask
 from . import checkpoint as storage
 from . import generate as generation
@@ -165,10 +165,17 @@ class PaLM(nn.Module):
         embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, scope)
         if return_only_embedding:
             return embeds
-        logits = self.to_logits(embeds)
         if return_loss:
-            z_loss = self.config.z_loss if self.training else 0.0
-            return cross_entropy(logits, targets, targets_mask, z_loss=z_loss, denominator=loss_denominator)
+            return linear_cross_entropy(
+                embeds,
+                self.token_emb.weight,
+                targets,
+                targets_mask,
+                scale=self.config.output_scale,
+                z_loss=self.config.z_loss if self.training else 0.0,
+                denominator=loss_denominator,
+            )
+        logits = self.to_logits(embeds)
         return (logits, embeds) if return_logits_with_embedding else logits
 
     def to_logits(self, embeds: Tensor) -> Tensor:
@@ -207,6 +214,7 @@ class PaLM(nn.Module):
         """An empty cache for `batch` rows of up to `capacity` tokens; left_padding: `b`, pads before each row."""
         if not self.config.causal:
             raise ValueError("a bidirectional PaLM has no cache: each token sees those after it; expected causal=True")
+        kind = self.device.type
         return KVCache(
             depth=self.config.depth,
             batch=batch,
@@ -215,7 +223,7 @@ class PaLM(nn.Module):
             dim_head=self.config.dim_head,
             left_padding=left_padding,
             device=self.device,
-            dtype=self.dtype,
+            dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype,
         )
 
     @beartype

@@ -42,9 +42,8 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         _check(q, k, v, causal, key_mask, document_ids)
-        reason = None if implementation == "auto" else available_implementations(q.device.type)[implementation]
-        if reason is not None:
-            raise ValueError(f'implementation="{implementation}" cannot run here: {reason}; use "auto" or another')
+    if implementation == "triton" and (reason := _triton_refusal(q, k, v)) is not None:
+        raise ValueError(f'implementation="triton" cannot run here: {reason}; use "auto" or another')
     masks = {"causal": causal, "key_mask": key_mask, "document_ids": document_ids}
     if implementation == "auto":
         implementation = choose(q, k, v, **masks)
@@ -59,16 +58,31 @@ def attention(
 @beartype
 def available_implementations(device_type: str = "cpu") -> dict[str, str | None]:
     """For each implementation, None where it can run on such a device, else the reason why not."""
-    return {"eager": None, "fused": None, "chunked": None, "triton": _triton_refusal(device_type)}
+    return {"eager": None, "fused": None, "chunked": None, "triton": _device_refusal(device_type)}
+
+
+@torch.compiler.assume_constant_result
+def _device_refusal(device_type: str) -> str | None:
+    return _find_device_refusal(device_type)
 
 
 @cache
-def _triton_refusal(device_type: str) -> str | None:
+def _find_device_refusal(device_type: str) -> str | None:
+    """Why Triton cannot run on such a device, or None; found out when it is first asked for, not at import."""
     try:
-        from . import attention_triton  # noqa: F401
+        from .tiles_triton import refusal
     except ImportError as error:
-        return f"the Triton kernel is not there ({error})"
-    return None
+        return str(error)
+    return refusal(device_type)
+
+
+def _triton_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = _device_refusal(q.device.type)
+    if reason is None:
+        from .attention_triton import cannot_run
+
+        reason = cannot_run(q, k, v)
+    return reason
 
 
 def choose(
@@ -78,10 +92,10 @@ def choose(
 
     q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j`
     """
+    if q.device.type == "cuda" and _triton_refusal(q, k, v) is None:
+        return "triton"
     if torch.compiler.is_compiling():
         return "fused"
-    if q.device.type == "cuda" and _triton_refusal("cuda") is None:
-        return "triton"
     masked = key_mask is not None or document_ids is not None
     if q.shape[-2] == 1 or q.device.type == "meta":
         return "fused"

@@ -37,3 +37,21 @@ def weighted_mean(x: Tensor, weights: Tensor, *, denominator: Tensor | float | N
     x and weights: `...` -> scalar
     """
     return masked_sum(x * weights, weights != 0) / (weights.sum() if denominator is None else denominator)
+
+
+def shares(
+    shape: torch.Size,
+    mask: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    denominator: Tensor | int | float | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """What each entry counts in `masked_mean`, or with weights in `weighted_mean`: `...` of `shape`."""
+    ones = torch.ones(shape, dtype=dtype, device=device)
+    if weights is not None:
+        return ones * weights / (weights.sum() if denominator is None else denominator)
+    kept = ones if mask is None else mask.to(dtype)
+    denominator = kept.sum() if denominator is None else torch.as_tensor(denominator, dtype=dtype, device=device)
+    return kept / denominator.clamp(min=1)

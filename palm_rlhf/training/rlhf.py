@@ -197,13 +197,14 @@ class RLHFTrainer:
     @beartype
     def score(self, rollout: Rollout) -> Scores:
         """What the reward says of the responses, before any shaping."""
-        scores = score(
-            self.reward_model,
-            rollout.sequences,
-            tokenizer=self.tokenizer,
-            eos_token=self.config.eos_token,
-            batch_size=self.config.rollout_batch_size,
-        )
+        with self.run.autocast():
+            scores = score(
+                self.reward_model,
+                rollout.sequences,
+                tokenizer=self.tokenizer,
+                eos_token=self.config.eos_token,
+                batch_size=self._forward_size,
+            )
         if not self.accelerator.reduce(scores.valid.sum(), "sum"):
             raise ValueError(
                 f"the reward returned None for all responses of step {self.run.step + 1}; expected numbers"
@@ -256,9 +257,8 @@ class RLHFTrainer:
     def update(self, experience: Experience) -> Metrics:
         """Optimise on the responses, `epochs` times, in minibatches; returns the means of what the losses report."""
         c, statistics = self.config, UpdateStatistics(self.accelerator)
-        per_process = max(min(c.minibatch_size, c.rollouts_per_step) // self.run.num_processes, 1)
         for _ in range(c.epochs):
-            for rows in torch.randperm(len(experience.sequences)).split(per_process):
+            for rows in torch.randperm(len(experience.sequences)).split(self._minibatch_rows):
                 self._optimizer_step(experience.select(rows.to(self.run.device)), statistics)
                 if c.early_stop_kl is not None and statistics.last("approx_kl") > c.early_stop_kl:
                     return statistics.means()
@@ -369,14 +369,22 @@ class RLHFTrainer:
         self.score_moments.load_state_dict(state["score_moments"])
 
     def _in_batches(self, function: Callable[[Sequences], Tensor], sequences: Sequences) -> Tensor:
-        """`function` of a few rows at a time, `b t`; 0 where only longer responses of other rows reach."""
-        width, size = int(sequences.response_lengths.max()), self.config.rollout_batch_size
-        parts = []
+        """`function` of a few rows of like length at a time, `b t`; 0 where only longer responses of others reach."""
+        width = int(sequences.response_lengths.max())
+        order = sequences.lengths.argsort(stable=True)
         with self.run.autocast(), whole(self.actor_critic):
-            for first in range(0, len(sequences), size):
-                part = function(sequences.select(slice(first, first + size)))
-                parts.append(F.pad(part, (0, width - part.shape[1])))
-        return torch.cat(parts)
+            parts = [function(sequences.select(rows)) for rows in order.split(self._forward_size)]
+        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])[order.argsort()]
+
+    @property
+    def _minibatch_rows(self) -> int:
+        """Responses of one process behind an optimiser step."""
+        return max(min(self.config.minibatch_size, self.config.rollouts_per_step) // self.run.num_processes, 1)
+
+    @property
+    def _forward_size(self) -> int:
+        """Responses in one forward of one process: what the update has room for with gradients, there is without."""
+        return self.config.micro_batch_size or self._minibatch_rows
 
     def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         return self.actor_critic.actor_parameters(), self.actor_critic.critic_parameters()

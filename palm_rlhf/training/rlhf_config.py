@@ -32,7 +32,7 @@ class PPOConfig(RunConfig):
     """Responses to one prompt; grpo and rloo need at least 2."""
 
     rollout_batch_size: int = 64
-    """Responses that one process draws, or scores, at once."""
+    """Responses that one process draws at once."""
 
     max_new_tokens: int | None = 64
     """Longest response, in tokens."""

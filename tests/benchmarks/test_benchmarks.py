@@ -34,6 +34,13 @@ def test_generation(bench):
     assert len(result["seconds"]) == 4 and len(result["speedups"]) == 3
 
 
+def test_ppo_step(bench):
+    sizes = ["--dim", "32", "--depth", "1", "--num-prompts", "3", "--shortest", "8", "--longest", "12"]
+    result = bench("ppo_step.py", *sizes, "--new-tokens", "4", "--minibatch", "2", "--rounds", "2")
+    assert len(result["seconds"]) == 3 and len(result["speedups"]) == 2
+    assert all(seconds["median"] > 0 for seconds in result["seconds"].values())
+
+
 def test_medians_and_ratios_of_known_times(root):
     module = runpy.run_path(str(root / "benchmarks" / "side_by_side.py"))
     assert module["summary"]([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}

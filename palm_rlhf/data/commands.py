@@ -1,0 +1,280 @@
+"""The commands of ``palm-rlhf data``: files of conversations and preferences, cleaned, chosen from and converted."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from palm_rlhf.data.cleaning import mend_turns, to_markdown
+from palm_rlhf.data.convert import Form, Target, converted, form_of
+from palm_rlhf.data.deduplicate import drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.filters import (
+    drop_blocked_words,
+    drop_provider_errors,
+    drop_repeated_digits,
+    drop_short,
+    keep_languages,
+    keep_model,
+)
+from palm_rlhf.data.records import STANDARD, Record, write_records
+from palm_rlhf.data.sharegpt import read_conversations
+from palm_rlhf.data.splitting import fit_context, is_held_out, num_bytes
+
+File = Annotated[Positional[str], arg(metavar="FILE")]
+Out = Annotated[str, arg(metavar="OUT.jsonl")]
+Number = Annotated[int | None, arg(metavar="INT")]
+Share = Annotated[float | None, arg(metavar="0..1")]
+Name = Annotated[str | None, arg(metavar="NAME")]
+Words = Annotated[tuple[str, ...], arg(metavar="WORD ...", help_behavior_hint="(default: none)")]
+Codes = Annotated[tuple[str, ...], arg(metavar="CODE ...", help_behavior_hint="(default: all)")]
+
+
+@beartype
+def clean(
+    file: File,
+    *,
+    out: Out,
+    html: Literal["auto", "always", "never"] = "auto",
+    keep_duplicates: bool = False,
+    skip_broken: bool = False,
+) -> None:
+    """Mend conversations: HTML to Markdown, turns in order, no debris of buttons, errors of providers or duplicates.
+
+    Each is written as a line {"messages": [{"role", "content"}]}, with the id and model that it names.
+
+    Args:
+        file: ShareGPT's export (JSON, JSON lines or a web page), or lines with messages; a folder of such; - is stdin.
+        out: Where to write; - is stdout, and the summary then goes to stderr.
+        html: Which messages are HTML; auto tells by how they look.
+        keep_duplicates: Keep conversations that say the same as an earlier one.
+        skip_broken: Count and name records that cannot be read, and go on.
+    """
+    counts = _Counts()
+    records = to_markdown(counts.read(file, skip_broken), html, rejected=counts.rejected, mended=counts.mended)
+    records = mend_turns(records, rejected=counts.rejected, mended=counts.mended)
+    records = drop_provider_errors(records, rejected=counts.rejected)
+    if not keep_duplicates:
+        records = drop_duplicates(records, rejected=counts.rejected)
+    write_records(out, counts.written(records))
+    counts.report(out)
+
+
+@beartype
+def filter_conversations(
+    file: File,
+    *,
+    out: Out,
+    model: Name = None,
+    lang: Codes = (),
+    blocked_words: Words = (),
+    repeated_digits: Number = None,
+    min_tokens: Number = None,
+    near_duplicates: Share = None,
+    context: Number = None,
+    overlong: Literal["split", "truncate"] = "split",
+    tokenizer: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    overhead: Annotated[int, arg(metavar="INT")] = 0,
+    eval_fraction: Annotated[float, arg(metavar="0..1")] = 0.0,
+    eval_out: Annotated[str | None, arg(metavar="EVAL.jsonl")] = None,
+    skip_broken: bool = False,
+) -> None:
+    """Choose conversations by model, language, words and length; fit them to a context; hold some out.
+
+    It takes the files that clean takes (best cleaned before) and writes the same lines. The steps asked for follow in
+    the order of the options.
+
+    Args:
+        file: What clean writes or reads; - is stdin.
+        out: Where to write; - is stdout, and the summary then goes to stderr.
+        model: Keep the conversations of this model only, such as gpt-4.
+        lang: Keep those in one of these languages only (ISO 639-1), such as en de.
+        blocked_words: Leave out those with one of these words, in any case, also inside of other words.
+        repeated_digits: Leave out those that repeat a digit so often in a row (Vicuna took 9).
+        min_tokens: Leave out those that are shorter.
+        near_duplicates: Leave out those that share so much of their text with an earlier one, such as 0.8.
+        context: Tokens that a conversation may have.
+        overlong: Split longer ones between exchanges so that none is lost, or keep the exchanges that fit.
+        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained; bytes by default.
+        overhead: Tokens that the chat template adds to each message.
+        eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
+        eval_out: Where to write those held out.
+        skip_broken: Count and name records that cannot be read, and go on.
+    """
+    if (eval_fraction > 0) != (eval_out is not None) or out == eval_out:
+        raise ValueError(
+            f"got eval_fraction={eval_fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 "
+            "together with another file to write to: give both --eval-fraction and --eval-out"
+        )
+    counts = _Counts()
+    rejected = counts.rejected
+    count_tokens = _counter(tokenizer)
+    records = counts.read(file, skip_broken)
+    if model is not None:
+        records = keep_model(records, model, rejected=rejected)
+    if lang:
+        records = keep_languages(records, lang, rejected=rejected)
+    if blocked_words:
+        records = drop_blocked_words(records, blocked_words, rejected=rejected)
+    if repeated_digits is not None:
+        records = drop_repeated_digits(records, repeated_digits, rejected=rejected)
+    if min_tokens is not None:
+        records = drop_short(records, min_tokens, count_tokens=count_tokens, rejected=rejected)
+    if near_duplicates is not None:
+        records = drop_near_duplicates(records, near_duplicates, rejected=rejected)
+
+    def fitted(conversations: Iterator[Record]) -> Iterator[Record]:
+        if context is None:
+            return conversations
+        options = {"overlong": overlong, "count_tokens": count_tokens, "overhead": overhead}
+        return fit_context(conversations, context, **options, rejected=rejected, mended=counts.mended)
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as held_out:
+        write_records(out, counts.written(fitted(_hold_out(records, eval_fraction, held_out))))
+        if eval_out is not None:
+            held_out.seek(0)
+            write_records(eval_out, counts.written(fitted(map(json.loads, held_out)), "eval_"))
+    counts.report(out, eval_out)
+
+
+@beartype
+def convert(
+    file: File,
+    *,
+    to: Target,
+    out: Out,
+    form: Form = "auto",
+    lang: Codes = (),
+    top_k: Number = None,
+    max_replies: Number = None,
+    skip_broken: bool = False,
+) -> None:
+    """Turn a file of the ecosystem into what a trainer reads: Open-Assistant, ShareGPT, HH, preferences, messages.
+
+    sft writes lines {"messages": [{"role", "content"}]}, rankings {"prompt": [messages], "responses": [best first]},
+    prompts {"prompt": [messages]}, and preferences {"prompt": [messages], "chosen", "rejected"}.
+
+    Args:
+        file: JSON lines or an array of JSON, plain or gzip, or a web page; - is stdin.
+        to: What to write.
+        out: Where to write; - is stdout, and the summary then goes to stderr.
+        form: What the file holds; auto tells by its first record. hh is any form of preferences.
+        lang: Keep what is in one of these languages only, such as en de; pt-BR names a region of Open-Assistant.
+        top_k: Of Open-Assistant's replies, take those ranked above this (counted from 0) only.
+        max_replies: Take so many replies of a ranking, the best.
+        skip_broken: Count and name records that cannot be read, and go on.
+    """
+    counts = _Counts()
+    with _seekable(file) if form == "auto" else nullcontext(file) as path:
+        form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
+        options = {"lang": lang, "top_k": top_k, "max_replies": max_replies, "skip_broken": skip_broken}
+        records = converted(path, form, to, **options, rejected=counts.rejected, mended=counts.mended)
+        write_records(out, counts.written(records))
+    counts.report(out)
+
+
+def _counter(tokenizer: Path | None) -> Callable[[str], int]:
+    if tokenizer is None:
+        return num_bytes
+    from palm_rlhf.data.tokenizer import load_tokenizer
+
+    encode = load_tokenizer(tokenizer).encode
+    return lambda text: len(encode(text))
+
+
+def _hold_out(records: Iterable[Record], fraction: float, held_out: Any) -> Iterator[Record]:
+    """The records to train on; the others are written to the file ``held_out``."""
+    for record in records:
+        if is_held_out(record, fraction):
+            held_out.write(json.dumps(record) + "\n")
+        else:
+            yield record
+
+
+@contextmanager
+def _seekable(file: str) -> Iterator[str]:
+    """A file that can be read twice: standard input is written to a temporary one."""
+    if file != STANDARD:
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="palm-rlhf-") as folder:
+        path = os.path.join(folder, "standard-input")
+        with open(path, "wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+        yield path
+
+
+class _Counts:
+    """What a command read, wrote, mended and rejected."""
+
+    def __init__(self) -> None:
+        self.read_or_written: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+
+    def read(self, file: str, skip_broken: bool) -> Iterator[Record]:
+        """The conversations of a file, or of those in a folder in the order of their names."""
+        files = _files(Path(file)) if file != STANDARD and Path(file).is_dir() else [file]
+        for path in files:
+            for record in read_conversations(path, skip_broken=skip_broken, rejected=self.rejected):
+                self.read_or_written["conversations"] += 1
+                yield record
+
+    def written(self, records: Iterable[Record], prefix: str = "") -> Iterator[Record]:
+        """The records on their way to a file."""
+        for record in records:
+            for name, number in _sizes(record).items():
+                self.read_or_written[prefix + name] += number
+            yield record
+
+    def report(self, *outs: str | None) -> None:
+        """Prints a table, and the counts as a line of JSON."""
+        stream = sys.stderr if STANDARD in outs else sys.stdout
+        mended, rejected = (dict(sorted((+counter).items())) for counter in (self.mended, self.rejected))
+        for title, numbers in (("", self.read_or_written), ("mended", mended), ("rejected", rejected)):
+            for name, number in numbers.items():
+                print(f"{title:<9}{number:>12,}  {name.replace('_', ' ')}", file=stream)
+                title = ""
+        counts = {**self.read_or_written, "mended": mended, "rejected": rejected}
+        print(json.dumps(counts), file=stream)
+
+
+def _sizes(record: Record) -> dict[str, int]:
+    """What a record adds to the counts."""
+    if "messages" in record:
+        return {"threads": 1, "assistant_turns": sum(message["role"] == "assistant" for message in record["messages"])}
+    if "responses" in record:
+        return {"rankings": 1, "pairs": math.comb(len(record["responses"]), 2)}
+    return {"pairs": 1} if "chosen" in record else {"prompts": 1}
+
+
+def _files(folder: Path) -> list[str]:
+    """The files in a folder and below, in the order of their names, without hidden ones."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [str(path) for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no files, expected conversations as JSON, JSON lines or web pages")
+    return found
+
+
+COMMANDS = {"clean": clean, "filter": filter_conversations, "convert": convert}
+Command = Union[  # noqa: UP007
+    tuple(Annotated[Any, subcommand(name=name, constructor=run)] for name, run in COMMANDS.items())
+]
+
+
+def data(command: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:
+    """Clean, filter and convert conversations and preferences, whatever the size of the file.
+
+    Every command writes lines of JSON and ends with a summary on stdout: a table, and then one line of JSON that
+    counts what was written, what was mended, and what was rejected by the reason.
+    """

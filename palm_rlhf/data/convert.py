@@ -1,0 +1,118 @@
+"""Files of any form that is known, as what the trainers read: conversations, rankings, prompts or preferences."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Literal
+
+from beartype import beartype
+
+from palm_rlhf.data import oasst
+from palm_rlhf.data.cleaning import mend_turns, to_markdown
+from palm_rlhf.data.filters import keep_languages
+from palm_rlhf.data.oasst_messages import MessageFilter
+from palm_rlhf.data.preferences import is_preference, pairs_of, read_rankings
+from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.data.sharegpt import is_messages, is_page, is_sharegpt, read_conversations
+
+Form = Literal["auto", "oasst", "sharegpt", "hh", "messages"]
+Target = Literal["sft", "rankings", "prompts", "preferences"]
+Path = str | os.PathLike[str]
+RECOGNISED = {"oasst": oasst.is_oasst, "sharegpt": is_sharegpt, "messages": is_messages, "hh": is_preference}
+
+
+@beartype
+def form_of(path: Path, *, skip_broken: bool = False) -> Form:
+    """The form of a file, by its first record, or ``ValueError``; an empty file has that of messages.
+
+    ``skip_broken`` looks at the first record that can be read.
+    """
+    if is_page(path):
+        return "sharegpt"
+    for line, record in read_records(path, skip_broken=skip_broken):
+        for form, is_form in RECOGNISED.items():
+            if is_form(record):
+                return form
+        raise ValueError(
+            f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected one of Open-Assistant "
+            "(message_id, role, text, or a tree of such), ShareGPT (conversations), messages, or preferences (chosen "
+            "and rejected, or responses)"
+        )
+    return "messages"
+
+
+@beartype
+def converted(
+    path: Path,
+    form: Literal["oasst", "sharegpt", "hh", "messages"],
+    to: Target,
+    *,
+    lang: Sequence[str] = (),
+    top_k: int | None = None,
+    max_replies: int | None = None,
+    skip_broken: bool = False,
+    rejected: Counter[str] | None = None,
+    mended: Counter[str] | None = None,
+) -> Iterator[Record]:
+    """The records of a file as those of a trainer: sft, rankings, prompts or preferences.
+
+    ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst.walk``.
+    ``max_replies``: how many of a ranking to take, the best. What is left out is counted in ``rejected``, turns that
+    are dropped at the ends of a conversation in ``mended``.
+    """
+    compares = to in ("rankings", "preferences")
+    if form in ("sharegpt", "messages") and compares:
+        raise ValueError(f"got conversations to convert to {to}, expected sft or prompts: they compare no replies")
+    if top_k is not None and form != "oasst":
+        raise ValueError(f"got top_k={top_k} for the form {form}, but only messages of Open-Assistant have ranks")
+    if max_replies is not None and (max_replies < 2 or not compares):
+        raise ValueError(f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences")
+    rejected = Counter() if rejected is None else rejected
+    options = {"skip_broken": skip_broken, "rejected": rejected}
+    if form == "oasst":
+        trees = oasst.read_trees(path, MessageFilter(languages=list(lang) or None), **options)
+        return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
+    records = read_rankings(path, **options) if form == "hh" else read_conversations(path, **options)
+    if form == "sharegpt":
+        records = to_markdown(records, rejected=rejected, mended=mended)
+    if form != "hh":
+        records = mend_turns(records, rejected=rejected, mended=mended)
+    if lang:
+        records = keep_languages(records, lang, rejected=rejected)
+    if form == "hh":
+        return _of_rankings(records, to, max_replies)
+    return _of_conversations(records, to)
+
+
+def _of_tree(
+    tree: oasst.Message, to: Target, top_k: int | None, max_replies: int | None, rejected: Counter[str]
+) -> Iterator[Record]:
+    if to == "sft":
+        return oasst.threads(tree, top_k)
+    if to == "prompts":
+        return oasst.prompts(tree)
+    return _of_rankings(oasst.rankings(tree, top_k, max_replies=max_replies, rejected=rejected), to, None)
+
+
+def _of_rankings(rankings: Iterable[Record], to: Target, max_replies: int | None) -> Iterator[Record]:
+    for ranking in rankings:
+        prompt, responses = ranking["prompt"], ranking["responses"][:max_replies]
+        if to == "sft":
+            yield {"messages": [*prompt, {"role": "assistant", "content": responses[0]}]}
+        elif to == "prompts":
+            yield {"prompt": prompt}
+        elif to == "rankings":
+            yield {"prompt": prompt, "responses": responses}
+        else:
+            yield from pairs_of({"prompt": prompt, "responses": responses})
+
+
+def _of_conversations(conversations: Iterable[Record], to: Target) -> Iterator[Record]:
+    for conversation in conversations:
+        messages = conversation["messages"]
+        if to == "sft":
+            yield {"messages": messages}
+        else:
+            questions = (end for end, message in enumerate(messages, 1) if message["role"] == "user")
+            yield from ({"prompt": messages[:end]} for end in questions)

@@ -1,0 +1,84 @@
+"""The output layer with its cross-entropy, in chunks of tokens: the logits of a whole batch are never held.
+
+The backward is made on the way, so that each logit is computed once (Hsu et al. 2024, "Liger Kernel", section 3.2).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cross_entropy import cross_entropy
+from .masked import shares
+
+CHUNK = 1 << 23  # logits at hand at once
+
+
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, **options
+) -> Tensor:
+    """`cross_entropy` of the logits `x @ weight.T * scale`, all of them at once."""
+    return cross_entropy(F.linear(x, weight) * scale, targets, mask, **options)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    denominator: Tensor | int | float | None = None,
+) -> Tensor:
+    """The same, chunk by chunk; `torch.compile` gets the reference, which it fuses itself.
+
+    x: `... e`, weight: `v e`, targets, mask and weights: `...` -> scalar
+    """
+    if torch.compiler.is_compiling():
+        options = {"weights": weights, "z_loss": z_loss, "denominator": denominator}
+        return linear_cross_entropy_reference(x, weight, targets, mask, scale=scale, **options)
+    wide, device = torch.promote_types(x.dtype, torch.float32), x.device
+    counts = shares(targets.shape, mask, weights=weights, denominator=denominator, dtype=wide, device=device)
+    autocasts = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocasts else torch.promote_types(x.dtype, weight.dtype)
+    rows = x.flatten(0, -2), weight, targets.flatten(), counts.flatten()
+    return _LinearCrossEntropy.apply(*rows, scale, z_loss, dtype, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of losses times what each counts; x: `n e`, weight: `v e`, targets and counts: `n`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, counts, scale, z_loss, dtype, with_gradients):
+        needs_x, needs_weight = (needs and with_gradients for needs in ctx.needs_input_grad[:2])
+        total, size = counts.new_zeros(()), max(CHUNK // len(weight), 1)
+        d_x = torch.empty_like(x) if needs_x else None
+        d_weight = torch.zeros_like(weight) if needs_weight else None
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            for first in range(0, len(x), size):
+                part, target, count = (t[first : first + size] for t in (x, targets, counts))
+                part, target = part.to(dtype), target.unsqueeze(-1)
+                logits = (part @ matrix.mT).to(counts.dtype).mul_(scale)
+                log_z = logits.logsumexp(dim=-1, keepdim=True)
+                losses = (log_z - logits.gather(-1, target) + z_loss * log_z.square()).squeeze(-1)
+                total += torch.where(count != 0, losses * count, 0.0).sum()
+                if not (needs_x or needs_weight):
+                    continue
+                # d loss / d logit = p (1 + 2 z_loss log Z) - [is the target]
+                count = count.unsqueeze(-1) * scale
+                d_logits = logits.sub_(log_z).exp_().mul_(count * (1 + 2 * z_loss * log_z))
+                d_logits = d_logits.scatter_add_(-1, target, -count).to(dtype)
+                if needs_x:
+                    d_x[first : first + size] = d_logits @ matrix
+                if needs_weight:
+                    d_weight += d_logits.mT @ part
+        ctx.save_for_backward(d_x, d_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_total):
+        gradients = (None if d is None else d * d_total.to(d.dtype) for d in ctx.saved_tensors)
+        return *gradients, None, None, None, None, None, None

@@ -1,0 +1,104 @@
+"""What the Triton files share: the version they need, the machine they are tuned for, and tiles of rows."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+OLDEST_TRITON = (3, 8)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    raise ImportError("Triton {}.{} or newer is needed, found {}".format(*OLDEST_TRITON, triton.__version__))
+
+LOG2_E = math.log2(math.e)
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, set before Triton is imported
+OLDEST_CUDA = (8, 0)
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: rows and columns of a tile, warps that share it, and blocks in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """As the keywords of a launch."""
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        return dict(zip(names, self, strict=True))
+
+
+# Products of float32 at full precision run outside the tensor cores, in tiles that leave room for their sums.
+FLOAT32_TILES = {64: Tile(64, 32, 4), 128: Tile(32, 32, 4), 256: Tile(16, 32, 4)}
+
+
+def refusal(device_type: str) -> str | None:
+    """None where Triton kernels can run on such a device, else the reason why not."""
+    if device_type == "cuda":
+        if torch.version.cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_CUDA:
+            name, needed = torch.cuda.get_device_name(), ".".join(map(str, OLDEST_CUDA))
+            return f"{name} has not the compute capability {needed}"
+        return None
+    if device_type == "cpu":
+        return None if INTERPRETED else "on a CPU it runs in Triton's interpreter alone, with TRITON_INTERPRET=1"
+    return f"it runs on CUDA and ROCm, not on {device_type}"
+
+
+def architecture(device: torch.device) -> str:
+    """The generation a kernel is tuned for: "sm_80", "sm_90", "sm_100" or "gfx942"."""
+    if device.type == "cuda" and torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def tile_for(tiles: dict[str, dict[int, Tile]], x: torch.Tensor) -> Tile:
+    """The tile for x, `... d`, from a table by architecture and by the largest d that each serves."""
+    by_dim = FLOAT32_TILES if x.dtype == torch.float32 else tiles[architecture(x.device)]
+    return next(tile for dim, tile in by_dim.items() if x.shape[-1] <= dim)
+
+
+def block_dim(dim: int) -> int:
+    """The width of a tile that holds rows of `dim` numbers."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Where kernels are to be launched: Triton takes the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What float32 products keep: all bits, unless PyTorch is told that fewer will do."""
+    fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if fast else "ieee"
+
+
+@triton.jit
+def load_rows(ptr, offsets, inside, CHECK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows of DIM numbers at the given offsets: `rows BLOCK_DIM`. Those not `inside` are 0, if CHECK asks."""
+    dims = tl.arange(0, BLOCK_DIM)
+    pointers = ptr + offsets[:, None] + dims[None, :]
+    if DIM < BLOCK_DIM:
+        rows = tl.load(pointers, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
+    elif CHECK:
+        rows = tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        rows = tl.load(pointers)
+    return rows
+
+
+@triton.jit
+def store_rows(ptr, offsets, inside, rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Write rows of DIM numbers, `rows BLOCK_DIM`, at the given offsets, those that are `inside`."""
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = inside[:, None] & (dims < DIM)[None, :]
+    tl.store(ptr + offsets[:, None] + dims[None, :], rows.to(ptr.dtype.element_ty), mask=mask)

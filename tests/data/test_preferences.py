@@ -1,0 +1,312 @@
+"""Every form of a preference says the same: this reply to this prompt is better than that one."""
+
+import json
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palm_rlhf.data.preferences import fit_rankings, is_preference, pairs_of, parse_ranking, read_rankings
+from palm_rlhf.training.rankings import Ranking
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+PROMPT, GOOD, BAD = [user("Is it blue?"), assistant("What?"), user("The sky.")], "Yes, it is.", "Yes, green."
+DIALOGUE = "\n\nHuman: Is it blue?\n\nAssistant: What?\n\nHuman: The sky.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD},
+        {"prompt": PROMPT, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]},
+        {"prompt": PROMPT, "chosen": [*PROMPT, assistant(GOOD)], "rejected": [*PROMPT, assistant(BAD)]},
+        {"prompt": PROMPT, "chosen": [assistant(GOOD)], "rejected": [*PROMPT, assistant(BAD)]},
+        {"prompt": PROMPT[:1], "chosen": [*PROMPT[1:], assistant(GOOD)], "rejected": [*PROMPT[1:], assistant(BAD)]},
+        {"chosen": [*PROMPT, assistant(GOOD)], "rejected": [*PROMPT, assistant(BAD)]},
+        {"prompt": None, "chosen": [*PROMPT, assistant(GOOD)], "rejected": [*PROMPT, assistant(BAD)]},
+        {"chosen": f"{DIALOGUE} {GOOD}", "rejected": f"{DIALOGUE} {BAD}"},
+        {"chosen": f"{DIALOGUE} {GOOD}".lstrip(), "rejected": f"{DIALOGUE} {BAD}".lstrip()},
+        {"prompt": DIALOGUE, "chosen": f" {GOOD}", "rejected": f" {BAD}"},
+        {"prompt": DIALOGUE, "chosen": f"{DIALOGUE} {GOOD}", "rejected": f"{DIALOGUE} {BAD}"},
+        {"prompt": DIALOGUE.removesuffix("\n\nAssistant:"), "chosen": GOOD, "rejected": BAD},
+        {"prompt": PROMPT, "responses": [GOOD, BAD]},
+        {"prompt": PROMPT, "responses": [assistant(GOOD), [assistant(BAD)]]},
+        {"prompt": PROMPT, "responses": [BAD, GOOD], "ranking": [1, 0]},
+        {"prompt": PROMPT, "responses": [BAD, GOOD], "ranking": [2, 1]},
+        {"prompt": PROMPT, "responses": [BAD, GOOD], "ranks": [1, 0]},
+        {"prompt": PROMPT, "responses": [BAD, GOOD], "ranks": [2, 1]},
+        {"prompt": PROMPT, "responses": [BAD, GOOD], "scores": [-1.5, 2]},
+        {"prompt": PROMPT, "responses": [BAD, GOOD], "rankings": [[1, 0], [0, 1], [1, 0]]},
+        {"prompt": DIALOGUE, "responses": [GOOD, BAD]},
+        {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD, "chosen_score": 3, "id": "x", "scores": None},
+    ],
+)
+def test_every_form_says_the_same(record):
+    assert is_preference(record)
+    assert parse_ranking(record) == {"prompt": PROMPT, "responses": [GOOD, BAD]}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "responses"),
+    [
+        ({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."}, [user("Sky?")], ["Blue.", "Red."]),
+        (
+            {"prompt": "Sky?", "chosen": [user("Sky?"), assistant("B")], "rejected": [user("Sky?"), assistant("R")]},
+            [user("Sky?")],
+            ["B", "R"],
+        ),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, [user("The sky is")], ["blue.", "black."]),
+        ({"chosen": "Q: a?\nA: yes", "rejected": "Q: a?\nA: yes, it is"}, [user("Q: a?\nA:")], ["yes", "yes, it is"]),
+        (
+            {"prompt": [system("Be brief."), user("Sky?")], "chosen": "B", "rejected": "R"},
+            [system("Be brief."), user("Sky?")],
+            ["B", "R"],
+        ),
+        ({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi!"}, [user("Hi")], ["Hi there", "Hi!"]),
+        (
+            {"prompt": [user("Human: a")], "chosen": "Assistant: b\n\nHuman: c", "rejected": " Human: d"},
+            [user("Human: a")],
+            ["Assistant: b\n\nHuman: c", " Human: d"],
+        ),
+        # words like those of a dialogue inside a line are text
+        (
+            {
+                "chosen": "Human: say Assistant: x\n\nAssistant: a",
+                "rejected": "Human: say Assistant: x\n\nAssistant: b",
+            },
+            [user("say Assistant: x")],
+            ["a", "b"],
+        ),
+        # the assistant's last turn may be all that differs
+        (
+            {"chosen": "Human: a\n\nAssistant: b\n\nc", "rejected": "Human: a\n\nAssistant: b\n\nd"},
+            [user("a")],
+            ["b\n\nc", "b\n\nd"],
+        ),
+    ],
+)
+def test_prompts_are_found(record, prompt, responses):
+    assert parse_ranking(record) == {"prompt": prompt, "responses": responses}
+
+
+@pytest.mark.parametrize(
+    ("order", "responses"),
+    [
+        ({}, "abcd"),
+        ({"ranking": [2, 0, 3, 1]}, "cadb"),
+        ({"ranking": [3, 1, 4, 2]}, "cadb"),  # counted from 1
+        ({"ranking": [2, 0]}, "ca"),
+        ({"ranks": [2, 0, 3, 1]}, "bdac"),
+        ({"ranks": [1, 0, 1, 3]}, "bad"),
+        ({"scores": [2, 0, 3, 1]}, "cadb"),
+        ({"scores": [0.5, 0.5, 0.7, 0.5]}, "ca"),
+        ({"rankings": [[0, 1, 2, 3]] * 3 + [[1, 2, 0, 3]] * 2}, "abcd"),
+        ({"rankings": [[0, 1], [1, 2], [2, 3]]}, "abcd"),
+    ],
+)
+def test_one_more_key_orders_the_responses(order, responses):
+    rejected = Counter()
+    found = parse_ranking({"prompt": "?", "responses": list("abcd"), **order}, rejected)
+    assert found["responses"] == list(responses)
+    ties = 4 - len(responses) if "ranks" in order or "scores" in order else 0
+    assert rejected == ({"tied replies": ties} if ties else {})
+
+
+SAID = [user("a"), assistant("b")]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "x"}, "no preference"),
+        ({"prompt": "x", "chosen": "a"}, "no preference"),
+        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "no two different replies"),
+        ({"prompt": "x", "chosen": "a", "rejected": " "}, "no two different replies"),
+        ({"prompt": "x", "responses": ["a"]}, "no two different replies"),
+        ({"prompt": "x", "responses": ["a", "b"], "scores": [1, 1]}, "no two different replies"),
+        ({"prompt": "x", "responses": ["a", "b"], "rankings": []}, "no two different replies"),
+        ({"chosen": "yes", "rejected": "no"}, "no prompt"),
+        ({"responses": ["a", "b"]}, "no prompt"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": SAID, "chosen": "a", "rejected": "b"}, "roles do not alternate"),
+        ({"prompt": [user("a"), user("b")], "chosen": "a", "rejected": "b"}, "roles do not alternate"),
+        ({"prompt": [user("a"), system("b")], "chosen": "a", "rejected": "b"}, "roles do not alternate"),
+        ({"prompt": [system("b")], "chosen": "a", "rejected": "b"}, "roles do not alternate"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no prompt"),
+        ({"chosen": SAID, "rejected": [user("x"), assistant("b")]}, "replies differ in more than one turn"),
+        ({"chosen": SAID, "rejected": [*SAID, user("c"), assistant("d")]}, "replies differ in more than one turn"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "no reply of the assistant"),
+        ({"chosen": [], "rejected": []}, "replies differ in more than one turn"),
+        ({"chosen": "Human: a\n\nHuman: b\n\nAssistant: c", "rejected": "Human: a\n\nHuman: b\n\nAssistant: d"},
+         "roles do not alternate"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "malformed preference"),
+        ({"prompt": "x", "chosen": 3, "rejected": "b"}, "malformed preference"),
+        ({"prompt": "x", "chosen": [{"role": "assistant"}], "rejected": "b"}, "malformed preference"),
+        ({"prompt": "x", "chosen": [{"role": ["a"], "content": "b"}], "rejected": "b"}, "unknown role"),
+        ({"prompt": "x", "responses": "ab"}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", 3]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", None]}, "no reply of the assistant"),
+        ({"prompt": "x", "responses": ["a", "b"], "ranking": [0, 0]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", "b"], "ranking": [0, 2]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", "b"], "ranking": [True, False]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", "b"], "rankings": [0, 1]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", "b"], "ranks": [0]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", "b"], "scores": ["1", "2"]}, "malformed preference"),
+        ({"prompt": "x", "responses": ["a", "b"], "scores": [1, 2], "ranks": [0, 1]}, "malformed preference"),
+    ],
+)  # fmt: skip
+def test_what_nothing_can_be_learnt_from_says_why(record, reason):
+    with pytest.raises(ValueError) as error:
+        parse_ranking(record)
+    assert str(error.value) == reason
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(str.strip)
+WORDS |= st.builds("{}: {}".format, st.sampled_from(["Human", "Assistant"]), WORDS)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content"]), inner | st.sampled_from(["user", "assistant"]))
+    ),
+    max_leaves=6,
+)
+KEYS = ["prompt", "chosen", "rejected", "responses", "ranking", "rankings", "ranks", "scores"]
+
+
+@settings(deadline=None, max_examples=120)
+@given(record=st.dictionaries(st.sampled_from(KEYS), JSON))
+def test_any_record_is_a_ranking_or_has_a_reason(record):
+    try:
+        ranking = parse_ranking(record)
+    except ValueError as error:
+        assert len(str(error)) < 60  # a name to count under, not a message of Python's
+        return
+    assert ranking["prompt"][-1]["role"] == "user"
+    assert len(set(ranking["responses"])) == len(ranking["responses"]) >= 2
+
+
+@st.composite
+def ranked(draw):
+    turns = draw(st.integers(0, 2))
+    prompt = [part for _ in range(turns) for part in (user(draw(WORDS)), assistant(draw(WORDS)))]
+    return {
+        "prompt": [*prompt, user(draw(WORDS))],
+        "responses": draw(st.lists(WORDS, min_size=2, max_size=5, unique=True)),
+    }
+
+
+@settings(deadline=None, max_examples=100)
+@given(ranking=ranked(), data=st.data())
+def test_what_is_written_is_read_back_whatever_the_order(ranking, data):
+    assert parse_ranking(ranking) == ranking
+    places = data.draw(st.permutations(range(len(ranking["responses"]))))
+    shuffled = {"prompt": ranking["prompt"], "responses": [ranking["responses"][place] for place in places]}
+    order = sorted(range(len(places)), key=places.__getitem__)
+    orders = [
+        {"ranking": order},
+        {"ranks": places},
+        {"scores": [-place for place in places]},
+        {"rankings": [order, order]},
+    ]
+    for key in orders:
+        assert parse_ranking({**shuffled, **key}) == parse_ranking(ranking)
+
+
+@settings(deadline=None, max_examples=50)
+@given(ranking=ranked())
+def test_a_ranking_is_all_its_pairs_and_each_is_read_as_itself(ranking):
+    pairs = list(pairs_of(ranking))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == list(combinations(ranking["responses"], 2))
+    for pair in pairs:
+        assert parse_ranking(pair) == {"prompt": ranking["prompt"], "responses": [pair["chosen"], pair["rejected"]]}
+
+
+def save(tmp_path, rows):
+    path = tmp_path / "preferences.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_is_its_rankings_and_the_rest_is_counted(tmp_path):
+    pair = {"prompt": "x", "chosen": "a", "rejected": "b"}
+    rows = [pair, {**pair, "rejected": "a"}, {"id": 3}, {"prompt": "y", "responses": ["c", "d", "c", " "]}]
+    rejected = Counter()
+    found = list(read_rankings(save(tmp_path, rows), rejected=rejected))
+    assert found == [
+        {"prompt": [user("x")], "responses": ["a", "b"]},
+        {"prompt": [user("y")], "responses": ["c", "d"]},
+    ]
+    assert rejected == {"no two different replies": 1, "no preference": 1, "equal replies": 1, "blank replies": 1}
+
+
+def test_another_file_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"line 1: got a record with the keys \['conversations'\], expected a pref"):
+        list(read_rankings(save(tmp_path, [{"conversations": []}])))
+
+
+# Truncation
+
+TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+
+
+def tensors(prompt, *responses, **options):
+    return Ranking(torch.tensor(prompt), [torch.tensor(response) for response in responses], **options)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    prompt=TOKENS,
+    responses=st.lists(TOKENS, min_size=2, max_size=4, unique_by=tuple),
+    max_seq_len=st.integers(2, 12),
+    max_response_len=st.none() | st.integers(1, 6),
+)
+def test_the_end_of_the_prompt_and_the_start_of_the_responses_are_kept(
+    prompt, responses, max_seq_len, max_response_len
+):
+    rejected = Counter()
+    found = list(
+        fit_rankings([tensors(prompt, *responses)], max_seq_len, max_response_len=max_response_len, rejected=rejected)
+    )
+    limit = min(max_seq_len - 1, max_response_len or max_seq_len)
+    cut = [tuple(response[:limit]) for response in responses]
+    different = list(dict.fromkeys(cut))
+    pairs = len(list(combinations(cut, 2))) - len(list(combinations(different, 2)))
+    assert +rejected == ({"equal after truncation": pairs} if pairs else {})
+    assert len(found) == (len(different) > 1)
+    for ranking in found:
+        assert [tuple(response.tolist()) for response in ranking.responses] == different
+        kept = ranking.prompt.tolist()
+        assert kept == prompt[len(prompt) - len(kept) :]
+        assert len(kept) == min(len(prompt), max_seq_len - max(map(len, different)))
+
+
+def test_margins_follow_the_responses_that_stay():
+    ranking = tensors([1], [1, 1, 1], [2], [1, 1, 2], [3], margins=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    rejected = Counter()
+    (found,) = fit_rankings([ranking], 3, rejected=rejected)
+    assert [response.tolist() for response in found.responses] == [[1, 1], [2], [3]]
+    assert found.pair_margins == [1.0, 3.0, 5.0]  # of the first, second and fourth
+    assert rejected == {"equal after truncation": 3}
+
+
+def test_no_room_is_refused():
+    for options in ({"max_seq_len": 1}, {"max_seq_len": 8, "max_response_len": 0}):
+        with pytest.raises(ValueError, match="at least 2 and 1"):
+            list(fit_rankings([], **options))

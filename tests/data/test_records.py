@@ -1,0 +1,320 @@
+"""What is read is what the file says, line by line; what is broken is named, and counted only when asked."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palm_rlhf.data import records
+from palm_rlhf.data.records import is_held_out, read_records, write_records
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+RECORDS = st.lists(st.dictionaries(TEXT, VALUES, max_size=4), max_size=6)
+
+
+def save(folder, content, name="a.jsonl"):
+    path = Path(folder, name)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def without_lines(pieces):
+    return [record for _, record in pieces]
+
+
+def layout(rows, form, indent, ascii_only):
+    """The rows as lines, or as one array, and the numbers of the lines on which they start."""
+    if form == "lines":
+        texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+        return "\r\n\n".join(texts), [1 + 2 * place for place in range(len(rows))]
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    if not indent:
+        return text, [1] * len(rows)
+    sizes = [json.dumps(row, indent=indent).count("\n") + 1 for row in rows]
+    return text, [2 + sum(sizes[:place]) for place in range(len(rows))]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=RECORDS,
+    form=st.sampled_from(["lines", "array"]),
+    indent=st.sampled_from([None, 1, 4]),
+    ascii_only=st.booleans(),
+    packed=st.booleans(),
+    bom=st.booleans(),
+    chunk=st.sampled_from([1, 7, 1 << 20]),
+)
+def test_lines_and_arrays_are_the_records_in_them(rows, form, indent, ascii_only, packed, bom, chunk):
+    text, numbers = layout(rows, form, indent, ascii_only)
+    content = b"\xef\xbb\xbf" * bom + text.encode()
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "CHUNK", chunk)
+        path = save(folder, gzip.compress(content) if packed else content)
+        assert list(read_records(path)) == list(zip(numbers, rows))
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=RECORDS, name=st.sampled_from(["b.jsonl", "b.jsonl.gz"]))
+def test_what_is_written_is_read_back_and_the_bytes_are_the_same_again(rows, name):
+    with TemporaryDirectory() as folder:
+        first, again = Path(folder, name), Path(folder, "again" + name)
+        assert write_records(first, rows) == len(rows)
+        assert without_lines(read_records(first)) == rows
+        write_records(again, without_lines(read_records(first)))
+        assert first.read_bytes() == again.read_bytes()
+        assert not name.endswith(".gz") or first.read_bytes()[3:8] == bytes(5)  # no name and no time in the gzip header
+        assert sorted(os.listdir(folder)) == sorted([first.name, again.name])
+
+
+GOOD = '{"a": 1}'
+BROKEN = {
+    "cut short": (b'{"a": "x', "broken JSON"),
+    "two objects": (b'{"a": 1} {"a": 2}', "broken JSON"),
+    "no JSON": (b"plain text", "broken JSON"),
+    "NaN": (b'{"a": NaN}', "broken JSON"),
+    "a number too long for Python": (b'{"a": %s}' % (b"1" * 5000), "broken JSON"),
+    "a list": (b"[1, 2]", "no object"),
+    "a text": (b'"x"', "no object"),
+    "not UTF-8": (b'{"a": "\xff\xfe"}', "invalid UTF-8"),
+    "half a character": (b'{"a": "\xc3"}', "invalid UTF-8"),
+    "half of a pair": (b'{"a": "\\ud83d"}', "invalid Unicode"),
+    "nested": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    "long": (b'{"a": "%s"}' % (b"x" * 2_000_000), "too long"),
+}
+LIMIT = 1_000_000
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_broken_line_is_named_or_counted_and_the_others_are_read(tmp_path, caplog, line, reason, packed):
+    content = b"\n".join([GOOD.encode(), line, GOOD.encode()])
+    path = save(tmp_path, gzip.compress(content) if packed else content)
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {reason}: .*skip"):
+        list(read_records(path, max_record_bytes=LIMIT))
+    rejected = Counter()
+    found = list(read_records(path, skip_broken=True, rejected=rejected, max_record_bytes=LIMIT))
+    assert found == [(1, {"a": 1}), (3, {"a": 1})]
+    assert rejected == {reason: 1}
+    assert re.search(rf"a\.jsonl, line 2 left out: {reason}", caplog.text)
+
+
+@pytest.mark.parametrize("size", [LIMIT - 1, LIMIT, LIMIT + 1])
+@pytest.mark.parametrize("shape", ["{}\n", "{}", "[{}]", "[\n{}\n,{{}}]"])
+def test_the_limit_is_the_longest_record_that_is_read(tmp_path, size, shape):
+    record = json.dumps({"a": "x" * (size - len('{"a": ""}'))})
+    assert len(record) == size
+    path = save(tmp_path, shape.format(record))
+    found = [record for _, record in read_records(path, skip_broken=True, max_record_bytes=LIMIT)]
+    assert [len(record.get("a", "")) for record in found if record] == ([size - 9] if size <= LIMIT else [])
+
+
+def test_a_gigabyte_line_takes_little_memory(tmp_path, python):
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"a": "')
+        for _ in range(128):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + GOOD.encode())
+    process = python(
+        """
+import resource
+from collections import Counter
+from palm_rlhf.data.records import read_records
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rejected = Counter()
+found = list(read_records(sys.argv[1], skip_broken=True, rejected=rejected, max_record_bytes=1 << 22))
+print(found, dict(rejected), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+""",
+        path,
+    )
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    *start, megabytes = output.split()
+    assert " ".join(start) == "[(2, {'a': 1})] {'too long': 1}"
+    assert int(megabytes) < 64
+
+
+@pytest.mark.parametrize(
+    ("array", "found", "reason"),
+    [
+        ('[{"a": 1}, 3, {"a": 2}]', [{"a": 1}, {"a": 2}], "no object"),
+        ('[{"a": 1}, {"a": "\\udc00"}, {"a": 2}]', [{"a": 1}, {"a": 2}], "invalid Unicode"),
+        (b'[{"a": 1}, {"a": "\xff"}, {"a": 2}]', [{"a": 1}, {"a": 2}], "invalid UTF-8"),
+        ('[{"a": 1}, {"a": 2', [{"a": 1}], "broken JSON"),
+        ('[{"a": 1}, {"a": 2}', [{"a": 1}, {"a": 2}], "broken JSON"),
+        ('[{"a": 1},', [{"a": 1}], "broken JSON"),
+        ("[", [], "broken JSON"),
+        ('[{"a": 1} {"a": 2}]', [{"a": 1}], "broken JSON"),
+        ('[{"a": 1}, {"a": 2}] {}', [{"a": 1}, {"a": 2}], "broken JSON"),
+        ('[{"a": 1}, {"a": %s}]' % ("[" * 200_000), [{"a": 1}], "nested too deeply"),
+    ],
+)
+def test_a_broken_array_gives_what_can_be_found_and_says_what_is_wrong(tmp_path, array, found, reason):
+    path = save(tmp_path, array)
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: {reason}: "):
+        list(read_records(path))
+    rejected = Counter()
+    assert without_lines(read_records(path, skip_broken=True, rejected=rejected)) == found
+    assert rejected == {reason: 1}
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=RECORDS.filter(bool), form=st.sampled_from(["lines", "array"]), data=st.data())
+def test_a_gzip_that_ends_early_gives_a_prefix_and_says_so(rows, form, data):
+    text, _ = layout(rows, form, 2, True)
+    packed = gzip.compress(text.encode())
+    cut = data.draw(st.integers(1, len(packed) - 1))
+    with TemporaryDirectory() as folder:
+        path = save(folder, packed[:cut])
+        with pytest.raises(ValueError, match=r"line \d+: damaged gzip: it ends early or is damaged"):
+            list(read_records(path))
+        rejected = Counter()
+        found = without_lines(read_records(path, skip_broken=True, rejected=rejected))
+        assert found == rows[: len(found)]
+        assert rejected == {"damaged gzip": 1}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    content=st.binary(max_size=60) | TEXT.map(str.encode) | st.from_regex(r"[\[\]{},:\"a0 \n]{0,20}").map(str.encode)
+)
+def test_any_bytes_are_records_or_counted(content):
+    with TemporaryDirectory() as folder:
+        path = save(folder, content)
+        rejected = Counter()
+        found = list(read_records(path, skip_broken=True, rejected=rejected))
+        try:
+            assert list(read_records(path)) == found
+            assert not rejected
+        except ValueError:
+            assert rejected
+
+
+def test_a_name_that_promises_gzip_must_hold_it(tmp_path):
+    for content in (b"", GOOD):
+        with pytest.raises(ValueError, match="no gzip file, though its name says so"):
+            list(read_records(save(tmp_path, content, "a.jsonl.gz")))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(read_records(tmp_path / "nowhere.jsonl"))
+
+
+def test_a_line_is_read_when_it_is_asked_for(tmp_path):
+    path = save(tmp_path, f"{GOOD}\nbroken\n")
+    pieces = read_records(path)
+    assert next(pieces) == (1, {"a": 1})
+    with pytest.raises(ValueError, match="line 2"):
+        next(pieces)
+
+
+COPY = """
+from palm_rlhf.data.records import read_records, write_records
+num = write_records(sys.argv[2], (record for _, record in read_records(sys.argv[1])))
+print(num, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("source", ["open('in')", "os.popen('cat in')"])
+def test_a_dash_is_standard_input_and_output(tmp_path, python, source, packed):
+    rows = [{"a": "é\u2028\n"}, {"b": [1, None]}]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    save(tmp_path, gzip.compress(content) if packed else content, "in")
+    process = python(f"import os\nsys.stdin = {source}\n{COPY}", "-", "-")
+    output, errors = process.communicate()
+    assert (process.returncode, errors.strip()) == (0, "2"), errors
+    assert [json.loads(line) for line in output.removesuffix("\n").split("\n")] == rows
+
+
+def test_an_error_while_reading_leaves_the_old_file(tmp_path):
+    path = save(tmp_path, "precious\n", "out.jsonl")
+
+    def rows():
+        yield {"a": 1}
+        raise ValueError("the source is broken")
+
+    with pytest.raises(ValueError, match="the source is broken"):
+        write_records(path, rows())
+    assert path.read_text() == "precious\n"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, python):
+    path = save(tmp_path, "precious\n", "out.jsonl")
+    process = python(
+        """
+from palm_rlhf.data.records import write_records
+def rows():
+    for number in range(100_000_000):
+        if number == 20_000:
+            print("writing", flush=True)
+        yield {"number": number}
+write_records(sys.argv[1], rows())
+""",
+        path,
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.read_text() == "precious\n"
+    assert write_records(path, [{"a": 1}]) == 1  # and what the dead process left is in nobody's way
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_a_file_can_be_rewritten_from_itself(tmp_path):
+    path = save(tmp_path, f"{GOOD}\n" * 3)
+    assert write_records(path, ({"b": record["a"]} for _, record in read_records(path))) == 3
+    assert path.read_text() == '{"b": 1}\n' * 3
+
+
+def test_a_link_stays_a_link_and_a_device_stays_a_device(tmp_path):
+    target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(target)
+    write_records(link, [{"a": 1}])
+    assert link.is_symlink() and target.read_text() == GOOD + "\n"
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen([sys.executable, "-c", f"print(open({str(tmp_path / 'pipe')!r}).read())"], stdout=-1)
+    write_records(tmp_path / "pipe", [{"a": 1}])
+    assert reader.communicate()[0].decode().strip() == GOOD
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_json_cannot_hold_is_no_record(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_records(tmp_path / "a.jsonl", [{"a": float("nan")}])
+    assert os.listdir(tmp_path) == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(keys=st.sets(TEXT, min_size=1, max_size=20), seed=st.integers(0, 5), fraction=st.floats(0, 0.99))
+def test_a_key_is_always_on_the_same_side_and_stays_there_as_the_part_grows(keys, seed, fraction):
+    for key in keys:
+        assert is_held_out(key, fraction, seed) == is_held_out(key, fraction, seed)
+        assert is_held_out(key, fraction, seed) <= is_held_out(key, (fraction + 1) / 2, seed)
+        assert not is_held_out(key, 0, seed)
+
+
+def test_the_part_held_out_has_its_size_and_differs_by_seed():
+    sides = [[is_held_out(str(key), 0.2, seed) for key in range(5000)] for seed in (0, 1)]
+    for side in sides:
+        assert abs(sum(side) - 1000) < 150  # more than 5 standard deviations
+    assert sides[0] != sides[1]
+    with pytest.raises(ValueError, match="below 1"):
+        is_held_out("a", 1.0)

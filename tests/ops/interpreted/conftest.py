@@ -1,0 +1,43 @@
+"""Tests of Triton kernels on CPU tensors, in Triton's interpreter.
+
+`TRITON_INTERPRET=1` must be set before Triton is imported, and leaves nothing to compile for a GPU. So these run in
+processes of their own, which `tests/ops/test_attention_triton.py` and its sisters start; elsewhere they are left out.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16, rounded to the nearest, ties to even, as a GPU does."""
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_arithmetic():
+    """The interpreter holds bfloat16 as 16-bit integers: it multiplies matrices of those, and rounds towards zero."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self, a, b, *rest):
+        wide = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, *wide, *rest)
+
+    def cast_impl(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16):
+            return TensorHandle(to_bfloat16(x.data), tl.bfloat16)
+        return cast(self, x, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+        yield
