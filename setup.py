@@ -13,6 +13,7 @@ DEPENDENCIES = [
     "accelerate>=1.2",
     "beartype>=0.19",
     "einops>=0.8",
+    "jinja2>=3.1",
     "numpy>=1.24",
     "safetensors>=0.4.3",
     "tokenizers>=0.20",

@@ -2,8 +2,8 @@
 
 python benchmarks/ppo_step.py                 # 64 prompts, 64 new tokens, minutes; needs the extra palm-rlhf[bench]
 
-Both start from the same weights, answer each prompt once, at full length, and train policy and critic with the same
-adapters (its default), epochs and minibatches; AdamW here, that package's optimiser there. Ours also asks a reference.
+Both have models of one size, answer each prompt once, at full length, and train policy and critic with the same
+adapters, epochs and minibatches; AdamW here, that package's optimiser there. Ours also asks a reference.
 """
 
 import copy
@@ -23,6 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 
 Iteration = Callable[[], None]
+OURS = {
+    "palm-rlhf, float32": {"precision": "float32", "shared_trunk": False},
+    "palm-rlhf, bfloat16": {"precision": "bf16", "shared_trunk": False},
+    "palm-rlhf, bfloat16, critic on the policy's trunk": {"precision": "bf16", "shared_trunk": True},
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def check_parity(theirs: nn.Module, their_reward: nn.Module, prompts: list[Tenso
     print("parity: the logits and the scores of prompts agree to 1e-4 in float32")
 
 
-def our_iteration(palm: PaLM, reward: RewardModel, task: Task, precision: str) -> Iteration:
+def our_iteration(palm: PaLM, reward: RewardModel, task: Task, precision: str, shared_trunk: bool) -> Iteration:
     """A step of our trainer."""
     config = PPOConfig(
         num_steps=1_000_000,
@@ -66,7 +71,8 @@ def our_iteration(palm: PaLM, reward: RewardModel, task: Task, precision: str) -
         minibatch_size=task.minibatch,
         epochs=task.epochs,
         actor_lora_r=task.lora_r,
-        critic_lora_r=task.lora_r,
+        critic_lora_r=0 if shared_trunk else task.lora_r,
+        shared_trunk=shared_trunk,
         precision=precision,
     )
     trainer = RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=task.prompts, config=config)
@@ -137,10 +143,10 @@ def main(
     new_tokens: int = 64,
     epochs: int = 1,
     minibatch: int = 16,
-    lora_r: int = 8,
-    rounds: int = 2,
+    lora_r: int = 0,
+    rounds: int = 3,
 ) -> None:
-    """Time an iteration of ours in float32 and in bfloat16 autocast, and of palm-rlhf-pytorch in float32.
+    """Time an iteration of ours in float32 and bfloat16, with a shared trunk too, and of palm-rlhf-pytorch in float32.
 
     Args:
         dim: Width of the model.
@@ -151,7 +157,7 @@ def main(
         new_tokens: Tokens of every response.
         epochs: Times that the update goes through the responses; 1 is the default there.
         minibatch: Responses behind an optimiser step.
-        lora_r: Rank of the adapters that are trained in policy and critic; 8 is the default there, 0 for none.
+        lora_r: Rank of the adapters that are trained in policy and critic; 0 trains all of both.
         rounds: Timed rounds.
     """
     from palm_rlhf_pytorch import PaLM as TheirPaLM
@@ -166,16 +172,15 @@ def main(
 
     def iterations(some: list[Tensor]) -> dict[str, Iteration]:
         task, made = Task(some, new_tokens, epochs, minibatch, lora_r), {}
-        for name, precision in ((f32, "float32"), (bf16, "bf16")):
-            palm = PaLM.from_palm_rlhf_pytorch(theirs.state_dict())
-            reward = RewardModel.from_palm_rlhf_pytorch(their_reward.state_dict())
-            made[name] = our_iteration(palm, reward, task, precision)
+        for name, options in OURS.items():
+            palm = PaLM(num_tokens=256, dim=dim, depth=depth)
+            made[name] = our_iteration(palm, RewardModel(palm), task, **options)
         return {**made, other: their_iteration(copy.deepcopy(theirs), their_reward, task)}
 
-    f32, bf16, other = "palm-rlhf, float32", "palm-rlhf, bfloat16", "palm-rlhf-pytorch, float32"
+    other = "palm-rlhf-pytorch, float32"
     alternate(iterations(prompts[:2]), rounds=1, warmup=0)  # a whole iteration would be a long warm-up
     seconds = alternate(iterations(prompts), rounds=rounds, warmup=0)
-    ratios = {label: speedup(seconds[name], seconds[other]) for label, name in (("float32", f32), ("bfloat16", bf16))}
+    ratios = {name: speedup(seconds[name], seconds[other]) for name in OURS}
     title = (
         f"PPO iteration, dim {dim}, depth {depth}, {num_prompts} prompts of {shortest} to {longest} tokens, "
         f"{new_tokens} new tokens, epochs {epochs}, minibatches of {minibatch}, LoRA rank {lora_r}"

@@ -177,7 +177,7 @@ def test_a_broken_array_gives_what_can_be_found_and_says_what_is_wrong(tmp_path,
 @given(rows=RECORDS.filter(bool), form=st.sampled_from(["lines", "array"]), data=st.data())
 def test_a_gzip_that_ends_early_gives_a_prefix_and_says_so(rows, form, data):
     text, _ = layout(rows, form, 2, True)
-    packed = gzip.compress(text.encode())
+    packed = gzip.compress(text.encode(), mtime=0)
     cut = data.draw(st.integers(1, len(packed) - 1))
     with TemporaryDirectory() as folder:
         path = save(folder, packed[:cut])

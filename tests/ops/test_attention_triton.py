@@ -1,0 +1,130 @@
+"""Fused attention in Triton: its kernels in the interpreter, each part in a process of its own, and who may run it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from palm_rlhf.ops.attention import attention, available_implementations, choose
+
+INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py"]
+
+
+@pytest.fixture(scope="module")
+def processes(root):
+    """The tests in `interpreted/`, at work side by side."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    started = {}
+    for name in INTERPRETED:
+        command = [sys.executable, "-m", "pytest", "-q", "--strict-skips", f"tests/ops/interpreted/{name}"]
+        started[name] = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_kernels_in_the_interpreter(processes, name):
+    output, _ = processes[name].communicate()
+    assert processes[name].returncode == 0, output
+    assert " passed" in output and "skipped" not in output
+
+
+def run_python(code: str, **environment: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def fakes(dtype=torch.bfloat16, *, device="cuda", num_queries=20, dim=32) -> list[torch.Tensor]:
+    shapes = (2, 4, num_queries, dim), *[(2, 2, 20, dim)] * 2
+    return [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def test_auto_takes_it_on_a_gpu_for_what_it_can_compute():
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert choose(*fakes(dtype), causal=True) == "triton"
+        assert choose(*fakes(torch.float64), causal=True) != "triton"
+        assert choose(*fakes(dim=512), causal=True) != "triton"
+        assert choose(*fakes(device="cpu"), causal=True) != "triton"
+
+
+def test_auto_takes_it_in_a_compiled_graph_too():
+    compiled = torch.compile(lambda *tensors: attention(*tensors, causal=True), fullgraph=True, backend=count_operators)
+    with FakeTensorMode():
+        for inputs, operator in ((fakes(), "attention_forward"), (fakes(num_queries=1), "attention_decode")):
+            OPERATORS.clear()
+            torch._dynamo.reset()
+            compiled(*inputs)
+            assert [name for name in OPERATORS if "palm_rlhf" in name] == [f"palm_rlhf.{operator}"], OPERATORS
+
+
+OPERATORS: list[str] = []
+
+
+def count_operators(graph, example_inputs):
+    OPERATORS.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return graph
+
+
+@pytest.mark.parametrize("num_queries", [20, 1])
+def test_results_lie_in_memory_as_the_model_joins_heads(num_queries):
+    with FakeTensorMode():
+        out = attention(*fakes(num_queries=num_queries), causal=True)
+        assert out.shape == (2, 4, num_queries, 32) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
+        assert out.transpose(1, 2).is_contiguous()
+
+
+def test_each_refusal_has_its_reason():
+    code = "from palm_rlhf.ops.attention import available_implementations as f; print(f('cpu')['triton'])"
+    assert "TRITON_INTERPRET=1" in run_python(code, TRITON_INTERPRET="0")
+    assert run_python(code, TRITON_INTERPRET="1") == "None"
+    old = "import triton; triton.__version__ = '3.7.1'; " + code
+    for interpret in "01":
+        assert run_python(old, TRITON_INTERPRET=interpret) == "Triton 3.8 or newer is needed, found 3.7.1"
+    new = "import triton; triton.__version__ = '3.10.0+git1234'; " + code
+    assert run_python(new, TRITON_INTERPRET="1") == "None"
+    assert "mps" in available_implementations("mps")["triton"]
+
+
+def test_a_named_one_is_refused_with_the_reason():
+    with FakeTensorMode():
+        with pytest.raises(ValueError, match=r"float64.* it takes one of .*float32"):
+            attention(*fakes(torch.float64), causal=True, implementation="triton")
+        with pytest.raises(ValueError, match="heads have 512 dimensions; it takes up to 256"):
+            attention(*fakes(dim=512), causal=True, implementation="triton")
+        q, k, v = fakes()
+        with pytest.raises(ValueError, match=r"q, k and v are torch.bfloat16, torch.bfloat16 and torch.float32"):
+            attention(q, k, v.float(), causal=True, implementation="triton")
+
+
+def test_programs_are_split_until_they_fill_the_machine():
+    from palm_rlhf.ops.attention_backward_triton import shares
+    from palm_rlhf.ops.attention_decode_triton import choose_splits
+
+    splits = [
+        choose_splits(programs, num_keys, 108) for programs, num_keys in ((4, 16384), (4, 1024), (4, 7), (300, 16384))
+    ]
+    assert splits == [54, 4, 1, 1]
+    assert [shares(blocks, 108) for blocks in (8, 54, 108, 500)] == [8, 2, 1, 1]
+
+
+def test_kernels_on_a_gpu_equal_the_definition(gpu):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)):
+        q, k, v = (torch.randn(2, h, 300, 64, device=gpu, dtype=dtype, requires_grad=True) for h in (6, 2, 2))
+        results = []
+        for implementation in ("triton", "eager"):
+            out = attention(q, k, v, causal=True, implementation=implementation)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+        for got, expected in zip(*results, strict=True):
+            assert (got - expected).abs().max() <= 2 * tolerance * expected.abs().max()
