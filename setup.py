@@ -26,6 +26,12 @@ DEPENDENCIES = [
 ]
 EXTRAS = {
     "hf": ["huggingface_hub>=0.26", "transformers>=4.48"],
+    "data": [
+        "beautifulsoup4>=4.12",
+        "datasketch>=1.6",
+        "lingua-language-detector>=2.0",
+        "markdownify>=1.0",
+    ],
     "plot": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard>=2.16"],
     "bench": ["palm-rlhf-pytorch==0.8.0"],
@@ -33,6 +39,7 @@ EXTRAS = {
     "dev": ["ruff>=0.9"],
 }
 EXTRAS["test"] = [
+    *EXTRAS["data"],
     *EXTRAS["hf"],
     *EXTRAS["plot"],
     *EXTRAS["tensorboard"],

@@ -55,7 +55,7 @@ MARKS = " \t!*>_`#\"'"
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 MODEL_PART = re.compile(r"[a-z]+|\d+(?:\.\d+)*[a-z]*")
 # Languages are told apart by far less than a long conversation has.
-SAMPLE = 2000
+SAMPLE = 800
 
 
 def _without(

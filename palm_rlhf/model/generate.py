@@ -188,6 +188,14 @@ def evaluating(module):
             part.training = True
 
 
+def switch_off_dropout(module):
+    """Set the rate of every dropout in a module to 0, for good, and return the module."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    return module
+
+
 def read_prompts(palm, prompt: Tensor | list[Tensor] | None, generator: torch.Generator | None) -> Prompts:
     """Check prompts and lay them out as one block, padded on the left."""
     device = palm.device

@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.cross_entropy_chunked import linear_cross_entropy
 from ..ops.logprobs import next_token_pairs, target_mask
 from . import checkpoint as storage
 from . import generate as generation

@@ -7,6 +7,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from ..model.generate import switch_off_dropout
 from ..model.palm import PaLM
 from .reward import RewardModel
 from .sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
@@ -171,11 +172,3 @@ def check_model(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
 def wide(x: Tensor) -> Tensor:
     """At least float32: `... -> ...`."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def switch_off_dropout(module: nn.Module) -> nn.Module:
-    """Set the rate of every dropout in a module to 0, and return the module."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    return module

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
+from ..model.generate import switch_off_dropout
 from ..model.interop.reward_model import StoredRewardModel
 from ..model.palm import PaLM
 from ..ops.cross_entropy import cross_entropy
@@ -48,10 +49,7 @@ class RewardModel(StoredRewardModel):
         if num_binned_output < 0 or num_binned_output == 1:
             raise ValueError(f"num_binned_output is {num_binned_output}; expected 2 or more bins, or 0 for a scalar")
         self.num_binned_output, self.pooling = num_binned_output, pooling
-        self.palm = copy.deepcopy(palm)
-        for module in self.palm.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        self.palm = switch_off_dropout(copy.deepcopy(palm))
         if use_lora:
             self.palm.add_finetune_params(reward_lora_scope, lora_r)
         self.use_lora_scope(reward_lora_scope if use_lora else None)

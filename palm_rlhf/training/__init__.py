@@ -1,6 +1,7 @@
 """Trainers: they take token tensors, never text."""
 
 from palm_rlhf.training.config import LMConfig
+from palm_rlhf.training.examples import Example
 from palm_rlhf.training.language_model import LanguageModelTrainer
 from palm_rlhf.training.preference import Preference, PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
@@ -9,8 +10,11 @@ from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf import RLHFTrainer
 from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.supervised import SupervisedTrainer
+from palm_rlhf.training.supervised_config import SupervisedConfig
 
 __all__ = [
+    "Example",
     "LMConfig",
     "LanguageModelTrainer",
     "PPOConfig",
@@ -22,4 +26,6 @@ __all__ = [
     "Rating",
     "RewardConfig",
     "RewardModelTrainer",
+    "SupervisedConfig",
+    "SupervisedTrainer",
 ]

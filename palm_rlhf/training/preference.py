@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from palm_rlhf.algorithms.preferences import dpo_loss
-from palm_rlhf.model.generate import evaluating
+from palm_rlhf.model.generate import evaluating, switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import token_logprobs
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.policy.actor_critic import switch_off_dropout
 from palm_rlhf.policy.sequences import Sequences, join
 from palm_rlhf.training.batches import EpochSampler, micro_batches
 from palm_rlhf.training.metrics import Metrics

@@ -25,7 +25,7 @@ def bench(root):
 def test_training_step(bench):
     sizes = ["--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "32", "--rounds", "2"]
     result = bench("training_step.py", *sizes)
-    assert len(result["seconds"]) == 4 and len(result["speedups"]) == 3
+    assert len(result["seconds"]) == 3 and len(result["speedups"]) == 2
 
 
 def test_generation(bench):
@@ -39,6 +39,11 @@ def test_ppo_step(bench):
     result = bench("ppo_step.py", *sizes, "--new-tokens", "4", "--minibatch", "2", "--rounds", "2")
     assert len(result["seconds"]) == 4 and len(result["speedups"]) == 3
     assert all(seconds["median"] > 0 for seconds in result["seconds"].values())
+
+
+def test_loss(bench):
+    result = bench("loss.py", "--num-tokens", "100", "--dim", "16", "--batch", "1", "--seq-len", "32", "--rounds", "2")
+    assert len(result["seconds"]) == 4 and len(result["speedups"]) == 2
 
 
 def test_medians_and_ratios_of_known_times(root):

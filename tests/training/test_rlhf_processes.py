@@ -60,7 +60,7 @@ def sharding_accelerator(**options):
     accelerator = Accelerator(**options)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", 
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=False,
     )
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP

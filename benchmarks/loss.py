@@ -1,0 +1,87 @@
+"""The output layer with its loss: in chunks beside all logits at once, forward and backward.
+
+python benchmarks/loss.py                     # vocabulary 50,257, 4 x 1024 tokens, dim 512
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import tyro
+from side_by_side import alternate, report, speedup
+
+from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
+
+LOSSES = {"in chunks": linear_cross_entropy, "all logits at once": linear_cross_entropy_reference}
+
+
+def make_inputs(num_tokens: int, dim: int, batch: int, seq_len: int) -> tuple[torch.Tensor, ...]:
+    """Embeddings, output weights, targets."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(batch, seq_len, dim), torch.randn(num_tokens, dim)
+    return x.requires_grad_(), weight.requires_grad_(), torch.randint(num_tokens, (batch, seq_len))
+
+
+def make_step(loss: Callable, inputs: tuple[torch.Tensor, ...], bfloat16: bool) -> Callable[[], list[torch.Tensor]]:
+    """The gradients of one loss."""
+    x, weight, targets = inputs
+
+    def step() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            value = loss(x, weight, targets, scale=x.shape[-1] ** -0.5, z_loss=1e-4)
+        return torch.autograd.grad(value, (x, weight))
+
+    return step
+
+
+def check_parity(inputs: tuple[torch.Tensor, ...]) -> None:
+    """Raise AssertionError unless both have the same gradients."""
+    for one, other in zip(*(make_step(loss, inputs, False)() for loss in LOSSES.values()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
+    print("parity: the gradients agree to 1e-3 in float32")
+
+
+def peak_megabytes(name: str, sizes: tuple[int, ...]) -> int:
+    """What one step needs beyond its inputs, in a process of its own."""
+    code = (
+        "import resource, loss\n"
+        f"inputs = loss.make_inputs(*{sizes})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"loss.make_step(loss.LOSSES[{name!r}], inputs, False)()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def main(num_tokens: int = 50257, dim: int = 512, batch: int = 4, seq_len: int = 1024, rounds: int = 5) -> None:
+    """Time both losses in float32 and in bfloat16 autocast, and measure the memory of a step of each.
+
+    Args:
+        num_tokens: Vocabulary.
+        dim: Width of the embeddings.
+        batch: Sequences.
+        seq_len: Tokens of a sequence.
+        rounds: Timed rounds.
+    """
+    sizes = (num_tokens, dim, batch, seq_len)
+    inputs = make_inputs(*sizes)
+    check_parity(inputs)
+    peaks = {name: peak_megabytes(name, sizes) for name in LOSSES}
+    print(json.dumps({"peak_megabytes": peaks}))
+    runs = {
+        f"{name}, {dtype}": make_step(loss, inputs, dtype == "bfloat16")
+        for dtype in ("float32", "bfloat16")
+        for name, loss in LOSSES.items()
+    }
+    seconds = alternate(runs, rounds=rounds)
+    ratios = {
+        dtype: speedup(*(seconds[f"{name}, {dtype}"] for name in LOSSES)) for dtype in ("float32", "bfloat16")
+    }
+    report(f"loss, vocabulary {num_tokens}, {batch} x {seq_len} tokens, dim {dim}", seconds, ratios)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
