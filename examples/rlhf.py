@@ -70,7 +70,7 @@ MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout
 PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
 REWARD = RewardConfig(grad_accum=1, learning_rate=5e-4, max_seq_len=192)
 PPO = PPOConfig(
-    num_steps=30,
+    num_steps=20,
     max_new_tokens=48,
     temperature=0.7,
     eos_token=END_OF_TURN,

@@ -94,7 +94,7 @@ def results(function, tensors, dtype, options) -> dict[str, Tensor]:
 
 
 def assert_accurate(function, case: Case, dtype: torch.dtype) -> None:
-    """What the arithmetic of the dtype allows, and not far from the eager definition, which rounds its results alone."""
+    """Within what the dtype allows, and not far from the eager definition, which rounds nothing but its results."""
     tensors, options = case.tensors(dtype), case.options()
     got = results(function, tensors, dtype, options)
     truth = results(exact, tensors, torch.float64, options)
