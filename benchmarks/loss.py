@@ -77,9 +77,7 @@ def main(num_tokens: int = 50257, dim: int = 512, batch: int = 4, seq_len: int =
         for name, loss in LOSSES.items()
     }
     seconds = alternate(runs, rounds=rounds)
-    ratios = {
-        dtype: speedup(*(seconds[f"{name}, {dtype}"] for name in LOSSES)) for dtype in ("float32", "bfloat16")
-    }
+    ratios = {dtype: speedup(*(seconds[f"{name}, {dtype}"] for name in LOSSES)) for dtype in ("float32", "bfloat16")}
     report(f"loss, vocabulary {num_tokens}, {batch} x {seq_len} tokens, dim {dim}", seconds, ratios)
 
 

@@ -2,8 +2,9 @@
 
 python benchmarks/ppo_step.py                 # 64 prompts, 64 new tokens, minutes; needs the extra palm-rlhf[bench]
 
-Both have models of one size, answer each prompt once, at full length, and train policy and critic with the same
-adapters, epochs and minibatches; AdamW here, that package's optimiser there. Ours also asks a reference.
+Both have models of one size, and answer each prompt once, at full length, with the same epochs and minibatches. That
+package trains adapters by default, and with an option all of policy and critic, as ours does here; with AdamW here, and
+its own optimiser there. Ours also asks a reference.
 """
 
 import copy
@@ -26,8 +27,9 @@ Iteration = Callable[[], None]
 OURS = {
     "palm-rlhf, float32": {"precision": "float32", "shared_trunk": False},
     "palm-rlhf, bfloat16": {"precision": "bf16", "shared_trunk": False},
-    "palm-rlhf, bfloat16, critic on the policy's trunk": {"precision": "bf16", "shared_trunk": True},
+    "palm-rlhf, bfloat16, shared trunk": {"precision": "bf16", "shared_trunk": True},
 }
+THEIRS = {"palm-rlhf-pytorch": True, "palm-rlhf-pytorch without adapters": False}  # adapters are its default
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class Task:
     new_tokens: int
     epochs: int
     minibatch: int
-    lora_r: int
 
 
 def make_prompts(number: int, shortest: int, longest: int) -> list[Tensor]:
@@ -70,8 +71,6 @@ def our_iteration(palm: PaLM, reward: RewardModel, task: Task, precision: str, s
         max_new_tokens=task.new_tokens,
         minibatch_size=task.minibatch,
         epochs=task.epochs,
-        actor_lora_r=task.lora_r,
-        critic_lora_r=0 if shared_trunk else task.lora_r,
         shared_trunk=shared_trunk,
         precision=precision,
     )
@@ -86,7 +85,7 @@ def our_iteration(palm: PaLM, reward: RewardModel, task: Task, precision: str, s
     return iteration
 
 
-def their_iteration(palm: nn.Module, reward: nn.Module, task: Task) -> Iteration:
+def their_iteration(palm: nn.Module, reward: nn.Module, task: Task, lora: bool) -> Iteration:
     """An episode of that package's trainer with one update at its end.
 
     It draws prompts with replacement and gives all one length with their response; here it takes them in turn, and each
@@ -100,10 +99,8 @@ def their_iteration(palm: nn.Module, reward: nn.Module, task: Task) -> Iteration
         palm=palm,
         reward_model=reward,
         prompt_token_ids=pad_sequence(task.prompts, batch_first=True),
-        actor_lora=task.lora_r > 0,
-        critic_lora=task.lora_r > 0,
-        actor_lora_r=task.lora_r,
-        critic_lora_r=task.lora_r,
+        actor_lora=lora,
+        critic_lora=lora,
         epochs=task.epochs,
         minibatch_size=task.minibatch,
     )
@@ -143,7 +140,6 @@ def main(
     new_tokens: int = 64,
     epochs: int = 1,
     minibatch: int = 16,
-    lora_r: int = 0,
     rounds: int = 3,
 ) -> None:
     """Time an iteration of ours in float32 and bfloat16, with a shared trunk too, and of palm-rlhf-pytorch in float32.
@@ -157,7 +153,6 @@ def main(
         new_tokens: Tokens of every response.
         epochs: Times that the update goes through the responses; 1 is the default there.
         minibatch: Responses behind an optimiser step.
-        lora_r: Rank of the adapters that are trained in policy and critic; 0 trains all of both.
         rounds: Timed rounds.
     """
     from palm_rlhf_pytorch import PaLM as TheirPaLM
@@ -171,19 +166,20 @@ def main(
     check_parity(theirs, their_reward, prompts)
 
     def iterations(some: list[Tensor]) -> dict[str, Iteration]:
-        task, made = Task(some, new_tokens, epochs, minibatch, lora_r), {}
+        task, made = Task(some, new_tokens, epochs, minibatch), {}
         for name, options in OURS.items():
             palm = PaLM(num_tokens=256, dim=dim, depth=depth)
             made[name] = our_iteration(palm, RewardModel(palm), task, **options)
-        return {**made, other: their_iteration(copy.deepcopy(theirs), their_reward, task)}
+        for name, lora in THEIRS.items():
+            made[name] = their_iteration(copy.deepcopy(theirs), their_reward, task, lora)
+        return made
 
-    other = "palm-rlhf-pytorch, float32"
     alternate(iterations(prompts[:2]), rounds=1, warmup=0)  # a whole iteration would be a long warm-up
     seconds = alternate(iterations(prompts), rounds=rounds, warmup=0)
-    ratios = {name: speedup(seconds[name], seconds[other]) for name in OURS}
+    ratios = {f"{name}, than {other}": speedup(seconds[name], seconds[other]) for name in OURS for other in THEIRS}
     title = (
         f"PPO iteration, dim {dim}, depth {depth}, {num_prompts} prompts of {shortest} to {longest} tokens, "
-        f"{new_tokens} new tokens, epochs {epochs}, minibatches of {minibatch}, LoRA rank {lora_r}"
+        f"{new_tokens} new tokens, epochs {epochs}, minibatches of {minibatch}"
     )
     report(title, seconds, ratios, "palm-rlhf-pytorch")
 

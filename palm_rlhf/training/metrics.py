@@ -54,7 +54,7 @@ class RunLog:
                 with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
                     file.write(json.dumps(metrics) + "\n")
                 if draw:
-                    self._draw()
+                    self.draw()
 
     def close(self) -> None:
         """Draws the curves a last time, and closes the trackers."""
@@ -63,9 +63,10 @@ class RunLog:
         self.accelerator.trackers.clear()
         if self.folder is not None:
             with writing(f"the curves in {self.folder}"):
-                self._draw()
+                self.draw()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Draws the curves of what is logged so far, where they are wanted."""
         if self.plot and self.lines:
             plot_curves(self.lines, self.folder / "curves.png", self.panels)
 

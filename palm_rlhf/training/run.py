@@ -232,6 +232,7 @@ class Run:
                     self.log.write(metrics, draw=must_log)
                 if self.is_due(self.config.save_every) or is_done():
                     save()
+                    self.log.draw()
                 bar.set_postfix(show(metrics), refresh=False)
                 bar.update()
                 yield metrics
