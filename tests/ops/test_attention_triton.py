@@ -84,12 +84,9 @@ def test_results_lie_in_memory_as_the_model_joins_heads(num_queries):
 def test_each_refusal_has_its_reason():
     code = "from palm_rlhf.ops.attention import available_implementations as f; print(f('cpu')['triton'])"
     assert "TRITON_INTERPRET=1" in run_python(code, TRITON_INTERPRET="0")
-    assert run_python(code, TRITON_INTERPRET="1") == "None"
-    old = "import triton; triton.__version__ = '3.7.1'; " + code
-    for interpret in "01":
-        assert run_python(old, TRITON_INTERPRET=interpret) == "Triton 3.8 or newer is needed, found 3.7.1"
-    new = "import triton; triton.__version__ = '3.10.0+git1234'; " + code
-    assert run_python(new, TRITON_INTERPRET="1") == "None"
+    version = "import triton; triton.__version__ = '{}'; " + code
+    assert run_python(version.format("3.7.1"), TRITON_INTERPRET="1") == "Triton 3.8 or newer is needed, found 3.7.1"
+    assert run_python(version.format("3.10.0+git1"), TRITON_INTERPRET="1") == "None"
     assert "mps" in available_implementations("mps")["triton"]
 
 

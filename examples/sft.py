@@ -1,0 +1,181 @@
+"""Fine-tunes a PaLM on conversations, counts how many of its replies end by themselves, and chats.
+
+python examples/sft.py                                       # the English dialogues of the package chatterbot-corpus
+python examples/sft.py --model DIR --data oasst.jsonl.gz --learning-rate 2e-5 --seq-len 1024
+"""
+
+import contextlib
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from sft_data import Messages, fitted, opening, read_conversations, split
+from torch import Tensor
+from tqdm import tqdm
+
+from palm_rlhf.data.conversation import Template, encode, encode_prompt, end_of_turn
+from palm_rlhf.data.packing import PackedSampler
+from palm_rlhf.data.streaming import StreamDecoder
+from palm_rlhf.data.templates import PRESETS, load_template
+from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer, add_special_tokens, load_tokenizer
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import resize_token_embeddings
+from palm_rlhf.policy.rollout import Sampling, collect, spoken
+from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
+from palm_rlhf.training.supervised_config import SupervisedConfig
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A model of bytes that starts from nothing."""
+
+    dim: int = 192  # Width of the residual stream.
+    depth: int = 4  # Blocks.
+    heads: int = 4  # Attention heads.
+    dropout: float = 0.1  # Rate of dropout in training.
+
+
+# The defaults, for two CPU cores and a few minutes.
+TRAINING = SupervisedConfig(batch_size=4, num_epochs=6, learning_rate=2e-3, min_lr_ratio=0.0, eval_every=100)
+
+
+def start(folder: Path | None, name: str, fresh: Fresh) -> tuple[PaLM, Tokenizer, Template]:
+    """The model with its tokenizer and template; with one of 256 tokens and no tokenizer, its tokens are bytes."""
+    tokenizer, template = ByteTokenizer(), PRESETS["default" if name == "auto" else name]
+    if folder is None:
+        tokenizer.add_special_tokens(template.special_tokens)
+        return PaLM(num_tokens=tokenizer.num_tokens, **asdict(fresh)), tokenizer, template
+    palm = PaLM.from_pretrained(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError:
+        if palm.num_tokens != 256:
+            raise
+        resize_token_embeddings(palm, tokenizer.num_tokens)
+    if name == "auto":
+        with contextlib.suppress(FileNotFoundError):
+            template = load_template(folder)
+    add_special_tokens(palm, tokenizer, template.special_tokens)
+    return palm, tokenizer, template
+
+
+def measure(palm: PaLM, prompts: list[Tensor], tokenizer: Tokenizer, sampling: Sampling) -> tuple[float, list[str]]:
+    """The rate of replies that end by themselves, and the replies, from the same random numbers each time."""
+    rollout = collect(palm, prompts, sampling, generator=torch.Generator(palm.device).manual_seed(0))
+    _, replies = spoken(rollout.sequences, tokenizer, sampling.eos_token)
+    return 1 - float(rollout.truncated.double().mean()), replies
+
+
+def converse(palm: PaLM, tokenizer: Tokenizer, template: Template, sampling: Sampling, room: int) -> None:
+    """Answers each line of standard input as its tokens come; what was said first is forgotten beyond the room."""
+    messages: Messages = []
+    while line := (say("> ", end="") or sys.stdin.readline()):
+        messages.append({"role": "user", "content": line.strip()})
+        while len(prompt := encode_prompt(messages, tokenizer, template)) > room and len(messages) > 1:
+            messages = messages[2:]
+        decoder, reply = StreamDecoder(tokenizer), ""
+        options = {"max_new_tokens": sampling.max_new_tokens, "eos_token": sampling.eos_token, **sampling.truncation}
+        for token in palm.stream(prompt.to(palm.device), **options):
+            text = decoder.push(int(token))
+            reply += text
+            print(text, end="", flush=True)
+        print(text := decoder.finish(), flush=True)
+        messages.append({"role": "assistant", "content": reply + text})
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Words for people go to standard error; standard output has the numbers, and the replies of the chat."""
+    tqdm.write(text, file=sys.stderr, end=end)
+
+
+def main(
+    data: Path | None = None,
+    model: Path | None = None,
+    output_dir: Path | None = None,
+    resume: bool = False,
+    template: Literal["auto", "default", "oasst", "vicuna", "openchat"] = "auto",
+    chat: bool = False,
+    max_seconds: float = 400,
+    held_out: float = 0.1,
+    num_prompts: int = 64,
+    seq_len: int = 512,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    fresh: Fresh = Fresh(),
+    training: tyro.conf.OmitArgPrefixes[SupervisedConfig] = TRAINING,
+) -> None:
+    """Fine-tunes a PaLM on conversations, then chats. The last line of standard output before the chat is JSON.
+
+    Args:
+        data: A file of Open-Assistant, ShareGPT, messages or preferences; by default dialogues of chatterbot-corpus.
+        model: The folder of a PaLM with its tokenizer, which wants a lower learning rate; by default a fresh one.
+        output_dir: Where checkpoints, metrics, and model, tokenizer and template go; a new folder in runs/ by default.
+        resume: Go on from the newest checkpoint in output_dir, if there is one; it is what is measured before, too.
+        template: How conversations are written; auto is the model's own, or default.
+        chat: Chat at the end also where standard input is no terminal; a line is what the user says.
+        max_seconds: Training ends then, with the learning rate where it is, whatever is left of its epochs.
+        held_out: The part of the conversations that is kept for measurements.
+        num_prompts: Held-out prompts that are answered, before and after.
+        seq_len: Tokens of a row; longer conversations are split between turns.
+        max_new_tokens: Tokens of a reply; one that reaches them has not stopped by itself.
+        temperature: Divides the logits in sampling; 0 always takes the likeliest token.
+        fresh: The numbers of a fresh model.
+        training: How it is trained.
+    """
+    output_dir = output_dir or Path("runs") / time.strftime("sft-%Y%m%d-%H%M%S")
+    torch.manual_seed(training.seed)
+    palm, tokenizer, form = start(model, template, fresh)
+    sides = split(read_conversations(data), held_out, training.seed)
+    train, valid = (fitted(side, seq_len, tokenizer, form) for side in sides)
+    examples, valid_examples = ([encode(messages, tokenizer, form) for messages in side] for side in (train, valid))
+    capacity = max(seq_len, *map(len, examples))  # words may be cut otherwise where messages meet
+    trainer = SupervisedTrainer(
+        palm,
+        train_data=examples,
+        valid_data=valid_examples,
+        sampler=PackedSampler([len(example) for example in examples], capacity, training.seed),
+        config=training,
+        output_dir=output_dir,
+        resume=resume,
+    )
+    questions = list({json.dumps(opening(messages)): opening(messages) for messages in valid}.values())
+    questions = random.Random(training.seed).sample(questions, min(num_prompts, len(questions)))
+    prompts = [encode_prompt(question, tokenizer, form) for question in questions]
+    sampling = Sampling(max_new_tokens, temperature=temperature, eos_token=end_of_turn(tokenizer, form))
+    before, first_replies = measure(palm, prompts, tokenizer, sampling)
+    say(f"{len(train)} conversations, {len(valid)} held out; {before:.0%} of {len(prompts)} replies end by themselves")
+    for metrics in trainer.steps(progress_bar=True):
+        if "valid_loss" in metrics:
+            say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
+        if metrics["elapsed"] > max_seconds:
+            trainer.save()
+            break
+    result = trainer.finish()
+    if training.lora_r:
+        palm.merge_finetune_params(SCOPE)
+    if trainer.accelerator.is_main_process:
+        after, replies = measure(palm, prompts, tokenizer, sampling)
+        for question, *two in list(zip(questions, first_replies, replies, strict=True))[:5]:
+            say("\n".join([f"--- {question[-1]['content']}", *(f"{w}: {t}" for w, t in zip(("before", "after"), two))]))
+        for part in (palm, tokenizer, form):
+            part.save_pretrained(output_dir / "model")
+        say(f"{after:.0%} end by themselves now; saved to {output_dir / 'model'}")
+        rates = {"stop_rate_before": before, "stop_rate_after": after}
+        print(json.dumps({**rates, **result, "model": str(output_dir / "model")}), flush=True)
+    trainer.accelerator.end_training()
+    if trainer.accelerator.is_main_process and (chat or sys.stdin.isatty()):
+        with contextlib.suppress(KeyboardInterrupt):
+            converse(palm, tokenizer, form, sampling, seq_len)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"sft.py: {error}")
