@@ -70,8 +70,9 @@ def help_text(*door: str) -> str:
 
 def unknown_options(words: list[str]) -> list[str]:
     """The long options of a command that its own --help does not know."""
-    door = words[:2]  # `palm-rlhf generate` or `python examples/train.py`
-    options = [word.split("=")[0] for word in words[2:] if word.startswith("--")]
+    # `palm-rlhf data clean`, `palm-rlhf generate` or `python examples/train.py`
+    door = words[: 3 if words[:2] == ["palm-rlhf", "data"] else 2]
+    options = [word.split("=")[0] for word in words[len(door) :] if word.startswith("--")]
     known = set(re.findall(r"--[\w.-]+", help_text(*door)))
     return [option for option in options if option not in known]
 

@@ -61,9 +61,12 @@ def available_implementations(device_type: str = "cpu") -> dict[str, str | None]
     return {"eager": None, "fused": None, "chunked": None, "triton": _device_refusal(device_type)}
 
 
-@torch.compiler.assume_constant_result
 def _device_refusal(device_type: str) -> str | None:
     return _find_device_refusal(device_type)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes a second and loads Triton.
+_device_refusal._dynamo_marked_constant = True
 
 
 @cache

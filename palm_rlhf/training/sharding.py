@@ -1,6 +1,7 @@
 """Weights in shards over the processes (FSDP2): whole for a while, whole for a checkpoint, and back into shards.
 
-On a module that is not in shards all of this does nothing, or the ordinary thing.
+On a module that is not in shards all of this does nothing, or the ordinary thing. PyTorch's part of it is imported where
+it is used: it takes long, and loads Triton.
 """
 
 from collections.abc import Iterator
@@ -9,8 +10,6 @@ from contextlib import contextmanager
 import torch
 from beartype import beartype
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palm_rlhf.model.checkpoint import scope_options
 from palm_rlhf.model.palm import PaLM
@@ -19,7 +18,9 @@ from palm_rlhf.model.palm import PaLM
 @beartype
 def prepare_shards(module: nn.Module) -> None:
     """Make the module the root of its shards, which otherwise the first part would be whose forward runs."""
-    if isinstance(module, FSDPModule):
+    if sharded_parts(module):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
         register_fsdp_forward_method(module, "extra_repr")  # a method without effect, run once as a forward
         module.extra_repr()
         del module.extra_repr
@@ -30,7 +31,7 @@ def prepare_shards(module: nn.Module) -> None:
 @beartype
 def whole(module: nn.Module) -> Iterator[None]:
     """All weights at hand in every process, without gradients, so that each can sample for as long as it likes."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = sharded_parts(module)
     inner = [part for part in parts if part is not module]  # the root stays whole after its forward anyway
     for part in parts:
         part.unshard()
@@ -46,9 +47,29 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 @beartype
+def sharded_parts(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module, itself among them, whose weights are in shards."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+@beartype
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has only its part of a tensor."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+@beartype
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all its shards; all processes have to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @beartype
@@ -60,8 +81,10 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 @beartype
 def sharded_like(target: Tensor, full: Tensor) -> Tensor:
     """A full tensor in the shards of another one of its shape; other shapes, such as a counter, stay as they are."""
-    if not isinstance(target, DTensor) or full.shape != target.shape:
+    if not is_sharded(target) or full.shape != target.shape:
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
 
 
