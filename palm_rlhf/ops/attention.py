@@ -65,7 +65,7 @@ def _device_refusal(device_type: str) -> str | None:
     return _find_device_refusal(device_type)
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler, which takes a second and loads Triton.
+# What torch.compiler.assume_constant_result does, without importing the compiler, which is slow and loads Triton.
 _device_refusal._dynamo_marked_constant = True
 
 

@@ -1,7 +1,7 @@
 """Weights in shards over the processes (FSDP2): whole for a while, whole for a checkpoint, and back into shards.
 
-On a module that is not in shards all of this does nothing, or the ordinary thing. PyTorch's part of it is imported where
-it is used: it takes long, and loads Triton.
+On a module that is not in shards all of this does nothing, or the ordinary thing. PyTorch's part of it is imported
+where it is used: it takes long, and loads Triton.
 """
 
 from collections.abc import Iterator

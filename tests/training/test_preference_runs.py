@@ -58,7 +58,7 @@ make_trainer, pairs = NAMES["trainer"], NAMES["pairs"]
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 

@@ -76,7 +76,7 @@ examples_of, palm_of, trainer_of = NAMES["examples_of"], NAMES["palm_of"], NAMES
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 

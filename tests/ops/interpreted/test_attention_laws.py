@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from palm_rlhf import PaLM
+from palm_rlhf.ops import attention_backward_triton, attention_forward_triton
 from palm_rlhf.ops.attention import attention, available_implementations
 from palm_rlhf.ops.attention_backward_triton import backward
 from palm_rlhf.ops.attention_decode_triton import decode
 from palm_rlhf.ops.attention_forward_triton import forward
+from palm_rlhf.ops.tiles_triton import Tile
 
 triton = functools.partial(attention, implementation="triton")
 eager = functools.partial(attention, implementation="eager")
@@ -132,6 +134,17 @@ def test_strides_do_not_matter():
 def test_nothing_is_an_input_too(num_queries, num_keys):
     results = run(qkv(num_queries, num_keys), causal=False)
     assert not any(t.any() for t in results)
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 32, 4), Tile(32, 16, 4), Tile(64, 128, 4)], ids=str)
+def test_the_tile_does_not_matter(tile, monkeypatch):
+    inputs, key_mask = qkv(50, 70), torch.rand(2, 70) < 0.7
+    d_out = torch.randn_like(inputs[0])
+    expected = run(inputs, d_out, eager, **CAUSAL, key_mask=key_mask)
+    tables = attention_forward_triton.TILES, attention_backward_triton.KEY_TILES, attention_backward_triton.QUERY_TILES
+    for table in tables:
+        monkeypatch.setitem(table, "sm_80", {64: tile})
+    assert_close(run(inputs, d_out, **CAUSAL, key_mask=key_mask), expected)
 
 
 def test_shares_of_the_rows_add_up():
