@@ -11,12 +11,14 @@ from .tiles_triton import LOG2_E, Tile, block_dim, load_rows, multiprocessors, o
 # Tiles by head dimension, for 16-bit numbers.
 KEY_TILES = {
     "sm_80": {64: Tile(32, 128, 8), 128: Tile(128, 64, 8), 256: Tile(32, 64, 8)},
+    "sm_86": {64: Tile(32, 128, 8), 128: Tile(64, 64, 8), 256: Tile(32, 32, 8)},
     "sm_90": {64: Tile(64, 64, 4), 128: Tile(32, 128, 8), 256: Tile(32, 64, 8)},
     "sm_100": {64: Tile(64, 128, 4), 128: Tile(32, 128, 4), 256: Tile(32, 64, 8)},
     "gfx942": {64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
 }
 QUERY_TILES = {
     "sm_80": {64: Tile(128, 32, 4), 128: Tile(64, 32, 4), 256: Tile(64, 32, 8)},
+    "sm_86": {64: Tile(128, 32, 4), 128: Tile(64, 32, 4), 256: Tile(32, 32, 4)},
     "sm_90": {64: Tile(64, 64, 4), 128: Tile(128, 64, 8), 256: Tile(64, 32, 8)},
     "sm_100": {64: Tile(128, 64, 4), 128: Tile(128, 64, 4), 256: Tile(64, 32, 8)},
     "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},

@@ -12,10 +12,10 @@ from torch import Tensor
 from .attention_forward_triton import attend, span
 from .tiles_triton import LOG2_E, Tile, block_dim, load_rows, multiprocessors, on, precision, store_rows, tile_for
 
-MAX_ROWS = 64  # query heads that share a key head, times new tokens
+MAX_ROWS = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}  # new tokens times heads that share a key head
 MIN_KEYS, MAX_SPLITS = 256, 128
 _TILES = {64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}
-TILES = dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), _TILES)  # block_m grows with the rows
+TILES = dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"), _TILES)  # block_m grows with the rows
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def choose_splits(programs: int, num_keys: int, processors: int) -> int:
 def decode(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, num_splits: int | None = None
 ) -> Tensor:
-    """Launch the decoding kernels: `b (hk g) i d`, in the memory order `b i (hk g) d`. At most MAX_ROWS of `i g`."""
+    """Launch the decoding kernels: `b (hk g) i d`, in the memory order `b i (hk g) d`. At most `MAX_ROWS` of i g."""
     batch, heads, num_queries, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     group = heads // kv_heads

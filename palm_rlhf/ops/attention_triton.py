@@ -105,6 +105,7 @@ def attention_triton(
     key_mask = None if key_mask is None else key_mask.contiguous()
     document_ids = None if document_ids is None else document_ids.contiguous()
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if document_ids is None and not needs_grad and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS:
+    few = q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS[q.dtype]
+    if few and document_ids is None and not needs_grad:
         return _decode(q, k, v, causal, key_mask)
     return _forward(q, k, v, causal, key_mask, document_ids)[0]

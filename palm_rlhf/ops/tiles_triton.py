@@ -31,8 +31,11 @@ class Tile(NamedTuple):
         return dict(zip(names, self, strict=True))
 
 
-# Products of float32 at full precision run outside the tensor cores, unrolled: larger tiles than these spill.
-FLOAT32_TILES = {64: Tile(16, 32, 4), 128: Tile(16, 32, 8), 256: Tile(16, 16, 8)}
+# Products of float32 at full precision are unrolled, and where tensor cores do not take them, large tiles spill.
+FLOAT32_TILES = {
+    "cuda": {64: Tile(16, 32, 4), 128: Tile(16, 32, 8), 256: Tile(16, 16, 8)},
+    "hip": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
 
 
 def refusal(device_type: str) -> str | None:
@@ -48,17 +51,23 @@ def refusal(device_type: str) -> str | None:
 
 
 def architecture(device: torch.device) -> str:
-    """The generation a kernel is tuned for: "sm_80", "sm_90", "sm_100" or "gfx942"."""
-    if device.type == "cuda" and torch.version.hip:
+    """The generation a kernel is tuned for: sm_80, sm_90, sm_100, sm_86 (which has less shared memory) or gfx942."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major in (9, 10):
+        return f"sm_{major}0"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
 def tile_for(tiles: dict[str, dict[int, Tile]], x: torch.Tensor) -> Tile:
     """The tile for x, `... d`, from a table by architecture and by the largest d that each serves."""
-    small = x.dtype == torch.float32 and x.device.type == "cuda"
-    by_dim = FLOAT32_TILES if small else tiles[architecture(x.device)]
+    if x.dtype == torch.float32 and x.device.type == "cuda":
+        by_dim = FLOAT32_TILES["hip" if torch.version.hip else "cuda"]
+    else:
+        by_dim = tiles[architecture(x.device)]
     return next(tile for dim, tile in by_dim.items() if x.shape[-1] <= dim)
 
 
