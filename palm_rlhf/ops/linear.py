@@ -61,7 +61,7 @@ def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, .
     x: `... i`, weight: `sum(sizes) i` -> one `... size` for each size
     """
     if not _trains_on_cpu(x, weight):
-        return linear(x, weight).split(sizes, dim=-1)
+        return linear(x, weight).split_with_sizes(sizes, dim=-1)
     return _SplitLinear.apply(*_autocast(x, weight), sizes)
 
 
