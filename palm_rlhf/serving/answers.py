@@ -60,25 +60,29 @@ class Answers:
 
     async def generate(self, request: Any, kind: Kind) -> dict[str, Any] | EventStream | None:
         """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
-        body = await self.read(request)
-        ask = read_chat(body) if kind == "chat" else read_completion(body)
-        self._check_model(ask.model)
+        ask, wanted = await asyncio.to_thread(self._asked, kind, await self.read(request))
         form = Form(kind, self.served.name, self.served.tokenizer, ask.include_usage)
-        wanted = await asyncio.to_thread(engine_requests, self.served, self.engine.context, kind, ask)
-        if ask.best_of > ask.n and self.served.reward_model is None:
-            raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
         if not ask.stream:
             return await self._while_connected(request, self._whole(form, ask, wanted))
         generations, queue = self._submit(wanted)
         return EventStream(self._events(form, ask, generations, queue), generations)
 
+    def _asked(self, kind: Kind, body: bytes) -> tuple[Ask, list[Request]]:
+        """What a body asks for; in a thread, since a long one takes seconds in which others are to be served."""
+        values = read_json(body)
+        ask = read_chat(values) if kind == "chat" else read_completion(values)
+        self._check_model(ask.model)
+        if ask.best_of > ask.n and self.served.reward_model is None:
+            raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
+        if (count := len(ask.prompts) * ask.best_of) > self.engine.limit:
+            name = "prompt" if len(ask.prompts) > self.engine.limit else "best_of" if ask.best_of > ask.n else "n"
+            most = f"{self.engine.limit}, as many as may run and wait"
+            raise ApiError(400, f"{name} asks for {count} replies in all; expected at most {most}", param=name)
+        return ask, engine_requests(self.served, self.engine.context, kind, ask)
+
     async def score(self, request: Any) -> dict[str, Any] | None:
         """What the reward model makes of replies to a prompt."""
-        name, prompt, replies = read_score(await self.read(request))
-        self._check_model(self.served.name if name is None else name)
-        if self.served.reward_model is None:
-            raise ApiError(400, "this server has no reward model: start it with --reward-model", code="no_reward_model")
-        tokens, answers = await asyncio.to_thread(score_tokens, self.served, self.engine.context, prompt, replies)
+        tokens, answers = await asyncio.to_thread(self._asked_to_score, await self.read(request))
         scores = await self._while_connected(request, self._scores(tokens, answers))
         if scores is None:
             return None
@@ -89,6 +93,14 @@ class Answers:
             "data": [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
+
+    def _asked_to_score(self, body: bytes) -> tuple[list[int], list[list[int]]]:
+        """The tokens of a prompt and of replies to it; see `_asked`."""
+        name, prompt, replies = read_score(read_json(body))
+        self._check_model(self.served.name if name is None else name)
+        if self.served.reward_model is None:
+            raise ApiError(400, "this server has no reward model: start it with --reward-model", code="no_reward_model")
+        return score_tokens(self.served, self.engine.context, prompt, replies)
 
     def model(self, name: str) -> dict[str, Any]:
         """The entry of a model."""
@@ -111,17 +123,16 @@ class Answers:
             raise ApiError(503, "the engine has stopped", code="unavailable")
         return {"status": "ok", "running": self.engine.num_running, "waiting": self.engine.num_waiting}
 
-    async def read(self, request: Any) -> dict[str, Any]:
-        """The body of a request as JSON, within the limits."""
+    async def read(self, request: Any) -> bytes:
+        """The body of a request, within the limits."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind in NOT_JSON:  # what a page of another site may send without asking the browser
             raise ApiError(400, f"the Content-Type is {kind}; expected application/json", code="invalid_content_type")
         try:
-            body = await asyncio.wait_for(self._bytes(request.receive), self.limits.body_timeout)
+            return await asyncio.wait_for(self._bytes(request.receive), self.limits.body_timeout)
         except asyncio.TimeoutError as error:
             message = f"the body did not come within {self.limits.body_timeout:g} seconds"
             raise ApiError(408, message, headers={"Connection": "close"}) from error
-        return read_json(body)
 
     async def _bytes(self, receive: Any) -> bytes:
         limit, parts, size, more = self.limits.max_body, [], 0, True

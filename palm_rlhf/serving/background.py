@@ -1,5 +1,6 @@
 """Running the application: until it is stopped, or beside the rest of a program."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 from palm_rlhf.serving.extras import fastapi_module
 
 GRACE = 5  # seconds that replies have to end after the server was told to
+LAST_WORDS = 5  # seconds that clients have to read what they are told when those are over
 # Seconds that an idle connection is kept, longer than clients do: closing one just as it is used fails what is sent.
 KEEP_ALIVE = 75
 
@@ -25,8 +27,10 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: Any, *, grace: float = GRACE, when_ready: Callable[[], None]) -> Any:
-    """A uvicorn server, which calls a function when it takes requests."""
+def make_server(
+    app: Any, *, grace: float = GRACE, when_ready: Callable[[], None], when_late: Callable[[], None] = lambda: None
+) -> Any:
+    """A uvicorn server, which calls a function when it takes requests, and one to end what outlasts the grace."""
     fastapi_module()
     import uvicorn
 
@@ -35,13 +39,20 @@ def make_server(app: Any, *, grace: float = GRACE, when_ready: Callable[[], None
             await super().startup(sockets)
             when_ready()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            late = asyncio.get_running_loop().call_later(grace, when_late)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                late.cancel()
+
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=grace,
+        timeout_graceful_shutdown=grace + LAST_WORDS,
     )
     return Server(config)
 

@@ -11,13 +11,15 @@ from palm_rlhf.serving.sampler import Sampled, Sampler
 from palm_rlhf.serving.slots import SlotCache
 
 COLUMN_STEP = 64  # reserved lengths are rounded up to it, so that the block is seldom reshaped
+HEADROOM = 256  # tokens that each row may go on for when another one joins it, before memory can run out again
 
 
 class Batch:
     """Rows 0, 1, ... of the cache, one for each sequence that is sampled from, and the next row for the one being read.
 
     A sequence that leaves is replaced by the last one, so that the rows of a step always lie next to each other. What
-    it leaves in the cache is kept for prompts that begin as it did, within `prefix_bytes`.
+    it leaves in the cache is kept for prompts that begin as it did, within `prefix_bytes`. One that left before its end
+    may be admitted again, and goes on where it was.
     """
 
     def __init__(self, palm: PaLM, sampler: Sampler, slots: SlotCache, *, prefix_bytes: int):
@@ -32,29 +34,41 @@ class Batch:
         return self.rows if self.reading is None else [*self.rows, self.reading]
 
     def admit(self, generation: Generation) -> bool:
-        """Begins to read a prompt, if no other is being read and there is a row and the memory for it."""
+        """Begins to read a sequence, if no other is being read and there is a row and the memory for it.
+
+        That is memory to begin with, not for all that the replies may become: most end long before, and `make_room`
+        finds more for those that do not.
+        """
         if self.reading is not None or len(self.rows) == self.slots.max_rows:
             return False
-        columns = max(member.num_reserved for member in (*self.rows, generation))
-        columns = -(-columns // COLUMN_STEP) * COLUMN_STEP
-        used = [row.num_read for row in self.rows]
-        if not self.slots.reserve(len(self.rows) + 1, columns, used):
+        members = [*self.rows, generation]
+        if not self._reserve(members, max(min(member.length + HEADROOM, member.limit) for member in members)):
             return False
         self.reading = generation
-        generation.num_read = generation.num_cached = self._reuse(generation.request.prompt)
+        generation.num_read = self._reuse(generation.sequence)
+        if not generation.admitted:
+            generation.admitted, generation.num_cached = True, generation.num_read
         return True
 
-    def _reuse(self, prompt: list[int]) -> int:
-        """Copies the longest beginning of a prompt that is known to its row, and counts its tokens.
+    def make_room(self) -> bool:
+        """Sees to the memory for a token more of every row; False where the budget has none."""
+        return self._reserve(self.members, max(member.length for member in self.members))
+
+    def _reserve(self, members: list[Generation], columns: int) -> bool:
+        columns = -(-columns // COLUMN_STEP) * COLUMN_STEP
+        return self.slots.reserve(len(members), columns, [member.num_read for member in self.members])
+
+    def _reuse(self, sequence: list[int]) -> int:
+        """Copies the longest beginning of a sequence that is known to its row, and counts its tokens.
 
         The last token is always read, since the logits after it are wanted.
         """
-        tokens, row = np.array(prompt[:-1]), len(self.rows)
+        tokens, row = np.array(sequence[:-1]), len(self.rows)
         known, contents = self.prefixes.find(tokens)
         running, length = None, 0
         for index, other in enumerate(self.rows):
-            sequence = np.array(other.sequence[: min(other.num_read, len(tokens))])
-            if (shared := common_prefix(sequence, tokens)) > length:
+            read = np.array(other.sequence[: min(other.num_read, len(tokens))])
+            if (shared := common_prefix(read, tokens)) > length:
                 running, length = index, shared
         if length > known:
             self.slots.move(running, row, length)
@@ -63,17 +77,17 @@ class Batch:
         return max(length, known)
 
     def read(self, num_tokens: int) -> tuple[int, Sampled | None]:
-        """Reads up to so many tokens of the prompt; its end brings the first sampled token, and a place in the rows.
+        """Reads up to so many tokens of the sequence; its end brings its next token, and a place in the rows.
 
-        Returns how many were read. The sequence is still `reading` where its prompt has not ended.
+        Returns how many were read. The sequence is still `reading` where it has not ended.
         """
         generation = self.reading
-        prompt = generation.request.prompt
-        start, stop = generation.num_read, min(generation.num_read + num_tokens, len(prompt))
-        tokens = torch.tensor([prompt[start:stop]], device=self.palm.device)
+        sequence = generation.sequence
+        start, stop = generation.num_read, min(generation.num_read + num_tokens, len(sequence))
+        tokens = torch.tensor([sequence[start:stop]], device=self.palm.device)
         embeds = self._embed(tokens, self.slots.row(len(self.rows), start))
         generation.num_read = stop
-        if stop < len(prompt):
+        if stop < len(sequence):
             return stop - start, None
         self.rows.append(generation)
         self.reading = None

@@ -95,7 +95,8 @@ def serve(
             app = create_app(served, engine, api_keys=keys, limits=limits)
             ready = f"{served.name} answers at {url_of(listener)}"
             with suppress(KeyboardInterrupt):  # which is how it is stopped
-                make_server(app, when_ready=lambda: print(ready, flush=True)).run([listener])
+                server = make_server(app, when_ready=lambda: print(ready, flush=True), when_late=engine.close)
+                server.run([listener])
 
 
 def read_keys(file: Path | None) -> list[str]:

@@ -34,6 +34,7 @@ class EngineConfig:
     `context`: tokens of a prompt with its reply; None is the model's `max_seq_len`. `max_batch`: replies computed
     together. `queue`: replies that may wait beyond them. `prefill_chunk`: tokens of prompts read between two tokens of
     the others. `cache_memory` and `prefix_memory`: bytes for running sequences, and for what prompts may begin with.
+    Where the first is short, those who came last wait again, and go on when there is room.
     `timeout`: seconds for each reply, its time in the queue included.
     """
 
@@ -70,7 +71,7 @@ class Engine:
         self.palm, self.tokenizer = palm.eval(), tokenizer
         self.context = palm.config.max_seq_len if config.context is None else config.context
         self.counts: Counter[str] = Counter()  # what has happened since the start, for whoever watches
-        self._limit = config.max_batch + config.queue
+        self.limit = config.max_batch + config.queue  # replies that may run or wait
         self._batch = self._make_batch()
         self._waiting: deque[Generation] = deque()
         self._inbox: deque[Generation] = deque()
@@ -137,19 +138,19 @@ class Engine:
         """Asks for several replies, all or none; see `submit`."""
         for request in requests:
             self._check(request)
-        if len(requests) > self._limit:
-            raise ValueError(f"got {len(requests)} requests at once; expected at most {self._limit}, rows and queue")
+        if len(requests) > self.limit:
+            raise ValueError(f"got {len(requests)} requests at once; expected at most {self.limit}, rows and queue")
         generations = [
             Generation(request, TextStream(self.tokenizer, request.stop), deliver, self._wake) for request in requests
         ]
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            if self._num_open + len(requests) > self._limit:
+            if self._num_open + len(requests) > self.limit:
                 self.counts["refused"] += 1
                 raise EngineFull(
                     f"{self._num_open} replies run or wait, and {len(requests)} more would be above the limit of "
-                    f"{self._limit}; try again later",
+                    f"{self.limit}; try again later",
                     self._retry_after(),
                 )
             self._num_open += len(requests)
@@ -176,7 +177,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            if len(self._jobs) >= self._limit:
+            if len(self._jobs) >= self.limit:
                 raise EngineFull(f"{len(self._jobs)} other tasks wait; try again later", self._retry_after())
             self._jobs.append((function, future))
             self._changed.notify()
@@ -239,6 +240,8 @@ class Engine:
         """One token for every reply that runs, and a part of the prompts of those that come."""
         self._drop_those_who_left()
         self._run_job()
+        while self._batch.rows and not self._batch.make_room():
+            self._make_way()
         if self._batch.rows:
             started = list(self._batch.rows)
             self.counts["steps"] += 1
@@ -274,12 +277,24 @@ class Engine:
 
     def _admit(self) -> bool:
         """Gives the first that waits a row; those behind it wait too, so that no one is overtaken for ever."""
-        if not self._waiting or not self._batch.admit(self._waiting[0]):
+        if not self._waiting:
             return False
-        generation = self._waiting.popleft()
-        self.counts["prompt_tokens"] += len(generation.request.prompt)
-        self.counts["prompt_tokens_reused"] += generation.num_cached
+        generation = self._waiting[0]
+        is_new = not generation.admitted
+        if not self._batch.admit(generation):
+            return False
+        self._waiting.popleft()
+        if is_new:
+            self.counts["prompt_tokens"] += len(generation.request.prompt)
+            self.counts["prompt_tokens_reused"] += generation.num_cached
         return True
+
+    def _make_way(self) -> None:
+        """Sends who came last back to the head of the queue: the memory is short, and those before it go on."""
+        generation = max(self._batch.members, key=lambda member: member.submitted)
+        self._batch.remove(generation)
+        self._waiting.appendleft(generation)
+        self.counts["preempted"] += 1
 
     def _push(self, generation: Generation, sampled: Sampled | None) -> None:
         if sampled is None:

@@ -100,6 +100,7 @@ class Generation:
     ):
         self.request = request
         self.tokens: list[int] = []  # sampled so far, the one that ends the reply included
+        self.admitted = False  # whether it has ever had a row
         self.num_cached = 0  # tokens of the prompt that were not computed again
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
@@ -120,8 +121,13 @@ class Generation:
         return self.request.prompt + self.tokens
 
     @property
-    def num_reserved(self) -> int:
-        """Tokens that the whole sequence may grow to."""
+    def length(self) -> int:
+        """Tokens of that sequence."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def limit(self) -> int:
+        """Tokens that it may grow to."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
     def cancel(self) -> None:

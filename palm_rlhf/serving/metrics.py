@@ -14,6 +14,7 @@ COUNTERS = {  # what the engine counts, by the name and label it is told with
     "tokens": ("tokens", "", {"kind": "sampled"}),
     "steps": ("steps", "Forward passes over all running replies.", {}),
     "refused": ("refused", "Requests refused because the queue was full.", {}),
+    "preempted": ("preempted", "Replies that had to wait again, for memory.", {}),
     **{
         f"finished_{reason}": ("replies", "Replies by why they ended.", {"finish_reason": reason})
         for reason in ("stop", "length", "cancelled", "timeout", "error")

@@ -42,7 +42,8 @@ class SlotCache:
         """
         if rows <= self.num_rows and columns <= self.num_columns:
             return True
-        roomy = min(max(rows, 2 * self.num_rows), self.max_rows), max(columns, self.num_columns)
+        more = min(max(rows, 2 * self.num_rows), self.max_rows) if rows > self.num_rows else self.num_rows
+        roomy = more, max(columns, self.num_columns)
         for new_rows, new_columns in (roomy, (rows, max(columns, self.num_columns)), (rows, columns)):
             if new_rows * new_columns <= self.max_tokens:
                 self._resize(new_rows, new_columns, len(used), max(used, default=0))

@@ -1,9 +1,11 @@
 """Clients that vanish, dawdle or send garbage: their places are free at once, and no one else feels it."""
 
+import asyncio
 import json
 import socket
 import struct
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -123,6 +125,30 @@ def test_half_requests_and_garbage_hold_nothing(server, connect, client):
         connect(sent)
     assert client.completions.create(model="parrot", prompt="a", max_tokens=1).usage.completion_tokens == 1
     assert engine.num_running == 0
+
+
+LONG_LISTS = [
+    ("/v1/completions", b'"prompt"', b"1, "),
+    ("/v1/chat/completions", b'"messages"', b'{"role": "user", "content": "a"}, '),
+]
+
+
+@pytest.mark.parametrize("path, name, entry", LONG_LISTS)
+def test_a_long_body_holds_up_no_one(server, served, path, name, entry):
+    """While it is checked, which takes the most of a second, the event loop goes on with what others want."""
+    app = create_app(served, server[1])
+    long = b'{"model": "parrot", %s: [%s"x"]}' % (name, entry * 100_000)
+
+    async def turns_of_the_loop(body: bytes) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            asked, turns = asyncio.ensure_future(client.post(path, content=body)), 0
+            while not asked.done():
+                await asyncio.sleep(0.001)
+                turns += 1
+        assert asked.result().status_code == 400
+        return turns
+
+    assert asyncio.run(turns_of_the_loop(long)) > asyncio.run(turns_of_the_loop(b"{}")) + 10
 
 
 @pytest.fixture(scope="module")

@@ -112,12 +112,6 @@ def test_the_cache_stays_in_its_memory_and_replies_wait_for_it(start_engine, ser
     assert 1 < max(running for _, running in seen) < 4  # 200 tokens are three rows of 64, and one of 128
 
 
-def test_the_memory_has_to_hold_one_context(start_engine, served):
-    per_token = SlotCache.bytes_per_token(served.palm)
-    with pytest.raises(ValueError, match=f"expected at least {256 * per_token:,}"):
-        start_engine(cache_memory=255 * per_token)
-
-
 def test_a_common_beginning_is_computed_once(start_engine, served):
     engine = start_engine(max_batch=2)
     system = {"role": "system", "content": "You are a parrot. " * 3}

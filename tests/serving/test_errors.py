@@ -239,7 +239,9 @@ def test_a_full_queue_says_when_to_come_again(start_server, eventually):
             assert reply.status_code == 429
             assert int(reply.headers["Retry-After"]) >= 1
             assert reply.json()["error"]["code"] == "queue_full"
-            assert client.post(TEXTS, json={"model": "parrot", "prompt": "a", "n": 3}).status_code == 400
+            for name, more in (("n", {"n": 3}), ("best_of", {"best_of": 3}), ("prompt", {"prompt": ["a"] * 3})):
+                reply = client.post(TEXTS, json={"model": "parrot", "prompt": "a", **more})
+                assert (reply.status_code, reply.json()["error"]["param"]) == (400, name)
         eventually(lambda: engine.num_running + engine.num_waiting == 0)
         assert client.post(TEXTS, json={"model": "parrot", "prompt": "a"}).status_code == 200
 

@@ -1,11 +1,13 @@
 """palm-rlhf serve, in a process of its own: it says where it answers, takes its options, and ends when interrupted."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -62,6 +64,26 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
         assert process.returncode == 0
         assert "Traceback" not in errors
         assert "user='someone' prompt_tokens=8 completion_tokens=46 replies=2 ended=stop" in errors
+
+
+def test_replies_that_outlast_the_grace_are_told_so(command, checkpoint):
+    endless = {"model": "parrot", "prompt": "a", "max_tokens": 90_000, "logit_bias": {"256": -100}}
+    with command(checkpoint, "--port", 0, "--context", 100_000) as (process, url), ThreadPoolExecutor() as pool:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            whole = pool.submit(client.post, "/v1/completions", json=endless)
+            with client.stream("POST", "/v1/completions", json={**endless, "stream": True}) as reply:
+                lines = filter(None, reply.iter_lines())
+                next(lines)
+                while client.get("/healthz").json()["running"] < 2:
+                    next(lines)
+                process.send_signal(signal.SIGINT)
+                *_, error, done = lines
+            assert json.loads(error.removeprefix("data: "))["error"]["code"] == "unavailable"
+            assert done == "data: [DONE]"
+            assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "unavailable")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
 
 
 def test_a_port_in_use_is_said_before_the_model_is_read(tmp_path):
