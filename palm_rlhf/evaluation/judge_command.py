@@ -104,6 +104,8 @@ def judge(
         raise ValueError(f"got {len(loaded)} files of answers, expected two; only --method rating takes another number")
     if method == "rating" and (ask_person or annotations or judge == PERSON):
         raise ValueError("ratings are of single answers: expected no person, --ask-person or --annotations with them")
+    if ask_person < 0:
+        raise ValueError(f"ask_person is {ask_person}, expected 0 or more questions")
     _refuse_unused(judge, model, api_key_env, template, temperature, samples)
     options = {"temperature": float(samples > 1) if temperature is None else temperature, "max_tokens": max_tokens}
     network = {"retries": retries, "backoff": backoff, "timeout": timeout}

@@ -109,6 +109,11 @@ class ChatJudge(Judge):
         retries: int = 5,
         backoff: float | int = 1.0,
     ):
+        if retries < 0 or backoff < 0 or timeout <= 0:
+            raise ValueError(
+                f"got retries={retries}, backoff={backoff} and timeout={timeout}, expected at least 0 retries, seconds "
+                "of at least 0 before one, and seconds above 0 to wait for a reply"
+            )
         self.url, self.name = completions_url(url), model
         self.identity = {"model": model, "temperature": float(temperature), "max_tokens": max_tokens}
         self.api_key, self.timeout, self.retries, self.backoff = api_key, timeout, retries, backoff

@@ -93,6 +93,8 @@ def bradley_terry(battles: Sequence[Battle], *, prior_draws: float | int = 0) ->
     to the mean. ValueError where no finite ratings are likeliest: without such draws, there must be a way of wins and
     draws from every model to every other (Ford 1957).
     """
+    if prior_draws < 0:
+        raise ValueError(f"prior_draws is {prior_draws}, expected 0 or more")
     models = models_of(battles)
     wins = _win_matrix(battles, models)
     if not prior_draws and (stuck := _never_beaten(wins)):

@@ -104,6 +104,8 @@ def score_trios(
     batch_size: int = 16,
 ) -> RewardBenchResult:
     """Scores both replies of each pair and compares them."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     differences = []
     for first in range(0, len(trios), batch_size):
         batch = trios[first : first + batch_size]

@@ -196,6 +196,9 @@ def test_a_reward_model_on_a_file_of_rewardbenchs_shape(tmp_path, write_lines, e
     turned = [{**record, "chosen": record["rejected"], "rejected": record["chosen"]} for record in records]
     trios = read_trios(write_lines(tmp_path / "turned.jsonl", turned))
     assert score_trios(model, ByteTokenizer(), TEMPLATE, trios).accuracy == pytest.approx(1 - sum(right) / 6)
+    for size in (0, -4):
+        with pytest.raises(ValueError, match=f"batch_size is {size}"):
+            score_trios(model, ByteTokenizer(), TEMPLATE, trios, batch_size=size)
     tiny_palm().save_pretrained(tmp_path / "palm")
     with pytest.raises(ValueError, match="no reward model"):
         evaluate("reward", tmp_path / "palm", path)

@@ -141,6 +141,8 @@ def test_a_prior_draw_is_a_draw_against_a_model_of_mean_strength():
     strength = (ratings["a"] - 1000) * math.log(10) / 400
     won, chance = 3 + 1, 3 / (1 + math.exp(-2 * strength)) + 2 / (1 + math.exp(-strength))
     assert won == pytest.approx(chance)
+    with pytest.raises(ValueError, match="prior_draws is -1"):
+        bradley_terry(battles, prior_draws=-1)
 
 
 def test_resamples_without_a_defeat_still_have_an_end():
