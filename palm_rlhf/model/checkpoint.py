@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -219,6 +220,8 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or foreign file fails in as many ways as there are bytes
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, UnpicklingError):  # torch would say how to run it
+            reason = "it is a damaged pickle, or one of other things"
         raise ValueError(
             f"{path} cannot be read as tensors alone, and nothing else is run ({reason}); expected {STATE_DICT}"
         ) from error

@@ -36,8 +36,8 @@ class ActorCritic(nn.Module):
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
 
     Raises:
-        ValueError: options that do not go together, or a model that is bidirectional, of another vocabulary, or holds
-            LoRA scopes, which nothing here would apply.
+        ValueError: options that do not go together, a frozen policy, or a model that is bidirectional, of another
+            vocabulary, or holds LoRA scopes, which nothing here would apply.
     """
 
     _no_split_modules = ("ParallelBlock",)  # what accelerate makes shards of, where it is not told
@@ -85,6 +85,8 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(trunk.config.dim, 1, device=palm.device, dtype=palm.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        if not self.actor_parameters():
+            raise ValueError("the policy is frozen; expected weights to train: palm.requires_grad_(), or actor_lora_r")
         switch_off_dropout(self)
 
     def actor_parameters(self) -> list[nn.Parameter]:
@@ -160,13 +162,19 @@ def check_model(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
     palm = model.palm if isinstance(model, RewardModel) else model
     if not palm.config.causal:
         raise ValueError(f"the {name} has causal=False and sees what is yet to be said; expected causal=True")
-    if palm.num_tokens != num_tokens:
-        raise ValueError(f"the {name} has num_tokens={palm.num_tokens}; expected {num_tokens} as the policy has")
+    check_vocabulary(name, model, num_tokens)
     if palm is model and palm.finetune_modules:
         raise ValueError(
             f"the {name} has the LoRA scopes {sorted(palm.finetune_modules)}; expected none: merge them by "
             "merge_finetune_params, or take them away by remove_finetune_params"
         )
+
+
+def check_vocabulary(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
+    """ValueError where the model reads other tokens than a policy of `num_tokens` says."""
+    palm = model.palm if isinstance(model, RewardModel) else model
+    if palm.num_tokens != num_tokens:
+        raise ValueError(f"the {name} has num_tokens={palm.num_tokens}; expected {num_tokens} as the policy has")
 
 
 def wide(x: Tensor) -> Tensor:

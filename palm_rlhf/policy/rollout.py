@@ -14,6 +14,7 @@ from .reward import RewardModel
 from .sequences import Sequences, join
 
 Reward = RewardModel | Callable[[Sequence, Sequence], Sequence[float | int | None]]
+LARGEST = torch.finfo(torch.float32).max  # what a score can be
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def score(
 
     The function gets two lists, of texts where there is a tokenizer (without the EOS), else of 1-d tensors, and returns
     as many numbers, or None where it cannot say. ValueError where it returns something else; what it raises is raised
-    again as RuntimeError that names the prompt; FloatingPointError where a score is not finite.
+    again as RuntimeError that names the prompt; FloatingPointError where a score is not finite, in float32.
     """
     if isinstance(reward, RewardModel):
         scores = reward.score(sequences, batch_size=batch_size)
@@ -117,7 +118,7 @@ def score(
     else:
         numbers = _call(reward, *spoken(sequences, tokenizer, eos_token))
     for row, number in enumerate(numbers):
-        if number is not None and not abs(number) < float("inf"):
+        if number is not None and not abs(number) <= LARGEST:
             prompt, completion = (part[0] for part in spoken(sequences.select(slice(row, row + 1)), tokenizer))
             raise FloatingPointError(
                 f"the reward is {number}, expected a finite number or None: for the prompt {_show(prompt)} "
@@ -139,7 +140,7 @@ def _call(reward: Callable, prompts: list, completions: list) -> list[float | in
     try:
         rows = answers.tolist() if isinstance(answers, Tensor) else answers
         numbers = [None if row is None else float(row) for row in rows]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"the reward function returned {answers!r:.200}; expected a number, or None, for each completion"
         ) from error

@@ -74,8 +74,9 @@ class RunLog:
 @beartype
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a metrics file, without a last one that was cut off; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # of bytes: a text may hold other ends of lines, and a line may be cut off inside a character
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    return [json.loads(line) for line in lines]
 
 
 def has_matplotlib() -> bool:

@@ -71,5 +71,6 @@ class PreferenceConfig(RunConfig):
         self._expect("max_seq_len", self.max_seq_len >= 2, "at least 2, one of the prompt and one of the response")
         self._expect("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 to below 0.5")
         self._expect("label_smoothing", self.loss == "sigmoid" or self.label_smoothing == 0, "0 with the loss ipo")
+        self._expect("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "None or a number above 0")
         self._expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")

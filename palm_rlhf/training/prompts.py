@@ -30,7 +30,7 @@ def read_prompts(
     if len(names) != 1:
         raise ValueError(f"got {names or 'no prompts'}, expected exactly one of {list(given)}")
     if prompts_path is not None:
-        prompts = [line for line in Path(prompts_path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = read_lines(Path(prompts_path))
     if prompts is not None:
         if tokenizer is None:
             raise ValueError(f"got {names[0]}, which are texts, without a tokenizer: pass one, or prompt_token_ids")
@@ -57,3 +57,23 @@ def read_prompts(
             )
         check_token_ids(row, num_tokens)
     return rows
+
+
+@beartype
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank; ValueError where it is no text."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}), expected a prompt on each line: convert it") from error
+
+
+@beartype
+def check_room(prompts: Sequence[Tensor], max_seq_len: int | None) -> None:
+    """ValueError for a prompt that leaves no room for a response, before a run comes to it."""
+    for index, prompt in enumerate(prompts):
+        if max_seq_len is not None and len(prompt) >= max_seq_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, expected fewer than max_seq_len={max_seq_len}, which counts "
+                "prompt and response: raise it, shorten the prompt, or set max_new_tokens alone"
+            )

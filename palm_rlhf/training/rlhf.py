@@ -17,14 +17,14 @@ from palm_rlhf.algorithms.kl import adapt_kl_coef, kl_estimate
 from palm_rlhf.algorithms.losses import policy_loss, step_denominator, value_loss
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_mean, masked_sum
-from palm_rlhf.policy.actor_critic import ActorCritic, Reference
+from palm_rlhf.policy.actor_critic import ActorCritic, Reference, check_vocabulary
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Reward, Rollout, Scores, best_of_n, collect, score
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
-from palm_rlhf.training.prompts import read_prompts
+from palm_rlhf.training.prompts import check_room, read_prompts
 from palm_rlhf.training.rlhf_config import PPOConfig
 from palm_rlhf.training.rlhf_metrics import CURVES, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_policy
@@ -84,6 +84,8 @@ class RLHFTrainer:
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
         self.prompts = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
         self.sampler = EpochSampler(len(self.prompts), config.seed)
+        if isinstance(reward_model, RewardModel):
+            check_vocabulary("reward model", reward_model, palm.num_tokens)
         self.actor_critic = ActorCritic(
             palm,
             critic,
@@ -103,7 +105,7 @@ class RLHFTrainer:
             reward_model.to(self.run.device)
         self.run.load_newest(self._read_checkpoint)
         self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, CURVES)
-        self.samples = SampleTable(self.run, config.samples_kept, tokenizer, config.eos_token)
+        self.samples = SampleTable(self.run, config.samples_kept, tokenizer)
 
     @beartype
     def train(
@@ -129,12 +131,9 @@ class RLHFTrainer:
             "eos_token": eos_token,
             "temperature": temperature,
         }
-        changes = {name: value for name, value in given.items() if value is not None}
-        if num_episodes is not None:
-            num_rollouts = num_episodes * max_timesteps
-            per_step = min(update_timesteps or self.config.rollouts_per_step, num_rollouts)
-            changes |= {"rollouts_per_step": per_step, "num_steps": num_rollouts // per_step}
-        self.config = self.run.config = dataclasses.replace(self.config, **changes)
+        config = dataclasses.replace(self.config, **{name: value for name, value in given.items() if value is not None})
+        self.config = config if num_episodes is None else config.of_episodes(num_episodes, max_timesteps)
+        self.run.config = self.config
         metrics: Metrics = {}
         for latest in self.steps(progress_bar=True):
             metrics = latest
@@ -147,6 +146,7 @@ class RLHFTrainer:
 
         FloatingPointError where a loss, a gradient or a reward is not finite, RuntimeError where the reward raises.
         """
+        check_room(self.prompts, self.config.max_seq_len)
         return self.run.drive(
             self._step,
             lambda: self.run.step >= self.config.num_steps,
@@ -176,7 +176,7 @@ class RLHFTrainer:
             )
         self.run.step += 1
         if self.run.is_due(self.config.sample_every):
-            self.samples.write(rollout.sequences, scores)
+            self.samples.write(rollout.sequences, scores, self.config.eos_token)
         return {"step": self.run.step, **metrics}
 
     def collect(self) -> Rollout:
@@ -250,7 +250,8 @@ class RLHFTrainer:
         """Scores as they are learnt from: scaled, clipped, and less where a response did not end: `b`."""
         c, shaped = self.config, scores.scores
         if c.scale_scores:
-            self.score_moments.update(self.accelerator.gather(scores.scores[scores.valid]))
+            everyone, valid = self.accelerator.gather((scores.scores, scores.valid))
+            self.score_moments.update(everyone[valid])
             shaped = shaped / self.score_moments.deviation
         if c.score_clip is not None:
             shaped = shaped.clamp(-c.score_clip, c.score_clip)

@@ -1,6 +1,6 @@
 """The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from beartype import BeartypeConf, beartype
@@ -188,6 +188,16 @@ class PPOConfig(RunConfig):
                          f"more than a fifth of rollouts_per_step, {self.rollouts_per_step}")  # fmt: skip
         if self.grpo_variant != "grpo":
             self._expect("grpo_variant", self.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
+
+    def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
+        """The settings of so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""
+        if min(num_episodes, max_timesteps) < 1:
+            raise ValueError(
+                f"got num_episodes={num_episodes} and max_timesteps={max_timesteps}, expected at least 1 of each"
+            )
+        num_rollouts = num_episodes * max_timesteps
+        per_step = min(self.rollouts_per_step, num_rollouts)
+        return replace(self, rollouts_per_step=per_step, num_steps=num_rollouts // per_step)
 
     @property
     def sampling(self) -> Sampling:

@@ -1,5 +1,6 @@
 """What is measured of a step of reinforcement learning, and tables of what the policy says.
 
+step, elapsed       its number, from 1; seconds of the run so far, all times of a resumed one together
 score, score_std    of the responses, by the reward, before any shaping; their standard deviation
 kl                  to the reference, in nats per response: the mean sum of log-probability differences
 kl_coef             weight of that KL in this step
@@ -102,12 +103,12 @@ def rollout_metrics(
         "tokens": all_actions.sum(),
         "kl": masked_sum(experience.logprobs - experience.ref_logprobs, all_actions),
         "scored": scores.valid.sum(),
-        "score": masked_sum(scores.scores, scores.valid),
+        "score": masked_sum(scores.scores.double(), scores.valid),
         "score_squared": masked_sum(scores.scores.double().square(), scores.valid),
         "actions": mask.sum(),
-        "returns": masked_sum(experience.returns, mask),
+        "returns": masked_sum(experience.returns.double(), mask),
         "returns_squared": masked_sum(experience.returns.double().square(), mask),
-        "residuals": masked_sum(residuals, mask),
+        "residuals": masked_sum(residuals.double(), mask),
         "residuals_squared": masked_sum(residuals.double().square(), mask),
     }
     stacked = torch.stack([total.to(accelerator.device, torch.float64) for total in sums.values()])
@@ -137,8 +138,8 @@ class SampleTable:
     """
 
     @beartype
-    def __init__(self, run: Run, num_kept: int, tokenizer: Any, eos_token: int | None):
-        self.run, self.num_kept, self.tokenizer, self.eos_token = run, num_kept, tokenizer, eos_token
+    def __init__(self, run: Run, num_kept: int, tokenizer: Any):
+        self.run, self.num_kept, self.tokenizer = run, num_kept, tokenizer
         self.path: Path | None = None
         if run.output_dir is not None and run.is_main:
             self.path = run.output_dir / SAMPLES_FILE
@@ -147,12 +148,12 @@ class SampleTable:
                 write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     @beartype
-    def write(self, sequences: Sequences, scores: Scores) -> None:
-        """Add the first few responses of the main process, as texts where there is a tokenizer."""
+    def write(self, sequences: Sequences, scores: Scores, eos_token: int | None) -> None:
+        """Add the first few responses of the main process, as texts without the EOS where there is a tokenizer."""
         if self.path is None:
             return
         rows = slice(0, self.num_kept)
-        prompts, completions = spoken(sequences.select(rows), self.tokenizer, self.eos_token)
+        prompts, completions = spoken(sequences.select(rows), self.tokenizer, eos_token)
         columns = zip(prompts, completions, scores.scores[rows].tolist(), scores.valid[rows].tolist(), strict=True)
         with writing(f"the samples in {self.path}"), open(self.path, "a", encoding="utf-8") as file:
             for prompt, completion, score, valid in columns:

@@ -8,6 +8,8 @@ from beartype import beartype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from palm_rlhf.model.checkpoint import require_same_mathematics, shapes_of
+from palm_rlhf.model.interop.folder import check_shapes
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.training.sharding import load_full, plain_palm
@@ -31,12 +33,21 @@ def write_policy(folder: Path, actor_critic: ActorCritic, reference: Reference, 
 
 @beartype
 def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference) -> None:
-    """Put back what `write_policy` wrote, in place."""
+    """Put back what `write_policy` wrote, in place; ValueError for models that are not of this run."""
+    if (folder / "reference").is_dir() == reference.is_base:
+        kinds = "the base below the adapters", "a model of its own"
+        here, there = kinds if reference.is_base else kinds[::-1]
+        raise ValueError(f"this run's reference is {here}, that of {folder} is {there}: resume with what the run had")
     policy, critic = _parts(actor_critic.state_dict())
-    for targets, saved in (
-        (policy, PaLM.from_pretrained(folder / "policy").state_dict()),
-        (critic, load_file(folder / CRITIC_FILE) if critic else {}),
-    ):
+    saved_policy = PaLM.from_pretrained(folder / "policy")
+    require_same_mathematics(actor_critic.palm.config, saved_policy.config, folder / "policy")
+    pairs = (
+        (policy, saved_policy.state_dict(), folder / "policy"),
+        (critic, load_file(folder / CRITIC_FILE) if critic else {}, folder / CRITIC_FILE),
+    )
+    for targets, saved, where in pairs:
+        check_shapes(shapes_of(saved), shapes_of(targets), where)
+    for targets, saved, _ in pairs:
         for name, target in targets.items():
             load_full(target.detach(), saved[name])
     if not reference.is_base:

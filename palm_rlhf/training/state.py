@@ -105,7 +105,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 @beartype
-@beartype
 def require_same(checkpoint: Path, there: Mapping[str, Any], config: Any, names: Sequence[str]) -> None:
     """ValueError where a run would go on from a checkpoint with other values of these fields of its config."""
     here = {name: getattr(config, name) for name in names}

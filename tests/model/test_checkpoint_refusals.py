@@ -326,8 +326,11 @@ def test_a_malicious_pickle_is_not_executed(tmp_path, form):
     target, palm = tmp_path / "executed", model(5)
     file = malicious_files(tmp_path, target)[form]
     for act in (palm.load, PaLM.from_palm_rlhf_pytorch):
-        with pytest.raises(ValueError, match=r"cannot be read as tensors alone, and nothing else is run .*torch\.save"):
+        with pytest.raises(
+            ValueError, match=r"cannot be read as tensors alone, and nothing else is run .*torch\.save"
+        ) as refusal:
             act(file)
+        assert "weights_only" not in str(refusal.value), "how to run it is no advice for an error"
     assert not target.exists()
     assert unchanged(palm, 5)
     # it does run where pickles are trusted, so that the above says something

@@ -415,6 +415,14 @@ def test_bad_arguments_are_refused(wandering_palm, options, message):
         ActorCritic(palm, critic, **options)
 
 
+@pytest.mark.parametrize("value", ["separate", "shared", "none"])
+def test_a_frozen_policy_is_refused_unless_adapters_are_trained(wandering_palm, value):
+    palm = wandering_palm().requires_grad_(False)
+    with pytest.raises(ValueError, match="the policy is frozen; expected weights to train"):
+        ActorCritic(palm, value=value)
+    assert ActorCritic(palm, value=value, actor_lora_r=2).actor_parameters()
+
+
 def test_a_reference_that_cannot_be_one_is_refused(build, wandering_palm):
     actor_critic = build("none")
     for options, message in (

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -313,6 +314,7 @@ def test_all_that_is_a_number_is_a_score(sequences, answers):
         ([], "returned 0 scores for 3 completions"),
         (["good", "bad", "bad"], r"returned \['good', 'bad', 'bad'\]; expected a number, or None, for each completion"),
         ([[1.0]] * 3, "expected a number, or None, for each"),
+        ([1.0, 2.0, 10**400], "expected a number, or None, for each"),
         ([torch.zeros(2)] * 3, "expected a number, or None, for each"),
         (torch.zeros(3, 1), "expected a number, or None, for each"),
         (torch.tensor(1.0), "expected a number, or None, for each"),
@@ -325,12 +327,12 @@ def test_answers_that_are_no_scores_are_refused(sequences, answers, message):
         score(lambda prompts, completions: answers, sequences)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])  # the last is infinite in float32
 def test_a_score_that_is_not_finite_names_the_prompt(sequences, tokenizer, bad):
-    reward = lambda prompts, completions: [None, 1.0, bad]  # noqa: E731
-    with pytest.raises(FloatingPointError, match=rf"is {bad}, .* prompt \[2, 0, 8\] and the completion \[9, 9\]"):
+    reward, number = lambda prompts, completions: [None, 1.0, bad], re.escape(str(bad))
+    with pytest.raises(FloatingPointError, match=rf"is {number}, .* prompt \[2, 0, 8\] and the completion \[9, 9\]"):
         score(reward, sequences)
-    with pytest.raises(FloatingPointError, match=rf"is {bad}, .* prompt '#!\)' and the completion '\*\*'"):
+    with pytest.raises(FloatingPointError, match=rf"is {number}, .* prompt '#!\)' and the completion '\*\*'"):
         score(reward, sequences, tokenizer=tokenizer)
 
 

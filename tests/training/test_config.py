@@ -1,15 +1,17 @@
-"""LMConfig: bad numbers are refused by name, and every field has a help text on the command line."""
+"""Configs: bad numbers are refused by name, and every field has a help text on the command line."""
 
 import contextlib
 import dataclasses
 import io
 import re
+import types
+import typing
 
 import pytest
 import tyro
 from beartype.roar import BeartypeCallHintParamViolation
 
-from palm_rlhf.training.config import LMConfig
+from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,16 @@ from palm_rlhf.training.config import LMConfig
 def test_a_bad_number_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"LMConfig\.{name} is {re.escape(str(value))}, expected "):
         LMConfig(**{name: value})
+
+
+@pytest.mark.parametrize("config", [LMConfig, SupervisedConfig, RewardConfig, PreferenceConfig, PPOConfig])
+def test_no_number_of_any_config_may_be_negative_or_nan(config):
+    bad = {int: [-1], float: [-1.0, float("nan")]}
+    for field in dataclasses.fields(config):
+        for kind in typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,):
+            for value in bad.get(kind, ()):
+                with pytest.raises(ValueError, match=rf"{config.__name__}\.{field.name} is {value}, expected "):
+                    config(**{field.name: value})
 
 
 def test_whole_numbers_may_stand_for_floats():

@@ -196,6 +196,7 @@ def test_evaluation_needs_data_and_a_reference():
         ({"label_smoothing": 0.1, "loss": "ipo"}, "expected 0 with the loss ipo"),
         ({"max_seq_len": 1}, "max_seq_len is 1, expected at least 2"),
         ({"lora_r": -1}, "lora_r is -1"),
+        ({"lora_r": 2, "lora_alpha": 0.0}, "lora_alpha is 0.0, expected None or a number above 0"),
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"betas": (0.9, 1.0)}, "betas is"),
     ],

@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+import statistics
 from itertools import chain
 
 import pytest
 import torch
 
-from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.algorithms import advantages as advantage_functions
 from palm_rlhf.policy.rollout import Rollout, Scores
 from palm_rlhf.policy.sequences import Sequences
+from palm_rlhf.training import rlhf_metrics
 
 EOS = 5
 
@@ -317,6 +319,36 @@ def test_responses_without_a_score_are_left_out():
     nobody = make_trainer(reward=lambda prompts, completions: [None] * len(prompts))
     with pytest.raises(ValueError, match="None for all responses of step 1"):
         next(nobody.steps())
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_deviations_are_exact_though_scores_lie_far_from_zero(offset):
+    """Of the scores, and of returns and values in the explained variance; the same value for all explains nothing."""
+    numbers = [offset + index % 7 / 4 for index in range(64)]
+    trainer = make_trainer(
+        reward=lambda prompts, completions: numbers,
+        kl_coef=0.0, rollouts_per_step=64, minibatch_size=64, max_new_tokens=1,
+    )  # fmt: skip
+    torch.nn.init.constant_(trainer.actor_critic.value_head.bias, offset)
+    metrics = next(trainer.steps())
+    assert metrics["score_std"] == pytest.approx(statistics.pstdev(numbers), abs=1e-4)
+    assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "grpo", "num_samples": 2}], ids=str)
+def test_every_metric_is_explained(options):
+    explained = rlhf_metrics.__doc__.replace(",", " ").split()
+    assert set(next(make_trainer(**options).steps())) <= set(explained)
+
+
+def test_what_would_stop_a_run_half_way_is_refused_before_it():
+    long = make_trainer(prompts=[torch.tensor([1])] * 99 + [torch.arange(8)], max_seq_len=8)
+    with pytest.raises(ValueError, match="prompt 99 has 8 tokens, expected fewer than max_seq_len=8"):
+        long.steps()
+    assert next(make_trainer(prompts=[torch.arange(7)], max_seq_len=8).steps())["response_length"] == 1
+    for num_tokens in (11, 13):
+        with pytest.raises(ValueError, match=f"the reward model has num_tokens={num_tokens}; expected 12"):
+            make_trainer(reward=RewardModel(tiny_palm(num_tokens=num_tokens)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

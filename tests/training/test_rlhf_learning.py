@@ -131,6 +131,23 @@ def test_episodes_are_so_many_rollouts(episodes, per_update, steps, rollouts):
     assert seen == [rollouts] * steps
 
 
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"num_episodes": 0}, "got num_episodes=0 and max_timesteps=500, expected at least 1 of each"),
+        ({"num_episodes": 2, "max_timesteps": 0}, "num_episodes=2 and max_timesteps=0"),
+        ({"num_episodes": -2, "max_timesteps": -3}, "num_episodes=-2"),
+        ({"num_episodes": 2, "update_timesteps": 0}, "rollouts_per_step is 0, expected a number above 0"),
+    ],
+    ids=str,
+)
+def test_no_episodes_are_refused(numbers, message):
+    palm = PaLM(num_tokens=8, dim=16, depth=1, heads=2, dim_head=8)
+    trainer = RLHFTrainer(palm=palm, reward_model=length_reward, prompt_token_ids=[torch.tensor([1])])
+    with pytest.raises(ValueError, match=message):
+        trainer.train(**numbers)
+
+
 def test_the_best_of_n_is_the_one_that_scores_best():
     torch.manual_seed(0)
     palm = PaLM(num_tokens=8, dim=16, depth=1, heads=2, dim_head=8)

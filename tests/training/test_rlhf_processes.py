@@ -23,14 +23,17 @@ from palm_rlhf.policy.rollout import Rollout, Scores
 def evens(prompts, completions):
     return [float((row % 2 == 0).double().mean()) for row in completions]
 
-def trainer(folder=None, dtype=torch.float64, resume=False, **options):
+def picky(prompts, completions):
+    return [None if len(row) == 6 else float(len(row)) for row in completions]
+
+def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", **options):
     torch.manual_seed(0)
     palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
     settings = {"num_steps": 4, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
                 "eos_token": 5, "grad_clip": 0.0, "save_every": 1, "plot": False, **options}
     prompts = [torch.arange(1 + index % 4) for index in range(8)]
-    return RLHFTrainer(palm=palm, reward_model=evens, prompt_token_ids=prompts, config=PPOConfig(**settings),
-                       output_dir=folder, resume=resume)
+    return RLHFTrainer(palm=palm, reward_model=globals()[reward], prompt_token_ids=prompts,
+                       config=PPOConfig(**settings), output_dir=folder, resume=resume)
 
 def share(rollout, rows):
     return Rollout(rollout.sequences.select(rows), rollout.logprobs[rows], rollout.truncated[rows])
@@ -68,7 +71,14 @@ def sharding_accelerator(**options):
 
 launch.Accelerator = sharding_accelerator
 """
-OPTIONS = [{}, {"algorithm": "grpo", "num_samples": 2}, {"micro_batch_size": 3}, {"actor_lora_r": 2}]
+OPTIONS = [
+    {},
+    {"algorithm": "grpo", "num_samples": 2},
+    {"micro_batch_size": 3},
+    {"actor_lora_r": 2},
+    {"reward": "picky", "scale_scores": True},  # which leaves the processes with different numbers of scores
+]
+ROWS = [0, 1, 4, 5], [2, 3, 6, 7]  # of each process
 TWO_PROCESSES = """
 out = sys.argv[1]
 whole = torch.load(f"{out}/rollouts.pt", weights_only=False)
@@ -118,13 +128,15 @@ def runs(request, names, tmp_path_factory, root) -> Path:
 @pytest.mark.parametrize("index", range(len(OPTIONS)), ids=map(str, OPTIONS))
 def test_the_gradients_of_two_processes_are_those_of_one(runs, names, index):
     whole = torch.load(runs / "rollouts.pt", weights_only=False)
+    judged = [names["share"](whole, torch.tensor(rows)).sequences.response_lengths < 6 for rows in ROWS]
+    assert judged[0].sum() != judged[1].sum() and all(part.any() for part in judged)
     one, metrics = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.arange(8))
     two, their_metrics = torch.load(runs / f"two{index}.pt", weights_only=False)
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-9
     assert their_metrics == pytest.approx(metrics, abs=1e-6)
     # what one of them alone would have done is something else
-    alone, _ = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.tensor([0, 1, 4, 5]))
+    alone, _ = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.tensor(ROWS[0]))
     assert max(float((one[name] - alone[name]).abs().max()) for name in one) > 1e-4
 
 

@@ -25,13 +25,16 @@ def evens(prompts, completions):
 
 def trainer(folder, **options):
     torch.manual_seed(0)
-    palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8)
+    def build(**numbers):
+        return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **numbers})
+    models = {name: build(**numbers) for name, numbers in options.pop("models", {}).items()}
+    models.setdefault("palm", build())
     resume = options.pop("resume", False)
     settings = {"num_steps": 6, "rollouts_per_step": 8, "minibatch_size": 4, "epochs": 2, "max_new_tokens": 6,
                 "eos_token": 5, "learning_rate": 1e-2, "kl_target": 0.5, "kl_horizon": 100, "scale_scores": True,
                 "save_every": 1, "keep_checkpoints": 10, "sample_every": 1, "plot": False, **options}
     prompts = [torch.arange(1 + index % 4) for index in range(7)]
-    return RLHFTrainer(palm=palm, reward_model=evens, prompt_token_ids=prompts, config=PPOConfig(**settings),
+    return RLHFTrainer(**models, reward_model=evens, prompt_token_ids=prompts, config=PPOConfig(**settings),
                        output_dir=folder, resume=resume)
 """
 KILLED = """
@@ -146,6 +149,30 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(make_trainer, tmp_path):
         make_trainer(tmp_path / "run", resume=True, algorithm="grpo", num_samples=4)
     with pytest.raises(FileExistsError, match="resume=True"):
         make_trainer(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ({"reference": {}}, {}, "reference is the base below the adapters, that of .* is a model of its own"),
+        ({}, {"reference": {}}, "this run's reference is a model of its own, that of .* is the base below"),
+        ({}, {"palm": {"rotary_theta": 99.0}}, r"policy is of another model: rotary_theta=10000.0 there and 99.0 here"),
+        ({"critic": {}}, {"critic": {"depth": 1}}, "critic.safetensors has the unexpected critic.layers.1"),
+        ({"critic": {}}, {"critic": {"dim_head": 4}}, r"critic.safetensors has another shape of critic.layers.0"),
+    ],
+    ids=str,
+)
+def test_the_models_of_another_run_are_refused(make_trainer, tmp_path, before, after, message):
+    """By what differs, and without the advice to remove the checkpoint, which is sound."""
+
+    def build(models: dict, resume: bool = False):
+        return make_trainer(tmp_path / "run", models=models, actor_lora_r=2, resume=resume)
+
+    next(build(before).steps())
+    assert build(before, resume=True).run.step == 1
+    with pytest.raises(ValueError, match=message) as refusal:
+        build(after, resume=True)
+    assert "remove that folder" not in str(refusal.value)
 
 
 def test_what_is_not_finite_leaves_the_last_good_checkpoint(make_trainer, tmp_path):
