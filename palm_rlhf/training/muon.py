@@ -7,6 +7,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.model.block import ParallelBlock
+from palm_rlhf.training.optimization import nonempty
 
 # A quintic whose iteration drives all singular values towards 1, fast rather than exactly (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -95,6 +96,6 @@ def muon(
         group.update(momentum=momentum, weight_decay=weight_decay)
     theirs = {parameter for group in groups for parameter in group["params"]}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in theirs]
-    groups = [group for group in (*groups, {"params": rest, "weight_decay": 0.0}) if group["params"]]
+    groups = nonempty([*groups, {"params": rest, "weight_decay": 0.0}])
     fused = {parameter.device.type for parameter in model.parameters()} <= {"cpu", "cuda"}
     return Muon(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)

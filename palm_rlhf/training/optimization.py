@@ -39,9 +39,17 @@ def adamw_groups(
         for parameters, rate in groups
         for decays, decay in ((True, weight_decay), (False, 0.0))
     ]
-    split = [group for group in split if group["params"]]
+    split = nonempty(split)
     fused = {parameter.device.type for group in split for parameter in group["params"]} <= {"cpu", "cuda"}
     return torch.optim.AdamW(split, betas=betas, eps=eps, fused=fused)
+
+
+def nonempty(groups: list[dict]) -> list[dict]:
+    """The groups of an optimiser that hold parameters; ValueError where none does."""
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("all weights are frozen; expected some to train: call requires_grad_(), or train an adapter")
+    return groups
 
 
 @beartype

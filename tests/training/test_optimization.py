@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from palm_rlhf.training.muon import muon
 from palm_rlhf.training.optimization import adamw, computes_bfloat16, forward_precision, warmup_cosine
 
 
@@ -47,6 +48,12 @@ def test_frozen_parameters_are_left_out(tiny_palm):
     held = [p for group in adamw(palm, 0.1, (0.9, 0.95), 1e-8, 0.1).param_groups for p in group["params"]]
     assert len(held) == len(list(palm.parameters())) - 1
     assert all(parameter is not palm.token_emb.weight for parameter in held)
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_a_model_with_nothing_to_train_is_refused(tiny_palm, make):
+    with pytest.raises(ValueError, match="all weights are frozen"):
+        make(tiny_palm().requires_grad_(False), 1e-3, (0.9, 0.95), 1e-8, 0.1)
 
 
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("float32", torch.float32)])
