@@ -3,6 +3,9 @@
 import os
 import random
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start: models here are tiny, and a thread for
@@ -63,6 +66,47 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def run_server():
+    """Runs an HTTP server in a thread until the test ends; its `closing`, where it has one, is set before it stops."""
+    servers = []
+
+    def start(server):
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        if hasattr(server, "closing"):
+            server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def start_python():
+    """Starts a Python process of the code given, with the modules of this one, which is killed when the test ends."""
+    processes = []
+
+    def start(code, *arguments, **options):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def pytest_addoption(parser):

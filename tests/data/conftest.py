@@ -1,9 +1,6 @@
 """A loopback server that breaks as asked, and Python processes of their own."""
 
-import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -84,41 +81,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve():
+def serve(run_server):
     """Starts a ``FileServer`` for the bytes given."""
-    servers = []
-
-    def start(body):
-        server = FileServer(body)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+    return lambda body: run_server(FileServer(body))
 
 
 @pytest.fixture
-def python(tmp_path):
+def python(start_python, tmp_path):
     """Starts a Python process that runs the code given, in a folder of its own."""
-    processes = []
-
-    def start(code, *arguments):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WITHOUT_TORCH + code, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return lambda code, *arguments: start_python(WITHOUT_TORCH + code, *arguments, cwd=tmp_path)

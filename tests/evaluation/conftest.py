@@ -1,9 +1,6 @@
 """A judge on the loopback that counts what it is asked, and the commands as people call them."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -78,21 +75,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def judge_server():
+def judge_server(run_server):
     """Starts a `JudgeServer` that says what the function given makes of the request's body."""
-    servers = []
-
-    def start(say):
-        server = JudgeServer(say)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+    return lambda say: run_server(JudgeServer(say))
 
 
 @pytest.fixture
@@ -110,26 +95,9 @@ def evaluate(capsys):
 
 
 @pytest.fixture
-def start_evaluate():
+def start_evaluate(start_python):
     """Starts a command as a process of its own."""
-    processes = []
-
-    def start(*arguments, stdin=None):
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND_LINE, "evaluate", *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return lambda *arguments, stdin=None: start_python(COMMAND_LINE, "evaluate", *arguments, stdin=stdin)
 
 
 @pytest.fixture

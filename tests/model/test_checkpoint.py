@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -308,11 +307,10 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(run_server, tmp_path):
     """Runs `from_pretrained(hub_id, revision)` in a process that takes this machine for the hub."""
     Hub.root, Hub.requested = tmp_path / "repository", []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = run_server(ThreadingHTTPServer(("127.0.0.1", 0), Hub))
 
     def open_and_copy(hub_id: str, revision: str | None = None) -> subprocess.CompletedProcess:
         script = (
@@ -330,9 +328,7 @@ def hub(tmp_path):
         command = [sys.executable, "-c", script, hub_id, revision or "", str(tmp_path / "copy")]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
-    yield open_and_copy
-    server.shutdown()
-    server.server_close()
+    return open_and_copy
 
 
 @pytest.mark.parametrize("revision", [None, "next"])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -225,11 +224,10 @@ def renderer(browser, scripted_server):
 
 
 @pytest.fixture
-def odd_server():
+def odd_server(run_server):
     """`odd_server(parts, change)` is the URL of a server whose every reply is these bytes, and which has the page's
     files with the changes to their text.
     """
-    servers = []
 
     def start(parts: list[bytes] = (), change: dict[str, str] | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
@@ -263,12 +261,7 @@ def odd_server():
             def log_message(self, *_):
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server = run_server(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         return f"http://127.0.0.1:{server.server_port}"
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
