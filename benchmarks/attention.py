@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from attention_work import Work, errors, exact, gradients, implementation
+from attention_work import Work, errors, exact, gradients, implementation, peak_on_gpu
 from side_by_side import alternate, speedup, summary, surroundings
 
 GPU = torch.cuda.is_available()
@@ -74,14 +74,7 @@ def peak_megabytes(name: str, work: Work, direction: str) -> int:
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], capture_output=True, text=True, check=True)
         return int(done.stdout.splitlines()[-1])
-    step = make_step(name, work, direction)
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) >> 20
+    return peak_on_gpu(make_step(name, work, direction))
 
 
 def repeat(step: Callable[[], object], times: int) -> Callable[[], None]:

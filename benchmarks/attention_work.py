@@ -1,4 +1,4 @@
-"""What the benchmark and the check of attention share: tensors, operations and bytes, and how exact results must be."""
+"""What benchmarks and checks of kernels share: tensors, operations and bytes, memory, how exact results must be."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -73,3 +73,14 @@ def errors(got: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
 def implementation(name: str) -> Callable:
     """The attention of that name."""
     return lambda *tensors, **options: attention(*tensors, **options, implementation=name)
+
+
+def peak_on_gpu(step: Callable[[], object]) -> int:
+    """The MB of GPU memory that a step needs beyond what is allocated, once it has run before."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) >> 20

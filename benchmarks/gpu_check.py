@@ -71,8 +71,8 @@ def accuracy(function: Callable, device: str) -> Iterator[tuple[str, bool]]:
                 near = work.num_queries < EAGER_FROM or all(
                     rms(a, t) <= ratio * rms(e, t) for a, e, t, ratio in zip(got, eager, truth, MAX_RATIO, strict=True)
                 )
-                # With one key d_q is 0, the difference of two equal sums added up in different orders.
-                allowed = 4 if work.num_keys == 1 else 1
+                # With one key d_q is 0, the difference of two equal sums; a CPU adds them up in different orders.
+                allowed = 4 if device == "cpu" and work.num_keys == 1 else 1
                 name = f"accuracy {dtype} {size} {kind}: {worst:.2f} of what is allowed"
                 yield name + ("" if near else ", but far from the eager definition"), worst <= allowed and near
 

@@ -1,6 +1,6 @@
 """The output layer with its loss: in chunks beside all logits at once, forward and backward.
 
-python benchmarks/loss.py                     # vocabulary 50,257, 4 x 1024 tokens, dim 512
+python benchmarks/loss.py                     # vocabulary 50,257, dim 512, 4 x 1024 tokens, on a GPU 16 x 1024
 """
 
 import json
@@ -10,18 +10,21 @@ from collections.abc import Callable
 
 import torch
 import tyro
-from side_by_side import alternate, report, speedup
+from attention_work import peak_on_gpu
+from side_by_side import alternate, speedup, summary, surroundings, table
 
 from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 LOSSES = {"in chunks": linear_cross_entropy, "all logits at once": linear_cross_entropy_reference}
 
 
 def make_inputs(num_tokens: int, dim: int, batch: int, seq_len: int) -> tuple[torch.Tensor, ...]:
     """Embeddings, output weights, targets."""
     torch.manual_seed(0)
-    x, weight = torch.randn(batch, seq_len, dim), torch.randn(num_tokens, dim)
-    return x.requires_grad_(), weight.requires_grad_(), torch.randint(num_tokens, (batch, seq_len))
+    x, weight = (torch.randn(shape, device=DEVICE) for shape in ((batch, seq_len, dim), (num_tokens, dim)))
+    return x.requires_grad_(), weight.requires_grad_(), torch.randint(num_tokens, (batch, seq_len), device=DEVICE)
 
 
 def make_step(loss: Callable, inputs: tuple[torch.Tensor, ...], bfloat16: bool) -> Callable[[], list[torch.Tensor]]:
@@ -29,7 +32,7 @@ def make_step(loss: Callable, inputs: tuple[torch.Tensor, ...], bfloat16: bool) 
     x, weight, targets = inputs
 
     def step() -> list[torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
             value = loss(x, weight, targets, scale=x.shape[-1] ** -0.5, z_loss=1e-4)
         return torch.autograd.grad(value, (x, weight))
 
@@ -44,7 +47,9 @@ def check_parity(inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 def peak_megabytes(name: str, sizes: tuple[int, ...]) -> int:
-    """What one step needs beyond its inputs, in a process of its own."""
+    """What one step needs beyond its inputs; on a CPU in a process of its own."""
+    if GPU:
+        return peak_on_gpu(make_step(LOSSES[name], make_inputs(*sizes), False))
     code = (
         "import resource, loss\n"
         f"inputs = loss.make_inputs(*{sizes})\n"
@@ -56,7 +61,19 @@ def peak_megabytes(name: str, sizes: tuple[int, ...]) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def main(num_tokens: int = 50257, dim: int = 512, batch: int = 4, seq_len: int = 1024, rounds: int = 5) -> None:
+def rates(sizes: tuple[int, ...], seconds: float) -> dict[str, float]:
+    """Speed of a step: its three products, and the bytes of inputs and gradients, each moved once."""
+    num_tokens, dim, batch, seq_len = sizes
+    numbers = 2 * (num_tokens + batch * seq_len) * dim
+    return {
+        "tflops": 6 * batch * seq_len * dim * num_tokens / seconds / 1e12,
+        "gb_per_second": numbers * torch.float32.itemsize / seconds / 1e9,
+    }
+
+
+def main(
+    num_tokens: int = 50257, dim: int = 512, batch: int = 16 if GPU else 4, seq_len: int = 1024, rounds: int = 5
+) -> None:
     """Time both losses in float32 and in bfloat16 autocast, and measure the memory of a step of each.
 
     Args:
@@ -66,11 +83,12 @@ def main(num_tokens: int = 50257, dim: int = 512, batch: int = 4, seq_len: int =
         seq_len: Tokens of a sequence.
         rounds: Timed rounds.
     """
+    if not GPU:
+        print("no GPU: the Triton kernels cannot be timed here; these are the implementations of the CPU\n")
     sizes = (num_tokens, dim, batch, seq_len)
     inputs = make_inputs(*sizes)
     check_parity(inputs)
     peaks = {name: peak_megabytes(name, sizes) for name in LOSSES}
-    print(json.dumps({"peak_megabytes": peaks}))
     runs = {
         f"{name}, {dtype}": make_step(loss, inputs, dtype == "bfloat16")
         for dtype in ("float32", "bfloat16")
@@ -78,7 +96,15 @@ def main(num_tokens: int = 50257, dim: int = 512, batch: int = 4, seq_len: int =
     }
     seconds = alternate(runs, rounds=rounds)
     ratios = {dtype: speedup(*(seconds[f"{name}, {dtype}"] for name in LOSSES)) for dtype in ("float32", "bfloat16")}
-    report(f"loss, vocabulary {num_tokens}, {batch} x {seq_len} tokens, dim {dim}", seconds, ratios)
+    times = {name: summary(values) for name, values in seconds.items()}
+    speeds = {name: rates(sizes, row["median"]) for name, row in times.items()}
+    title = f"loss, vocabulary {num_tokens}, {batch} x {seq_len} tokens, dim {dim}"
+    print(f"{title}\n\n{table(times, 'ms', 1e3)}\n\n{table(ratios, 'times as fast')}\n")
+    for name, speed in speeds.items():
+        print(f"{name:44}{speed['tflops']:10.3f} TFLOP/s{speed['gb_per_second']:10.1f} GB/s")
+    print("\n" + "\n".join(f"{name:44}{peak:10} MB at its peak, float32" for name, peak in peaks.items()) + "\n")
+    results = {"seconds": times, "speedups": ratios, "rates": speeds, "peak_megabytes": peaks}
+    print(json.dumps({"benchmark": title, **surroundings(), **results}))
 
 
 if __name__ == "__main__":

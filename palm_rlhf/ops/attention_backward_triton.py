@@ -25,7 +25,7 @@ from .tiles_triton import (
 KEY_TILES = {
     "sm_80": {64: Tile(32, 128, 8), 128: Tile(128, 64, 8), 256: Tile(32, 64, 8)},
     "sm_86": {64: Tile(32, 128, 8), 128: Tile(64, 64, 8), 256: Tile(32, 32, 8)},
-    "sm_90": {64: Tile(128, 64, 4), 128: Tile(64, 128, 8), 256: Tile(32, 64, 8)},
+    "sm_90": {64: Tile(128, 64, 4), 128: Tile(64, 128, 8), 256: Tile(32, 64, 8, 3)},
     "sm_100": {64: Tile(64, 128, 4), 128: Tile(64, 128, 4), 256: Tile(32, 64, 8)},
     "gfx942": {64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
 }
@@ -36,14 +36,14 @@ QUERY_TILES = {
     "sm_100": {64: Tile(128, 64, 4), 128: Tile(128, 64, 4), 256: Tile(64, 32, 8)},
     "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
 }
-DELTA_TILE = Tile(32, 0, 4)
+DELTA_ROWS = 32
 MAX_SHARES = 8
 
 
 @triton.jit
 def delta_kernel(
     out_ptr, d_out_ptr, lse_ptr, padded_lse_ptr, delta_ptr, kv_heads, num_queries, num_padded,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of out * d_out of every row: `b i (hk g) d`, twice -> `b hk rows`. Grid: b hk, blocks of rows.
 
@@ -59,7 +59,13 @@ def delta_kernel(
     lse = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * num_queries * GROUP + rows, mask=inside, other=float("inf"))
     padded = tl.program_id(0).to(tl.int64) * num_padded + rows
     tl.store(padded_lse_ptr + padded, lse, mask=rows < num_padded)
-    tl.store(delta_ptr + padded, tl.sum(out * d_out, 1), mask=rows < num_padded)
+    if out_ptr.dtype.element_ty == tl.float32:
+        # Added up in the order of the products of d_out and v, so that the two cancel in rows that see a single key.
+        products = tl.dot(d_out, tl.trans(out), input_precision=PRECISION)
+        delta = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
+    else:
+        delta = tl.sum(out * d_out, 1)
+    tl.store(delta_ptr + padded, delta, mask=rows < num_padded)
 
 
 @triton.jit
@@ -257,7 +263,7 @@ def backward(
     group, scale = heads // kv_heads, dim**-0.5
     d_out, out = (t.transpose(1, 2).contiguous() for t in (d_out, out))  # b i h d
     key_tile, query_tile = tile_for(KEY_TILES, q), tile_for(QUERY_TILES, q)
-    padding = max(tile.block_m for tile in (key_tile, query_tile, DELTA_TILE))
+    padding = max(key_tile.block_m, query_tile.block_m, DELTA_ROWS)
     rows = triton.cdiv(num_queries * group, padding) * padding
     d_q, (padded_lse, delta) = torch.empty_like(out), lse.new_empty(2, batch, kv_heads, rows)
     key_blocks = triton.cdiv(num_keys, key_tile.block_n)
@@ -266,19 +272,18 @@ def backward(
     dtype, empty = k.dtype if num_shares == 1 else torch.float32, k.new_empty if q.numel() else k.new_zeros
     d_k, d_v = (empty(num_shares, batch, num_keys, kv_heads, dim, dtype=dtype) for _ in range(2))
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-    shape = {"GROUP": group, "DIM": dim, "BLOCK_DIM": block_dim(dim)}
-    both = {"CAUSAL": causal, "PRECISION": precision(q.dtype), **shape}
+    shape = {"GROUP": group, "DIM": dim, "BLOCK_DIM": block_dim(dim), "PRECISION": precision(q.dtype)}
 
     with on(q.device):
         if q.numel():
-            delta_kernel[batch * kv_heads, rows // DELTA_TILE.block_m](
-                out, d_out, lse, padded_lse, delta, kv_heads, num_queries, rows, **shape, BLOCK_M=DELTA_TILE.block_m
+            delta_kernel[batch * kv_heads, rows // DELTA_ROWS](
+                out, d_out, lse, padded_lse, delta, kv_heads, num_queries, rows, BLOCK_M=DELTA_ROWS, **shape
             )
             blocks = describe_keys(k, v, query_tile)
             queries_backward_kernel[batch * kv_heads, triton.cdiv(num_queries * group, query_tile.block_m)](
                 q, *(blocks or (k, v)), d_out, padded_lse, delta, d_q, key_mask, document_ids, *strides,
                 kv_heads, num_queries, num_keys, rows, scale, scale * LOG2_E,
-                TMA=blocks is not None, **both, **query_tile.options(),
+                CAUSAL=causal, TMA=blocks is not None, **shape, **query_tile.options(),
             )  # fmt: skip
         if q.numel() and k.numel():
             tiles = describe_rows(q, d_out, group, key_tile)
@@ -286,7 +291,7 @@ def backward(
             keys_backward_kernel[batch * kv_heads, key_blocks, num_shares](
                 q_rows, k, v, d_out_rows, padded_lse, delta, d_k, d_v, key_mask, document_ids, *strides,
                 batch, kv_heads, num_queries, num_keys, rows, scale, scale * LOG2_E,
-                TMA=tiles is not None, **both, **key_tile.options(),
+                CAUSAL=causal, TMA=tiles is not None, **shape, **key_tile.options(),
             )  # fmt: skip
     d_k, d_v = (t[0] if num_shares == 1 else t.sum(dim=0).to(k.dtype) for t in (d_k, d_v))
     return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2)

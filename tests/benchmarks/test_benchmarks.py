@@ -43,7 +43,11 @@ def test_ppo_step(bench):
 
 def test_loss(bench):
     result = bench("loss.py", "--num-tokens", "100", "--dim", "16", "--batch", "1", "--seq-len", "32", "--rounds", "2")
-    assert len(result["seconds"]) == 4 and len(result["speedups"]) == 2
+    assert len(result["seconds"]) == 4 and len(result["speedups"]) == 2 and len(result["peak_megabytes"]) == 2
+    for name, seconds in result["seconds"].items():
+        rates = result["rates"][name]
+        assert rates["tflops"] * 1e12 * seconds["median"] == pytest.approx(3 * 2 * 32 * 16 * 100)
+        assert rates["gb_per_second"] * 1e9 * seconds["median"] == pytest.approx(2 * 4 * (32 * 16 + 100 * 16))
 
 
 def test_medians_and_ratios_of_known_times(root):

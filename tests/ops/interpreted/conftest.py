@@ -21,16 +21,23 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_arithmetic():
-    """The interpreter holds bfloat16 as 16-bit integers: it multiplies matrices of those, and rounds towards zero."""
+def arithmetic():
+    """Products and casts as a GPU makes them.
+
+    The interpreter holds bfloat16 as 16-bit integers: it multiplies matrices of those, and rounds towards zero. Its
+    products of float32 are those of a BLAS, which adds up the elements at the edges of a matrix in another order.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
-    def create_dot(self, a, b, *rest):
+    def create_dot(self, a, b, acc, *rest):
+        if a.dtype.scalar == tl.float32:
+            rows, columns = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data.T)
+            return TensorHandle(np.einsum("ik,jk->ij", rows, columns) + acc.data, tl.float32)
         wide = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return dot(self, *wide, *rest)
+        return dot(self, *wide, acc, *rest)
 
     def cast_impl(self, x, dtype):
         if (x.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16):

@@ -114,6 +114,15 @@ def test_a_row_that_sees_nothing_is_zero_and_passes_nothing_back(dtype):
     assert out[0, :, 66:].all() and d_v[0, :, 66:].all() and d_q[0, :, 67:].any() and d_k[0, :, 66:].any()
 
 
+@pytest.mark.parametrize("dim", [32, 80, 256])
+def test_a_row_that_sees_one_key_passes_no_bit_back_to_its_score(dim):
+    """Its weight is 1, whatever the score."""
+    _, d_q, d_k, d_v = run(qkv(1, 1, dim=dim), torch.randn(2, 4, 1, dim), **CAUSAL)
+    assert not d_q.any() and not d_k.any() and d_v.all()
+    _, d_q, _, _ = run(qkv(12, 12, dim=dim, batch=1), torch.randn(1, 4, 12, dim), **CAUSAL)
+    assert not d_q[:, :, 0].any() and d_q[:, :, 1:].all()
+
+
 def test_large_scores_do_not_overflow():
     inputs = [t.detach().mul(100).requires_grad_() for t in qkv(70, 70)]
     got, expected = (run(inputs, **CAUSAL, function=function) for function in (triton, eager))

@@ -59,6 +59,7 @@ CASES = [
     Case(64, 3, 1, 100, 150, masked=True, num_shares=2),
     Case(128, 5, 1, 60, 230, num_shares=2),
     Case(128, 8, 2, 40, 150, masked=True),
+    Case(256, 2, 1, 20, 70),
 ]
 FULL = Case(64, 2, 2, 70, 70, causal=False)
 RUNS = list(product(CASES, TOLERANCE))
