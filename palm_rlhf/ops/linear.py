@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SOME_ROWS = range(8, 17)  # and, like the next, found by trial with MKL on x86: elsewhere the usual order is as fast
+LARGE = 1 << 20  # weights
+
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
@@ -76,14 +79,22 @@ def sum_linear(x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor) -
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`; a single row on a CPU takes the matrix-vector product, which streams the weights faster.
+    """`x @ weight.T`; for few rows on a CPU, by the product that streams the weights faster there.
+
+    A single row takes the matrix-vector product. Some rows of float32 take `weight @ x.T` where the weights are large:
+    `benchmarks/serving.py` is where that tells.
 
     x: `... i`, weight: `o i` -> `... o`
     """
     plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    if plain or x.device.type != "cpu" or x.numel() != weight.shape[1]:
+    if plain or x.device.type != "cpu":
         return F.linear(x, weight)
-    return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    num_rows = x.numel() // weight.shape[1]
+    if num_rows == 1:
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    if num_rows in SOME_ROWS and x.dtype == torch.float32 and weight.numel() >= LARGE:
+        return (weight @ x.reshape(num_rows, -1).mT).mT.contiguous().view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def _trains_on_cpu(*tensors: Tensor) -> bool:

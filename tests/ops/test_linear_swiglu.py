@@ -146,6 +146,16 @@ def test_linear_is_a_product(batch):
             assert_all_close([linear(x, weight)], [x @ weight.T])
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (8, 1), (2, 5), (16,), (17, 1)], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_linear_of_few_rows_and_large_weights_is_a_product(shape, strided):
+    weight, x = torch.randn(2048, 512), torch.randn(*shape, 512 * (1 + strided))[..., :: 1 + strided]
+    with torch.no_grad():
+        got = linear(x, weight)
+    assert got.is_contiguous() and got.shape == (*shape, 2048)
+    torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=0, atol=1e-3)
+
+
 def test_swiglu_is_its_formula():
     gate, value = inputs = [torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert_all_close([swiglu(gate, value)], [plain_swiglu(gate, value)])
