@@ -42,12 +42,14 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
 
 
-def attend(dim: int) -> None:
+def attend(dim: int, with_key_mask: bool = False, with_documents: bool = False) -> None:
     """Attention, forward and backward, and a decoded token."""
     q, k = (torch.empty(2, heads, 8192, dim, dtype=torch.bfloat16, device="meta") for heads in (16, 2))
-    out, lse = forward(q, k, k, True, None, None)
-    backward(out, q, k, k, out, lse, True, None, None)
-    decode(q[:, :, -1:], k, k, True, None)
+    key_mask = torch.empty(2, 8192, dtype=torch.bool, device="meta") if with_key_mask else None
+    ids = torch.empty(2, 8192, dtype=torch.long, device="meta") if with_documents else None
+    out, lse = forward(q, k, k, True, key_mask, ids)
+    backward(out, q, k, k, out, lse, True, key_mask, ids)
+    decode(q[:, :, -1:], k, k, True, key_mask)
 
 
 def cross_entropy() -> None:
@@ -78,6 +80,7 @@ def rotary() -> None:
 
 OPERATIONS: dict[str, Callable[[], None]] = {
     **{f"attention d{dim}": partial(attend, dim) for dim in (64, 128, 256)},
+    **{f"masked attention d{dim}": partial(attend, dim, True, True) for dim in (64, 128)},
     "cross_entropy": cross_entropy,
     "logprobs": logprobs,
     "swiglu": swiglu,
@@ -97,8 +100,11 @@ def config_of(compiled: Compiled) -> str:
 
 
 def launches_of(operation: str, arch: str) -> dict[str, Launch]:
-    """The launches of an operation by name; one that is repeated counts once."""
-    return {name_of(operation, launch): launch for launch in record(OPERATIONS[operation], arch)}
+    """The launches of an operation by name, each once; of a masked one, those that a mask changes."""
+    launches = record(OPERATIONS[operation], arch)
+    if operation.startswith("masked"):
+        launches = [launch for launch in launches if "key_mask_ptr" in launch.arguments]
+    return {name_of(operation, launch): launch for launch in launches}
 
 
 def failures(report: Report, arch: str, recorded: int | None) -> list[str]:

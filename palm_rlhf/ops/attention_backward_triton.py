@@ -36,6 +36,9 @@ QUERY_TILES = {
     "sm_100": {64: Tile(128, 64, 4), 128: Tile(128, 64, 4), 256: Tile(64, 32, 8)},
     "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
 }
+# And those of a call with a mask, where it needs more registers than these leave.
+MASKED_KEY_TILES = {"sm_90": {64: Tile(64, 64, 4), 128: Tile(32, 128, 8), 256: Tile(64, 32, 8)}}
+MASKED_QUERY_TILES = {"sm_90": {256: Tile(64, 16, 8)}}
 DELTA_ROWS = 32
 MAX_SHARES = 8
 
@@ -262,7 +265,9 @@ def backward(
     kv_heads, num_keys = k.shape[1:3]
     group, scale = heads // kv_heads, dim**-0.5
     d_out, out = (t.transpose(1, 2).contiguous() for t in (d_out, out))  # b i h d
-    key_tile, query_tile = tile_for(KEY_TILES, q), tile_for(QUERY_TILES, q)
+    masked = key_mask is not None or document_ids is not None
+    key_tile = tile_for(KEY_TILES, q, MASKED_KEY_TILES if masked else None)
+    query_tile = tile_for(QUERY_TILES, q, MASKED_QUERY_TILES if masked else None)
     padding = max(key_tile.block_m, query_tile.block_m, DELTA_ROWS)
     rows = triton.cdiv(num_queries * group, padding) * padding
     d_q, (padded_lse, delta) = torch.empty_like(out), lse.new_empty(2, batch, kv_heads, rows)

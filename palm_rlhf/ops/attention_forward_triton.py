@@ -16,6 +16,11 @@ TILES = {
     "sm_100": {64: Tile(128, 64, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "gfx942": {64: Tile(128, 64, 4, 1), 128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
 }
+# And those of a call with a mask, where it needs more registers than these leave.
+MASKED_TILES = {
+    "sm_90": {64: Tile(64, 128, 4, 2), 256: Tile(128, 32, 8, 2)},
+    "sm_100": {64: Tile(128, 128, 8, 2), 256: Tile(64, 64, 8, 2)},
+}
 
 
 @triton.jit
@@ -171,7 +176,8 @@ def forward(
     group = heads // kv_heads
     out = q.new_empty(batch, num_queries, heads, dim)
     lse = q.new_empty(batch, kv_heads, num_queries * group, dtype=torch.float32)
-    tile = tile_for(TILES, q)
+    masked = key_mask is not None or document_ids is not None
+    tile = tile_for(TILES, q, MASKED_TILES if masked else None)
     grid = (batch * kv_heads, triton.cdiv(num_queries * group, tile.block_m))
     sources = describe_keys(k, v, tile)
     if q.numel():

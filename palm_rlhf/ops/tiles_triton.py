@@ -33,6 +33,7 @@ class Tile(NamedTuple):
         return dict(zip(names, self, strict=True))
 
 
+Tiles = dict[str, dict[int, Tile]]  # by architecture, and by the largest head dimension that each serves
 # Products of float32 at full precision are unrolled, and where tensor cores do not take them, large tiles spill.
 FLOAT32_TILES = {
     "cuda": {64: Tile(16, 32, 4), 128: Tile(16, 32, 8), 256: Tile(16, 16, 8)},
@@ -78,12 +79,13 @@ def multiprocessors(device: torch.device) -> int:
     return properties(device)[1]
 
 
-def tile_for(tiles: dict[str, dict[int, Tile]], x: torch.Tensor) -> Tile:
-    """The tile for x, `... d`, from a table by architecture and by the largest d that each serves."""
+def tile_for(tiles: Tiles, x: torch.Tensor, exceptions: Tiles | None = None) -> Tile:
+    """The tile for x, `... d`, from a table by architecture and by the largest d that each serves, or an exception."""
     if x.dtype == torch.float32 and x.device.type == "cuda":
         by_dim = FLOAT32_TILES["hip" if torch.version.hip else "cuda"]
     else:
-        by_dim = tiles[architecture(x.device)]
+        arch = architecture(x.device)
+        by_dim = tiles[arch] | (exceptions or {}).get(arch, {})
     return next(tile for dim, tile in by_dim.items() if x.shape[-1] <= dim)
 
 

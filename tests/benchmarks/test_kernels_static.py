@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DIMS = (64, 128, 256)  # the largest that each tile serves
+MASKED_DIMS = (64, 128)
 VERSIONS = ("3.8", "3.9")  # of Triton
 # TFLOP/s of the model for the kernels that this project set out to match, by sm_80, sm_90 and sm_100.
 GOALS = {
@@ -44,7 +47,11 @@ def test_every_kernel_passes_on_every_architecture(rows):
     for dim in DIMS:
         for name in ("forward", "keys backward", "queries backward", "delta", "decode", "combine"):
             assert f"attention d{dim} {name}" in kernels
-    assert {kernel.split()[0] for kernel in kernels} == {"attention", "cross_entropy", "logprobs", "swiglu", "rotary"}
+    for dim in MASKED_DIMS:
+        for name in ("forward", "keys backward", "queries backward", "decode"):
+            assert f"masked attention d{dim} {name}" in kernels
+    operations = {"attention", "masked", "cross_entropy", "logprobs", "swiglu", "rotary"}
+    assert {kernel.split()[0] for kernel in kernels} == operations
 
 
 @pytest.mark.slow
@@ -73,6 +80,25 @@ def static(root, monkeypatch):
     """The benchmark as a module."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     return importlib.import_module("kernels_static")
+
+
+def test_any_mask_takes_the_tiles_of_masked_calls(static):
+    """Of every kernel that has them, and without a mask none does."""
+    from palm_rlhf.ops import attention_backward_triton, attention_forward_triton
+
+    tables = {
+        "forward_kernel": attention_forward_triton.MASKED_TILES,
+        "keys_backward_kernel": attention_backward_triton.MASKED_KEY_TILES,
+        "queries_backward_kernel": attention_backward_triton.MASKED_QUERY_TILES,
+    }
+    for kernel, table in tables.items():
+        for arch, dim in ((arch, dim) for arch, by_dim in table.items() for dim in by_dim):
+            for masks in product((False, True), repeat=2):
+                launches = static.record(partial(static.attend, dim, *masks), arch)
+                (launch,) = (launch for launch in launches if launch.kernel.__name__ == kernel)
+                taken = {**launch.arguments, **launch.options}
+                own = table[arch][dim].options()
+                assert ({name: taken[name] for name in own} == own) == any(masks), (kernel, arch, dim, masks)
 
 
 @pytest.fixture

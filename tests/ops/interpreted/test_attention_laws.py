@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops import attention_backward_triton, attention_forward_triton
+from palm_rlhf.ops import attention_backward_triton, attention_forward_triton, tiles_triton
 from palm_rlhf.ops.attention import attention, available_implementations
 from palm_rlhf.ops.attention_backward_triton import backward
 from palm_rlhf.ops.attention_decode_triton import decode
@@ -154,6 +154,18 @@ def test_the_tile_does_not_matter(tile, monkeypatch):
     for table in tables:
         monkeypatch.setitem(table, "sm_80", {64: tile})
     assert_close(run(inputs, d_out, **CAUSAL, key_mask=key_mask), expected)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_the_tiles_of_other_gpus_do_not_matter(arch, dim, monkeypatch):
+    """Under masks, whose calls have tiles of their own there."""
+    inputs, key_mask = qkv(50, 150, dim=dim, batch=1), torch.rand(1, 150) < 0.7
+    masks = {"key_mask": key_mask, "document_ids": torch.randint(3, (1, 150)).sort(dim=-1).values}
+    d_out = torch.randn_like(inputs[0])
+    expected = run(inputs, d_out, eager, **CAUSAL, **masks)
+    monkeypatch.setattr(tiles_triton, "properties", lambda device: (arch, 1))
+    assert_close(run(inputs, d_out, **CAUSAL, **masks), expected)
 
 
 def test_shares_of_the_rows_add_up():
