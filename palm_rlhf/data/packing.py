@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.training.batches import EpochSampler
+from palm_rlhf.training.batches import EpochSampler, require_identity
 
 
 class _Waiting(NamedTuple):
@@ -86,12 +86,7 @@ class PackedSampler:
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`; ValueError where it belongs to other data or settings."""
-        for key, present in self._identity().items():
-            if state.get(key) != present:
-                raise ValueError(
-                    f"the checkpoint's sampler has {key} {state.get(key)}, this run has {present}: "
-                    f"resume with the data and settings of the run, or start one in another output_dir"
-                )
+        require_identity(state, self._identity())
         self._order.load_state_dict(state["order"])
         self._waiting = [_Waiting(*one) for one in state["waiting"]]
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,24 +45,31 @@ def from_pretrained(
     dtype: torch.dtype | None,
     device: str | torch.device | None,
     revision: str | None,
+    open_with: Callable | None = None,
 ) -> nn.Module:
-    """Open a folder, or a hub id, as a new model, in the file's dtype unless another is asked for."""
+    """Open a folder, or a hub id, as a new model, in the file's dtype unless another is asked for.
+
+    `open_with` stands in for `open_folder` where the folder is that of another kind of model.
+    """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
     folder = WeightsFolder(local_folder(source, revision))
-    skeleton, parts = open_folder(cls, folder)
-    palm = filled(skeleton, parts, dtype, device)
+    model = filled(*(open_with or open_folder)(cls, folder), dtype, device)
     folder.require_unchanged()
-    return palm
+    return model
 
 
 def from_palm_rlhf_pytorch(cls: type, source: str | os.PathLike | Mapping[str, Any], *, causal: bool) -> nn.Module:
     """Read a checkpoint of palm-rlhf-pytorch 0.8.0 as a new model."""
-    if isinstance(source, Mapping):
-        state, where = tensors_only(source, "the state dict"), "the state dict"
-    else:
-        state, where = read_state_dict(Path(source)), str(source)
+    state, where = state_and_name(source)
     return filled(*open_palm_rlhf_pytorch(cls, state, causal, where), dtype=None, device=None)
+
+
+def state_and_name(source: str | os.PathLike | Mapping[str, Any]) -> tuple[Mapping[str, Tensor], str]:
+    """A state dict, or that of a file, checked to be tensors alone; and what to call it in errors."""
+    if isinstance(source, Mapping):
+        return tensors_only(source, "the state dict"), "the state dict"
+    return read_state_dict(Path(source)), str(source)
 
 
 def load_into(palm: nn.Module, path: Path) -> None:

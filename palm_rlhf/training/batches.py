@@ -1,12 +1,23 @@
 """Examples drawn by their indices, epoch by epoch, and dealt out to processes and micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from beartype import beartype
 
 Item = TypeVar("Item")
+
+
+@beartype
+def require_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """ValueError where the state of a sampler is not that of one with this identity."""
+    for key, present in identity.items():
+        if state.get(key) != present:
+            raise ValueError(
+                f"the checkpoint's sampler has {key} {state.get(key)}, this run has {present}: "
+                f"resume with the data and settings of the run, or start one in another output_dir"
+            )
 
 
 class EpochSampler:
@@ -47,12 +58,7 @@ class EpochSampler:
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`; ValueError where it belongs to other data or another seed."""
-        for key, present in self._identity().items():
-            if state[key] != present:
-                raise ValueError(
-                    f"the checkpoint's sampler has {key} {state[key]}, this run has {present}: "
-                    f"resume with the data and settings of the run, or start one in another output_dir"
-                )
+        require_identity(state, self._identity())
         self.num_drawn = state["num_drawn"]
 
     def _identity(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from palm_rlhf.training.batches import require_identity
+
 Tokens = np.ndarray | Tensor  # 1-d, any integer dtype, memory-mapped or not
 
 
@@ -129,12 +131,7 @@ class WindowSampler:
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`; ValueError where it belongs to other data or another setting."""
-        for key, present in self._identity().items():
-            if state[key] != present:
-                raise ValueError(
-                    f"the checkpoint's sampler has {key} {state[key]}, this run has {present}: "
-                    f"resume with the data and settings of the run, or start one in another output_dir"
-                )
+        require_identity(state, self._identity())
         self.drawn = np.array(state["drawn"], dtype=np.int64)
         self.epochs, self.positions = list(state["epochs"]), list(state["positions"])
         self._orders.clear()

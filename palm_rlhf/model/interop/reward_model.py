@@ -16,7 +16,7 @@ from .. import checkpoint
 from ..checkpoint import Parts, scope_options, shapes_of
 from ..palm import PaLM
 from . import palm_rlhf_pytorch
-from .folder import CONFIG, WeightsFolder, check_shapes, local_folder, parse_size, write_folder
+from .folder import CONFIG, WeightsFolder, check_shapes, parse_size, write_folder
 
 MODEL_TYPE = "palm_reward"
 PALM = "palm."
@@ -49,7 +49,8 @@ class StoredRewardModel(nn.Module):
         revision: str | None = None,
     ) -> "StoredRewardModel":
         """Open a `save_pretrained` folder, or the hub id of one, as `PaLM.from_pretrained` does, with its errors."""
-        return from_pretrained(cls, source, dtype=dtype, device=device, revision=revision)
+        options = {"dtype": dtype, "device": device, "revision": revision}
+        return checkpoint.from_pretrained(cls, source, **options, open_with=open_folder)
 
     @classmethod
     @beartype
@@ -81,31 +82,11 @@ def save_pretrained(model: nn.Module, path: Path, *, max_shard_size: int | str) 
     write_folder(path, config, model.state_dict(), parse_size(max_shard_size))
 
 
-def from_pretrained(
-    cls: type,
-    source: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    revision: str | None,
-) -> nn.Module:
-    """Open a folder, or a hub id, as a new model."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
-    folder = WeightsFolder(local_folder(source, revision))
-    model = checkpoint.filled(*open_folder(cls, folder), dtype, device)
-    folder.require_unchanged()
-    return model
-
-
 def from_palm_rlhf_pytorch(
     cls: type, source: str | os.PathLike | Mapping[str, Any], *, causal: bool, scope: str
 ) -> nn.Module:
     """Read that package's checkpoint as a new model."""
-    if isinstance(source, Mapping):
-        state, where = checkpoint.tensors_only(source, "the state dict"), "the state dict"
-    else:
-        state, where = checkpoint.read_state_dict(Path(source)), str(source)
+    state, where = checkpoint.state_and_name(source)
     return checkpoint.filled(*open_palm_rlhf_pytorch(cls, state, causal, scope, where), dtype=None, device=None)
 
 
