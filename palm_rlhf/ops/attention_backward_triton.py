@@ -36,9 +36,12 @@ QUERY_TILES = {
     "sm_100": {64: Tile(128, 64, 4), 128: Tile(128, 64, 4), 256: Tile(64, 32, 8)},
     "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
 }
-# And those of a call with a mask, where it needs more registers than these leave.
-MASKED_KEY_TILES = {"sm_90": {64: Tile(64, 64, 4), 128: Tile(32, 128, 8), 256: Tile(64, 32, 8)}}
-MASKED_QUERY_TILES = {"sm_90": {256: Tile(64, 16, 8)}}
+# And those of calls with any mask, for which some of these would spill registers.
+MASKED_KEY_TILES = {
+    "sm_80": {128: Tile(64, 64, 8)},
+    "sm_90": {64: Tile(64, 64, 4), 128: Tile(32, 128, 8), 256: Tile(64, 32, 8)},
+}
+MASKED_QUERY_TILES = {"sm_90": {256: Tile(32, 32, 4)}}
 DELTA_ROWS = 32
 MAX_SHARES = 8
 

@@ -16,8 +16,10 @@ TILES = {
     "sm_100": {64: Tile(128, 64, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "gfx942": {64: Tile(128, 64, 4, 1), 128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
 }
-# And those of a call with a mask, where it needs more registers than these leave.
+# And those of calls with any mask, for which some of these would spill registers.
 MASKED_TILES = {
+    "sm_80": {128: Tile(128, 32, 8, 2)},
+    "sm_86": {128: Tile(128, 32, 8, 2)},
     "sm_90": {64: Tile(64, 128, 4, 2), 256: Tile(128, 32, 8, 2)},
     "sm_100": {64: Tile(128, 128, 8, 2), 256: Tile(64, 64, 8, 2)},
 }
