@@ -105,8 +105,8 @@ def compile_forward(static):
 
     from palm_rlhf.ops.attention_forward_triton import forward
 
-    def report(dtype=torch.bfloat16, offset=0, **options):
-        q, k = (torch.empty(1, h, 256, 64 + offset, dtype=dtype)[..., offset:] for h in (8, 1))
+    def report(dtype=torch.bfloat16, dim=64, offset=0, **options):
+        q, k = (torch.empty(1, h, 256, dim + offset, dtype=dtype)[..., offset:] for h in (8, 1))
         (launch,) = static.record(lambda: forward(q, k, k, True, None, None), "sm_80")
         return analyse(static.build(launch._replace(options={**launch.options, **options}), "sm_80"))
 
@@ -117,7 +117,7 @@ MUTANTS = {
     "none": ({}, "^$"),
     "too few registers": ({"maxnreg": 96}, r"\d+ spills in the hot loop"),
     "too much shared memory": ({"num_stages": 12}, r"\d+ KB shared, above 163"),
-    "no tensor cores": ({"dtype": torch.float32}, "matrix instructions are absent, not HMMA"),
+    "no tensor cores": ({"dtype": torch.float32, "dim": 16}, "matrix instructions are absent, not HMMA"),
     "unaligned": ({"offset": 1}, "no asynchronous copies"),
 }
 
