@@ -136,7 +136,9 @@ def _call(reward: Callable, prompts: list, completions: list) -> list[float | in
     try:
         answers = reward(prompts, completions)
     except Exception as error:
-        raise RuntimeError(f"the reward function raised {error!r} {_culprit(reward, prompts, completions)}") from error
+        raise RuntimeError(
+            f"the reward function raised {error!r} {_culprit(error, reward, prompts, completions)}"
+        ) from error
     try:
         rows = answers.tolist() if isinstance(answers, Tensor) else answers
         numbers = [None if row is None else float(row) for row in rows]
@@ -149,13 +151,14 @@ def _call(reward: Callable, prompts: list, completions: list) -> list[float | in
     return numbers
 
 
-def _culprit(reward: Callable, prompts: list, completions: list) -> str:
+def _culprit(error: Exception, reward: Callable, prompts: list, completions: list) -> str:
     """Which prompt a function that raised stumbles over, found by asking again for each alone."""
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
             reward([prompt], [completion])
-        except Exception:
-            return f"for prompt {index}, {_show(prompt)}, and the completion {_show(completion)}"
+        except Exception as alone:
+            differs = "" if repr(alone) == repr(error) else f", which alone raises {alone!r}"
+            return f"for prompt {index}, {_show(prompt)}, and the completion {_show(completion)}{differs}"
     return f"for {len(prompts)} prompts together, from {_show(prompts[0])} on, though for none of them alone"
 
 
