@@ -365,9 +365,9 @@ def test_a_function_that_raises_names_the_prompt(sequences, tokenizer):
         return [0.0]
 
     def stumbles_otherwise_alone(prompts, completions):
-        raise (OSError("too much") if len(prompts) > 1 else KeyError("no entry"))
+        raise OSError("too much") if len(prompts) > 1 else KeyError("no entry")
 
-    with pytest.raises(RuntimeError, match=r"OSError\('too much'\) for prompt 0, .* alone raises KeyError\('no entry'\)$"):
+    with pytest.raises(RuntimeError, match=r"'too much'\) for prompt 0, .* alone raises KeyError\('no entry'\)$"):
         score(stumbles_otherwise_alone, sequences)
 
     together = r"OSError\('too much'\) for 3 prompts together, from \[7, 1\] on, though for none of them alone"
