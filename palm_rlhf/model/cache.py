@@ -51,9 +51,9 @@ class KVCache:
         if stop > self.capacity:
             raise ValueError(f"{stop} tokens in a cache with room for {self.capacity}; make it larger")
         keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.length : stop] = k
-        values[:, :, self.length : stop] = v
-        return keys[:, :, :stop], values[:, :, :stop]
+        keys.narrow(2, self.length, k.shape[2]).copy_(k)
+        values.narrow(2, self.length, k.shape[2]).copy_(v)
+        return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
 
     def advance(self, num_new: int) -> None:
         """Count tokens that every layer has appended."""

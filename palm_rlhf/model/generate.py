@@ -151,8 +151,11 @@ def stream(
         )
         new = sample(logprobs, generator)
         chosen = logprobs.gather(-1, new.unsqueeze(-1)).squeeze(-1)
-        tokens = torch.full_like(limits, fill).index_copy_(0, rows, new)
-        yield (tokens, chosen.new_zeros(len(limits)).index_copy_(0, rows, chosen)) if return_logprobs else tokens
+        tokens, logprobs = new, chosen
+        if len(rows) < len(limits):
+            tokens = torch.full_like(limits, fill).index_copy_(0, rows, new)
+            logprobs = chosen.new_zeros(len(limits)).index_copy_(0, rows, chosen)
+        yield (tokens, logprobs) if return_logprobs else tokens
 
         running = limits[rows] > step
         if eos_token is not None:
@@ -169,10 +172,9 @@ def stream(
 
 
 def next_logits(palm, tokens: Tensor, cache: KVCache, finetune_scope: str | None) -> Tensor:
-    """Read tokens into the cache, without dropout, and return what follows the last of each row: `b i -> b v`."""
-    with evaluating(palm):
-        embeds = palm(tokens, cache=cache, return_only_embedding=True, finetune_scope=finetune_scope)
-        return palm.to_logits(embeds[:, -1])
+    """Read tokens into the cache and return what follows the last of each row: `b i -> b v`."""
+    embeds = palm(tokens, cache=cache, return_only_embedding=True, finetune_scope=finetune_scope)
+    return palm.to_logits(embeds[:, -1])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..ops.cross_entropy_chunked import linear_cross_entropy
 from ..ops.logprobs import next_token_pairs, target_mask
 from . import checkpoint as storage
 from . import generate as generation
-from .block import LayerNorm, ParallelBlock, position_tables
+from .block import LayerNorm, ParallelBlock, position_tables, step_tables, takes_step
 from .cache import KVCache
 from .config import PRESET_COMMON, PRESETS, PaLMConfig
 from .lora import BlockLoRA
@@ -142,7 +142,7 @@ class PaLM(nn.Module):
             key_mask: `b n`, True for real tokens; what comes out at the others has no meaning.
             positions: `b n` or `1 n`; by default they count the real tokens, anew in every document.
             document_ids: `b n`, equal for the tokens of one document, which see only each other.
-            cache: read before these tokens, and extended by them.
+            cache: read before these tokens, and extended by them; dropout is off.
             extra_embed: added to the token embeddings, broadcastable to `b n e`.
             return_only_embedding: the final embeddings, `b n e`.
             return_logits_with_embedding: both, `b n v` and `b n e`.
@@ -194,20 +194,26 @@ class PaLM(nn.Module):
             positions = default_positions(tokens, key_mask, document_ids)
         if self.config.causal and cache is None:
             key_mask = without_right_padding(key_mask)
-        tables = position_tables(self.config, positions, torch.promote_types(self.dtype, torch.float32))
+        step = cache is not None and takes_step(self.config, tokens, key_mask)
+        make_tables = step_tables if step else position_tables
+        tables = make_tables(self.config, positions, torch.promote_types(self.dtype, torch.float32))
 
         x = self.token_emb(tokens)
         if extra_embed is not None:
             x = x + extra_embed
-        x = self.dropout(x)
+        if cache is None:
+            x = self.dropout(x)
         adapters = None if scope is None else self._scope(scope)
+        if step:
+            x = x.flatten() if len(x) == 1 else x.flatten(1)
+            key_mask = None if key_mask is None else key_mask[:, None, None]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         if cache is not None:
             cache.advance(num_new)
-        return self.norm(x)
+        return self.norm(x).view(*tokens.shape, -1)
 
     @beartype
     def make_cache(self, batch: int, capacity: int, *, left_padding: Tensor | None = None) -> KVCache:

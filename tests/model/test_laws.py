@@ -1,5 +1,6 @@
 """Laws of a PaLM: the future, the padding, the neighbours, the cache and the packing of a row change nothing."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -182,6 +183,36 @@ def test_rows_of_a_cache_may_be_dropped_doubled_and_moved(variant, lengths, data
         logits = palm(tokens[order, -2:], cache=cache)
     for row, row_logits in zip(order, logits, strict=True):
         assert_close(row_logits, palm(rows[row][None])[0, -2:])
+
+
+@every_causal
+@settings(max_examples=10)
+@given(batch=st.integers(1, 3), first=st.sampled_from([0, 254, 4094, 70_000]), seed=SEEDS)
+def test_tokens_read_one_by_one_equal_those_read_at_once_wherever_they_stand(variant, batch, first, seed):
+    """In train() mode, with dropout and a scope: neither a lookup of angles nor the short way changes a number."""
+    palm = scoped(variant, seed)
+    tokens = torch.stack(token_rows([6] * batch, seed))
+    positions = torch.arange(first, first + 6).unsqueeze(0)
+    with torch.no_grad():
+        expected = palm.eval()(tokens, positions=positions, finetune_scope="scope")
+        palm.train()
+        cache = palm.make_cache(batch, 6)
+        for i in range(6):
+            one = {"cache": cache, "positions": positions[:, i : i + 1], "finetune_scope": "scope"}
+            assert_close(palm(tokens[:, i : i + 1], **one)[:, 0], expected[:, i])
+        assert (palm(tokens, positions=positions) - expected).abs().max() > 1e-3  # without the scope, with dropout
+
+
+def scoped(variant, seed):
+    """A copy of a variant with dropout, and with a scope that changes what it says."""
+    config = dataclasses.replace(palm_of(variant).config, dropout=0.5)
+    palm = PaLM.from_config(config).double()
+    palm.load_state_dict(palm_of(variant).state_dict())
+    palm.add_finetune_params("scope", r=2)
+    torch.manual_seed(seed)
+    for parameter in palm.finetune_parameters("scope"):
+        torch.nn.init.normal_(parameter)
+    return palm
 
 
 def test_positions_and_mask_of_a_cache_by_hand():
