@@ -88,6 +88,19 @@ class ParallelBlock(nn.Module):
             out = out + lora.out(attended)
         return x + (self.dropout(out) if cache is None else out)
 
+    def takes_step(self, tokens: Tensor, key_mask: Tensor | None) -> bool:
+        """Whether `_step` can read tokens: one a row, on a CPU, with nothing to be learnt; `b n`, mask `b j`.
+
+        A token that sees no key, being a pad itself, may be answered with NaN by fused attention. Weights in shards are
+        whole in the layer's `forward` only, and must not be gathered in inference mode.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
+            return False
+        if tokens.shape[1] != 1 or tokens.device.type != "cpu" or not self.config.flash_attn:
+            return False
+        whole = type(self.in_proj.weight) is nn.Parameter
+        return whole and (key_mask is None or bool(key_mask.any(dim=-1).all()))
+
     def _step(
         self,
         x: Tensor,
@@ -132,18 +145,6 @@ class ParallelBlock(nn.Module):
         heads, kv_heads = self.config.heads, self.config.kv_heads
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
         return torch.cat((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=-2)
-
-
-def takes_step(config: PaLMConfig, tokens: Tensor, key_mask: Tensor | None) -> bool:
-    """Whether tokens read through a cache are one a row on a CPU, and nothing is to be learnt: `b n`, mask `b j`.
-
-    A token that sees no key, being a pad itself, may be answered with NaN by fused attention.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
-        return False
-    if tokens.shape[1] != 1 or tokens.device.type != "cpu" or not config.flash_attn:
-        return False
-    return key_mask is None or bool(key_mask.any(dim=-1).all())
 
 
 def step_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

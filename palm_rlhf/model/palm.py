@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ..ops.cross_entropy_chunked import linear_cross_entropy
 from ..ops.logprobs import next_token_pairs, target_mask
 from . import checkpoint as storage
 from . import generate as generation
-from .block import LayerNorm, ParallelBlock, position_tables, step_tables, takes_step
+from .block import LayerNorm, ParallelBlock, position_tables, step_tables
 from .cache import KVCache
 from .config import PRESET_COMMON, PRESETS, PaLMConfig
 from .lora import BlockLoRA
@@ -194,7 +195,7 @@ class PaLM(nn.Module):
             positions = default_positions(tokens, key_mask, document_ids)
         if self.config.causal and cache is None:
             key_mask = without_right_padding(key_mask)
-        step = cache is not None and takes_step(self.config, tokens, key_mask)
+        step = cache is not None and self.layers[0].takes_step(tokens, key_mask)
         make_tables = step_tables if step else position_tables
         tables = make_tables(self.config, positions, torch.promote_types(self.dtype, torch.float32))
 
@@ -208,9 +209,10 @@ class PaLM(nn.Module):
             x = x.flatten() if len(x) == 1 else x.flatten(1)
             key_mask = None if key_mask is None else key_mask[:, None, None]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for i, layer in enumerate(self.layers):
-            args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
-            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        with torch.inference_mode() if step else nullcontext():
+            for i, layer in enumerate(self.layers):
+                args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
+                x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         if cache is not None:
             cache.advance(num_new)
         return self.norm(x).view(*tokens.shape, -1)
