@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention
-from ..ops.linear import add_linear, linear, split_linear, sum_linear
+from ..ops.linear import add_linear, linear, split_linear, swiglu_sum_linear
 from ..ops.rotary import rotary_split, rotary_tables, rotate, xpos_scales
-from ..ops.swiglu import swiglu, swiglu_reference
+from ..ops.swiglu import swiglu_reference
 from .cache import KVCache
 from .config import PaLMConfig
 from .lora import BlockLoRA
@@ -83,7 +83,7 @@ class ParallelBlock(nn.Module):
             implementation="auto" if self.config.flash_attn else "eager",
         )
         attended = attended.transpose(1, 2).flatten(2)  # b n (h d)
-        out = sum_linear(attended, self.attn_out.weight, swiglu(gate, value), self.ff_out.weight)
+        out = swiglu_sum_linear(attended, self.attn_out.weight, gate, value, self.ff_out.weight)
         if lora is not None:
             out = out + lora.out(attended)
         return x + (self.dropout(out) if cache is None else out)

@@ -1,4 +1,4 @@
-"""The two products of a parallel block: one matrix with several outputs, and several matrices with one sum.
+"""The two products of a parallel block: one matrix with several outputs, and two matrices with one sum.
 
 Their backwards are written for a CPU. Gradients are read and written where they lie, where autograd would first join
 or split them; and the weight's gradient starts from an explicit transpose of the narrow operand, since oneDNN
@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .swiglu import swiglu
+
 SOME_ROWS = range(8, 17)  # and, like the next, found by trial with MKL on x86: elsewhere the usual order is as fast
 LARGE = 1 << 20  # weights
+CACHED_ROWS = 256
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -39,23 +42,50 @@ class _SplitLinear(torch.autograd.Function):
         return d_x, d_weight, None
 
 
-class _SumLinear(torch.autograd.Function):
+class _SwiGLUSumLinear(torch.autograd.Function):
+    """Hidden units are made again in the backward, and what it needs of their size it writes into three buffers.
+
+    Fresh memory costs a CPU more than the arithmetic: each page of it has to be asked for.
+    """
+
     @staticmethod
-    def forward(ctx, x, weight, other, other_weight):
-        ctx.save_for_backward(x, weight, other, other_weight)
-        return F.linear(x, weight).add_(F.linear(other, other_weight))
+    def forward(ctx, x, weight, gate, value, hidden_weight):
+        ctx.save_for_backward(x, weight, gate, value, hidden_weight)
+        return F.linear(x, weight).add_(F.linear(F.silu(gate).mul_(value), hidden_weight))
 
     @staticmethod
     def backward(ctx, d_out):
-        x, weight, other, other_weight = ctx.saved_tensors
+        x, weight, gate, value, hidden_weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_gate, needs_value, needs_hidden_weight = ctx.needs_input_grad
         rows = d_out.reshape(-1, d_out.shape[-1])
-        columns = rows.mT.contiguous() if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None
-        grads = []
-        for i, (inputs, matrix) in enumerate(((x, weight), (other, other_weight))):
-            needs_inputs, needs_matrix = ctx.needs_input_grad[2 * i : 2 * i + 2]
-            grads.append((rows @ matrix).view_as(inputs) if needs_inputs else None)
-            grads.append(columns @ inputs.reshape(-1, inputs.shape[-1]) if needs_matrix else None)
-        return tuple(grads)
+        columns = rows.mT.contiguous() if needs_weight or needs_hidden_weight else None
+        d_x = (rows @ weight).view_as(x) if needs_x else None
+        d_weight = columns @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+        d_hidden = rows @ hidden_weight
+        d_gate, hidden = torch.empty_like(d_hidden), torch.empty_like(d_hidden)
+        d_value = _swiglu_backward_(d_hidden, gate.reshape(d_gate.shape), value.reshape(d_gate.shape), d_gate, hidden)
+        return (
+            d_x,
+            d_weight,
+            d_gate.view_as(gate) if needs_gate else None,
+            d_value.view_as(value) if needs_value else None,
+            columns @ hidden if needs_hidden_weight else None,
+        )
+
+
+def _swiglu_backward_(d_hidden: Tensor, gate: Tensor, value: Tensor, d_gate: Tensor, hidden: Tensor) -> Tensor:
+    """Fill `d_gate` and `hidden`, and turn `d_hidden` into the gradient of `value`: all `n d`, some rows at a time.
+
+    So few rows that they stay in the cache between the passes.
+    """
+    parts = (t.split(CACHED_ROWS) for t in (d_hidden, gate, value, d_gate, hidden))
+    for d_h, g, v, d_g, h in zip(*parts, strict=True):
+        torch.ops.aten.silu.out(g, out=h)
+        torch.mul(d_h, v, out=d_g)
+        torch.ops.aten.silu_backward.grad_input(d_g, g, grad_input=d_g)
+        d_h.mul_(h)
+        h.mul_(v)
+    return d_hidden
 
 
 def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -68,14 +98,14 @@ def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, .
     return _SplitLinear.apply(*_autocast(x, weight), sizes)
 
 
-def sum_linear(x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor) -> Tensor:
-    """`x @ weight.T + other @ other_weight.T`.
+def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hidden_weight: Tensor) -> Tensor:
+    """`x @ weight.T + swiglu(gate, value) @ hidden_weight.T`.
 
-    x: `... i`, weight: `o i`, other: `... j`, other_weight: `o j` -> `... o`
+    x: `... i`, weight: `o i`, gate and value: `... j`, hidden_weight: `o j` -> `... o`
     """
-    if not _trains_on_cpu(x, weight, other, other_weight):
-        return linear(x, weight) + linear(other, other_weight)
-    return _SumLinear.apply(*_autocast(x, weight, other, other_weight))
+    if not _trains_on_cpu(x, weight, gate, value, hidden_weight):
+        return linear(x, weight) + linear(swiglu(gate, value), hidden_weight)
+    return _SwiGLUSumLinear.apply(*_autocast(x, weight, gate, value, hidden_weight))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

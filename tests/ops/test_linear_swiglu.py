@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from palm_rlhf.ops.linear import linear, split_linear, sum_linear
+from palm_rlhf.ops.linear import linear, split_linear, swiglu_sum_linear
 from palm_rlhf.ops.swiglu import swiglu
 
 SIZES = [4, 1, 6]
@@ -98,43 +98,61 @@ def test_split_linear_under_autocast_is_that_of_pytorch(dtype):
     assert_all_close(*grads, rtol=2e-2, atol=2e-1)
 
 
-def summands(*, batch=(2, 3), dtype=torch.float64):
-    """Two inputs and their weights: `... 5`, `4 5`, `... 7`, `4 7`."""
-    shapes = (*batch, 5), (4, 5), (*batch, 7), (4, 7)
+def summands(*, batch=(2, 3), dtype=torch.float64, hidden=7):
+    """An input and its weight, hidden units in two parts and their weight: `... 5`, `4 5`, twice `... 7`, `4 7`."""
+    shapes = (*batch, 5), (4, 5), (*batch, hidden), (*batch, hidden), (4, hidden)
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 2, 3)], ids=str)
-def test_sum_linear_is_a_sum_of_products(batch):
-    x, weight, other, other_weight = inputs = summands(batch=batch)
-    got, expected = [sum_linear(*inputs)], [x @ weight.T + other @ other_weight.T]
+def plain_sum(x, weight, gate, value, hidden_weight):
+    return x @ weight.T + plain_swiglu(gate, value) @ hidden_weight.T
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 2, 3), (700,)], ids=str)
+def test_swiglu_sum_linear_is_a_sum_of_products(batch):
+    """Of few rows, and of more than are taken at a time; nothing that it was given changes."""
+    inputs = summands(batch=batch)
+    before = [t.detach().clone() for t in inputs]
+    got, expected = [swiglu_sum_linear(*inputs)], [plain_sum(*inputs)]
     assert_all_close(got, expected)
-    assert_all_close(gradients(got, inputs), gradients(expected, inputs))
+    assert_all_close(gradients(got, inputs), gradients(expected, inputs), rtol=0, atol=1e-10)
+    assert_all_close(gradients(got, inputs), gradients(expected, inputs), rtol=0, atol=1e-10)  # and a second time
+    assert all(torch.equal(t, was) for t, was in zip(inputs, before, strict=True))
     with torch.no_grad():
-        assert_all_close([sum_linear(*inputs)], expected)
+        assert_all_close([swiglu_sum_linear(*inputs)], expected)
 
 
-def test_sum_linear_passes_gradcheck():
-    assert gradcheck(sum_linear, summands())
+def test_swiglu_sum_linear_passes_gradcheck():
+    assert gradcheck(swiglu_sum_linear, summands())
 
 
-@pytest.mark.parametrize("live", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
-def test_sum_linear_with_some_of_it_frozen(live):
+def test_swiglu_sum_linear_reads_strided_gradients_and_inputs():
+    inputs = summands()
+    expected = gradients([plain_sum(*inputs)], inputs)
+    assert_all_close(gradients([swiglu_sum_linear(*inputs)], inputs, strided=True), expected)
+    strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in inputs]
+    assert_all_close(gradients([swiglu_sum_linear(*strided)], strided), expected)
+
+
+@pytest.mark.parametrize("live", [(0,), (1,), (2,), (3,), (4,), (0, 2), (1, 3), (2, 4)], ids=str)
+def test_swiglu_sum_linear_with_some_of_it_frozen(live):
     inputs = [t.requires_grad_(n in live) for n, t in enumerate(summands())]
-    x, weight, other, other_weight = inputs
-    expected = gradients([x @ weight.T + other @ other_weight.T], [inputs[n] for n in live])
-    assert_all_close(gradients([sum_linear(*inputs)], [inputs[n] for n in live]), expected)
+    expected = gradients([plain_sum(*inputs)], [inputs[n] for n in live])
+    assert_all_close(gradients([swiglu_sum_linear(*inputs)], [inputs[n] for n in live]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sum_linear_under_autocast_is_that_of_pytorch(dtype):
-    x, weight, other, other_weight = inputs = summands(batch=(4, 32), dtype=dtype)
+def test_swiglu_sum_linear_under_autocast_is_that_of_pytorch(dtype):
+    """The hidden units come in bfloat16, as the first projection makes them."""
+    inputs = summands(batch=(4, 32), dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        got, expected = [sum_linear(*inputs)], [F.linear(x, weight) + F.linear(other, other_weight)]
+        x, weight, gate, value, hidden_weight = inputs
+        hidden = F.silu(gate.bfloat16()) * value.bfloat16()
+        got, expected = [swiglu_sum_linear(*inputs)], [F.linear(x, weight) + F.linear(hidden, hidden_weight)]
     assert got[0].dtype == expected[0].dtype == torch.bfloat16
-    assert_all_close(got, expected, rtol=1e-2, atol=5e-2)
+    assert_all_close(got, expected, rtol=1e-2, atol=1e-1)
     grads = gradients(got, inputs), gradients(expected, inputs)
-    assert [grad.dtype for grad in grads[0]] == [dtype] * 4
+    assert [grad.dtype for grad in grads[0]] == [dtype] * 5
     assert_all_close(*grads, rtol=2e-2, atol=2e-1)
 
 
