@@ -22,17 +22,18 @@ from palm_rlhf.training.language_model import LanguageModelTrainer
 # The defaults, for two CPU cores and about ten minutes.
 MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)
 TRAINING = LMConfig(
-    batch_size=16,
-    seq_len=256,
+    batch_size=8,
+    seq_len=512,
     num_steps=2000,
     max_seconds=500,
     optimizer="muon",
     learning_rate=1e-2,
     min_lr_ratio=0.0,
+    weight_decay=1.0,  # small texts are seen many times: with 0.1 they are learnt by heart
     warmup_steps=50,
     eval_every=500,
     eval_tokens=20_000,
-    eval_context=192,
+    eval_context=384,
     save_every=500,
 )
 
