@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import uses_triton
 from .swiglu import swiglu
 
 SOME_ROWS = range(8, 17)  # and, like the next, found by trial with MKL on x86: elsewhere the usual order is as fast
@@ -103,7 +104,7 @@ def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hi
 
     x: `... i`, weight: `o i`, gate and value: `... j`, hidden_weight: `o j` -> `... o`
     """
-    if not _trains_on_cpu(x, weight, gate, value, hidden_weight):
+    if not _trains_on_cpu(x, weight, gate, value, hidden_weight) or uses_triton(gate, value):
         return linear(x, weight) + linear(swiglu(gate, value), hidden_weight)
     return _SwiGLUSumLinear.apply(*_autocast(x, weight, gate, value, hidden_weight))
 

@@ -248,6 +248,8 @@ class Run:
         if result:
             self.log.write({"step": self.step, **result})
         self.log.close()
+        # The thread that sent what was gathered last lets go of it before this: at the exit of Python it would abort.
+        self.accelerator.wait_for_everyone()
         return {**result, "steps": self.step, "seconds": self.elapsed + time.perf_counter() - started}
 
     def _agreed(self, elapsed: float) -> float:
