@@ -151,7 +151,7 @@ def stream(
         )
         new = sample(logprobs, generator)
         chosen = logprobs.gather(-1, new.unsqueeze(-1)).squeeze(-1)
-        tokens, logprobs = new, chosen
+        tokens, logprobs = new.clone(), chosen  # whoever gets them may write to them
         if len(rows) < len(limits):
             tokens = torch.full_like(limits, fill).index_copy_(0, rows, new)
             logprobs = chosen.new_zeros(len(limits)).index_copy_(0, rows, chosen)
