@@ -27,6 +27,7 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
         self.capacity, self.length = capacity, 0
+        self.decoder = None  # the kernel that reads it, where there is one
         self.left_padding = None
         if left_padding is not None and bool(left_padding.any()):
             self.left_padding = left_padding.to(device)
@@ -44,6 +45,12 @@ class KVCache:
             return None
         columns = torch.arange(self.length + num_new, device=self.left_padding.device)
         return columns >= self.left_padding.unsqueeze(-1)
+
+    def window(self) -> tuple[Tensor, Tensor]:
+        """The first column that each row sees, and the column of its next token: `b` and `b`, int64."""
+        batch, device = len(self.keys[0]), self.keys[0].device
+        lengths = torch.full((batch,), self.length, device=device)
+        return torch.zeros_like(lengths) if self.left_padding is None else self.left_padding, lengths
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, and return all of them: `b hk i d -> b hk j d`, twice."""

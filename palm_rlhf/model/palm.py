@@ -20,6 +20,7 @@ from .block import LayerNorm, ParallelBlock, position_tables, step_tables
 from .cache import KVCache
 from .config import PRESET_COMMON, PRESETS, PaLMConfig
 from .lora import BlockLoRA
+from .step import native_decoder
 
 
 class PaLM(nn.Module):
@@ -208,14 +209,22 @@ class PaLM(nn.Module):
         if step:
             x = x.flatten() if len(x) == 1 else x.flatten(1)
             key_mask = None if key_mask is None else key_mask[:, None, None]
-        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        with torch.inference_mode() if step else nullcontext():
-            for i, layer in enumerate(self.layers):
-                args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
-                x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        if step and adapters is None and (decoder := native_decoder(self, cache)) is not None:
+            x = decoder.step(x, tables, *cache.window()).to(x.dtype)
+        else:
+            x = self._through_blocks(x, tables, key_mask, document_ids, cache, adapters, inference=step)
         if cache is not None:
             cache.advance(num_new)
         return self.norm(x).view(*tokens.shape, -1)
+
+    def _through_blocks(self, x, tables, key_mask, document_ids, cache, adapters, inference: bool) -> Tensor:
+        """`b n e -> b n e`, or for the next tokens alone `b e -> b e` and `e -> e`."""
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        with torch.inference_mode() if inference else nullcontext():
+            for i, layer in enumerate(self.layers):
+                args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
+                x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        return x
 
     @beartype
     def make_cache(self, batch: int, capacity: int, *, left_padding: Tensor | None = None) -> KVCache:

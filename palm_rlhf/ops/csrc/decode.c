@@ -1,0 +1,41 @@
+// The next token of each row through all blocks of a PaLM, in one call: the weights are streamed once, and nothing else
+// leaves the caches. The threads meet three times a block. Activations are float32 at least, whatever the weights are.
+
+#include "native.h"
+
+typedef struct {
+    long depth, dim, heads, kv_heads, dim_head, inner; // of the model
+    long batch, capacity;                              // of the cache: rows, and room for tokens
+    long table_rows, table_heads;                      // of the rotary tables: `b|1 (h + hk)|1 d`
+    double eps;
+} Shape;
+
+typedef struct {
+    const void *norm, *in_proj, *attn_out, *ff_out;
+    const void *q_norm, *k_norm; // `h d` and `hk d`, or null
+    void *keys, *values;         // `b hk capacity d`
+} Layer;
+
+enum { ROWS = 4 }; // of a matrix, read side by side
+
+#define T float
+#define A float
+#define EXP exp_
+#define OF(name) name##_f32
+#include "decode_body.h"
+#undef T
+#undef OF
+
+#define T bfloat16
+#define OF(name) name##_bf16
+#include "decode_body.h"
+#undef T
+#undef A
+#undef EXP
+#undef OF
+
+#define T double
+#define A double
+#define EXP exp
+#define OF(name) name##_f64
+#include "decode_body.h"

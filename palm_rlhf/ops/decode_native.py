@@ -1,0 +1,79 @@
+"""The next token through all blocks of a PaLM in one call of a kernel in C; `csrc/decode.c` is the kernel."""
+
+import ctypes
+from ctypes import c_double, c_int, c_long, c_void_p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .native import library
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+
+
+class BlockTensors(NamedTuple):
+    """What one block reads, and its part of the cache, all of one dtype and contiguous."""
+
+    norm: Tensor  # e
+    in_proj: Tensor  # (q k v gate value) e
+    attn_out: Tensor  # e (h d)
+    ff_out: Tensor  # e inner
+    q_norm: Tensor | None  # h d
+    k_norm: Tensor | None  # hk d
+    keys: Tensor  # b hk capacity d
+    values: Tensor
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, c_long) for name in ("depth", "dim", "heads", "kv_heads", "dim_head", "inner")),
+        *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads")),
+        ("eps", c_double),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in BlockTensors._fields]
+
+
+class NativeDecoder:
+    """One token a row through given blocks, which are read where they lie and kept alive."""
+
+    def __init__(self, blocks: list[BlockTensors], heads: int, eps: float):
+        first = blocks[0]
+        batch, kv_heads, capacity, dim_head = first.keys.shape
+        dim, inner = first.ff_out.shape
+        self.blocks = blocks
+        self.in_proj = first.in_proj.data_ptr()
+        pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in blocks]
+        self.layers = (_Layer * len(blocks))(*pointers)
+        self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity, eps=eps)
+        self.function = getattr(library(), f"decode_{DTYPES[first.in_proj.dtype]}")
+        self.function.restype = None
+        self.function.argtypes = [*(c_void_p,) * 8, c_int]
+        self.threads = torch.get_num_threads()
+        shared = batch * (dim + (heads + 2 * kv_heads) * dim_head + inner + heads * dim_head)
+        of_each_thread = batch * dim + 3 * dim_head + capacity
+        self.dtype = torch.promote_types(first.in_proj.dtype, torch.float32)
+        self.scratch = torch.empty(shared + self.threads * of_each_thread, dtype=self.dtype)
+
+    def reads(self, in_proj: Tensor, keys: Tensor) -> bool:
+        """Whether these, of the first block, are still what it reads: weights move, and so do the rows of a cache."""
+        first = self.blocks[0]
+        return first.in_proj.data_ptr() == self.in_proj == in_proj.data_ptr() and first.keys is keys
+
+    def step(self, x: Tensor, tables: tuple[Tensor, Tensor], first: Tensor, lengths: Tensor) -> Tensor:
+        """Read the next token of each row into the cache, and through the blocks.
+
+        `lengths` counts the tokens that the cache holds, of which a row sees those from `first` on.
+
+        x: `b e`, tables: `b|1 (h + hk)|1 1 d`, first and lengths: `b` int64 -> `b e`, all but the last two at least
+        float32
+        """
+        cos, sin = (table.contiguous() for table in tables)
+        x = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.shape.table_rows, self.shape.table_heads = cos.shape[:2]
+        pointers = [t.data_ptr() for t in (cos, sin, first, lengths, x, self.scratch)]
+        self.function(ctypes.byref(self.shape), self.layers, *pointers, self.threads)
+        return x

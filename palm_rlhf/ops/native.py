@@ -1,0 +1,115 @@
+"""Kernels in C for CPUs: compiled once by the machine's own compiler, when they are first used.
+
+Where there is none, `refusal()` says so, and PyTorch's operations do the work. The environment variable
+PALM_RLHF_NATIVE=0 leaves them out.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+COMPILERS = (os.environ.get("CC", ""), "gcc", "cc")
+# Sums are reordered where a loop says so, and nowhere else: no -ffast-math.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+SECONDS = 120  # for the compiler, which needs two
+OPENMP = ("libgomp", "libiomp5", "libomp")
+
+
+def default_cache_dir() -> Path:
+    """The folder `PALM_RLHF_CACHE` names, else `~/.cache/palm_rlhf`."""
+    return Path(os.environ.get("PALM_RLHF_CACHE") or "~/.cache/palm_rlhf").expanduser()
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot run."""
+    return _load()[0]
+
+
+def refusal() -> str | None:
+    """Why the kernels cannot run on this machine, or None where they can."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return _open(_compiled()), None
+    except _Refused as error:
+        reason = str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    logger.info("no kernels in C: %s", reason)
+    return None, reason
+
+
+class _Refused(Exception):
+    pass
+
+
+def _compiled() -> Path:
+    """The shared library in the cache folder, made now if it is not there."""
+    if os.environ.get("PALM_RLHF_NATIVE") == "0":
+        raise _Refused("PALM_RLHF_NATIVE is 0")
+    if sys.platform != "linux":
+        raise _Refused(f"they are compiled on Linux only, and this is {sys.platform}")
+    compiler = next((path for name in COMPILERS if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        raise _Refused("no C compiler was found: install gcc, or name one in CC")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True)
+    machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    sources = sorted(SOURCES.iterdir())
+    made_of = (*FLAGS, machine, version.stdout, _processor(), *(path.read_text("utf-8") for path in sources))
+    name = f"native-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
+    folder = default_cache_dir()
+    if not (folder / name).exists():
+        _compile([compiler, *FLAGS, machine], [path for path in sources if path.suffix == ".c"], folder, name)
+    if (folder / name).stat().st_uid != os.geteuid():
+        raise _Refused(f"{folder / name} belongs to another user: set PALM_RLHF_CACHE to a folder of your own")
+    return folder / name
+
+
+def _processor() -> str:
+    """What the compiler tunes for: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    kept = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(kept)}))
+
+
+def _compile(command: list[str], sources: list[Path], folder: Path, name: str) -> None:
+    """Compile into a new file and rename it: whoever else looks sees all of it or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        objects = [f"{scratch}/{source.stem}.o" for source in sources]
+        steps = [[*command, "-c", str(source), "-o", built] for source, built in zip(sources, objects, strict=True)]
+        # Linked without OpenMP's runtime: there shall be one, PyTorch's, whose threads are already there.
+        steps.append([command[0], "-shared", *objects, "-lm", "-o", f"{scratch}/{name}"])
+        for step in steps:
+            done = subprocess.run(step, capture_output=True, text=True, timeout=SECONDS)
+            if done.returncode:
+                raise _Refused(f"{' '.join(step)} failed: {done.stderr.strip()[-500:]}")
+        os.replace(f"{scratch}/{name}", folder / name)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    import torch  # noqa: F401 (it loads OpenMP's runtime)
+
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if ".so" in line}
+    runtime = next((found for found in sorted(loaded) if Path(found).name.startswith(OPENMP)), None)
+    if runtime is None:
+        raise _Refused("PyTorch runs without OpenMP here")
+    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
