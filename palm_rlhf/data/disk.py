@@ -14,11 +14,6 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 META = "meta.json"
 
 
-def default_cache_dir() -> Path:
-    """The folder ``PALM_RLHF_CACHE`` names, else ``~/.cache/palm_rlhf``."""
-    return Path(os.environ.get("PALM_RLHF_CACHE") or "~/.cache/palm_rlhf").expanduser()
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of ``path``: of several processes one builds it and the others wait; a killed one lets go."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.disk import default_cache_dir
 from palm_rlhf.data.download import ENWIK8, Archive, cached, fetch
 from palm_rlhf.data.sources import find_files, is_plain, python_docs, read_documents
 from palm_rlhf.data.store import (
@@ -25,6 +24,7 @@ from palm_rlhf.data.store import (
     text_of_file,
     tokens_of,
 )
+from palm_rlhf.ops.native import default_cache_dir
 
 NUM_BYTES = 256
 

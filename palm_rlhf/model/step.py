@@ -4,7 +4,7 @@ from ..ops.decode_native import DTYPES, BlockTensors, NativeDecoder
 from ..ops.native import library
 from .cache import KVCache
 
-MAX_ROWS = 8  # beyond, products of many rows are faster
+MAX_ROWS = 4  # beyond, products of many rows are faster
 
 
 def native_decoder(palm, cache: KVCache) -> NativeDecoder | None:

@@ -16,7 +16,10 @@ typedef struct {
     void *keys, *values;         // `b hk capacity d`
 } Layer;
 
-enum { ROWS = 4 }; // of a matrix, read side by side
+enum {
+    ROWS = 4,  // of a matrix, read side by side
+    LINE = 64, // bytes of the caches
+};
 
 #define T float
 #define A float

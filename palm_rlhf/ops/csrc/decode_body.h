@@ -11,6 +11,8 @@ static inline A OF(dot)(const T *w, const A *x, long n) {
 static inline void OF(dots)(const T *restrict w, const A *restrict x, long n, A *restrict out) {
     const T *w1 = w + n, *w2 = w1 + n, *w3 = w2 + n;
     A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    // The next rows, on their way while these are read: each row is too short for the processor to foresee its end.
+    for (long k = 0; k < ROWS * n; k += LINE / sizeof(T)) __builtin_prefetch(w + ROWS * n + k);
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (long k = 0; k < n; k++) {
         s0 += OF(load)(w[k]) * x[k];
