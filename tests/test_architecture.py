@@ -29,7 +29,7 @@ CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf.py")
 MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 2500, 400, 80
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORT_NAMES = {"beautifulsoup4": "bs4", "lingua_language_detector": "lingua", "PyYAML": "yaml"}
-KERNELS = ("_triton.py", "_chunked.py", "_native.py")  # with a backward of their own
+KERNELS = ("_triton.py", "_chunked.py", "native.py")  # with a backward of their own, or in C
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

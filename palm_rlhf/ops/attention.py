@@ -9,6 +9,7 @@ from beartype import beartype
 from torch import Tensor
 
 from .attention_chunked import attention_chunked
+from .attention_native import takes
 from .attention_reference import attention_reference, visibility
 
 Implementation = Literal["auto", "eager", "fused", "chunked", "triton"]
@@ -105,7 +106,7 @@ def choose(
     if masked or (causal and q.shape[-2] != k.shape[-2]):
         return "chunked"
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return "chunked" if needs_grad and q.device.type == "cpu" else "fused"
+    return "chunked" if (needs_grad and q.device.type == "cpu") or takes(q, k, v) else "fused"
 
 
 def attention_fused(

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from . import attention_native
 from .attention_reference import full_precision, visibility
 
 # Scores of one chunk: few enough to stay in a CPU's cache, many enough for efficient products.
@@ -87,8 +88,10 @@ class ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, causal, key_mask, document_ids):
-        square = q.shape[2] == k.shape[2]
-        if key_mask is None and document_ids is None and (square or not causal) and q.device.type == "cpu":
+        unmasked, square = key_mask is None and document_ids is None, q.shape[2] == k.shape[2]
+        if unmasked and attention_native.takes(q, k, v):
+            out, lse = attention_native.attention_native(q, k, v, causal=causal)
+        elif unmasked and (square or not causal) and q.device.type == "cpu":
             shared = [_for_every_head(t, q.shape[1]) for t in (k, v)]
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *shared, 0.0, causal)
         else:
