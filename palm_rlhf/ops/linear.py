@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import uses_triton
-from .swiglu import swiglu
+from .swiglu import swiglu, swiglu_backward_, swiglu_forward
 
 SOME_ROWS = range(8, 17)  # and, like the next, found by trial with MKL on x86: elsewhere the usual order is as fast
 LARGE = 1 << 20  # weights
-CACHED_ROWS = 256
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -44,7 +43,7 @@ class _SplitLinear(torch.autograd.Function):
 
 
 class _SwiGLUSumLinear(torch.autograd.Function):
-    """Hidden units are made again in the backward, and what it needs of their size it writes into three buffers.
+    """Hidden units are made again in the backward, which writes over the gradient that it no longer needs.
 
     Fresh memory costs a CPU more than the arithmetic: each page of it has to be asked for.
     """
@@ -52,7 +51,7 @@ class _SwiGLUSumLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gate, value, hidden_weight):
         ctx.save_for_backward(x, weight, gate, value, hidden_weight)
-        return F.linear(x, weight).add_(F.linear(F.silu(gate).mul_(value), hidden_weight))
+        return F.linear(x, weight).add_(F.linear(swiglu_forward(gate, value), hidden_weight))
 
     @staticmethod
     def backward(ctx, d_out):
@@ -63,8 +62,7 @@ class _SwiGLUSumLinear(torch.autograd.Function):
         d_x = (rows @ weight).view_as(x) if needs_x else None
         d_weight = columns @ x.reshape(-1, x.shape[-1]) if needs_weight else None
         d_hidden = rows @ hidden_weight
-        d_gate, hidden = torch.empty_like(d_hidden), torch.empty_like(d_hidden)
-        d_value = _swiglu_backward_(d_hidden, gate.reshape(d_gate.shape), value.reshape(d_gate.shape), d_gate, hidden)
+        d_gate, d_value, hidden = swiglu_backward_(d_hidden, *(t.reshape(d_hidden.shape) for t in (gate, value)))
         return (
             d_x,
             d_weight,
@@ -72,21 +70,6 @@ class _SwiGLUSumLinear(torch.autograd.Function):
             d_value.view_as(value) if needs_value else None,
             columns @ hidden if needs_hidden_weight else None,
         )
-
-
-def _swiglu_backward_(d_hidden: Tensor, gate: Tensor, value: Tensor, d_gate: Tensor, hidden: Tensor) -> Tensor:
-    """Fill `d_gate` and `hidden`, and turn `d_hidden` into the gradient of `value`: all `n d`, some rows at a time.
-
-    So few rows that they stay in the cache between the passes.
-    """
-    parts = (t.split(CACHED_ROWS) for t in (d_hidden, gate, value, d_gate, hidden))
-    for d_h, g, v, d_g, h in zip(*parts, strict=True):
-        torch.ops.aten.silu.out(g, out=h)
-        torch.mul(d_h, v, out=d_g)
-        torch.ops.aten.silu_backward.grad_input(d_g, g, grad_input=d_g)
-        d_h.mul_(h)
-        h.mul_(v)
-    return d_hidden
 
 
 def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import uses_triton
+from .elementwise_native import rotate_native, takes
 
 XPOS_SCALE_BASE = 512
 
@@ -61,14 +62,22 @@ class _RotarySplit(torch.autograd.Function):
         if cos.shape[-2] > 1:
             tables = zip(*(t.split([heads, kv_heads], dim=-2) for t in (cos, sin)), strict=True)
         for part, grad, (cos, sin) in zip(parts, (d_q, d_k), tables, strict=False):
-            part.copy_(rotate(grad, cos, -sin))
+            if _runs_natively(grad, cos, sin):
+                rotate_native(grad, cos, sin, inverse=True, out=part)
+            else:
+                part.copy_(rotate(grad, cos, -sin))
         parts[2].copy_(d_v)
         return d_qkv, None, None, None, None
 
 
 def _rotary_split(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     qk, v = qkv.split_with_sizes([heads + kv_heads, kv_heads], dim=-2)
-    return *rotate(qk, cos, sin).split_with_sizes([heads, kv_heads], dim=-2), v
+    turned = rotate_native(qk, cos, sin) if _runs_natively(qk, cos, sin) else rotate(qk, cos, sin)
+    return *turned.split_with_sizes([heads, kv_heads], dim=-2), v
+
+
+def _runs_natively(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return cos.dtype == torch.float32 and cos.stride() == sin.stride() and takes(x) and takes(cos, sin)
 
 
 def rotary_split(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,11 +5,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import uses_triton
+from .elementwise_native import swiglu_backward_native_, swiglu_native, takes
 
 
 def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, both `... d`."""
     return F.silu(gate) * value
+
+
+def swiglu_forward(gate: Tensor, value: Tensor) -> Tensor:
+    """The same, unknown to autograd, by a kernel in C where it runs."""
+    if gate.is_contiguous() and value.is_contiguous() and takes(gate, value):
+        return swiglu_native(gate, value)
+    return F.silu(gate).mul_(value)
+
+
+def swiglu_backward_(d_hidden: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate and value, the latter over `d_hidden`, and the hidden units once more: all `... d`."""
+    if all(t.is_contiguous() for t in (d_hidden, gate, value)) and takes(d_hidden, gate, value):
+        return swiglu_backward_native_(d_hidden, gate, value)
+    silu = F.silu(gate)
+    d_gate = torch.ops.aten.silu_backward(d_hidden * value, gate)
+    return d_gate, d_hidden.mul_(silu), silu.mul_(value)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -18,13 +35,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, value):
         ctx.save_for_backward(gate, value)
-        return F.silu(gate).mul_(value)
+        return swiglu_forward(gate, value)
 
     @staticmethod
     def backward(ctx, d_out):
-        gate, value = ctx.saved_tensors
-        d_value = F.silu(gate).mul_(d_out)
-        d_gate = torch.ops.aten.silu_backward(d_out * value, gate)
+        d_gate, d_value, _ = swiglu_backward_(d_out.clone(), *ctx.saved_tensors)
         return d_gate, d_value
 
 
@@ -37,5 +52,5 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
 
         return swiglu_triton(gate, value)
     if not torch.is_grad_enabled():
-        return swiglu_reference(gate, value)
+        return swiglu_forward(gate, value)
     return _SwiGLU.apply(gate, value)
