@@ -1,0 +1,91 @@
+// The forward of attention in bfloat16, on processors with AVX-512's products of bfloat16 pairs. A block of query rows
+// meets all the keys that it may see at once, so its scores stay in the second cache and need no online softmax.
+
+#ifdef __AVX512BF16__
+#include "attention.h"
+
+enum { BLOCK = 4 * STRIP }; // query rows that are worked on together
+
+// exp(scale * (scores - their maximum)) of the first `visible` scores, zeros up to `width`: the logarithm of the sum of
+// exp(scale * scores), and in `sum` that of the weights.
+static float softmax(const float *scores, long visible, long width, float scale, bfloat16 *weights, float *sum) {
+    float most = scores[0], total = 0;
+#pragma omp simd reduction(max : most)
+    for (long j = 0; j < visible; j++) most = scores[j] > most ? scores[j] : most;
+#pragma omp simd reduction(+ : total)
+    for (long j = 0; j < visible; j++) {
+        float weight = exp_((scores[j] - most) * scale);
+        total += weight;
+        weights[j] = store_bf16(weight);
+    }
+    memset(weights + visible, 0, (width - visible) * sizeof *weights);
+    *sum = total;
+    return most * scale + logf(total);
+}
+
+// Query rows [start, start + BLOCK) of one batch element and key head; row = query * group + head of the group.
+static void attend(const Attention *s, long batch, long kv, long start, const Heads *q, const bfloat16 *keys,
+                   const bfloat16 *values, char *scratch, const Heads *out, float *lse) {
+    long group = s->heads / s->kv_heads, rows = s->queries * group, d = s->dim, width = padded(s->keys);
+    long stop = start + BLOCK < rows ? start + BLOCK : rows, ahead = s->keys - s->queries;
+    long seen = s->causal ? (stop - 1) / group + ahead + 1 : s->keys, block_width = padded(seen);
+    float *scores = (float *)scratch, *sums = scores + BLOCK * width, *result = sums + BLOCK;
+    bfloat16 *weights = (bfloat16 *)(result + BLOCK * d), *block = weights + BLOCK * width;
+    memset(block, 0, BLOCK * d * sizeof *block);
+    for (long r = start; r < stop; r++)
+        memcpy(block + (r - start) * d, at(q, batch, kv * group + r % group, r / group), d * sizeof *block);
+    for (long j = 0; j < block_width; j += PANEL) // the panel stays near while all rows meet it
+        for (long r = 0; r < BLOCK; r += STRIP)
+            product(block + r * d, d, keys + j * d, LANES * d, d, 0, scores + r * width + j, width);
+    memset(weights, 0, BLOCK * width * sizeof *weights);
+    for (long r = start; r < stop; r++) {
+        long i = r - start, query = r / group;
+        lse[(batch * s->heads + kv * group + r % group) * s->queries + query] =
+            softmax(scores + i * width, s->causal ? query + ahead + 1 : s->keys, block_width, s->scale,
+                    weights + i * width, sums + i);
+    }
+    for (long c = 0; c < d; c += PANEL)
+        for (long r = 0; r < BLOCK; r += STRIP)
+            product(weights + r * width, width, values + c * width, LANES * width, block_width, 0, result + r * d + c, d);
+    for (long r = start; r < stop; r++) {
+        bfloat16 *row = at(out, batch, kv * group + r % group, r / group);
+        for (long c = 0; c < d; c++) row[c] = store_bf16(result[(r - start) * d + c] / sums[r - start]);
+    }
+}
+
+// Bytes of scratch for so many threads.
+long attention_forward_scratch(const Attention *s, int threads) {
+    long width = padded(s->keys), of_thread = BLOCK * (width * (4 + 2) + 4 + s->dim * (4 + 2));
+    return 2 * s->batch * s->kv_heads * width * s->dim * 2 + threads * of_thread;
+}
+
+// q, out: `b h i d`, k, v: `b hk j d`, any strides but of d; lse: `b h i`; d is a multiple of PANEL.
+void attention_forward(const Attention *s, const Heads *q, const Heads *k, const Heads *v, const Heads *out, float *lse,
+                       char *scratch, int max_threads) {
+    long width = padded(s->keys), d = s->dim, pairs = s->batch * s->kv_heads;
+    long blocks = (s->queries * (s->heads / s->kv_heads) + BLOCK - 1) / BLOCK;
+    bfloat16 *keys = (bfloat16 *)scratch, *values = keys + pairs * width * d;
+    char *of_threads = (char *)(values + pairs * width * d);
+    long of_thread = attention_forward_scratch(s, 1) - (of_threads - scratch);
+#pragma omp parallel num_threads(max_threads)
+    {
+        char *mine = of_threads + omp_get_thread_num() * of_thread;
+#pragma omp for
+        for (long i = 0; i < 2 * pairs; i++) {
+            long batch = i / 2 / s->kv_heads, kv = i / 2 % s->kv_heads;
+            if (i % 2)
+                pack(at(k, batch, kv, 0), 1, k->strides[2], d, s->keys, d, width,
+                     keys + i / 2 * width * d);
+            else
+                pack(at(v, batch, kv, 0), v->strides[2], 1, s->keys, d, width, d,
+                     values + i / 2 * width * d);
+        }
+#pragma omp for schedule(dynamic)
+        for (long i = pairs * blocks - 1; i >= 0; i--) { // the longest first
+            long pair = i % pairs, start = i / pairs * BLOCK;
+            attend(s, pair / s->kv_heads, pair % s->kv_heads, start, q, keys + pair * width * d,
+                   values + pair * width * d, mine, out, lse);
+        }
+    }
+}
+#endif
