@@ -1,20 +1,15 @@
 """One layer of PaLM: attention and feed-forward side by side, fed by one norm and one matrix."""
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention
-from ..ops.linear import add_linear, linear, split_linear, swiglu_sum_linear
-from ..ops.rotary import rotary_split, rotary_tables, rotate, xpos_scales
-from ..ops.swiglu import swiglu_reference
+from ..ops.linear import split_linear, swiglu_sum_linear
+from ..ops.rotary import rotary_split, rotary_tables, xpos_scales
 from .cache import KVCache
 from .config import PaLMConfig
 from .lora import BlockLoRA
-
-MAX_LOOKED_UP = 4096  # positions whose tables are kept
 
 
 class LayerNorm(nn.Module):
@@ -64,8 +59,6 @@ class ParallelBlock(nn.Module):
         layer: int,
         lora: BlockLoRA | None,
     ) -> Tensor:
-        if x.ndim < 3:
-            return self._step(x, tables, key_mask, cache, layer, lora)
         normed = self.norm(x)
         qkv, gate, value = split_linear(normed, self.in_proj.weight, self.sizes)
         if lora is not None:
@@ -88,50 +81,6 @@ class ParallelBlock(nn.Module):
             out = out + lora.out(attended)
         return x + (self.dropout(out) if cache is None else out)
 
-    def takes_step(self, tokens: Tensor, key_mask: Tensor | None) -> bool:
-        """Whether `_step` can read tokens: one a row, on a CPU, with nothing to be learnt; `b n`, mask `b j`.
-
-        A token that sees no key, being a pad itself, may be answered with NaN by fused attention. Weights in shards are
-        whole in the layer's `forward` only, and must not be gathered in inference mode.
-        """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
-            return False
-        if tokens.shape[1] != 1 or tokens.device.type != "cpu" or not self.config.flash_attn:
-            return False
-        whole = type(self.in_proj.weight) is nn.Parameter
-        return whole and (key_mask is None or bool(key_mask.any(dim=-1).all()))
-
-    def _step(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-        cache: KVCache,
-        layer: int,
-        lora: BlockLoRA | None,
-    ) -> Tensor:
-        """The same for the next token of each row, in fewer operations: `b e -> b e`, or `e -> e` for one row alone.
-
-        So small, calling what stands between the products takes a CPU as long as streaming the weights.
-        """
-        heads, kv_heads, dim_head = self.config.heads, self.config.kv_heads, self.config.dim_head
-        normed = F.layer_norm(x, x.shape[-1:], self.norm.weight, None, self.norm.eps)
-        qkv, gate, value = linear(normed, self.in_proj.weight).split_with_sizes(self.sizes, dim=-1)
-        if lora is not None:
-            qkv = qkv + lora.qkv(normed)
-        qkv = qkv.view(-1, heads + 2 * kv_heads, dim_head)
-        if self.config.qk_norm:
-            qkv = self._normalised(qkv)
-        qk, v = qkv.unsqueeze(2).split_with_sizes([heads + kv_heads, kv_heads], dim=1)  # b h 1 d
-        q, k = rotate(qk, *tables).split_with_sizes([heads, kv_heads], dim=1)
-        k, v = cache.append(layer, k, v)
-        q = q.view(-1, kv_heads, heads // kv_heads, dim_head)  # the heads that share a key are its queries
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).reshape(*x.shape[:-1], -1)
-        if lora is not None:
-            x = x + lora.out(attended)
-        x = add_linear(x, attended, self.attn_out.weight)
-        return add_linear(x, swiglu_reference(gate, value), self.ff_out.weight)
-
     def _heads(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised and rotated queries and keys, and values: `b n (q k v) -> b h n d`, `b hk n d`, `b hk n d`."""
         qkv = qkv.unflatten(-1, (-1, self.config.dim_head))  # b n (q k v) d
@@ -145,23 +94,6 @@ class ParallelBlock(nn.Module):
         heads, kv_heads = self.config.heads, self.config.kv_heads
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
         return torch.cat((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=-2)
-
-
-def step_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`position_tables` of one token a row, looked up: `b 1 -> b (1|h+hk) 1 d`."""
-    size = max(256, 1 << int(positions.max()).bit_length())
-    if size > MAX_LOOKED_UP:
-        tables = position_tables(config, positions, dtype)
-    else:
-        tables = (table[positions] for table in _first_tables(config, size, dtype))
-    cos, sin = (table.transpose(1, 2) for table in tables)
-    return cos, sin
-
-
-@lru_cache(maxsize=8)
-def _first_tables(config: PaLMConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    cos, sin = position_tables(config, torch.arange(size, device="cpu").unsqueeze(0), dtype)
-    return cos[0], sin[0]
 
 
 def position_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -46,11 +46,13 @@ class KVCache:
         columns = torch.arange(self.length + num_new, device=self.left_padding.device)
         return columns >= self.left_padding.unsqueeze(-1)
 
-    def window(self) -> tuple[Tensor, Tensor]:
-        """The first column that each row sees, and the column of its next token: `b` and `b`, int64."""
-        batch, device = len(self.keys[0]), self.keys[0].device
-        lengths = torch.full((batch,), self.length, device=device)
-        return torch.zeros_like(lengths) if self.left_padding is None else self.left_padding, lengths
+    def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What each row's next token reads: keys, values, and the columns from the first up to its own, `b`, `b`."""
+        if self.length >= self.capacity:
+            raise ValueError(f"{self.length + 1} tokens in a cache with room for {self.capacity}; make it larger")
+        lengths = torch.full((len(self.keys[0]),), self.length, device=self.keys[0].device)
+        first = torch.zeros_like(lengths) if self.left_padding is None else self.left_padding
+        return self.keys, self.values, first, lengths
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, and return all of them: `b hk i d -> b hk j d`, twice."""

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,11 +15,11 @@ from ..ops.cross_entropy_chunked import linear_cross_entropy
 from ..ops.logprobs import next_token_pairs, target_mask
 from . import checkpoint as storage
 from . import generate as generation
-from .block import LayerNorm, ParallelBlock, position_tables, step_tables
+from .block import LayerNorm, ParallelBlock, position_tables
 from .cache import KVCache
 from .config import PRESET_COMMON, PRESETS, PaLMConfig
 from .lora import BlockLoRA
-from .step import native_decoder
+from .step import native_step, step_tables
 
 
 class PaLM(nn.Module):
@@ -196,8 +195,8 @@ class PaLM(nn.Module):
             positions = default_positions(tokens, key_mask, document_ids)
         if self.config.causal and cache is None:
             key_mask = without_right_padding(key_mask)
-        step = cache is not None and self.layers[0].takes_step(tokens, key_mask)
-        make_tables = step_tables if step else position_tables
+        step = None if cache is None or scope is not None else native_step(self, tokens, cache)
+        make_tables = position_tables if step is None else step_tables
         tables = make_tables(self.config, positions, torch.promote_types(self.dtype, torch.float32))
 
         x = self.token_emb(tokens)
@@ -205,25 +204,20 @@ class PaLM(nn.Module):
             x = x + extra_embed
         if cache is None:
             x = self.dropout(x)
-        adapters = None if scope is None else self._scope(scope)
-        if step:
-            x = x.flatten() if len(x) == 1 else x.flatten(1)
-            key_mask = None if key_mask is None else key_mask[:, None, None]
-        if step and adapters is None and (decoder := native_decoder(self, cache)) is not None:
-            x = decoder.step(x, tables, *cache.window()).to(x.dtype)
+        if step is None:
+            x = self._through_blocks(x, tables, key_mask, document_ids, cache, scope)
         else:
-            x = self._through_blocks(x, tables, key_mask, document_ids, cache, adapters, inference=step)
+            x = step(x, tables)
         if cache is not None:
             cache.advance(num_new)
-        return self.norm(x).view(*tokens.shape, -1)
+        return self.norm(x)
 
-    def _through_blocks(self, x, tables, key_mask, document_ids, cache, adapters, inference: bool) -> Tensor:
-        """`b n e -> b n e`, or for the next tokens alone `b e -> b e` and `e -> e`."""
+    def _through_blocks(self, x, tables, key_mask, document_ids, cache, scope) -> Tensor:
+        adapters = [None] * len(self.layers) if scope is None else self._scope(scope)
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        with torch.inference_mode() if inference else nullcontext():
-            for i, layer in enumerate(self.layers):
-                args = (x, tables, key_mask, document_ids, cache, i, None if adapters is None else adapters[i])
-                x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        for i, (layer, lora) in enumerate(zip(self.layers, adapters, strict=True)):
+            args = (x, tables, key_mask, document_ids, cache, i, lora)
+            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return x
 
     @beartype

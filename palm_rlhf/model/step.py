@@ -1,31 +1,61 @@
 """The next token of each row through all blocks at once, where a kernel in C can do it."""
 
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+
 from ..ops.decode_native import DTYPES, BlockTensors, NativeDecoder
 from ..ops.native import library
-from .cache import KVCache
+from .block import position_tables
+from .config import PaLMConfig
 
-MAX_ROWS = 4  # beyond, products of many rows are faster
+MAX_ROWS = 8  # beyond, products of many rows are faster
+MAX_LOOKED_UP = 4096  # positions whose tables are kept
 
 
-def native_decoder(palm, cache: KVCache) -> NativeDecoder | None:
-    """The kernel over the blocks of a PaLM and their part of a cache, kept with it; None where it cannot run.
+def native_step(palm, tokens: Tensor, cache) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] | None:
+    """What takes embeddings and `step_tables` of `b 1` tokens through the blocks and into the cache: `b 1 e -> b 1 e`.
 
-    The weights are on a CPU, whole, and not to be trained (`ParallelBlock.takes_step`). ValueError for a full cache.
+    None but for few rows on a CPU, with nothing to be learnt, and weights that are whole, not in shards. The cache keeps
+    the kernel, with the addresses of all that it reads.
     """
-    if type(cache) is not KVCache or len(cache.keys[0]) > MAX_ROWS or palm.dtype not in DTYPES or library() is None:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
         return None
-    if cache.length >= cache.capacity:
-        raise ValueError(f"{cache.length + 1} tokens in a cache with room for {cache.capacity}; make it larger")
-    if cache.decoder is None or not cache.decoder.reads(palm.layers[0].in_proj.weight, cache.keys[0]):
-        blocks = [_tensors(layer, *kept) for layer, *kept in zip(palm.layers, cache.keys, cache.values, strict=True)]
+    if tokens.shape[1] != 1 or len(tokens) > MAX_ROWS or tokens.device.type != "cpu" or not palm.config.flash_attn:
+        return None
+    in_proj = palm.layers[0].in_proj.weight
+    if type(in_proj) is not nn.Parameter or palm.dtype not in DTYPES or library() is None:
+        return None
+    keys, values, first, lengths = cache.window()
+    if cache.decoder is None or not cache.decoder.reads(in_proj, keys[0]):
+        blocks = [_tensors(layer, *kept) for layer, *kept in zip(palm.layers, keys, values, strict=True)]
         tensors = [tensor for block in blocks for tensor in block if tensor is not None]
         if any(tensor.dtype != palm.dtype or not tensor.is_contiguous() for tensor in tensors):
             return None
         cache.decoder = NativeDecoder(blocks, palm.config.heads, palm.config.norm_eps)
-    return cache.decoder
+    return partial(cache.decoder.step, first=first, lengths=lengths)
 
 
-def _tensors(layer, keys, values) -> BlockTensors:
+def _tensors(layer, keys: Tensor, values: Tensor) -> BlockTensors:
     norms = (layer.q_norm.weight, layer.k_norm.weight) if layer.config.qk_norm else (None, None)
     weights = (layer.norm.weight, layer.in_proj.weight, layer.attn_out.weight, layer.ff_out.weight)
     return BlockTensors(*weights, *norms, keys, values)
+
+
+def step_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`position_tables` of one token a row, looked up: `b 1 -> b (1|h+hk) 1 d`."""
+    size = max(256, 1 << int(positions.max()).bit_length())
+    if size > MAX_LOOKED_UP:
+        tables = position_tables(config, positions, dtype)
+    else:
+        tables = (table[positions] for table in _first_tables(config, size, dtype))
+    cos, sin = (table.transpose(1, 2) for table in tables)
+    return cos, sin
+
+
+@lru_cache(maxsize=8)
+def _first_tables(config: PaLMConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = position_tables(config, torch.arange(size, device="cpu").unsqueeze(0), dtype)
+    return cos[0], sin[0]

@@ -11,6 +11,8 @@ from .native import library
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
+ROWS = 4  # of a matrix that the kernel reads side by side
+
 
 class BlockTensors(NamedTuple):
     """What one block reads, and its part of the cache, all of one dtype and contiguous."""
@@ -45,7 +47,7 @@ class NativeDecoder:
         batch, kv_heads, capacity, dim_head = first.keys.shape
         dim, inner = first.ff_out.shape
         self.blocks = blocks
-        self.in_proj = first.in_proj.data_ptr()
+        self.in_proj = first.in_proj.data_ptr()  # a parameter may be given other memory
         pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in blocks]
         self.layers = (_Layer * len(blocks))(*pointers)
         self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity, eps=eps)
@@ -54,26 +56,25 @@ class NativeDecoder:
         self.function.argtypes = [*(c_void_p,) * 8, c_int]
         self.threads = torch.get_num_threads()
         shared = batch * (dim + (heads + 2 * kv_heads) * dim_head + inner + heads * dim_head)
-        of_each_thread = batch * dim + 3 * dim_head + capacity
+        of_each_thread = batch * (dim + 2 * ROWS) + 3 * dim_head + capacity
         self.dtype = torch.promote_types(first.in_proj.dtype, torch.float32)
         self.scratch = torch.empty(shared + self.threads * of_each_thread, dtype=self.dtype)
 
     def reads(self, in_proj: Tensor, keys: Tensor) -> bool:
         """Whether these, of the first block, are still what it reads: weights move, and so do the rows of a cache."""
-        first = self.blocks[0]
-        return first.in_proj.data_ptr() == self.in_proj == in_proj.data_ptr() and first.keys is keys
+        kept = self.blocks[0].keys
+        return self.in_proj == in_proj.data_ptr() and kept.data_ptr() == keys.data_ptr() and kept.shape == keys.shape
 
     def step(self, x: Tensor, tables: tuple[Tensor, Tensor], first: Tensor, lengths: Tensor) -> Tensor:
         """Read the next token of each row into the cache, and through the blocks.
 
-        `lengths` counts the tokens that the cache holds, of which a row sees those from `first` on.
+        `lengths` counts the tokens that the cache holds of a row, which sees those from `first` on.
 
-        x: `b e`, tables: `b|1 (h + hk)|1 1 d`, first and lengths: `b` int64 -> `b e`, all but the last two at least
-        float32
+        x: `b 1 e`, tables: at least float32, `b|1 (h + hk)|1 1 d`, first and lengths: `b` int64 -> `b 1 e`
         """
         cos, sin = (table.contiguous() for table in tables)
-        x = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        wide = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self.shape.table_rows, self.shape.table_heads = cos.shape[:2]
-        pointers = [t.data_ptr() for t in (cos, sin, first, lengths, x, self.scratch)]
+        pointers = [t.data_ptr() for t in (cos, sin, first, lengths, wide, self.scratch)]
         self.function(ctypes.byref(self.shape), self.layers, *pointers, self.threads)
-        return x
+        return wide.to(x.dtype)

@@ -103,19 +103,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     if plain or x.device.type != "cpu":
         return F.linear(x, weight)
-    if x.ndim == 1:
-        return torch.mv(weight, x)
     num_rows = x.numel() // weight.shape[1]
     if num_rows == 1:
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     if num_rows in SOME_ROWS and x.dtype == torch.float32 and weight.numel() >= LARGE:
         return (weight @ x.reshape(num_rows, -1).mT).mT.contiguous().view(*x.shape[:-1], -1)
     return F.linear(x, weight)
-
-
-def add_linear(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`out + x @ weight.T`, without gradients: out `... o`, x `... i`, weight `o i` -> `... o`."""
-    return torch.addmv(out, weight, x) if x.ndim == 1 else out + linear(x, weight)
 
 
 def _trains_on_cpu(*tensors: Tensor) -> bool:

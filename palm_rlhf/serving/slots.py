@@ -29,6 +29,7 @@ class SlotCache:
     def clear(self) -> None:
         """Forgets everything, and gives the memory back."""
         self.num_rows = self.num_columns = 0
+        self.decoder = None  # the kernel that reads it, where there is one
         self.keys, self.values = ([self._block(0, 0) for _ in range(self.depth)] for _ in range(2))
 
     def _block(self, rows: int, columns: int) -> Tensor:
@@ -51,6 +52,7 @@ class SlotCache:
         return False
 
     def _resize(self, rows: int, columns: int, num_used: int, longest: int) -> None:
+        self.decoder = None  # which holds the old blocks
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
                 blocks[layer] = self._block(rows, columns)
@@ -71,6 +73,10 @@ class SlotCache:
         for block, part in zip((*self.keys, *self.values), contents, strict=True):
             block[row, :, : part.shape[1]] = part
 
+    def views(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """The keys and the values of some rows, by layers."""
+        return [block[rows] for block in self.keys], [block[rows] for block in self.values]
+
     def row(self, row: int, length: int) -> "Row":
         """One row, to be extended by any number of tokens."""
         return Row(self, row, length)
@@ -80,11 +86,30 @@ class SlotCache:
         return Row(self, 0, lengths[0]) if len(lengths) == 1 else Rows(self, lengths)
 
 
-class Row:
+class OfSlots:
+    """Some rows of a block as the cache of a forward."""
+
+    slots: SlotCache
+
+    @property
+    def decoder(self):
+        """The kernel that reads them, where there is one; the block keeps it."""
+        return self.slots.decoder
+
+    @decoder.setter
+    def decoder(self, decoder) -> None:
+        self.slots.decoder = decoder
+
+
+class Row(OfSlots):
     """One row as the cache of a forward over `1 i` tokens."""
 
     def __init__(self, slots: SlotCache, row: int, length: int):
         self.slots, self.index, self.length = slots, slice(row, row + 1), length
+
+    def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What the next token reads: keys, values, and the columns from the first up to its own, `1`, `1`."""
+        return *self.slots.views(self.index), *torch.tensor([[0], [self.length]])
 
     def key_mask(self, num_new: int) -> None:
         """Every key is a token."""
@@ -106,7 +131,7 @@ class Row:
         self.length += num_new
 
 
-class Rows:
+class Rows(OfSlots):
     """The first rows as the cache of a forward over `b 1` tokens, each row at its own position."""
 
     def __init__(self, slots: SlotCache, lengths: list[int]):
@@ -114,6 +139,10 @@ class Rows:
         self.lengths = torch.tensor(lengths, device=slots.like["device"])
         self.index = torch.arange(len(lengths), device=slots.like["device"])
         self.ragged = min(lengths) < self.longest
+
+    def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What each row's next token reads: keys, values, and the columns from the first up to its own, `b`, `b`."""
+        return *self.slots.views(slice(len(self.lengths))), torch.zeros_like(self.lengths), self.lengths
 
     def key_mask(self, num_new: int) -> Tensor | None:
         """Which of the keys, the new ones included, are tokens: `b j`, or None where all are."""

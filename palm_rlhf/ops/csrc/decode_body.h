@@ -23,12 +23,31 @@ static inline void OF(dots)(const T *restrict w, const A *restrict x, long n, A 
     out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
 }
 
-// Up to ROWS rows of w `rows n` times x `n`.
-static inline void OF(product)(const T *w, const A *x, long n, long rows, A *out) {
-    if (rows == ROWS)
-        OF(dots)(w, x, n, out);
-    else
-        for (long i = 0; i < rows; i++) out[i] = OF(dot)(w + i * n, x, n);
+// The same for two x, which share the reading of the weights: out[0..3] and out[4..7].
+static inline void OF(dots_of_two)(const T *restrict w, const A *restrict x, const A *restrict y, long n,
+                                   A *restrict out) {
+    const T *w1 = w + n, *w2 = w1 + n, *w3 = w2 + n;
+    A s0 = 0, s1 = 0, s2 = 0, s3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+    for (long k = 0; k < ROWS * n; k += LINE / sizeof(T)) __builtin_prefetch(w + ROWS * n + k);
+#pragma omp simd reduction(+ : s0, s1, s2, s3, t0, t1, t2, t3)
+    for (long k = 0; k < n; k++) {
+        A a = OF(load)(w[k]), b = OF(load)(w1[k]), c = OF(load)(w2[k]), d = OF(load)(w3[k]);
+        s0 += a * x[k], s1 += b * x[k], s2 += c * x[k], s3 += d * x[k];
+        t0 += a * y[k], t1 += b * y[k], t2 += c * y[k], t3 += d * y[k];
+    }
+    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+    out[4] = t0, out[5] = t1, out[6] = t2, out[7] = t3;
+}
+
+// Up to ROWS rows of w `rows n` times each x `batch n`: `batch ROWS`.
+static inline void OF(product)(const T *w, const A *x, long n, long rows, long batch, A *out) {
+    long b = 0;
+    if (rows == ROWS) {
+        for (; b + 1 < batch; b += 2) OF(dots_of_two)(w, x + b * n, x + (b + 1) * n, n, out + b * ROWS);
+        for (; b < batch; b++) OF(dots)(w, x + b * n, n, out + b * ROWS);
+    }
+    for (; b < batch; b++)
+        for (long i = 0; i < rows; i++) out[b * ROWS + i] = OF(dot)(w + i * n, x + b * n, n);
 }
 
 static void OF(layer_norm)(const A *x, const T *weight, long n, A eps, A *out) {
@@ -70,7 +89,7 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
     A scale = 1 / (A)sqrt(d), most, sum = 0, own = 0;
     for (long c = 0; c < d; c++) own += q[c] * OF(load)(OF(store)(k[c]));
     for (long j = first; j < length; j += ROWS)
-        OF(product)(keys + j * d, q, d, length - j < ROWS ? length - j : ROWS, scores + j);
+        OF(product)(keys + j * d, q, d, length - j < ROWS ? length - j : ROWS, 1, scores + j);
     scores[length] = most = own;
     for (long j = first; j < length; j++) most = scores[j] > most ? scores[j] : most;
 #pragma omp simd reduction(+ : sum)
@@ -87,43 +106,49 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
         }
 }
 
-// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`.
-static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int thread, int threads, A *qkv,
+// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `sums` has
+// room for `2 b ROWS`.
+static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int thread, int threads, A *sums, A *qkv,
                         A *hidden) {
-    long dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, start, stop;
-    A gate[ROWS], value[ROWS];
+    long dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, b = s->batch, start, stop;
+    A *gate = sums, *value = sums + b * ROWS;
     share(width, ROWS, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += ROWS)
-        for (long r = 0; r < s->batch; r++)
-            OF(product)(in_proj + i * dim, normed + r * dim, dim, stop - i < ROWS ? stop - i : ROWS, qkv + r * width + i);
+    for (long i = start; i < stop; i += ROWS) {
+        long rows = stop - i < ROWS ? stop - i : ROWS;
+        OF(product)(in_proj + i * dim, normed, dim, rows, b, sums);
+        for (long r = 0; r < b; r++)
+            for (long k = 0; k < rows; k++) qkv[r * width + i + k] = sums[r * ROWS + k];
+    }
     const T *gates = in_proj + width * dim, *hidden_values = gates + s->inner * dim;
     share(s->inner, ROWS, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += ROWS)
-        for (long r = 0; r < s->batch; r++) {
-            long rows = stop - i < ROWS ? stop - i : ROWS;
-            OF(product)(gates + i * dim, normed + r * dim, dim, rows, gate);
-            OF(product)(hidden_values + i * dim, normed + r * dim, dim, rows, value);
-            for (long k = 0; k < rows; k++) hidden[r * s->inner + i + k] = gate[k] / (1 + EXP(-gate[k])) * value[k];
-        }
+    for (long i = start; i < stop; i += ROWS) {
+        long rows = stop - i < ROWS ? stop - i : ROWS;
+        OF(product)(gates + i * dim, normed, dim, rows, b, gate);
+        OF(product)(hidden_values + i * dim, normed, dim, rows, b, value);
+        for (long r = 0; r < b; r++)
+            for (long k = r * ROWS; k < r * ROWS + rows; k++)
+                hidden[r * s->inner + i + k - r * ROWS] = gate[k] / (1 + EXP(-gate[k])) * value[k];
+    }
 }
 
 // The share of one thread of x + attended @ attn_out.T + hidden @ ff_out.T: `b dim`.
-static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *attended, const A *hidden,
-                       int thread, int threads, A *out) {
-    long dim = s->dim, inner = s->inner, q_dim = s->heads * s->dim_head, start, stop;
-    A a[ROWS], f[ROWS];
+static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *attended, const A *hidden, int thread,
+                       int threads, A *sums, A *out) {
+    long dim = s->dim, inner = s->inner, q_dim = s->heads * s->dim_head, b = s->batch, start, stop;
+    A *more = sums + b * ROWS;
     share(dim, ROWS, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += ROWS)
-        for (long r = 0; r < s->batch; r++) {
-            long rows = stop - i < ROWS ? stop - i : ROWS;
-            OF(product)((const T *)layer->attn_out + i * q_dim, attended + r * q_dim, q_dim, rows, a);
-            OF(product)((const T *)layer->ff_out + i * inner, hidden + r * inner, inner, rows, f);
-            for (long k = 0; k < rows; k++) out[r * dim + i + k] = x[r * dim + i + k] + a[k] + f[k];
-        }
+    for (long i = start; i < stop; i += ROWS) {
+        long rows = stop - i < ROWS ? stop - i : ROWS;
+        OF(product)((const T *)layer->attn_out + i * q_dim, attended, q_dim, rows, b, sums);
+        OF(product)((const T *)layer->ff_out + i * inner, hidden, inner, rows, b, more);
+        for (long r = 0; r < b; r++)
+            for (long k = 0; k < rows; k++)
+                out[r * dim + i + k] = x[r * dim + i + k] + sums[r * ROWS + k] + more[r * ROWS + k];
+    }
 }
 
 // x: `b dim`, in and out; lengths: `b`, the tokens of each row in its cache, which sees those from `first` on; scratch:
-// `b (dim + (h + 2 hk) d + inner + h d)`, and for each thread `b dim + 3 d + capacity`.
+// `b (dim + (h + 2 hk) d + inner + h d)`, and for each thread `b (dim + 2 ROWS) + 3 d + capacity`.
 void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *sines, const long *first,
                 const long *lengths, A *x, A *scratch, int max_threads) {
     long b = s->batch, width = (s->heads + 2 * s->kv_heads) * s->dim_head, q_dim = s->heads * s->dim_head;
@@ -132,21 +157,20 @@ void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *
 #pragma omp parallel num_threads(max_threads)
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        A *normed = of_threads + thread * (b * s->dim + 3 * s->dim_head + s->capacity);
-        A *mine = normed + b * s->dim, *from = x, *to = next;
+        A *normed = of_threads + thread * (b * (s->dim + 2 * ROWS) + 3 * s->dim_head + s->capacity);
+        A *sums = normed + b * s->dim, *mine = sums + 2 * b * ROWS, *from = x, *to = next;
         long start, stop;
         for (const Layer *layer = layers; layer < layers + s->depth; layer++) {
             for (long r = 0; r < b; r++)
                 OF(layer_norm)(from + r * s->dim, layer->norm, s->dim, s->eps, normed + r * s->dim);
-            OF(project)(s, layer->in_proj, normed, thread, threads, qkv, hidden);
+            OF(project)(s, layer->in_proj, normed, thread, threads, sums, qkv, hidden);
 #pragma omp barrier
             share(b * s->heads, 1, thread, threads, &start, &stop);
             for (long i = start; i < stop; i++)
                 OF(attend)(s, layer, i / s->heads, i % s->heads, first[i / s->heads], lengths[i / s->heads],
-                           qkv + i / s->heads * width,
-                           cosines, sines, mine, attended + i * s->dim_head);
+                           qkv + i / s->heads * width, cosines, sines, mine, attended + i * s->dim_head);
 #pragma omp barrier
-            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, to);
+            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, sums, to);
             A *swapped = from;
             from = to, to = swapped;
 #pragma omp barrier
