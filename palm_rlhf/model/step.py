@@ -18,8 +18,8 @@ MAX_LOOKED_UP = 4096  # positions whose tables are kept
 def native_step(palm, tokens: Tensor, cache) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] | None:
     """What takes embeddings and `step_tables` of `b 1` tokens through the blocks and into the cache: `b 1 e -> b 1 e`.
 
-    None but for few rows on a CPU, with nothing to be learnt, and weights that are whole, not in shards. The cache keeps
-    the kernel, with the addresses of all that it reads.
+    None but for few rows on a CPU, with nothing to be learnt, and weights that are whole, not in shards. The cache
+    keeps the kernel, with the addresses of all that it reads.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
         return None

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from beartype import beartype
 
-# Parameters of glibc's mallopt, and values: the largest that it takes, and enough for a step of a model of a CPU's size.
+# Parameters of glibc's mallopt: the largest value that it takes, and enough for a step of a model of a CPU's size.
 MALLOC = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
 REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
@@ -51,7 +51,7 @@ def build_accelerator(output_dir: Path | None, trackers: Sequence[str], may_shar
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one: fresh memory costs a fault and a cleared page for every 4 kB."""
+    """Has glibc keep what a step frees for the next one: fresh memory costs a fault, and clearing, for every 4 kB."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in MALLOC.values():
             libc.mallopt(parameter, value)

@@ -87,6 +87,7 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
     T *values = (T *)layer->values + (row * s->kv_heads + kv) * s->capacity * d;
 
     A scale = 1 / (A)sqrt(d), most, sum = 0, own = 0;
+    if (first > length) first = length; // a pad, whose numbers nobody wants, but which must be numbers
     for (long c = 0; c < d; c++) own += q[c] * OF(load)(OF(store)(k[c]));
     for (long j = first; j < length; j += ROWS)
         OF(product)(keys + j * d, q, d, length - j < ROWS ? length - j : ROWS, 1, scores + j);
