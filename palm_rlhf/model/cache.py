@@ -27,7 +27,7 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
         self.capacity, self.length = capacity, 0
-        self.decoder = None  # the kernel that reads it, where there is one
+        self.kernels = {}  # that read it, made by whoever uses them
         self.left_padding = None
         if left_padding is not None and bool(left_padding.any()):
             self.left_padding = left_padding.to(device)

@@ -21,21 +21,22 @@ def native_step(palm, tokens: Tensor, cache) -> Callable[[Tensor, tuple[Tensor, 
     None but for few rows on a CPU, with nothing to be learnt, and weights that are whole, not in shards. The cache
     keeps the kernel, with the addresses of all that it reads.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
+    in_proj, kind = palm.layers[0].in_proj.weight, tokens.device.type
+    few = tokens.shape[1] == 1 and len(tokens) <= MAX_ROWS and kind == "cpu"
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not few or torch.is_autocast_enabled(kind):
         return None
-    if tokens.shape[1] != 1 or len(tokens) > MAX_ROWS or tokens.device.type != "cpu" or not palm.config.flash_attn:
-        return None
-    in_proj = palm.layers[0].in_proj.weight
-    if type(in_proj) is not nn.Parameter or palm.dtype not in DTYPES or library() is None:
+    whole = type(in_proj) is nn.Parameter and palm.dtype in DTYPES
+    if not whole or not palm.config.flash_attn or library() is None:
         return None
     keys, values, first, lengths = cache.window()
-    if cache.decoder is None or not cache.decoder.reads(in_proj, keys[0]):
+    decoder = cache.kernels.get("decoder")
+    if decoder is None or not decoder.reads(in_proj, keys[0]):
         blocks = [_tensors(layer, *kept) for layer, *kept in zip(palm.layers, keys, values, strict=True)]
         tensors = [tensor for block in blocks for tensor in block if tensor is not None]
         if any(tensor.dtype != palm.dtype or not tensor.is_contiguous() for tensor in tensors):
             return None
-        cache.decoder = NativeDecoder(blocks, palm.config.heads, palm.config.norm_eps)
-    return partial(cache.decoder.step, first=first, lengths=lengths)
+        decoder = cache.kernels["decoder"] = NativeDecoder(blocks, palm.config.heads, palm.config.norm_eps)
+    return partial(decoder.step, first=first, lengths=lengths)
 
 
 def _tensors(layer, keys: Tensor, values: Tensor) -> BlockTensors:

@@ -29,6 +29,11 @@ def takes(*tensors: Tensor) -> bool:
     return fit and first.dtype in DTYPES and first.numel() > 0 and library() is not None
 
 
+def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate_native` computes these: its tables are float32, whatever x is."""
+    return cos.dtype == torch.float32 and cos.stride() == sin.stride() and takes(x) and takes(cos, sin)
+
+
 def swiglu_native(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, both `... d` and contiguous."""
     out = torch.empty_like(gate)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import uses_triton
-from .elementwise_native import rotate_native, takes
+from .elementwise_native import can_rotate, rotate_native
 
 XPOS_SCALE_BASE = 512
 
@@ -62,7 +62,7 @@ class _RotarySplit(torch.autograd.Function):
         if cos.shape[-2] > 1:
             tables = zip(*(t.split([heads, kv_heads], dim=-2) for t in (cos, sin)), strict=True)
         for part, grad, (cos, sin) in zip(parts, (d_q, d_k), tables, strict=False):
-            if _runs_natively(grad, cos, sin):
+            if can_rotate(grad, cos, sin):
                 rotate_native(grad, cos, sin, inverse=True, out=part)
             else:
                 part.copy_(rotate(grad, cos, -sin))
@@ -72,12 +72,8 @@ class _RotarySplit(torch.autograd.Function):
 
 def _rotary_split(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     qk, v = qkv.split_with_sizes([heads + kv_heads, kv_heads], dim=-2)
-    turned = rotate_native(qk, cos, sin) if _runs_natively(qk, cos, sin) else rotate(qk, cos, sin)
+    turned = rotate_native(qk, cos, sin) if can_rotate(qk, cos, sin) else rotate(qk, cos, sin)
     return *turned.split_with_sizes([heads, kv_heads], dim=-2), v
-
-
-def _runs_natively(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    return cos.dtype == torch.float32 and cos.stride() == sin.stride() and takes(x) and takes(cos, sin)
 
 
 def rotary_split(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

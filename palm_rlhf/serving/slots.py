@@ -29,7 +29,7 @@ class SlotCache:
     def clear(self) -> None:
         """Forgets everything, and gives the memory back."""
         self.num_rows = self.num_columns = 0
-        self.decoder = None  # the kernel that reads it, where there is one
+        self.kernels = {}
         self.keys, self.values = ([self._block(0, 0) for _ in range(self.depth)] for _ in range(2))
 
     def _block(self, rows: int, columns: int) -> Tensor:
@@ -52,7 +52,7 @@ class SlotCache:
         return False
 
     def _resize(self, rows: int, columns: int, num_used: int, longest: int) -> None:
-        self.decoder = None  # which holds the old blocks
+        self.kernels.clear()  # which hold the old blocks
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
                 blocks[layer] = self._block(rows, columns)
@@ -86,26 +86,11 @@ class SlotCache:
         return Row(self, 0, lengths[0]) if len(lengths) == 1 else Rows(self, lengths)
 
 
-class OfSlots:
-    """Some rows of a block as the cache of a forward."""
-
-    slots: SlotCache
-
-    @property
-    def decoder(self):
-        """The kernel that reads them, where there is one; the block keeps it."""
-        return self.slots.decoder
-
-    @decoder.setter
-    def decoder(self, decoder) -> None:
-        self.slots.decoder = decoder
-
-
-class Row(OfSlots):
+class Row:
     """One row as the cache of a forward over `1 i` tokens."""
 
     def __init__(self, slots: SlotCache, row: int, length: int):
-        self.slots, self.index, self.length = slots, slice(row, row + 1), length
+        self.slots, self.index, self.length, self.kernels = slots, slice(row, row + 1), length, slots.kernels
 
     def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What the next token reads: keys, values, and the columns from the first up to its own, `1`, `1`."""
@@ -131,11 +116,11 @@ class Row(OfSlots):
         self.length += num_new
 
 
-class Rows(OfSlots):
+class Rows:
     """The first rows as the cache of a forward over `b 1` tokens, each row at its own position."""
 
     def __init__(self, slots: SlotCache, lengths: list[int]):
-        self.slots, self.longest = slots, max(lengths)
+        self.slots, self.longest, self.kernels = slots, max(lengths), slots.kernels
         self.lengths = torch.tensor(lengths, device=slots.like["device"])
         self.index = torch.arange(len(lengths), device=slots.like["device"])
         self.ragged = min(lengths) < self.longest
