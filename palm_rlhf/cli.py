@@ -17,6 +17,7 @@ import palm_rlhf
 from palm_rlhf import PaLM, __version__
 from palm_rlhf.data.commands import data
 from palm_rlhf.evaluation.commands import evaluate
+from palm_rlhf.ops import native
 from palm_rlhf.ops.attention import available_implementations
 from palm_rlhf.serving.chat import chat
 from palm_rlhf.serving.commands import serve
@@ -45,23 +46,29 @@ def devices() -> list[str]:
     return found
 
 
+def usable(refusal: str | None) -> str:
+    """What a user reads of something that may be refused."""
+    return "usable" if refusal is None else f"refused, {refusal}"
+
+
 def attention_implementations() -> list[str]:
     """One line for each way to compute attention on each kind of device here: usable, or why not."""
     return [
-        f"{name} on {device}: {'usable' if reason is None else f'refused, {reason}'}"
+        f"{name} on {device}: {usable(reason)}"
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
         for name, reason in available_implementations(device).items()
     ]
 
 
 def info() -> None:
-    """Print the versions and devices in use, and which attention implementations can run here or why not."""
+    """Print the versions and devices in use, and which kernels and kinds of attention can run here or why not."""
     rows = {
         "palm-rlhf": [__version__],
         "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         "torch": [torch.__version__],
         "triton": [triton_version()],
         "devices": devices(),
+        "native": [f"C kernels: {usable(native.refusal())}"],
         "attention": attention_implementations(),
     }
     for name, lines in rows.items():

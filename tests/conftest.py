@@ -109,6 +109,34 @@ def start_python():
         process.communicate()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Several would wait for each other at every step of a tiny kernel, for as long as other work keeps their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compile_native(tmp_path, monkeypatch):
+    """`compile_native({name: text})` is the library of these sources in C, which are compiled as the package's own."""
+    from palm_rlhf.ops import native
+
+    def compile_(sources, optimize=True):
+        folder = tmp_path / "csrc"
+        folder.mkdir(exist_ok=True)
+        for name, text in sources.items():
+            (folder / name).write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setenv("PALM_RLHF_CACHE", str(tmp_path / "cache"))
+            patch.setattr(native, "SOURCES", folder)
+            patch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if optimize or flag != "-O3"])
+            return native._open(native._compiled())
+
+    return compile_
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--strict-skips",

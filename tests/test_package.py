@@ -1,6 +1,7 @@
 """What is installed: the archives, the requirements, imports without what may be missing, and the console script."""
 
 import email
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 import palm_rlhf
 from palm_rlhf import PaLM
 from palm_rlhf.cli import main
+from palm_rlhf.ops.native import refusal
 
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -46,7 +48,7 @@ def archives(root, tmp_path_factory) -> tuple[Path, Path]:
 
 def shipped_files(root: Path) -> set[str]:
     package = root / "palm_rlhf"
-    files = [*package.rglob("*.py"), *(package / "serving/page").iterdir()]
+    files = [*package.rglob("*.py"), *(package / "ops/csrc").iterdir(), *(package / "serving/page").iterdir()]
     return {path.relative_to(root).as_posix() for path in files} | {"palm_rlhf/py.typed"}
 
 
@@ -137,6 +139,13 @@ def test_info_tells_versions_and_implementations():
     assert process.returncode == 0, process.stderr
     for fact in (palm_rlhf.__version__, torch.__version__, sys.version.split()[0], "eager on cpu: usable", "triton"):
         assert fact in process.stdout
+    native = "usable" if refusal() is None else f"refused, {refusal()}"
+    assert f"native     C kernels: {native}\n" in process.stdout
+
+
+def test_info_tells_why_there_are_no_kernels():
+    process = run_python("-m", "palm_rlhf.cli", "info", text=True, env={**os.environ, "PALM_RLHF_NATIVE": "0"})
+    assert "C kernels: refused, PALM_RLHF_NATIVE is 0\n" in process.stdout, process.stderr
 
 
 def test_help_names_every_subcommand_and_describes_every_option(capsys):

@@ -1,0 +1,172 @@
+"""The next token of each row, with the kernel in C and without it: what the whole sequence says, and the same cache."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palm_rlhf.model.step import MAX_ROWS
+from palm_rlhf.ops import native
+
+from .steps import WAYS, assert_close, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of, without_kernel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@st.composite
+def readings(draw):
+    """A model of any shape, rows of any length, the shortest with pads still to come, and an order for them."""
+    kv_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = {"dim": st.integers(3, 21), "depth": st.integers(1, 3), "ff_inner_dim": st.integers(1, 23)}
+    sizes |= {"dim_head": st.sampled_from([2, 4, 6, 10, 18]), "qk_norm": st.booleans(), "xpos": st.booleans()}
+    sizes, seed = draw(st.fixed_dictionaries(sizes)), draw(st.integers(0, 2**16))
+    lengths = draw(st.lists(st.integers(1, 10), min_size=1, max_size=MAX_ROWS))
+    order = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=MAX_ROWS))
+    return palm_of(seed=seed, heads=kv_heads * shared, kv_heads=kv_heads, **sizes), rows_of(lengths, seed), order
+
+
+@every_way
+@settings(max_examples=60)
+@given(reading=readings())
+def test_tokens_read_one_by_one_equal_those_read_at_once(way, reading):
+    palm, rows, order = reading
+    with WAYS[way]():
+        logits, cache = read(palm, rows, order=order)
+    assert_close(logits, read_at_once(palm, rows, order=order))
+    assert_way(cache, way)
+
+
+@every_way
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "xpos": True}], ids=str)
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)], ids=str)
+def test_narrow_models_say_what_their_weights_say_in_float64(way, dtype, rtol, options):
+    palm, rows, order = palm_of(**options), rows_of([7, 4, 6]), [2, 0, 1, 2]
+    with WAYS[way]():
+        logits, cache = read(palm.to(dtype), rows, order=order)
+    assert logits.dtype == dtype
+    exact = read_at_once(palm.double(), rows, order=order)
+    assert (logits - exact).norm() < rtol * exact.norm()
+    assert_way(cache, way)
+
+
+@settings(max_examples=20)
+@given(reading=readings())
+def test_both_ways_leave_the_same_keys_and_values(reading):
+    palm, rows, order = reading
+    _, cache = read(palm, rows, order=order)
+    with without_kernel():
+        _, expected = read(palm, rows, order=order)
+    assert cache.length == expected.length == cache.capacity
+    tokens = torch.ones(len(order), cache.length).bool() if cache.left_padding is None else cache.key_mask(0)
+    for got, kept in zip(cache.keys + cache.values, expected.keys + expected.values, strict=True):
+        assert_close(got.transpose(1, 2)[tokens], kept.transpose(1, 2)[tokens])
+        assert got.isfinite().all()  # pads too: a mask hides any number, but not NaN
+
+
+def test_the_kernel_rounds_keys_and_values_and_nothing_else():
+    if native.refusal() is None:
+        assert bfloat16_error() < 2e-6
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """One head, and fewer rows of a matrix than threads at a time."""
+    palm, rows, logits = palm_of(heads=1, kv_heads=1), rows_of([6]), []
+    try:
+        for number in (1, 3, 7):
+            torch.set_num_threads(number)
+            logits.append(read(palm, rows)[0])
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert_close(logits[0], read_at_once(palm, rows))
+
+
+def in_place(palm, folder):
+    for parameter in palm.parameters():
+        parameter *= 1.1
+
+
+def in_place_in_the_last_block(palm, folder):
+    palm.layers[-1].ff_out.weight *= 2
+
+
+def moved(palm, folder):
+    """As `palm.to` moves them."""
+    for parameter in palm.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+def assigned(palm, folder):
+    palm.load_state_dict(palm_of(seed=1).state_dict(), assign=True)
+
+
+def loaded(palm, folder):
+    palm_of(seed=1).save_pretrained(folder / "palm")
+    palm.load(folder / "palm")
+
+
+def add_scope(palm):
+    torch.manual_seed(1)
+    for parameter in palm.add_finetune_params("scope", r=2).parameters():
+        torch.nn.init.normal_(parameter)
+
+
+def merged(palm, folder):
+    add_scope(palm)
+    palm.merge_finetune_params("scope")
+
+
+@pytest.mark.parametrize("change", [in_place, in_place_in_the_last_block, moved, assigned, loaded, merged])
+def test_weights_that_change_between_two_tokens_are_seen(change, tmp_path):
+    rows, logits = rows_of([7, 5, 6]), []
+    for way, context in WAYS.items():
+        palm = palm_of()
+        with context():
+            seen, cache = read(palm, rows, between=lambda palm=palm: change(palm, tmp_path))
+        assert_way(cache, way)
+        logits.append(seen)
+    unchanged = read_at_once(palm_of(), rows)
+    assert_close(*logits)
+    assert_close(logits[0][:, :2], unchanged[:, :2])
+    assert ((logits[0] - unchanged)[:, 2:].abs().amax(dim=-1) > 1e-3).all()
+
+
+def test_a_scope_takes_the_other_way_unless_it_is_off():
+    palm, rows = palm_of(), rows_of([7, 5, 6])
+    add_scope(palm)
+    logits, cache = read(palm, rows, finetune_scope="scope")
+    assert_close(logits, read_at_once(palm, rows, finetune_scope="scope"))
+    assert_way(cache, "operations")
+    logits, cache = read(palm, rows, finetune_scope="scope", disable_lora=True)
+    assert_close(logits, read_at_once(palm, rows))
+    assert_way(cache, "kernel")
+
+
+@pytest.mark.parametrize("before, after", [(MAX_ROWS, MAX_ROWS + 1), (MAX_ROWS + 1, MAX_ROWS)])
+def test_more_rows_take_the_other_way_until_they_are_fewer(before, after):
+    palm, rows, order = palm_of(), rows_of(range(5, 5 + before)), [n % before for n in range(after)]
+    logits, cache = read(palm, rows, order=order)
+    assert_close(logits, read_at_once(palm, rows, order=order))
+    assert_way(cache, "kernel")
+    _, cache = read(palm, rows_of([6] * (MAX_ROWS + 1)))
+    assert_way(cache, "operations")
+
+
+def test_tokens_to_learn_from_take_the_other_way():
+    palm, (row,) = palm_of(), rows_of([1])
+    cache = palm.make_cache(1, 1)
+    assert palm(row[None], cache=cache).requires_grad
+    assert_way(cache, "operations")
+
+
+@every_way
+def test_a_full_cache_is_refused_and_stays_as_it_is(way):
+    palm, rows = palm_of(), rows_of([4, 4])
+    with WAYS[way](), torch.no_grad():
+        _, cache = read(palm, rows)
+        kept = [t.clone() for t in cache.keys + cache.values]
+        with pytest.raises(ValueError, match="5 tokens in a cache with room for 4; make it larger"):
+            palm(rows[0][:2, None], cache=cache)
+    assert_way(cache, way)
+    assert cache.length == 4 and all(map(torch.equal, kept, cache.keys + cache.values))

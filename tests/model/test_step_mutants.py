@@ -1,0 +1,74 @@
+"""Wrong lines in the kernel that reads the next token, each of which the laws of `test_step.py` notice."""
+
+import math
+
+import pytest
+
+from palm_rlhf.ops import native
+
+from .steps import EXACT, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SOURCES = ("native.h", "decode.c", "decode_body.h")
+TURNED = "buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k]"
+# A line, a wrong one in its place, and the shape, if there is one, for which that is no mistake.
+MUTANTS = {
+    "own key": ("scores[length] = most = own", "scores[length] = most = 0", None),
+    "own value": ("out[c] = scores[length] * ", "out[c] = 0 * ", None),
+    "scale": ("(scores[j] - most) * scale", "(scores[j] - most)", None),
+    "first": ("first[i / s->heads], lengths", "0 * first[i / s->heads], lengths", {"lengths": (6, 6, 6)}),
+    "half": (TURNED, "buffer[k ^ 1] * sines[k]", {"dim_head": 2}),
+    "sign": (TURNED, TURNED.replace("buffer", "-buffer"), None),
+    "gate": ("gate[k] / (1 + EXP(-gate[k])) * value[k]", "value[k] / (1 + EXP(-value[k])) * gate[k]", None),
+    "eps": ("sqrt(variance / n + eps)", "sqrt(variance / n)", {"norm_eps": 0.0}),
+    "kv head": ("kv = head / (s->heads / s->kv_heads)", "kv = head % s->kv_heads", {"kv_heads": 4}),
+    "norm's head": ("k_norm + kv * d", "k_norm", {"kv_heads": 1}),
+    "table's head": ("s->table_heads == 1 ? 0 : d", "0", {"xpos": False}),
+    "table's row": ("cosines += (s->table_rows == 1 ? 0 : row)", "cosines += 0", {"lengths": (6, 6, 6)}),
+    "values' place": ("values[length * d + c] =", "values[(length - 1) * d + c] =", None),
+    "rest of rows": ("OF(dot)(w + i * n", "OF(dot)(w + 0 * n", None),
+    "second row": ("x + (b + 1) * n, n, out", "x + b * n, n, out", {"lengths": (7,)}),
+    "residual": ("OF(sum_up)(s, layer, from", "OF(sum_up)(s, layer, x", {"depth": 1}),
+    "result": ("thread == 0 && from != x", "thread == 0 && from == x", {"depth": 2}),
+}
+
+
+def error(lengths=(7, 5, 6), **changes):
+    """Of the kernel's logits, for a model with all options and an odd number of blocks."""
+    palm, rows = palm_of(**{"depth": 3, "qk_norm": True, "xpos": True, **changes}), rows_of(lengths)
+    logits, cache = read(palm, rows)
+    assert_way(cache, "kernel")
+    return (logits - read_at_once(palm, rows)).abs().nan_to_num(nan=math.inf).max()
+
+
+@pytest.fixture
+def use_mutant(compile_native, monkeypatch):
+    """Decodes with a kernel of which one line is wrong."""
+
+    def use(line, wrong):
+        sources = {name: (native.SOURCES / name).read_text() for name in SOURCES}
+        assert sum(text.count(line) for text in sources.values()) == 1
+        mutant = compile_native({name: text.replace(line, wrong) for name, text in sources.items()}, optimize=False)
+        monkeypatch.setattr("palm_rlhf.ops.decode_native.library", lambda: mutant)
+
+    return use
+
+
+def test_the_kernel_is_right_where_its_mutants_are_wrong():
+    assert error() < EXACT
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_line_is_noticed(name, use_mutant):
+    if native.refusal() is None:
+        line, wrong, harmless = MUTANTS[name]
+        use_mutant(line, wrong)
+        assert error() > 1e-7
+        assert harmless is None or error(**harmless) < EXACT
+
+
+def test_an_own_key_that_is_not_rounded_is_noticed_in_bfloat16(use_mutant):
+    if native.refusal() is None:
+        use_mutant("q[c] * OF(load)(OF(store)(k[c]))", "q[c] * k[c]")
+        assert error() < EXACT
+        assert bfloat16_error() > 1e-4
