@@ -1,10 +1,13 @@
-"""Kernels in Triton's interpreter, which is chosen before Triton is imported: tested in processes of their own."""
+"""Kernels in Triton's interpreter, in processes of their own since it is chosen before the import; mutants in C."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+from palm_rlhf.ops import attention_native, elementwise_native, native
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +24,24 @@ def processes(root, request):
     for process in started.values():
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def mutate(tmp_path, monkeypatch):
+    """`mutate("file.c", old, new)` runs the kernels in C from a source in which one text is another."""
+
+    def run(file: str, old: str, new: str) -> None:
+        sources = tmp_path / "csrc"
+        shutil.copytree(native.SOURCES, sources)
+        text = (sources / file).read_text("utf-8")
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
+        (sources / file).write_text(text.replace(old, new), "utf-8")
+        monkeypatch.setattr(native, "SOURCES", sources)
+        monkeypatch.setenv("PALM_RLHF_CACHE", str(tmp_path))
+        mutant = native._open(native._compiled())
+        for module in (attention_native, elementwise_native):
+            monkeypatch.setattr(module, "library", lambda: mutant)
+        attention_native._runs.cache_clear()
+
+    yield run
+    attention_native._runs.cache_clear()

@@ -1,0 +1,236 @@
+"""The kernels in C beside definitions in float64: attention, SwiGLU, rotary positions. Where they cannot run, that."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from palm_rlhf.ops import attention_native, elementwise_native
+from palm_rlhf.ops.attention import attention
+from palm_rlhf.ops.attention_native import backward_native, forward_native
+from palm_rlhf.ops.native import library
+from palm_rlhf.ops.rotary import rotary_tables
+
+HAS_ATTENTION = hasattr(library(), "attention_forward") and not torch.cpu._is_amx_tile_supported()
+
+
+def where_it_runs(test):
+    """The test, or on a processor without such products, that the kernels are refused."""
+    return test if HAS_ATTENTION else lambda: attention_native.takes(*qkv(1, 1, 1, 4, 4, 32)) is False or pytest.fail()
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # of one number, relative
+
+
+def drawn(*shape, dtype=torch.bfloat16, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def qkv(batch, heads, kv_heads, queries, keys, dim, seed=0):
+    """Queries and values with the heads of a position side by side, keys with the positions of a head."""
+    q, v = drawn(batch, queries, heads, dim, seed=seed), drawn(batch, keys, kv_heads, dim, seed=seed + 2)
+    return q.transpose(1, 2), drawn(batch, kv_heads, keys, dim, seed=seed + 1), v.transpose(1, 2)
+
+
+def by_definition(q, k, v, causal):
+    """Attention, its log-sum-exps, and the gradients of a fixed projection, in float64."""
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT * q.shape[-1] ** -0.5
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+        scores = scores.masked_fill(hidden, -torch.inf)
+    out = scores.softmax(-1) @ v.repeat_interleave(group, 1)
+    return out, scores.logsumexp(-1), torch.autograd.grad(out, (q, k, v), drawn(*q.shape, seed=9).double())
+
+
+def by_kernel(q, k, v, causal):
+    out, lse = forward_native(q, k, v, causal=causal)
+    return out, lse, backward_native(q, k, v, out, lse, drawn(*q.shape, seed=9), causal=causal)
+
+
+def distance(got, expected):
+    """Of two tensors, relative to the second's size."""
+    return float((got - expected).detach().norm() / expected.norm().clamp(min=1e-9))
+
+
+def worst(q, k, v, causal):
+    """The largest distance of what the kernels give from what the definition gives."""
+    out, lse, grads = by_kernel(q, k, v, causal)
+    expected, expected_lse, expected_grads = by_definition(q, k, v, causal)
+    assert (lse - expected_lse).abs().max() < 1e-4
+    return max(map(distance, (out, *grads), (expected, *expected_grads)))
+
+
+SHAPES = {
+    "batch": st.integers(1, 3),
+    "kv_heads": st.integers(1, 2),
+    "group": st.integers(1, 5),
+    "queries": st.integers(1, 70),
+    "before": st.integers(0, 40),
+    "dim": st.sampled_from([32, 64, 96]),
+    "causal": st.booleans(),
+    "threads": st.sampled_from([1, 2, 5]),
+}
+TWICE_ROUNDED = 2 * 2**-9  # weights are rounded, and results
+
+
+@where_it_runs
+@settings(max_examples=25)
+@given(**SHAPES)
+@example(batch=1, kv_heads=1, group=8, queries=600, before=0, dim=64, causal=True, threads=2)
+@example(batch=1, kv_heads=2, group=2, queries=30, before=500, dim=32, causal=True, threads=5)
+def test_attention_is_its_definition(batch, kv_heads, group, queries, before, dim, causal, threads):
+    inputs = qkv(batch, kv_heads * group, kv_heads, queries, queries + before, dim)
+    assert attention_native.takes(*inputs)
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert worst(*inputs, causal) < TWICE_ROUNDED
+    finally:
+        torch.set_num_threads(usual)
+
+
+@where_it_runs
+def test_equal_keys_give_the_mean_of_the_values_that_are_seen():
+    q, k, v = torch.zeros(1, 2, 8, 32), drawn(1, 1, 8, 32), torch.arange(8.0)[None, None, :, None].expand(1, 1, 8, 32)
+    out, lse, (_, d_k, d_v) = by_kernel(*(t.bfloat16() for t in (q, k, v)), causal=True)
+    seen = torch.arange(1.0, 9.0)
+    assert torch.equal(out[0, 0, :, 0].float(), ((seen - 1) / 2).bfloat16().float())
+    torch.testing.assert_close(lse[0, 1], seen.log())
+    assert not d_k.any() and d_v.any()
+
+
+@where_it_runs
+def test_what_comes_later_changes_no_bit():
+    q, k, v = qkv(2, 4, 2, 40, 40, 64)
+    out, lse, _ = by_kernel(q, k, v, causal=True)
+    later_k, later_v = k.clone(), v.clone()
+    later_k[:, :, 20:], later_v[:, :, 20:] = 7.0, 1e4
+    changed, changed_lse = forward_native(q, later_k, later_v, causal=True)
+    assert torch.equal(changed[:, :, :20], out[:, :, :20]) and torch.equal(changed_lse[:, :, :20], lse[:, :, :20])
+
+
+@where_it_runs
+def test_attention_is_the_same_wherever_the_numbers_lie():
+    dense = [t.contiguous() for t in qkv(2, 4, 2, 33, 33, 32)]
+    spread = [torch.cat((t, t), dim=-2).transpose(0, 1).contiguous().transpose(0, 1)[..., :33, :] for t in dense]
+    got, expected = by_kernel(*spread, True), by_kernel(*dense, True)
+    assert all(map(torch.equal, (got[0], got[1], *got[2]), (expected[0], expected[1], *expected[2])))
+
+
+@where_it_runs
+def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
+    q, k, v = (t.detach().requires_grad_() for t in qkv(1, 4, 1, 20, 20, 64))
+    attention(q, k, v, causal=True).backward(drawn(*q.shape, seed=9))
+    for t, grad in zip((q, k, v), by_kernel(q.detach(), k.detach(), v.detach(), True)[2], strict=True):
+        assert torch.equal(t.grad, grad)
+    assert not attention_native.takes(q.float(), k.float(), v.float())
+    assert not attention_native.takes(*(t[..., :40] for t in (q, k, v)))
+    assert not attention_native.takes(*(t.mT.contiguous().mT for t in (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("attention_forward.c", "query + ahead + 1 : s->keys, block_width", "query + ahead : s->keys, block_width"),
+        ("attention_forward.c", "(scores[j] - most) * scale", "(scores[j] - most)"),
+        ("attention_forward.c", "most * scale + logf", "most + logf"),
+        ("attention_forward.c", "(r - start) * d + c] / sums[r - start]", "(r - start) * d + c] / sums[0]"),
+        ("attention_backward.c", "s->keys - s->queries + 1 : s->keys;", "s->keys - s->queries : s->keys;"),
+        ("attention_backward.c", "- rows->delta[r]", ""),
+        ("attention_backward.c", "first > 0, sums", "0, sums"),
+        ("attention_backward.c", "(long part = 0; part < parts; part++", "(long part = 1; part < parts; part++"),
+        ("attention_backward.c", "* BLOCK + r - start] * s->scale", "* BLOCK + r - start]"),
+        ("attention_backward.c", "of_key * s->scale", "of_key"),
+        ("attention_backward.c", "(first % CHUNK + k) * LANES", "k * LANES"),
+        ("attention.h", "_mm512_loadu_ps(c + r * c_row) :", "_mm512_setzero_ps() :"),
+    ],
+)
+def test_a_mutant_of_attention_is_found_out(mutate, file, old, new):
+    inputs = qkv(1, 4, 2, 60, 300, 32)
+    if not attention_native.takes(*inputs):
+        return
+    assert worst(*inputs, True) < TWICE_ROUNDED
+    mutate(file, old, new)
+    try:
+        found = worst(*qkv(1, 4, 2, 60, 300, 32, seed=5), True)  # others: memory still holds what was right for those
+    except AssertionError:
+        return  # the log-sum-exps already differ
+    assert not found < 4 * TWICE_ROUNDED
+
+
+def swiglu_by_definition(gate, value, d_hidden):
+    gate, value = (t.double().requires_grad_() for t in (gate, value))
+    hidden = gate / (1 + (-gate).exp()) * value
+    return *torch.autograd.grad(hidden, (gate, value), d_hidden.double()), hidden.detach()
+
+
+def swiglu_distance(dtype, n=1003):
+    gate, value, d_hidden = (drawn(n, dtype=dtype, seed=seed) * 4 for seed in range(3))
+    expected = swiglu_by_definition(gate, value, d_hidden)
+    forward = distance(elementwise_native.swiglu_native(gate, value), expected[-1])
+    return max(forward, *map(distance, elementwise_native.swiglu_backward_native_(d_hidden, gate, value), expected))
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [1, 15, 64, 1003])
+def test_swiglu_is_its_definition_rounded_once(dtype, n):
+    if elementwise_native.takes(torch.ones(1)):
+        assert swiglu_distance(dtype, n) < 8 * 2**-24 + ROUNDING[dtype]
+
+
+def test_swiglu_of_extreme_gates():
+    if elementwise_native.takes(torch.ones(1)):
+        gate = torch.tensor([-1e30, -200.0, -0.0, 0.0, 200.0, 1e30, torch.nan])
+        got = elementwise_native.swiglu_native(gate, torch.ones(7))
+        torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 0.0, 0.0, 200.0, 1e30, torch.nan]), equal_nan=True)
+
+
+def rotation_distance(dtype, *, per_head=False, rows=2):
+    x = drawn(2, 7, 5, 8, dtype=dtype)[..., 1:4, :]
+    cos, sin = (t[:, :, None] for t in rotary_tables(torch.arange(rows * 7).view(rows, 7), 8))
+    if per_head:
+        cos, sin = (torch.cat((t, 2 * t, 3 * t), dim=2) for t in (cos, sin))
+    first, second = x.double().chunk(2, dim=-1)
+    expected = x.double() * cos + torch.cat((second, first), dim=-1) * sin
+    got = elementwise_native.rotate_native(x, cos, sin)
+    if per_head:
+        return distance(got, expected)
+    back = elementwise_native.rotate_native(got, cos, sin, inverse=True, out=torch.empty_like(x))
+    return max(distance(got, expected), distance(back, x.double()) / 2)
+
+
+@DTYPES
+@pytest.mark.parametrize("per_head", [False, True], ids=["one table", "a table a head"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotation_is_its_definition_and_turns_back(dtype, per_head, rows):
+    if elementwise_native.takes(torch.ones(1)):
+        assert rotation_distance(dtype, per_head=per_head, rows=rows) < 2 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(
+    "old, new, distance_of",
+    [
+        ("(1.0f + g - silu)", "(1.0f - silu)", swiglu_distance),
+        ("OF(store)(d * silu)", "OF(store)(d * sigmoid)", swiglu_distance),
+        ("OF(store)(silu * v)", "OF(store)(silu)", swiglu_distance),
+        ("first * sine[i + half] * s->sign", "first * sine[i] * s->sign", rotation_distance),
+        ("second * sine[i] * s->sign", "second * sine[i]", rotation_distance),
+        ("head * s->table_head_stride", "0", lambda dtype: rotation_distance(dtype, per_head=True)),
+        ("batch * s->table_batch_stride", "0", rotation_distance),
+    ],
+)
+def test_a_mutant_of_the_elementwise_kernels_is_found_out(mutate, old, new, distance_of):
+    if elementwise_native.takes(torch.ones(1)):
+        assert distance_of(torch.float32) < 1e-5
+        mutate("elementwise_body.h", old, new)
+        assert distance_of(torch.float32) > 1e-3
+
+
+def test_kernels_take_neither_other_types_nor_strides():
+    assert not elementwise_native.takes(torch.ones(4, dtype=torch.float64))
+    assert not elementwise_native.takes(torch.ones(4, 4).mT)
+    assert not elementwise_native.takes(torch.ones(4), torch.ones(4).bfloat16())
+    assert not elementwise_native.takes(torch.ones(0))
