@@ -30,7 +30,7 @@ class KVCache:
         self.kernels = {}  # that read it, made by whoever uses them
         self.left_padding = None
         if left_padding is not None and bool(left_padding.any()):
-            self.left_padding = left_padding.to(device)
+            self.left_padding = left_padding.to(device, torch.int64).contiguous()
 
     def positions(self, num_new: int, device: torch.device) -> Tensor:
         """Positions of the next tokens: `1 i`, or `b i` with padding (whose own positions are 0)."""
@@ -51,8 +51,7 @@ class KVCache:
         if self.length >= self.capacity:
             raise ValueError(f"{self.length + 1} tokens in a cache with room for {self.capacity}; make it larger")
         lengths = torch.full((len(self.keys[0]),), self.length, device=self.keys[0].device)
-        first = torch.zeros_like(lengths) if self.left_padding is None else self.left_padding
-        return self.keys, self.values, first, lengths
+        return self.keys, self.values, torch.zeros_like(lengths) if (p := self.left_padding) is None else p, lengths
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, and return all of them: `b hk i d -> b hk j d`, twice."""

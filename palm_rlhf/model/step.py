@@ -21,22 +21,26 @@ def native_step(palm, tokens: Tensor, cache) -> Callable[[Tensor, tuple[Tensor, 
     None but for few rows on a CPU, with nothing to be learnt, and weights that are whole, not in shards. The cache
     keeps the kernel, with the addresses of all that it reads.
     """
-    in_proj, kind = palm.layers[0].in_proj.weight, tokens.device.type
-    few = tokens.shape[1] == 1 and len(tokens) <= MAX_ROWS and kind == "cpu"
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not few or torch.is_autocast_enabled(kind):
-        return None
-    whole = type(in_proj) is nn.Parameter and palm.dtype in DTYPES
-    if not whole or not palm.config.flash_attn or library() is None:
+    kind, c = tokens.device.type, palm.config
+    few = tokens.shape[1] == 1 and len(tokens) <= MAX_ROWS and kind == "cpu" and palm.dtype in DTYPES and c.flash_attn
+    plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind))
+    if not few or not plain or library() is None or any(map(_is_special, palm.layers)):
         return None
     keys, values, first, lengths = cache.window()
+    blocks = [_tensors(layer, *kept) for layer, *kept in zip(palm.layers, keys, values, strict=True)]
     decoder = cache.kernels.get("decoder")
-    if decoder is None or not decoder.reads(in_proj, keys[0]):
-        blocks = [_tensors(layer, *kept) for layer, *kept in zip(palm.layers, keys, values, strict=True)]
-        tensors = [tensor for block in blocks for tensor in block if tensor is not None]
-        if any(tensor.dtype != palm.dtype or not tensor.is_contiguous() for tensor in tensors):
+    if decoder is None or not decoder.reads(blocks):
+        shapes = {(*t.shape[:2], t.shape[3]) for t in (*keys, *values)}
+        dense = all(t.dtype == palm.dtype and t.is_contiguous() for block in blocks for t in block if t is not None)
+        if not dense or shapes != {(len(tokens), c.kv_heads, c.dim_head)}:
             return None
-        decoder = cache.kernels["decoder"] = NativeDecoder(blocks, palm.config.heads, palm.config.norm_eps)
-    return partial(decoder.step, first=first, lengths=lengths)
+        decoder = cache.kernels["decoder"] = NativeDecoder(blocks, c.heads, c.norm_eps)
+    return partial(decoder.step, first=first, lengths=lengths) if len(keys[0]) == len(tokens) else None
+
+
+def _is_special(layer) -> bool:
+    """Whether a block has weights in shards, or somebody who wants to see what goes through."""
+    return type(layer.in_proj.weight) is not nn.Parameter or bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _tensors(layer, keys: Tensor, values: Tensor) -> BlockTensors:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .native import library
+from .native import library, num_threads
 
 COLUMNS = 32  # of a product: heads have multiples of it
 
@@ -46,7 +46,7 @@ def forward_native(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Te
 
     q: `b (hk g) i d`, k and v: `b hk j d` -> `b (hk g) i d`, float32 `b (hk g) i`
     """
-    out, lse = _like(q), torch.empty(q.shape[:3])
+    out, lse = _like(q), torch.empty(q.shape[:3], device=q.device)
     _call("attention_forward", q, k, causal, q, k, v, out, lse)
     return out, lse
 
@@ -70,9 +70,9 @@ def _like(x: Tensor) -> Tensor:
 def _call(name: str, q: Tensor, k: Tensor, causal: bool, *tensors: Tensor) -> None:
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     shape = _Attention(batch, heads, kv_heads, queries, keys, dim, causal, dim**-0.5)
-    threads = torch.get_num_threads()
+    threads = num_threads()
     size = getattr(library(), f"{name}_scratch")(ctypes.byref(shape), c_int(threads))
-    scratch = torch.empty(size, dtype=torch.uint8)
+    scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
     arguments = (
         ctypes.byref(_Heads(t.data_ptr(), (c_long * 3)(*t.stride()[:3]))) if t.ndim == 4 else c_void_p(t.data_ptr())
         for t in (*tensors, scratch)

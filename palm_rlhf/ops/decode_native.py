@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .native import library
+from .native import library, num_threads
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
@@ -39,6 +39,10 @@ class _Layer(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in BlockTensors._fields]
 
 
+def _places(blocks: list[BlockTensors]) -> list[tuple]:
+    return [(t.data_ptr(), t.dtype, t.shape) for block in blocks for t in block if t is not None]
+
+
 class NativeDecoder:
     """One token a row through given blocks, which are read where they lie and kept alive."""
 
@@ -47,23 +51,25 @@ class NativeDecoder:
         batch, kv_heads, capacity, dim_head = first.keys.shape
         dim, inner = first.ff_out.shape
         self.blocks = blocks
-        self.in_proj = first.in_proj.data_ptr()  # a parameter may be given other memory
+        self.places = _places(blocks)
         pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in blocks]
         self.layers = (_Layer * len(blocks))(*pointers)
         self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity, eps=eps)
         self.function = getattr(library(), f"decode_{DTYPES[first.in_proj.dtype]}")
         self.function.restype = None
         self.function.argtypes = [*(c_void_p,) * 8, c_int]
-        self.threads = torch.get_num_threads()
+        self.threads = num_threads()
         shared = batch * (dim + (heads + 2 * kv_heads) * dim_head + inner + heads * dim_head)
         of_each_thread = batch * (dim + 2 * ROWS) + 3 * dim_head + capacity
         self.dtype = torch.promote_types(first.in_proj.dtype, torch.float32)
-        self.scratch = torch.empty(shared + self.threads * of_each_thread, dtype=self.dtype)
+        self.scratch = torch.empty(shared + self.threads * of_each_thread, dtype=self.dtype, device=first.keys.device)
 
-    def reads(self, in_proj: Tensor, keys: Tensor) -> bool:
-        """Whether these, of the first block, are still what it reads: weights move, and so do the rows of a cache."""
-        kept = self.blocks[0].keys
-        return self.in_proj == in_proj.data_ptr() and kept.data_ptr() == keys.data_ptr() and kept.shape == keys.shape
+    def reads(self, blocks: list[BlockTensors]) -> bool:
+        """Whether these are what it reads: weights are given other memory or types, and so are the rows of a cache."""
+        return _places(blocks) == self.places
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of a cache makes a kernel of its own
 
     def step(self, x: Tensor, tables: tuple[Tensor, Tensor], first: Tensor, lengths: Tensor) -> Tensor:
         """Read the next token of each row into the cache, and through the blocks.

@@ -6,7 +6,7 @@ from ctypes import c_float, c_int, c_long, c_void_p
 import torch
 from torch import Tensor
 
-from .native import library
+from .native import library, num_threads
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -61,5 +61,5 @@ def rotate_native(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False,
 
 def _call(name: str, like: Tensor, arguments: tuple, *counts: int) -> None:
     pointers = [c_void_p(t.data_ptr()) if isinstance(t, Tensor) else t for t in arguments]
-    numbers = [*(c_long(count) for count in counts), c_int(torch.get_num_threads())]
+    numbers = [*(c_long(count) for count in counts), c_int(num_threads())]
     getattr(library(), f"{name}_{DTYPES[like.dtype]}")(*pointers, *numbers)

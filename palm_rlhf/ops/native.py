@@ -24,6 +24,7 @@ COMPILERS = (os.environ.get("CC", ""), "gcc", "cc")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 SECONDS = 120  # for the compiler, which needs two
 OPENMP = ("libgomp", "libiomp5", "libomp")
+PROCESS = os.getpid()
 
 
 def default_cache_dir() -> Path:
@@ -41,13 +42,20 @@ def refusal() -> str | None:
     return _load()[1]
 
 
+def num_threads() -> int:
+    """The threads that a kernel may use: PyTorch's, but one in a process that was forked, where the others are gone."""
+    import torch
+
+    return torch.get_num_threads() if os.getpid() == PROCESS else 1
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return _open(_compiled()), None
     except _Refused as error:
         reason = str(error)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # no home, text that is no text
         reason = f"{type(error).__name__}: {error}"
     logger.info("no kernels in C: %s", reason)
     return None, reason

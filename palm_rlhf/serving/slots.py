@@ -94,7 +94,7 @@ class Row:
 
     def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What the next token reads: keys, values, and the columns from the first up to its own, `1`, `1`."""
-        return *self.slots.views(self.index), *torch.tensor([[0], [self.length]])
+        return *self.slots.views(self.index), *torch.tensor([[0], [self.length]], device=self.slots.like["device"])
 
     def key_mask(self, num_new: int) -> None:
         """Every key is a token."""

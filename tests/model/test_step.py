@@ -1,7 +1,10 @@
 """The next token of each row, with the kernel in C and without it: what the whole sequence says, and the same cache."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,3 +173,75 @@ def test_a_full_cache_is_refused_and_stays_as_it_is(way):
             palm(rows[0][:2, None], cache=cache)
     assert_way(cache, way)
     assert cache.length == 4 and all(map(torch.equal, kept, cache.keys + cache.values))
+
+
+# what the kernel must not read as something else
+
+
+def test_a_cache_of_other_rows_or_of_another_model_is_left_to_the_operations():
+    palm, tokens = palm_of(), torch.stack(rows_of([5, 5, 5]))
+    with torch.no_grad():
+        for rows, read_as in ((3, 1), (1, 3)):
+            cache = palm.make_cache(rows, 6)
+            palm(tokens[:rows, :3], cache=cache)
+            with pytest.raises((RuntimeError, ValueError)):
+                palm(tokens[:read_as, 3:4], cache=cache)
+        with pytest.raises((RuntimeError, ValueError)):
+            palm(tokens[:, :1], cache=palm_of(dim_head=4).make_cache(3, 6))
+
+
+def test_any_weight_that_is_given_other_memory_is_read_there():
+    def replace(palm):
+        palm.layers[1].ff_out.weight = torch.nn.Parameter(palm.layers[1].ff_out.weight * 2)
+        palm.layers[0].norm.weight.data = palm.layers[0].norm.weight.data * 2
+
+    rows, palm, other = rows_of([6, 6]), palm_of(), palm_of()
+    got, cache = read(palm, rows, between=lambda: replace(palm))
+    with without_kernel():
+        expected, _ = read(other, rows, between=lambda: replace(other))
+    assert_way(cache, "kernel")
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "left_padding",
+    [torch.tensor([2, 0, 1], dtype=torch.int32), torch.tensor([[2, 9], [0, 9], [1, 9]])[:, 0]],
+    ids=["int32", "strided"],
+)
+def test_padding_may_be_any_integers(left_padding):
+    palm, rows = palm_of(), rows_of([4, 6, 5])
+    tokens = torch.stack([F.pad(row, (6 - len(row), 0)) for row in rows])
+    with torch.no_grad():
+        cache = palm.make_cache(3, 6, left_padding=left_padding)
+        palm(tokens[:, :5], cache=cache)
+        got = palm(tokens[:, 5:], cache=cache)[:, 0]
+        assert_close(got, torch.stack([palm(row[None])[0, -1] for row in rows]))
+
+
+def test_a_copied_cache_goes_on_alone():
+    palm, (row,) = palm_of(), rows_of([4])
+    with torch.no_grad():
+        cache = palm.make_cache(1, 4)
+        for column in row[:2].split(1):
+            palm(column[None], cache=cache)
+        copied = copy.deepcopy(cache)
+        palm(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+        palm(row[None, 2:3], cache=copied)
+        assert_close(palm(row[None, 3:], cache=copied)[0], palm(row[None])[0, 3:])
+
+
+def test_who_hooks_a_block_sees_every_token():
+    palm, (row,), seen = palm_of(), rows_of([4]), []
+    palm.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    read(palm, [row], steps=3)
+    assert len(seen) == 4
+
+
+def test_another_default_device_changes_nothing():
+    palm, (row,) = palm_of(), rows_of([6])
+    expected, _ = read(palm, [row])
+    cache = palm.make_cache(1, 6)
+    with torch.no_grad(), torch.device("meta"):
+        palm(row[None, :5], cache=cache)
+        logits = palm(row[None, 5:], cache=cache)
+    assert_close(logits[0], expected[0, -1:])

@@ -1,7 +1,6 @@
 """Kernels in Triton's interpreter, in processes of their own since it is chosen before the import; mutants in C."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -27,18 +26,13 @@ def processes(root, request):
 
 
 @pytest.fixture
-def mutate(tmp_path, monkeypatch):
+def mutate(compile_native, monkeypatch):
     """`mutate("file.c", old, new)` runs the kernels in C from a source in which one text is another."""
 
     def run(file: str, old: str, new: str) -> None:
-        sources = tmp_path / "csrc"
-        shutil.copytree(native.SOURCES, sources)
-        text = (sources / file).read_text("utf-8")
-        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
-        (sources / file).write_text(text.replace(old, new), "utf-8")
-        monkeypatch.setattr(native, "SOURCES", sources)
-        monkeypatch.setenv("PALM_RLHF_CACHE", str(tmp_path))
-        mutant = native._open(native._compiled())
+        sources = {path.name: path.read_text("utf-8") for path in native.SOURCES.iterdir()}
+        assert sources[file].count(old) == 1, f"{old!r} is {sources[file].count(old)} times in {file}"
+        mutant = compile_native({**sources, file: sources[file].replace(old, new)})
         for module in (attention_native, elementwise_native):
             monkeypatch.setattr(module, "library", lambda: mutant)
         attention_native._runs.cache_clear()
