@@ -1,0 +1,29 @@
+"""What a trainer asks of the C library: that memory which a step frees is there for the next one."""
+
+import sys
+
+FAULTS = """
+import resource, sys, torch
+from palm_rlhf.training.launch import build_accelerator, keep_freed_memory
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(5 << 20) for _ in range(8)]  # 20 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+{prepare}
+print([step() for _ in range(3)][-1])
+"""
+
+
+def faults(start_python, prepare=""):
+    """Page faults of the third step that asks for 160 MB and frees them."""
+    out, error = start_python(FAULTS.format(prepare=prepare)).communicate(timeout=120)
+    assert out, error
+    return int(out)
+
+
+def test_a_trainer_on_a_cpu_asks_for_its_memory_once(start_python):
+    kept = faults(start_python, "build_accelerator(None, ())")
+    if sys.platform == "linux":
+        assert kept < 100 < 1000 < faults(start_python)
