@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .native import library, num_threads
+from .native import library, num_threads, readable
 
 COLUMNS = 32  # of a product: heads have multiples of it
 
@@ -37,7 +37,7 @@ def _runs() -> bool:
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels compute these: bfloat16 on a CPU, the last axis dense and a multiple of 32."""
-    fits = all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.stride(-1) == 1 for t in (q, k, v))
+    fits = all(t.dtype == torch.bfloat16 for t in (q, k, v)) and readable(q, k, v)
     return fits and q.shape[-1] % COLUMNS == 0 and q.numel() > 0 and _runs()
 
 

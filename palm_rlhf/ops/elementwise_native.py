@@ -6,7 +6,7 @@ from ctypes import c_float, c_int, c_long, c_void_p
 import torch
 from torch import Tensor
 
-from .native import library, num_threads
+from .native import library, num_threads, readable
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -24,9 +24,9 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the kernels compute these: all of one dtype on a CPU, float32 or bfloat16, the last axis dense."""
     if torch.compiler.is_compiling():
         return False
-    first = tensors[0]
-    fit = all(t.device.type == "cpu" and t.dtype == first.dtype and t.stride(-1) == 1 for t in tensors)
-    return fit and first.dtype in DTYPES and first.numel() > 0 and library() is not None
+    dtypes = {t.dtype for t in tensors}
+    fit = len(dtypes) == 1 and dtypes <= set(DTYPES) and readable(*tensors)
+    return fit and tensors[0].numel() > 0 and library() is not None
 
 
 def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -49,6 +49,14 @@ def num_threads() -> int:
     return torch.get_num_threads() if os.getpid() == PROCESS else 1
 
 
+def readable(*tensors) -> bool:
+    """Whether kernels may read these by their addresses: on a CPU, the last axis dense, of no class of their own."""
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    return all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:

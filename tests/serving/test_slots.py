@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.native import refusal
 from palm_rlhf.serving.prefix import MAX_ENTRIES, PrefixCache, common_prefix
 from palm_rlhf.serving.slots import Rows, SlotCache
 
@@ -42,9 +43,21 @@ class Shifted(Rows):
         return torch.full_like(self.lengths, self.longest).unsqueeze(-1)
 
 
-@pytest.mark.parametrize("mutant", [Unmasked, Shifted])
+class Overlong(Rows):
+    """A wrong cache: the kernel takes short rows to be as long as the longest."""
+
+    def window(self):
+        *blocks, first, lengths = super().window()
+        return *blocks, first, torch.full_like(lengths, self.longest)
+
+
+@pytest.mark.parametrize("mutant", [Unmasked, Shifted, Overlong])
 def test_a_wrong_cache_is_noticed(palm, monkeypatch, mutant):
     monkeypatch.setattr(SlotCache, "rows", lambda slots, lengths: mutant(slots, lengths))
+    if mutant is Unmasked or refusal() is not None:  # the kernel needs no mask
+        monkeypatch.setattr("palm_rlhf.model.step.library", lambda: None)
+    if mutant is Overlong and refusal() is not None:
+        return
     with pytest.raises(AssertionError):
         test_rows_of_different_lengths_compute_what_each_does_alone(palm)
 

@@ -158,7 +158,10 @@ def test_the_means_of_a_step_are_those_before_its_update(palm_of):
     for step in range(3):
         before = trainer.evaluate()
         metrics = next(trainer.steps())
-        assert {key: metrics[key] for key in MEANS} == pytest.approx(before, abs=1e-5)
+        if step == 0:  # the policy is the reference, and rounding decides which answer of a pair has the edge
+            assert before.pop("reward_margin") == pytest.approx(0, abs=1e-6) and before.pop("accuracy") < 1
+        assert {key: metrics[key] for key in before} == pytest.approx(before, abs=1e-5)
+        assert set(MEANS) <= set(metrics)
         assert metrics["epoch"] == step + 1
 
 

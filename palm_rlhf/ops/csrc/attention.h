@@ -27,8 +27,8 @@ static inline bfloat16 *at(const Heads *t, long batch, long head, long position)
     return t->data + batch * t->strides[0] + head * t->strides[1] + position * t->strides[2];
 }
 
-// b `depth width`, its element at `b[k * row + j * column]`, as columns in pairs of rows: `LANES-columns depth/2 LANES 2`,
-// which a product reads from front to back. What is beyond its depth or width is zero.
+// b `depth width`, its element at `b[k * row + j * column]`, by columns and pairs of rows: `width/LANES depth/2 LANES
+// 2`, which a product reads from front to back. What is beyond its depth or width is zero.
 static inline void pack(const bfloat16 *b, long row, long column, long depth, long width, long padded_depth,
                         long padded_width, bfloat16 *packed) {
     for (long j0 = 0; j0 < padded_width; j0 += LANES)
@@ -38,7 +38,7 @@ static inline void pack(const bfloat16 *b, long row, long column, long depth, lo
                     *packed++ = i < depth && j < width ? b[i * row + j * column] : 0;
 }
 
-// c `STRIP PANEL` = a `STRIP depth` times a packed b `depth PANEL`, whose two halves are `half` elements apart; added to
+// c `STRIP PANEL` = a `STRIP depth` times a packed b `depth PANEL`, whose halves are `half` elements apart; added to
 // what c holds if asked.
 static inline void product(const bfloat16 *a, long a_row, const bfloat16 *b, long half, long depth, int add, float *c,
                            long c_row) {

@@ -55,8 +55,8 @@ static void read_rows(const Attention *s, long batch, long kv, long start, const
     pack_rows(d_outs, d, rows->d_out_across, rows->d_out_down);
 }
 
-// A strip of keys against a block of rows: adds to the strip's d_keys and d_values, `STRIP d`, and leaves the gradient of
-// its scores in `d_scores`, `CHUNK BLOCK`, packed with the keys as depth.
+// A strip of keys against a block of rows: adds to the strip's d_keys and d_values, `STRIP d`, and leaves the gradient
+// of its scores in `d_scores`, `CHUNK BLOCK`, packed with the keys as depth.
 static void strip(const Attention *s, const Rows *rows, long first, const bfloat16 *keys, const bfloat16 *values,
                   bfloat16 *d_scores, float *d_keys, float *d_values) {
     long d = s->dim;

@@ -37,7 +37,7 @@ static void attend(const Attention *s, long batch, long kv, long start, const He
     for (long j = 0; j < block_width; j += PANEL) // the panel stays near while all rows meet it
         for (long r = 0; r < BLOCK; r += STRIP)
             product(block + r * d, d, keys + j * d, LANES * d, d, 0, scores + r * width + j, width);
-    memset(weights, 0, BLOCK * width * sizeof *weights);
+    memset(weights + (stop - start) * width, 0, (BLOCK - (stop - start)) * width * sizeof *weights);
     for (long r = start; r < stop; r++) {
         long i = r - start, query = r / group;
         lse[(batch * s->heads + kv * group + r % group) * s->queries + query] =
@@ -46,7 +46,8 @@ static void attend(const Attention *s, long batch, long kv, long start, const He
     }
     for (long c = 0; c < d; c += PANEL)
         for (long r = 0; r < BLOCK; r += STRIP)
-            product(weights + r * width, width, values + c * width, LANES * width, block_width, 0, result + r * d + c, d);
+            product(weights + r * width, width, values + c * width, LANES * width, block_width, 0, result + r * d + c,
+                    d);
     for (long r = start; r < stop; r++) {
         bfloat16 *row = at(out, batch, kv * group + r % group, r / group);
         for (long c = 0; c < d; c++) row[c] = store_bf16(result[(r - start) * d + c] / sums[r - start]);
@@ -74,11 +75,9 @@ void attention_forward(const Attention *s, const Heads *q, const Heads *k, const
         for (long i = 0; i < 2 * pairs; i++) {
             long batch = i / 2 / s->kv_heads, kv = i / 2 % s->kv_heads;
             if (i % 2)
-                pack(at(k, batch, kv, 0), 1, k->strides[2], d, s->keys, d, width,
-                     keys + i / 2 * width * d);
+                pack(at(k, batch, kv, 0), 1, k->strides[2], d, s->keys, d, width, keys + i / 2 * width * d);
             else
-                pack(at(v, batch, kv, 0), v->strides[2], 1, s->keys, d, width, d,
-                     values + i / 2 * width * d);
+                pack(at(v, batch, kv, 0), v->strides[2], 1, s->keys, d, width, d, values + i / 2 * width * d);
         }
 #pragma omp for schedule(dynamic)
         for (long i = pairs * blocks - 1; i >= 0; i--) { // the longest first

@@ -107,8 +107,8 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
         }
 }
 
-// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `sums` has
-// room for `2 b ROWS`.
+// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `sums`
+// has room for `2 b ROWS`.
 static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int thread, int threads, A *sums, A *qkv,
                         A *hidden) {
     long dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, b = s->batch, start, stop;

@@ -31,7 +31,8 @@ void OF(rotate)(const Rotation *s, const T *x, const float *cosines, const float
         for (long head = 0; head < s->heads; head++) {
             const T *from = x + batch * s->x_strides[0] + position * s->x_strides[1] + head * s->x_strides[2];
             T *to = out + batch * s->out_strides[0] + position * s->out_strides[1] + head * s->out_strides[2];
-            long table = batch * s->table_batch_stride + position * s->table_position_stride + head * s->table_head_stride;
+            long table = batch * s->table_batch_stride + position * s->table_position_stride;
+            table += head * s->table_head_stride;
             const float *c = cosines + table, *sine = sines + table;
 #pragma omp simd
             for (long i = 0; i < half; i++) {
