@@ -82,5 +82,5 @@ class NativeDecoder:
         wide = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self.shape.table_rows, self.shape.table_heads = cos.shape[:2]
         pointers = [t.data_ptr() for t in (cos, sin, first, lengths, wide, self.scratch)]
-        self.function(ctypes.byref(self.shape), self.layers, *pointers, self.threads)
+        self.function(ctypes.byref(self.shape), self.layers, *pointers, min(self.threads, num_threads()))
         return wide.to(x.dtype)
