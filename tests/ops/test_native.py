@@ -173,3 +173,35 @@ def test_a_library_of_another_user_is_not_loaded(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(native._Refused, match="belongs to another user" if COMPILER else NO_COMPILER):
         native._compiled()
+
+
+def test_a_user_without_a_home_is_refused_with_a_reason(monkeypatch):
+    def nobody(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("PALM_RLHF_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    library, reason = native._load.__wrapped__()
+    assert library is None and re.search("home" if COMPILER else NO_COMPILER, reason)
+
+
+FORKED = """
+import os, torch
+from palm_rlhf import PaLM
+
+torch.set_num_threads(2)
+palm = PaLM(num_tokens=17, dim=12, depth=2, heads=3, dim_head=4)
+cache, tokens = palm.make_cache(1, 4), torch.tensor([[3]])
+with torch.no_grad():
+    palm(tokens, cache=cache)  # with the threads of this process, which its child has not
+    if (child := os.fork()) == 0:
+        palm(tokens, cache=cache)
+        os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_goes_on_with_the_thread_that_it_has(start_python):
+    out, error = start_python(FORKED).communicate(timeout=60)
+    assert out == "7\n", error
