@@ -11,8 +11,6 @@ from .native import library, num_threads
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
-ROWS = 4  # of a matrix that the kernel reads side by side
-
 
 class BlockTensors(NamedTuple):
     """What one block reads, and its part of the cache, all of one dtype and contiguous."""
@@ -59,10 +57,10 @@ class NativeDecoder:
         self.function.restype = None
         self.function.argtypes = [*(c_void_p,) * 8, c_int]
         self.threads = num_threads()
-        shared = batch * (dim + (heads + 2 * kv_heads) * dim_head + inner + heads * dim_head)
-        of_each_thread = batch * (dim + 2 * ROWS) + 3 * dim_head + capacity
+        library().decode_scratch.restype = c_long
+        size = library().decode_scratch(ctypes.byref(self.shape), c_int(self.threads))
         self.dtype = torch.promote_types(first.in_proj.dtype, torch.float32)
-        self.scratch = torch.empty(shared + self.threads * of_each_thread, dtype=self.dtype, device=first.keys.device)
+        self.scratch = torch.empty(size, dtype=self.dtype, device=first.keys.device)
 
     def reads(self, blocks: list[BlockTensors]) -> bool:
         """Whether these are what it reads: weights are given other memory or types, and so are the rows of a cache."""

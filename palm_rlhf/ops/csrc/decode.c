@@ -21,6 +21,16 @@ enum {
     LINE = 64, // bytes of the caches
 };
 
+static long numbers_of_thread(const Shape *s) {
+    return s->batch * (s->dim + 2 * ROWS) + 3 * s->dim_head + s->capacity;
+}
+
+// Numbers of scratch for so many threads.
+long decode_scratch(const Shape *s, int threads) {
+    long qkv = (s->heads + 2 * s->kv_heads) * s->dim_head, attended = s->heads * s->dim_head;
+    return s->batch * (s->dim + qkv + s->inner + attended) + threads * numbers_of_thread(s);
+}
+
 #define T float
 #define A float
 #define EXP exp_

@@ -149,7 +149,7 @@ static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *
 }
 
 // x: `b dim`, in and out; lengths: `b`, the tokens of each row in its cache, which sees those from `first` on; scratch:
-// `b (dim + (h + 2 hk) d + inner + h d)`, and for each thread `b (dim + 2 ROWS) + 3 d + capacity`.
+// as many numbers as `decode_scratch` says.
 void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *sines, const long *first,
                 const long *lengths, A *x, A *scratch, int max_threads) {
     long b = s->batch, width = (s->heads + 2 * s->kv_heads) * s->dim_head, q_dim = s->heads * s->dim_head;
@@ -158,7 +158,7 @@ void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *
 #pragma omp parallel num_threads(max_threads)
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        A *normed = of_threads + thread * (b * (s->dim + 2 * ROWS) + 3 * s->dim_head + s->capacity);
+        A *normed = of_threads + thread * numbers_of_thread(s);
         A *sums = normed + b * s->dim, *mine = sums + 2 * b * ROWS, *from = x, *to = next;
         long start, stop;
         for (const Layer *layer = layers; layer < layers + s->depth; layer++) {
