@@ -11,7 +11,7 @@ from ..ops.native import library
 from .block import position_tables
 from .config import PaLMConfig
 
-MAX_ROWS = 8  # beyond, products of many rows are faster
+MAX_ROWS = 64  # beyond, one product after the other is as fast
 MAX_LOOKED_UP = 4096  # positions whose tables are kept
 
 

@@ -320,6 +320,7 @@ def test_rows_that_have_ended_cost_nothing():
     running = [sum(len(answer) > step for answer in expected) for step in range(1, 10)]
     assert read == [(3, 6), *((n, 1) for n in running if n)]
 
+
 def test_what_is_written_to_a_yielded_token_changes_no_later_one():
     palm, prompt = palm_of(), prompts_of(3, 3)
     expected = palm.generate(prompt=torch.stack(prompt), max_new_tokens=6, **GREEDY)
@@ -328,7 +329,6 @@ def test_what_is_written_to_a_yielded_token_changes_no_later_one():
         got.append(tokens.clone())
         tokens.fill_(0)
     assert torch.equal(torch.stack(got, dim=-1), expected)
-
 
 
 def test_stream_yields_what_generate_returns():

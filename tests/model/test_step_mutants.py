@@ -9,8 +9,9 @@ from palm_rlhf.ops import native
 from .steps import EXACT, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SOURCES = ("native.h", "decode.c", "decode_body.h")
+SOURCES = ("native.h", "decode.c", "products_body.h", "decode_body.h")
 TURNED = "buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k]"
+GATED = "gate[r][k] / (1 + EXP(-gate[r][k])) * value[r][k]"
 # A line, a wrong one in its place, and the shape, if there is one, for which that is no mistake.
 MUTANTS = {
     "own key": ("scores[length] = most = own", "scores[length] = most = 0", None),
@@ -19,15 +20,26 @@ MUTANTS = {
     "first": ("first[i / s->heads], lengths", "0 * first[i / s->heads], lengths", {"lengths": (6, 6, 6)}),
     "half": (TURNED, "buffer[k ^ 1] * sines[k]", {"dim_head": 2}),
     "sign": (TURNED, TURNED.replace("buffer", "-buffer"), None),
-    "gate": ("gate[k] / (1 + EXP(-gate[k])) * value[k]", "value[k] / (1 + EXP(-value[k])) * gate[k]", None),
+    "gate": (GATED, "value[r][k] / (1 + EXP(-value[r][k])) * gate[r][k]", None),
     "eps": ("sqrt(variance / n + eps)", "sqrt(variance / n)", {"norm_eps": 0.0}),
     "kv head": ("kv = head / (s->heads / s->kv_heads)", "kv = head % s->kv_heads", {"kv_heads": 4}),
     "norm's head": ("k_norm + kv * d", "k_norm", {"kv_heads": 1}),
     "table's head": ("s->table_heads == 1 ? 0 : d", "0", {"xpos": False}),
     "table's row": ("cosines += (s->table_rows == 1 ? 0 : row)", "cosines += 0", {"lengths": (6, 6, 6)}),
     "values' place": ("values[length * d + c] =", "values[(length - 1) * d + c] =", None),
-    "rest of rows": ("OF(dot)(w + i * n", "OF(dot)(w + 0 * n", None),
-    "second row": ("x + (b + 1) * n, n, out", "x + b * n, n, out", {"lengths": (7,)}),
+    "rest of keys": ("OF(dot)(keys + j * d", "OF(dot)(keys + first * d", None),
+    "next rows": ("w + (i + q < rows ? i + q", "w + (i + q < rows ? q", None),
+    "second token": ("x + (b + q < batch ? b + q", "x + (b + q < batch ? b", {"lengths": (7,)}),
+    "rest of tokens": (
+        "case 3: OF(quad)(of_quad, tokens, n, 3",
+        "case 3: OF(quad)(of_quad, tokens, n, 2",
+        {"lengths": (7, 5)},
+    ),
+    "last entries": (
+        "w[i] + k, (n - k) * sizeof(T)",
+        "w[i] + k, (n - k - 1) * sizeof(T)",
+        {"dim": 16, "heads": 8, "dim_head": 4, "ff_inner_dim": 8},
+    ),
     "residual": ("OF(sum_up)(s, layer, from", "OF(sum_up)(s, layer, x", {"depth": 1}),
     "result": ("thread == 0 && from != x", "thread == 0 && from == x", {"depth": 2}),
 }

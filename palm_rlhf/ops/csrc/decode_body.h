@@ -11,8 +11,6 @@ static inline A OF(dot)(const T *w, const A *x, long n) {
 static inline void OF(dots)(const T *restrict w, const A *restrict x, long n, A *restrict out) {
     const T *w1 = w + n, *w2 = w1 + n, *w3 = w2 + n;
     A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    // The next rows, on their way while these are read: each row is too short for the processor to foresee its end.
-    for (long k = 0; k < ROWS * n; k += LINE / sizeof(T)) __builtin_prefetch(w + ROWS * n + k);
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (long k = 0; k < n; k++) {
         s0 += OF(load)(w[k]) * x[k];
@@ -21,33 +19,6 @@ static inline void OF(dots)(const T *restrict w, const A *restrict x, long n, A 
         s3 += OF(load)(w3[k]) * x[k];
     }
     out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
-}
-
-// The same for two x, which share the reading of the weights: out[0..3] and out[4..7].
-static inline void OF(dots_of_two)(const T *restrict w, const A *restrict x, const A *restrict y, long n,
-                                   A *restrict out) {
-    const T *w1 = w + n, *w2 = w1 + n, *w3 = w2 + n;
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;
-    for (long k = 0; k < ROWS * n; k += LINE / sizeof(T)) __builtin_prefetch(w + ROWS * n + k);
-#pragma omp simd reduction(+ : s0, s1, s2, s3, t0, t1, t2, t3)
-    for (long k = 0; k < n; k++) {
-        A a = OF(load)(w[k]), b = OF(load)(w1[k]), c = OF(load)(w2[k]), d = OF(load)(w3[k]);
-        s0 += a * x[k], s1 += b * x[k], s2 += c * x[k], s3 += d * x[k];
-        t0 += a * y[k], t1 += b * y[k], t2 += c * y[k], t3 += d * y[k];
-    }
-    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
-    out[4] = t0, out[5] = t1, out[6] = t2, out[7] = t3;
-}
-
-// Up to ROWS rows of w `rows n` times each x `batch n`: `batch ROWS`.
-static inline void OF(product)(const T *w, const A *x, long n, long rows, long batch, A *out) {
-    long b = 0;
-    if (rows == ROWS) {
-        for (; b + 1 < batch; b += 2) OF(dots_of_two)(w, x + b * n, x + (b + 1) * n, n, out + b * ROWS);
-        for (; b < batch; b++) OF(dots)(w, x + b * n, n, out + b * ROWS);
-    }
-    for (; b < batch; b++)
-        for (long i = 0; i < rows; i++) out[b * ROWS + i] = OF(dot)(w + i * n, x + b * n, n);
 }
 
 static void OF(layer_norm)(const A *x, const T *weight, long n, A eps, A *out) {
@@ -89,10 +60,11 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
     A scale = 1 / (A)sqrt(d), most, sum = 0, own = 0;
     if (first > length) first = length; // a pad, whose numbers nobody wants, but which must be numbers
     for (long c = 0; c < d; c++) own += q[c] * OF(load)(OF(store)(k[c]));
-    for (long j = first; j < length; j += ROWS)
-        OF(product)(keys + j * d, q, d, length - j < ROWS ? length - j : ROWS, 1, scores + j);
+    long j = first;
+    for (; j + QUAD <= length; j += QUAD) OF(dots)(keys + j * d, q, d, scores + j);
+    for (; j < length; j++) scores[j] = OF(dot)(keys + j * d, q, d);
     scores[length] = most = own;
-    for (long j = first; j < length; j++) most = scores[j] > most ? scores[j] : most;
+    for (j = first; j < length; j++) most = scores[j] > most ? scores[j] : most;
 #pragma omp simd reduction(+ : sum)
     for (long j = first; j <= length; j++) sum += scores[j] = EXP((scores[j] - most) * scale);
     for (long c = 0; c < d; c++) out[c] = scores[length] * OF(load)(OF(store)(v[c]));
@@ -107,44 +79,42 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
         }
 }
 
-// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `sums`
-// has room for `2 b ROWS`.
-static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int thread, int threads, A *sums, A *qkv,
-                        A *hidden) {
+// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `tile`
+// has room for `2 b TILE`.
+static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int thread, int threads, A (*tile)[TILE],
+                        A *qkv, A *hidden) {
     long dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, b = s->batch, start, stop;
-    A *gate = sums, *value = sums + b * ROWS;
-    share(width, ROWS, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += ROWS) {
-        long rows = stop - i < ROWS ? stop - i : ROWS;
-        OF(product)(in_proj + i * dim, normed, dim, rows, b, sums);
-        for (long r = 0; r < b; r++)
-            for (long k = 0; k < rows; k++) qkv[r * width + i + k] = sums[r * ROWS + k];
+    A(*gate)[TILE] = tile, (*value)[TILE] = tile + padded(b);
+    share(width, TILE, thread, threads, &start, &stop);
+    for (long i = start; i < stop; i += TILE) {
+        long rows = stop - i < TILE ? stop - i : TILE;
+        OF(product)(in_proj + i * dim, normed, dim, rows, b, tile);
+        for (long r = 0; r < b; r++) memcpy(qkv + r * width + i, tile[r], rows * sizeof(A));
     }
-    const T *gates = in_proj + width * dim, *hidden_values = gates + s->inner * dim;
-    share(s->inner, ROWS, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += ROWS) {
-        long rows = stop - i < ROWS ? stop - i : ROWS;
+    const T *gates = in_proj + width * dim, *values = gates + s->inner * dim;
+    share(s->inner, TILE, thread, threads, &start, &stop);
+    for (long i = start; i < stop; i += TILE) {
+        long rows = stop - i < TILE ? stop - i : TILE;
         OF(product)(gates + i * dim, normed, dim, rows, b, gate);
-        OF(product)(hidden_values + i * dim, normed, dim, rows, b, value);
+        OF(product)(values + i * dim, normed, dim, rows, b, value);
         for (long r = 0; r < b; r++)
-            for (long k = r * ROWS; k < r * ROWS + rows; k++)
-                hidden[r * s->inner + i + k - r * ROWS] = gate[k] / (1 + EXP(-gate[k])) * value[k];
+            for (long k = 0; k < rows; k++)
+                hidden[r * s->inner + i + k] = gate[r][k] / (1 + EXP(-gate[r][k])) * value[r][k];
     }
 }
 
 // The share of one thread of x + attended @ attn_out.T + hidden @ ff_out.T: `b dim`.
 static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *attended, const A *hidden, int thread,
-                       int threads, A *sums, A *out) {
+                       int threads, A (*tile)[TILE], A *out) {
     long dim = s->dim, inner = s->inner, q_dim = s->heads * s->dim_head, b = s->batch, start, stop;
-    A *more = sums + b * ROWS;
-    share(dim, ROWS, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += ROWS) {
-        long rows = stop - i < ROWS ? stop - i : ROWS;
-        OF(product)((const T *)layer->attn_out + i * q_dim, attended, q_dim, rows, b, sums);
+    A(*more)[TILE] = tile + padded(b);
+    share(dim, TILE, thread, threads, &start, &stop);
+    for (long i = start; i < stop; i += TILE) {
+        long rows = stop - i < TILE ? stop - i : TILE;
+        OF(product)((const T *)layer->attn_out + i * q_dim, attended, q_dim, rows, b, tile);
         OF(product)((const T *)layer->ff_out + i * inner, hidden, inner, rows, b, more);
         for (long r = 0; r < b; r++)
-            for (long k = 0; k < rows; k++)
-                out[r * dim + i + k] = x[r * dim + i + k] + sums[r * ROWS + k] + more[r * ROWS + k];
+            for (long k = 0; k < rows; k++) out[r * dim + i + k] = x[r * dim + i + k] + tile[r][k] + more[r][k];
     }
 }
 
@@ -159,19 +129,20 @@ void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         A *normed = of_threads + thread * numbers_of_thread(s);
-        A *sums = normed + b * s->dim, *mine = sums + 2 * b * ROWS, *from = x, *to = next;
+        A(*tile)[TILE] = (A(*)[TILE])(normed + b * s->dim);
+        A *mine = tile[2 * padded(b)], *from = x, *to = next;
         long start, stop;
         for (const Layer *layer = layers; layer < layers + s->depth; layer++) {
             for (long r = 0; r < b; r++)
                 OF(layer_norm)(from + r * s->dim, layer->norm, s->dim, s->eps, normed + r * s->dim);
-            OF(project)(s, layer->in_proj, normed, thread, threads, sums, qkv, hidden);
+            OF(project)(s, layer->in_proj, normed, thread, threads, tile, qkv, hidden);
 #pragma omp barrier
             share(b * s->heads, 1, thread, threads, &start, &stop);
             for (long i = start; i < stop; i++)
                 OF(attend)(s, layer, i / s->heads, i % s->heads, first[i / s->heads], lengths[i / s->heads],
                            qkv + i / s->heads * width, cosines, sines, mine, attended + i * s->dim_head);
 #pragma omp barrier
-            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, sums, to);
+            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, tile, to);
             A *swapped = from;
             from = to, to = swapped;
 #pragma omp barrier
