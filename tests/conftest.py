@@ -123,7 +123,7 @@ def compile_native(tmp_path, monkeypatch):
     """`compile_native({name: text})` is the library of these sources in C, which are compiled as the package's own."""
     from palm_rlhf.ops import native
 
-    def compile_(sources, optimize=True):
+    def compile_(sources, optimize=True, more=()):
         folder = tmp_path / "csrc"
         folder.mkdir(exist_ok=True)
         for name, text in sources.items():
@@ -131,7 +131,7 @@ def compile_native(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv("PALM_RLHF_CACHE", str(tmp_path / "cache"))
             patch.setattr(native, "SOURCES", folder)
-            patch.setattr(native, "FLAGS", [flag for flag in native.FLAGS if optimize or flag != "-O3"])
+            patch.setattr(native, "FLAGS", [*(flag for flag in native.FLAGS if optimize or flag != "-O3"), *more])
             return native._open(native._compiled())
 
     return compile_

@@ -1,6 +1,7 @@
 """Wrong lines in the kernel that reads the next token, each of which the laws of `test_step.py` notice."""
 
 import math
+import platform
 
 import pytest
 
@@ -68,6 +69,15 @@ def use_mutant(compile_native, monkeypatch):
 
 def test_the_kernel_is_right_where_its_mutants_are_wrong():
     assert error() < EXACT
+
+
+@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+def test_the_kernel_is_right_on_older_processors(without, compile_native, monkeypatch):
+    if native.refusal() is None and platform.machine() == "x86_64":
+        older = compile_native({name: (native.SOURCES / name).read_text() for name in SOURCES}, more=[without])
+        monkeypatch.setattr("palm_rlhf.ops.decode_native.library", lambda: older)
+        assert error() < EXACT
+        assert bfloat16_error(pairs=False) < 2e-6
 
 
 @pytest.mark.parametrize("name", MUTANTS)
