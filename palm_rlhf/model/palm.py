@@ -195,7 +195,8 @@ class PaLM(nn.Module):
             positions = default_positions(tokens, key_mask, document_ids)
         if self.config.causal and cache is None:
             key_mask = without_right_padding(key_mask)
-        step = None if cache is None or scope is not None else native_step(self, tokens, cache)
+        adapters = None if scope is None else self._scope(scope)
+        step = None if cache is None else native_step(self, tokens, cache, adapters)
         make_tables = position_tables if step is None else step_tables
         tables = make_tables(self.config, positions, torch.promote_types(self.dtype, torch.float32))
 
@@ -205,17 +206,16 @@ class PaLM(nn.Module):
         if cache is None:
             x = self.dropout(x)
         if step is None:
-            x = self._through_blocks(x, tables, key_mask, document_ids, cache, scope)
+            x = self._through_blocks(x, tables, key_mask, document_ids, cache, adapters)
         else:
             x = step(x, tables)
         if cache is not None:
             cache.advance(num_new)
         return self.norm(x)
 
-    def _through_blocks(self, x, tables, key_mask, document_ids, cache, scope) -> Tensor:
-        adapters = [None] * len(self.layers) if scope is None else self._scope(scope)
+    def _through_blocks(self, x, tables, key_mask, document_ids, cache, adapters) -> Tensor:
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for i, (layer, lora) in enumerate(zip(self.layers, adapters, strict=True)):
+        for i, (layer, lora) in enumerate(zip(self.layers, adapters or [None] * len(self.layers), strict=True)):
             args = (x, tables, key_mask, document_ids, cache, i, lora)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return x

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .native import library, num_threads, readable
+from .native import has_amx, library, num_threads, readable
 
 COLUMNS = 32  # of a product: heads have multiples of it
 
@@ -26,7 +26,7 @@ class _Heads(ctypes.Structure):
 @cache
 def _runs() -> bool:
     """Whether the processor multiplies pairs of bfloat16; with AMX, PyTorch's products are faster still."""
-    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() or library() is None:
+    if has_amx() or library() is None:
         return False
     if not hasattr(library(), "attention_forward"):
         return False

@@ -13,7 +13,7 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
 class BlockTensors(NamedTuple):
-    """What one block reads, and its part of the cache, all of one dtype and contiguous."""
+    """What one block reads, and its part of the cache, all contiguous: weights of one dtype, keys and values of one."""
 
     norm: Tensor  # e
     in_proj: Tensor  # (q k v gate value) e
@@ -23,13 +23,22 @@ class BlockTensors(NamedTuple):
     k_norm: Tensor | None  # hk d
     keys: Tensor  # b hk capacity d
     values: Tensor
+    q_down: Tensor | None = None  # i r, of the adapters, all or none
+    k_down: Tensor | None = None
+    v_down: Tensor | None = None
+    out_down: Tensor | None = None
+    q_up: Tensor | None = None  # r o
+    k_up: Tensor | None = None
+    v_up: Tensor | None = None
+    out_up: Tensor | None = None
 
 
 class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, c_long) for name in ("depth", "dim", "heads", "kv_heads", "dim_head", "inner")),
-        *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads")),
+        *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads", "rank")),
         ("eps", c_double),
+        ("adapter_scale", c_double),
     ]
 
 
@@ -38,33 +47,45 @@ class _Layer(ctypes.Structure):
 
 
 def _places(blocks: list[BlockTensors]) -> list[tuple]:
-    return [(t.data_ptr(), t.dtype, t.shape) for block in blocks for t in block if t is not None]
+    """Where everything is, and how often it was changed if it is not read there but copied."""
+    dtype = blocks[0].keys.dtype
+    return [
+        (t.data_ptr(), t.dtype, t.shape, 0 if t.dtype == dtype or t.is_inference() else t._version)
+        for block in blocks
+        for t in block
+        if t is not None
+    ]
 
 
 class NativeDecoder:
-    """One token a row through given blocks, which are read where they lie and kept alive."""
+    """One token a row through given blocks, whose tensors are kept alive.
 
-    def __init__(self, blocks: list[BlockTensors], heads: int, eps: float):
+    They are read where they lie, but weights of another dtype than the cache's are copied into that one now.
+    """
+
+    def __init__(self, blocks: list[BlockTensors], *, heads: int, eps: float, adapter_scale: float = 1.0):
         first = blocks[0]
         batch, kv_heads, capacity, dim_head = first.keys.shape
         dim, inner = first.ff_out.shape
-        self.blocks = blocks
-        self.places = _places(blocks)
-        pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in blocks]
+        rank = 0 if first.q_down is None else first.q_down.shape[1]
+        self.places, dtype = _places(blocks), first.keys.dtype
+        self.blocks = [BlockTensors(*(t if t is None else t.to(dtype) for t in block)) for block in blocks]
+        pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in self.blocks]
         self.layers = (_Layer * len(blocks))(*pointers)
-        self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity, eps=eps)
-        self.function = getattr(library(), f"decode_{DTYPES[first.in_proj.dtype]}")
+        self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity)
+        self.shape.rank, self.shape.eps, self.shape.adapter_scale = rank, eps, adapter_scale
+        self.function = getattr(library(), f"decode_{DTYPES[dtype]}")
         self.function.restype = None
         self.function.argtypes = [*(c_void_p,) * 8, c_int]
         self.threads = num_threads()
         library().decode_scratch.restype = c_long
         size = library().decode_scratch(ctypes.byref(self.shape), c_int(self.threads))
-        self.dtype = torch.promote_types(first.in_proj.dtype, torch.float32)
+        self.dtype = torch.promote_types(dtype, torch.float32)
         self.scratch = torch.empty(size, dtype=self.dtype, device=first.keys.device)
 
-    def reads(self, blocks: list[BlockTensors]) -> bool:
+    def reads(self, blocks: list[BlockTensors], adapter_scale: float = 1.0) -> bool:
         """Whether these are what it reads: weights are given other memory or types, and so are the rows of a cache."""
-        return _places(blocks) == self.places
+        return _places(blocks) == self.places and adapter_scale == self.shape.adapter_scale
 
     def __reduce__(self):
         return type(None), ()  # a copy of a cache makes a kernel of its own

@@ -12,9 +12,6 @@ from torch import Tensor
 from .dispatch import uses_triton
 from .swiglu import swiglu, swiglu_backward_, swiglu_forward
 
-SOME_ROWS = range(8, 17)  # and, like the next, found by trial with MKL on x86: elsewhere the usual order is as fast
-LARGE = 1 << 20  # weights
-
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
@@ -93,21 +90,15 @@ def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hi
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`; for few rows on a CPU, by the product that streams the weights faster there.
-
-    A single row takes the matrix-vector product. Some rows of float32 take `weight @ x.T` where the weights are large:
-    `benchmarks/serving.py` is where that tells.
+    """`x @ weight.T`; for a single row on a CPU, by the matrix-vector product, which streams the weights faster there.
 
     x: `... i`, weight: `o i` -> `... o`
     """
     plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     if plain or x.device.type != "cpu":
         return F.linear(x, weight)
-    num_rows = x.numel() // weight.shape[1]
-    if num_rows == 1:
+    if x.numel() == weight.shape[1]:
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
-    if num_rows in SOME_ROWS and x.dtype == torch.float32 and weight.numel() >= LARGE:
-        return (weight @ x.reshape(num_rows, -1).mT).mT.contiguous().view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 

@@ -57,6 +57,13 @@ def readable(*tensors) -> bool:
     return all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in tiles, as PyTorch's products do then."""
+    import torch
+
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:

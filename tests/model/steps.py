@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from palm_rlhf import PaLM
 from palm_rlhf.model.cache import KVCache
 from palm_rlhf.ops import native
+from palm_rlhf.ops.attention import attention
 
 VOCABULARY = 17
 SIZES = {"dim": 10, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 6, "ff_inner_dim": 7}
@@ -24,6 +25,14 @@ def palm_of(*, seed=0, **changes) -> PaLM:
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return palm
+
+
+def add_scope(palm, r=2, seed=1, **options):
+    """A scope of random weights, which says something at once."""
+    torch.manual_seed(seed)
+    for parameter in palm.add_finetune_params("scope", r, **options).parameters():
+        torch.nn.init.normal_(parameter)
+    return {"finetune_scope": "scope"}
 
 
 def rows_of(lengths, seed=0):
@@ -92,10 +101,13 @@ class Rounded(KVCache):
 
 @contextmanager
 def rounded_products(pairs):
-    """What is multiplied with weights is rounded to bfloat16, where the processor multiplies pairs of it."""
+    """What meets weights and keys in a product is rounded to bfloat16, where the processor multiplies pairs of it."""
     with pytest.MonkeyPatch.context() as patch:
         if pairs:
             patch.setattr("palm_rlhf.ops.linear.linear", lambda x, weight: F.linear(x.bfloat16().double(), weight))
+            patch.setattr(
+                "palm_rlhf.model.block.attention", lambda q, *r, **o: attention(q.bfloat16().double(), *r, **o)
+            )
         yield
 
 

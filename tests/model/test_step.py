@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from palm_rlhf.model.step import MAX_ROWS
 from palm_rlhf.ops import native
 
-from .steps import WAYS, assert_close, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of, without_kernel
+from .steps import (
+    WAYS,
+    add_scope,
+    assert_close,
+    assert_way,
+    bfloat16_error,
+    palm_of,
+    read,
+    read_at_once,
+    rows_of,
+    without_kernel,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_way = pytest.mark.parametrize("way", WAYS)
@@ -19,36 +30,40 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 @st.composite
 def readings(draw):
-    """A model of any shape, rows of any length, the shortest with pads still to come, and an order for them."""
+    """A model of any shape, a scope or none, rows of any length, the shortest with pads to come, and their order."""
     kv_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = {"dim": st.integers(3, 21), "depth": st.integers(1, 3), "ff_inner_dim": st.integers(1, 23)}
     sizes |= {"dim_head": st.sampled_from([2, 4, 6, 10, 18]), "qk_norm": st.booleans(), "xpos": st.booleans()}
     sizes, seed = draw(st.fixed_dictionaries(sizes)), draw(st.integers(0, 2**16))
     lengths = draw(st.lists(st.integers(1, 10), min_size=1, max_size=10))
     order = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=10))
-    return palm_of(seed=seed, heads=kv_heads * shared, kv_heads=kv_heads, **sizes), rows_of(lengths, seed), order
+    palm = palm_of(seed=seed, heads=kv_heads * shared, kv_heads=kv_heads, **sizes)
+    r, alpha = draw(st.integers(0, 5)), draw(st.sampled_from([None, 3.0]))
+    return palm, add_scope(palm, r, seed, alpha=alpha) if r else {}, rows_of(lengths, seed), order
 
 
 @every_way
 @settings(max_examples=60)
 @given(reading=readings())
 def test_tokens_read_one_by_one_equal_those_read_at_once(way, reading):
-    palm, rows, order = reading
+    palm, scope, rows, order = reading
     with WAYS[way]():
-        logits, cache = read(palm, rows, order=order)
-    assert_close(logits, read_at_once(palm, rows, order=order))
+        logits, cache = read(palm, rows, order=order, **scope)
+    assert_close(logits, read_at_once(palm, rows, order=order, **scope))
     assert_way(cache, way)
 
 
 @every_way
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "xpos": True}], ids=str)
+@pytest.mark.parametrize("scoped", [False, True])
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)], ids=str)
-def test_narrow_models_say_what_their_weights_say_in_float64(way, dtype, rtol, options):
+def test_narrow_models_say_what_their_weights_say_in_float64(way, dtype, rtol, scoped, options):
     palm, rows, order = palm_of(**options), rows_of([7, 4, 6]), [2, 0, 1, 2]
+    scope = add_scope(palm, alpha=0.5) if scoped else {}
     with WAYS[way]():
-        logits, cache = read(palm.to(dtype), rows, order=order)
+        logits, cache = read(palm.to(dtype), rows, order=order, **scope)
     assert logits.dtype == dtype
-    exact = read_at_once(palm.double(), rows, order=order)
+    exact = read_at_once(palm.double(), rows, order=order, **scope)
     assert (logits - exact).norm() < rtol * exact.norm()
     assert_way(cache, way)
 
@@ -56,10 +71,10 @@ def test_narrow_models_say_what_their_weights_say_in_float64(way, dtype, rtol, o
 @settings(max_examples=20)
 @given(reading=readings())
 def test_both_ways_leave_the_same_keys_and_values(reading):
-    palm, rows, order = reading
-    _, cache = read(palm, rows, order=order)
+    palm, scope, rows, order = reading
+    _, cache = read(palm, rows, order=order, **scope)
     with without_kernel():
-        _, expected = read(palm, rows, order=order)
+        _, expected = read(palm, rows, order=order, **scope)
     assert cache.length == expected.length == cache.capacity
     tokens = torch.ones(len(order), cache.length).bool() if cache.left_padding is None else cache.key_mask(0)
     for got, kept in zip(cache.keys + cache.values, expected.keys + expected.values, strict=True):
@@ -88,14 +103,15 @@ def test_a_row_among_others_is_the_row_alone_bit_for_bit(dtype):
 def test_the_number_of_threads_changes_no_bit():
     """One head, and fewer rows of a matrix than threads at a time."""
     palm, rows, logits = palm_of(heads=1, kv_heads=1), rows_of([6]), []
+    scope = add_scope(palm)
     try:
         for number in (1, 3, 7):
             torch.set_num_threads(number)
-            logits.append(read(palm, rows)[0])
+            logits.append(read(palm, rows, **scope)[0])
     finally:
         torch.set_num_threads(1)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
-    assert_close(logits[0], read_at_once(palm, rows))
+    assert_close(logits[0], read_at_once(palm, rows, **scope))
 
 
 def in_place(palm, folder):
@@ -122,12 +138,6 @@ def loaded(palm, folder):
     palm.load(folder / "palm")
 
 
-def add_scope(palm):
-    torch.manual_seed(1)
-    for parameter in palm.add_finetune_params("scope", r=2).parameters():
-        torch.nn.init.normal_(parameter)
-
-
 def merged(palm, folder):
     add_scope(palm)
     palm.merge_finetune_params("scope")
@@ -148,15 +158,46 @@ def test_weights_that_change_between_two_tokens_are_seen(change, tmp_path):
     assert ((logits[0] - unchanged)[:, 2:].abs().amax(dim=-1) > 1e-3).all()
 
 
-def test_a_scope_takes_the_other_way_unless_it_is_off():
+def test_a_scope_comes_and_goes_between_two_tokens():
+    palm, rows, logits = palm_of(), rows_of([7, 5, 6]), []
+    scope = add_scope(palm)
+    for way, context in WAYS.items():
+        cache, tokens = palm.make_cache(3, 4), torch.stack([row[:4] for row in rows])
+        with context(), torch.no_grad():
+            for column, options in zip(tokens.split(1, dim=1), ({}, scope, scope | {"disable_lora": True}, scope)):
+                seen = palm(column, cache=cache, **options)
+            logits.append(seen)
+        assert_way(cache, way)
+    assert_close(*logits)
+
+
+def test_adapters_of_several_factors_take_the_other_way():
     palm, rows = palm_of(), rows_of([7, 5, 6])
-    add_scope(palm)
-    logits, cache = read(palm, rows, finetune_scope="scope")
-    assert_close(logits, read_at_once(palm, rows, finetune_scope="scope"))
+    scope = add_scope(palm)
+    palm.finetune_modules["scope"][1].v.alpha = 5.0
+    logits, cache = read(palm, rows, **scope)
+    assert_close(logits, read_at_once(palm, rows, **scope))
     assert_way(cache, "operations")
-    logits, cache = read(palm, rows, finetune_scope="scope", disable_lora=True)
-    assert_close(logits, read_at_once(palm, rows))
-    assert_way(cache, "kernel")
+
+
+@every_way
+def test_under_autocast_weights_are_rounded_and_changes_of_them_are_seen(way):
+    palm, rows, logits = palm_of().float(), rows_of([7, 4, 6]), []
+    rounded = palm_of()
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16().double()
+    for between in (lambda: None, lambda: palm.layers[1].ff_out.weight.mul_(-3)):
+        with WAYS[way](), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            seen, cache = read(palm, rows, between=between)
+        assert cache.keys[0].dtype == torch.bfloat16
+        assert_way(cache, way)
+        logits.append(seen)
+    exact = read_at_once(rounded, rows)
+    assert (logits[0] - exact).norm() < 0.02 * exact.norm()
+    with torch.no_grad():
+        rounded.layers[1].ff_out.weight.mul_(-3)
+    changed = read_at_once(rounded, rows)[:, -2:]
+    assert (logits[1][:, -2:] - changed).norm() < 0.02 * changed.norm() < 0.1 * (exact[:, -2:] - changed).norm()
 
 
 @pytest.mark.parametrize("before, after", [(MAX_ROWS, MAX_ROWS + 1), (MAX_ROWS + 1, MAX_ROWS)])
@@ -247,6 +288,11 @@ def test_who_hooks_a_block_sees_every_token():
     palm, (row,), seen = palm_of(), rows_of([4]), []
     palm.layers[1].register_forward_hook(lambda *_: seen.append(1))
     read(palm, [row], steps=3)
+    assert len(seen) == 4
+    palm, seen = palm_of(), []
+    scope = add_scope(palm)
+    palm.finetune_modules["scope"][1].out.register_forward_hook(lambda *_: seen.append(1))
+    read(palm, [row], steps=3, **scope)
     assert len(seen) == 4
 
 

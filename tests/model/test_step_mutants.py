@@ -7,7 +7,7 @@ import pytest
 
 from palm_rlhf.ops import native
 
-from .steps import EXACT, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
+from .steps import EXACT, add_scope, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SOURCES = ("native.h", "decode.c", "products_body.h", "decode_body.h")
@@ -15,8 +15,8 @@ TURNED = "buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k]"
 GATED = "gate[r][k] / (1 + EXP(-gate[r][k])) * value[r][k]"
 # A line, a wrong one in its place, and the shape, if there is one, for which that is no mistake.
 MUTANTS = {
-    "own key": ("scores[length] = most = own", "scores[length] = most = 0", None),
-    "own value": ("out[c] = scores[length] * ", "out[c] = 0 * ", None),
+    "own key": ("scores[h * s->capacity + length] = tile[h][0]", "scores[h * s->capacity + length] = 0", None),
+    "own value": ("out[c] = scores[length] * own[c]", "out[c] = 0", None),
     "scale": ("(scores[j] - most) * scale", "(scores[j] - most)", None),
     "first": ("first[i / s->heads], lengths", "0 * first[i / s->heads], lengths", {"lengths": (6, 6, 6)}),
     "half": (TURNED, "buffer[k ^ 1] * sines[k]", {"dim_head": 2}),
@@ -28,9 +28,15 @@ MUTANTS = {
     "table's head": ("s->table_heads == 1 ? 0 : d", "0", {"xpos": False}),
     "table's row": ("cosines += (s->table_rows == 1 ? 0 : row)", "cosines += 0", {"lengths": (6, 6, 6)}),
     "values' place": ("values[length * d + c] =", "values[(length - 1) * d + c] =", None),
-    "rest of keys": ("OF(dot)(keys + j * d", "OF(dot)(keys + first * d", None),
+    "rest of values": ("scores[j] * OF(load)(values[j * d + c])", "scores[j] * OF(load)(values[first * d + c])", None),
+    "fourth value": ("w3 * OF(load)(v[3 * d + c])", "w3 * OF(load)(v[2 * d + c])", {"lengths": (4, 4, 4)}),
+    "second head": ("out + h * d);", "out);", {"heads": 2}),
     "next rows": ("w + (i + q < rows ? i + q", "w + (i + q < rows ? q", None),
-    "second token": ("x + (b + q < batch ? b + q", "x + (b + q < batch ? b", {"lengths": (7,)}),
+    "second token": (
+        "x + (b + q < batch ? b + q",
+        "x + (b + q < batch ? b",
+        {"lengths": (7,), "heads": 1, "kv_heads": 1},
+    ),
     "rest of tokens": (
         "case 3: OF(quad)(of_quad, tokens, n, 3",
         "case 3: OF(quad)(of_quad, tokens, n, 2",
@@ -39,19 +45,24 @@ MUTANTS = {
     "last entries": (
         "w[i] + k, (n - k) * sizeof(T)",
         "w[i] + k, (n - k - 1) * sizeof(T)",
-        {"dim": 16, "heads": 8, "dim_head": 4, "ff_inner_dim": 8},
+        {"dim": 16, "dim_head": 8, "ff_inner_dim": 8},
     ),
+    "adapter": ("low[r] * OF(load)(up[r * width + i])", "low[r] * OF(load)(up[i])", {"r": 1}),
+    "adapter's factor": ("(A)s->adapter_scale * low", "low", {"alpha": None}),
+    "adapter's place": ("qkv + begin, width", "qkv, width", None),
+    "adapter of the output": ("if (s->rank && start", "if (0 && start", {"r": 0}),
     "residual": ("OF(sum_up)(s, layer, from", "OF(sum_up)(s, layer, x", {"depth": 1}),
     "result": ("thread == 0 && from != x", "thread == 0 && from == x", {"depth": 2}),
 }
 
 
-def error(lengths=(7, 5, 6), **changes):
+def error(lengths=(7, 5, 6), r=2, alpha=3.0, **changes):
     """Of the kernel's logits, for a model with all options and an odd number of blocks."""
     palm, rows = palm_of(**{"depth": 3, "qk_norm": True, "xpos": True, **changes}), rows_of(lengths)
-    logits, cache = read(palm, rows)
+    scope = add_scope(palm, r, alpha=alpha) if r else {}
+    logits, cache = read(palm, rows, **scope)
     assert_way(cache, "kernel")
-    return (logits - read_at_once(palm, rows)).abs().nan_to_num(nan=math.inf).max()
+    return (logits - read_at_once(palm, rows, **scope)).abs().nan_to_num(nan=math.inf).max()
 
 
 @pytest.fixture
@@ -89,8 +100,9 @@ def test_a_wrong_line_is_noticed(name, use_mutant):
         assert harmless is None or error(**harmless) < EXACT
 
 
-def test_an_own_key_that_is_not_rounded_is_noticed_in_bfloat16(use_mutant):
+def test_an_own_value_that_is_not_rounded_is_noticed_in_bfloat16(use_mutant):
     if native.refusal() is None:
-        use_mutant("q[c] * OF(load)(OF(store)(k[c]))", "q[c] * k[c]")
+        line = "OF(load)(OF(store)(qkv[(s->heads + s->kv_heads + kv) * d + c]))"
+        use_mutant(line, line.removeprefix("OF(load)(OF(store)(").removesuffix("))"))
         assert error() < EXACT
         assert bfloat16_error() > 1e-4

@@ -1,26 +1,5 @@
 // The functions of decode.c for weights of type T and activations of type A.
 
-static inline A OF(dot)(const T *w, const A *x, long n) {
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long k = 0; k < n; k++) sum += OF(load)(w[k]) * x[k];
-    return sum;
-}
-
-// out[0..3] = four rows of w times x.
-static inline void OF(dots)(const T *restrict w, const A *restrict x, long n, A *restrict out) {
-    const T *w1 = w + n, *w2 = w1 + n, *w3 = w2 + n;
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (long k = 0; k < n; k++) {
-        s0 += OF(load)(w[k]) * x[k];
-        s1 += OF(load)(w1[k]) * x[k];
-        s2 += OF(load)(w2[k]) * x[k];
-        s3 += OF(load)(w3[k]) * x[k];
-    }
-    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
-}
-
 static void OF(layer_norm)(const A *x, const T *weight, long n, A eps, A *out) {
     A mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean)
@@ -40,49 +19,87 @@ static void OF(turned)(const A *x, const T *norm, const A *cosines, const A *sin
     for (long k = 0; k < n; k++) out[k] = buffer[k] * cosines[k] + buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k];
 }
 
-// One query head of one row over the cached keys from `first` on and its own; it leaves its own in the cache if asked.
-static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, long first, long length, const A *qkv,
-                       const A *cosines, const A *sines, A *scratch, A *out) {
+// Turns scores into weights, in the places from `first` to `length`, and sums up the values, of which `own` is the last.
+static void OF(average)(const Shape *s, const T *values, const A *own, long first, long length, A *scores, A *out) {
+    long d = s->dim_head, j = first;
+    A scale = 1 / (A)sqrt(d), most = scores[length], sum = 0;
+    for (; j < length; j++) most = scores[j] > most ? scores[j] : most;
+#pragma omp simd reduction(+ : sum)
+    for (j = first; j <= length; j++) sum += scores[j] = EXP((scores[j] - most) * scale);
+    for (long c = 0; c < d; c++) out[c] = scores[length] * own[c];
+    for (j = first; j + QUAD <= length; j += QUAD) {
+        const T *v = values + j * d;
+        A w0 = scores[j], w1 = scores[j + 1], w2 = scores[j + 2], w3 = scores[j + 3];
+        for (long c = 0; c < d; c++)
+            out[c] += w0 * OF(load)(v[c]) + w1 * OF(load)(v[d + c]) + w2 * OF(load)(v[2 * d + c]) +
+                      w3 * OF(load)(v[3 * d + c]);
+    }
+    for (; j < length; j++)
+        for (long c = 0; c < d; c++) out[c] += scores[j] * OF(load)(values[j * d + c]);
+    for (long c = 0; c < d; c++) out[c] /= sum;
+}
+
+// `heads` query heads of one row, up to QUAD of one key head, over the cached keys from `first` on and their own; the
+// first of a key head's leave their own in the cache.
+static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, long heads, long first, long length,
+                       const A *qkv, const A *cosines, const A *sines, A *scratch, A (*tile)[TILE], A *out) {
     long d = s->dim_head, kv = head / (s->heads / s->kv_heads);
     long table = s->table_heads == 1 ? 0 : d;
     cosines += (s->table_rows == 1 ? 0 : row) * s->table_heads * d;
     sines += (s->table_rows == 1 ? 0 : row) * s->table_heads * d;
-    A *q = scratch, *k = q + d, *buffer = k + d, *scores = buffer + d;
+    A *q = scratch, *k = q + QUAD * d, *v = k + d, *buffer = v + d, *scores = buffer + d;
+    T *own = (T *)buffer;
     const T *q_norm = layer->q_norm, *k_norm = layer->k_norm;
-    OF(turned)(qkv + head * d, q_norm ? q_norm + head * d : 0, cosines + head * table, sines + head * table, d, s->eps,
-               buffer, q);
+    for (long h = head; h < head + heads; h++)
+        OF(turned)(qkv + h * d, q_norm ? q_norm + h * d : 0, cosines + h * table, sines + h * table, d, s->eps, buffer,
+                   q + (h - head) * d);
     OF(turned)(qkv + (s->heads + kv) * d, k_norm ? k_norm + kv * d : 0, cosines + (s->heads + kv) * table,
                sines + (s->heads + kv) * table, d, s->eps, buffer, k);
-    const A *v = qkv + (s->heads + s->kv_heads + kv) * d;
+    for (long c = 0; c < d; c++) {
+        own[c] = OF(store)(k[c]);
+        v[c] = OF(load)(OF(store)(qkv[(s->heads + s->kv_heads + kv) * d + c]));
+    }
     T *keys = (T *)layer->keys + (row * s->kv_heads + kv) * s->capacity * d;
     T *values = (T *)layer->values + (row * s->kv_heads + kv) * s->capacity * d;
 
-    A scale = 1 / (A)sqrt(d), most, sum = 0, own = 0;
     if (first > length) first = length; // a pad, whose numbers nobody wants, but which must be numbers
-    for (long c = 0; c < d; c++) own += q[c] * OF(load)(OF(store)(k[c]));
-    long j = first;
-    for (; j + QUAD <= length; j += QUAD) OF(dots)(keys + j * d, q, d, scores + j);
-    for (; j < length; j++) scores[j] = OF(dot)(keys + j * d, q, d);
-    scores[length] = most = own;
-    for (j = first; j < length; j++) most = scores[j] > most ? scores[j] : most;
-#pragma omp simd reduction(+ : sum)
-    for (long j = first; j <= length; j++) sum += scores[j] = EXP((scores[j] - most) * scale);
-    for (long c = 0; c < d; c++) out[c] = scores[length] * OF(load)(OF(store)(v[c]));
-    for (long j = first; j < length; j++)
-        for (long c = 0; c < d; c++) out[c] += scores[j] * OF(load)(values[j * d + c]);
-    for (long c = 0; c < d; c++) out[c] /= sum;
+    OF(product)(own, q, d, 1, heads, tile);
+    for (long h = 0; h < heads; h++) scores[h * s->capacity + length] = tile[h][0];
+    for (long j = first; j < length; j += TILE) {
+        long rows = length - j < TILE ? length - j : TILE;
+        OF(product)(keys + j * d, q, d, rows, heads, tile);
+        for (long h = 0; h < heads; h++) memcpy(scores + h * s->capacity + j, tile[h], rows * sizeof(A));
+    }
+    for (long h = 0; h < heads; h++)
+        OF(average)(s, values, v, first, length, scores + h * s->capacity, out + h * d);
 
     if (head % (s->heads / s->kv_heads) == 0) // nobody reads this place of the cache before the next token
         for (long c = 0; c < d; c++) {
-            keys[length * d + c] = OF(store)(k[c]);
+            keys[length * d + c] = own[c];
             values[length * d + c] = OF(store)(v[c]);
         }
 }
 
+// Adds entries `first` to `stop` of what an adapter makes of each token, x @ down @ up times the scale, to
+// `out[b * stride + entry]`; `low` has room for `b rank`. down: `n rank`, up: `rank width`.
+static void OF(adapt)(const Shape *s, const T *down, const T *up, const A *x, long n, long width, long first, long stop,
+                      A *low, A *out, long stride) {
+    long b = s->batch, rank = s->rank;
+    for (long t = 0; t < b; t++, low += rank) {
+        memset(low, 0, rank * sizeof(A));
+        for (long k = 0; k < n; k++)
+            for (long r = 0; r < rank; r++) low[r] += x[t * n + k] * OF(load)(down[k * rank + r]);
+        for (long r = 0; r < rank; r++)
+            for (long i = first; i < stop; i++)
+                out[t * stride + i] += (A)s->adapter_scale * low[r] * OF(load)(up[r * width + i]);
+    }
+}
+
 // The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `tile`
-// has room for `2 b TILE`.
-static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int thread, int threads, A (*tile)[TILE],
-                        A *qkv, A *hidden) {
+// has room for `2 b TILE`, `low` for `b rank`.
+static void OF(project)(const Shape *s, const Layer *layer, const A *normed, int thread, int threads, A (*tile)[TILE],
+                        A *low, A *qkv, A *hidden) {
+    const T *in_proj = layer->in_proj;
     long dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, b = s->batch, start, stop;
     A(*gate)[TILE] = tile, (*value)[TILE] = tile + padded(b);
     share(width, TILE, thread, threads, &start, &stop);
@@ -90,6 +107,13 @@ static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int t
         long rows = stop - i < TILE ? stop - i : TILE;
         OF(product)(in_proj + i * dim, normed, dim, rows, b, tile);
         for (long r = 0; r < b; r++) memcpy(qkv + r * width + i, tile[r], rows * sizeof(A));
+    }
+    for (long part = 0, begin = 0, end; s->rank && part < OUTPUT; part++, begin = end) {
+        end = begin + (part ? s->kv_heads : s->heads) * s->dim_head;
+        long first = start > begin ? start : begin, last = stop < end ? stop : end;
+        if (first < last)
+            OF(adapt)(s, layer->down[part], layer->up[part], normed, dim, end - begin, first - begin, last - begin, low,
+                      qkv + begin, width);
     }
     const T *gates = in_proj + width * dim, *values = gates + s->inner * dim;
     share(s->inner, TILE, thread, threads, &start, &stop);
@@ -105,7 +129,7 @@ static void OF(project)(const Shape *s, const T *in_proj, const A *normed, int t
 
 // The share of one thread of x + attended @ attn_out.T + hidden @ ff_out.T: `b dim`.
 static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *attended, const A *hidden, int thread,
-                       int threads, A (*tile)[TILE], A *out) {
+                       int threads, A (*tile)[TILE], A *low, A *out) {
     long dim = s->dim, inner = s->inner, q_dim = s->heads * s->dim_head, b = s->batch, start, stop;
     A(*more)[TILE] = tile + padded(b);
     share(dim, TILE, thread, threads, &start, &stop);
@@ -116,6 +140,8 @@ static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *
         for (long r = 0; r < b; r++)
             for (long k = 0; k < rows; k++) out[r * dim + i + k] = x[r * dim + i + k] + tile[r][k] + more[r][k];
     }
+    if (s->rank && start < stop)
+        OF(adapt)(s, layer->down[OUTPUT], layer->up[OUTPUT], attended, q_dim, dim, start, stop, low, out, dim);
 }
 
 // x: `b dim`, in and out; lengths: `b`, the tokens of each row in its cache, which sees those from `first` on; scratch:
@@ -130,19 +156,19 @@ void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         A *normed = of_threads + thread * numbers_of_thread(s);
         A(*tile)[TILE] = (A(*)[TILE])(normed + b * s->dim);
-        A *mine = tile[2 * padded(b)], *from = x, *to = next;
-        long start, stop;
+        A *low = tile[2 * padded(b)], *mine = low + b * s->rank, *from = x, *to = next;
+        long start, stop, together = heads_together(s, threads);
         for (const Layer *layer = layers; layer < layers + s->depth; layer++) {
             for (long r = 0; r < b; r++)
                 OF(layer_norm)(from + r * s->dim, layer->norm, s->dim, s->eps, normed + r * s->dim);
-            OF(project)(s, layer->in_proj, normed, thread, threads, tile, qkv, hidden);
+            OF(project)(s, layer, normed, thread, threads, tile, low, qkv, hidden);
 #pragma omp barrier
-            share(b * s->heads, 1, thread, threads, &start, &stop);
-            for (long i = start; i < stop; i++)
-                OF(attend)(s, layer, i / s->heads, i % s->heads, first[i / s->heads], lengths[i / s->heads],
-                           qkv + i / s->heads * width, cosines, sines, mine, attended + i * s->dim_head);
+            share(b * s->heads, together, thread, threads, &start, &stop);
+            for (long i = start; i < stop; i += together)
+                OF(attend)(s, layer, i / s->heads, i % s->heads, together, first[i / s->heads], lengths[i / s->heads],
+                           qkv + i / s->heads * width, cosines, sines, mine, tile, attended + i * s->dim_head);
 #pragma omp barrier
-            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, tile, to);
+            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, tile, low, to);
             A *swapped = from;
             from = to, to = swapped;
 #pragma omp barrier

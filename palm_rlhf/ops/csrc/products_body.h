@@ -37,11 +37,6 @@ static inline OF(sums) OF(read_weights)(const T *w) {
 static inline OF(sums) OF(add_product)(OF(sums) sums, OF(sums) w, OF(sums) x) { return sums + w * x; }
 #endif
 
-#ifdef __AVX512F__
-static inline A OF(total)(OF(sums) sums) {
-    return sizeof(A) == sizeof(float) ? _mm512_reduce_add_ps((__m512)sums) : _mm512_reduce_add_pd((__m512d)sums);
-}
-#else
 static inline A OF(total)(OF(sums) sums) {
     A lanes[OF(lanes)];
     memcpy(lanes, &sums, sizeof lanes);
@@ -49,7 +44,6 @@ static inline A OF(total)(OF(sums) sums) {
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
 }
-#endif
 
 // One step with QUAD rows and `tokens` tokens, a constant wherever this is called.
 static inline __attribute__((always_inline)) void OF(step)(const T *const *w, const A *const *x, long k, int tokens,
@@ -80,9 +74,16 @@ static inline __attribute__((always_inline)) void OF(quad)(const T *const *w, co
         const A *x_ends[QUAD] = {x_end[0], x_end[1], x_end[2], x_end[3]};
         OF(step)(w_ends, x_ends, 0, tokens, sums);
     }
-#pragma GCC unroll 4
+#ifdef __AVX512F__
+    if (sizeof(A) == sizeof(float)) {
+        __m512 totals = totals_of_16((const __m512(*)[QUAD])sums);
+        A by_token[QUAD][QUAD];
+        memcpy(by_token, &totals, sizeof totals);
+        for (int t = 0; t < tokens; t++) memcpy(out[t], by_token[t], sizeof by_token[t]);
+        return;
+    }
+#endif
     for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 4
         for (int i = 0; i < QUAD; i++) out[t][i] = OF(total)(sums[t][i]);
 }
 
