@@ -22,8 +22,8 @@ from palm_rlhf.training.language_model import LanguageModelTrainer
 # The defaults, for two CPU cores and about ten minutes.
 MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)
 TRAINING = LMConfig(
-    batch_size=8,
-    seq_len=512,
+    batch_size=16,
+    seq_len=256,
     num_steps=2000,
     max_seconds=550,
     optimizer="muon",
@@ -33,7 +33,7 @@ TRAINING = LMConfig(
     warmup_steps=50,
     eval_every=500,
     eval_tokens=20_000,
-    eval_context=384,
+    eval_context=192,
     save_every=500,
 )
 

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .attention_native import backward_native, forward_native, takes
+from .attention_native import backward_native, forward_native, key_spans, takes
 from .attention_reference import full_precision, visibility
 
 # Scores of one chunk: few enough to stay in a CPU's cache, many enough for efficient products.
@@ -88,9 +88,11 @@ class ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, causal, key_mask, document_ids):
+        masks = {"causal": causal, "key_mask": key_mask, "document_ids": document_ids}
         unmasked, square = key_mask is None and document_ids is None, q.shape[2] == k.shape[2]
-        if unmasked and takes(q, k, v):
-            out, lse = forward_native(q, k, v, causal=causal)
+        ctx.spans = key_spans(q, k, **masks) if takes(q, k, v) else None
+        if ctx.spans is not None:
+            out, lse = forward_native(q, k, v, ctx.spans)
         elif unmasked and (square or not causal) and q.device.type == "cpu":
             shared = [_for_every_head(t, q.shape[1]) for t in (k, v)]
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *shared, 0.0, causal)
@@ -104,8 +106,8 @@ class ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, lse, key_mask, document_ids = ctx.saved_tensors
-        if key_mask is None and document_ids is None and takes(q, k, v):
-            return *backward_native(q, k, v, out, lse, d_out, causal=ctx.causal), None, None, None
+        if ctx.spans is not None:
+            return *backward_native(q, k, v, ctx.spans, out, lse, d_out), None, None, None
         plan = _Plan(q, k, ctx.causal, key_mask, document_ids)
         compute, scale = lse.dtype, q.shape[-1] ** -0.5
         lse = lse.masked_fill(lse == -torch.inf, 1e4)  # a row that sees nothing: exp(s - 1e4) = 0

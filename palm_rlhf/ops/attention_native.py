@@ -5,16 +5,20 @@ from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .native import has_amx, library, num_threads, readable
 
 COLUMNS = 32  # of a product: heads have multiples of it
+Spans = tuple[Tensor, Tensor]  # `b i`, `b i`, int32: a query sees the keys from its first one on, up to its stop
 
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *((name, c_long) for name in ("batch", "heads", "kv_heads", "queries", "keys", "dim", "causal")),
+        *((name, c_long) for name in ("batch", "heads", "kv_heads", "queries", "keys", "dim")),
+        ("first", c_void_p),
+        ("stop", c_void_p),
         ("scale", c_float),
     ]
 
@@ -41,23 +45,53 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return fits and q.shape[-1] % COLUMNS == 0 and q.numel() > 0 and _runs()
 
 
-def forward_native(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of each row's sum of exponentials; causal aligns the last query and key.
+def key_spans(
+    q: Tensor, k: Tensor, *, causal: bool, key_mask: Tensor | None = None, document_ids: Tensor | None = None
+) -> Spans | None:
+    """The keys that each query sees, where they lie side by side; else None.
 
-    q: `b (hk g) i d`, k and v: `b hk j d` -> `b (hk g) i d`, float32 `b (hk g) i`
+    They do where a row's real keys are in one piece, with pads before or after them, and so is each of its documents.
+
+    q: `b h i d`, k: `b hk j d`, masks: `b j`
+    """
+    batch, (num_queries, num_keys) = len(q), (q.shape[2], k.shape[2])
+    columns = torch.arange(num_keys, dtype=torch.int32, device=q.device)
+    first, stop = torch.zeros_like(columns), columns + 1 if causal else torch.full_like(columns, num_keys)
+    if key_mask is not None:
+        start, length = key_mask.int().argmax(-1, keepdim=True), key_mask.sum(-1, keepdim=True)
+        if not torch.equal(key_mask, (columns >= start) & (columns < start + length)):
+            return None
+        first, stop = torch.maximum(first, start), torch.minimum(stop, start + length)
+    if document_ids is not None:
+        begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        in_order = document_ids.sort(dim=-1).values
+        if not torch.equal(begins.sum(-1), 1 + (in_order[:, 1:] != in_order[:, :-1]).sum(-1)):
+            return None  # a document in several pieces
+        ends = begins.roll(-1, dims=-1)  # the first one begins, so that the last one ends
+        first = torch.maximum(first, torch.where(begins, columns, 0).cummax(-1).values)
+        after = torch.where(ends, columns + 1, num_keys).flip(-1).cummin(-1).values.flip(-1)
+        stop = torch.minimum(stop, after)
+    first, stop = (t[..., num_keys - num_queries :].expand(batch, -1).int().contiguous() for t in (first, stop))
+    return first, stop
+
+
+def forward_native(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of each row's sum of exponentials.
+
+    q: `b (hk g) i d`, k and v: `b hk j d`, spans: `key_spans` -> `b (hk g) i d`, float32 `b (hk g) i`
     """
     out, lse = _like(q), torch.empty(q.shape[:3], device=q.device)
-    _call("attention_forward", q, k, causal, q, k, v, out, lse)
+    _call("attention_forward", q, k, spans, q, k, v, out, lse)
     return out, lse
 
 
 def backward_native(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, *, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, out: Tensor, lse: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from what `forward_native` took and gave, and the gradient of `out`."""
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     grads = [_like(t) for t in (q, k, v)]
-    _call("attention_backward", q, k, causal, q, k, v, out, d_out, lse, *grads)
+    _call("attention_backward", q, k, spans, q, k, v, out, d_out, lse, *grads)
     return tuple(grads)
 
 
@@ -67,9 +101,9 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _call(name: str, q: Tensor, k: Tensor, causal: bool, *tensors: Tensor) -> None:
+def _call(name: str, q: Tensor, k: Tensor, spans: Spans, *tensors: Tensor) -> None:
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = q.shape, k.shape
-    shape = _Attention(batch, heads, kv_heads, queries, keys, dim, causal, dim**-0.5)
+    shape = _Attention(batch, heads, kv_heads, queries, keys, dim, *(t.data_ptr() for t in spans), dim**-0.5)
     threads = num_threads()
     size = getattr(library(), f"{name}_scratch")(ctypes.byref(shape), c_int(threads))
     scratch = torch.empty(size, dtype=torch.uint8, device=q.device)

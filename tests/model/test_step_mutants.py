@@ -10,7 +10,7 @@ from palm_rlhf.ops import native
 from .steps import EXACT, add_scope, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SOURCES = ("native.h", "decode.c", "products_body.h", "decode_body.h")
+SOURCES = ("native.h", "decode.c", "products.h", "products_body.h", "decode_body.h")
 TURNED = "buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k]"
 GATED = "gate[r][k] / (1 + EXP(-gate[r][k])) * value[r][k]"
 # A line, a wrong one in its place, and the shape, if there is one, for which that is no mistake.

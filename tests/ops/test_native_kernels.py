@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf.ops import attention_native, elementwise_native
 from palm_rlhf.ops.attention import attention
-from palm_rlhf.ops.attention_native import backward_native, forward_native
+from palm_rlhf.ops.attention_native import backward_native, forward_native, key_spans
 from palm_rlhf.ops.native import library
 from palm_rlhf.ops.rotary import rotary_tables
 
@@ -35,21 +35,28 @@ def qkv(batch, heads, kv_heads, queries, keys, dim, seed=0):
     return q.transpose(1, 2), drawn(batch, kv_heads, keys, dim, seed=seed + 1), v.transpose(1, 2)
 
 
-def by_definition(q, k, v, causal):
+def by_definition(q, k, v, causal, key_mask=None, document_ids=None):
     """Attention, its log-sum-exps, and the gradients of a fixed projection, in float64."""
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
-    group = q.shape[1] // k.shape[1]
+    group, ahead = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
     scores = q @ k.repeat_interleave(group, 1).mT * q.shape[-1] ** -0.5
+    hidden = torch.zeros(len(q), 1, *scores.shape[-2:], dtype=torch.bool)
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
-        scores = scores.masked_fill(hidden, -torch.inf)
-    out = scores.softmax(-1) @ v.repeat_interleave(group, 1)
-    return out, scores.logsumexp(-1), torch.autograd.grad(out, (q, k, v), drawn(*q.shape, seed=9).double())
+        hidden |= torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + ahead)
+    if key_mask is not None:
+        hidden |= ~key_mask[:, None, None]
+    if document_ids is not None:
+        hidden |= document_ids[:, None, ahead:, None] != document_ids[:, None, None]
+    weights = scores.masked_fill(hidden, -1e300).softmax(-1).masked_fill(hidden, 0.0)
+    out = weights @ v.repeat_interleave(group, 1)
+    lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    return out, lse, torch.autograd.grad(out, (q, k, v), drawn(*q.shape, seed=9).double())
 
 
-def by_kernel(q, k, v, causal):
-    out, lse = forward_native(q, k, v, causal=causal)
-    return out, lse, backward_native(q, k, v, out, lse, drawn(*q.shape, seed=9), causal=causal)
+def by_kernel(q, k, v, causal, **masks):
+    spans = key_spans(q, k, causal=causal, **masks)
+    out, lse = forward_native(q, k, v, spans)
+    return out, lse, backward_native(q, k, v, spans, out, lse, drawn(*q.shape, seed=9))
 
 
 def distance(got, expected):
@@ -58,11 +65,13 @@ def distance(got, expected):
     return float(((got - expected).norm() / expected.norm().clamp(min=1e-9)).nan_to_num(nan=math.inf))
 
 
-def worst(q, k, v, causal):
+def worst(q, k, v, causal, **masks):
     """The largest distance of what the kernels give from what the definition gives."""
-    out, lse, grads = by_kernel(q, k, v, causal)
-    expected, expected_lse, expected_grads = by_definition(q, k, v, causal)
-    assert (lse - expected_lse).abs().max() < 1e-4
+    out, lse, grads = by_kernel(q, k, v, causal, **masks)
+    expected, expected_lse, expected_grads = by_definition(q, k, v, causal, **masks)
+    seen = expected_lse.isfinite()
+    torch.testing.assert_close(lse[seen].double(), expected_lse[seen], rtol=0, atol=1e-4)
+    assert not out[~seen].any() and (lse[~seen] == -torch.inf).all()
     return max(map(distance, (out, *grads), (expected, *expected_grads)))
 
 
@@ -95,6 +104,58 @@ def test_attention_is_its_definition(batch, kv_heads, group, queries, before, di
         torch.set_num_threads(usual)
 
 
+def masks_of(batch, keys, edges, cuts):
+    """Rows whose real keys begin and end at the fractions `edges` of them, and documents that end at the `cuts`."""
+    columns, (first, last) = torch.arange(keys), sorted(int(edge * keys) for edge in edges)
+    key_mask = torch.stack([(columns >= first - row) & (columns < last) for row in range(batch)])
+    document_ids = torch.stack([sum((columns >= int(cut * keys) + row).long() for cut in cuts) for row in range(batch)])
+    return {"key_mask": key_mask, "document_ids": 7 - document_ids}
+
+
+MASKS = {
+    "edges": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "cuts": st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    "which": st.sampled_from([("key_mask",), ("document_ids",), ("key_mask", "document_ids")]),
+}
+
+
+@where_it_runs
+@settings(max_examples=40)
+@given(**SHAPES | {"queries": st.integers(8, 70)}, **MASKS)
+@example(2, 1, 8, 600, 0, 64, True, 2, (0.0, 1.0), [0.3, 0.5, 0.9], ("document_ids",))
+@example(2, 1, 2, 40, 560, 32, True, 2, (0.6, 0.9), [0.2], ("key_mask",))
+@example(1, 1, 2, 600, 0, 32, False, 1, (0.6, 0.9), [0.95], ("key_mask", "document_ids"))
+def test_masked_attention_is_its_definition(
+    batch, kv_heads, group, queries, before, dim, causal, threads, edges, cuts, which
+):
+    inputs = qkv(batch, kv_heads * group, kv_heads, queries, queries + before, dim)
+    masks = masks_of(batch, queries + before, edges, cuts)
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert worst(*inputs, causal, **{name: masks[name] for name in which}) < 2 * TWICE_ROUNDED  # small sums cancel
+    finally:
+        torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("mask", [{"key_mask": [1, 1, 0, 1]}, {"document_ids": [3, 3, 5, 3]}], ids=str)
+def test_keys_with_a_gap_have_no_span(mask):
+    q, k, _ = qkv(2, 2, 1, 4, 4, 32)
+    fine = {name: torch.tensor([values[:3] + values[2:3], values[:3] + values[2:3]]) for name, values in mask.items()}
+    gap = {name: torch.stack((rows[0], torch.tensor(mask[name]))) for name, rows in fine.items()}
+    fine, gap = ({n: t.bool() if n == "key_mask" else t for n, t in each.items()} for each in (fine, gap))
+    assert key_spans(q, k, causal=True, **fine) is not None
+    assert key_spans(q, k, causal=True, **gap) is None
+
+
+@where_it_runs
+def test_documents_in_a_row_change_no_bit_of_each_other():
+    q, k, v = qkv(1, 4, 2, 50, 50, 64)
+    out, _, _ = by_kernel(q, k, v, True, document_ids=(torch.arange(50) >= 20)[None].long())
+    alone = by_kernel(q[:, :, :20], k[:, :, :20], v[:, :, :20], True)[0]
+    assert torch.equal(out[:, :, :20], alone)
+
+
 @where_it_runs
 def test_equal_keys_give_the_mean_of_the_values_that_are_seen():
     q, k, v = torch.zeros(1, 2, 8, 32), drawn(1, 1, 8, 32), torch.arange(8.0)[None, None, :, None].expand(1, 1, 8, 32)
@@ -111,7 +172,7 @@ def test_what_comes_later_changes_no_bit():
     out, lse, _ = by_kernel(q, k, v, causal=True)
     later_k, later_v = k.clone(), v.clone()
     later_k[:, :, 20:], later_v[:, :, 20:] = 7.0, 1e4
-    changed, changed_lse = forward_native(q, later_k, later_v, causal=True)
+    changed, changed_lse = forward_native(q, later_k, later_v, key_spans(q, k, causal=True))
     assert torch.equal(changed[:, :, :20], out[:, :, :20]) and torch.equal(changed_lse[:, :, :20], lse[:, :, :20])
 
 
@@ -125,10 +186,11 @@ def test_attention_is_the_same_wherever_the_numbers_lie():
 
 @where_it_runs
 def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
-    q, k, v = (t.detach().requires_grad_() for t in qkv(1, 4, 1, 20, 20, 64))
-    attention(q, k, v, causal=True).backward(drawn(*q.shape, seed=9))
-    for t, grad in zip((q, k, v), by_kernel(q.detach(), k.detach(), v.detach(), True)[2], strict=True):
-        assert torch.equal(t.grad, grad)
+    for masks in ({}, {"document_ids": (torch.arange(20) // 7)[None]}, {"key_mask": (torch.arange(20) > 3)[None]}):
+        q, k, v = (t.detach().requires_grad_() for t in qkv(1, 4, 1, 20, 20, 64))
+        attention(q, k, v, causal=True, **masks).backward(drawn(*q.shape, seed=9))
+        for t, grad in zip((q, k, v), by_kernel(q.detach(), k.detach(), v.detach(), True, **masks)[2], strict=True):
+            assert torch.equal(t.grad, grad)
     assert not attention_native.takes(q.float(), k.float(), v.float())
     assert not attention_native.takes(*(t[..., :40] for t in (q, k, v)))
     assert not attention_native.takes(*(t.mT.contiguous().mT for t in (q, k, v)))
@@ -137,13 +199,18 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
 @pytest.mark.parametrize(
     "file, old, new",
     [
-        ("attention_forward.c", "query + ahead + 1 : s->keys, block_width", "query + ahead : s->keys, block_width"),
+        ("attention_forward.c", "s->stop[place], from", "s->stop[place] - 1, from"),
+        ("attention_forward.c", "s->first[place], s->stop", "from, s->stop"),
+        ("attention_forward.c", "from * LANES, LANES * width", "0, LANES * width"),
         ("attention_forward.c", "(scores[j] - most) * scale", "(scores[j] - most)"),
         ("attention_forward.c", "most * scale + logf", "most + logf"),
         ("attention_forward.c", "(r - start) * d + c] / sums[r - start]", "(r - start) * d + c] / sums[0]"),
-        ("attention_backward.c", "s->keys - s->queries + 1 : s->keys;", "s->keys - s->queries : s->keys;"),
+        ("attention_backward.c", "key < rows->stop[r]", "key <= rows->stop[r]"),
+        ("attention_backward.c", "key >= rows->first[r]", "1"),
+        ("attention_backward.c", "first > from / CHUNK * CHUNK;", "first > 0;"),
+        ("attention_backward.c", "+ (from - first) * LANES", ""),
         ("attention_backward.c", "- rows->delta[r]", ""),
-        ("attention_backward.c", "first > 0, sums", "0, sums"),
+        ("attention_backward.c", "before, sums", "0, sums"),
         ("attention_backward.c", "(long part = 0; part < parts; part++", "(long part = 1; part < parts; part++"),
         ("attention_backward.c", "* BLOCK + r - start] * s->scale", "* BLOCK + r - start]"),
         ("attention_backward.c", "of_key * s->scale", "of_key"),
@@ -152,13 +219,13 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
     ],
 )
 def test_a_mutant_of_attention_is_found_out(mutate, file, old, new):
-    inputs = qkv(1, 4, 2, 60, 300, 32)
+    inputs, masks = qkv(1, 4, 2, 120, 600, 32), {"document_ids": (torch.arange(600) // 190)[None]}
     if not attention_native.takes(*inputs):
         return
-    assert worst(*inputs, True) < TWICE_ROUNDED
+    assert worst(*inputs, True, **masks) < TWICE_ROUNDED
     mutate(file, old, new)
     try:
-        found = worst(*qkv(1, 4, 2, 60, 300, 32, seed=5), True)
+        found = worst(*qkv(1, 4, 2, 120, 600, 32, seed=5), True, **masks)
     except AssertionError:
         return  # the log-sum-exps already differ
     assert found > 4 * TWICE_ROUNDED

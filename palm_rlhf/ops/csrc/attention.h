@@ -12,7 +12,7 @@ enum {
 
 typedef struct {
     long batch, heads, kv_heads, queries, keys, dim;
-    long causal; // the last query stands at the last key
+    const int32_t *first, *stop; // `b i`: a query sees the keys from its first one on, up to its stop
     float scale;
 } Attention;
 
@@ -25,6 +25,18 @@ static inline long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 static inline bfloat16 *at(const Heads *t, long batch, long head, long position) {
     return t->data + batch * t->strides[0] + head * t->strides[1] + position * t->strides[2];
+}
+
+// The keys that any of the query rows [start, stop) sees, row = query * group + head of the group; none: 0 and 0.
+static inline void seen_by(const Attention *s, long batch, long start, long stop, long *from, long *to) {
+    long group = s->heads / s->kv_heads;
+    *from = s->keys, *to = 0;
+    for (long i = batch * s->queries + start / group; i <= batch * s->queries + (stop - 1) / group; i++)
+        if (s->first[i] < s->stop[i]) {
+            *from = s->first[i] < *from ? s->first[i] : *from;
+            *to = s->stop[i] > *to ? s->stop[i] : *to;
+        }
+    if (*to == 0) *from = 0;
 }
 
 // b `depth width`, its element at `b[k * row + j * column]`, by columns and pairs of rows: `width/LANES depth/2 LANES

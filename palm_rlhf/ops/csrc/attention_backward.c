@@ -15,7 +15,7 @@ typedef struct {
     bfloat16 *q_across, *q_down;         // packed with d as depth `BLOCK-columns d`, and with the rows as depth
     bfloat16 *d_out_across, *d_out_down; // the same
     float lse[BLOCK], delta[BLOCK];
-    int32_t visible[BLOCK]; // keys that each row sees
+    int32_t first[BLOCK], stop[BLOCK]; // of the keys that each row sees
 } Rows;
 
 // A buffer `BLOCK d` packed with d as depth, and with its rows as depth; see `pack`.
@@ -40,7 +40,7 @@ static void read_rows(const Attention *s, long batch, long kv, long start, const
     for (long r = start; r < start + BLOCK; r++) {
         long i = r - start, head = kv * group + r % group, query = r / group;
         rows->lse[i] = rows->delta[i] = 0;
-        rows->visible[i] = 0;
+        rows->first[i] = rows->stop[i] = 0;
         if (r >= total) continue;
         const bfloat16 *o = at(out, batch, head, query), *d_o = at(d_out, batch, head, query);
         memcpy(buffer + i * d, at(q, batch, head, query), d * sizeof *buffer);
@@ -49,7 +49,7 @@ static void read_rows(const Attention *s, long batch, long kv, long start, const
         for (long c = 0; c < d; c++) delta += load_bf16(o[c]) * load_bf16(d_o[c]);
         rows->delta[i] = delta;
         rows->lse[i] = lse[(batch * s->heads + head) * s->queries + query];
-        rows->visible[i] = s->causal ? query + s->keys - s->queries + 1 : s->keys;
+        rows->first[i] = s->first[batch * s->queries + query], rows->stop[i] = s->stop[batch * s->queries + query];
     }
     pack_rows(buffer, d, rows->q_across, rows->q_down);
     pack_rows(d_outs, d, rows->d_out_across, rows->d_out_down);
@@ -66,14 +66,16 @@ static void strip(const Attention *s, const Rows *rows, long first, const bfloat
         product(keys, d, rows->q_across + c * d, LANES * d, d, 0, scores[0] + c, BLOCK);
         product(values, d, rows->d_out_across + c * d, LANES * d, d, 0, d_weights[0] + c, BLOCK);
     }
-    for (int k = 0; k < STRIP; k++)
+    for (int k = 0; k < STRIP; k++) {
+        int32_t key = (int32_t)first + k;
 #pragma omp simd
         for (int r = 0; r < BLOCK; r++) {
             float weight = exp_(scores[k][r] * s->scale - rows->lse[r]);
-            weight = first + k < rows->visible[r] ? weight : 0.0f;
+            weight = (key >= rows->first[r]) & (key < rows->stop[r]) ? weight : 0.0f;
             weights[k][r] = store_bf16(weight);
             gradients[k][r] = store_bf16(weight * (d_weights[k][r] - rows->delta[r]));
         }
+    }
     for (int k = 0; k < STRIP; k += 2)
         for (long c = 0; c < BLOCK; c += LANES) {
             uint32_t *pairs = (uint32_t *)(d_scores + c * CHUNK + (first % CHUNK + k) * LANES);
@@ -98,19 +100,21 @@ static void backward(const Attention *s, long batch, long kv, long part, long pa
     rows->d_out_across = packed + 2 * BLOCK * d, rows->d_out_down = packed + 3 * BLOCK * d;
     for (long first = 0; first < s->keys; first += CHUNK)
         for (long start = part * BLOCK; start < total; start += parts * BLOCK) {
-            long stop = start + BLOCK < total ? start + BLOCK : total, ahead = s->keys - s->queries;
-            long seen = (s->causal ? (stop - 1) / group + ahead + 1 : s->keys) - first;
-            if (seen <= 0) continue;
-            long depth = seen < CHUNK ? (seen + STRIP - 1) / STRIP * STRIP : CHUNK;
+            long stop = start + BLOCK < total ? start + BLOCK : total, from, to;
+            seen_by(s, batch, start, stop, &from, &to);
+            long before = first > from / CHUNK * CHUNK; // whether a chunk came before
+            if (first + CHUNK <= from || (before && first >= to)) continue;
+            from = (from > first ? from : first) / STRIP * STRIP;
+            long depth = ((to < first + CHUNK ? to : first + CHUNK) - from + STRIP - 1) / STRIP * STRIP;
             float *sums = d_rows + start * d;
             read_rows(s, batch, kv, start, q, out, d_out, lse, buffer, rows);
-            for (long j = first; j < first + depth; j += STRIP)
+            for (long j = from; j < from + depth; j += STRIP)
                 strip(s, rows, j, keys + j * d, values + j * d, d_scores, d_keys + j * d, d_values + j * d);
             for (long c = 0; c < BLOCK; c += PANEL)
                 for (long i = 0; i < d; i += STRIP)
-                    product(keys_turned + i * width + first, width, d_scores + c * CHUNK, LANES * CHUNK, depth,
-                            first > 0, sums + i * BLOCK + c, BLOCK);
-            if (seen > CHUNK) continue;
+                    product(keys_turned + i * width + from, width, d_scores + c * CHUNK + (from - first) * LANES,
+                            LANES * CHUNK, depth, before, sums + i * BLOCK + c, BLOCK);
+            if (to > first + CHUNK) continue;
             for (long r = start; r < stop; r++) {
                 bfloat16 *row = at(d_q, batch, kv * group + r % group, r / group);
                 for (long c = 0; c < d; c++) row[c] = store_bf16(sums[c * BLOCK + r - start] * s->scale);

@@ -6,19 +6,26 @@
 
 enum { BLOCK = 4 * STRIP }; // query rows that are worked on together
 
-// exp(scale * (scores - their maximum)) of the first `visible` scores, zeros up to `width`: the logarithm of the sum of
-// exp(scale * scores), and in `sum` that of the weights.
-static float softmax(const float *scores, long visible, long width, float scale, bfloat16 *weights, float *sum) {
-    float most = scores[0], total = 0;
+// exp(scale * (scores - their maximum)) of the scores [first, stop), zeros in the rest of [from, to): the logarithm of
+// the sum of exp(scale * scores), and in `sum` that of the weights.
+static float softmax(const float *scores, long first, long stop, long from, long to, float scale, bfloat16 *weights,
+                     float *sum) {
+    if (first >= stop) { // sees nothing: all zeros
+        memset(weights + from, 0, (to - from) * sizeof *weights);
+        *sum = 1;
+        return -INFINITY;
+    }
+    float most = scores[first], total = 0;
 #pragma omp simd reduction(max : most)
-    for (long j = 0; j < visible; j++) most = scores[j] > most ? scores[j] : most;
+    for (long j = first; j < stop; j++) most = scores[j] > most ? scores[j] : most;
 #pragma omp simd reduction(+ : total)
-    for (long j = 0; j < visible; j++) {
+    for (long j = first; j < stop; j++) {
         float weight = exp_((scores[j] - most) * scale);
         total += weight;
         weights[j] = store_bf16(weight);
     }
-    memset(weights + visible, 0, (width - visible) * sizeof *weights);
+    memset(weights + from, 0, (first - from) * sizeof *weights);
+    memset(weights + stop, 0, (to - stop) * sizeof *weights);
     *sum = total;
     return most * scale + logf(total);
 }
@@ -27,27 +34,27 @@ static float softmax(const float *scores, long visible, long width, float scale,
 static void attend(const Attention *s, long batch, long kv, long start, const Heads *q, const bfloat16 *keys,
                    const bfloat16 *values, char *scratch, const Heads *out, float *lse) {
     long group = s->heads / s->kv_heads, rows = s->queries * group, d = s->dim, width = padded(s->keys);
-    long stop = start + BLOCK < rows ? start + BLOCK : rows, ahead = s->keys - s->queries;
-    long seen = s->causal ? (stop - 1) / group + ahead + 1 : s->keys, block_width = padded(seen);
+    long stop = start + BLOCK < rows ? start + BLOCK : rows, from, to;
+    seen_by(s, batch, start, stop, &from, &to);
+    from = from / PANEL * PANEL, to = padded(to);
     float *scores = (float *)scratch, *sums = scores + BLOCK * width, *result = sums + BLOCK;
     bfloat16 *weights = (bfloat16 *)(result + BLOCK * d), *block = weights + BLOCK * width;
     memset(block, 0, BLOCK * d * sizeof *block);
     for (long r = start; r < stop; r++)
         memcpy(block + (r - start) * d, at(q, batch, kv * group + r % group, r / group), d * sizeof *block);
-    for (long j = 0; j < block_width; j += PANEL) // the panel stays near while all rows meet it
+    for (long j = from; j < to; j += PANEL) // the panel stays near while all rows meet it
         for (long r = 0; r < BLOCK; r += STRIP)
             product(block + r * d, d, keys + j * d, LANES * d, d, 0, scores + r * width + j, width);
     memset(weights + (stop - start) * width, 0, (BLOCK - (stop - start)) * width * sizeof *weights);
     for (long r = start; r < stop; r++) {
-        long i = r - start, query = r / group;
-        lse[(batch * s->heads + kv * group + r % group) * s->queries + query] =
-            softmax(scores + i * width, s->causal ? query + ahead + 1 : s->keys, block_width, s->scale,
-                    weights + i * width, sums + i);
+        long i = r - start, query = r / group, place = batch * s->queries + query;
+        lse[(batch * s->heads + kv * group + r % group) * s->queries + query] = softmax(
+            scores + i * width, s->first[place], s->stop[place], from, to, s->scale, weights + i * width, sums + i);
     }
     for (long c = 0; c < d; c += PANEL)
         for (long r = 0; r < BLOCK; r += STRIP)
-            product(weights + r * width, width, values + c * width, LANES * width, block_width, 0, result + r * d + c,
-                    d);
+            product(weights + r * width + from, width, values + c * width + from * LANES, LANES * width, to - from, 0,
+                    result + r * d + c, d);
     for (long r = start; r < stop; r++) {
         bfloat16 *row = at(out, batch, kv * group + r % group, r / group);
         for (long c = 0; c < d; c++) row[c] = store_bf16(result[(r - start) * d + c] / sums[r - start]);

@@ -1,11 +1,8 @@
 // The next token of each row through all blocks of a PaLM, in one call: the weights are streamed once, and nothing else
-// leaves the caches. The threads meet three times a block. All sums are float32 at least, whatever the weights are. What
-// is multiplied with weights of bfloat16 is rounded to it where the processor multiplies pairs of them.
+// leaves the caches. The threads meet three times a block. Sums are float32 at least, whatever the weights are. What is
+// multiplied with weights or keys of bfloat16 is rounded to it where the processor multiplies pairs of them.
 
-#include "native.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "products.h"
 
 typedef struct {
     long depth, dim, heads, kv_heads, dim_head, inner; // of the model
@@ -24,12 +21,6 @@ typedef struct {
 
 enum { OUTPUT = 3 }; // the place of the last
 
-enum {
-    QUAD = 4,  // rows of a matrix, and tokens, that are multiplied together
-    TILE = 16, // rows of a matrix that a thread takes at a time
-    LINE = 64, // bytes of the caches
-};
-
 static long padded(long batch) { return (batch + QUAD - 1) / QUAD * QUAD; }
 
 // How many query heads attend together: as many of one key head as keep all threads busy.
@@ -40,8 +31,8 @@ static long heads_together(const Shape *s, int threads) {
 }
 
 static long numbers_of_thread(const Shape *s) {
-    return s->batch * s->dim + 2 * padded(s->batch) * TILE + (QUAD + 3) * s->dim_head +
-           QUAD * s->capacity + s->batch * s->rank;
+    long of_product = s->batch * s->dim + 2 * padded(s->batch) * TILE, of_adapter = s->batch * s->rank;
+    return of_product + of_adapter + (QUAD + 3) * s->dim_head + QUAD * s->capacity;
 }
 
 // Numbers of scratch for so many threads.
@@ -49,34 +40,6 @@ long decode_scratch(const Shape *s, int threads) {
     long qkv = (s->heads + 2 * s->kv_heads) * s->dim_head, attended = s->heads * s->dim_head;
     return s->batch * (s->dim + qkv + s->inner + attended) + threads * numbers_of_thread(s);
 }
-
-#ifdef __AVX512F__
-#define VECTOR 64 // bytes of a register
-
-static inline __m512d halves(__m512 a, __m512 b, int high) {
-    __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    return high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y);
-}
-
-// Entry 4 t + i is the sum of the lanes of register i of token t.
-static inline __m512 totals_of_16(const __m512 (*sums)[QUAD]) {
-    __m512 tokens[QUAD], pairs[2];
-    for (int t = 0; t < QUAD; t++) { // four lanes of four totals each
-        __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(sums[t][0], sums[t][1]), _mm512_unpackhi_ps(sums[t][0], sums[t][1]));
-        __m512 last = _mm512_add_ps(_mm512_unpacklo_ps(sums[t][2], sums[t][3]), _mm512_unpackhi_ps(sums[t][2], sums[t][3]));
-        tokens[t] = _mm512_add_ps(_mm512_castpd_ps(halves(first, last, 0)), _mm512_castpd_ps(halves(first, last, 1)));
-    }
-    for (int p = 0; p < 2; p++) {
-        __m512 even = tokens[2 * p], odd = tokens[2 * p + 1];
-        pairs[p] = _mm512_add_ps(_mm512_shuffle_f32x4(even, odd, 0x44), _mm512_shuffle_f32x4(even, odd, 0xee));
-    }
-    return _mm512_add_ps(_mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88), _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
-}
-#elif defined __AVX__
-#define VECTOR 32
-#else
-#define VECTOR 16
-#endif
 
 #define T float
 #define A float

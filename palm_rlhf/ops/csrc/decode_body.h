@@ -19,7 +19,8 @@ static void OF(turned)(const A *x, const T *norm, const A *cosines, const A *sin
     for (long k = 0; k < n; k++) out[k] = buffer[k] * cosines[k] + buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k];
 }
 
-// Turns scores into weights, in the places from `first` to `length`, and sums up the values, of which `own` is the last.
+// The values from `first` to `length`, of which `own` is the last, averaged by the softmax of their scores, which are
+// written over.
 static void OF(average)(const Shape *s, const T *values, const A *own, long first, long length, A *scores, A *out) {
     long d = s->dim_head, j = first;
     A scale = 1 / (A)sqrt(d), most = scores[length], sum = 0;
