@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .native import library, num_threads
+from .native import has_amx, library, num_threads
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+MAX_ROWS = 64  # beyond, one product after the other is as fast
+MAX_ROWS_WITH_AMX = 8  # of bfloat16
 
 
 class BlockTensors(NamedTuple):
@@ -57,13 +59,35 @@ def _places(blocks: list[BlockTensors]) -> list[tuple]:
     ]
 
 
+def max_rows(dtype: torch.dtype) -> int:
+    """How many rows at once the kernel is good for; none of a type that it does not know."""
+    if dtype not in DTYPES:
+        return 0
+    return MAX_ROWS_WITH_AMX if dtype == torch.bfloat16 and has_amx() else MAX_ROWS
+
+
+def fit(
+    blocks: list[BlockTensors], dtype: torch.dtype, cache_shape: tuple[int, int, int], cache_dtype: torch.dtype
+) -> bool:
+    """Whether all are of the types, sizes and memory order that the kernel counts on; cache_shape: `b hk d`."""
+    caches = [t for block in blocks for t in (block.keys, block.values)]
+    weights = [t for block in blocks for t in block._replace(keys=None, values=None) if t is not None]
+    ranks = {block.q_down.shape[1] for block in blocks if block.q_down is not None}
+    return (
+        all(t.is_contiguous() for t in (*weights, *caches))
+        and {t.dtype for t in weights} == {dtype}
+        and {(*t.shape[:2], t.shape[3], t.dtype) for t in caches} == {(*cache_shape, cache_dtype)}
+        and len(ranks) <= 1
+    )
+
+
 class NativeDecoder:
     """One token a row through given blocks, whose tensors are kept alive.
 
     They are read where they lie, but weights of another dtype than the cache's are copied into that one now.
     """
 
-    def __init__(self, blocks: list[BlockTensors], *, heads: int, eps: float, adapter_scale: float = 1.0):
+    def __init__(self, blocks: list[BlockTensors], heads: int, eps: float, adapter_scale: float):
         first = blocks[0]
         batch, kv_heads, capacity, dim_head = first.keys.shape
         dim, inner = first.ff_out.shape
@@ -83,9 +107,9 @@ class NativeDecoder:
         self.dtype = torch.promote_types(dtype, torch.float32)
         self.scratch = torch.empty(size, dtype=self.dtype, device=first.keys.device)
 
-    def reads(self, blocks: list[BlockTensors], adapter_scale: float = 1.0) -> bool:
+    def reads(self, blocks: list[BlockTensors], adapter_scales: set[float]) -> bool:
         """Whether these are what it reads: weights are given other memory or types, and so are the rows of a cache."""
-        return _places(blocks) == self.places and adapter_scale == self.shape.adapter_scale
+        return _places(blocks) == self.places and adapter_scales == {self.shape.adapter_scale}
 
     def __reduce__(self):
         return type(None), ()  # a copy of a cache makes a kernel of its own

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.model.step import MAX_ROWS
 from palm_rlhf.ops import native
+from palm_rlhf.ops.decode_native import MAX_ROWS
 
 from .steps import (
     WAYS,
