@@ -62,8 +62,7 @@ def step_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tu
         tables = position_tables(config, positions, dtype)
     else:
         tables = (table[positions] for table in _first_tables(config, size, dtype))
-    cos, sin = (table.transpose(1, 2) for table in tables)
-    return cos, sin
+    return tuple(table.transpose(1, 2) for table in tables)
 
 
 @lru_cache(maxsize=8)
