@@ -12,12 +12,12 @@ def step():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 {prepare}
-print([step() for _ in range(2)][-1])
+print([step() for _ in range(4)][-1])
 """
 
 
 def faults(start_python, prepare=""):
-    """Page faults of the second step that asks for 160 MB, 40,960 pages, and frees them."""
+    """Page faults of the fourth step that asks for 160 MB, 40,960 pages, and frees them."""
     out, error = start_python(FAULTS.format(prepare=prepare)).communicate(timeout=120)
     assert out, error
     return int(out)
