@@ -12,12 +12,12 @@ def step():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 {prepare}
-print([step() for _ in range(4)][-1])
+print([step() for _ in range(2)][-1])
 """
 
 
 def faults(start_python, prepare=""):
-    """Page faults of the fourth step that asks for 160 MB, 40,960 pages, and frees them."""
+    """Page faults of the second step that asks for 160 MB, 40,960 pages, and frees them."""
     out, error = start_python(FAULTS.format(prepare=prepare)).communicate(timeout=120)
     assert out, error
     return int(out)
@@ -26,4 +26,4 @@ def faults(start_python, prepare=""):
 def test_a_trainer_on_a_cpu_asks_for_its_memory_once(start_python):
     kept = faults(start_python, "build_accelerator(None, ())")
     if sys.platform == "linux":
-        assert kept < 10_000 < 30_000 < faults(start_python)
+        assert 2 * kept < 40_000 < faults(start_python)  # its last tensor was not free yet when the first was made
