@@ -12,6 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from beartype import beartype
 
+if dist.is_available():
+    # Imported once the processes are connected, it keeps the connection as a default argument: nothing ends it then.
+    import torch.distributed.nn.functional
+
 # Parameters of glibc's mallopt: the largest value that it takes, and enough for a step of a model of a CPU's size.
 MALLOC = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
 REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}

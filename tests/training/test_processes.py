@@ -32,13 +32,16 @@ def trainer(folder, batch_size, dropout=0.0, **options):
                                 output_dir=folder, **options)
 """
 TWO_PROCESSES = """
-import sys
+import os, pathlib, sys
+from palm_rlhf.training.launch import leave_the_others
 out = sys.argv[1]
 trainer(f"{out}/two", batch_size=2).train()
 list(trainer(f"{out}/whole", batch_size=2, dropout=0.2).steps())
 list(itertools.islice(trainer(f"{out}/cut", batch_size=2, dropout=0.2).steps(), 3))
 list(trainer(f"{out}/cut", batch_size=2, dropout=0.2, resume=True).steps())
-torch.distributed.destroy_process_group()
+leave_the_others()
+threads = [(task / "comm").read_text() for task in pathlib.Path("/proc/self/task").glob("*")]
+pathlib.Path(f"{out}/threads{os.environ['RANK']}").write_text("".join(threads))
 """
 
 
@@ -81,3 +84,11 @@ def test_processes_draw_different_dropout(runs):
     state = json.loads((runs / "whole/checkpoints/step_00000004/state.json").read_text())
     first, second = state["random_states"]
     assert first["torch"] != second["torch"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed by Linux")
+def test_no_thread_of_a_connection_outlives_it_to_abort_the_process_at_its_exit(runs):
+    for rank in (0, 1):
+        threads = (runs / f"threads{rank}").read_text()
+        assert "python" in threads
+        assert "gloo" not in threads
