@@ -247,13 +247,12 @@ class Engine:
             self.counts["steps"] += 1
             for generation, sampled in zip(started, self._batch.step(), strict=True):
                 self._push(generation, sampled)
-        budget = self.config.prefill_chunk
-        while budget > 0 and (self._batch.reading is not None or self._admit()):
-            generation = self._batch.reading
-            num_read, sampled = self._batch.read(budget)
+        while self._admit():
+            pass
+        if self._batch.reading:
+            num_read, ended = self._batch.read(self.config.prefill_chunk)
             self.counts["prompt_tokens_computed"] += num_read
-            budget -= num_read
-            if self._batch.reading is None:
+            for generation, sampled in ended:
                 self._push(generation, sampled)
 
     def _drop_those_who_left(self) -> None:
@@ -281,7 +280,7 @@ class Engine:
             return False
         generation = self._waiting[0]
         is_new = not generation.admitted
-        if not self._batch.admit(generation):
+        if not self._batch.admit(generation, self.config.prefill_chunk):
             return False
         self._waiting.popleft()
         if is_new:

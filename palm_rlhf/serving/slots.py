@@ -77,9 +77,9 @@ class SlotCache:
         """The keys and the values of some rows, by layers."""
         return [block[rows] for block in self.keys], [block[rows] for block in self.values]
 
-    def row(self, row: int, length: int) -> "Row":
-        """One row, to be extended by any number of tokens."""
-        return Row(self, row, length)
+    def row(self, row: int, length: int, count: int = 1) -> "Row":
+        """A row, or so many from it on that are all as long, to be extended by any number of tokens."""
+        return Row(self, row, length, count)
 
     def rows(self, lengths: list[int]) -> "Row | Rows":
         """The first rows, of these lengths, to be extended by one token each."""
@@ -87,14 +87,15 @@ class SlotCache:
 
 
 class Row:
-    """One row as the cache of a forward over `1 i` tokens."""
+    """A row, or some of one length, as the cache of a forward over `b i` tokens."""
 
-    def __init__(self, slots: SlotCache, row: int, length: int):
-        self.slots, self.index, self.length, self.kernels = slots, slice(row, row + 1), length, slots.kernels
+    def __init__(self, slots: SlotCache, row: int, length: int, count: int = 1):
+        self.slots, self.index, self.length, self.kernels = slots, slice(row, row + count), length, slots.kernels
 
     def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What the next token reads: keys, values, and the columns from the first up to its own, `1`, `1`."""
-        return *self.slots.views(self.index), *torch.tensor([[0], [self.length]], device=self.slots.like["device"])
+        """What the next tokens read: keys, values, and the columns from the first up to their own, `b`, `b`."""
+        count, like = self.index.stop - self.index.start, self.slots.like["device"]
+        return *self.slots.views(self.index), *torch.tensor([[0] * count, [self.length] * count], device=like)
 
     def key_mask(self, num_new: int) -> None:
         """Every key is a token."""
@@ -104,7 +105,7 @@ class Row:
         return torch.arange(self.length, self.length + num_new, device=device).unsqueeze(0)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values, and returns all of them: `1 hk i d -> 1 hk j d`, twice."""
+        """Stores a layer's new keys and values, and returns all of them: `b hk i d -> b hk j d`, twice."""
         stop = self.length + k.shape[2]
         keys, values = self.slots.keys[layer][self.index], self.slots.values[layer][self.index]
         keys[:, :, self.length : stop] = k

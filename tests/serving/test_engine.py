@@ -137,9 +137,10 @@ def test_a_common_beginning_is_computed_once(start_engine, served):
 
 def test_a_beginning_is_taken_from_a_reply_that_still_runs(start_engine, prompts):
     engine = start_engine(max_batch=3, prefix_memory=0)
-    replies = engine.submit_all([ask(prompts[0], 200, index=index) for index in range(3)])
+    prompt = prompts[0] + prompts[2] + prompts[3]  # long enough for reading it again to cost more than waiting
+    replies = engine.submit_all([ask(prompt, 100, index=index) for index in range(3)])
     texts = [reply.text() for reply in replies]
-    assert [reply.num_cached for reply in replies] == [0, len(prompts[0]) - 1, len(prompts[0]) - 1]
+    assert [reply.num_cached for reply in replies] == [0, len(prompt) - 1, len(prompt) - 1]
     assert len(set(texts)) == 1
 
 
