@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = (os.environ.get("CC", ""), "gcc", "cc")
 # Sums are reordered where a loop says so, and nowhere else: no -ffast-math.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-SECONDS = 120  # for the compiler, which needs two
+SECONDS = 120  # for the compiler, which needs some
 OPENMP = ("libgomp", "libiomp5", "libomp")
 PROCESS = os.getpid()
 
@@ -118,13 +119,17 @@ def _compile(command: list[str], sources: list[Path], folder: Path, name: str) -
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = [f"{scratch}/{source.stem}.o" for source in sources]
         steps = [[*command, "-c", str(source), "-o", built] for source, built in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, steps))
         # Linked without OpenMP's runtime: there shall be one, PyTorch's, whose threads are already there.
-        steps.append([command[0], "-shared", *objects, "-lm", "-o", f"{scratch}/{name}"])
-        for step in steps:
-            done = subprocess.run(step, capture_output=True, text=True, timeout=SECONDS)
-            if done.returncode:
-                raise _Refused(f"{' '.join(step)} failed: {done.stderr.strip()[-500:]}")
+        _run([command[0], "-shared", *objects, "-lm", "-o", f"{scratch}/{name}"])
         os.replace(f"{scratch}/{name}", folder / name)
+
+
+def _run(step: list[str]) -> None:
+    done = subprocess.run(step, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        raise _Refused(f"{' '.join(step)} failed: {done.stderr.strip()[-500:]}")
 
 
 def _open(path: Path) -> ctypes.CDLL:
