@@ -45,7 +45,8 @@ def test_health_counts_those_who_run_and_wait(start_server):
     url, _ = start_server(max_batch=1, context=20_000)
     two = {"model": "parrot", "prompt": "a", "max_tokens": 19_000, "logit_bias": {"256": -100}, "stream": True, "n": 2}
     with httpx.Client(base_url=url) as client, client.stream("POST", "/v1/completions", json=two) as reply:
-        next(reply.iter_bytes())
+        body = reply.iter_bytes()  # held: without it httpx would hang up, and the server give both up
+        next(body)
         assert client.get("/healthz").json() == {"status": "ok", "running": 1, "waiting": 1}
 
 
