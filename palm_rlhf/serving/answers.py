@@ -50,6 +50,11 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
+def client_of(scope: dict[str, Any]) -> str:
+    """Who asks: the name of an API key or an address, as the front has found it, or "" where nobody is known."""
+    return scope.get("palm_rlhf.client") or ""
+
+
 class Answers:
     """The engine behind the protocol."""
 
@@ -60,15 +65,15 @@ class Answers:
 
     async def generate(self, request: Any, kind: Kind) -> dict[str, Any] | EventStream | None:
         """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
-        ask, wanted = await asyncio.to_thread(self._asked, kind, await self.read(request))
+        ask, wanted = await asyncio.to_thread(self._asked, kind, await self.read(request), client_of(request.scope))
         form = Form(kind, self.served.name, self.served.tokenizer, ask.include_usage)
         if not ask.stream:
             return await self._while_connected(request, self._whole(form, ask, wanted))
         generations, queue = self._submit(wanted)
         return EventStream(self._events(form, ask, generations, queue), generations)
 
-    def _asked(self, kind: Kind, body: bytes) -> tuple[Ask, list[Request]]:
-        """What a body asks for; in a thread, since a long one takes seconds in which others are to be served."""
+    def _asked(self, kind: Kind, body: bytes, client: str) -> tuple[Ask, list[Request]]:
+        """What a client's body asks for; in a thread: a long one takes seconds in which others are to be served."""
         values = read_json(body)
         ask = read_chat(values) if kind == "chat" else read_completion(values)
         self._check_model(ask.model)
@@ -78,7 +83,7 @@ class Answers:
             name = "prompt" if len(ask.prompts) > self.engine.limit else "best_of" if ask.best_of > ask.n else "n"
             most = f"{self.engine.limit}, as many as may run and wait"
             raise ApiError(400, f"{name} asks for {count} replies in all; expected at most {most}", param=name)
-        return ask, engine_requests(self.served, self.engine.context, kind, ask)
+        return ask, engine_requests(self.served, self.engine.context, kind, ask, client)
 
     async def score(self, request: Any) -> dict[str, Any] | None:
         """What the reward model makes of replies to a prompt."""

@@ -36,6 +36,7 @@ class Request:
     `frequency_penalty` are taken from the logits of tokens already sampled, once and for each time; `logit_bias` is
     added. `stop` are strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for
     the log-probability of each token and so many alternatives. `timeout` is in seconds, the time in the queue included.
+    `client` names whoever asks, by any string: clients share the machine fairly, and none is told of another's prompts.
     """
 
     prompt: list[int]
@@ -51,6 +52,7 @@ class Request:
     logit_bias: Mapping[int, float | int] = field(default_factory=dict)
     logprobs: int | None = None
     timeout: float | int | None = None
+    client: str = ""
 
     def __post_init__(self):
         for name, fine, expected in (

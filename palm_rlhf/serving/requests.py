@@ -11,14 +11,15 @@ Kind = Literal["chat", "completion"]
 HOPELESS = 4  # a text of so many contexts, however long its tokens are, is not read to count them
 
 
-def engine_requests(served: Served, context: int, kind: Kind, ask: Ask) -> list[Request]:
-    """One request for each reply that is to be drawn, those to one prompt next to each other."""
+def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: str = "") -> list[Request]:
+    """One request of a client for each reply that is to be drawn, those to one prompt next to each other."""
     check_ids(ask.options["logit_bias"], served.palm.num_tokens, "logit_bias")
     chat = kind == "chat"
     options = {
         **ask.options,
         "stop": (*ask.options["stop"], *(served.turn_end_strings if chat else ())),
         "stop_tokens": served.turn_ends if chat else served.eos_tokens,
+        "client": client,
     }
     requests = []
     for prompt in ask.prompts:
