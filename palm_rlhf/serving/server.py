@@ -1,8 +1,5 @@
 """The OpenAI-compatible server as a FastAPI application."""
 
-import hashlib
-import hmac
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from palm_rlhf.serving.answers import Answers, Limits
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.extras import fastapi_module
+from palm_rlhf.serving.front import Front, error_response, json_response
 from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.protocol import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.served import Served
@@ -30,47 +28,6 @@ ERRORS = {
     503: "The engine has stopped.",
     504: "The reply took too long.",
 }
-OPEN_PATHS = ("/", "/healthz", "/metrics", "/openapi.json")  # for these, and the page's files, no key is asked
-
-
-class Front:
-    """What stands before every route, as ASGI: the check of the key, and the count of what was answered."""
-
-    def __init__(self, app: Callable, keys: Sequence[str], metrics: Metrics):
-        self.app, self.metrics = app, metrics
-        self.digests = [digest(key) for key in keys]
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def counting_send(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self.metrics.observe_request(route, message["status"])
-            await send(message)
-
-        if self.digests and self._needs_key(scope["path"]) and not self._has_key(dict(scope["headers"])):
-            message = "the API key is missing or wrong: send Authorization: Bearer KEY"
-            await error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, counting_send)
-            return
-        await self.app(scope, receive, counting_send)
-
-    def _needs_key(self, path: str) -> bool:
-        return path not in OPEN_PATHS and not path.startswith("/page/")
-
-    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
-        """Compares with every key, in a time that tells nothing of them."""
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        found = digest(given.strip())
-        matches = [hmac.compare_digest(found, known) for known in self.digests]
-        return any(matches) and scheme.lower() == b"bearer"
-
-
-def digest(key: str | bytes) -> bytes:
-    """A hash of a key, whose comparison does not depend on its length."""
-    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
 
 
 def create_app(served: Served, engine: Engine, *, api_keys: Sequence[str] = (), limits: Limits | None = None) -> Any:
@@ -196,18 +153,6 @@ def add_errors(app: Any) -> None:
     @app.exception_handler(Exception)
     async def failed(_, error: Exception) -> Any:
         return error_response(ApiError(500, "the server failed on this request; its log says why"))
-
-
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
-    """A reply of JSON, in ASCII, so that no text that a client sent can break it."""
-    from fastapi import Response
-
-    return Response(json.dumps(value), status, headers=headers, media_type="application/json")
-
-
-def error_response(error: ApiError) -> Any:
-    """The reply that says an error."""
-    return json_response(error.body, error.status, error.headers)
 
 
 def described(
