@@ -297,7 +297,8 @@ class Engine:
 
     def _push(self, generation: Generation, sampled: Sampled | None) -> None:
         if sampled is None:
-            self._leave(generation, "error", EngineError("the model computed logits that are no finite numbers"))
+            not_finite = EngineError("the model computed logits that are no finite numbers")
+            self._leave(generation, "error", generation.failure or not_finite)
             return
         self.counts["tokens"] += 1
         piece = generation.push(*sampled)

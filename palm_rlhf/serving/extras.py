@@ -7,6 +7,7 @@ def fastapi_module() -> ModuleType:
     """FastAPI, or an ImportError that says how to get it."""
     try:
         import fastapi
+        import llguidance  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from beartype import beartype
 
+from palm_rlhf.serving.structured import Grammar
 from palm_rlhf.serving.text import TextStream
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ class Request:
     `seed` and `index` decide the sample: the same pair gives the same one, whatever else runs. `presence_penalty` and
     `frequency_penalty` are taken from the logits of tokens already sampled, once and for each time; `logit_bias` is
     added. `stop` are strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for
-    the log-probability of each token and so many alternatives. `timeout` is in seconds, the time in the queue included.
-    `client` names whoever asks, by any string: clients share the machine fairly, and none is told of another's prompts.
+    the log-probability of each token and so many alternatives. `grammar` is what the reply has to follow. `timeout` is
+    in seconds, the time in the queue included. `client` names whoever asks, by any string: clients share the machine
+    fairly, and none is told of another's prompts.
     """
 
     prompt: list[int]
@@ -51,6 +53,7 @@ class Request:
     frequency_penalty: float | int = 0.0
     logit_bias: Mapping[int, float | int] = field(default_factory=dict)
     logprobs: int | None = None
+    grammar: Grammar | None = None
     timeout: float | int | None = None
     client: str = ""
 
@@ -111,6 +114,7 @@ class Generation:
         self.cancelled = False
         self.num_read = 0  # tokens whose keys and values are in the cache
         self.random = random.Random(None if request.seed is None else f"{request.seed}/{request.index}")
+        self.constraint = None if request.grammar is None else request.grammar.start()
         self.counts: dict[int, int] = {}  # how often each token was sampled, where a penalty asks for it
         self._text, self._wake = text, wake
         self._pending: list[TokenLogprob] = []  # of tokens whose text is held back
@@ -131,6 +135,11 @@ class Generation:
     def limit(self) -> int:
         """Tokens that it may grow to."""
         return len(self.request.prompt) + self.request.max_new_tokens
+
+    @property
+    def failure(self) -> ValueError | None:
+        """Why no token may come next, where the grammar is at fault."""
+        return None if self.constraint is None else self.constraint.failure
 
     def cancel(self) -> None:
         """Ends the reply, and frees its place before the next token; nothing happens where it has ended already."""
@@ -164,14 +173,17 @@ class Generation:
             self.counts[token] = self.counts.get(token, 0) + 1
         if token in request.stop_tokens:
             return self.end("stop")
+        if self.constraint is not None:
+            self.constraint.push(token)
         if logprob is not None:
             self._pending.append(logprob._replace(offset=self._text.num_chars))
         text = self._text.push(token)
         if self._text.stopped:
             return self._piece(text, "stop")
-        if len(self.tokens) == request.max_new_tokens:
+        is_whole = self.constraint is not None and self.constraint.complete and not request.stop_tokens
+        if is_whole or len(self.tokens) == request.max_new_tokens:
             text += self._text.finish()
-            return self._piece(text, "stop" if self._text.stopped else "length")
+            return self._piece(text, "stop" if is_whole or self._text.stopped else "length")
         return self._piece(text, None) if text else None
 
     def end(self, reason: str, error: BaseException | None = None) -> Piece:

@@ -1,7 +1,7 @@
 """Requests in OpenAI's protocol: what they may hold, and what they ask for."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from palm_rlhf.serving.errors import ApiError
@@ -62,6 +62,29 @@ COMMON = {
     },
     "user": {"type": "string", "maxLength": 512, "description": "Written to the log beside the request."},
 }
+FREE = {"type": "object", "additionalProperties": True}
+RESPONSE_FORMAT = {
+    "anyOf": [
+        record({"type": {"type": "string", "enum": ["text", "json_object"]}}, "type"),
+        record(
+            {
+                "type": {"type": "string", "enum": ["json_schema"]},
+                "json_schema": record(
+                    {
+                        "name": {"type": "string", "minLength": 1, "maxLength": 64},
+                        "description": STRING,
+                        "schema": {**FREE, "description": "A JSON Schema; any JSON where there is none."},
+                        "strict": {"type": "boolean", "description": "Taken for true: replies always conform."},
+                    },
+                    "name",
+                ),
+            },
+            "type",
+            "json_schema",
+        ),
+    ],
+    "description": "The form of the reply: text, any object of JSON, or JSON by a schema.",
+}
 PART = record({"type": {"type": "string", "enum": ["text"]}, "text": STRING}, "type", "text")
 CONTENT = {"anyOf": [STRING, items(PART)]}
 MESSAGE = record(
@@ -76,7 +99,7 @@ CHAT = record(
         "max_completion_tokens": COUNT,
         "logprobs": {"type": "boolean", "description": "Return the log-probability of each token."},
         "top_logprobs": integer(0, 20, "Return those of the likeliest tokens, too."),
-        "response_format": record({"type": {"type": "string", "enum": ["text"]}}, "type"),
+        "response_format": RESPONSE_FORMAT,
     },
     "model",
     "messages",
@@ -107,6 +130,7 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     user: str | None = None
+    json_schema: dict[str, Any] | None = None  # what a reply has to conform to
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -135,7 +159,18 @@ def read_chat(body: dict[str, Any]) -> Ask:
     if "top_logprobs" in values and logprobs is None:
         raise ApiError(400, "got top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
     limit = values.get("max_completion_tokens", values.get("max_tokens"))
-    return _ask(values, [[plain(message) for message in values["messages"]]], limit, logprobs)
+    ask = _ask(values, [[plain(message) for message in values["messages"]]], limit, logprobs)
+    return replace(ask, json_schema=json_schema(values.get("response_format", {"type": "text"})))
+
+
+def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON Schema that a format asks for; None for text."""
+    match response_format["type"]:
+        case "json_schema":
+            return response_format["json_schema"].get("schema", {})
+        case "json_object":
+            return {"type": "object"}
+    return None
 
 
 def read_completion(body: dict[str, Any]) -> Ask:

@@ -1,11 +1,12 @@
 """From what a client asks to what the engine is asked: texts become tokens, and have to fit."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.protocol import Ask
 from palm_rlhf.serving.served import Served
+from palm_rlhf.serving.structured import Grammar
 
 Kind = Literal["chat", "completion"]
 HOPELESS = 4  # a text of so many contexts, however long its tokens are, is not read to count them
@@ -20,6 +21,7 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
         "stop": (*ask.options["stop"], *(served.turn_end_strings if chat else ())),
         "stop_tokens": served.turn_ends if chat else served.eos_tokens,
         "client": client,
+        "grammar": json_grammar(served, ask.json_schema),
     }
     requests = []
     for prompt in ask.prompts:
@@ -27,6 +29,16 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
         room = room_for_reply(len(tokens), ask.max_new_tokens, context, "messages" if chat else "prompt")
         requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
     return requests
+
+
+def json_grammar(served: Served, schema: dict[str, Any] | None) -> Grammar | None:
+    """The grammar of replies that conform to a JSON Schema; ApiError where this server cannot see to it."""
+    if schema is None:
+        return None
+    try:
+        return served.grammars.json(schema)
+    except ValueError as error:
+        raise ApiError(400, f"response_format cannot be followed: {error}", param="response_format") from error
 
 
 def prompt_tokens(served: Served, context: int, prompt: str | list) -> list[int]:

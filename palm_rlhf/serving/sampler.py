@@ -27,11 +27,11 @@ class Sampler:
         self.forbidden = None if allowed is None or bool(allowed.all()) else ~allowed
 
     def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[Sampled | None]:
-        """logits: `b v`, one row for each generation; None where the model gave no number."""
+        """logits: `b v`, one row for each generation; None where the model gave no number, or no token is allowed."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.forbidden is not None:
             logits = logits.masked_fill(self.forbidden, -torch.inf)
-        adjusted = adjust(logits, rows)
+        adjusted = constrain(adjust(logits, rows), rows)
         chosen = choose(adjusted, rows)
         finite = adjusted.amax(dim=-1).isfinite().tolist()
         logprobs = token_logprobs(logits, chosen, rows)
@@ -55,6 +55,15 @@ def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
             ids, values = (torch.tensor(list(part)) for part in (changes.keys(), changes.values()))
             adjusted[index, ids.to(logits.device)] += values.to(logits)
     return adjusted
+
+
+def constrain(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
+    """Logits without the tokens that the grammar of a row does not allow next: `b v -> b v`."""
+    masks = {index: row.constraint.mask() for index, row in enumerate(rows) if row.constraint is not None}
+    constrained = logits.clone() if masks else logits
+    for index, mask in masks.items():
+        constrained[index].masked_fill_(~mask.to(logits.device), -torch.inf)
+    return constrained
 
 
 def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:

@@ -1,10 +1,12 @@
 """The part of JSON Schema that the protocol needs: what the API's description says is what is checked."""
 
 import json
+from itertools import chain
 from typing import Any
 
 from palm_rlhf.serving.errors import ApiError
 
+TAGS = ("type", "role")
 KINDS = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
 
 
@@ -12,7 +14,8 @@ def check(value: Any, schema: dict[str, Any], name: str) -> Any:
     """The value, without entries that are null; ApiError that names the place, what stands there and what is expected.
 
     Knows type, enum, minimum, maximum, minLength, maxLength, minItems, maxItems, items, properties, required,
-    additionalProperties, propertyNames of digits, and anyOf of several types.
+    additionalProperties (true for an object that is taken as it is), propertyNames of digits, and anyOf of several
+    types.
     """
     if "anyOf" in schema:
         return _check_any(value, schema, name)
@@ -32,13 +35,18 @@ def check(value: Any, schema: dict[str, Any], name: str) -> Any:
             raise refusal(value, schema, name)
         if kind == "array":
             return [check(item, schema["items"], f"{name}[{index}]") for index, item in enumerate(value)]
-    elif kind == "object":
+    elif kind == "object" and schema.get("additionalProperties") is not True:
         return _check_object(value, schema, name)
     return value
 
 
 def _check_any(value: Any, schema: dict[str, Any], name: str) -> Any:
-    """By the first that fits; where none does, the complaint is that of the last of the value's own type."""
+    """By the one that the value's tag names, or else the first that fits.
+
+    Where none does, the complaint is that of the last of the value's own type.
+    """
+    if isinstance(value, dict) and (option := _tagged(value, schema["anyOf"], name)):
+        return check(value, option, name)
     error = None
     for option in schema["anyOf"]:
         try:
@@ -47,6 +55,17 @@ def _check_any(value: Any, schema: dict[str, Any], name: str) -> Any:
             if isinstance(value, KINDS[option["type"]]) and not isinstance(value, bool):
                 error = found if error is None or found.param != name else error
     raise error or refusal(value, schema, name)
+
+
+def _tagged(value: dict[str, Any], options: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The schema of an object that its type or role tells, where all schemas of objects can be told by it."""
+    options = [option for option in options if option["type"] == "object"]
+    for tag in TAGS:
+        known = [option.get("properties", {}).get(tag, {}).get("enum", []) for option in options]
+        if len(options) > 1 and all(known) and value.get(tag) is not None:
+            found = check(value[tag], {"type": "string", "enum": list(chain(*known))}, f"{name}.{tag}")
+            return next(option for option, tags in zip(options, known, strict=True) if found in tags)
+    return None
 
 
 def _check_object(value: dict[str, Any], schema: dict[str, Any], name: str) -> dict[str, Any]:

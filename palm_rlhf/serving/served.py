@@ -15,6 +15,7 @@ from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokeni
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.sequences import join
+from palm_rlhf.serving.structured import Grammars
 
 logger = logging.getLogger(__name__)
 OWN_TEMPLATES = ("default", "oasst")  # whose names of special tokens no one else uses
@@ -46,6 +47,11 @@ class Served:
         if self.template is None:
             return self.eos_tokens
         return self.eos_tokens | {end_of_turn(self.tokenizer, self.template)}
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what the assistant's replies have to follow; ValueError where the tokenizer does not allow it."""
+        return Grammars(self.tokenizer, self.palm.num_tokens, self.turn_ends)
 
     @cached_property
     def longest_token(self) -> int:

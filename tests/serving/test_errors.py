@@ -57,7 +57,7 @@ BAD_CHATS = [
     ("max_completion_tokens", [0, "x"]),
     ("logprobs", [1, "x"]),
     ("top_logprobs", [-1, 21, 5]),  # 5: without logprobs
-    ("response_format", ["text", {"type": "json_object"}, {}]),
+    ("response_format", ["text", {"type": "xml"}, {}]),
 ]
 BAD_TEXTS = [("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]), ("logprobs", [True, 6, -1])]
 
