@@ -1,18 +1,14 @@
 """JSON records in files of any size: lines or one array, plain or gzip, standard input and output."""
 
-import codecs
 import gzip
 import hashlib
 import json
 import logging
 import os
-import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,26 +16,13 @@ from beartype import BeartypeConf, beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.disk import sync
+from palm_rlhf.data.json_stream import Broken, Record, pieces
 
-Record = dict[str, Any]
 MAX_RECORD_BYTES = 1 << 26
-CHUNK = 1 << 20
 STANDARD = "-"  # as a path: standard input or output
-
 GZIP_MAGIC = b"\x1f"  # no JSON starts with this byte
-GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
-BLANKS = re.compile(r"[ \t\n\r]*")
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 log = logging.getLogger(__name__)
-
-
-class _Broken(ValueError):
-    """What is wrong with a record, and the reason that it is counted under."""
-
-    def __init__(self, reason: str, detail: object) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @beartype
@@ -56,24 +39,25 @@ def read_records(
     by its content; ``-`` is standard input. Only one record, or a chunk of the file, is in memory at a time.
 
     A record is broken if it is no JSON object in valid Unicode, nested too deeply or longer than
-    ``max_record_bytes``, and so is the rest of a gzip that ends early, or of an array after text that is no JSON. The
-    first broken record raises a ``ValueError`` that names its line. With ``skip_broken`` it is logged as a warning
-    instead and counted in ``rejected`` by its reason. Raises ``OSError`` for a file that cannot be read.
+    ``max_record_bytes``, and so is the rest of a gzip that ends early, or of an array after a bracket or quotation
+    mark that is never closed. The first broken record raises a ``ValueError`` that names its line, and its number in
+    an array. With ``skip_broken`` it is logged as a warning instead and counted in ``rejected`` by its reason. Raises
+    ``OSError`` for a file that cannot be read.
     """
     rejected = Counter() if rejected is None else rejected
     with _opened(os.fspath(path)) as (stream, bar, position):
-        for line, record in _pieces(stream, max_record_bytes):
+        for line, record in pieces(stream, max_record_bytes):
             bar.update(position() - bar.n)
-            if not isinstance(record, _Broken):
+            if not isinstance(record, Broken):
                 yield line, record
-            elif skip_broken:
-                log.warning("%s, line %d left out: %s", path, line, record)
-                rejected[record.reason] += 1
-            else:
+                continue
+            place = f"{path}, line {line}" + (f", record {record.number}" if record.number else "")
+            if not skip_broken:
                 raise ValueError(
-                    f"{path}, line {line}: {record}; expected one JSON object on each line, or one array of them: "
-                    "mend or delete it, or ask to skip what is broken"
+                    f"{place}: {record}; expected one JSON object on each line, or one array of them: mend or delete it"
                 ) from record
+            log.warning("%s left out: %s", place, record)
+            rejected[record.reason] += 1
 
 
 @beartype
@@ -145,158 +129,3 @@ def _opened(path: str) -> Iterator[tuple[Any, tqdm, Callable[[], int]]]:
         bar.close()
         if path != STANDARD:
             file.close()
-
-
-def _pieces(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
-    try:
-        start = stream.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
-    except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards
-        yield 1, _damaged(error)
-        return
-    yield from (_array if start.startswith(b"[") else _lines)(stream, limit)
-
-
-def _lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
-    for number in count(1):
-        try:
-            line = stream.readline(limit + 1)
-            if is_long := len(line) > limit and not line.endswith(b"\n"):
-                rest = line
-                while rest and not rest.endswith(b"\n"):
-                    rest = stream.readline(CHUNK)
-        except GZIP_ERRORS as error:
-            yield number, _damaged(error)
-            return
-        if not line:
-            return
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if is_long:
-            yield number, _too_long(limit)
-        elif line and not line.isspace():
-            yield number, _parsed_line(line)
-
-
-def _parsed_line(line: bytes) -> Record | _Broken:
-    try:
-        text = line.decode()
-        return _checked(DECODER.decode(text), text)
-    except UnicodeDecodeError as error:
-        return _Broken("invalid UTF-8", f"byte {line[error.start]:#04x} at {error.start + 1:,}")
-    except (ValueError, RecursionError) as error:
-        return _not_json(error)
-
-
-def _array(stream: Any, limit: int) -> Iterator[tuple[int, Record | _Broken]]:
-    cursor = _Cursor(stream)
-    mark = cursor.mark()
-    cursor.step(1)
-    if cursor.mark() == "]":
-        mark = "]"
-        cursor.step(1)
-    while mark != "]":
-        cursor.mark()
-        yield cursor.line, (record := cursor.record(limit))
-        mark = cursor.mark()
-        if isinstance(record, _Broken) and cursor.lost:
-            return
-        if mark not in (",", "]"):
-            yield cursor.line, cursor.broken(f"got {mark!r} after a record, expected a comma or ]")
-            return
-        cursor.step(1)
-    if cursor.mark() or cursor.damage:
-        yield cursor.line, cursor.broken("text after the end of the array")
-
-
-class _Cursor:
-    """A place in JSON text that is read piece by piece; invalid UTF-8 is kept as surrogates until its record comes."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape").decode
-        self.text, self.at, self.line = "", 0, 1
-        self.ended = self.lost = False
-        self.damage: _Broken | None = None
-
-    def read(self) -> None:
-        """Adds a chunk, or as much again as lies ahead, so that trying a long record anew stays linear."""
-        pieces = [self.text[self.at :]]
-        wanted = max(CHUNK, len(pieces[0]))
-        while wanted > 0 and not self.ended:
-            try:
-                data = self.stream.read1(CHUNK)
-            except GZIP_ERRORS as error:
-                data, self.damage = b"", _damaged(error)
-            self.ended = not data
-            pieces.append(self.decode(data, self.ended))
-            wanted -= len(data)
-        self.text, self.at = "".join(pieces), 0
-
-    def step(self, size: int) -> str:
-        """Moves on, and returns what it passed."""
-        passed = self.text[self.at : self.at + size]
-        self.at += size
-        self.line += passed.count("\n")
-        return passed
-
-    def mark(self) -> str:
-        """The next character that is not blank, or nothing at the end."""
-        while True:
-            self.step(BLANKS.match(self.text, self.at).end() - self.at)
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self.read()
-
-    def record(self, limit: int) -> Record | _Broken:
-        """The record that starts here, or why there is none; ``lost`` then tells that its end was not found."""
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.at)
-                break
-            except (ValueError, RecursionError) as error:
-                is_long = len(self.text) - self.at > limit
-                if self.ended or is_long or isinstance(error, RecursionError):
-                    self.lost = True
-                    return self.damage or (_too_long(limit) if is_long else _not_json(error))
-                self.read()
-        text = self.step(end - self.at)
-        try:
-            return _too_long(limit) if len(text.encode()) > limit else _checked(value, text)
-        except UnicodeEncodeError as error:
-            return _Broken("invalid UTF-8", f"byte {ord(text[error.start]) & 0xFF:#04x}")
-
-    def broken(self, detail: str) -> _Broken:
-        """Text between records that does not belong there, or that is missing."""
-        return self.damage or _Broken("broken JSON", detail)
-
-
-def _checked(value: Any, text: str) -> Record | _Broken:
-    if not isinstance(value, dict):
-        return _Broken("no object", f"got {text.strip()[:40]!r}")
-    if SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return _Broken("invalid Unicode", "half of a surrogate pair, written as an escape")
-    return value
-
-
-def _damaged(error: Exception) -> _Broken:
-    return _Broken("damaged gzip", f"it ends early or is damaged ({error}); copy or compress it again")
-
-
-def _too_long(limit: int) -> _Broken:
-    return _Broken("too long", f"a record of more than {limit:,} bytes")
-
-
-def _not_json(error: ValueError | RecursionError) -> _Broken:
-    if isinstance(error, RecursionError):
-        return _Broken("nested too deeply", "more levels than can be read")
-    detail = f"{error.msg} at character {error.pos + 1:,}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return _Broken("broken JSON", detail)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data import records
+from palm_rlhf.data import json_stream
 from palm_rlhf.data.records import is_held_out, read_records, write_records
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -63,7 +63,7 @@ def test_lines_and_arrays_are_the_records_in_them(rows, form, indent, ascii_only
     text, numbers = layout(rows, form, indent, ascii_only)
     content = b"\xef\xbb\xbf" * bom + text.encode()
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "CHUNK", chunk)
+        patch.setattr(json_stream, "CHUNK", chunk)
         path = save(folder, gzip.compress(content) if packed else content)
         assert list(read_records(path)) == list(zip(numbers, rows))
 
@@ -104,7 +104,7 @@ LIMIT = 1_000_000
 def test_a_broken_line_is_named_or_counted_and_the_others_are_read(tmp_path, caplog, line, reason, packed):
     content = b"\n".join([GOOD.encode(), line, GOOD.encode()])
     path = save(tmp_path, gzip.compress(content) if packed else content)
-    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {reason}: .*skip"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {reason}: .*mend or delete it"):
         list(read_records(path, max_record_bytes=LIMIT))
     rejected = Counter()
     found = list(read_records(path, skip_broken=True, rejected=rejected, max_record_bytes=LIMIT))
@@ -123,13 +123,15 @@ def test_the_limit_is_the_longest_record_that_is_read(tmp_path, size, shape):
     assert [len(record.get("a", "")) for record in found if record] == ([size - 9] if size <= LIMIT else [])
 
 
-def test_a_gigabyte_line_takes_little_memory(tmp_path, python):
+@pytest.mark.parametrize("shape", [b"%s\n%s", b"[%s,\n%s]"], ids=["lines", "array"])
+def test_a_gigabyte_record_takes_little_memory(tmp_path, python, shape):
     path = tmp_path / "a.jsonl.gz"
+    start, end = (shape % (b'{"a": "|"}', GOOD.encode())).split(b"|")
     with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(b'{"a": "')
+        file.write(start)
         for _ in range(128):
             file.write(b"x" * (1 << 20))
-        file.write(b'"}\n' + GOOD.encode())
+        file.write(end)
     process = python(
         """
 import resource
@@ -150,27 +152,85 @@ print(found, dict(rejected), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.mark.parametrize(
-    ("array", "found", "reason"),
+    ("array", "found", "reason", "number"),
     [
-        ('[{"a": 1}, 3, {"a": 2}]', [{"a": 1}, {"a": 2}], "no object"),
-        ('[{"a": 1}, {"a": "\\udc00"}, {"a": 2}]', [{"a": 1}, {"a": 2}], "invalid Unicode"),
-        (b'[{"a": 1}, {"a": "\xff"}, {"a": 2}]', [{"a": 1}, {"a": 2}], "invalid UTF-8"),
-        ('[{"a": 1}, {"a": 2', [{"a": 1}], "broken JSON"),
-        ('[{"a": 1}, {"a": 2}', [{"a": 1}, {"a": 2}], "broken JSON"),
-        ('[{"a": 1},', [{"a": 1}], "broken JSON"),
-        ("[", [], "broken JSON"),
-        ('[{"a": 1} {"a": 2}]', [{"a": 1}], "broken JSON"),
-        ('[{"a": 1}, {"a": 2}] {}', [{"a": 1}, {"a": 2}], "broken JSON"),
-        ('[{"a": 1}, {"a": %s}]' % ("[" * 200_000), [{"a": 1}], "nested too deeply"),
+        ('[{"a": 1}, {"a": 2', [{"a": 1}], "broken JSON", 2),
+        ('[{"a": 1}, {"a": 2}', [{"a": 1}, {"a": 2}], "broken JSON", 2),
+        ('[{"a": 1},', [{"a": 1}], "broken JSON", 2),
+        ("[", [], "broken JSON", 1),
+        ('[{"a": 1} {"a": 2}, {"a": 3}]', [{"a": 1}, {"a": 3}], "broken JSON", 1),
+        ('[{"a": 1},, {"a": 2}]', [{"a": 1}, {"a": 2}], "broken JSON", 2),
+        ('[{"a": 1}, {"a": 2},]', [{"a": 1}, {"a": 2}], "broken JSON", 3),
+        ('[{"a": 1}, {"a": 2}] {}', [{"a": 1}, {"a": 2}], "broken JSON", None),
+        ('[{"a": 1}, {"a": %s}]' % ("[" * 200_000), [{"a": 1}], "nested too deeply", 2),
+        ('[{"a": 1}, {"a": "never closed}, {"b": "2"}]', [{"a": 1}], "broken JSON", 2),
     ],
 )
-def test_a_broken_array_gives_what_can_be_found_and_says_what_is_wrong(tmp_path, array, found, reason):
+def test_a_broken_array_gives_what_can_be_found_and_says_what_is_wrong(tmp_path, array, found, reason, number):
     path = save(tmp_path, array)
-    with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: {reason}: "):
+    place = "line 1" + (f", record {number}" if number else "")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, {place}: {reason}: "):
         list(read_records(path))
     rejected = Counter()
     assert without_lines(read_records(path, skip_broken=True, rejected=rejected)) == found
     assert rejected == {reason: 1}
+
+
+def test_the_error_counts_the_characters_of_the_record(tmp_path):
+    path = save(tmp_path, '[\n{"a": 1},\n  {"a": tru}]')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3, record 2: broken JSON: Expecting value at character 7;"):
+        list(read_records(path))
+
+
+IN_ARRAYS = {
+    "NaN": (b'{"id": "x", "model": NaN, "b": {"c": [1, "]"]}}', "broken JSON"),
+    "Infinity": (b'{"a": [1, -Infinity]}', "broken JSON"),
+    "Python's words": (b"{'a': None, 'b': True}", "broken JSON"),
+    "a comma too many": (b'{"a": [1, 2,],}', "broken JSON"),
+    "a bracket too few": (b'{"a": [1, [2}', "broken JSON"),
+    "a number": (b"12345678", "no object"),
+    "a bare NaN": (b"NaN", "broken JSON"),
+    "brackets in a broken text": (b'{"a": "\\q \\" }, {"}', "broken JSON"),
+} | {name: BROKEN[name] for name in BROKEN if name not in ("cut short", "two objects")}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    name=st.sampled_from(sorted(IN_ARRAYS)),
+    before=st.integers(0, 2),
+    after=st.integers(0, 2),
+    lines=st.booleans(),
+    chunk=st.sampled_from([3, 64, 1 << 20]),
+)
+def test_a_broken_record_of_an_array_costs_no_other(name, before, after, lines, chunk):
+    broken, reason = IN_ARRAYS[name]
+    chunk = max(chunk, len(broken) // 50)  # else the longest would be read three bytes at a time
+    records = [b'{"a": %d, "text": "[{,}] \\\\\\" %d"}' % (place, place) for place in range(before + after)]
+    pieces = [*records[:before], broken, *records[before:]]
+    content = b"[" + (b",\n" if lines else b", ").join(pieces) + b"]"
+    line = 1 + before * lines
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "CHUNK", chunk)
+        path = save(folder, content)
+        with pytest.raises(
+            ValueError, match=rf"a\.jsonl, line {line}, record {before + 1}: {reason}: .*mend or delete"
+        ):
+            list(read_records(path, max_record_bytes=LIMIT))
+        rejected = Counter()
+        found = read_records(path, skip_broken=True, rejected=rejected, max_record_bytes=LIMIT)
+        assert without_lines(found) == list(map(json.loads, records))
+        assert rejected == {reason: 1}
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_other_encodings_are_refused_by_their_names(tmp_path, form, codec):
+    path = save(tmp_path, layout([{"a": 1}, {"a": 2}], form, None, True)[0].encode(codec))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no UTF-8: it looks like UTF-16 or UTF-32; convert it"):
+        list(read_records(path))
+    rejected = Counter()
+    assert list(read_records(path, skip_broken=True, rejected=rejected)) == []
+    assert rejected == {"no UTF-8": 1}
 
 
 @settings(deadline=None, max_examples=40)
@@ -181,7 +241,7 @@ def test_a_gzip_that_ends_early_gives_a_prefix_and_says_so(rows, form, data):
     cut = data.draw(st.integers(1, len(packed) - 1))
     with TemporaryDirectory() as folder:
         path = save(folder, packed[:cut])
-        with pytest.raises(ValueError, match=r"line \d+: damaged gzip: it ends early or is damaged"):
+        with pytest.raises(ValueError, match=r"line \d+(, record \d+)?: damaged gzip: it ends early or is damaged"):
             list(read_records(path))
         rejected = Counter()
         found = without_lines(read_records(path, skip_broken=True, rejected=rejected))
