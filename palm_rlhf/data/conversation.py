@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -105,9 +105,9 @@ def _parts(
             f"the template needs the special tokens {missing}, which the tokenizer lacks: give it them, and the model "
             "room for them, by add_special_tokens"
         )
-    names = _Names.of(tuple(template.special_tokens or tokenizer.special_tokens))
+    names = SpecialNames.of(tuple(template.special_tokens or tokenizer.special_tokens))
     ids = {tokenizer.special_tokens[name] for name in names.names}
-    guard = _unused_character(messages)
+    guard = unused_character(message["content"] for message in messages)
     guarded = [{"role": m["role"], "content": names.guarded(m["content"], guard)} for m in messages]
     spaces = ""
     for text, message in _texts(guarded, template, add_generation_prompt):
@@ -160,12 +160,13 @@ def _grown(before: str, after: str) -> str:
     return after
 
 
-def _unused_character(messages: Messages) -> str:
-    used = set().union(*(message["content"] for message in messages))
+def unused_character(texts: Iterable[str]) -> str:
+    """A character that none of the texts has."""
+    used = set().union(*texts)
     return next(character for character in map(chr, range(0x10FFFF, 0, -1)) if character not in used)
 
 
-class _Names:
+class SpecialNames:
     """The names of special tokens: found in rendered text, and broken by a guard in what people write."""
 
     def __init__(self, names: Sequence[str]):
@@ -179,8 +180,9 @@ class _Names:
 
     @staticmethod
     @cache
-    def of(names: tuple[str, ...]) -> "_Names":
-        return _Names(names)
+    def of(names: tuple[str, ...]) -> "SpecialNames":
+        """Those of a template, in any order; made once."""
+        return SpecialNames(names)
 
     def guarded(self, content: str, guard: str) -> str:
         """The content with a guard in each name, and where a name could begin or end with what the template adds."""

@@ -16,6 +16,7 @@ from palm_rlhf.training.state import write_text
 
 Messages = Sequence[Mapping[str, Any]]
 TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id")  # that templates are shown
 
 JINJA = """\
 {{{{ {start} }}}}{default_system}{{% for message in messages %}}\
@@ -96,10 +97,16 @@ class JinjaTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is no Jinja ({error}): {self.source[:200]!r}") from error
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text; ValueError where the template refuses it."""
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        options = {"messages": plain, "add_generation_prompt": add_generation_prompt}
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as text, with the tools that may be called; ValueError where the template refuses it."""
+        plain = [{key: message[key] for key in MESSAGE_KEYS if key in message} for message in messages]
+        options = {"messages": plain, "add_generation_prompt": add_generation_prompt, "tools": tools}
         try:
             return self._compiled.render(**{**self.variables, **options})
         except Exception as error:  # a template can fail in every way that Python can
