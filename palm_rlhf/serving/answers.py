@@ -1,6 +1,7 @@
 """What each path of the server does, whatever framework calls it."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable
@@ -66,7 +67,7 @@ class Answers:
     async def generate(self, request: Any, kind: Kind) -> dict[str, Any] | EventStream | None:
         """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
         ask, wanted = await asyncio.to_thread(self._asked, kind, await self.read(request), client_of(request.scope))
-        form = Form(kind, self.served.name, self.served.tokenizer, ask.include_usage)
+        form = Form(kind, self.served.name, self.served.tokenizer, ask.include_usage, ask.continuous_usage)
         if not ask.stream:
             return await self._while_connected(request, self._whole(form, ask, wanted))
         generations, queue = self._submit(wanted)
@@ -218,12 +219,16 @@ class Answers:
     ) -> AsyncGenerator[bytes, None]:
         """The blocks of a stream; an error comes as an event, since the status has been sent."""
         if form.kind == "chat":
-            yield b"".join(event(form.first(index)) for index in range(len(generations)))
-        logprobs = ask.options["logprobs"] is not None
+            yield b"".join(event(form.first(index, generations)) for index in range(len(generations)))
+        logprobs, num_tokens = ask.options["logprobs"] is not None, [0] * len(generations)
         try:
             async with aclosing(pieces(queue, generations)) as blocks:
                 async for found in blocks:
-                    yield b"".join(event(c) for number, piece in found for c in form.chunks(number, piece, logprobs))
+                    chunks = []
+                    for number, piece in found:
+                        num_tokens[number] = piece.num_tokens
+                        chunks += form.chunks(number, piece, logprobs, generations, sum(num_tokens))
+                    yield b"".join(map(event, chunks))
             if ask.include_usage:
                 yield event(form.last(generations))
         except Exception as error:
@@ -238,8 +243,9 @@ class Answers:
         for generation in generations:
             self.metrics.observe_reply(generation, now)
         logger.info(
-            "user=%s prompt_tokens=%d completion_tokens=%d replies=%d ended=%s seconds=%.3f",
+            "user=%s metadata=%s prompt_tokens=%d completion_tokens=%d replies=%d ended=%s seconds=%.3f",
             ascii(ask.user),
+            json.dumps(ask.metadata),
             sum(len(prompt) for prompt in {id(g.request.prompt): g.request.prompt for g in generations}.values()),
             sum(len(generation.tokens) for generation in generations),
             len(generations),

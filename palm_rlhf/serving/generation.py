@@ -33,22 +33,26 @@ class EngineError(RuntimeError):
 class Request:
     """A prompt, and the distribution its continuation is drawn from.
 
-    `seed` and `index` decide the sample: the same pair gives the same one, whatever else runs. `presence_penalty` and
-    `frequency_penalty` are taken from the logits of tokens already sampled, once and for each time; `logit_bias` is
-    added. `stop` are strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for
-    the log-probability of each token and so many alternatives. `grammar` is what the reply has to follow. `timeout` is
-    in seconds, the time in the queue included. `client` names whoever asks, by any string: clients share the machine
+    `seed` and `index` decide the sample: the same pair gives the same one, whatever else runs. `temperature`, `top_k`,
+    `top_p`, `min_p` and `repetition_penalty` are those of `PaLM.generate`. `presence_penalty` and `frequency_penalty`
+    are taken from the logits of tokens already sampled, once and for each time; `logit_bias` is added. `stop` are
+    strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for the
+    log-probability of each token and so many alternatives. `grammar` is what the reply has to follow. `timeout` is in
+    seconds, the time in the queue included. `client` names whoever asks, by any string: clients share the machine
     fairly, and none is told of another's prompts.
     """
 
     prompt: list[int]
     max_new_tokens: int
     temperature: float | int = 1.0
+    top_k: int | None = None
     top_p: float | int = 1.0
+    min_p: float | int = 0.0
     seed: int | None = None
     index: int = 0
     stop: tuple[str, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
+    repetition_penalty: float | int = 1.0
     presence_penalty: float | int = 0.0
     frequency_penalty: float | int = 0.0
     logit_bias: Mapping[int, float | int] = field(default_factory=dict)
@@ -61,7 +65,10 @@ class Request:
         for name, fine, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is none)"),
             ("stop", all(self.stop), "no empty string"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more alternatives, or None"),
             ("timeout", self.timeout is None or self.timeout > 0, "seconds above 0, or None"),
@@ -87,6 +94,7 @@ class Piece(NamedTuple):
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # "stop", "length", "cancelled", "timeout" or "error"
+    num_tokens: int = 0  # of the reply so far
 
 
 class Generation:
@@ -202,7 +210,7 @@ class Generation:
             logger.exception("a function that was given a piece of a reply failed")
 
     def _piece(self, text: str, reason: str | None) -> Piece:
-        piece = Piece(text, tuple(self._pending), reason)
+        piece = Piece(text, tuple(self._pending), reason, len(self.tokens))
         self._pending.clear()
         self.finish_reason = reason
         return piece

@@ -16,11 +16,12 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity
 FINGERPRINT = f"palm-rlhf-{__version__}"
 
 
-def usage(generations: Sequence[Generation]) -> dict[str, Any]:
-    """Tokens read and sampled; a prompt that is answered several times counts once."""
+def usage(generations: Sequence[Generation], completion_tokens: int | None = None) -> dict[str, Any]:
+    """Tokens read and sampled, or so many sampled so far; a prompt that is answered several times counts once."""
     prompts = {id(generation.request.prompt): generation for generation in generations}.values()
     prompt_tokens = sum(len(generation.request.prompt) for generation in prompts)
-    completion_tokens = sum(len(generation.tokens) for generation in generations)
+    if completion_tokens is None:
+        completion_tokens = sum(len(generation.tokens) for generation in generations)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -31,12 +32,16 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Form:
-    """One reply's objects, of a chat or of a completion."""
+    """One reply's objects, of a chat or of a completion.
+
+    The chunks of a stream have a place for the usage where it is asked for; `continuous_usage` fills it in every one.
+    """
 
     kind: Literal["chat", "completion"]
     model: str
     tokenizer: Tokenizer
     include_usage: bool = False
+    continuous_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -63,25 +68,29 @@ class Form:
             choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason})
         return self._envelope(choices, chunk=False, usage=usage(everything))
 
-    def first(self, index: int) -> dict[str, Any]:
+    def first(self, index: int, generations: Sequence[Generation]) -> dict[str, Any]:
         """The chunk that opens a choice of a chat."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
+        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}}, generations, 0)
 
-    def chunks(self, index: int, piece: Piece, asks_logprobs: bool) -> list[dict[str, Any]]:
-        """What one piece adds to a choice: its text, and why the choice ends."""
+    def chunks(
+        self, index: int, piece: Piece, asks_logprobs: bool, generations: Sequence[Generation], num_tokens: int
+    ) -> list[dict[str, Any]]:
+        """What one piece adds to a choice: its text, and why the choice ends. `num_tokens` were sampled so far."""
         found = []
         if piece.text or piece.logprobs:
             said = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
             logprobs = self._logprobs(list(piece.logprobs), [piece]) if asks_logprobs else None
-            found.append(self._chunk(index, said, logprobs, None))
+            found.append(self._chunk({"index": index, **said, "logprobs": logprobs}, generations, num_tokens))
         if piece.finish_reason is not None:
             said = {"delta": {}} if self.kind == "chat" else {"text": ""}
-            found.append(self._chunk(index, said, None, piece.finish_reason))
+            end = {"index": index, **said, "finish_reason": piece.finish_reason}
+            found.append(self._chunk(end, generations, num_tokens))
         return found
 
-    def _chunk(self, index: int, said: dict, logprobs: dict | None, finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._envelope([choice], chunk=True, **({"usage": None} if self.include_usage else {}))
+    def _chunk(self, choice: dict[str, Any], generations: Sequence[Generation], num_tokens: int) -> dict[str, Any]:
+        choice = {"logprobs": None, "finish_reason": None, **choice}
+        so_far = usage(generations, num_tokens) if self.continuous_usage else None
+        return self._envelope([choice], chunk=True, **({"usage": so_far} if self.include_usage else {}))
 
     def last(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The chunk with the usage."""

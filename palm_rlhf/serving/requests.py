@@ -16,13 +16,10 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
     """One request of a client for each reply that is to be drawn, those to one prompt next to each other."""
     check_ids(ask.options["logit_bias"], served.palm.num_tokens, "logit_bias")
     chat = kind == "chat"
-    options = {
-        **ask.options,
-        "stop": (*ask.options["stop"], *(served.turn_end_strings if chat else ())),
-        "stop_tokens": served.turn_ends if chat else served.eos_tokens,
-        "client": client,
-        "grammar": json_grammar(served, ask.json_schema),
-    }
+    options = {**ask.options, "client": client, "grammar": json_grammar(served, ask.json_schema)}
+    if not ask.ignore_eos:
+        options["stop"] += served.turn_end_strings if chat else ()
+        options["stop_tokens"] = served.turn_ends if chat else served.eos_tokens
     requests = []
     for prompt in ask.prompts:
         tokens = prompt_tokens(served, context, prompt)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palm_rlhf.ops.sampling import keep_top_p
-from palm_rlhf.serving.generation import Generation, TokenLogprob
+from palm_rlhf.ops.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from palm_rlhf.serving.generation import Generation, Request, TokenLogprob
 
 
 class Sampled(NamedTuple):
@@ -42,10 +42,18 @@ class Sampler:
 
 
 def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
-    """Logits with the bias and the penalties of the rows that ask for them: `b v -> b v`."""
+    """Logits with the penalties and the bias of the rows that ask for them: `b v -> b v`.
+
+    The penalty of repetition comes first, since it asks for the sign that the model gave a logit.
+    """
     adjusted = logits
     for index, row in enumerate(rows):
         request = row.request
+        if request.repetition_penalty != 1:
+            adjusted = logits.clone() if adjusted is logits else adjusted
+            seen = torch.zeros_like(logits[index], dtype=torch.bool)
+            seen[torch.tensor(row.sequence, device=logits.device)] = True
+            adjusted[index] = penalise_repetition(logits[index], seen, request.repetition_penalty)
         changes = dict(request.logit_bias)
         for token, count in row.counts.items():
             penalty = request.presence_penalty + count * request.frequency_penalty
@@ -66,6 +74,18 @@ def constrain(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
     return constrained
 
 
+def truncate(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Leaves in place the tokens that may be drawn: top-k, top-p and min-p in turn, where asked for: `b v -> b v`."""
+    for row, request in zip(logits, requests, strict=True):
+        if request.top_k is not None:
+            row.copy_(keep_top_k(row, request.top_k))
+        if request.top_p < 1:
+            row.copy_(keep_top_p(row, request.top_p))
+        if request.min_p > 0:
+            row.copy_(keep_min_p(row, request.min_p))
+    return logits
+
+
 def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
     """The likeliest token where the temperature is 0, else a draw from the distribution: `b v -> b`."""
     chosen = logits.argmax(dim=-1)
@@ -81,8 +101,7 @@ def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
     # shifted before they are divided: a temperature near 0 is then near greedy, where it would overflow
     scaled = logits[index].double()
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / column([request.temperature for request in requests])
-    if cut := [place for place, request in enumerate(requests) if request.top_p < 1]:
-        scaled[cut] = keep_top_p(scaled[cut], column([requests[place].top_p for place in cut]))
+    scaled = truncate(scaled, requests)
     mass = scaled.exp().cumsum(dim=-1)
     total = mass[:, -1:]
     # never the total itself, which no token reaches beyond

@@ -14,11 +14,17 @@ def check(value: Any, schema: dict[str, Any], name: str) -> Any:
     """The value, without entries that are null; ApiError that names the place, what stands there and what is expected.
 
     Knows type, enum, minimum, maximum, minLength, maxLength, minItems, maxItems, items, properties, required,
-    additionalProperties (true for an object that is taken as it is), propertyNames of digits, and anyOf of several
-    types.
+    additionalProperties (true for an object that is taken as it is), maxProperties, propertyNames of digits or of a
+    length, and anyOf of several types. An enum without a type lists the values at which a parameter changes nothing;
+    others are not supported.
     """
     if "anyOf" in schema:
         return _check_any(value, schema, name)
+    if "type" not in schema:
+        if not any(_same(value, one) for one in schema["enum"]):
+            message = f"{name} is {shown(value)}, not supported here; expected it left out, or {described(schema)}"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+        return value
     kind = schema["type"]
     if kind == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -52,14 +58,14 @@ def _check_any(value: Any, schema: dict[str, Any], name: str) -> Any:
         try:
             return check(value, option, name)
         except ApiError as found:
-            if isinstance(value, KINDS[option["type"]]) and not isinstance(value, bool):
+            if "type" in option and isinstance(value, KINDS[option["type"]]) and not isinstance(value, bool):
                 error = found if error is None or found.param != name else error
     raise error or refusal(value, schema, name)
 
 
 def _tagged(value: dict[str, Any], options: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
     """The schema of an object that its type or role tells, where all schemas of objects can be told by it."""
-    options = [option for option in options if option["type"] == "object"]
+    options = [option for option in options if option.get("type") == "object"]
     for tag in TAGS:
         known = [option.get("properties", {}).get(tag, {}).get("enum", []) for option in options]
         if len(options) > 1 and all(known) and value.get(tag) is not None:
@@ -71,6 +77,8 @@ def _tagged(value: dict[str, Any], options: list[dict[str, Any]], name: str) -> 
 def _check_object(value: dict[str, Any], schema: dict[str, Any], name: str) -> dict[str, Any]:
     found, properties = {}, schema.get("properties", {})
     prefix = f"{name}." if name else ""
+    if len(value) > schema.get("maxProperties", len(value)):
+        raise ApiError(400, f"{name} has {len(value)} entries; expected at most {schema['maxProperties']}", param=name)
     for key, item in value.items():
         if item is None:
             continue
@@ -79,18 +87,35 @@ def _check_object(value: dict[str, Any], schema: dict[str, Any], name: str) -> d
         elif schema["additionalProperties"] is False:
             raise ApiError(
                 400,
-                f"{prefix}{key} is not supported here; expected only {', '.join(properties)}",
+                f"{prefix}{key} is not supported here; expected only {_supported(properties)}",
                 param=prefix + key,
                 code="unsupported_parameter",
             )
-        elif not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise ApiError(400, f'{name} has the key {shown(key)}; expected a token id, such as "42"', param=name)
+        elif complaint := _bad_key(key, schema["propertyNames"]):
+            raise ApiError(400, f"{name} has the key {shown(key)}; expected {complaint}", param=name)
         else:
             found[key] = check(item, schema["additionalProperties"], prefix + key)
     for key in schema.get("required", ()):
         if key not in found:
             raise ApiError(400, f"{prefix}{key} is missing; it is required", param=prefix + key, code="missing")
     return found
+
+
+def _bad_key(key: str, schema: dict[str, Any]) -> str | None:
+    """What a key should have been; None for one that is fine."""
+    if "pattern" in schema:
+        return None if key.isascii() and key.isdigit() and len(key) < 10 else 'a token id, such as "42"'
+    return None if len(key) <= schema["maxLength"] else f"at most {schema['maxLength']} characters"
+
+
+def _supported(properties: dict[str, Any]) -> str:
+    """The names of those that have an effect."""
+    return ", ".join(name for name, schema in properties.items() if "type" in schema or "anyOf" in schema)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are equal; 1 and 1.0 are, 1 and true are not."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def refusal(value: Any, schema: dict[str, Any], name: str) -> ApiError:

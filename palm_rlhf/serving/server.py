@@ -11,7 +11,7 @@ from palm_rlhf.serving.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.extras import fastapi_module
 from palm_rlhf.serving.front import Front, error_response, json_response
 from palm_rlhf.serving.metrics import Metrics
-from palm_rlhf.serving.protocol import CHAT, COMPLETION, SCORE
+from palm_rlhf.serving.parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.served import Served
 
 PAGE = Path(__file__).with_name("page")

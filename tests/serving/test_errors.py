@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from palm_rlhf.serving.answers import Limits
-from palm_rlhf.serving.protocol import CHAT, COMPLETION
+from palm_rlhf.serving.parameters import CHAT, COMPLETION
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATS, TEXTS, SCORES = "/v1/chat/completions", "/v1/completions", "/v1/score"
@@ -42,14 +42,21 @@ BAD_VALUES = [
     ("max_tokens", [0, -1, 1.5, "many", True, 2**31]),
     ("n", [0, 129, 1.5, "two"]),
     ("best_of", [0, 129]),
-    ("stop", ["", [], ["a", ""], [1], ["a"] * 5, "x" * 257, {}]),
+    ("top_k", [-2, 0.5, "all"]),
+    ("min_p", [-0.1, 1.1, "x"]),
+    ("repetition_penalty", [0, -1, 101, "x"]),
+    ("stop", [["a", ""], [1], ["a"] * 65, "x" * 257, {}]),
+    ("ignore_eos", [1, "yes"]),
     ("stream", ["yes", 1]),
-    ("stream_options", [True, {"include_usage": 1}, {"other": True}]),
+    ("stream_options", [True, {"include_usage": 1}, {"other": True}, {"continuous_usage_stats": 1}]),
     ("seed", ["one", 1.5, 2**63]),
     ("presence_penalty", [-2.1, 2.1, "x"]),
     ("frequency_penalty", [-2.1, 2.1, "x"]),
     ("logit_bias", [[], {"1": 101}, {"1": "x"}, {"x": 1}, {"-1": 1}, {"1.5": 1}, {"²": 1}, {"261": 1}]),
     ("user", [1, "x" * 513]),
+    ("safety_identifier", [1, "x" * 513]),
+    ("prompt_cache_key", [1, "x" * 513]),
+    ("metadata", [[], {"a": 1}, {"x" * 65: "a"}, {"a": "x" * 513}, {str(n): "a" for n in range(17)}]),
     ("model", [1, []]),
 ]
 BAD_CHATS = [
@@ -59,7 +66,10 @@ BAD_CHATS = [
     ("top_logprobs", [-1, 21, 5]),  # 5: without logprobs
     ("response_format", ["text", {"type": "xml"}, {}]),
 ]
-BAD_TEXTS = [("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]), ("logprobs", [True, 6, -1])]
+BAD_TEXTS = [
+    ("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]),
+    ("logprobs", [True, 6, -1]),
+]
 
 
 def cases(table):
@@ -81,19 +91,17 @@ def test_a_bad_value_of_a_completion_is_named(refused, name, value):
 
 
 def test_every_field_has_a_bad_value_in_the_tables_above():
-    assert {name for name, _ in (*BAD_VALUES, *BAD_CHATS)} == set(CHAT["properties"])
-    assert {name for name, _ in (*BAD_VALUES, *BAD_TEXTS)} == set(COMPLETION["properties"])
+    for tables, schema in (((BAD_VALUES, BAD_CHATS), CHAT), ((BAD_VALUES, BAD_TEXTS), COMPLETION)):
+        supported = {name for name, value in schema["properties"].items() if set(value) != {"enum", "description"}}
+        assert {name for table in tables for name, _ in table} == supported
 
 
-NOT_SUPPORTED = ("tools", "tool_choice", "functions", "top_k", "store", "metadata", "service_tier", "audio", "whatever")
-
-
-@pytest.mark.parametrize("name", [*NOT_SUPPORTED, "echo", "suffix"])
+@pytest.mark.parametrize("name", ["functions", "audio", "prediction", "web_search_options", "suffix", "whatever"])
 def test_a_field_that_is_not_supported_is_refused_by_name_unless_it_is_null(refused, http, name):
     chat, text = ({"model": "parrot", **asked} for asked in ({"messages": HELLO}, {"prompt": "a"}))
     for path, body in ((CHATS, chat), (TEXTS, text), (SCORES, {**text, "replies": ["b"]})):
-        error = refused(path, {**body, name: False})
-        assert error["param"] == name
+        error = refused(path, {**body, name: True})
+        assert (error["param"], error["code"]) == (name, "unsupported_parameter")
         assert "not supported" in error["message"]
         assert http.post(path, json={**body, name: None}).status_code == 200
 
@@ -123,7 +131,7 @@ def test_what_is_required_is_named(refused):
 
 def test_fields_that_exclude_each_other(refused):
     chat = {"model": "parrot", "messages": HELLO}
-    assert refused(CHATS, {**chat, "max_tokens": 5, "max_completion_tokens": 5})["param"] == "max_tokens"
+    assert refused(CHATS, {**chat, "max_tokens": 5, "max_completion_tokens": 6})["param"] == "max_tokens"
     assert refused(CHATS, {**chat, "n": 3, "best_of": 2})["param"] == "best_of"
     assert refused(CHATS, {**chat, "stream": True, "best_of": 2})["param"] == "best_of"
     assert refused(CHATS, {**chat, "stream_options": {"include_usage": True}})["param"] == "stream_options"

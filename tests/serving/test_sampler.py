@@ -19,7 +19,16 @@ def row(index: int = 0, **options) -> Generation:
     return Generation(request, TextStream(ByteTokenizer()), None, lambda: None)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"temperature": 1.5, "top_p": 0.8}])
+TRUNCATIONS = [
+    {"top_k": 2},
+    {"min_p": 0.4},
+    {"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.2},
+]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"temperature": 1.5, "top_p": 0.8}, *TRUNCATIONS]
+)
 def test_draws_have_the_distribution_that_is_asked_for(options):
     logits = torch.tensor([1.0, 0.3, -torch.inf, -0.5, 0.9, -2.0])
     num_draws = 4000
@@ -42,7 +51,7 @@ def draws(logits, rows, num_steps):
 
 def test_a_row_does_not_depend_on_the_others():
     logits = torch.randn(4, 50)
-    options = [{"temperature": 0.9}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 2}]
+    options = [{"temperature": 0.9}, {"top_p": 0.5}, {"top_k": 3}, {"temperature": 2, "min_p": 0.1}]
     together = draws(logits, [row(index, **option) for index, option in enumerate(options)], 20)
     for index, option in enumerate(options):
         alone = draws(logits[index : index + 1], [row(index, **option)], 20)
@@ -119,6 +128,19 @@ def counted_once(logits, rows):
 def test_wrong_penalties_are_noticed(mutant):
     with pytest.raises(AssertionError):
         require_penalties(mutant, [1, 1, 2], 0.5, 0.75)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.2, 5])
+def test_repetition_is_penalised_in_the_prompt_and_the_reply(penalty):
+    one = row(repetition_penalty=penalty)  # whose prompt is 1
+    for token in (3, 3, 4):
+        one.push(token, None)
+    logits = torch.tensor([[2.0, 2.0, -1.0, -1.0, 3.0, 0.0]])
+    expected = torch.tensor([[2.0, 2.0 / penalty, -1.0, -1.0 * penalty, 3.0 / penalty, 0.0]])
+    torch.testing.assert_close(adjust(logits, [one]), expected)
+    assert torch.equal(adjust(logits, [row()]), logits)
+    both = row(repetition_penalty=penalty, logit_bias={1: -3.0, 0: 1.0})
+    torch.testing.assert_close(adjust(logits, [both])[0, :2], torch.tensor([3.0, 2.0 / penalty - 3.0]))
 
 
 def test_a_row_without_penalties_is_left_alone():

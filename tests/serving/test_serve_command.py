@@ -55,6 +55,7 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
                 (model,) = client.models.list().data
                 assert (model.id, model.max_model_len) == ("bird", 100)
                 options = {"model": "bird", "messages": HELLO, "temperature": 0, "user": "someone"}
+                options["metadata"] = {"team": "\n"}
                 reply = client.chat.completions.create(**options, extra_body={"best_of": 2})
                 assert reply.choices[0].message.content == "Hi there! How are you?"
                 assert reply.usage.prompt_tokens_details.cached_tokens in (0, 7)  # from its twin, and never from before
@@ -63,7 +64,8 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert "Traceback" not in errors
-        assert "user='someone' prompt_tokens=8 completion_tokens=46 replies=2 ended=stop" in errors
+        noted = """user='someone' metadata={"team": "\\n"} prompt_tokens=8 completion_tokens=46 replies=2 ended=stop"""
+        assert noted in errors
 
 
 def test_replies_that_outlast_the_grace_are_told_so(command, checkpoint):

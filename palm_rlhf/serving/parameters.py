@@ -1,0 +1,218 @@
+"""What requests in OpenAI's protocol may hold, as JSON Schema: the description of the API, and what is checked."""
+
+from typing import Any
+
+MOST_CHOICES = 128
+MOST_STOPS = 64  # OpenAI takes 4; evaluation harnesses send more
+
+
+def integer(minimum: int, maximum: int, description: str) -> dict[str, Any]:
+    """The schema of a whole number."""
+    return {"type": "integer", "minimum": minimum, "maximum": maximum, "description": description}
+
+
+def number(minimum: float, maximum: float, description: str) -> dict[str, Any]:
+    """The schema of a number."""
+    return {"type": "number", "minimum": minimum, "maximum": maximum, "description": description}
+
+
+def string(most: int, description: str) -> dict[str, Any]:
+    """The schema of a short text."""
+    return {"type": "string", "maxLength": most, "description": description}
+
+
+def boolean(description: str) -> dict[str, Any]:
+    """The schema of a switch."""
+    return {"type": "boolean", "description": description}
+
+
+def record(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    """The schema of an object of these entries and no others."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def items(schema: dict[str, Any], minimum: int = 1, maximum: int | None = None) -> dict[str, Any]:
+    """The schema of a list."""
+    return {"type": "array", "items": schema, "minItems": minimum, **({} if maximum is None else {"maxItems": maximum})}
+
+
+def neutral(*values: Any) -> dict[str, Any]:
+    """The schema of a parameter that is not supported, and taken at the values that ask for nothing."""
+    return {"enum": list(values), "description": "Not supported: taken only at a value that changes nothing."}
+
+
+STRING = {"type": "string"}
+MODEL = {"type": "string", "description": "The name that /v1/models tells."}
+TOKENS = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+STOP = {"type": "string", "minLength": 1, "maxLength": 256}
+COUNT = integer(1, 2**31 - 1, "Most tokens of a reply.")
+SAMPLING = {
+    "temperature": number(0, 2, "Divides the logits; 0 is greedy."),
+    "top_k": integer(-1, 2**31 - 1, "Samples from so many of the likeliest tokens; 0 or -1 from all."),
+    "top_p": number(0, 1, "Samples from the fewest tokens that hold this much of the probability."),
+    "min_p": number(0, 1, "Samples from tokens of at least so many times the probability of the likeliest."),
+    "seed": integer(-(2**63), 2**63 - 1, "Makes the sample repeatable."),
+    "repetition_penalty": number(
+        0.01, 100, "Divides positive logits of tokens of the prompt and reply, multiplies negative ones; 1: none."
+    ),
+    "presence_penalty": number(-2, 2, "Taken from the logits of tokens that have been sampled."),
+    "frequency_penalty": number(-2, 2, "Taken from those for each time they have been sampled."),
+    "logit_bias": {
+        "type": "object",
+        "additionalProperties": number(-100, 100, "Added to the logit."),
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "description": "Token ids, and what is added to their logits.",
+    },
+}
+ENDING = {
+    "max_tokens": COUNT,
+    "stop": {
+        "anyOf": [string(256, "One; an empty one is none."), items(STOP, minimum=0, maximum=MOST_STOPS)],
+        "description": "Strings that end a reply.",
+    },
+    "ignore_eos": boolean("Go on after the token that ends a text or turn, up to the most tokens."),
+}
+STREAMING = {
+    "stream": boolean("Send server-sent events as tokens come."),
+    "stream_options": record(
+        {
+            "include_usage": boolean("Send the usage in a last chunk."),
+            "continuous_usage_stats": boolean("With include_usage, send the usage so far in every chunk."),
+            "include_obfuscation": neutral(False),
+        }
+    ),
+}
+NOTED = {
+    "user": string(512, "Written to the log beside the request."),
+    "safety_identifier": string(512, "The newer name of user."),
+    "metadata": {
+        "type": "object",
+        "additionalProperties": {"type": "string", "maxLength": 512},
+        "propertyNames": {"maxLength": 64},
+        "maxProperties": 16,
+        "description": "Written to the log beside the request.",
+    },
+    "prompt_cache_key": string(
+        512, "A hint that needs no following here: prompts that begin alike are found by what they say."
+    ),
+}
+# What clients of OpenAI's and of vLLM's servers send where they ask for nothing. Null is taken for any name.
+NEUTRAL = {
+    "store": neutral(False),
+    "service_tier": neutral("auto", "default"),
+    "prompt_cache_retention": neutral("in_memory", "in-memory"),
+    "use_beam_search": neutral(False),
+    "length_penalty": neutral(1),
+    "min_tokens": neutral(0),
+    "stop_token_ids": neutral([]),
+    "bad_words": neutral([]),
+    "logits_processors": neutral([]),
+    "include_stop_str_in_output": neutral(False),
+    "skip_special_tokens": neutral(True),
+    "spaces_between_special_tokens": neutral(True),
+    "return_token_ids": neutral(False),
+    "return_tokens_as_token_ids": neutral(False),
+    "priority": neutral(0),
+}
+NEUTRAL_IN_CHATS = {
+    "tools": neutral([]),
+    "tool_choice": neutral("none", "auto"),
+    "parallel_tool_calls": neutral(True, False),
+    "functions": neutral([]),
+    "function_call": neutral("none", "auto"),
+    "modalities": neutral(["text"]),
+    "reasoning_effort": neutral("none"),
+    "verbosity": neutral("medium"),
+    "echo": neutral(False),
+    "add_generation_prompt": neutral(True),
+    "continue_final_message": neutral(False),
+    "add_special_tokens": neutral(False),
+    "documents": neutral([]),
+    "chat_template_kwargs": neutral({}),
+}
+NEUTRAL_IN_COMPLETIONS = {"suffix": neutral(""), "add_special_tokens": neutral(True, False)}
+NEUTRAL_IN_MESSAGES = {
+    "tool_calls": neutral([]),
+    "annotations": neutral([]),
+    "refusal": neutral(""),
+    "reasoning": neutral(""),
+    "reasoning_content": neutral(""),
+}
+COMMON = {
+    "model": MODEL,
+    **SAMPLING,
+    **ENDING,
+    **STREAMING,
+    **NOTED,
+    "n": integer(1, MOST_CHOICES, "Replies."),
+    "best_of": integer(1, MOST_CHOICES, "Draws so many replies, and returns the n best by the reward model."),
+    **NEUTRAL,
+}
+FREE = {"type": "object", "additionalProperties": True}
+RESPONSE_FORMAT = {
+    "anyOf": [
+        record({"type": {"type": "string", "enum": ["text", "json_object"]}}, "type"),
+        record(
+            {
+                "type": {"type": "string", "enum": ["json_schema"]},
+                "json_schema": record(
+                    {
+                        "name": {"type": "string", "minLength": 1, "maxLength": 64},
+                        "description": STRING,
+                        "schema": {**FREE, "description": "A JSON Schema; any JSON where there is none."},
+                        "strict": {"type": "boolean", "description": "Taken for true: replies always conform."},
+                    },
+                    "name",
+                ),
+            },
+            "type",
+            "json_schema",
+        ),
+    ],
+    "description": "The form of the reply: text, any object of JSON, or JSON by a schema.",
+}
+PART = record({"type": {"type": "string", "enum": ["text"]}, "text": STRING}, "type", "text")
+CONTENT = {"anyOf": [STRING, items(PART)]}
+MESSAGE = record(
+    {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
+        "content": CONTENT,
+        **NEUTRAL_IN_MESSAGES,
+    },
+    "role",
+    "content",
+)
+CHAT = record(
+    {
+        **COMMON,
+        "messages": items(MESSAGE),
+        "max_completion_tokens": COUNT,
+        "logprobs": boolean("Return the log-probability of each token."),
+        "top_logprobs": integer(0, 20, "Return those of the likeliest tokens, too."),
+        "response_format": RESPONSE_FORMAT,
+        **NEUTRAL_IN_CHATS,
+    },
+    "model",
+    "messages",
+)
+PROMPTS = [items(kind, maximum=MOST_CHOICES) for kind in (STRING, items(TOKENS))]
+PROMPT = {"anyOf": [STRING, items(TOKENS), *PROMPTS], "description": "Text or token ids, of one prompt or of several."}
+COMPLETION = record(
+    {
+        **COMMON,
+        "prompt": PROMPT,
+        "logprobs": {"anyOf": [integer(0, 5, "Return those of each token and the likeliest others."), neutral(False)]},
+        **NEUTRAL_IN_COMPLETIONS,
+    },
+    "model",
+    "prompt",
+)
+SCORE = record(
+    {"model": MODEL, "messages": items(MESSAGE), "prompt": STRING, "replies": items(STRING, maximum=MOST_CHOICES)},
+    "replies",
+)
