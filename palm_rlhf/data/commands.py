@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -26,6 +27,7 @@ from palm_rlhf.data.filters import (
     keep_languages,
     keep_model,
 )
+from palm_rlhf.data.json_stream import Broken
 from palm_rlhf.data.records import STANDARD, Record, write_records
 from palm_rlhf.data.sharegpt import read_conversations
 from palm_rlhf.data.splitting import fit_context, is_held_out, num_bytes
@@ -39,6 +41,22 @@ Words = Annotated[tuple[str, ...], arg(metavar="WORD ...", help_behavior_hint="(
 Codes = Annotated[tuple[str, ...], arg(metavar="CODE ...", help_behavior_hint="(default: all)")]
 
 
+def offers_to_skip(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose error for a broken record names the option that leaves such records out."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except ValueError as error:
+            if isinstance(error.__cause__, Broken):
+                raise ValueError(f"{error}, or leave out what is broken with --skip-broken") from error
+            raise
+
+    return run
+
+
+@offers_to_skip
 @beartype
 def clean(
     file: File,
@@ -69,6 +87,7 @@ def clean(
     counts.report(out)
 
 
+@offers_to_skip
 @beartype
 def filter_conversations(
     file: File,
@@ -146,6 +165,7 @@ def filter_conversations(
     counts.report(out, eval_out)
 
 
+@offers_to_skip
 @beartype
 def convert(
     file: File,

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+from palm_rlhf.model.interop.text_file import HOW_TO_CONVERT, is_utf16
+
 Record = dict[str, Any]
 CHUNK = 1 << 20
 
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 BLANKS = re.compile(r"[ \t\n\r]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MARKS = re.compile(r'[\[\]{},"]')
@@ -36,8 +37,8 @@ def pieces(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
     except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards
         yield 1, _damaged(error)
         return
-    if start.startswith(UTF16) or b"\0" in start[:4]:
-        yield 1, Broken("no UTF-8", "it looks like UTF-16 or UTF-32; convert it, as by iconv -f UTF-16 -t UTF-8")
+    if is_utf16(start[:4]):
+        yield 1, Broken("no UTF-8", HOW_TO_CONVERT)
         return
     is_array = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     yield from (_array if is_array else _lines)(stream, limit)

@@ -1,5 +1,6 @@
 """Where text comes from: files, folders, globs, ``.jsonl`` and gzip, as documents read piece by piece."""
 
+import codecs
 import glob
 import gzip
 import json
@@ -9,6 +10,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from palm_rlhf.model.interop.text_file import HOW_TO_CONVERT, UTF16, is_utf16
 
 CHUNK = 1 << 20
 
@@ -50,7 +53,10 @@ def _walk(folder: Path, cache: Path) -> Iterator[Path]:
 
 def is_plain(file: Path) -> bool:
     """Whether the file's bytes are its text, so that it can be mapped as it is."""
-    return not file.name.endswith((".gz", ".jsonl"))
+    if file.name.endswith((".gz", ".jsonl")):
+        return False
+    with open(file, "rb") as stream:
+        return not stream.read(3).startswith((codecs.BOM_UTF8, *UTF16))
 
 
 def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
@@ -76,12 +82,17 @@ def python_docs() -> list[Document]:
 
 def _read_chunks(file: Path) -> Iterator[bytes]:
     with _open(file) as stream:
-        yield from _guarded(file, stream, iter(lambda: stream.read(CHUNK), b""))
+        for place, chunk in enumerate(_guarded(file, stream, iter(lambda: stream.read(CHUNK), b""))):
+            if place == 0 and chunk.startswith(UTF16):
+                raise ValueError(f"{file} is not UTF-8: {HOW_TO_CONVERT}")
+            yield chunk if place else chunk.removeprefix(codecs.BOM_UTF8)
 
 
 def _read_jsonl(file: Path, text_key: str) -> Iterator[bytes]:
     with _open(file) as stream:
         for number, line in enumerate(_guarded(file, stream, stream), start=1):
+            if number == 1 and is_utf16(line[:4]):
+                raise ValueError(f"{file} is not UTF-8: {HOW_TO_CONVERT}")
             if not line.isspace():
                 try:
                     yield _text(json.loads(line), text_key)

@@ -12,6 +12,7 @@ from beartype import beartype
 
 from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, token_name
 from palm_rlhf.model.interop.folder import read_json
+from palm_rlhf.model.interop.text_file import read_text
 from palm_rlhf.training.state import write_text
 
 Messages = Sequence[Mapping[str, Any]]
@@ -165,7 +166,7 @@ def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
     if isinstance(source, list):  # several by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if (folder / JINJA_FILE).is_file():
-        source = (folder / JINJA_FILE).read_text(encoding="utf-8")
+        source = read_text(folder / JINJA_FILE)
     if not isinstance(source, str):
         raise FileNotFoundError(
             f"{folder} has no {TEMPLATE_FILE}, no {JINJA_FILE} and no chat_template in its {CONFIG_FILE}: "

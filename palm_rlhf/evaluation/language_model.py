@@ -14,6 +14,7 @@ from beartype import beartype
 
 from palm_rlhf.data.records import read_records
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
+from palm_rlhf.model.interop.text_file import read_text
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.windows import token_arrays
@@ -78,10 +79,7 @@ def read_documents(
             language = record.get(language_key)
             documents.append(Document(record[text_key], None if language is None else str(language)))
     else:
-        try:
-            documents.append(Document(Path(path).read_bytes().decode()))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text in UTF-8 ({error}): convert it first") from error
+        documents.append(Document(read_text(Path(path))))
     documents = [document for document in documents if document.text]
     if not documents:
         raise ValueError(f"{path} holds no text, expected at least one character")

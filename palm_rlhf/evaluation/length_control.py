@@ -13,10 +13,13 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from beartype import beartype
+
+from palm_rlhf.model.interop.text_file import read_text
 
 STRENGTHS = np.logspace(-4, 4, 10)  # of the data against the penalty: what cross-validation chooses from
 NUM_FOLDS = 5
@@ -46,8 +49,7 @@ class Regularizer:
 @beartype
 def read_regularizer(path: str | os.PathLike[str]) -> Regularizer:
     """Reads that file; ValueError where it is another."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(read_text(Path(path)).splitlines(keepends=True)))
     if not rows or not set(GAMED_COLUMNS) <= rows[0].keys():
         raise ValueError(
             f"{path} has the columns {list(rows[0]) if rows else []}, expected {', '.join(GAMED_COLUMNS)}: "

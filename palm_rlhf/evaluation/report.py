@@ -13,6 +13,7 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.evaluation.plots import BarPlot, Line, LinePlot, Plot, draw
+from palm_rlhf.model.interop.text_file import read_text
 from palm_rlhf.training.state import write_text
 
 Cell = str | int | float | bool | None
@@ -80,7 +81,7 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
 def read_report(path: str | os.PathLike[str]) -> Report:
     """Reads the JSON of a report; ValueError for another file."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json.loads(read_text(Path(path)))
         return Report(record["title"], tuple(map(_section, record["sections"])), record["results"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -12,6 +12,7 @@ from beartype import beartype
 from tyro.conf import Positional, arg
 
 from palm_rlhf.model.interop.folder import parse_size
+from palm_rlhf.model.interop.text_file import read_text
 
 KEYS_VARIABLE = "PALM_RLHF_API_KEYS"
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def read_keys(file: Path | None) -> list[str]:
     """The API keys of a file and of the environment; ValueError for a file without any."""
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
     if file is not None:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(file).splitlines()]
         if not any(lines):
             raise ValueError(f"{file} has no API key; expected one a line")
         keys += lines

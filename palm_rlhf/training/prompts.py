@@ -1,5 +1,6 @@
 """The prompts of reinforcement learning, from whichever form they come in."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.model.generate import check_token_ids
+from palm_rlhf.model.interop.text_file import read_text
+
+LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028, which is part of a text
 
 
 @beartype
@@ -62,10 +66,7 @@ def read_prompts(
 @beartype
 def read_lines(path: Path) -> list[str]:
     """The lines of a file that are not blank; ValueError where it is no text."""
-    try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}), expected a prompt on each line: convert it") from error
+    return [line for line in LINE_END.split(read_text(path)) if line.strip()]
 
 
 @beartype

@@ -64,7 +64,7 @@ def test_prompts_are_the_same_in_every_form(tmp_path):
         ({"prompt_token_ids": torch.zeros(2, 3).long(), "prompt_lengths": torch.tensor([1])}, r"\[1\], expected 2"),
         ({"prompt_token_ids": torch.zeros(1, 3).long(), "prompt_lengths": torch.tensor([4])}, r"up to \[3\]"),
         ({"prompt_token_ids": [torch.tensor([1])], "prompt_lengths": torch.tensor([1])}, "without padded"),
-        ({"prompts_path": "latin.txt"}, r"latin.txt is not UTF-8 .*, expected a prompt on each line: convert it"),
+        ({"prompts_path": "latin.txt"}, r"latin.txt is not UTF-8 .*: convert it"),
     ],
     ids=str,
 )

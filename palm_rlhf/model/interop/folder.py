@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from palm_rlhf.model.interop.text_file import read_text
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 ANY_SHARD = SHARD.format(0, 0).replace("0", "[0-9]")
@@ -137,7 +139,7 @@ def reading(file: Path) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError for anything else."""
     with reading(file):
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a JSON {type(values).__name__}, expected an object")
         return values
