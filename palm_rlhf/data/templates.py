@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ class ChatTemplate:
 class JinjaTemplate:
     """A Hugging Face `chat_template`, which runs in a sandbox that lets it change nothing and reach nothing.
 
-    It may use the names in `variables`, such as bos_token. The special tokens are those of the tokenizer.
+    It finds the names and filters that transformers' `apply_chat_template` has: the names in `variables`, such as
+    bos_token; `tools` and `documents`, which are None; `strftime_now`, `raise_exception` and `tojson`. The special
+    tokens are those of the tokenizer.
     """
 
     source: str
@@ -107,7 +110,8 @@ class JinjaTemplate:
     ) -> str:
         """The conversation as text, with the tools that may be called; ValueError where the template refuses it."""
         plain = [{key: message[key] for key in MESSAGE_KEYS if key in message} for message in messages]
-        options = {"messages": plain, "add_generation_prompt": add_generation_prompt, "tools": tools}
+        options = {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        options |= {"tools": tools, "documents": None}
         try:
             return self._compiled.render(**{**self.variables, **options})
         except Exception as error:  # a template can fail in every way that Python can
@@ -126,7 +130,7 @@ def quote(text: str) -> str:
 
 @cache
 def sandbox() -> Any:
-    """Where Hugging Face's templates run: with loop controls and `raise_exception`; `generation` marks nothing."""
+    """Where Hugging Face's templates run, with what transformers puts there; `generation` blocks mark nothing."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -144,8 +148,15 @@ def sandbox() -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # Jinja's own filter escapes characters of HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form):
+        return datetime.now().strftime(form)
+
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment
 
 
