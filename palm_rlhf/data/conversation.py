@@ -109,14 +109,15 @@ def _parts(
     ids = {tokenizer.special_tokens[name] for name in names.names}
     guard = unused_character(message["content"] for message in messages)
     guarded = [{"role": m["role"], "content": names.guarded(m["content"], guard)} for m in messages]
-    spaces = ""
+    spaces, before = "", None
     for text, message in _texts(guarded, template, add_generation_prompt):
         text, spaces = spaces + text, ""
         if message is None:
             spaces = text[len(text.rstrip(" ")) :]
-            yield _Part(names.encode(text.rstrip(" "), guard, tokenizer))
+            tokens = names.encode(text.rstrip(" "), guard, tokenizer, before)
+            yield _Part(tokens)
         else:
-            tokens = names.encode(text, guard, tokenizer)
+            tokens = names.encode(text, guard, tokenizer, before)
             special = [place for place, token in enumerate(tokens) if token in ids]
             if not special:
                 raise ValueError(
@@ -124,6 +125,7 @@ def _parts(
                     f"model learns by it to stop. It puts {text.replace(guard, '')[-20:]!r} there"
                 )
             yield _Part(tokens, message, special[-1] + 1)
+        before = tokens[-1] if tokens else before
 
 
 def _texts(messages: Messages, template: Template, add_generation_prompt: bool) -> Iterator[tuple[str, int | None]]:
@@ -192,12 +194,17 @@ class SpecialNames:
         after = guard if core.endswith(self.heads) else ""
         return content.replace(core, before + core + after, 1) if core else content
 
-    def encode(self, text: str, guard: str, tokenizer: Tokenizer) -> list[int]:
-        """Names as their tokens, and what is between them as text without guards."""
+    def encode(self, text: str, guard: str, tokenizer: Tokenizer, before: int | None) -> list[int]:
+        """Names as their tokens, and the text between them without guards; `before` is the token that stands before."""
+        special = {tokenizer.special_tokens[name] for name in self.names}
         tokens: list[int] = []
         for piece in self.whole.split(text):
             if piece in self.names:
                 tokens.append(tokenizer.special_tokens[piece])
-            elif piece:
-                tokens += tokenizer.encode(piece.replace(guard, ""))
+            elif words := piece.replace(guard, ""):
+                last = tokens[-1] if tokens else before
+                if last is None:
+                    tokens += tokenizer.encode(words)
+                else:
+                    tokens += tokenizer.encode_continuation(words, after_special=last in special)
         return tokens

@@ -194,13 +194,15 @@ def _encoded(
                     f"{text.where(offset + error.start)}, is not UTF-8 ({error.reason}): convert the file to UTF-8, or "
                     "train on bytes, without a tokenizer"
                 ) from error
-            yield _checked(tokenizer, string), len(raw)
+            yield _checked(tokenizer, string, continues=offset > first), len(raw)
         if eos_token is not None and last <= end:
             yield np.array([eos_token]), 0
 
 
-def _checked(tokenizer: Tokenizer, string: str) -> np.ndarray:
-    ids = tokenizer.encode(string)
+def _checked(tokenizer: Tokenizer, string: str, *, continues: bool = False) -> np.ndarray:
+    """The ids of a text, which may go on after another piece of its document."""
+    encode = getattr(tokenizer, "encode_continuation", tokenizer.encode) if continues else tokenizer.encode
+    ids = encode(string)
     array = np.asarray(ids if len(ids) else np.empty(0, np.int64))
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{type(tokenizer).__name__}.encode gave {type(ids).__name__}, expected a list of token ids")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from palm_rlhf.training.state import write_text
 NUM_BYTES = 256
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 DEFAULT_SPECIAL_TOKENS = (EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>")
+# Put before a text to learn its tokens in the middle of another one: the first that no token joins to the text is taken.
+ANCHORS = ("\n", ".", "x", "7", "\u4e00")
+PROBES = ("a", "e", "1")  # words that show whether a tokenizer puts a blank before the first
 TOKENIZER_FILE, CONFIG_FILE, GENERATION_FILE = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
@@ -66,6 +70,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text, none of them of a special token."""
+
+    def encode_continuation(self, text: str, *, after_special: bool = False) -> list[int]:
+        """The ids of a text that goes on after another, or directly after a special token.
+
+        Some tokenizers put a blank before the first word of what they encode, as Llama's does. A text that is cut is
+        whole again, without blanks that nobody wrote, where `encode` reads its first part and this method the rest.
+        """
+        return self.encode(text)
 
     @abstractmethod
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
@@ -169,6 +181,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.config = config or {}
         self._unknown = unknown_token(self.backend)
         super().__init__(special_tokens, eos_token, pad_token)
+        self._anchored = {"text": self._gains_blank(), "special": False}
+        self._anchored["special"] = self._anchored["text"] and not self._gains_blank_after_special()
 
     @classmethod
     @beartype
@@ -209,22 +223,65 @@ class HuggingFaceTokenizer(Tokenizer):
     @beartype
     def encode(self, text: str) -> list[int]:
         """The ids of a text, none of them of a special token; ValueError for a lone surrogate, which is no text."""
-        try:
-            encoding = self.backend.encode(text, add_special_tokens=False)
-        except TypeError as error:
-            raise ValueError(
-                f"the text holds half of a surrogate pair, which is no character: {text!r:.80}; "
-                "mend it by text.encode('utf-8', 'replace').decode()"
-            ) from error
-        if self._special_ids.isdisjoint(encoding.ids):
-            return encoding.ids
+        return self._encode(text, anchored=False)
+
+    @beartype
+    def encode_continuation(self, text: str, *, after_special: bool = False) -> list[int]:
+        """The ids of a text that goes on after another, or directly after a special token; see `Tokenizer`.
+
+        After a special token the blank comes where the backend puts it there too, as transformers has it.
+        """
+        return self._encode(text, anchored=self._anchored["special" if after_special else "text"])
+
+    def _encode(self, text: str, *, anchored: bool) -> list[int]:
+        ids, offsets = self._tokens(text, anchored)
+        if self._special_ids.isdisjoint(ids):
+            return ids
         # Some models know the name of a special token as a word of their own: it is cut in two wherever it stands.
-        spans = [span for index, span in zip(encoding.ids, encoding.offsets) if index in self._special_ids]
+        spans = [span for index, span in zip(ids, offsets) if index in self._special_ids]
         for start, end in spans:
             if end - start < 2:
                 raise ValueError(f"the tokenizer knows {text[start:end]!r} as a special token, which text can forge")
-        cuts = [0, *(start + 1 for start, _ in spans), len(text)]
-        return [index for start, end in pairwise(cuts) for index in self.encode(text[start:end])]
+        first, *rest = [text[start:end] for start, end in pairwise([0, *(start + 1 for start, _ in spans), len(text)])]
+        parts = [self._encode(first, anchored=anchored), *map(self.encode_continuation, rest)]
+        return [index for part in parts for index in part]
+
+    def _tokens(self, text: str, anchored: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters of the text that each stands for; anchored, as they are after other text."""
+        if not text:
+            return [], []
+        for anchor in ANCHORS if anchored else ("",):
+            try:
+                encoding = self.backend.encode(anchor + text, add_special_tokens=False)
+            except TypeError as error:
+                raise ValueError(
+                    f"the text holds half of a surrogate pair, which is no character: {text!r:.80}; "
+                    "mend it by text.encode('utf-8', 'replace').decode()"
+                ) from error
+            found = [(index, span) for index, span in zip(encoding.ids, encoding.offsets) if span[1] > len(anchor)]
+            if all(start >= len(anchor) for _, (start, _) in found):
+                break
+        else:
+            raise ValueError(
+                f"the tokenizer joins {text[:20]!r} to every one of {ANCHORS} before it, so that a text cannot be cut "
+                "there: let the template put a special token before it"
+            )
+        shift = len(anchor)
+        return [index for index, _ in found], [(start - shift, end - shift) for _, (start, end) in found]
+
+    def _gains_blank(self) -> bool:
+        """Whether a word that begins a text has other tokens than the same word after other text."""
+        for word in PROBES:
+            with suppress(ValueError):  # a word that the tokenizer does not know is joined to all other such words
+                return self._tokens(word, False)[0] != self._tokens(word, True)[0]
+        return False
+
+    def _gains_blank_after_special(self) -> bool:
+        """Whether the backend begins a text anew after each special token, and not only once."""
+        self.backend.encode_special_tokens = False
+        after = [self.backend.encode(self._eos + word, add_special_tokens=False).ids[1:] for word in PROBES]
+        self.backend.encode_special_tokens = True
+        return after == [self._tokens(word, False)[0] for word in PROBES]
 
     @beartype
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:

@@ -90,7 +90,8 @@ def score_tokens(
     for index, reply in enumerate(replies):
         name = f"replies[{index}]"
         try:
-            ids = served.tokenizer.encode(reply) if isinstance(prompt, str) else served.encode_reply(prompt, reply)
+            continued = served.tokenizer.encode_continuation
+            ids = continued(reply) if isinstance(prompt, str) else served.encode_reply(prompt, reply)
         except ValueError as error:
             raise ApiError(400, f"{name} cannot be read by this model: {error}", param=name) from error
         if not ids:

@@ -78,7 +78,7 @@ class Served:
         """The tokens of what the assistant says to a conversation, with the end of its turn."""
         if self.template is not None:
             return encode_response(messages, reply, self.tokenizer, self.template).tolist()
-        return self.tokenizer.encode(reply)
+        return self.tokenizer.encode_continuation(reply)
 
     @beartype
     def encode_text(self, text: str) -> list[int]:
