@@ -81,7 +81,7 @@ class JinjaTemplate:
     """A Hugging Face `chat_template`, which runs in a sandbox that lets it change nothing and reach nothing.
 
     It finds the names and filters that transformers' `apply_chat_template` has: the names in `variables`, such as
-    bos_token; `tools` and `documents`, which are None; `strftime_now`, `raise_exception` and `tojson`. The special
+    bos_token; `tools`, and `documents`, which is None; `strftime_now`, `raise_exception` and `tojson`. The special
     tokens are those of the tokenizer.
     """
 

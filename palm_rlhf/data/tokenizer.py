@@ -21,7 +21,7 @@ from palm_rlhf.training.state import write_text
 NUM_BYTES = 256
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 DEFAULT_SPECIAL_TOKENS = (EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>")
-# Put before a text to learn its tokens in the middle of another one: the first that no token joins to the text is taken.
+# Texts to put before another, to learn the tokens that it has in the middle of a text.
 ANCHORS = ("\n", ".", "x", "7", "\u4e00")
 PROBES = ("a", "e", "1")  # words that show whether a tokenizer puts a blank before the first
 TOKENIZER_FILE, CONFIG_FILE, GENERATION_FILE = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
