@@ -1,11 +1,37 @@
 """PaLM and RLHF in PyTorch: pretrain, fine-tune, learn a reward, improve by PPO, evaluate, chat and serve."""
 
-from .model.config import PaLMConfig
-from .model.palm import PaLM
-from .policy.actor_critic import ActorCritic
-from .policy.reward import RewardModel
-from .training.rlhf import RLHFTrainer
-from .training.rlhf_config import PPOConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .model.config import PaLMConfig
+    from .model.palm import PaLM
+    from .policy.actor_critic import ActorCritic
+    from .policy.reward import RewardModel
+    from .training.rlhf import RLHFTrainer
+    from .training.rlhf_config import PPOConfig
 
 __all__ = ["ActorCritic", "PPOConfig", "PaLM", "PaLMConfig", "RLHFTrainer", "RewardModel", "__version__"]
 __version__ = "0.1.0"
+
+# Each public name is imported when it is first used, so that `import palm_rlhf` does not load all of torch.
+_MODULES = {
+    "ActorCritic": "policy.actor_critic",
+    "PPOConfig": "training.rlhf_config",
+    "PaLM": "model.palm",
+    "PaLMConfig": "model.config",
+    "RLHFTrainer": "training.rlhf",
+    "RewardModel": "policy.reward",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,137 +1,93 @@
-"""The console script `palm-rlhf`: subcommands whose options are the parameters of the functions below."""
+"""The console script ``palm-rlhf``: it imports the module of the subcommand that is asked for, and no other."""
 
-import codecs
-import importlib.metadata
+import argparse
+import importlib
+import io
 import os
-import platform
 import sys
-from pathlib import Path
-from typing import Annotated
-
-import torch
-import tyro
-from beartype import beartype
-from tyro.conf import Positional, arg
+from typing import NamedTuple
 
 import palm_rlhf
-from palm_rlhf import PaLM, __version__
-from palm_rlhf.data.commands import data
-from palm_rlhf.evaluation.commands import evaluate
-from palm_rlhf.ops import native
-from palm_rlhf.ops.attention import available_implementations
-from palm_rlhf.serving.chat import chat
-from palm_rlhf.serving.commands import serve
-
-NUM_BYTES = 256
 
 
-def triton_version() -> str:
-    """The installed Triton, or what its absence means."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed: its kernels are left out, everything else works"
+class Command(NamedTuple):
+    """Where the function of a subcommand is, and the first sentence of its docstring."""
+
+    module: str
+    function: str
+    summary: str
 
 
-def devices() -> list[str]:
-    """One line for each device that torch can compute on here."""
-    found = [f"cpu: {torch.get_num_threads()} threads"]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        major, minor = properties.major, properties.minor
-        memory = properties.total_memory / 2**30
-        found.append(f"cuda:{index}: {properties.name}, compute capability {major}.{minor}, {memory:.0f} GiB")
-    if torch.backends.mps.is_available():
-        found.append("mps: Apple GPU")
-    return found
+COMMANDS = {
+    "info": Command(
+        "palm_rlhf.commands.info",
+        "info",
+        "Print the versions and devices in use, and which kernels and kinds of attention can run here or why not.",
+    ),
+    "generate": Command(
+        "palm_rlhf.commands.generate",
+        "generate",
+        "Continue a text with a byte-level model, printing it as it is sampled.",
+    ),
+    "chat": Command(
+        "palm_rlhf.serving.chat",
+        "chat",
+        "Talk with a model in the terminal: it remembers what was said, and its replies come word by word.",
+    ),
+    "serve": Command(
+        "palm_rlhf.serving.commands",
+        "serve",
+        "Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.",
+    ),
+    "data": Command(
+        "palm_rlhf.data.commands",
+        "data",
+        "Clean, filter and convert conversations and preferences, whatever the size of the file.",
+    ),
+    "evaluate": Command(
+        "palm_rlhf.evaluation.commands",
+        "evaluate",
+        "Judge answers, count preferences and win rates, measure models and runs, and write reports.",
+    ),
+}
 
 
-def usable(refusal: str | None) -> str:
-    """What a user reads of something that may be refused."""
-    return "usable" if refusal is None else f"refused, {refusal}"
-
-
-def attention_implementations() -> list[str]:
-    """One line for each way to compute attention on each kind of device here: usable, or why not."""
-    return [
-        f"{name} on {device}: {usable(reason)}"
-        for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
-        for name, reason in available_implementations(device).items()
-    ]
-
-
-def info() -> None:
-    """Print the versions and devices in use, and which kernels and kinds of attention can run here or why not."""
-    rows = {
-        "palm-rlhf": [__version__],
-        "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
-        "torch": [torch.__version__],
-        "triton": [triton_version()],
-        "devices": devices(),
-        "native": [f"C kernels: {usable(native.refusal())}"],
-        "attention": attention_implementations(),
-    }
-    for name, lines in rows.items():
-        for label, line in zip((name, *[""] * len(lines)), lines):
-            print(f"{label:<11}{line}")
-
-
-@beartype
-def generate(
-    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
-    *,
-    prompt: str,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: Annotated[int | None, arg(metavar="INT")] = None,
-) -> None:
-    """Continue a text with a byte-level model, printing it as it is sampled.
-
-    Args:
-        checkpoint: A folder written by save_pretrained.
-        prompt: The text to continue; it is not printed again.
-        max_new_tokens: How many bytes to sample.
-        temperature: Divides the logits before sampling; 0 always takes the likeliest byte.
-        top_p: Samples from the fewest bytes that hold this much of the probability; 1 takes all.
-        seed: Makes the sample repeatable; another one each time by default.
-    """
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint} is no folder: expected one that save_pretrained wrote")
-    palm = PaLM.from_pretrained(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    if palm.num_tokens > NUM_BYTES:
-        raise ValueError(
-            f"{checkpoint} has {palm.num_tokens} tokens, but this command writes each token as one byte, so it takes "
-            f"at most {NUM_BYTES}: use PaLM.from_pretrained with the tokenizer that the model was trained with"
-        )
-    generator = None if seed is None else torch.Generator(palm.device).manual_seed(seed)
-    # A character can span several bytes: the decoder holds an unfinished one back until the rest has come.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    steps = palm.stream(
-        torch.tensor(list(prompt.encode("utf-8", errors="surrogateescape"))),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        generator=generator,
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the top level, which only knows the names of the subcommands."""
+    parser = argparse.ArgumentParser(prog="palm-rlhf", description=palm_rlhf.__doc__)
+    parser.add_argument("--version", action="version", version=f"palm-rlhf {palm_rlhf.__version__}")
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, description="`palm-rlhf COMMAND --help` explains each."
     )
-    for token in steps:
-        print(decoder.decode(bytes(token.tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.summary, add_help=False)
+    return parser
 
 
-@beartype
+def replace_what_cannot_be_written() -> None:
+    """Has a terminal or pipe that is not UTF-8 show ? for a character that it does not have, rather than raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def run(name: str, args: list[str]) -> None:
+    """Runs one subcommand with its arguments."""
+    import tyro
+
+    command = COMMANDS[name]
+    function = getattr(importlib.import_module(command.module), command.function)
+    tyro.cli(function, prog=f"palm-rlhf {name}", args=args)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the subcommand that the arguments name; those of the process by default."""
-    subcommands = {
-        "info": info,
-        "generate": generate,
-        "chat": chat,
-        "serve": serve,
-        "data": data,
-        "evaluate": evaluate,
-    }
+    args = sys.argv[1:] if args is None else args
+    replace_what_cannot_be_written()
     try:
-        tyro.extras.subcommand_cli_from_dict(subcommands, prog="palm-rlhf", description=palm_rlhf.__doc__, args=args)
+        if not args or args[0] not in COMMANDS:
+            build_parser().parse_args(args)  # --help, --version or an error: each ends the process
+        run(args[0], args[1:])
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes that at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,6 +22,7 @@ FLOORS = {
     "evaluation": 6,
     "serving": 6,
     "feedback": 6,
+    "commands": 7,
     "cli": 7,
 }
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it

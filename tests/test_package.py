@@ -1,6 +1,9 @@
 """What is installed: the archives, the requirements, imports without what may be missing, and the console script."""
 
+import ast
 import email
+import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -15,7 +18,7 @@ from packaging.requirements import Requirement
 
 import palm_rlhf
 from palm_rlhf import PaLM
-from palm_rlhf.cli import main
+from palm_rlhf.cli import COMMANDS, main
 from palm_rlhf.ops.native import refusal
 
 
@@ -130,8 +133,91 @@ print(*(name for name, reason in available_implementations("cuda").items() if re
 
 def test_import_loads_no_extra():
     optional = ["transformers", "matplotlib", "tensorboard", "triton", "palm_rlhf_pytorch", "pytest"]
-    loaded = python(f"import sys, palm_rlhf.cli; print(*(name for name in {optional} if name in sys.modules))")
+    modules = ", ".join(command.module for command in COMMANDS.values())
+    loaded = python(f"import sys, {modules}; print(*(name for name in {optional} if name in sys.modules))")
     assert loaded.split() == []
+
+
+def test_import_and_top_level_help_load_neither_torch_nor_tyro():
+    """They take seconds to import; the help of the console script needs none of them."""
+    code = """
+import sys
+import palm_rlhf.cli
+
+for arguments in (["--help"], ["--version"], []):
+    try:
+        palm_rlhf.cli.main(arguments)
+    except SystemExit:
+        pass
+print(*({"torch", "tyro", "beartype"} & set(sys.modules)), sep=",")
+"""
+    assert python(code).splitlines()[-1] == ""
+
+
+def test_a_subcommand_loads_no_other():
+    code = """
+import sys
+from palm_rlhf.cli import COMMANDS, main
+try:
+    main(["data", "--help"])
+except SystemExit:
+    print(*(name for name in ("palm_rlhf.serving", "palm_rlhf.evaluation") if name in sys.modules), sep=",")
+"""
+    assert python(code).splitlines()[-1] == ""
+
+
+def test_public_names_are_seen_before_they_are_loaded(root):
+    """By dir(), by star imports, and by type checkers, which read what stands below TYPE_CHECKING."""
+    names = python("import palm_rlhf; print(*(name for name in palm_rlhf.__all__ if name in dir(palm_rlhf)))").split()
+    assert names == palm_rlhf.__all__
+    assert python("from palm_rlhf import *; print(PaLM.__module__, RLHFTrainer.__module__)").split() == [
+        "palm_rlhf.model.palm",
+        "palm_rlhf.training.rlhf",
+    ]
+    tree = ast.parse((root / "palm_rlhf/__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    checked = {alias.name: node.module for node in block.body for alias in node.names}
+    assert {name: getattr(palm_rlhf, name).__module__.removeprefix("palm_rlhf.") for name in checked} == checked
+    assert {*checked, "__version__"} == set(palm_rlhf.__all__)
+    with pytest.raises(AttributeError, match="'palm_rlhf' has no attribute 'PaLm'"):
+        _ = palm_rlhf.PaLm
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_summaries_are_those_of_the_docstrings(name):
+    command = COMMANDS[name]
+    docstring = inspect.getdoc(getattr(importlib.import_module(command.module), command.function))
+    assert docstring.split("\n\n")[0].replace("\n", " ") == command.summary
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"palm-rlhf {palm_rlhf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_is_not_utf_8_gets_help_and_text(checkpoint, environment):
+    """What it cannot show is a question mark; after the prompt the model says é, 日, 🙂 and a blank."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONIOENCODING"} | environment
+    options = ["--prompt", "n", "--max-new-tokens", str(len(TEXT.encode()) - 1), "--temperature", "0"]
+    code = f"""
+from palm_rlhf.cli import main
+
+for arguments in (["--help"], ["data", "clean", "--help"], ["evaluate", "judge", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 0
+print("the text")
+main(["generate", {str(checkpoint)!r}, *{options}])
+"""
+    process = run_python("-c", code, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.partition(b"the text\n")[2] == b"??? \n"
 
 
 def test_info_tells_versions_and_implementations():

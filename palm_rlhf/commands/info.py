@@ -1,0 +1,61 @@
+"""The command ``palm-rlhf info``: versions, devices and kernels."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from palm_rlhf import __version__
+from palm_rlhf.ops import native
+from palm_rlhf.ops.attention import available_implementations
+
+
+def triton_version() -> str:
+    """The installed Triton, or what its absence means."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: its kernels are left out, everything else works"
+
+
+def devices() -> list[str]:
+    """One line for each device that torch can compute on here."""
+    found = [f"cpu: {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        major, minor = properties.major, properties.minor
+        memory = properties.total_memory / 2**30
+        found.append(f"cuda:{index}: {properties.name}, compute capability {major}.{minor}, {memory:.0f} GiB")
+    if torch.backends.mps.is_available():
+        found.append("mps: Apple GPU")
+    return found
+
+
+def usable(refusal: str | None) -> str:
+    """What a user reads of something that may be refused."""
+    return "usable" if refusal is None else f"refused, {refusal}"
+
+
+def attention_implementations() -> list[str]:
+    """One line for each way to compute attention on each kind of device here: usable, or why not."""
+    return [
+        f"{name} on {device}: {usable(reason)}"
+        for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+        for name, reason in available_implementations(device).items()
+    ]
+
+
+def info() -> None:
+    """Print the versions and devices in use, and which kernels and kinds of attention can run here or why not."""
+    rows = {
+        "palm-rlhf": [__version__],
+        "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
+        "torch": [torch.__version__],
+        "triton": [triton_version()],
+        "devices": devices(),
+        "native": [f"C kernels: {usable(native.refusal())}"],
+        "attention": attention_implementations(),
+    }
+    for name, lines in rows.items():
+        for label, line in zip((name, *[""] * len(lines)), lines):
+            print(f"{label:<11}{line}")
