@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -39,22 +39,45 @@ def encode(messages: Messages, tokenizer: Tokenizer, template: Template) -> Exam
     return Example(torch.tensor(tokens, dtype=torch.int32), torch.tensor(weights, dtype=torch.float32))
 
 
+def _go_on() -> None:
+    """The checkpoint of those who have no reason to stop."""
+
+
 @beartype
 def encode_prompt(
-    messages: Messages, tokenizer: Tokenizer, template: Template, *, add_generation_prompt: bool = True
+    messages: Messages,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    add_generation_prompt: bool = True,
+    checkpoint: Callable[[], None] = _go_on,
 ) -> Tensor:
-    """The tokens of messages up to where the assistant is to speak, as `encode` has them before it does: `n`."""
+    """The tokens of messages up to where the assistant is to speak, as `encode` has them before it does: `n`.
+
+    `checkpoint` is called before each message is worked on, and may raise an error to stop. The time is linear in the
+    number of messages for a `ChatTemplate`, and quadratic for one in Jinja, which has to be run for each of them.
+    """
     _checked_weights(messages)
-    parts = _parts(messages, tokenizer, template, add_generation_prompt)
+    parts = _parts(messages, tokenizer, template, add_generation_prompt, checkpoint)
     return torch.tensor([token for part in parts for token in part.tokens], dtype=torch.long)
 
 
 @beartype
-def encode_response(messages: Messages, response: str, tokenizer: Tokenizer, template: Template) -> Tensor:
-    """What the assistant says after `encode_prompt(messages)`, its end of turn included, as `encode` has it: `t`."""
+def encode_response(
+    messages: Messages,
+    response: str,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    checkpoint: Callable[[], None] = _go_on,
+) -> Tensor:
+    """What the assistant says after `encode_prompt(messages)`, its end of turn included, as `encode` has it: `t`.
+
+    For `checkpoint` see `encode_prompt`.
+    """
     messages = [*messages, {"role": "assistant", "content": response}]
     _checked_weights(messages)
-    *_, last = _parts(messages, tokenizer, template)
+    *_, last = _parts(messages, tokenizer, template, checkpoint=checkpoint)
     return torch.tensor(last.tokens[: last.num_said], dtype=torch.long)
 
 
@@ -94,7 +117,11 @@ def _checked_weights(messages: Messages) -> list[float]:
 
 
 def _parts(
-    messages: Messages, tokenizer: Tokenizer, template: Template, add_generation_prompt: bool = False
+    messages: Messages,
+    tokenizer: Tokenizer,
+    template: Template,
+    add_generation_prompt: bool = False,
+    checkpoint: Callable[[], None] = _go_on,
 ) -> Iterator[_Part]:
     """The conversation as tokens, cut where messages end and where the assistant begins to speak.
 
@@ -108,9 +135,14 @@ def _parts(
     names = SpecialNames.of(tuple(template.special_tokens or tokenizer.special_tokens))
     ids = {tokenizer.special_tokens[name] for name in names.names}
     guard = unused_character(message["content"] for message in messages)
-    guarded = [{"role": m["role"], "content": names.guarded(m["content"], guard)} for m in messages]
+    guarded = []
+    for message in messages:
+        checkpoint()
+        guarded.append({"role": message["role"], "content": names.guarded(message["content"], guard)})
+    texts = _texts_of_turns if isinstance(template, ChatTemplate) else _texts
     spaces, before = "", None
-    for text, message in _texts(guarded, template, add_generation_prompt):
+    for text, message in texts(guarded, template, add_generation_prompt):
+        checkpoint()
         text, spaces = spaces + text, ""
         if message is None:
             spaces = text[len(text.rstrip(" ")) :]
@@ -126,6 +158,23 @@ def _parts(
                 )
             yield _Part(tokens, message, special[-1] + 1)
         before = tokens[-1] if tokens else before
+
+
+def _texts_of_turns(
+    messages: Messages, template: ChatTemplate, add_generation_prompt: bool
+) -> Iterator[tuple[str, int | None]]:
+    """The same as `_texts` where each message stands by itself, without rendering it anew for each that follows."""
+    opening = template.opening(messages)
+    for index, message in enumerate(messages):
+        before, after = getattr(template, message["role"])
+        if message["role"] == "assistant":
+            yield opening + before, None
+            yield message["content"] + after, index
+        else:
+            yield opening + before + message["content"] + after, None
+        opening = ""
+    if add_generation_prompt:
+        yield template.assistant[0], None
 
 
 def _texts(messages: Messages, template: Template, add_generation_prompt: bool) -> Iterator[tuple[str, int | None]]:

@@ -55,11 +55,16 @@ class ChatTemplate:
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text; with a generation prompt, up to where the assistant is to speak."""
-        if self.default_system is not None and (not messages or messages[0]["role"] != "system"):
-            messages = [{"role": "system", "content": self.default_system}, *messages]
+        opening = self.opening(messages)
         turns = ((getattr(self, message["role"]), message["content"]) for message in messages)
         text = "".join(before + content + after for (before, after), content in turns)
-        return self.start + text + (self.assistant[0] if add_generation_prompt else "")
+        return opening + text + (self.assistant[0] if add_generation_prompt else "")
+
+    def opening(self, messages: Messages) -> str:
+        """What comes before the first message."""
+        if self.default_system is None or (messages and messages[0]["role"] == "system"):
+            return self.start
+        return self.start + self.default_system.join(self.system)
 
     def to_jinja(self) -> str:
         """The same as a `chat_template` of Hugging Face."""
@@ -148,6 +153,7 @@ def sandbox() -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
+
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # Jinja's own filter escapes characters of HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -19,6 +19,7 @@ from palm_rlhf.model.vocabulary import resize_token_embeddings
 from palm_rlhf.training.state import write_text
 
 NUM_BYTES = 256
+LONG_TEXT = 2**14  # characters: some milliseconds of work
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 DEFAULT_SPECIAL_TOKENS = (EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>")
 # Texts to put before another, to learn the tokens that it has in the middle of a text.
@@ -252,7 +253,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return [], []
         for anchor in ANCHORS if anchored else ("",):
             try:
-                encoding = self.backend.encode(anchor + text, add_special_tokens=False)
+                encoding = self._encoding(anchor + text)
             except TypeError as error:
                 raise ValueError(
                     f"the text holds half of a surrogate pair, which is no character: {text!r:.80}; "
@@ -268,6 +269,12 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         shift = len(anchor)
         return [index for index, _ in found], [(start - shift, end - shift) for _, (start, end) in found]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        if len(text) < LONG_TEXT:
+            return self.backend.encode(text, add_special_tokens=False)
+        # a batch is computed without Python's lock, so that a server answers others meanwhile
+        return self.backend.encode_batch([text], add_special_tokens=False)[0]
 
     def _gains_blank(self) -> bool:
         """Whether a word that begins a text has other tokens than the same word after other text."""

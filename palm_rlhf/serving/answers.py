@@ -4,15 +4,16 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
+from palm_rlhf.serving.bodies import Bodies, Limits
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Piece, Request
 from palm_rlhf.serving.metrics import Metrics
+from palm_rlhf.serving.preparing import Preparation
 from palm_rlhf.serving.protocol import Ask, read_chat, read_completion, read_json, read_score
 from palm_rlhf.serving.replies import Form, event
 from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens
@@ -21,16 +22,6 @@ from palm_rlhf.serving.streaming import EventStream, Mailbox, cancel, pieces, un
 
 logger = logging.getLogger(__name__)
 SCORED_AT_ONCE = 8  # between two tokens of those that run
-DRAINED = 16  # a body above the limit is read to its end, up to so many times the limit, so that the client hears why
-NOT_JSON = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server reads of a request: bytes, and the seconds they may take to come."""
-
-    max_body: int = 4 * 2**20
-    body_timeout: float = 30.0
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -51,6 +42,11 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
+def gone() -> ApiError:
+    """That nobody waits for the answer any more: for the log and the metrics, with the status that nginx has for it."""
+    return ApiError(499, "the client went away")
+
+
 def client_of(scope: dict[str, Any]) -> str:
     """Who asks: the name of an API key or an address, as the front has found it, or "" where nobody is known."""
     return scope.get("palm_rlhf.client") or ""
@@ -61,12 +57,14 @@ class Answers:
 
     def __init__(self, served: Served, engine: Engine, metrics: Metrics, limits: Limits):
         self.served, self.engine, self.metrics, self.limits = served, engine, metrics, limits
+        self.bodies, self.preparation = Bodies(limits), Preparation(limits.prepare_timeout)
         self.started = int(time.time())
         self._mailbox: Mailbox | None = None
 
     async def generate(self, request: Any, kind: Kind) -> dict[str, Any] | EventStream | None:
         """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
-        ask, wanted = await asyncio.to_thread(self._asked, kind, await self.read(request), client_of(request.scope))
+        client = client_of(request.scope)
+        ask, wanted = await self._prepared(request, lambda body: self._asked(kind, body, client))
         form = Form(kind, self.served.name, self.served.tokenizer, ask.include_usage, ask.continuous_usage)
         if not ask.stream:
             return await self._while_connected(request, self._whole(form, ask, wanted))
@@ -74,7 +72,7 @@ class Answers:
         return EventStream(self._events(form, ask, generations, queue), generations)
 
     def _asked(self, kind: Kind, body: bytes, client: str) -> tuple[Ask, list[Request]]:
-        """What a client's body asks for; in a thread: a long one takes seconds in which others are to be served."""
+        """What a client's body asks for."""
         values = read_json(body)
         ask = read_chat(values) if kind == "chat" else read_completion(values)
         self._check_model(ask.model)
@@ -86,12 +84,10 @@ class Answers:
             raise ApiError(400, f"{name} asks for {count} replies in all; expected at most {most}", param=name)
         return ask, engine_requests(self.served, self.engine.context, kind, ask, client)
 
-    async def score(self, request: Any) -> dict[str, Any] | None:
+    async def score(self, request: Any) -> dict[str, Any]:
         """What the reward model makes of replies to a prompt."""
-        tokens, answers = await asyncio.to_thread(self._asked_to_score, await self.read(request))
+        tokens, answers = await self._prepared(request, self._asked_to_score)
         scores = await self._while_connected(request, self._scores(tokens, answers))
-        if scores is None:
-            return None
         num_tokens = len(tokens) + sum(map(len, answers))
         return {
             "object": "list",
@@ -129,31 +125,14 @@ class Answers:
             raise ApiError(503, "the engine has stopped", code="unavailable")
         return {"status": "ok", "running": self.engine.num_running, "waiting": self.engine.num_waiting}
 
-    async def read(self, request: Any) -> bytes:
-        """The body of a request, within the limits."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in NOT_JSON:  # what a page of another site may send without asking the browser
-            raise ApiError(400, f"the Content-Type is {kind}; expected application/json", code="invalid_content_type")
-        try:
-            return await asyncio.wait_for(self._bytes(request.receive), self.limits.body_timeout)
-        except asyncio.TimeoutError as error:
-            message = f"the body did not come within {self.limits.body_timeout:g} seconds"
-            raise ApiError(408, message, headers={"Connection": "close"}) from error
-
-    async def _bytes(self, receive: Any) -> bytes:
-        limit, parts, size, more = self.limits.max_body, [], 0, True
-        while more and size <= limit * DRAINED:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ApiError(400, "the client went away")
-            part, more = message.get("body", b""), message.get("more_body", False)
-            size += len(part)
-            if size <= limit:
-                parts.append(part)
-        if size > limit:
-            message = f"the body is above the limit of {limit} bytes"
-            raise ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
-        return b"".join(parts)
+    async def _prepared(self, request: Any, work: Callable[[bytes], Any]) -> Any:
+        """What some work in a thread makes of the body of a request."""
+        client = client_of(request.scope)
+        async with self.bodies.read(client, request.receive) as body:
+            found = await self.preparation.run(client, request.receive, body, work)
+        if found is None:
+            raise gone()
+        return found
 
     def _check_model(self, name: str) -> None:
         if name != self.served.name:
@@ -166,9 +145,12 @@ class Answers:
 
     async def _while_connected(self, request: Any, work: Awaitable) -> Any:
         try:
-            return await unless_gone(request.receive, work)
+            found = await unless_gone(request.receive, work)
         except Exception as error:
             raise as_api_error(error) from error
+        if found is None:
+            raise gone()
+        return found
 
     def _submit(self, wanted: list[Request]) -> tuple[list[Generation], asyncio.Queue]:
         if self._mailbox is None:

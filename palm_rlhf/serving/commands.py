@@ -63,8 +63,8 @@ def serve(
         max_body: What a request may hold.
         api_key_file: A file of keys, one a line.
     """
-    from palm_rlhf.serving.answers import Limits
     from palm_rlhf.serving.background import listen, make_server, url_of
+    from palm_rlhf.serving.bodies import Limits
     from palm_rlhf.serving.engine import Engine, EngineConfig
     from palm_rlhf.serving.served import load
     from palm_rlhf.serving.server import create_app

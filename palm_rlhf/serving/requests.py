@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Request
+from palm_rlhf.serving.preparing import checkpoint
 from palm_rlhf.serving.protocol import Ask
 from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.structured import Grammar
@@ -45,8 +46,10 @@ def prompt_tokens(served: Served, context: int, prompt: str | list) -> list[int]
         return prompt
     name = "prompt" if isinstance(prompt, str) else "messages"
     size = len(prompt) if isinstance(prompt, str) else sum(1 + len(message["content"]) for message in prompt)
-    if size > HOPELESS * context * served.longest_token:  # the time to read messages grows with the square of theirs
-        least = size // served.longest_token
+    least = size // served.longest_token if size > HOPELESS * context * served.longest_token else 0
+    if not isinstance(prompt, str) and len(prompt) > context:  # each of them costs at least one token
+        least = max(least, len(prompt))
+    if least:
         raise overflow(f"{name} has at least {least} tokens, and the context of this model is {context} tokens", name)
     try:
         tokens = served.encode_text(prompt) if isinstance(prompt, str) else served.encode_chat(prompt)
@@ -89,6 +92,7 @@ def score_tokens(
     found = []
     for index, reply in enumerate(replies):
         name = f"replies[{index}]"
+        checkpoint()
         try:
             continued = served.tokenizer.encode_continuation
             ids = continued(reply) if isinstance(prompt, str) else served.encode_reply(prompt, reply)

@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Any
 
 from palm_rlhf.serving.errors import ApiError
+from palm_rlhf.serving.preparing import checkpoint
 
 TAGS = ("type", "role")
 KINDS = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
@@ -18,6 +19,7 @@ def check(value: Any, schema: dict[str, Any], name: str) -> Any:
     length, and anyOf of several types. An enum without a type lists the values at which a parameter changes nothing;
     others are not supported.
     """
+    checkpoint()
     if "anyOf" in schema:
         return _check_any(value, schema, name)
     if "type" not in schema:

@@ -15,6 +15,7 @@ from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokeni
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.sequences import join
+from palm_rlhf.serving.preparing import checkpoint
 from palm_rlhf.serving.structured import Grammars
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Served:
     def encode_chat(self, messages: Messages) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak; ValueError where it has none."""
         if self.template is not None:
-            return encode_prompt(messages, self.tokenizer, self.template).tolist()
+            return encode_prompt(messages, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
         turns = [f"{ROLE_NAMES[message['role']]}:\n{message['content']}\n\n" for message in messages]
         return self.tokenizer.encode("".join(turns) + f"{ROLE_NAMES['assistant']}:\n")
 
@@ -77,7 +78,7 @@ class Served:
     def encode_reply(self, messages: Messages, reply: str) -> list[int]:
         """The tokens of what the assistant says to a conversation, with the end of its turn."""
         if self.template is not None:
-            return encode_response(messages, reply, self.tokenizer, self.template).tolist()
+            return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
         return self.tokenizer.encode_continuation(reply)
 
     @beartype

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf import __version__
-from palm_rlhf.serving.answers import Answers, Limits
+from palm_rlhf.serving.answers import Answers
+from palm_rlhf.serving.bodies import Limits
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.extras import fastapi_module

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from palm_rlhf.serving.answers import Limits
+from palm_rlhf.serving.bodies import Limits
 from palm_rlhf.serving.parameters import CHAT, COMPLETION
 
 HELLO = [{"role": "user", "content": "Hello"}]
