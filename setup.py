@@ -36,6 +36,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard>=2.16"],
     "bench": ["palm-rlhf-pytorch==0.8.0"],
+    "peers": ["alpaca_eval==0.6.6", "setuptools<81"],  # which tests compare with; it imports pkg_resources
     "examples": ["chatterbot-corpus>=1.3.3", "matplotlib>=3.8", "PyYAML>=6.0", "vaderSentiment>=3.3.2"],
     "dev": ["ruff>=0.9"],
 }

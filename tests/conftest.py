@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 NEEDS_GPU = "needs a GPU"
 NEEDS_DATA = "needs ../shared/data"
-ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA)
+NEEDS_PEERS = "needs the extra peers"
+ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS)
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("deterministic")

@@ -34,9 +34,12 @@ class AlpacaResult:
     n_losses: int
     n_draws: int
     length_controlled_win_rate: float | None
-    """What the win rate would be at the same lengths (Dubois et al. 2024); None where the outputs are not there."""
+    """What the win rate would be at the same lengths (Dubois et al. 2024).
+
+    None where an output is not there, or where there are too few annotations to fit to.
+    """
     n_unparsed: int
-    """Annotations without a preference, which are in no other figure."""
+    """Annotations without a preference: of the other figures, only the length-controlled rate takes note of them."""
     win_rate_interval: Interval | None
     """By bootstrap."""
     decided_interval: Interval
@@ -69,7 +72,7 @@ def read_annotations(path: str | os.PathLike[str], generator: str | None = None)
 
     generator: the model, `generator_2`, where the file has several. ValueError where it is not clear who is compared.
     """
-    annotations = [{"index": index, **record} for index, (_, record) in enumerate(read_records(path))]
+    annotations = [record for _, record in read_records(path)]
     if not annotations or not all("preference" in annotation for annotation in annotations):
         raise ValueError(
             f"{path} holds no annotations, expected an array, or lines, of objects with a preference from 1 to 2, "
@@ -85,7 +88,7 @@ def read_annotations(path: str | os.PathLike[str], generator: str | None = None)
             f"model against one baseline{'' if generator is None else f', and {generator!r} among the models'}: "
             "name the model by --generator, and cut the file by its baselines"
         )
-    return annotations
+    return [{"index": index, **record} for index, record in enumerate(annotations)]
 
 
 @beartype
@@ -96,19 +99,14 @@ def evaluate_annotations(
 
     regularizer: AlpacaEval's own data for the length-controlled win rate; see `palm_rlhf.evaluation.length_control`.
     """
-    valid = [(preference_of(annotation), annotation) for annotation in annotations]
-    valid = [(preference, annotation) for preference, annotation in valid if preference is not None]
-    if not valid:
+    preferences = [preference_of(annotation) for annotation in annotations]
+    shares = [preference - 1 for preference in preferences if preference is not None]
+    if not shares:
         raise ValueError(f"none of {len(annotations)} annotations has a preference from 1 to 2, or 0 for a draw")
-    shares = [preference - 1 for preference, _ in valid]
     wins, losses = sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)
     error, interval = standard_error(shares), bootstrap_interval(shares, seed=seed)
     low, high = exact_interval(wins, wins + losses)
-    effect = None
-    if all(isinstance(record.get(key), str) for _, record in valid for key in ("output_1", "output_2")):
-        lengths = [(len(record["output_1"]), len(record["output_2"])) for _, record in valid]
-        indices = [record.get("index", place) for place, (_, record) in enumerate(valid)]
-        effect = fit_length_effect(shares, lengths, indices, regularizer)
+    effect = _length_effect(annotations, preferences, regularizer)
     win_rate = 100 * math.fsum(shares) / len(shares)
     if effect is not None and _is_extreme(win_rate, effect.win_rate):
         log.warning(
@@ -124,11 +122,26 @@ def evaluate_annotations(
         n_losses=losses,
         n_draws=len(shares) - wins - losses,
         length_controlled_win_rate=None if effect is None else effect.win_rate,
-        n_unparsed=len(annotations) - len(valid),
+        n_unparsed=len(annotations) - len(shares),
         win_rate_interval=None if interval is None else (100 * interval[0], 100 * interval[1]),
         decided_interval=(100 * low, 100 * high),
         length_effect=effect,
     )
+
+
+def _length_effect(
+    annotations: Sequence[Record], preferences: Sequence[float | None], regularizer: Regularizer | None
+) -> LengthEffect | None:
+    """The regression on lengths; that of a model against itself is 50 by definition, as in AlpacaEval."""
+    names = {annotation.get(key) for annotation in annotations for key in ("generator_1", "generator_2")}
+    if len(names) == 1 and None not in names:
+        return LengthEffect(50.0, 0.0, 0.0, 0.0)
+    if not all(isinstance(record.get(key), str) for record in annotations for key in ("output_1", "output_2")):
+        return None
+    lengths = [(len(record["output_1"]), len(record["output_2"])) for record in annotations]
+    indices = [record.get("index", place) for place, record in enumerate(annotations)]
+    shares = [None if preference is None else preference - 1 for preference in preferences]
+    return fit_length_effect(shares, lengths, indices, regularizer)
 
 
 def _is_extreme(before: float, after: float) -> bool:

@@ -2,7 +2,8 @@
 
 A logistic regression explains the preferences of a model over the baseline by three terms: how good the model is, the
 difference of the lengths as tanh((len_1 - len_2) / std(len_1 - len_2)) in characters, and how hard each instruction
-is; the win rate is then what the regression says at equal lengths. The difficulties were fitted once over a whole
+is; the win rate is then what the regression says at equal lengths, on the mean over all instructions: those without a
+preference too, which are left out of the fit alone. The difficulties were fitted once over a whole
 leaderboard: for AlpacaEval's own 805 instructions they stand in `df_gamed.csv` of its data set (tatsu-lab/alpaca_eval
 on the hub), with the preferences of two baselines told to write more, or less, which keep the length term in place.
 With that file the figure is AlpacaEval's; without it, for any other instructions, the two other terms are fitted alone.
@@ -25,6 +26,7 @@ STRENGTHS = np.logspace(-4, 4, 10)  # of the data against the penalty: what cros
 NUM_FOLDS = 5
 GAMED_WEIGHT = 0.2 / 2  # of each row of the two gamed baselines
 GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty")
+MISSING = {"", "na", "nan", "null", "none"}  # as pandas and R write them
 
 
 class LengthEffect(NamedTuple):
@@ -55,29 +57,51 @@ def read_regularizer(path: str | os.PathLike[str]) -> Regularizer:
             f"{path} has the columns {list(rows[0]) if rows else []}, expected {', '.join(GAMED_COLUMNS)}: "
             "it is the file df_gamed.csv of the data set tatsu-lab/alpaca_eval"
         )
-    rows = [row for row in rows if row["preference"] not in ("", "nan", "NaN")]
+    numbers = [_gamed_numbers(row, f"{path}, record {place}") for place, row in enumerate(rows, start=1)]
+    difficulties: dict[int, float] = {}
+    for index, *_, difficulty in numbers:
+        difficulties.setdefault(int(index), difficulty)
+    shares, delta, difficulty = np.array([row[1:] for row in numbers if row[1] is not None], dtype=float).T
+    return Regularizer(difficulties, np.stack([np.tanh(delta), difficulty, np.zeros(len(delta))], axis=1), shares)
+
+
+def _gamed_numbers(row: dict[str, str], place: str) -> list[float | None]:
+    """The numbers of a row, with None for a preference that is missing."""
     try:
-        index, shares, delta, difficulty = (np.array([float(row[key]) for row in rows]) for key in GAMED_COLUMNS)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a row that is not of numbers ({error}): copy or download it again") from error
-    features = np.stack([np.tanh(delta), difficulty, np.zeros(len(rows))], axis=1)
-    return Regularizer(dict(zip(index.astype(int).tolist(), difficulty.tolist())), features, shares)
+        numbers = [
+            None if key == "preference" and row[key].strip().lower() in MISSING else float(row[key])
+            for key in GAMED_COLUMNS
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{place} is not of numbers ({error}): copy or download the file again") from error
+    if not all(number is None or np.isfinite(number) for number in numbers):
+        raise ValueError(f"{place} has {numbers}, expected finite numbers: copy or download the file again")
+    return numbers
 
 
 @beartype
 def fit_length_effect(
-    shares: Sequence[float],
+    shares: Sequence[float | None],
     lengths: Sequence[tuple[int, int]],
     indices: Sequence[object],
     regularizer: Regularizer | None = None,
-) -> LengthEffect:
+) -> LengthEffect | None:
     """Fits the regression to the shares of wins, 0 to 1, with the lengths of both outputs in characters.
 
-    It has an L1 penalty whose weight is chosen by cross-validation over five parts, as AlpacaEval's has. indices: of
-    the instructions, for their difficulties; ValueError for one that the regularizer does not know.
+    A share of None is of an instruction without a preference, which is in no fit, but in the mean at equal lengths.
+    The fit has an L1 penalty whose weight is chosen by cross-validation over five parts, as AlpacaEval's has. indices:
+    of the instructions, for their difficulties; ValueError for one that the regularizer does not know.
+
+    None where there is too little to fit to, as in AlpacaEval: one row, whose length says nothing of how lengths
+    vary, or fewer preferences than parts to validate on.
     """
-    features, targets = _features(lengths, indices, regularizer), np.asarray(shares, dtype=np.float64)
-    rows, weights = features, np.ones(len(targets))
+    known = np.array([share is not None for share in shares])
+    num_rows = known.sum() + (0 if regularizer is None else len(regularizer.shares))
+    if len(known) < 2 or not known.any() or num_rows < NUM_FOLDS:
+        return None
+    features = _features(lengths, indices, regularizer)
+    rows, targets = features[known], np.array([share for share in shares if share is not None], dtype=np.float64)
+    weights = np.ones(len(targets))
     if regularizer is not None:
         rows, targets = np.concatenate([regularizer.features, rows]), np.concatenate([regularizer.shares, targets])
         weights = np.concatenate([np.full(len(regularizer.shares), GAMED_WEIGHT), weights])
@@ -109,16 +133,14 @@ def _features(
 
 
 def _cross_validated(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The fit under the weight of the data with the least loss on held-out parts, the smallest of equal ones."""
+    """The fit under the weight of the data with the least mean loss on held-out parts, the smallest of equal ones."""
     folds = np.arange(len(rows)) % NUM_FOLDS
-    num_folds = min(NUM_FOLDS, len(rows))
     losses = np.zeros(len(STRENGTHS))
-    if num_folds > 1:
-        for place, strength in enumerate(STRENGTHS):
-            for fold in range(num_folds):
-                kept = folds != fold
-                found = fit_l1_logistic(rows[kept], targets[kept], strength * weights[kept])
-                losses[place] += _log_loss(rows[~kept] @ found, targets[~kept], weights[~kept])
+    for place, strength in enumerate(STRENGTHS):
+        for fold in range(NUM_FOLDS):
+            kept = folds != fold
+            found = fit_l1_logistic(rows[kept], targets[kept], strength * weights[kept])
+            losses[place] += _log_loss(rows[~kept] @ found, targets[~kept], weights[~kept]) / (~kept).sum()
     return fit_l1_logistic(rows, targets, float(STRENGTHS[losses.argmin()]) * weights)
 
 

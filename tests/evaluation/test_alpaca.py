@@ -134,11 +134,25 @@ def test_at_the_weakest_data_all_is_zero_and_at_the_strongest_the_likelihood_rul
     assert fit_l1_logistic(rows, targets, np.ones(10))[0] == pytest.approx(math.log(0.6 / 0.4), abs=1e-7)
 
 
-@pytest.mark.parametrize("shares", [[1.0], [0.5], [1.0] * 12, [0.0] * 3, [0.5, 0.5]])
-def test_small_and_one_sided_sets_have_a_finite_figure(shares):
+@pytest.mark.parametrize("shares", [[1.0] * 12, [0.0] * 5, [0.5] * 5])
+def test_one_sided_sets_have_a_finite_figure(shares):
     result = evaluate_annotations(with_lengths(shares, [(place + 1, 9) for place in range(len(shares))]))
     assert 0 <= result.length_controlled_win_rate <= 100
     assert all(math.isfinite(number) for number in result.length_effect)
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.5], [0.0] * 3, [1.0, 0.0, 0.5, 1.0]])
+def test_too_few_annotations_have_no_length_controlled_win_rate(shares):
+    result = evaluate_annotations(with_lengths(shares, [(place + 1, 9) for place in range(len(shares))]))
+    assert result.length_controlled_win_rate is None and result.length_effect is None
+    assert result.win_rate == 100 * sum(shares) / len(shares)
+
+
+def test_an_output_that_is_missing_leaves_no_length_controlled_win_rate():
+    records = with_lengths([1.0, 0.0] * 10, [(5, 9)] * 20)
+    assert evaluate_annotations(records).length_controlled_win_rate is not None
+    unjudged = {**records[3], "preference": None, "output_2": None}
+    assert evaluate_annotations([*records, unjudged]).length_controlled_win_rate is None
 
 
 def gamed_file(path, difficulties):
@@ -176,6 +190,39 @@ def test_the_regularizer_gives_difficulties_and_holds_the_length_term(tmp_path):
     )
     with pytest.raises(ValueError, match="no difficulty"):
         fit_length_effect(shares, lengths, range(1, 41), regularizer)
+
+
+def test_instructions_without_a_preference_count_at_equal_lengths_only(tmp_path):
+    generator = np.random.default_rng(3)
+    difficulties = generator.normal(size=40).round(3).tolist()
+    regularizer = read_regularizer(gamed_file(tmp_path / "df_gamed.csv", difficulties))
+    lengths = [tuple(map(int, pair)) for pair in generator.integers(1, 300, size=(40, 2))]
+    shares = [float(difficulty > 0) for difficulty in difficulties]
+    known = [share if difficulty > -0.5 else None for share, difficulty in zip(shares, difficulties)]
+    records = [
+        {**record, "preference": None if share is None else 1 + share}
+        for record, share in zip(with_lengths(shares, lengths), known)
+    ]
+    effect = evaluate_annotations(records, regularizer=regularizer).length_effect
+    logits = effect.model + effect.difficulty * np.array(difficulties)
+    assert effect.win_rate == pytest.approx(100 * (1 / (1 + np.exp(-logits))).mean())
+    # The fit is that to the others, with the lengths measured by the deviation over all.
+    delta = np.array([first - second for first, second in lengths])
+    rows = np.stack([np.tanh(delta / delta.std(ddof=1)), difficulties, np.ones(40)], axis=1)
+    kept = [place for place, share in enumerate(known) if share is not None]
+    rows = np.concatenate([regularizer.features, rows[kept]])
+    targets = np.concatenate([regularizer.shares, np.array(shares)[kept]])
+    weights = np.concatenate([np.full(80, GAMED_WEIGHT), np.ones(len(kept))])
+    fits = [fit_l1_logistic(rows, targets, strength * weights) for strength in np.logspace(-4, 4, 10)]
+    assert any(np.allclose([effect.length, effect.difficulty, effect.model], fit, atol=1e-6) for fit in fits)
+
+
+@pytest.mark.parametrize("row", ["0,concise,x,1,1,False", "0,concise,1,,1,False", "0,concise,1,1,inf,False", "0"])
+def test_a_broken_row_of_the_regularizer_is_named(tmp_path, row):
+    path = gamed_file(tmp_path / "df_gamed.csv", [0.5])
+    path.write_text(path.read_text() + row + "\n")
+    with pytest.raises(ValueError, match=r"df_gamed\.csv, record 3 .*download"):
+        read_regularizer(path)
 
 
 def test_another_file_is_no_regularizer(tmp_path):
