@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -64,6 +64,7 @@ def clean(
     out: Out,
     html: Literal["auto", "always", "never"] = "auto",
     keep_duplicates: bool = False,
+    ignore_fields: Words = (),
     skip_broken: bool = False,
 ) -> None:
     """Mend conversations: HTML to Markdown, turns in order, no debris of buttons, errors of providers or duplicates.
@@ -75,10 +76,13 @@ def clean(
         out: Where to write; - is stdout, and the summary then goes to stderr.
         html: Which messages are HTML; auto tells by how they look.
         keep_duplicates: Keep conversations that say the same as an earlier one.
+        ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
     """
     counts = _Counts()
-    records = to_markdown(counts.read(file, skip_broken), html, rejected=counts.rejected, mended=counts.mended)
+    records = to_markdown(
+        counts.read(file, skip_broken, ignore_fields), html, rejected=counts.rejected, mended=counts.mended
+    )
     records = mend_turns(records, rejected=counts.rejected, mended=counts.mended)
     records = drop_provider_errors(records, rejected=counts.rejected)
     if not keep_duplicates:
@@ -105,6 +109,7 @@ def filter_conversations(
     overhead: Annotated[int, arg(metavar="INT")] = 0,
     eval_fraction: Annotated[float, arg(metavar="0..1")] = 0.0,
     eval_out: Annotated[str | None, arg(metavar="EVAL.jsonl")] = None,
+    ignore_fields: Words = (),
     skip_broken: bool = False,
 ) -> None:
     """Choose conversations by model, language, words and length; fit them to a context; hold some out.
@@ -127,6 +132,7 @@ def filter_conversations(
         overhead: Tokens that the chat template adds to each message.
         eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
         eval_out: Where to write those held out.
+        ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
     """
     if (eval_fraction > 0) != (eval_out is not None) or out == eval_out:
@@ -137,7 +143,7 @@ def filter_conversations(
     counts = _Counts()
     rejected = counts.rejected
     count_tokens = _counter(tokenizer)
-    records = counts.read(file, skip_broken)
+    records = counts.read(file, skip_broken, ignore_fields)
     if model is not None:
         records = keep_model(records, model, rejected=rejected)
     if lang:
@@ -176,27 +182,35 @@ def convert(
     lang: Codes = (),
     top_k: Number = None,
     max_replies: Number = None,
+    ignore_fields: Words = (),
     skip_broken: bool = False,
 ) -> None:
-    """Turn a file of the ecosystem into what a trainer reads: Open-Assistant, ShareGPT, HH, preferences, messages.
+    """Turn a file of the ecosystem into what a trainer reads.
+
+    It reads Open-Assistant, ShareGPT, messages, Alpaca rows (instruction, input, output; question and answer),
+    ChatGPT's conversations.json (the current branch of each conversation), and what compares replies: chosen and
+    rejected, HH's transcripts, Nectar's ranked answers, responses with ranks or scores.
 
     sft writes lines {"messages": [{"role", "content"}]}, rankings {"prompt": [messages], "responses": [best first]},
-    prompts {"prompt": [messages]}, and preferences {"prompt": [messages], "chosen", "rejected"}.
+    prompts {"prompt": [messages]}, and preferences {"prompt": [messages], "chosen", "rejected"}; alpaca and sharegpt
+    write what sft does, in those forms.
 
     Args:
-        file: JSON lines or an array of JSON, plain or gzip, or a web page; - is stdin.
+        file: JSON (lines, an array, objects over several lines), CSV or parquet, or a web page; - is stdin.
         to: What to write.
         out: Where to write; - is stdout, and the summary then goes to stderr.
-        form: What the file holds; auto tells by its first record. hh is any form of preferences.
+        form: What the file holds; auto tells by its first record. hh is whatever compares replies.
         lang: Keep what is in one of these languages only, such as en de; pt-BR names a region of Open-Assistant.
         top_k: Of Open-Assistant's replies, take those ranked above this (counted from 0) only.
         max_replies: Take so many replies of a ranking, the best.
+        ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
     """
     counts = _Counts()
     with _seekable(file) if form == "auto" else nullcontext(file) as path:
         form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
         options = {"lang": lang, "top_k": top_k, "max_replies": max_replies, "skip_broken": skip_broken}
+        options["ignored"] = ignore_fields
         records = converted(path, form, to, **options, rejected=counts.rejected, mended=counts.mended)
         write_records(out, counts.written(records))
     counts.report(out)
@@ -241,11 +255,12 @@ class _Counts:
         self.mended: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
 
-    def read(self, file: str, skip_broken: bool) -> Iterator[Record]:
+    def read(self, file: str, skip_broken: bool, ignored: Sequence[str]) -> Iterator[Record]:
         """The conversations of a file, or of those in a folder in the order of their names."""
         files = _files(Path(file)) if file != STANDARD and Path(file).is_dir() else [file]
+        options = {"skip_broken": skip_broken, "ignored": ignored, "rejected": self.rejected, "mended": self.mended}
         for path in files:
-            for record in read_conversations(path, skip_broken=skip_broken, rejected=self.rejected):
+            for record in read_conversations(path, **options):
                 self.read_or_written["conversations"] += 1
                 yield record
 
@@ -272,6 +287,10 @@ def _sizes(record: Record) -> dict[str, int]:
     """What a record adds to the counts."""
     if "messages" in record:
         return {"threads": 1, "assistant_turns": sum(message["role"] == "assistant" for message in record["messages"])}
+    if "conversations" in record:
+        return {"threads": 1, "assistant_turns": sum(turn["from"] == "gpt" for turn in record["conversations"])}
+    if "instruction" in record:
+        return {"threads": 1, "assistant_turns": 1 + len(record["history"])}
     if "responses" in record:
         return {"rankings": 1, "pairs": math.comb(len(record["responses"]), 2)}
     return {"pairs": 1} if "chosen" in record else {"prompts": 1}

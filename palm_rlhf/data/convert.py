@@ -2,24 +2,37 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Literal
 
 from beartype import beartype
 
 from palm_rlhf.data import oasst
+from palm_rlhf.data.chatgpt_export import is_chatgpt
 from palm_rlhf.data.cleaning import mend_turns, to_markdown
 from palm_rlhf.data.filters import keep_languages
+from palm_rlhf.data.instructions import is_instruction, to_instructions
 from palm_rlhf.data.oasst_messages import MessageFilter
 from palm_rlhf.data.preferences import is_preference, pairs_of, read_rankings
 from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.data.sharegpt import is_messages, is_page, is_sharegpt, read_conversations
+from palm_rlhf.data.sharegpt import is_messages, is_page, is_sharegpt, read_conversations, to_sharegpt
 
-Form = Literal["auto", "oasst", "sharegpt", "hh", "messages"]
-Target = Literal["sft", "rankings", "prompts", "preferences"]
+Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt"]
+Form = Literal["auto", Known]
+Target = Literal["sft", "rankings", "prompts", "preferences", "alpaca", "sharegpt"]
 Path = str | os.PathLike[str]
-RECOGNISED = {"oasst": oasst.is_oasst, "sharegpt": is_sharegpt, "messages": is_messages, "hh": is_preference}
+# Replies that are compared come first: they may stand beside a conversation that is their prompt.
+RECOGNISED = {
+    "oasst": oasst.is_oasst,
+    "hh": is_preference,
+    "chatgpt": is_chatgpt,
+    "sharegpt": is_sharegpt,
+    "messages": is_messages,
+    "alpaca": is_instruction,
+}
+WRITERS = {"alpaca": to_instructions, "sharegpt": to_sharegpt}
+KEPT = ("tools", "condition")  # they are a part of what a reply answers to
 
 
 @beartype
@@ -36,8 +49,9 @@ def form_of(path: Path, *, skip_broken: bool = False) -> Form:
                 return form
         raise ValueError(
             f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected one of Open-Assistant "
-            "(message_id, role, text, or a tree of such), ShareGPT (conversations), messages, or preferences (chosen "
-            "and rejected, or responses)"
+            "(message_id, role, text, or a tree of such), ShareGPT (conversations), messages, rows of a question and "
+            "its answer (instruction, output, ...), ChatGPT's export (mapping), or preferences (chosen and rejected, "
+            "responses, or ranked answers)"
         )
     return "messages"
 
@@ -45,34 +59,40 @@ def form_of(path: Path, *, skip_broken: bool = False) -> Form:
 @beartype
 def converted(
     path: Path,
-    form: Literal["oasst", "sharegpt", "hh", "messages"],
+    form: Known,
     to: Target,
     *,
     lang: Sequence[str] = (),
     top_k: int | None = None,
     max_replies: int | None = None,
     skip_broken: bool = False,
+    ignored: Collection[str] = (),
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The records of a file as those of a trainer: sft, rankings, prompts or preferences.
+    """The records of a file as those of a trainer: sft, rankings, prompts, preferences, or sft as alpaca or sharegpt.
 
     ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst.walk``.
-    ``max_replies``: how many of a ranking to take, the best. What is left out is counted in ``rejected``, turns that
-    are dropped at the ends of a conversation in ``mended``.
+    ``max_replies``: how many of a ranking to take, the best. ``ignored``: fields to leave out though they hold text.
+    What is left out is counted in ``rejected``, turns that are dropped at the ends of a conversation in ``mended``.
     """
     compares = to in ("rankings", "preferences")
-    if form in ("sharegpt", "messages") and compares:
+    if form not in ("oasst", "hh") and compares:
         raise ValueError(f"got conversations to convert to {to}, expected sft or prompts: they compare no replies")
     if top_k is not None and form != "oasst":
         raise ValueError(f"got top_k={top_k} for the form {form}, but only messages of Open-Assistant have ranks")
     if max_replies is not None and (max_replies < 2 or not compares):
         raise ValueError(f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences")
     rejected = Counter() if rejected is None else rejected
+    if to in WRITERS:
+        options = {"lang": lang, "top_k": top_k, "skip_broken": skip_broken, "ignored": ignored}
+        conversations = converted(path, form, "sft", **options, rejected=rejected, mended=mended)
+        return WRITERS[to](conversations, rejected=rejected)
     options = {"skip_broken": skip_broken, "rejected": rejected}
     if form == "oasst":
         trees = oasst.read_trees(path, MessageFilter(languages=list(lang) or None), **options)
         return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
+    options.update(mended=mended, ignored=ignored)
     records = read_rankings(path, **options) if form == "hh" else read_conversations(path, **options)
     if form == "sharegpt":
         records = to_markdown(records, rejected=rejected, mended=mended)
@@ -111,8 +131,9 @@ def _of_rankings(rankings: Iterable[Record], to: Target, max_replies: int | None
 def _of_conversations(conversations: Iterable[Record], to: Target) -> Iterator[Record]:
     for conversation in conversations:
         messages = conversation["messages"]
+        kept = {key: conversation[key] for key in KEPT if key in conversation}
         if to == "sft":
-            yield {"messages": messages}
+            yield {"messages": messages, **kept}
         else:
             questions = (end for end, message in enumerate(messages, 1) if message["role"] == "user")
-            yield from ({"prompt": messages[:end]} for end in questions)
+            yield from ({"prompt": messages[:end], **kept} for end in questions)

@@ -1,6 +1,7 @@
 """Steps that leave out conversations which others repeat, word by word or nearly."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ def digest(conversation: Record) -> bytes:
     for message in conversation["messages"]:
         content = message["content"].encode()
         state.update(f"{message['role']} {len(content)} ".encode() + content)
+        if calls := message.get("tool_calls"):
+            state.update(json.dumps(calls, sort_keys=True).encode())
     return state.digest()
 
 

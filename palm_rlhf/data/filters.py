@@ -187,7 +187,7 @@ def keep_languages(
 
 def _prose(messages: list[dict[str, Any]]) -> str:
     """The start of what each side says, without code."""
-    share = SAMPLE // min(len(messages), 8)
+    share = SAMPLE // max(1, min(len(messages), 8))
     texts = (FENCED.sub("", message["content"]) for message in messages[:8])
     return "\n".join(text[:share] for text in texts)
 

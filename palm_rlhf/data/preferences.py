@@ -4,32 +4,28 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import combinations, takewhile
 from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.ranked_pairs import ranked_pairs
+from palm_rlhf.data.fields import check_fields, is_label, is_metadata, texts_in, unknown_field
+from palm_rlhf.data.openings import FIELDS, Opening, could_hold_prompt, parse_opening
 from palm_rlhf.data.records import MAX_RECORD_BYTES, Record, read_records
+from palm_rlhf.data.replies import ORDERS, only_reply, ordered_responses, plain_turns, ranked_replies, reply_turns
+from palm_rlhf.data.transcripts import is_transcript
+from palm_rlhf.data.turns import Turn
 from palm_rlhf.training.rankings import Ranking, cut_to
 
-Turns = list[dict[str, str]]
-TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-ORDERS = ("ranking", "rankings", "ranks", "scores")
+PAIRS = (("chosen", "rejected"), ("response_j", "response_k"))  # the second are those of Stack Exchange
+LISTS = ("answers", "completions")
 
 
 @beartype
 def is_preference(record: Record) -> bool:
-    """Whether a record has the keys of a preference: ``chosen`` and ``rejected``, or ``responses``."""
-    return {"chosen", "rejected"} <= record.keys() or "responses" in record
-
-
-@beartype
-def is_transcript(text: object) -> bool:
-    """Whether it is a dialogue as Anthropic writes them: a text that starts with ``Human:`` or ``Assistant:``."""
-    return isinstance(text, str) and re.match(r"\s*(Human|Assistant):", text) is not None
+    """Whether a record has what compares replies: ``chosen`` and ``rejected``, ``responses``, or ranked ``answers``."""
+    return _pair(record) is not None or "responses" in record or _list(record) is not None
 
 
 @beartype
@@ -38,6 +34,8 @@ def read_rankings(
     *,
     skip_broken: bool = False,
     rejected: Counter[str] | None = None,
+    mended: Counter[str] | None = None,
+    ignored: Collection[str] = (),
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
     """The preferences of a file as ``{"prompt": [...], "responses": [best first]}``; a pair is a ranking of two.
@@ -53,11 +51,11 @@ def read_rankings(
         if first and not is_preference(record):
             raise ValueError(
                 f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected a preference: prompt, "
-                "chosen and rejected, or prompt and responses"
+                "chosen and rejected, prompt and responses, or prompt and ranked answers"
             )
         first = False
         try:
-            yield parse_ranking(record, rejected)
+            yield parse_ranking(record, rejected, mended=mended, ignored=ignored)
         except ValueError as error:
             rejected[str(error)] += 1
 
@@ -70,23 +68,38 @@ def pairs_of(ranking: Record) -> Iterator[Record]:
 
 
 @beartype
-def parse_ranking(record: Record, rejected: Counter[str] | None = None) -> Record:
+def parse_ranking(
+    record: Record,
+    rejected: Counter[str] | None = None,
+    *,
+    mended: Counter[str] | None = None,
+    ignored: Collection[str] = (),
+) -> Record:
     """A preference as ``{"prompt": [...], "responses": [best first]}``; ``ValueError`` says why it is none.
 
     ``chosen`` and ``rejected`` are texts, messages, or whole dialogues as Anthropic writes them (``Human:``,
-    ``Assistant:``). With or without a ``prompt`` (a text, messages or a dialogue), what both start with belongs to it,
-    and one reply of the assistant is to follow in each.
+    ``Assistant:``). The prompt is what ``parse_opening`` finds in the fields (``prompt``, ``question``,
+    ``instruction``, ``system``, ``messages``, ...), and what both dialogues start with belongs to it; one reply of the
+    assistant is to follow in each. Of two texts alone, where no field could hold a prompt, it is the words that both
+    start with.
 
     ``responses`` are texts, or messages of the assistant, best first; or in the order that one more key tells:
     ``ranking``, their places in the list, best first; ``rankings``, those of several people, merged by ranked pairs;
-    ``ranks``, one for each, the lowest is best; ``scores``, the highest is best. Replies that are blank, tied with an
-    earlier one or equal to a better one are left out and counted in ``rejected``.
+    ``ranks``, one for each, the lowest is best; ``scores``, the highest is best. ``answers`` or ``completions`` are
+    objects with a text and a ``rank`` or a score each, as in Nectar. Replies that are blank, tied with an earlier one
+    or equal to a better one are left out and counted in ``rejected``. Other fields are those of ``check_fields``.
     """
     left_out: Counter[str] = Counter()
+    options = {"ignored": ignored, "mended": mended}
     if "responses" in record:
-        prompt, responses = _prompt(record), _ordered(record, left_out)
-    elif {"chosen", "rejected"} <= record.keys():
-        prompt, responses = _compared(record)
+        prompt, responses = _prompt(record, options).turns, ordered_responses(record, left_out)
+        known: tuple[str, ...] = ("responses", *ORDERS)
+    elif (names := _pair(record)) is not None:
+        prompt, responses = _compared(record, names, options)
+        known = names
+    elif (name := _list(record)) is not None:
+        prompt, responses = _prompt(record, options).turns, ranked_replies(record[name], left_out, options)
+        known = (name,)
     else:
         raise ValueError("no preference")
     _check_prompt(prompt)
@@ -94,6 +107,7 @@ def parse_ranking(record: Record, rejected: Counter[str] | None = None) -> Recor
     different = list(dict.fromkeys(written))
     if len(different) < 2:
         raise ValueError("no two different replies")
+    check_fields(record, {*FIELDS, *known}, [turn["content"] for turn in prompt] + different, **options)
     if rejected is not None:
         left_out["blank replies"] += len(responses) - len(written)
         left_out["equal replies"] += len(written) - len(different)
@@ -101,106 +115,76 @@ def parse_ranking(record: Record, rejected: Counter[str] | None = None) -> Recor
     return {"prompt": prompt, "responses": different}
 
 
-def _prompt(record: Record) -> Turns:
-    prompt = _turns(record.get("prompt"), "user", is_transcript(record.get("prompt")))
-    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
-        del prompt[-1]  # a dialogue that ends on "Assistant:", for the reply to go on
-    return prompt
+def _pair(record: Record) -> tuple[str, str] | None:
+    return next((pair for pair in PAIRS if all(record.get(name) is not None for name in pair)), None)
 
 
-def _compared(record: Record) -> tuple[Turns, list[str]]:
-    texts, given = (record["chosen"], record["rejected"]), record.get("prompt")
-    is_dialogue = is_transcript(given) or (given is None and all(map(is_transcript, texts)))
-    if given is None and not is_dialogue and all(isinstance(text, str) for text in texts):
+def _list(record: Record) -> str | None:
+    def is_list(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
+
+    return next((name for name in LISTS if is_list(record.get(name))), None)
+
+
+def _prompt(record: Record, options: dict[str, Any]) -> Opening:
+    turns, *rest = parse_opening(record, **options)
+    return Opening(plain_turns(turns), *rest)
+
+
+def _compared(record: Record, names: tuple[str, str], options: dict[str, Any]) -> tuple[list[Turn], list[str]]:
+    texts = [record[name] for name in names]
+    has_field = could_hold_prompt(record, options["ignored"])
+    transcripts = all(map(is_transcript, texts))
+    if not has_field and not transcripts and all(isinstance(text, str) for text in texts):
+        _refuse_fields(record, names, options["ignored"])
         # Without turns the reply is what follows the last blank that both share, so that no word is cut.
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts)))
         shared = re.match(r"(?s).*\s|", texts[0][:same]).end()
-        return _turns(texts[0][:shared].strip(), "user"), [text[shared:].strip() for text in texts]
-    prompt = _prompt(record)
-    better, worse = (_turns(text, "assistant", is_dialogue) for text in texts)
-    better, worse = (turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns for turns in (better, worse))
+        prompt = [{"role": "user", "content": texts[0][:shared].strip()}]
+        return prompt, [text[shared:].strip() for text in texts]
+    opening = _prompt(record, options)
+    head, prompt = _split_system(opening.turns)
+    is_dialogue = opening.is_transcript or (transcripts and not prompt)
+    sides = []
+    for text in texts:
+        own, turns = _split_system(reply_turns(text, "assistant", options, is_dialogue))
+        if own and head and own != head:
+            raise ValueError("two system prompts")
+        sides.append((head or own, turns))
+    (head, better), (other, worse) = sides
+    if head != other:
+        raise ValueError("two system prompts")
+    if prompt and prompt[-1]["role"] == "assistant" and prompt[-1:] == better[-1:]:
+        prompt = prompt[:-1]  # the conversation that was chosen, beside itself
+    better, worse = (turns[len(prompt) :] if _starts(turns, prompt) else turns for turns in (better, worse))
     shared = 0
     while shared < min(len(better), len(worse)) - 1 and better[shared] == worse[shared]:
         shared += 1
     if not len(better) == len(worse) == shared + 1:
         raise ValueError("replies differ in more than one turn")
-    return prompt + better[:shared], [_reply(better[shared:]), _reply(worse[shared:])]
+    return head + prompt + better[:shared], [only_reply(better[shared:]), only_reply(worse[shared:])]
 
 
-def _ordered(record: Record, left_out: Counter[str]) -> list[str]:
-    responses, orders = record["responses"], [key for key in ORDERS if record.get(key) is not None]
-    if not isinstance(responses, list) or len(orders) > 1:
-        raise ValueError("malformed preference")
-    replies = [_reply(_turns([entry] if isinstance(entry, dict) else entry, "assistant")) for entry in responses]
-    if not orders:
-        return replies
-    order = record[orders[0]]
-    if orders[0] in ("ranks", "scores"):
-        places = _by_number(order, len(replies), best_last=orders[0] == "scores")
-        left_out["tied replies"] += len(replies) - len(places)
-        return [replies[place] for place in places]
-    ballots = order if orders[0] == "rankings" else [order]
-    if not isinstance(ballots, list):
-        raise ValueError("malformed preference")
-    return [replies[place] for place in ranked_pairs([_places(ballot, len(replies)) for ballot in ballots])]
+def _refuse_fields(record: Record, names: tuple[str, str], ignored: Collection[str]) -> None:
+    """``ValueError`` for a field that could hold the prompt of a record which has no field that is known to."""
+    for name, value in record.items():
+        texts = [] if name in names or name in ignored else list(texts_in(value))
+        if texts and not (is_metadata(name) and all(map(is_label, texts))):
+            raise ValueError(unknown_field(name))
 
 
-def _places(ballot: Any, num_replies: int) -> list[int]:
-    """Places of the responses in their list, which may be counted from 1 if all are named."""
-    if not isinstance(ballot, list) or not all(type(place) is int for place in ballot):
-        raise ValueError("malformed preference")
-    if sorted(ballot) == list(range(1, num_replies + 1)):
-        ballot = [place - 1 for place in ballot]
-    if len(set(ballot)) < len(ballot) or not all(0 <= place < num_replies for place in ballot):
-        raise ValueError("malformed preference")
-    return ballot
+def _split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    start = 1 if turns and turns[0]["role"] == "system" else 0
+    return turns[:start], turns[start:]
 
 
-def _by_number(numbers: Any, num_replies: int, best_last: bool) -> list[int]:
-    """The places of the replies in the order of their numbers, one reply for each number."""
-    if (
-        not isinstance(numbers, list)
-        or len(numbers) != num_replies
-        or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-    ):
-        raise ValueError("malformed preference")
-    places: dict[float, int] = {}
-    for place, number in enumerate(numbers):
-        places.setdefault(number, place)
-    return [places[number] for number in sorted(places, reverse=best_last)]
+def _starts(turns: list[Turn], prompt: list[Turn]) -> bool:
+    """Whether a dialogue begins with the prompt, but for blanks around what is said."""
+    said = [(turn["role"], turn["content"].strip()) for turn in prompt]
+    return [(turn["role"], turn["content"].strip()) for turn in turns[: len(prompt)]] == said
 
 
-def _turns(content: Any, role: str, is_dialogue: bool = False) -> Turns:
-    """Messages from messages, or from a text: one message of ``role``, or what is said in a dialogue."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return _spoken(content, role) if is_dialogue else [{"role": role, "content": content}]
-    if not isinstance(content, list):
-        raise ValueError("malformed preference")
-    for message in content:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError("malformed preference")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError("unknown role")
-    return [{"role": message["role"], "content": message["content"]} for message in content]
-
-
-def _spoken(text: str, role: str) -> Turns:
-    """The turns of a dialogue, or what ``role`` adds to it."""
-    if not is_transcript(text):
-        return [{"role": role, "content": text.strip()}]
-    _, *parts = TURN.split(text)
-    return [{"role": SPEAKERS[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2])]
-
-
-def _reply(turns: Turns) -> str:
-    if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise ValueError("no reply of the assistant")
-    return turns[0]["content"]
-
-
-def _check_prompt(prompt: Turns) -> None:
+def _check_prompt(prompt: list[Turn]) -> None:
     if not prompt or not all(turn["content"].strip() for turn in prompt):
         raise ValueError("no prompt")
     roles = [turn["role"] for turn in prompt]

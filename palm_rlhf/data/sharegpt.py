@@ -6,21 +6,22 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from beartype import beartype
 
+from palm_rlhf.data.chatgpt_export import is_chatgpt, parse_chatgpt
 from palm_rlhf.data.extras import missing
+from palm_rlhf.data.fields import check_fields
+from palm_rlhf.data.instructions import ANSWERS, is_instruction, parse_answer, without_place
+from palm_rlhf.data.openings import FIELDS, parse_opening
 from palm_rlhf.data.records import MAX_RECORD_BYTES, STANDARD, Record, read_records
 
-ROLES = {
-    "system": ("system",),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "claude", "bot", "model"),
-}
-ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-TURNS = ("conversations", "items", "messages")
+NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
+KEPT = ("id", "model", "condition")
+TOOLS = ("tools", "functions")
+KNOWN = {*FIELDS, *ANSWERS, *TOOLS, *KEPT}
 
 PAGE_DATA = re.compile(r'<script\b[^>]*\bid="__NEXT_DATA__"[^>]*>(.*?)</script>', re.DOTALL)
 SPEAKER = "data-message-author-role"
@@ -36,8 +37,14 @@ def is_sharegpt(record: Record) -> bool:
 
 @beartype
 def is_messages(record: Record) -> bool:
-    """Whether a record has turns as the ecosystem names them, ``messages``."""
-    return isinstance(record.get("messages"), list)
+    """Whether a record has turns as the ecosystem names them, ``messages`` (or ``conversation``)."""
+    return any(isinstance(record.get(key), list) for key in ("messages", "conversation"))
+
+
+@beartype
+def is_conversation(record: Record) -> bool:
+    """Whether a record is a conversation in one of the forms of ``parse_conversation``."""
+    return any(is_form(record) for is_form in (is_sharegpt, is_messages, is_chatgpt, is_instruction))
 
 
 @beartype
@@ -59,14 +66,16 @@ def read_conversations(
     *,
     skip_broken: bool = False,
     rejected: Counter[str] | None = None,
+    mended: Counter[str] | None = None,
+    ignored: Collection[str] = (),
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
     """The conversations of a file, ``{"messages": [...]}``, with the ``id`` and ``model`` that they name.
 
     The file holds records of ``parse_conversation``, or is one web page (``parse_page``). What is no conversation is
-    counted in ``rejected`` by its reason; nothing is left out or mended otherwise. ``skip_broken`` and errors are
-    those of ``read_records``; ``ValueError`` also if the file starts with something else. A page without a
-    conversation is broken.
+    counted in ``rejected`` by its reason; nothing is left out or mended otherwise but what ``check_fields`` allows.
+    ``skip_broken`` and errors are those of ``read_records``; ``ValueError`` also if the file starts with something
+    else. A page without a conversation is broken.
     """
     rejected = Counter() if rejected is None else rejected
     if is_page(path):
@@ -83,49 +92,72 @@ def read_conversations(
     options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
     first = True
     for line, record in read_records(path, **options):
-        if first and not (is_sharegpt(record) or is_messages(record)):
+        if first and not is_conversation(record):
             raise ValueError(
                 f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected a conversation: "
-                '{"conversations": [{"from", "value"}]} or {"messages": [{"role", "content"}]}'
+                '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}, {"instruction", '
+                '"output"} or an export of ChatGPT'
             )
         first = False
         try:
-            yield parse_conversation(record)
+            yield parse_conversation(record, ignored=ignored, mended=mended)
         except ValueError as error:
             rejected[str(error)] += 1
 
 
 @beartype
-def parse_conversation(record: Record) -> Record:
-    """A conversation in one form from that of ShareGPT or ours; ``ValueError`` says why it is none.
+def parse_conversation(record: Record, *, ignored: Collection[str] = (), mended: Counter[str] | None = None) -> Record:
+    """A conversation ``{"messages": [...]}`` from any of the forms; ``ValueError`` says why it is none.
 
-    A turn says who speaks (``from`` or ``role``: ``human``, ``user``, ``gpt``, ``assistant``, ``system``, ...) and
-    what (``value`` or ``content``), and may have a ``weight``.
+    Its messages, those of ``parse_turn``, are in ``conversations``, ``items``, ``messages`` or ``conversation``, with
+    a system prompt in them or beside them; or it is a question with its answer (``parse_opening``, ``parse_answer``),
+    or a conversation of ChatGPT's export (``parse_chatgpt``). ``id``, ``model``, OpenChat's ``condition`` and the
+    ``tools`` of a conversation are kept; other fields are those of ``check_fields``.
     """
-    turns = next((record[key] for key in TURNS if isinstance(record.get(key), list)), None)
-    if turns is None:
+    if is_chatgpt(record):
+        return parse_chatgpt(record, mended=mended)
+    if not is_conversation(record):
         raise ValueError("no conversation")
-    conversation: Record = {"messages": [_message(turn) for turn in turns]}
-    for key in ("id", "model"):
+    options = {"ignored": ignored, "mended": mended}
+    opening = parse_opening(record, **options)
+    answer = parse_answer(record, opening, **options)
+    if not answer and (opening.goes_on or not (is_sharegpt(record) or is_messages(record))):
+        raise ValueError("no answer" if opening.turns else "no question")
+    conversation: Record = {"messages": [*opening.turns, *answer]}
+    check_fields(record, KNOWN, [turn["content"] for turn in conversation["messages"]], **options)
+    for key in KEPT:
         if isinstance(record.get(key), (str, int)):
             conversation[key] = record[key]
+    if tools := _tools(record):
+        conversation["tools"] = tools
     return conversation
 
 
-def _message(turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise ValueError("malformed message")
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    role = ROLE_OF.get(speaker.lower()) if isinstance(speaker, str) else None
-    if role is None:
-        raise ValueError("unknown role")
-    if not isinstance(text, str):
-        raise ValueError("malformed message")
-    if (weight := turn.get("weight")) is None:
-        return {"role": role, "content": text}
-    if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
-        raise ValueError("malformed message")
-    return {"role": role, "content": text, "weight": weight}
+def _tools(record: Record) -> list[Any]:
+    """The tools beside a conversation, described as OpenAI does; some files hold them as JSON in a text."""
+    found = next((record[key] for key in TOOLS if record.get(key)), [])
+    try:
+        tools = json.loads(found) if isinstance(found, str) else found
+    except (ValueError, RecursionError) as error:
+        raise ValueError("malformed tools") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("malformed tools")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+@beartype
+def to_sharegpt(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
+    """Conversations as ``{"conversations": [{"from", "value"}]}``, with the same ``id``, ``model`` and ``condition``.
+
+    Calls of tools, for which there is no one form, are counted in ``rejected``, and so are weights.
+    """
+    rejected = Counter() if rejected is None else rejected
+    for conversation in conversations:
+        if reason := without_place(conversation):
+            rejected[reason] += 1
+            continue
+        turns = [{"from": NAMES[turn["role"]], "value": turn["content"]} for turn in conversation["messages"]]
+        yield {**{key: conversation[key] for key in KEPT if key in conversation}, "conversations": turns}
 
 
 def _read_page(path: str | os.PathLike[str], limit: int) -> str:

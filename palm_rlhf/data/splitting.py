@@ -1,5 +1,6 @@
 """Steps that bring conversations to the length of a context, and hold some of them out."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -22,8 +23,16 @@ def num_bytes(text: str) -> int:
 
 @beartype
 def num_tokens_of(messages: Messages, count_tokens: Callable[[str], int] = num_bytes, overhead: int = 0) -> int:
-    """The length of messages, with ``overhead`` tokens for the marks that a template adds to each."""
-    return sum(count_tokens(message["content"]) + overhead for message in messages)
+    """The length of messages, with ``overhead`` tokens for the marks that a template adds to each.
+
+    Calls of tools count as the JSON that they are.
+    """
+    texts = (message["content"] + _calls(message) for message in messages)
+    return sum(count_tokens(text) + overhead for text in texts)
+
+
+def _calls(message: dict[str, Any]) -> str:
+    return json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
 
 
 @beartype
@@ -43,7 +52,8 @@ def fit_context(
     every message once; the system message, which is in every one, apart. The ``id`` of a piece ends on its number.
     An exchange that is too long by itself is counted in ``rejected``, and a piece ends before it.
 
-    ``truncate`` keeps the exchanges that fit, from the first on; if not even that does, the start of its reply.
+    ``truncate`` keeps the exchanges that fit, from the first on; if not even that does, the start of its reply. Only a
+    reply is cut, never a question. A conversation without a message but the system's is counted as "no exchange".
     ``overhead``: tokens that a template adds to each message.
     """
     if context < 1 or overhead < 0:
@@ -53,6 +63,9 @@ def fit_context(
     length = partial(num_tokens_of, count_tokens=count_tokens, overhead=overhead)
     for conversation in conversations:
         system, exchanges = _exchanges(conversation["messages"])
+        if not exchanges:
+            rejected["no exchange"] += 1
+            continue
         room = context - length(system)
         if overlong == "split":
             pieces = list(_split(exchanges, room, length, rejected))
@@ -109,6 +122,8 @@ def _truncated(
 def _cut(exchanges: list[Messages], room: int, length: Callable[[Messages], int]) -> list[Messages]:
     """The first exchange with as much of its reply as there is room for."""
     *question, reply = exchanges[0]
+    if reply["role"] != "assistant":
+        return []
 
     def upto(end: int) -> Messages:
         return [*question, {**reply, "content": reply["content"][:end].rstrip()}]

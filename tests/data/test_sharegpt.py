@@ -77,7 +77,7 @@ def test_the_real_file_is_read_whole(shared_data):
         ({"conversations": ["Hi"]}, "malformed message"),
         ({"conversations": [{"from": "human"}]}, "malformed message"),
         ({"conversations": [{"from": "human", "value": None}]}, "malformed message"),
-        ({"conversations": [{"from": "martian", "value": "Hi"}]}, "unknown role"),
+        ({"conversations": [{"from": "martian", "value": "Hi"}]}, "unknown role 'martian'"),
         ({"conversations": [{"from": ["human"], "value": "Hi"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": "Hi", "weight": "much"}]}, "malformed message"),
         ({"messages": [{"role": "user", "content": "Hi", "weight": -1}]}, "malformed message"),

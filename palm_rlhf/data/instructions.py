@@ -1,0 +1,80 @@
+"""Rows of an instruction and its answer, as Alpaca and others have them, read and written as conversations."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+
+from beartype import beartype
+
+from palm_rlhf.data.fields import shown, unknown_field
+from palm_rlhf.data.openings import CONTEXTS, QUESTIONS, Opening
+from palm_rlhf.data.records import Record
+from palm_rlhf.data.transcripts import parse_transcript
+from palm_rlhf.data.turns import Turn, content_text, parse_turn
+
+ANSWERS = ("output", "response", "answer", "completion", "assistant")
+
+
+@beartype
+def is_instruction(record: Record) -> bool:
+    """Whether a record has a field for a question (``instruction``, ``question``, ...) and one for its answer."""
+    return any(name in record for name in (*QUESTIONS, *CONTEXTS)) and any(name in record for name in ANSWERS)
+
+
+@beartype
+def parse_answer(
+    record: Record, opening: Opening, *, ignored: Collection[str] = (), mended: Counter[str] | None = None
+) -> list[Turn]:
+    """The answer to what ``parse_opening`` found, or nothing where a conversation has it already.
+
+    It is the ``output``, ``response``, ``answer``, ``completion`` or ``assistant``: a text, or messages.
+    ``ValueError`` for two different answers, and where there is no question before it.
+    """
+    found = {name: record[name] for name in ANSWERS if name not in ignored and record.get(name) not in (None, "", [])}
+    if not found:
+        return []
+    (name, answer), *others = found.items()
+    for other, text in others:
+        if text != answer:
+            raise ValueError(f"two answers, {shown(name)} and {shown(other)}")
+    if isinstance(answer, list) and all(isinstance(turn, dict) and "type" not in turn for turn in answer):
+        turns = [parse_turn(turn, ignored=ignored, mended=mended) for turn in answer]
+    elif opening.is_transcript and isinstance(answer, str):
+        turns = parse_transcript(answer, "assistant")
+    else:
+        turns = [{"role": "assistant", "content": content_text(answer)}]
+    if not opening.turns:
+        raise ValueError("no question")
+    if opening.turns[-1]["role"] != "assistant":
+        return turns
+    if all(turn["content"].strip() in opening.turns[-1]["content"] for turn in turns):
+        return []
+    raise ValueError(unknown_field(name))
+
+
+@beartype
+def to_instructions(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
+    """Conversations as rows ``{"instruction", "input", "output", "system", "history"}``, as LlamaFactory reads them.
+
+    The last exchange is the instruction and the output, those before are the history. What such a row cannot hold,
+    calls of tools and weights, is counted in ``rejected``. The conversations are those of ``mend_turns``.
+    """
+    rejected = Counter() if rejected is None else rejected
+    for conversation in conversations:
+        if reason := without_place(conversation):
+            rejected[reason] += 1
+            continue
+        messages = conversation["messages"]
+        system, turns = ("", messages) if messages[0]["role"] != "system" else (messages[0]["content"], messages[1:])
+        texts = [turn["content"] for turn in turns]
+        *history, (question, answer) = zip(texts[::2], texts[1::2], strict=True)
+        row = {"instruction": question, "input": "", "output": answer, "system": system}
+        yield {**row, "history": [list(pair) for pair in history]}
+
+
+def without_place(conversation: Record) -> str | None:
+    """What of a conversation only messages can hold, as the reason to leave it out of another form."""
+    messages = conversation["messages"]
+    if "tools" in conversation or any(turn["role"] == "tool" or "tool_calls" in turn for turn in messages):
+        return "calls of tools"
+    usual = all(turn.get("weight", turn["role"] == "assistant") == (turn["role"] == "assistant") for turn in messages)
+    return None if usual else "weights of messages"

@@ -1,0 +1,24 @@
+"""Dialogues in one text, as Anthropic writes them: ``Human:`` and ``Assistant:`` at the start of paragraphs."""
+
+import re
+
+from beartype import beartype
+
+START = re.compile(r"\s*(Human|Assistant):")
+TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+@beartype
+def is_transcript(text: object) -> bool:
+    """Whether it is a dialogue: a text that starts with ``Human:`` or ``Assistant:``."""
+    return isinstance(text, str) and START.match(text) is not None
+
+
+@beartype
+def parse_transcript(text: str, role: str) -> list[dict[str, str]]:
+    """The turns of a dialogue; of a text that is none, one message of ``role``, who adds it to a dialogue."""
+    if not is_transcript(text):
+        return [{"role": role, "content": text.strip()}]
+    _, *parts = TURN.split(text)
+    return [{"role": SPEAKERS[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2])]
