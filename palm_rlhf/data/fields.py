@@ -33,6 +33,7 @@ SPOKEN = frozenset(
         *("background", "hint", "reasoning", "reasoning_content", "thinking", "explanation", "solution", "document"),
     )
 )
+RENDERED = "text"
 LABEL = re.compile(r"[!-~]{1,200}")
 
 
@@ -72,15 +73,15 @@ def check_fields(
     """``ValueError`` for a field of a record that holds text which nothing is known about.
 
     Such text may be what a reply answers to. It is no loss where the field is ``known`` to the form, in ``ignored``
-    or metadata by its name, and where it repeats a part of ``said`` or all of it, as a rendered conversation does. A
-    field that holds only labels, each one word, is left out and counted in ``mended``, unless its name is in
+    or metadata by its name, and where it repeats a part of ``said``, or is the ``text`` that a template made of all of
+    it. A field that holds only labels, each one word, is left out and counted in ``mended``, unless its name is in
     ``SPOKEN``.
     """
     for name, value in record.items():
         if name in known or name in ignored or is_metadata(name):
             continue
         texts = list(texts_in(value))
-        if not texts or all(_is_said(text, said) for text in texts):
+        if all(any(text in part for part in said) for text in texts) or (name == RENDERED and _renders(texts, said)):
             continue
         if name in SPOKEN or not all(map(is_label, texts)):
             raise ValueError(unknown_field(name))
@@ -98,6 +99,6 @@ def shown(name: object) -> str:
     return repr(name if not isinstance(name, str) or len(name) <= 32 else name[:31] + "…")[:40]
 
 
-def _is_said(text: str, said: Collection[str]) -> bool:
+def _renders(texts: list[str], said: Collection[str]) -> bool:
     lines = [line for part in said for line in map(str.strip, part.splitlines()) if line]
-    return any(text in part for part in said) or (bool(lines) and all(line in text for line in lines))
+    return len(said) > 1 and len(texts) == 1 and all(line in texts[0] for line in lines)

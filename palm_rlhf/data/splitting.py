@@ -79,8 +79,8 @@ def fit_context(
 
 
 def _exchanges(messages: Messages) -> tuple[Messages, list[Messages]]:
-    """The system message, and the others in groups that start at the user's."""
-    start = 1 if messages and messages[0]["role"] == "system" else 0
+    """The system messages at the start, and the others in groups that start at the user's."""
+    start = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
     groups: list[Messages] = []
     for message in messages[start:]:
         if message["role"] == "user" or not groups:

@@ -176,6 +176,29 @@ def test_turns_are_mended_or_rejected(system, turns):
         assert mended.total() == len(turns) - (end - start) and not rejected
 
 
+def test_calls_of_tools_stand_between_a_question_and_its_reply():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    tool, user, reply = ({"role": role, "content": role} for role in ("tool", "user", "assistant"))
+    silent = {**tool, "content": ""}
+    for messages in (
+        [user, call, tool, reply],
+        [user, call, tool, silent, call, tool, reply, user, reply],
+        [user, call],
+        [user, reply, tool, reply],
+    ):
+        assert list(mend_turns([{"messages": messages}])) == [{"messages": messages}]
+    assert list(mend_turns([{"messages": [user, call, tool]}])) == [{"messages": [user, call]}]
+    rejected = Counter()
+    assert list(mend_turns([{"messages": [user, tool, reply]}], rejected=rejected)) == []
+    assert rejected == {"roles do not alternate": 1}
+
+
+def test_what_a_tool_says_is_left_to_the_letter():
+    tool = {"role": "tool", "content": " <div><p>2 / 2</p></div> "}
+    (found,) = to_markdown([{"messages": [tool]}], "always")
+    assert found["messages"] == [tool]
+
+
 @pytest.mark.parametrize(
     "turns, reason",
     [

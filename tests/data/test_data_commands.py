@@ -319,3 +319,52 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         tracemalloc.stop()
     assert path.stat().st_size > 8e6
     assert peaks[1] - peaks[0] < 1e6 + 150 * 4000  # the hashes of duplicates
+
+
+EMPTY = [
+    export("Which city is the capital of France?", "Paris, for a thousand years or so.", id="whole"),
+    {"id": "empty", "conversations": []},
+    {"id": "system", "conversations": [{"from": "system", "value": "Be brief and answer in English."}]},
+    {"id": "question", "messages": [{"role": "user", "content": "A question without a reply to it, and a long one."}]},
+    {"id": "reply", "conversations": [{"from": "gpt", "value": "A reply to nothing, which is as long as that."}]},
+    {"id": "blank", "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": " "}]},
+    {"id": "unknown", "messages": [{"role": "user", "content": "Hi"}], "background": "Of all this nothing is known."},
+    {"id": "none"},
+]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["clean"],
+        ["filter"],
+        ["filter", "--context", 20],
+        ["filter", "--context", 20, "--overlong", "truncate"],
+        ["filter", "--context", 1000],
+        ["filter", "--min-tokens", 10, "--near-duplicates", 0.9, "--lang", "en"],
+        ["convert", "--to", "sft"],
+        ["convert", "--to", "sft", "--lang", "en"],
+        ["convert", "--to", "alpaca"],
+        ["convert", "--to", "sharegpt"],
+    ],
+)
+def test_what_comes_out_and_what_is_left_out_add_up_to_what_went_in(tmp_path, data, command):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_records(source, EMPTY)
+    counts = data(command[0], source, "--out", out, *command[1:])
+    assert len(lines(out)) == counts.get("threads", 0)
+    assert counts.get("threads", 0) + sum(counts["rejected"].values()) == len(EMPTY)
+    assert counts["rejected"]["unknown field 'background'"] == counts["rejected"]["no conversation"] == 1
+
+
+def test_fields_are_left_out_when_asked(tmp_path, data):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_records(source, [{**export("Hi", "Hello"), "background": "A b", "bucket": "x"}])
+    for command in (["clean"], ["filter"], ["convert", "--to", "sft"]):
+        assert "threads" not in data(*command, source, "--out", out)
+        counts = data(*command, source, "--out", out, "--ignore-fields", "background")
+        assert counts["threads"] == 1 and counts["mended"] == {"field 'bucket' left out": 1}
+    pair = {**PAIR, "background": "A b"}
+    write_records(source, [pair])
+    assert data("convert", source, "--to", "rankings", "--out", out)["rejected"] == {"unknown field 'background'": 1}
+    assert data("convert", source, "--to", "rankings", "--out", out, "--ignore-fields", "background")["rankings"] == 1

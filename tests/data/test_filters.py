@@ -221,6 +221,57 @@ def test_truncation_keeps_the_start(exchanges, system, context):
         assert length(whole[: len(kept) + 2]) > context
 
 
+TURNS = st.lists(st.tuples(st.sampled_from("suat"), st.text("ab ", max_size=9)), max_size=6)
+LETTERS = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+
+
+@given(TURNS, st.integers(1, 30), st.sampled_from(["split", "truncate"]))
+def test_any_conversation_is_fitted_or_counted_and_no_question_is_cut(turns, context, overlong):
+    messages = [{"role": LETTERS[letter], "content": content} for letter, content in turns]
+    rejected = Counter()
+    pieces = list(fit_context([{"messages": messages}], context, overlong=overlong, rejected=rejected))
+    assert pieces or rejected.total() >= 1
+    for piece in pieces:
+        assert any(message["role"] != "system" for message in piece["messages"])
+        assert all(message in messages for message in piece["messages"] if message["role"] != "assistant")
+
+
+@pytest.mark.parametrize("overlong", ["split", "truncate"])
+@pytest.mark.parametrize(
+    "messages, reason",
+    [
+        ([], "no exchange"),
+        ([{"role": "system", "content": "Be brief."}], "no exchange"),
+        ([{"role": "user", "content": "a question longer than ten bytes"}], "longer than the context"),
+    ],
+)
+def test_nothing_to_fit_is_counted(overlong, messages, reason):
+    rejected = Counter()
+    assert list(fit_context([{"messages": messages}], 10, overlong=overlong, rejected=rejected)) == []
+    assert len(rejected) == rejected.total() == 1 and reason in next(iter(rejected))
+
+
+def test_empty_conversations_pass_every_step_or_are_counted():
+    for messages in ([], [{"role": "system", "content": "Be brief."}]):
+        conversation = {"messages": messages}
+        assert verdict(keep_languages, conversation, ["en"]) in (None, "language unknown", "another language")
+        assert verdict(drop_provider_errors, conversation) is None
+        assert verdict(drop_blocked_words, conversation, ["x"]) is None
+        assert verdict(drop_repeated_digits, conversation, 2) is None
+        assert verdict(drop_short, conversation, 100) == "too short"
+        assert list(drop_near_duplicates([conversation])) == [conversation]
+    assert verdict(keep_languages, {"messages": []}, ["en"]) == "language unknown"
+
+
+def test_calls_of_tools_count_for_length_and_for_likeness():
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with_call, without = {"messages": messages}, {"messages": [messages[0], {"role": "assistant", "content": ""}]}
+    assert list(drop_duplicates([with_call, without, with_call])) == [with_call, without]
+    assert list(fit_context([without], 10)) == [without] and list(fit_context([with_call], 10)) == []
+    assert list(fit_context([with_call], 100)) == [with_call]
+
+
 def test_length_by_a_tokenizer_of_ones_own():
     def count_words(text):
         return len(text.split())

@@ -104,6 +104,130 @@ def test_prompts_are_found(record, prompt, responses):
     assert parse_ranking(record) == {"prompt": prompt, "responses": responses}
 
 
+SAME_START = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
+PAIR = ["The sky is blue.", "The sky is black."]
+SYSTEM, ASKED = system("Be brief."), user("Which colour has the sky?")
+BESIDE = {"messages": [SYSTEM, ASKED], "chosen": assistant(PAIR[0]), "rejected": assistant(PAIR[1])}
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({"question": ASKED["content"]}, [ASKED]),
+        ({"question": ASKED["content"], "system": SYSTEM["content"]}, [SYSTEM, ASKED]),
+        ({"question": ASKED["content"], "system": ""}, [ASKED]),
+        ({"query": ASKED["content"], "system_prompt": SYSTEM["content"], "source": "a book of colours"},
+         [SYSTEM, ASKED]),
+        ({"instruction": "Name the colour.", "input": "the sky"}, [user("Name the colour.\nthe sky")]),
+        ({"instruction": ASKED["content"], "history": [["Hi", "Ho"]]}, [user("Hi"), assistant("Ho"), ASKED]),
+        ({"input": ASKED["content"], "system": SYSTEM["content"]}, [SYSTEM, ASKED]),
+        ({"prompt": [ASKED], "system": SYSTEM["content"]}, [SYSTEM, ASKED]),
+        ({"prompt": [system(" Be brief. "), ASKED], "system": SYSTEM["content"]}, [system(" Be brief. "), ASKED]),
+        ({"prompt": ASKED["content"], "prompt_id": "a1", "messages": [ASKED, assistant(PAIR[0])], "score_chosen": 8.0},
+         [ASKED]),  # as in UltraFeedback: the messages are those that were chosen
+        ({"messages": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
+        ({"conversations": [{"from": "human", "value": ASKED["content"]}], "system": "Be brief."}, [SYSTEM, ASKED]),
+        ({"question": ASKED["content"], "bucket": "b2"}, [ASKED]),
+        ({"id": 3, "source": "forum"}, [user("The sky is")]),
+    ],
+)  # fmt: skip
+def test_the_prompt_is_found_under_every_name(fields, prompt):
+    responses = PAIR if prompt != [user("The sky is")] else ["blue.", "black."]
+    assert parse_ranking({**fields, **SAME_START}) == {"prompt": prompt, "responses": responses}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"question": ""}, "no prompt"),
+        ({"question": " ", "id": 3}, "no prompt"),
+        ({"system": "Be brief."}, "roles do not alternate"),
+        ({"enquiry": "Which colour has the sky?"}, "unknown field 'enquiry'"),
+        ({"subject": "sky"}, "unknown field 'subject'"),
+        ({"title": "Which colour has the sky?"}, "unknown field 'title'"),
+        ({"question": "Which colour?", "background": "A child asks."}, "unknown field 'background'"),
+        ({"prompt": "Which colour?", "question": "Is it blue?"}, "two prompts, 'prompt' and 'question'"),
+        ({"prompt": [SYSTEM, ASKED], "system": "Be long."}, "two system prompts"),
+        ({"context": "The sky is up there."}, "unknown field 'context'"),
+        ({"prompt": [ASKED, assistant("It?")]}, "roles do not alternate"),
+    ],
+)
+def test_words_that_both_replies_share_are_no_prompt_where_a_field_could_be_one(fields, reason):
+    with pytest.raises(ValueError) as error:
+        parse_ranking({**fields, **SAME_START})
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        BESIDE,
+        {**BESIDE, "chosen": [BESIDE["chosen"]], "rejected": PAIR[1]},
+        {**BESIDE, "chosen": {"from": "gpt", "value": PAIR[0]}, "rejected": {"from": "gpt", "value": PAIR[1]}},
+        {**BESIDE, "messages": [SYSTEM, {"role": "user", "content": [{"type": "text", "text": ASKED["content"]}]}]},
+        {**BESIDE, "messages": [{**SYSTEM, "role": "developer"}, ASKED]},
+        {**BESIDE, "messages": [ASKED], "system": "Be brief."},
+        {"system": "Be brief.", "chosen": [ASKED, assistant(PAIR[0])], "rejected": [ASKED, assistant(PAIR[1])]},
+        {"prompt": [SYSTEM], "chosen": [SYSTEM, ASKED, assistant(PAIR[0])], "rejected": [ASKED, assistant(PAIR[1])]},
+        {"system": "Be brief.", "question": ASKED["content"], "response_j": PAIR[0], "response_k": PAIR[1]},
+        {
+            "system": "Be brief.",
+            "chosen": f"Human: {ASKED['content']}\n\nAssistant: {PAIR[0]}",
+            "rejected": f"Human: {ASKED['content']}\n\nAssistant: {PAIR[1]}",
+        },
+        {
+            "prompt": [SYSTEM, ASKED],
+            "answers": [{"answer": PAIR[1], "rank": 2.0}, {"answer": PAIR[0], "rank": 1.0, "model": "some model"}],
+        },
+        {
+            "prompt": [SYSTEM, ASKED],
+            "completions": [{"response": t, "overall_score": len(t)} for t in ["B", *PAIR][::-1]],
+        },
+    ],
+)
+def test_single_messages_dialogues_and_ranked_answers_say_the_same(record):
+    found = parse_ranking(record)
+    if "completions" in record:  # the longest is the best
+        assert found["responses"] == [PAIR[1], PAIR[0], "B"]
+        found["responses"] = PAIR
+    assert is_preference(record)
+    assert found == {"prompt": [SYSTEM, ASKED], "responses": PAIR}
+
+
+def test_nectar_is_ranked_from_its_first_to_its_last():
+    answers = [("It is blue.", 2), ("Blue.", 1), ("Green.", 4), ("I do not know.", 3), ("It is up.", 3)]
+    record = {
+        "prompt": "\n\nHuman: Which colour has the sky?\n\nAssistant: ",
+        "answers": [{"answer": text, "model": "m", "rank": rank} for text, rank in answers],
+        "turns": 1,
+        "num_responses": 5,
+        "source": ["anthropic-hh", "ultrafeedback"],
+        "good_natured": True,
+    }
+    rejected = Counter()
+    ranked = {"prompt": [ASKED], "responses": ["Blue.", "It is blue.", "I do not know.", "Green."]}
+    assert parse_ranking(record, rejected) == ranked
+    assert rejected == {"tied replies": 1}
+    with pytest.raises(ValueError, match=r"^answers without ranks$"):
+        parse_ranking({**record, "answers": [{"answer": text} for text, _ in answers]})
+    record["answers"][0]["custom_system_prompt"] = "Be a poet of the sky."
+    with pytest.raises(ValueError, match=r"^unknown field 'custom_system_prompt'$"):
+        parse_ranking(record)
+    assert parse_ranking(record, ignored=("custom_system_prompt",)) == ranked
+
+
+def test_two_system_prompts_of_replies_are_no_pair():
+    chosen, rejected = ([system(text), ASKED, assistant(text)] for text in ("Be brief.", "Be long."))
+    with pytest.raises(ValueError, match=r"^two system prompts$"):
+        parse_ranking({"chosen": chosen, "rejected": rejected})
+
+
+def test_calls_of_tools_are_not_compared():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    with pytest.raises(ValueError, match=r"^calls of tools$"):
+        parse_ranking({"prompt": [ASKED], "chosen": [call], "rejected": "No."})
+
+
 @pytest.mark.parametrize(
     ("order", "responses"),
     [
@@ -188,6 +312,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 KEYS = ["prompt", "chosen", "rejected", "responses", "ranking", "rankings", "ranks", "scores"]
+KEYS += ["system", "question", "messages", "history", "answers", "input", "x"]
 
 
 @settings(deadline=None, max_examples=120)

@@ -34,6 +34,50 @@ def test_every_name_of_a_turn_means_the_same():
     assert parse_conversation(EXPORT) == parse_conversation(items) == parse_conversation(PARSED) == PARSED
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("turns", ["conversations", "items", "messages", "conversation"])
+def test_a_system_prompt_beside_the_turns_comes_first(key, turns):
+    record = {turns: EXPORT["conversations"], key: "Answer in French.", "condition": "GPT4"}
+    system = {"role": "system", "content": "Answer in French."}
+    expected = {"messages": [system, *PARSED["messages"]], "condition": "GPT4"}
+    assert parse_conversation(record) == expected
+    assert parse_conversation({**record, turns: [{"from": "system", "value": ""}, *record[turns]]}) == expected
+    assert parse_conversation({**record, turns: [system, *record[turns]]}) == expected
+    with pytest.raises(ValueError, match=r"^two system prompts$"):
+        parse_conversation({**record, turns: [{"from": "system", "value": "In English."}, *record[turns]]})
+    assert parse_conversation({**record, key: " "})["messages"] == PARSED["messages"]
+
+
+def test_what_stands_beside_the_turns_is_never_dropped_unsaid():
+    with pytest.raises(ValueError, match=r"^unknown field 'background'$"):
+        parse_conversation({**EXPORT, "background": "The user is a child."})
+    with pytest.raises(ValueError, match=r"^unknown field 'chosen'$"):
+        parse_conversation({**EXPORT, "chosen": {"from": "gpt", "value": "Red."}})
+    mended = Counter()
+    record = {**EXPORT, "background": "The user is a child.", "bucket": "b2", "source": "a forum", "views": 3}
+    assert parse_conversation(record, ignored=("background",), mended=mended) == PARSED
+    assert mended == {"field 'bucket' left out": 1}
+
+
+TOOL = {"name": "weather", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tools": [{"type": "function", "function": TOOL}]},
+        {"tools": json.dumps([TOOL])},
+        {"functions": [TOOL]},
+    ],
+)
+def test_tools_beside_the_turns_are_kept(beside):
+    tools = [{"type": "function", "function": TOOL}]
+    assert parse_conversation({**EXPORT, **beside}) == {**PARSED, "tools": tools}
+    for broken in ("[", "3", ["weather"]):
+        with pytest.raises(ValueError, match=r"^malformed tools$"):
+            parse_conversation({**EXPORT, "tools": broken})
+
+
 @settings(max_examples=30)
 @given(records=st.lists(EXPORTS, max_size=5))
 def test_lines_arrays_and_gzip_hold_the_same_conversations(tmp_path_factory, records):
