@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from palm_rlhf.serving.bodies import Bodies, Limits
+from palm_rlhf.serving.echo import with_prompts
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Piece, Request
@@ -65,7 +66,14 @@ class Answers:
         """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
         client = client_of(request.scope)
         ask, wanted = await self._prepared(request, lambda body: self._asked(kind, body, client))
-        form = Form(kind, self.served.name, self.served.tokenizer, ask.include_usage, ask.continuous_usage)
+        form = Form(
+            kind,
+            self.served.name,
+            self.served.tokenizer,
+            ask.include_usage,
+            ask.continuous_usage,
+            ask.prompt_logprobs,
+        )
         if not ask.stream:
             return await self._while_connected(request, self._whole(form, ask, wanted))
         generations, queue = self._submit(wanted)
@@ -165,14 +173,22 @@ class Answers:
         generations, queue = self._submit(wanted)
         said: list[list[Piece]] = [[] for _ in generations]
         try:
-            async for found in pieces(queue, generations):
+            async for found in self._pieces(ask, generations, queue):
                 for number, piece in found:
                     said[number].append(piece)
         finally:
             cancel(generations)
             self._note(ask, generations)
         replies = list(zip(generations, said))
-        return form.whole(await self._best(ask, replies), generations)
+        return await asyncio.to_thread(form.whole, await self._best(ask, replies), generations)
+
+    def _pieces(self, ask: Ask, generations: list[Generation], queue: asyncio.Queue) -> AsyncGenerator:
+        """The pieces of replies as they come, behind their prompts where that is asked for."""
+        blocks = pieces(queue, generations)
+        if not ask.echo:
+            return blocks
+        prompts = [prompt for prompt in ask.prompts for _ in range(ask.best_of)]
+        return with_prompts(blocks, self.served.tokenizer, prompts, generations)
 
     async def _best(self, ask: Ask, replies: list[tuple[Generation, list[Piece]]]) -> list[tuple]:
         """Of the replies to each prompt the n of highest score, best first."""
@@ -202,14 +218,14 @@ class Answers:
         """The blocks of a stream; an error comes as an event, since the status has been sent."""
         if form.kind == "chat":
             yield b"".join(event(form.first(index, generations)) for index in range(len(generations)))
-        logprobs, num_tokens = ask.options["logprobs"] is not None, [0] * len(generations)
+        num_tokens = [0] * len(generations)
         try:
-            async with aclosing(pieces(queue, generations)) as blocks:
+            async with aclosing(self._pieces(ask, generations, queue)) as blocks:
                 async for found in blocks:
                     chunks = []
                     for number, piece in found:
                         num_tokens[number] = piece.num_tokens
-                        chunks += form.chunks(number, piece, logprobs, generations, sum(num_tokens))
+                        chunks += form.chunks(number, piece, generations, sum(num_tokens))
                     yield b"".join(map(event, chunks))
             if ask.include_usage:
                 yield event(form.last(generations))

@@ -7,6 +7,7 @@ from torch import Tensor
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.generation import Generation
 from palm_rlhf.serving.prefix import PrefixCache, common_prefix
+from palm_rlhf.serving.prompt_logprobs import score_prompt
 from palm_rlhf.serving.sampler import Sampled, Sampler
 from palm_rlhf.serving.slots import Row, Rows, SlotCache
 
@@ -43,7 +44,7 @@ class Batch:
         members = [*self.members, generation]
         if len(members) > self.slots.max_rows:
             return False
-        known, source = self._find(generation.sequence)
+        known, source = self._find(generation.sequence[: generation.num_reusable])
         if self.reading and not self._may_join(generation, known, num_tokens):
             return False
         if not self._reserve(members, max(min(member.length + HEADROOM, member.limit) for member in members)):
@@ -79,12 +80,8 @@ class Batch:
         columns = -(-columns // COLUMN_STEP) * COLUMN_STEP
         return self.slots.reserve(len(members), columns, [member.num_read for member in self.members])
 
-    def _find(self, sequence: list[int]) -> tuple[int, int | Tensor | None]:
-        """The longest beginning of a sequence that is known, in tokens, and the row or the contents that it is in.
-
-        The last token is always read, since the logits after it are wanted.
-        """
-        wanted = sequence[:-1]
+    def _find(self, wanted: list[int]) -> tuple[int, int | Tensor | None]:
+        """The longest beginning of a sequence that is known, in tokens, and the row or the contents that it is in."""
         length, source = self.prefixes.find(np.array(wanted))
         for row, other in enumerate(self.rows):
             if (shared := _shared(other.sequence[: other.num_read], wanted)) > length:
@@ -104,7 +101,9 @@ class Batch:
         padded = [part + [0] * (stop - start - len(part)) for part in parts]  # what comes after a row is never seen
         tokens = torch.tensor(padded, device=self.palm.device)
         embeds = self._embed(tokens, self.slots.row(len(self.rows), start, len(group)))
-        for generation, part in zip(group, parts, strict=True):
+        for generation, part, embedded in zip(group, parts, embeds, strict=True):
+            if generation.request.prompt_logprobs is not None:
+                score_prompt(generation, start, embedded[: len(part)], self.palm, self.sampler)
             generation.num_read = start + len(part)
         num_read = sum(map(len, parts))
         if stop < longest:

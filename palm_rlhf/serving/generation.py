@@ -37,7 +37,8 @@ class Request:
     `top_p`, `min_p` and `repetition_penalty` are those of `PaLM.generate`. `presence_penalty` and `frequency_penalty`
     are taken from the logits of tokens already sampled, once and for each time; `logit_bias` is added. `stop` are
     strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for the
-    log-probability of each token and so many alternatives. `grammar` is what the reply has to follow. `timeout` is in
+    log-probability of each token and so many alternatives, `prompt_logprobs` for the same of the prompt's tokens, which
+    are then read anew whatever is known of them. `grammar` is what the reply has to follow. `timeout` is in
     seconds, the time in the queue included. `client` names whoever asks, by any string: clients share the machine
     fairly, and none is told of another's prompts.
     """
@@ -57,20 +58,22 @@ class Request:
     frequency_penalty: float | int = 0.0
     logit_bias: Mapping[int, float | int] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     timeout: float | int | None = None
     client: str = ""
 
     def __post_init__(self):
         for name, fine, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0, where the prompt alone is read"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is none)"),
             ("stop", all(self.stop), "no empty string"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more alternatives, or None"),
+            ("logprobs", (self.logprobs or 0) >= 0, "0 or more alternatives, or None"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more alternatives, or None"),
             ("timeout", self.timeout is None or self.timeout > 0, "seconds above 0, or None"),
         ):
             if not fine:
@@ -83,8 +86,9 @@ class TokenLogprob(NamedTuple):
     """A token's log-probability in nats, by the model alone: before temperature, penalties and bias."""
 
     token: int
-    logprob: float
+    logprob: float | None  # None for the first token of a prompt
     alternatives: tuple[tuple[int, float], ...]  # the likeliest tokens, best first
+    rank: int = 1  # 1 for the likeliest
     offset: int = 0  # where its text begins in that of the reply, in characters
 
 
@@ -113,6 +117,7 @@ class Generation:
     ):
         self.request = request
         self.tokens: list[int] = []  # sampled so far, the one that ends the reply included
+        self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on, as far as they are known
         self.admitted = False  # whether it has ever had a row
         self.num_cached = 0  # tokens of the prompt that were not computed again
         self.finish_reason: str | None = None
@@ -145,6 +150,16 @@ class Generation:
         return len(self.request.prompt) + self.request.max_new_tokens
 
     @property
+    def num_reusable(self) -> int:
+        """Tokens whose keys and values may come from elsewhere.
+
+        The last token is always read, since the logits after it are wanted; so are those before it that are wanted too.
+        """
+        num_scored = len(self.prompt_logprobs)
+        wanted = self.request.prompt_logprobs is not None and num_scored < len(self.request.prompt) - 1
+        return num_scored if wanted else self.length - 1
+
+    @property
     def failure(self) -> ValueError | None:
         """Why no token may come next, where the grammar is at fault."""
         return None if self.constraint is None else self.constraint.failure
@@ -174,17 +189,19 @@ class Generation:
     def push(self, token: int, logprob: TokenLogprob | None) -> Piece | None:
         """Takes the next token; what it adds, if anything, is for `deliver`. For the engine's thread alone."""
         request = self.request
+        if request.max_new_tokens == 0:
+            return self.end("length")
         if not self.tokens:
             self.first_token = time.monotonic()
         self.tokens.append(token)
         if request.presence_penalty or request.frequency_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
+        if logprob is not None:
+            self._pending.append(logprob._replace(offset=self._text.num_chars))
         if token in request.stop_tokens:
             return self.end("stop")
         if self.constraint is not None:
             self.constraint.push(token)
-        if logprob is not None:
-            self._pending.append(logprob._replace(offset=self._text.num_chars))
         text = self._text.push(token)
         if self._text.stopped:
             return self._piece(text, "stop")

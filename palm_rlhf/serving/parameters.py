@@ -87,6 +87,7 @@ STREAMING = {
         }
     ),
 }
+PROMPT_LOGPROBS = integer(0, 20, "Return the log-probability of each token of the prompt, and of the likeliest others.")
 NOTED = {
     "user": string(512, "Written to the log beside the request."),
     "safety_identifier": string(512, "The newer name of user."),
@@ -194,6 +195,7 @@ CHAT = record(
         "max_completion_tokens": COUNT,
         "logprobs": boolean("Return the log-probability of each token."),
         "top_logprobs": integer(0, 20, "Return those of the likeliest tokens, too."),
+        "prompt_logprobs": PROMPT_LOGPROBS,
         "response_format": RESPONSE_FORMAT,
         **NEUTRAL_IN_CHATS,
     },
@@ -206,6 +208,11 @@ COMPLETION = record(
     {
         **COMMON,
         "prompt": PROMPT,
+        "max_tokens": integer(0, 2**31 - 1, "Most tokens of a reply; 0 reads the prompt alone."),
+        "echo": boolean(
+            "Begin the text, and the log-probabilities where they are asked for, with those of the prompt."
+        ),
+        "prompt_logprobs": PROMPT_LOGPROBS,
         "logprobs": {"anyOf": [integer(0, 5, "Return those of each token and the likeliest others."), neutral(False)]},
         **NEUTRAL_IN_COMPLETIONS,
     },

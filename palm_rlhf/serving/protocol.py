@@ -22,6 +22,8 @@ class Ask:
     n: int = 1
     best_of: int = 1
     stream: bool = False
+    echo: bool = False
+    prompt_logprobs: int | None = None  # alternatives that are told of each token of the prompt
     ignore_eos: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -59,8 +61,11 @@ def read_chat(body: dict[str, Any]) -> Ask:
     logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
     if values.get("top_logprobs") and logprobs is None:
         raise ApiError(400, "got top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
-    ask = _ask(values, [[plain(message) for message in values["messages"]]], limit, logprobs)
-    return replace(ask, json_schema=json_schema(values.get("response_format", {"type": "text"})))
+    prompt_logprobs = values.get("prompt_logprobs")
+    ask = _ask(values, [[plain(message) for message in values["messages"]]], limit, logprobs, prompt_logprobs)
+    return replace(
+        ask, prompt_logprobs=prompt_logprobs, json_schema=json_schema(values.get("response_format", {"type": "text"}))
+    )
 
 
 def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
@@ -79,7 +84,10 @@ def read_completion(body: dict[str, Any]) -> Ask:
     prompt = values["prompt"]
     alone = isinstance(prompt, str) or isinstance(prompt[0], int)
     limit, logprobs = values.get("max_tokens", COMPLETION_TOKENS), values.get("logprobs")
-    return _ask(values, [prompt] if alone else prompt, limit, None if logprobs is False else logprobs)
+    logprobs, echo = None if logprobs is False else logprobs, values.get("echo", False)
+    told = [number for number in (logprobs if echo else None, values.get("prompt_logprobs")) if number is not None]
+    ask = _ask(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
+    return replace(ask, echo=echo, prompt_logprobs=values.get("prompt_logprobs"))
 
 
 def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:
@@ -98,7 +106,9 @@ def plain(message: dict[str, Any]) -> dict[str, str]:
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
-def _ask(values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs: int | None) -> Ask:
+def _ask(
+    values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs: int | None, prompt_logprobs: int | None
+) -> Ask:
     """What chats and completions have in common."""
     stream, n = values.get("stream", False), values.get("n", 1)
     best_of, stop = values.get("best_of", n), values.get("stop", ())
@@ -118,6 +128,9 @@ def _ask(values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs
         "presence_penalty",
         "frequency_penalty",
     )
+    if stream and "prompt_logprobs" in values:
+        message = "prompt_logprobs come with a whole reply only; expected it or stream"
+        raise ApiError(400, message, param="prompt_logprobs")
     top_k = values.get("top_k", 0)
     include_usage = streaming.get("include_usage", False)
     return Ask(
@@ -129,6 +142,7 @@ def _ask(values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs
             "stop": tuple(filter(None, [stop])) if isinstance(stop, str) else tuple(stop),
             "logit_bias": {int(token): bias for token, bias in values.get("logit_bias", {}).items()},
             "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
         },
         max_new_tokens=limit,
         n=n,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from palm_rlhf import __version__
 from palm_rlhf.data.tokenizer import Tokenizer
-from palm_rlhf.serving.generation import Generation, Piece, TokenLogprob
+from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogprob
 from palm_rlhf.serving.vocabulary import token_text
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -35,6 +35,7 @@ class Form:
     """One reply's objects, of a chat or of a completion.
 
     The chunks of a stream have a place for the usage where it is asked for; `continuous_usage` fills it in every one.
+    `prompt_logprobs` is how many alternatives are told of each token of the prompt, in vLLM's form.
     """
 
     kind: Literal["chat", "completion"]
@@ -42,6 +43,7 @@ class Form:
     tokenizer: Tokenizer
     include_usage: bool = False
     continuous_usage: bool = False
+    prompt_logprobs: int | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -61,25 +63,30 @@ class Form:
     def whole(self, replies: Sequence[tuple[Generation, list[Piece]]], everything: Sequence[Generation]) -> dict:
         """The object of a reply that was not streamed; `everything` is what it cost."""
         choices = []
-        for index, (_, pieces) in enumerate(replies):
+        for index, (generation, pieces) in enumerate(replies):
             text = "".join(piece.text for piece in pieces)
-            logprobs = self._logprobs([logprob for piece in pieces for logprob in piece.logprobs], pieces)
+            logprobs = self._logprobs([one for piece in pieces for one in piece.logprobs], generation.request)
             said = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
-            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason})
-        return self._envelope(choices, chunk=False, usage=usage(everything))
+            choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
+            if self.prompt_logprobs is not None and self.kind == "completion":
+                choice["prompt_logprobs"] = self._prompt_logprobs(generation)
+            choices.append(choice)
+        more = {"usage": usage(everything)}
+        if self.prompt_logprobs is not None and self.kind == "chat":
+            more["prompt_logprobs"] = self._prompt_logprobs(replies[0][0])
+        return self._envelope(choices, chunk=False, **more)
 
     def first(self, index: int, generations: Sequence[Generation]) -> dict[str, Any]:
         """The chunk that opens a choice of a chat."""
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}}, generations, 0)
 
     def chunks(
-        self, index: int, piece: Piece, asks_logprobs: bool, generations: Sequence[Generation], num_tokens: int
+        self, index: int, piece: Piece, generations: Sequence[Generation], num_tokens: int
     ) -> list[dict[str, Any]]:
         """What one piece adds to a choice: its text, and why the choice ends. `num_tokens` were sampled so far."""
-        found = []
-        if piece.text or piece.logprobs:
+        found, logprobs = [], self._logprobs(piece.logprobs, generations[index].request)
+        if piece.text or logprobs is not None:
             said = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
-            logprobs = self._logprobs(list(piece.logprobs), [piece]) if asks_logprobs else None
             found.append(self._chunk({"index": index, **said, "logprobs": logprobs}, generations, num_tokens))
         if piece.finish_reason is not None:
             said = {"delta": {}} if self.kind == "chat" else {"text": ""}
@@ -96,19 +103,40 @@ class Form:
         """The chunk with the usage."""
         return self._envelope([], chunk=True, usage=usage(generations))
 
-    def _logprobs(self, logprobs: list[TokenLogprob], pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        if not any(piece.logprobs for piece in pieces):
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], request: Request) -> dict[str, Any] | None:
+        """In OpenAI's forms, where a completion tells of the token that ends it, and a chat does not."""
+        if self.kind == "chat":
+            logprobs = [one for one in logprobs if one.token not in request.stop_tokens]
+        if not logprobs:
             return None
         if self.kind == "chat":
             return {"content": [self._entry(one) for one in logprobs], "refusal": None}
         return {
             "tokens": [self._name(one.token) for one in logprobs],
-            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in logprobs],
-            "top_logprobs": [
-                {self._name(token): max(value, LEAST_LOGPROB) for token, value in one.alternatives} for one in logprobs
-            ],
+            "token_logprobs": [None if one.logprob is None else finite(one.logprob) for one in logprobs],
+            "top_logprobs": [None if one.logprob is None else self._named(one) for one in logprobs],
             "text_offset": [one.offset for one in logprobs],
         }
+
+    def _named(self, one: TokenLogprob) -> dict[str, float]:
+        """The alternatives, and the token itself; of those that look alike the likeliest."""
+        found: dict[str, float] = {}
+        for token, value in (*one.alternatives, (one.token, one.logprob)):
+            found.setdefault(self._name(token), finite(value))
+        return found
+
+    def _prompt_logprobs(self, generation: Generation) -> list[dict[str, Any] | None]:
+        """By ids, each token of the prompt and its alternatives; None for the first, which nothing precedes."""
+        found: list[dict[str, Any] | None] = [None]
+        for one in generation.prompt_logprobs:
+            best = enumerate(one.alternatives[: self.prompt_logprobs], start=1)
+            ranked = ((one.rank, one.token, one.logprob), *((rank, *alternative) for rank, alternative in best))
+            entries: dict[str, Any] = {}
+            for rank, token, value in ranked:
+                entry = {"logprob": finite(value), "rank": rank, "decoded_token": self._name(token)}
+                entries.setdefault(str(token), entry)
+            found.append(entries)
+        return found
 
     def _entry(self, one: TokenLogprob) -> dict[str, Any]:
         return {
@@ -118,10 +146,15 @@ class Form:
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text, octets = token_text(self.tokenizer, token)
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": octets}
+        return {"token": text, "logprob": finite(logprob), "bytes": octets}
 
     def _name(self, token: int) -> str:
         return token_text(self.tokenizer, token)[0]
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can have it."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 def event(data: dict[str, Any] | str) -> bytes:

@@ -62,7 +62,7 @@ def prompt_tokens(served: Served, context: int, prompt: str | list) -> list[int]
 
 def room_for_reply(length: int, asked: int | None, context: int, name: str) -> int:
     """Tokens that a reply may have; ApiError where they do not fit."""
-    if length >= context:
+    if length + (asked != 0) > context:
         raise overflow(f"{name} has {length} tokens, and the context of this model is {context} tokens", name)
     if asked is not None and length + asked > context:
         raise overflow(

@@ -28,9 +28,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[Sampled | None]:
         """logits: `b v`, one row for each generation; None where the model gave no number, or no token is allowed."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.forbidden is not None:
-            logits = logits.masked_fill(self.forbidden, -torch.inf)
+        logits = self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
         chosen = choose(adjusted, rows)
         finite = adjusted.amax(dim=-1).isfinite().tolist()
@@ -39,6 +37,11 @@ class Sampler:
             Sampled(token, logprob) if fine else None
             for token, logprob, fine in zip(chosen.tolist(), logprobs, finite, strict=True)
         ]
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """The logits of the model's own distribution, in float32 or wider: `... v -> ... v`."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.forbidden is None else logits.masked_fill(self.forbidden, -torch.inf)
 
 
 def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
@@ -117,13 +120,21 @@ def token_logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Generation]) -
     asking = [index for index, row in enumerate(rows) if row.request.logprobs is not None]
     if not asking:
         return found
-    logprobs = logits[asking].log_softmax(dim=-1)
-    own = logprobs.gather(-1, chosen[asking].unsqueeze(-1)).squeeze(-1).tolist()
-    # never an id that cannot be sampled: there are at least as many others as anyone may ask for
-    most = min(max(rows[index].request.logprobs for index in asking), logits.shape[-1])
-    best = logprobs.topk(most, dim=-1)
-    for place, index in enumerate(asking):
-        top = zip(best.indices[place].tolist(), best.values[place].tolist())
-        kept = [(token, value) for token, value in top if value > -torch.inf][: rows[index].request.logprobs]
-        found[index] = TokenLogprob(int(chosen[index]), own[place], tuple(kept))
+    most = max(rows[index].request.logprobs for index in asking)
+    for index, one in zip(asking, with_alternatives(logits[asking], chosen[asking], most), strict=True):
+        found[index] = one._replace(alternatives=one.alternatives[: rows[index].request.logprobs])
     return found
+
+
+def with_alternatives(logits: Tensor, tokens: Tensor, most: int) -> list[TokenLogprob]:
+    """The log-probabilities of tokens, and of so many of the likeliest at each place: logits `n v`, tokens `n`."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(-1, tokens.unsqueeze(-1))
+    ranks = (logprobs > own).sum(dim=-1) + 1
+    # never an id that cannot be sampled: there are at least as many others as anyone may ask for
+    best = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
+    columns = (tensor.tolist() for tensor in (tokens, own.squeeze(-1), ranks, best.indices, best.values))
+    return [
+        TokenLogprob(token, logprob, tuple((i, value) for i, value in zip(ids, values) if value > -torch.inf), rank)
+        for token, logprob, rank, ids, values in zip(*columns, strict=True)
+    ]

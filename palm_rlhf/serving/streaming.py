@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from palm_rlhf.serving.generation import Generation, Piece
@@ -36,7 +36,7 @@ class Mailbox:
             queue.put_nowait((generation, piece))
 
 
-async def pieces(queue: asyncio.Queue, generations: list[Generation]) -> AsyncIterator[list[tuple[int, Piece]]]:
+async def pieces(queue: asyncio.Queue, generations: list[Generation]) -> AsyncGenerator[list[tuple[int, Piece]], None]:
     """All pieces that have come, each with the number of its generation, until all have ended.
 
     Raises what broke one of them.

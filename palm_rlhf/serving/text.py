@@ -1,7 +1,20 @@
 """Text from tokens as they come: whole characters, up to a stop string."""
 
+from collections.abc import Sequence
+
 from palm_rlhf.data.streaming import StreamDecoder
 from palm_rlhf.data.tokenizer import Tokenizer
+
+
+def spelled(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of tokens, special ones by their names, and where the text of each begins in it, in characters."""
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    decoder, parts, offsets, size = StreamDecoder(tokenizer), [], [], 0
+    for token in tokens:
+        offsets.append(size)
+        parts.append(decoder.finish() + names[token] if token in names else decoder.push(token))
+        size += len(parts[-1])
+    return "".join((*parts, decoder.finish())), offsets
 
 
 class TextStream:

@@ -39,7 +39,7 @@ def refused(http):
 BAD_VALUES = [
     ("temperature", [-0.1, 2.1, "hot", True, [], {}, 10**400]),
     ("top_p", [-0.1, 1.1, "all"]),
-    ("max_tokens", [0, -1, 1.5, "many", True, 2**31]),
+    ("max_tokens", [-1, 1.5, "many", True, 2**31]),
     ("n", [0, 129, 1.5, "two"]),
     ("best_of", [0, 129]),
     ("top_k", [-2, 0.5, "all"]),
@@ -61,7 +61,9 @@ BAD_VALUES = [
 ]
 BAD_CHATS = [
     ("messages", ["Hello", [], {}, [1]]),
+    ("max_tokens", [0]),
     ("max_completion_tokens", [0, "x"]),
+    ("prompt_logprobs", [-1, 21, True]),
     ("logprobs", [1, "x"]),
     ("top_logprobs", [-1, 21, 5]),  # 5: without logprobs
     ("response_format", ["text", {"type": "xml"}, {}]),
@@ -69,6 +71,8 @@ BAD_CHATS = [
 BAD_TEXTS = [
     ("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]),
     ("logprobs", [True, 6, -1]),
+    ("echo", [1, "yes"]),
+    ("prompt_logprobs", [-1, 21, True]),
 ]
 
 

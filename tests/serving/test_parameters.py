@@ -64,7 +64,7 @@ NO_CHAT = {
     "continue_final_message": False,
     "chat_template_kwargs": {},
 }
-NO_TEXT = {"suffix": "", "logprobs": None, "add_special_tokens": True}
+NO_TEXT = {"suffix": "", "echo": False, "prompt_logprobs": None, "logprobs": None, "add_special_tokens": True}
 PATHS = [(CHATS, {"messages": HELLO}, NO_CHAT, CHAT), (TEXTS, {"prompt": "Hello"}, NO_TEXT, COMPLETION)]
 
 
