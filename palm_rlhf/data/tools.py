@@ -1,7 +1,7 @@
 """Conversations with tools as tokens: definitions, calls and results, as a model's own chat template writes them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,29 @@ def knows_tools(template: Template | None) -> bool:
 
 @beartype
 def encode_tool_prompt(
-    messages: Messages, tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: JinjaTemplate
+    messages: Messages,
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: JinjaTemplate,
+    *,
+    checkpoint: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The tokens of a conversation in which tools may be called, up to where the assistant is to speak: `n`.
 
     Messages are those of `encode_prompt`, and may be of the role "tool", with a "tool_call_id", or of an assistant that
     has "tool_calls": [{"id", "type": "function", "function": {"name", "arguments": an object}}]. `tools` are functions
-    in OpenAI's form. The names of special tokens in any of them stay text. ValueError where the template refuses.
+    in OpenAI's form. The names of special tokens in any of them stay text. `checkpoint` is called before each message,
+    and may raise an error to stop. ValueError where the template refuses.
     """
     names = SpecialNames.of(tuple(template.special_tokens or tokenizer.special_tokens))
     guard = unused_character(strings([*messages, *tools]))
-    guarded = [_guarded(message, names, guard) for message in messages]
+    guarded = []
+    for message in messages:
+        checkpoint()
+        guarded.append(_guarded(message, names, guard))
     definitions = [_guarded(tool, names, guard) for tool in tools] or None
     text = template.render(guarded, add_generation_prompt=True, tools=definitions)
-    return torch.tensor(names.encode(text, guard, tokenizer), dtype=torch.long)
+    return torch.tensor(names.encode(text, guard, tokenizer, None), dtype=torch.long)
 
 
 def _guarded(value: Any, names: SpecialNames, guard: str) -> Any:

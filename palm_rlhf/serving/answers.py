@@ -20,6 +20,7 @@ from palm_rlhf.serving.replies import Form, event
 from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens
 from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.streaming import EventStream, Mailbox, cancel, pieces, unless_gone
+from palm_rlhf.serving.tools import reading_calls
 
 logger = logging.getLogger(__name__)
 SCORED_AT_ONCE = 8  # between two tokens of those that run
@@ -183,8 +184,10 @@ class Answers:
         return await asyncio.to_thread(form.whole, await self._best(ask, replies), generations)
 
     def _pieces(self, ask: Ask, generations: list[Generation], queue: asyncio.Queue) -> AsyncGenerator:
-        """The pieces of replies as they come, behind their prompts where that is asked for."""
+        """The pieces of replies as they come, behind their prompts where that is asked for, with the calls in them."""
         blocks = pieces(queue, generations)
+        if ask.tools is not None:
+            return reading_calls(blocks, generations, self.served.call_form)
         if not ask.echo:
             return blocks
         prompts = [prompt for prompt in ask.prompts for _ in range(ask.best_of)]

@@ -92,6 +92,15 @@ class TokenLogprob(NamedTuple):
     offset: int = 0  # where its text begins in that of the reply, in characters
 
 
+class ToolCall(NamedTuple):
+    """A function that a model wants called: the `index`-th call of its reply. `arguments` is JSON."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
 class Piece(NamedTuple):
     """Some text of a reply, and the tokens that it is made of; the last one says why the reply ends."""
 
@@ -99,6 +108,7 @@ class Piece(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # "stop", "length", "cancelled", "timeout" or "error"
     num_tokens: int = 0  # of the reply so far
+    calls: tuple[ToolCall, ...] = ()  # found in its text
 
 
 class Generation:

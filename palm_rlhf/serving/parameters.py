@@ -3,6 +3,7 @@
 from typing import Any
 
 MOST_CHOICES = 128
+MOST_TOOLS = 128
 MOST_STOPS = 64  # OpenAI takes 4; evaluation harnesses send more
 
 
@@ -121,9 +122,6 @@ NEUTRAL = {
     "priority": neutral(0),
 }
 NEUTRAL_IN_CHATS = {
-    "tools": neutral([]),
-    "tool_choice": neutral("none", "auto"),
-    "parallel_tool_calls": neutral(True, False),
     "functions": neutral([]),
     "function_call": neutral("none", "auto"),
     "modalities": neutral(["text"]),
@@ -138,7 +136,6 @@ NEUTRAL_IN_CHATS = {
 }
 NEUTRAL_IN_COMPLETIONS = {"suffix": neutral(""), "add_special_tokens": neutral(True, False)}
 NEUTRAL_IN_MESSAGES = {
-    "tool_calls": neutral([]),
     "annotations": neutral([]),
     "refusal": neutral(""),
     "reasoning": neutral(""),
@@ -177,6 +174,38 @@ RESPONSE_FORMAT = {
     ],
     "description": "The form of the reply: text, any object of JSON, or JSON by a schema.",
 }
+FUNCTION_NAME = {"type": "string", "minLength": 1, "maxLength": 64}
+FUNCTION = record(
+    {
+        "name": FUNCTION_NAME,
+        "description": STRING,
+        "parameters": {**FREE, "description": "A JSON Schema of its arguments."},
+        "strict": boolean("Whether calls always conform to the parameters."),
+    },
+    "name",
+)
+IS_FUNCTION = {"type": "string", "enum": ["function"]}
+TOOLS = {
+    **items(record({"type": IS_FUNCTION, "function": FUNCTION}, "type", "function"), minimum=0, maximum=MOST_TOOLS),
+    "description": "Functions that the model may call, where its chat template knows tools.",
+}
+TOOL_CHOICE = {
+    "anyOf": [
+        {"type": "string", "enum": ["none", "auto", "required"]},
+        record({"type": IS_FUNCTION, "function": record({"name": FUNCTION_NAME}, "name")}, "type", "function"),
+    ],
+    "description": "Whether the model may or has to call a function, or which one.",
+}
+TOOL_CALL = record(
+    {
+        "id": string(256, "What the message with its result refers to."),
+        "type": IS_FUNCTION,
+        "index": integer(0, MOST_TOOLS, "Its place, as chunks of a stream have it."),
+        "function": record({"name": FUNCTION_NAME, "arguments": {"type": "string"}}, "name", "arguments"),
+    },
+    "id",
+    "function",
+)
 PART = record({"type": {"type": "string", "enum": ["text"]}, "text": STRING}, "type", "text")
 CONTENT = {"anyOf": [STRING, items(PART)]}
 MESSAGE = record(
@@ -188,10 +217,33 @@ MESSAGE = record(
     "role",
     "content",
 )
+ASSISTANT_MESSAGE = record(
+    {
+        **MESSAGE["properties"],
+        "role": {"type": "string", "enum": ["assistant"]},
+        "tool_calls": items(TOOL_CALL, minimum=0, maximum=MOST_TOOLS),
+    },
+    "role",
+)
+TOOL_MESSAGE = record(
+    {
+        **MESSAGE["properties"],
+        "role": {"type": "string", "enum": ["tool"]},
+        "tool_call_id": string(256, "The id of the call that this is the result of."),
+    },
+    "role",
+    "content",
+)
+OTHER_MESSAGE = record(
+    {**MESSAGE["properties"], "role": {"type": "string", "enum": ["system", "developer", "user"]}}, "role", "content"
+)
 CHAT = record(
     {
         **COMMON,
-        "messages": items(MESSAGE),
+        "messages": items({"anyOf": [OTHER_MESSAGE, ASSISTANT_MESSAGE, TOOL_MESSAGE]}),
+        "tools": TOOLS,
+        "tool_choice": TOOL_CHOICE,
+        "parallel_tool_calls": boolean("Whether one reply may hold several calls."),
         "max_completion_tokens": COUNT,
         "logprobs": boolean("Return the log-probability of each token."),
         "top_logprobs": integer(0, 20, "Return those of the likeliest tokens, too."),

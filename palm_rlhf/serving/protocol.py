@@ -7,6 +7,7 @@ from typing import Any
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.schema import check
+from palm_rlhf.serving.tools import Tools, read_history, read_tools
 
 COMPLETION_TOKENS = 16  # OpenAI's default, where a chat may fill the context
 
@@ -29,6 +30,8 @@ class Ask:
     continuous_usage: bool = False
     user: str | None = None
     json_schema: dict[str, Any] | None = None  # what a reply has to conform to
+    schema_name: str = "response_format"  # of the parameter that says so
+    tools: Tools | None = None  # what a reply may call
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,10 +65,13 @@ def read_chat(body: dict[str, Any]) -> Ask:
     if values.get("top_logprobs") and logprobs is None:
         raise ApiError(400, "got top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
     prompt_logprobs = values.get("prompt_logprobs")
-    ask = _ask(values, [[plain(message) for message in values["messages"]]], limit, logprobs, prompt_logprobs)
-    return replace(
-        ask, prompt_logprobs=prompt_logprobs, json_schema=json_schema(values.get("response_format", {"type": "text"}))
-    )
+    messages = [with_calls(message, f"messages[{index}]") for index, message in enumerate(values["messages"])]
+    schema, tools = json_schema(values.get("response_format", {"type": "text"})), read_tools(values)
+    if schema is not None and tools is not None:
+        message = "got response_format and tools; expected one of them, or a tool_choice of none"
+        raise ApiError(400, message, param="response_format", code="conflict")
+    ask = _ask(values, [messages], limit, logprobs, prompt_logprobs)
+    return replace(ask, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools)
 
 
 def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
@@ -99,9 +105,20 @@ def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:
     return values.get("model"), conversation or values["prompt"], values["replies"]
 
 
-def plain(message: dict[str, Any]) -> dict[str, str]:
+def with_calls(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """A message of a role of ours and one text, with the calls that it makes or answers."""
+    calls = message.get("tool_calls", [])
+    if not calls and "content" not in message:
+        raise ApiError(400, f"{name}.content is missing; it is required", param=f"{name}.content", code="missing")
+    kept = {"tool_call_id": message["tool_call_id"]} if "tool_call_id" in message else {}
+    if calls:
+        kept["tool_calls"] = [read_history(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    return {**plain(message), **kept}
+
+
+def plain(message: dict[str, Any]) -> dict[str, Any]:
     """A message of a role of ours and one text."""
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content", "")
     content = content if isinstance(content, str) else "".join(part["text"] for part in content)
     return {"role": "system" if role == "developer" else role, "content": content}
 

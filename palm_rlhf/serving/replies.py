@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from palm_rlhf import __version__
 from palm_rlhf.data.tokenizer import Tokenizer
-from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogprob
+from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogprob, ToolCall
 from palm_rlhf.serving.vocabulary import token_text
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -66,7 +66,8 @@ class Form:
         for index, (generation, pieces) in enumerate(replies):
             text = "".join(piece.text for piece in pieces)
             logprobs = self._logprobs([one for piece in pieces for one in piece.logprobs], generation.request)
-            said = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
+            calls = [call_object(call) for piece in pieces for call in piece.calls]
+            said = {"message": message(text, calls)} if self.kind == "chat" else {"text": text}
             choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
             if self.prompt_logprobs is not None and self.kind == "completion":
                 choice["prompt_logprobs"] = self._prompt_logprobs(generation)
@@ -88,6 +89,9 @@ class Form:
         if piece.text or logprobs is not None:
             said = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
             found.append(self._chunk({"index": index, **said, "logprobs": logprobs}, generations, num_tokens))
+        if piece.calls:
+            delta = {"tool_calls": [{"index": call.index, **call_object(call)} for call in piece.calls]}
+            found.append(self._chunk({"index": index, "delta": delta}, generations, num_tokens))
         if piece.finish_reason is not None:
             said = {"delta": {}} if self.kind == "chat" else {"text": ""}
             end = {"index": index, **said, "finish_reason": piece.finish_reason}
@@ -155,6 +159,17 @@ class Form:
 def finite(logprob: float) -> float:
     """A log-probability as JSON can have it."""
     return max(logprob, LEAST_LOGPROB)
+
+
+def message(text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the assistant says, and which functions it wants called."""
+    said = {"role": "assistant", "content": text}
+    return {**said, "content": text or None, "tool_calls": list(calls)} if calls else said
+
+
+def call_object(call: ToolCall) -> dict[str, Any]:
+    """A call of a function."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def event(data: dict[str, Any] | str) -> bytes:

@@ -1,13 +1,16 @@
 """From what a client asks to what the engine is asked: texts become tokens, and have to fit."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
+from palm_rlhf.data.tools import strings
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.preparing import checkpoint
 from palm_rlhf.serving.protocol import Ask
 from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.structured import Grammar
+from palm_rlhf.serving.tools import call_grammar
 
 Kind = Literal["chat", "completion"]
 HOPELESS = 4  # a text of so many contexts, however long its tokens are, is not read to count them
@@ -17,42 +20,50 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
     """One request of a client for each reply that is to be drawn, those to one prompt next to each other."""
     check_ids(ask.options["logit_bias"], served.palm.num_tokens, "logit_bias")
     chat = kind == "chat"
-    options = {**ask.options, "client": client, "grammar": json_grammar(served, ask.json_schema)}
+    options = {**ask.options, "client": client, "grammar": grammar_of(served, ask)}
     if not ask.ignore_eos:
         options["stop"] += served.turn_end_strings if chat else ()
         options["stop_tokens"] = served.turn_ends if chat else served.eos_tokens
     requests = []
     for prompt in ask.prompts:
-        tokens = prompt_tokens(served, context, prompt)
+        tokens = prompt_tokens(served, context, prompt, [] if ask.tools is None else ask.tools.definitions)
         room = room_for_reply(len(tokens), ask.max_new_tokens, context, "messages" if chat else "prompt")
         requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
     return requests
 
 
-def json_grammar(served: Served, schema: dict[str, Any] | None) -> Grammar | None:
-    """The grammar of replies that conform to a JSON Schema; ApiError where this server cannot see to it."""
-    if schema is None:
+def grammar_of(served: Served, ask: Ask) -> Grammar | None:
+    """What replies have to follow; ApiError where this server cannot see to it."""
+    if ask.tools is not None and served.call_form is None:
+        message = "tools are not supported by this model: its chat template writes none, or in a form not read here"
+        raise ApiError(400, message, param="tools", code="unsupported_parameter")
+    if ask.json_schema is None and (ask.tools is None or ask.tools.free):
         return None
     try:
-        return served.grammars.json(schema)
+        grammars = served.grammars
+        if ask.tools is not None:
+            return call_grammar(ask.tools, served.call_form, grammars)
+        return grammars.json(ask.json_schema)
     except ValueError as error:
-        raise ApiError(400, f"response_format cannot be followed: {error}", param="response_format") from error
+        name = ask.schema_name if ask.tools is None else "tools"
+        raise ApiError(400, f"{name} cannot be followed: {error}", param=name) from error
 
 
-def prompt_tokens(served: Served, context: int, prompt: str | list) -> list[int]:
-    """The tokens of a text, of a conversation, or those given."""
+def prompt_tokens(served: Served, context: int, prompt: str | list, tools: Sequence[dict] = ()) -> list[int]:
+    """The tokens of a text, of a conversation in which tools may be called, or those given."""
     if isinstance(prompt, list) and isinstance(prompt[0], int):
         check_ids(prompt, served.palm.num_tokens, "prompt")
         return prompt
     name = "prompt" if isinstance(prompt, str) else "messages"
     size = len(prompt) if isinstance(prompt, str) else sum(1 + len(message["content"]) for message in prompt)
+    size += sum(map(len, strings(tools)))
     least = size // served.longest_token if size > HOPELESS * context * served.longest_token else 0
     if not isinstance(prompt, str) and len(prompt) > context:  # each of them costs at least one token
         least = max(least, len(prompt))
     if least:
         raise overflow(f"{name} has at least {least} tokens, and the context of this model is {context} tokens", name)
     try:
-        tokens = served.encode_text(prompt) if isinstance(prompt, str) else served.encode_chat(prompt)
+        tokens = served.encode_text(prompt) if isinstance(prompt, str) else served.encode_chat(prompt, tools)
     except ValueError as error:
         raise ApiError(400, f"{name} cannot be read by this model: {error}", param=name) from error
     if not tokens:

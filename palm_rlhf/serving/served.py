@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -12,11 +13,13 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn
 from palm_rlhf.data.templates import PRESETS, Messages, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.data.tools import encode_tool_prompt, knows_tools
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.preparing import checkpoint
 from palm_rlhf.serving.structured import Grammars
+from palm_rlhf.serving.tools import CallForm, call_form
 
 logger = logging.getLogger(__name__)
 OWN_TEMPLATES = ("default", "oasst")  # whose names of special tokens no one else uses
@@ -66,9 +69,19 @@ class Served:
         """The strings that end it, where roles are words."""
         return () if self.template is not None else (f"\n\n{ROLE_NAMES['user']}:\n",)
 
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the model writes calls of tools; None where its template knows none, or another form."""
+        return call_form(self.template.source) if knows_tools(self.template) else None
+
     @beartype
-    def encode_chat(self, messages: Messages) -> list[int]:
+    def encode_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak; ValueError where it has none."""
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            if self.call_form is None:
+                raise ValueError("its chat template writes no tools, or in a form that is not read here")
+            tokens = encode_tool_prompt(messages, tools, self.tokenizer, self.template, checkpoint=checkpoint)
+            return tokens.tolist()
         if self.template is not None:
             return encode_prompt(messages, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
         turns = [f"{ROLE_NAMES[message['role']]}:\n{message['content']}\n\n" for message in messages]

@@ -67,6 +67,9 @@ BAD_CHATS = [
     ("logprobs", [1, "x"]),
     ("top_logprobs", [-1, 21, 5]),  # 5: without logprobs
     ("response_format", ["text", {"type": "xml"}, {}]),
+    ("tools", [{}, [1], [{}], [{"type": "function", "function": {"name": ""}}]]),
+    ("tool_choice", ["any", {"type": "function"}]),
+    ("parallel_tool_calls", ["x"]),
 ]
 BAD_TEXTS = [
     ("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]),
@@ -114,7 +117,7 @@ def test_messages_are_checked_inside(refused):
     for messages, param in (
         ([{"role": "robot", "content": "a"}], "messages[0].role"),
         ([*HELLO, {"role": "user"}], "messages[1].content"),
-        ([{"role": "tool", "content": "a"}], "messages[0].role"),
+        ([{"role": "tool", "content": "a"}], "messages"),  # which the template of this model does not know
         ([{"role": "user", "content": "a", "name": "me"}], "messages[0].name"),
         ([{"role": "user", "content": [{"type": "image_url", "text": "a"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from palm_rlhf.data.conversation import encode_prompt
-from palm_rlhf.serving.parameters import CHAT, COMPLETION, MESSAGE
+from palm_rlhf.serving.parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -119,7 +119,7 @@ def test_what_a_client_sends_back_of_a_reply_is_a_message(post, client, dialogue
     messages = [*HELLO, {**first.model_dump(), **more}, {"role": "user", "content": "Count to ten."}]
     plain = [*HELLO, {"role": "assistant", "content": dialogues["Hello"]}, messages[2]]
     assert said(post(CHATS, messages=messages)) == said(post(CHATS, messages=plain))
-    assert set(more) - {"audio"} <= set(MESSAGE["properties"])
+    assert set(more) - {"audio"} <= set(ASSISTANT_MESSAGE["properties"])
     error = post(CHATS, messages=[{**HELLO[0], "tool_calls": [{"id": "a"}]}]).json()["error"]
     assert error["param"] == "messages[0].tool_calls"
 
