@@ -16,6 +16,7 @@ from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Pi
 from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.preparing import Preparation
 from palm_rlhf.serving.protocol import Ask, read_chat, read_completion, read_json, read_score
+from palm_rlhf.serving.records import current, note_reason
 from palm_rlhf.serving.replies import Form, event
 from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens
 from palm_rlhf.serving.served import Served
@@ -134,6 +135,13 @@ class Answers:
             raise ApiError(503, "the engine has stopped", code="unavailable")
         return {"status": "ok", "running": self.engine.num_running, "waiting": self.engine.num_waiting}
 
+    def ready(self) -> dict[str, Any]:
+        """Whether there is room for another reply; ApiError where there is none."""
+        health = self.health()
+        if (taken := health["running"] + health["waiting"]) >= self.engine.limit:
+            raise ApiError(503, f"{taken} replies run and wait, as many as may", code="queue_full")
+        return {**health, "status": "ready"}
+
     async def _prepared(self, request: Any, work: Callable[[bytes], Any]) -> Any:
         """What some work in a thread makes of the body of a request."""
         client = client_of(request.scope)
@@ -233,7 +241,9 @@ class Answers:
             if ask.include_usage:
                 yield event(form.last(generations))
         except Exception as error:
-            yield event(as_api_error(error).body)
+            told = as_api_error(error)
+            note_reason(str(told))
+            yield event(told.body)
         finally:
             self._note(ask, generations)
         yield event("[DONE]")
@@ -244,7 +254,8 @@ class Answers:
         for generation in generations:
             self.metrics.observe_reply(generation, now)
         logger.info(
-            "user=%s metadata=%s prompt_tokens=%d completion_tokens=%d replies=%d ended=%s seconds=%.3f",
+            "%s user=%s metadata=%s prompt_tokens=%d completion_tokens=%d replies=%d ended=%s seconds=%.3f",
+            current().who,
             ascii(ask.user),
             json.dumps(ask.metadata),
             sum(len(prompt) for prompt in {id(g.request.prompt): g.request.prompt for g in generations}.values()),

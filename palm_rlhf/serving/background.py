@@ -1,12 +1,14 @@
 """Running the application: until it is stopped, or beside the rest of a program."""
 
 import asyncio
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+from palm_rlhf.serving.connections import ConnectionLimits, limited_protocol
 from palm_rlhf.serving.extras import fastapi_module
 
 GRACE = 5  # seconds that replies have to end after the server was told to
@@ -28,9 +30,17 @@ def url_of(listener: socket.socket) -> str:
 
 
 def make_server(
-    app: Any, *, grace: float = GRACE, when_ready: Callable[[], None], when_late: Callable[[], None] = lambda: None
+    app: Any,
+    *,
+    grace: float = GRACE,
+    connections: ConnectionLimits | None = None,
+    when_ready: Callable[[], None],
+    when_late: Callable[[], None] = lambda: None,
 ) -> Any:
-    """A uvicorn server, which calls a function when it takes requests, and one to end what outlasts the grace."""
+    """A uvicorn server, which calls a function when it takes requests, and one to end what outlasts the grace.
+
+    The addresses that the proxies among `connections` tell of their clients are believed.
+    """
     fastapi_module()
     import uvicorn
 
@@ -46,23 +56,30 @@ def make_server(
             finally:
                 late.cancel()
 
+    connections = connections or ConnectionLimits()
     config = uvicorn.Config(
         app,
+        http=limited_protocol(connections),
+        ws="none",
+        proxy_headers=bool(connections.proxies),
+        forwarded_allow_ips=list(connections.proxies),
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=grace + LAST_WORDS,
+        timeout_graceful_shutdown=math.ceil(grace + LAST_WORDS),
     )
     return Server(config)
 
 
 @contextmanager
-def running(app: Any, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def running(
+    app: Any, *, host: str = "127.0.0.1", port: int = 0, connections: ConnectionLimits | None = None
+) -> Iterator[str]:
     """Serves an application in a thread, and gives its URL."""
     ready = threading.Event()
     with closing(listen(host, port)) as listener:
-        server = make_server(app, grace=1, when_ready=ready.set)
+        server = make_server(app, grace=1, connections=connections, when_ready=ready.set)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         ready.wait()

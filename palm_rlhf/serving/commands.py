@@ -2,19 +2,20 @@
 
 import ipaddress
 import logging
-import os
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from beartype import beartype
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.model.interop.folder import parse_size
-from palm_rlhf.model.interop.text_file import read_text
+from palm_rlhf.serving.door import Door, num_bytes
 
-KEYS_VARIABLE = "PALM_RLHF_API_KEYS"
+if TYPE_CHECKING:
+    from palm_rlhf.serving.engine import EngineConfig
+
+DEFAULT_DOOR = Door()
 logger = logging.getLogger(__name__)
 
 
@@ -36,8 +37,8 @@ def serve(
     prefill_chunk: int = 256,
     cache_memory: str = "2GB",
     prefix_memory: str = "256MB",
-    max_body: str = "4MB",
-    api_key_file: Annotated[Path | None, arg(metavar="FILE")] = None,
+    device: Annotated[str | None, arg(metavar="DEVICE")] = None,
+    door: OmitArgPrefixes[Door] = DEFAULT_DOOR,
 ) -> None:
     """Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.
 
@@ -60,19 +61,12 @@ def serve(
         prefill_chunk: Tokens of prompts that are read between two tokens of the running replies.
         cache_memory: Memory of the keys and values of running replies.
         prefix_memory: Memory of those of what prompts may begin with; 0 keeps none.
-        max_body: What a request may hold.
-        api_key_file: A file of keys, one a line.
+        device: Where to compute, such as cpu or cuda:1; by default the first GPU where there is one.
+        door: Who may connect, and how much they may hold.
     """
-    from palm_rlhf.serving.background import listen, make_server, url_of
-    from palm_rlhf.serving.bodies import Limits
-    from palm_rlhf.serving.engine import Engine, EngineConfig
-    from palm_rlhf.serving.served import load
-    from palm_rlhf.serving.server import create_app
+    from palm_rlhf.serving.engine import EngineConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    keys = read_keys(api_key_file)
-    if not keys and not is_loopback(host):
-        logger.warning("%s is not this machine alone, and there are no API keys: everyone who reaches it may ask", host)
     config = EngineConfig(
         context=context,
         max_batch=max_batch,
@@ -82,33 +76,35 @@ def serve(
         prefix_memory=num_bytes("prefix_memory", prefix_memory),
         timeout=timeout,
     )
-    limits = Limits(max_body=num_bytes("max_body", max_body))
+    dtype = None if dtype == "auto" else getattr(torch, dtype)
+    options = {"name": name, "template": template, "lora_scope": lora_scope, "reward_model": reward_model}
+    answer(host, port, checkpoint, {**options, "dtype": dtype, "device": device}, config, door)
+
+
+def answer(host: str, port: int, checkpoint: Path, options: dict[str, Any], config: "EngineConfig", door: Door) -> None:
+    """Loads a checkpoint with its options, and answers until it is interrupted."""
+    from palm_rlhf.serving.background import listen, make_server, url_of
+    from palm_rlhf.serving.engine import Engine
+    from palm_rlhf.serving.served import load
+    from palm_rlhf.serving.server import create_app
+
+    keys, limits, connections = door.keys(), door.limits(), door.connections()
+    access = door.access(host, loopback=is_loopback(host))
+    if not keys.secured and not is_loopback(host):
+        logger.warning("%s is not this machine alone, and there are no API keys: everyone who reaches it may ask", host)
     with closing(listen(host, port)) as listener:  # first: a port in use should not cost the time to load a model
-        served = load(
-            checkpoint,
-            name=name,
-            template=template,
-            lora_scope=lora_scope,
-            reward_model=reward_model,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-        )
+        served = load(checkpoint, **options)
         with Engine(served.palm, served.tokenizer, config) as engine:
-            app = create_app(served, engine, api_keys=keys, limits=limits)
-            ready = f"{served.name} answers at {url_of(listener)}"
+            app = create_app(served, engine, api_keys=keys, limits=limits, access=access)
+            server = make_server(
+                app,
+                grace=door.grace,
+                connections=connections,
+                when_ready=lambda: print(f"{served.name} answers at {url_of(listener)}", flush=True),
+                when_late=engine.close,
+            )
             with suppress(KeyboardInterrupt):  # which is how it is stopped
-                server = make_server(app, when_ready=lambda: print(ready, flush=True), when_late=engine.close)
                 server.run([listener])
-
-
-def read_keys(file: Path | None) -> list[str]:
-    """The API keys of a file and of the environment; ValueError for a file without any."""
-    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
-    if file is not None:
-        lines = [line.strip() for line in read_text(file).splitlines()]
-        if not any(lines):
-            raise ValueError(f"{file} has no API key; expected one a line")
-        keys += lines
-    return [key for key in keys if key]
 
 
 def is_loopback(host: str) -> bool:
@@ -119,13 +115,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def num_bytes(name: str, size: str) -> int:
-    """Bytes in a size such as "2GB" or "4096"; ValueError that names the option."""
-    if size.isascii() and size.isdigit():
-        return int(size)
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise ValueError(f'{name} is {size!r}; expected bytes, or a size such as "2GB" or "512MiB"') from error

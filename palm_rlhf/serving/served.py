@@ -127,7 +127,7 @@ def load(
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise FileNotFoundError(f"{checkpoint} is no folder: expected one that save_pretrained wrote")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     palm = PaLM.from_pretrained(folder, dtype=dtype, device=device)
     if lora_scope is not None:
         palm.merge_finetune_params(lora_scope)
@@ -143,6 +143,19 @@ def load(
     )
     _ = served.turn_ends  # a template that does not fit is told now, and not to the first who asks
     return served
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """A device of this machine; ValueError for one that torch does not know or see."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected one such as cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {str(name)!r}; expected another, since torch sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
 
 
 def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:

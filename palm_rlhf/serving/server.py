@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf import __version__
+from palm_rlhf.serving.access import Access
 from palm_rlhf.serving.answers import Answers
 from palm_rlhf.serving.bodies import Limits
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.extras import fastapi_module
 from palm_rlhf.serving.front import Front, error_response, json_response
+from palm_rlhf.serving.keys import Keys
 from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.served import Served
@@ -21,30 +23,49 @@ PAGE_POLICY = "default-src 'self'; frame-ancestors 'none'"
 ERRORS = {
     400: "What was sent cannot be answered.",
     401: "The key is missing or wrong.",
+    403: "The Host or the Origin may not ask.",
     404: "There is no such model.",
     408: "The body did not come in time.",
     413: "The body is too large.",
-    429: "The queue is full: try again after Retry-After seconds.",
+    415: "The body is not said to be JSON.",
+    429: "The queue is full, or too much of it is yours: try again after Retry-After seconds.",
+    499: "The client went away.",
     500: "The server failed.",
-    503: "The engine has stopped.",
+    503: "The engine has stopped, or the server is full.",
     504: "The reply took too long.",
 }
 
 
-def create_app(served: Served, engine: Engine, *, api_keys: Sequence[str] = (), limits: Limits | None = None) -> Any:
+def create_app(
+    served: Served,
+    engine: Engine,
+    *,
+    api_keys: Sequence[str] | Keys = (),
+    limits: Limits | None = None,
+    access: Access | None = None,
+) -> Any:
     """The application; whoever makes it closes the engine after it.
 
-    With `api_keys`, all paths under /v1 ask for one of them.
+    With `api_keys`, all paths under /v1 ask for one of them. `access` is by default for this machine alone.
     """
     fastapi = fastapi_module()
     from fastapi import Response
 
-    metrics = Metrics(engine)
+    keys = (
+        api_keys if isinstance(api_keys, Keys) else Keys((f"key {i}", key) for i, key in enumerate(api_keys, start=1))
+    )
+    metrics, access = Metrics(engine), access or Access()
+
+    class App(fastapi.FastAPI):
+        """The application behind the door, which sees also what FastAPI's own layers answer."""
+
+        def build_middleware_stack(self) -> Callable:
+            return Front(super().build_middleware_stack(), keys, access, metrics)
+
     answers = Answers(served, engine, metrics, limits or Limits())
     # FastAPI's pages about the API would need a CDN
-    app = fastapi.FastAPI(title="palm-rlhf", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Front, keys=tuple(api_keys), metrics=metrics)
-    add_protocol(app, answers, secured=bool(api_keys))
+    app = App(title="palm-rlhf", version=__version__, docs_url=None, redoc_url=None)
+    add_protocol(app, answers, secured=keys.secured)
     add_operations(app, answers, metrics)
     add_errors(app)
     if PAGE.is_dir():
@@ -116,10 +137,16 @@ def add_operations(app: Any, answers: Answers, metrics: Metrics) -> None:
     """The page, and what watches over a server asks."""
     from fastapi import Response
 
+    @app.get("/health", operation_id="health", **described(None))
     @app.get("/healthz", **described(None))
     async def health() -> Response:
-        """Whether the engine computes."""
+        """Whether the engine computes: where it does not, the server has to be started anew."""
         return json_response(answers.health())
+
+    @app.get("/readyz", **described(None))
+    async def ready() -> Response:
+        """Whether it takes more requests now: where it does not, they had better go to another server."""
+        return json_response(answers.ready())
 
     @app.get("/metrics", include_in_schema=False)
     async def read_metrics() -> Response:

@@ -91,11 +91,11 @@ def start_server(served, start_engine):
     """Starts servers, and gives their URL and engine."""
     with ExitStack() as stack:
 
-        def start(what=None, *, api_keys=(), limits=None, **config):
+        def start(what=None, *, api_keys=(), limits=None, access=None, connections=None, **config):
             what = what or served
             engine = start_engine(what.palm, what.tokenizer, **config)
-            app = create_app(what, engine, api_keys=api_keys, limits=limits)
-            return stack.enter_context(running(app)), engine
+            app = create_app(what, engine, api_keys=api_keys, limits=limits, access=access)
+            return stack.enter_context(running(app, connections=connections)), engine
 
         yield start
 
@@ -117,12 +117,13 @@ def client(server):
 
 @pytest.fixture(scope="session")
 def eventually():
-    """Waits until something is true, for as long as a slow machine may need; fails where it never is."""
+    """Waits until something is true, and returns it; fails where it never is, on however slow a machine."""
 
     def wait(condition, seconds: float = 60):
         deadline = time.monotonic() + seconds
-        while not condition():
+        while not (found := condition()):
             assert time.monotonic() < deadline, "it did not become true"
             time.sleep(0.005)
+        return found
 
     return wait

@@ -141,14 +141,17 @@ class Client:
         noise = self.random.randbytes(self.random.randint(0, 300))
         wrong = self.body(**self.random.choice([{"temperature": "hot"}, {"n": -1}, {"tools": []}, {"stop": [""]}]))
         content = self.random.choice([noise, b"{" + noise, json.dumps(wrong).encode(), b"[" * 5000])
-        self.answered((await self.http.post(CHATS, content=content)).status_code, 400)
+        kind = self.random.choice(["application/json", "application/json", "text/plain"])
+        reply = await self.http.post(CHATS, content=content, headers={"Content-Type": kind})
+        self.answered(reply.status_code, 400 if kind == "application/json" else 415)
 
     async def greedy(self) -> None:
         """Asks for more than there is."""
         long = [{"role": "user", "content": "x" * 10**4}]
         over = self.random.choice([{"max_tokens": 10**6}, {"n": 128}, {"messages": long}])
         self.answered((await self.http.post(CHATS, json=self.body(**over))).status_code, 400)
-        self.answered((await self.http.post(CHATS, content=b" " * 5_000_000)).status_code, 413)
+        large = await self.http.post(CHATS, content=b" " * 5_000_000, headers={"Content-Type": "application/json"})
+        self.answered(large.status_code, 413)
 
 
 async def filter_lines(reply: httpx.Response):

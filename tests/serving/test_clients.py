@@ -140,8 +140,9 @@ def test_a_long_body_holds_up_no_one(server, served, path, name, entry):
     long = b'{"model": "parrot", %s: [%s"x"]}' % (name, entry * (3_500_000 // len(entry)))
 
     async def turns_of_the_loop(body: bytes) -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-            asked, turns = asyncio.ensure_future(client.post(path, content=body)), 0
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            headers = {"Content-Type": "application/json"}
+            asked, turns = asyncio.ensure_future(client.post(path, content=body, headers=headers)), 0
             while not asked.done():
                 await asyncio.sleep(0.001)
                 turns += 1

@@ -11,13 +11,14 @@ from palm_rlhf.serving.bodies import Limits
 from palm_rlhf.serving.parameters import CHAT, COMPLETION
 
 HELLO = [{"role": "user", "content": "Hello"}]
+JSON = {"Content-Type": "application/json"}
 CHATS, TEXTS, SCORES = "/v1/chat/completions", "/v1/completions", "/v1/score"
 
 
 @pytest.fixture(scope="module")
 def http(server):
     """A client of the server, without OpenAI's."""
-    with httpx.Client(base_url=server[0], timeout=60) as http:
+    with httpx.Client(base_url=server[0], timeout=60, headers=JSON) as http:
         yield http
 
 
@@ -186,10 +187,15 @@ def test_half_a_surrogate_pair_breaks_nothing(http, refused):
     assert refused(TEXTS, b'{"model": "parrot", "prompt": "a", "\\ud800": 1}')["code"] == "unsupported_parameter"
 
 
-def test_what_a_page_of_another_site_could_send_is_refused(refused):
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
-        body = json.dumps({"model": "parrot", "messages": HELLO}).encode()
-        assert refused(CHATS, body, headers={"Content-Type": kind})["code"] == "invalid_content_type"
+def test_what_a_page_of_another_site_could_send_is_refused(http, refused):
+    body = json.dumps({"model": "parrot", "messages": HELLO}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "x"):
+        error = refused(CHATS, body, status=415, headers={"Content-Type": kind})
+        assert error["code"] == "invalid_content_type"
+        assert kind.partition(";")[0] in error["message"] and "application/json" in error["message"]
+    assert httpx.post(str(http.base_url) + CHATS[1:], content=body).status_code == 415  # without any
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        assert http.post(CHATS, content=body, headers={"Content-Type": kind}).status_code == 200
 
 
 def test_paths_and_methods_that_are_not_there(http):
@@ -230,17 +236,18 @@ def test_keys_are_asked_for_where_there_are_any(start_server):
 def test_a_body_has_a_limit(start_server):
     url, _ = start_server(limits=Limits(max_body=1000))
     for content in (b" " * 1001, iter([b" " * 600] * 2)):  # with a length, and in chunks without one
-        reply = httpx.post(url + CHATS, content=content)
+        reply = httpx.post(url + CHATS, content=content, headers=JSON)
         assert reply.status_code == 413
         assert "1000 bytes" in reply.json()["error"]["message"]
-    assert httpx.post(url + CHATS, content=b" " * 1000).status_code == 400
+    assert httpx.post(url + CHATS, content=b" " * 1000, headers=JSON).status_code == 400
 
 
 def test_a_body_that_does_not_come_is_not_waited_for_long(start_server):
     url, _ = start_server(limits=Limits(body_timeout=0.2))
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(f"POST {CHATS} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode())
+        head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50"
+        connection.sendall(f"{head}\r\n\r\n{{".encode())
         assert b" 408 " in connection.recv(1000)
 
 

@@ -14,7 +14,8 @@ import httpx
 import openai
 import pytest
 
-from palm_rlhf.serving.commands import is_loopback, num_bytes, read_keys, serve
+from palm_rlhf.serving.commands import is_loopback, serve
+from palm_rlhf.serving.door import Door, num_bytes
 
 RUN = "import sys, tyro; from palm_rlhf.serving.commands import serve; tyro.cli(serve, args=sys.argv[1:])"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -105,7 +106,13 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
         ({"queue": -1}, "queue is -1"),
         ({"context": 1}, "context is 1"),
         ({"timeout": 0.0}, "timeout is 0"),
-        ({"api_key_file": tmp_path / "empty"}, "has no API key"),
+        ({"door": Door(api_key_file=tmp_path / "empty")}, "has no API key"),
+        ({"door": Door(max_body="much")}, "max_body is 'much'; expected bytes"),
+        ({"door": Door(max_body="4MB", body_memory="7MB")}, "body_memory is 7,000,000 bytes"),
+        ({"door": Door(allowed_hosts=("http://a",))}, "got 'http://a'; expected a name"),
+        ({"door": Door(cors_origin=("https://a/path",))}, "got 'https://a/path'; expected a scheme"),
+        ({"device": "toaster"}, "device is 'toaster'"),
+        ({"device": "cuda:99"}, "torch sees . GPUs"),
         ({"template": "vicuna"}, "needs the special tokens"),
         ({"reward_model": checkpoint}, "model_type"),
         ({"lora_scope": "pirate"}, "finetune scope 'pirate'"),
@@ -114,14 +121,34 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
             serve(checkpoint, port=0, **options)
 
 
+def test_limits_that_make_no_sense_are_refused():
+    for name in ("max_connections", "max_connections_per_client", "header_timeout", "body_timeout"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            Door(**{name: 0 if name.startswith("max") else 0.0})
+    with pytest.raises(ValueError, match="grace is -1"):
+        Door(grace=-1.0)
+
+
 def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("PALM_RLHF_API_KEYS", raising=False)
-    assert read_keys(None) == []
+    assert not Door().keys().secured
     (tmp_path / "keys").write_text("a\nb\n")
     monkeypatch.setenv("PALM_RLHF_API_KEYS", "c, d")
-    assert read_keys(tmp_path / "keys") == ["c", "d", "a", "b"]
+    keys = Door(api_key_file=tmp_path / "keys").keys()
+    assert keys.secured and all(keys.owner(key) for key in (b"a", b"b", b"c", b"d"))
+    assert [keys.owner(key) for key in (b"", b"e", b"c, d", b"a\nb")] == [None] * 4
     with pytest.raises(FileNotFoundError):
-        read_keys(tmp_path / "nothing")
+        Door(api_key_file=tmp_path / "nothing").keys()
+
+
+def test_a_server_on_a_network_is_known_by_any_name_and_one_of_this_machine_by_its_own():
+    assert Door().access("0.0.0.0", loopback=False).knows("llm.example.org:8000")
+    named = Door(allowed_hosts=("llm.example.org",)).access("0.0.0.0", loopback=False)
+    assert named.knows("llm.example.org:8000") and named.knows("localhost") and not named.knows("other.example.org")
+    own = Door().access("127.0.0.5", loopback=True)
+    assert own.knows("127.0.0.5:80") and own.knows("localhost:80") and not own.knows("llm.example.org")
+    assert Door().access("::1", loopback=True).knows("[::1]:18888")
+    assert Door(allowed_hosts=("llm.example.org",)).access("127.0.0.1", loopback=True).knows("LLM.example.org:80")
 
 
 def test_sizes_and_hosts():
