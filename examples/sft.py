@@ -25,7 +25,7 @@ from palm_rlhf.data.streaming import StreamDecoder
 from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer, add_special_tokens, load_tokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import resize_token_embeddings
+from palm_rlhf.model.vocabulary import known_tokens, resize_token_embeddings
 from palm_rlhf.policy.rollout import Sampling, collect, spoken
 from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
@@ -147,7 +147,12 @@ def main(
     questions = list({json.dumps(opening(messages)): opening(messages) for messages in valid}.values())
     questions = random.Random(training.seed).sample(questions, min(num_prompts, len(questions)))
     prompts = [encode_prompt(question, tokenizer, form) for question in questions]
-    sampling = Sampling(max_new_tokens, temperature=temperature, eos_token=end_of_turn(tokenizer, form))
+    sampling = Sampling(
+        max_new_tokens,
+        temperature=temperature,
+        eos_token=end_of_turn(tokenizer, form),
+        allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
+    )
     before, first_replies = measure(palm, prompts, tokenizer, sampling)
     say(f"{len(train)} conversations, {len(valid)} held out; {before:.0%} of {len(prompts)} replies end by themselves")
     for metrics in trainer.steps(progress_bar=True):

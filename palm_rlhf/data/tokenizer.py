@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def num_tokens(self) -> int:
         """One more than the largest id."""
+
+    @property
+    @abstractmethod
+    def token_ids(self) -> Collection[int]:
+        """The ids that stand for a token; between them there can be gaps."""
 
     @property
     def vocab_size(self) -> int:
@@ -124,6 +129,10 @@ class ByteTokenizer(Tokenizer):
     @property
     def num_tokens(self) -> int:
         return NUM_BYTES + len(self.special_tokens)
+
+    @property
+    def token_ids(self) -> range:
+        return range(self.num_tokens)
 
     @beartype
     def encode(self, text: str | bytes) -> list[int]:
@@ -219,7 +228,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def num_tokens(self) -> int:
-        return self._num_tokens
+        return 1 + max(self.token_ids)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        return self._token_ids
 
     @beartype
     def encode(self, text: str) -> list[int]:
@@ -307,7 +320,7 @@ class HuggingFaceTokenizer(Tokenizer):
             token.content: index for index, token in added if token.special and token.content != self._unknown
         }
         self._special_ids = frozenset(self.special_tokens.values())
-        self._num_tokens = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        self._token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
 
     def _files(self) -> dict[str, str]:
         own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eos, "pad_token": self._pad}

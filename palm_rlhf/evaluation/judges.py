@@ -23,6 +23,7 @@ from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.evaluation.answers import Question, Turns
 from palm_rlhf.evaluation.prompts import Messages, Method, judge_messages
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.sequences import join
 
@@ -234,6 +235,7 @@ class LocalJudge(Judge):
     ):
         self.palm, self.tokenizer, self.template, self.name = palm, tokenizer, template, name
         self.identity = {"model": name, "temperature": float(temperature), "max_tokens": max_tokens, "version": version}
+        self._allowed_tokens = known_tokens(tokenizer, palm.num_tokens)
 
     def __call__(self, request: Request) -> Reply:
         end = end_of_turn(self.tokenizer, self.template)
@@ -244,6 +246,7 @@ class LocalJudge(Judge):
             max_new_tokens=self.identity["max_tokens"],
             temperature=self.identity["temperature"],
             eos_token=end,
+            allowed_tokens=self._allowed_tokens,
             generator=torch.Generator(self.palm.device).manual_seed(seed),
         ).tolist()
         said = said[: said.index(end)] if end in said else said

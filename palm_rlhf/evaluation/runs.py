@@ -14,6 +14,7 @@ from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.evaluation.intervals import Interval, exact_interval
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Sampling, collect
 from palm_rlhf.policy.sequences import join
@@ -126,7 +127,12 @@ def reference_scores(
 
     prompts, said = [prompt_of(sample) for sample in samples], [response_of(sample) for sample in samples]
     generator = torch.Generator(reference.device).manual_seed(seed)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=float(temperature), eos_token=eos_token)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=float(temperature),
+        eos_token=eos_token,
+        allowed_tokens=known_tokens(tokenizer, reference.num_tokens),
+    )
     rollout = collect(reference, prompts, sampling, batch_size=batch_size, generator=generator)
     ours, theirs = (
         reward_model.score(sequences, batch_size=batch_size).double().tolist()

@@ -40,6 +40,7 @@ def generate(
     min_p: float | int | None = None,
     repetition_penalty: float | int = 1.0,
     eos_token: int | None = None,
+    allowed_tokens: Tensor | None = None,
     num_samples: int = 1,
     generator: torch.Generator | None = None,
     return_logprobs: bool = False,
@@ -56,6 +57,8 @@ def generate(
         top_k, top_p, min_p: see `palm_rlhf.ops.sampling`.
         repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely.
         eos_token: ends a row, and is kept; looked for in new tokens only.
+        allowed_tokens: `v` bool, False for ids that are never sampled, such as those that the tokenizer lacks; see
+            `palm_rlhf.model.vocabulary.known_tokens`.
         num_samples: rows drawn for each prompt, next to each other.
         return_logprobs: also the log-probability of each token under the distribution it was sampled from.
 
@@ -65,7 +68,8 @@ def generate(
         the whole sequence comes back. With `return_logprobs`, a pair in the same form.
     """
     check_options(temperature, top_k, top_p, min_p, repetition_penalty, eos_token, num_samples, palm.num_tokens)
-    prompts = read_prompts(palm, prompt, generator)
+    check_allowed_tokens(allowed_tokens, palm.num_tokens)
+    prompts = read_prompts(palm, prompt, generator, allowed_tokens)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
     steps = stream(
         palm,
@@ -78,6 +82,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         eos_token=eos_token,
+        allowed_tokens=allowed_tokens,
         num_samples=num_samples,
         generator=generator,
         return_logprobs=True,
@@ -93,7 +98,8 @@ def generate(
         )
     elif prompts.form == "none":
         first = prompts.tokens.repeat_interleave(num_samples, dim=0)
-        uniform = torch.full_like(first, 1 / palm.num_tokens, dtype=logprobs.dtype).log()
+        num_allowed = palm.num_tokens if allowed_tokens is None else int(allowed_tokens.sum())
+        uniform = torch.full_like(first, 1 / num_allowed, dtype=logprobs.dtype).log()
         tokens, logprobs = torch.cat((first, tokens), dim=-1), torch.cat((uniform, logprobs), dim=-1)
     elif prompts.form == "row" and num_samples == 1:
         tokens, logprobs = tokens[0], logprobs[0]
@@ -114,6 +120,7 @@ def stream(
     min_p: float | int | None = None,
     repetition_penalty: float | int = 1.0,
     eos_token: int | None = None,
+    allowed_tokens: Tensor | None = None,
     num_samples: int = 1,
     generator: torch.Generator | None = None,
     return_logprobs: bool = False,
@@ -125,7 +132,9 @@ def stream(
     log-probability 0. With `return_logprobs`, yields pairs.
     """
     check_options(temperature, top_k, top_p, min_p, repetition_penalty, eos_token, num_samples, palm.num_tokens)
-    prompts = prompt if isinstance(prompt, Prompts) else read_prompts(palm, prompt, generator)
+    check_allowed_tokens(allowed_tokens, palm.num_tokens)
+    prompts = prompt if isinstance(prompt, Prompts) else read_prompts(palm, prompt, generator, allowed_tokens)
+    allowed_tokens = None if allowed_tokens is None else allowed_tokens.to(palm.device)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
     capacity = prompts.tokens.shape[1] + int(limits.max())
     cache = palm.make_cache(len(prompts.tokens), capacity, left_padding=prompts.left_padding)
@@ -148,6 +157,7 @@ def stream(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seen=seen,
+            allowed_tokens=allowed_tokens,
         )
         new = sample(logprobs, generator)
         chosen = logprobs.gather(-1, new.unsqueeze(-1)).squeeze(-1)
@@ -198,12 +208,18 @@ def switch_off_dropout(module):
     return module
 
 
-def read_prompts(palm, prompt: Tensor | list[Tensor] | None, generator: torch.Generator | None) -> Prompts:
+def read_prompts(
+    palm,
+    prompt: Tensor | list[Tensor] | None,
+    generator: torch.Generator | None,
+    allowed_tokens: Tensor | None = None,
+) -> Prompts:
     """Check prompts and lay them out as one block, padded on the left."""
     device = palm.device
     if prompt is None:
         draw = "cpu" if generator is None else generator.device
-        first = torch.randint(palm.num_tokens, (1, 1), generator=generator, device=draw).to(device)
+        ids = torch.arange(palm.num_tokens) if allowed_tokens is None else allowed_tokens.cpu().nonzero().squeeze(-1)
+        first = ids[torch.randint(len(ids), (1, 1), generator=generator, device=draw).cpu()].to(device)
         return Prompts(first, torch.ones(1, dtype=torch.long, device=device), "none")
     form = "list" if isinstance(prompt, list) else {1: "row", 2: "rows"}.get(prompt.ndim)
     if form is None or (form == "list" and any(row.ndim != 1 for row in prompt)):
@@ -232,6 +248,19 @@ def check_token_ids(tokens: Tensor, num_tokens: int) -> None:
                 f"token id {bad} is outside the vocabulary; expected 0 to {num_tokens - 1} (num_tokens={num_tokens}): "
                 "was the text encoded with this model's tokenizer?"
             )
+
+
+def check_allowed_tokens(allowed_tokens: Tensor | None, num_tokens: int) -> None:
+    """Raise ValueError for what is no mask over the vocabulary, or allows nothing."""
+    if allowed_tokens is None:
+        return
+    if allowed_tokens.dtype != torch.bool or allowed_tokens.shape != (num_tokens,):
+        raise ValueError(
+            f"allowed_tokens is {allowed_tokens.dtype} of the shape {tuple(allowed_tokens.shape)}; expected torch.bool "
+            f"of ({num_tokens},), one for each token of the model"
+        )
+    if not allowed_tokens.any():
+        raise ValueError("allowed_tokens is False everywhere; expected at least one token that may be sampled")
 
 
 def new_token_limits(prompts: Prompts, seq_len: int | None, max_new_tokens: int | None) -> Tensor:

@@ -1,12 +1,30 @@
-"""Making room for new tokens in a trained model."""
+"""Which ids of a model are tokens of a tokenizer, and making room for new ones in a trained model."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from beartype import beartype
-from torch import nn
+from torch import Tensor, nn
 
 from .palm import PaLM
+
+
+@beartype
+def known_tokens(tokenizer: Any, num_tokens: int) -> Tensor | None:
+    """True for the ids of a model of `num_tokens` tokens that a tokenizer can decode: `v`, or None where all are.
+
+    Vocabularies are often padded to a round number, and some tokenizers have gaps. A tokenizer tells its ids by
+    `token_ids`, as ours do, or by `get_vocab()`, as Hugging Face's do; of one that tells nothing, all ids count.
+    """
+    ids = getattr(tokenizer, "token_ids", None)
+    if ids is None and hasattr(tokenizer, "get_vocab"):
+        ids = tokenizer.get_vocab().values()
+    if ids is None:
+        return None
+    known = torch.zeros(num_tokens, dtype=torch.bool)
+    known[[index for index in ids if index < num_tokens]] = True
+    return None if known.all() else known
 
 
 @torch.no_grad()

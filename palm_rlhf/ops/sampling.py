@@ -44,15 +44,19 @@ def truncated_logits(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    allowed_tokens: Tensor | None = None,
     always: Tensor | None = None,
 ) -> Tensor:
     """Logits of the distribution sampled from: temperature, then top-k, top-p and min-p in turn; -inf is left out.
 
-    Temperature 0 is greedy: all mass on the first largest logit.
+    Temperature 0 is greedy: all mass on the first largest logit. `allowed_tokens` is False for tokens that have no part
+    in the distribution, such as the padding of a vocabulary; `always` are tokens that truncation does not leave out.
 
-    logits: `... v`, always: `...`, tokens that are never left out -> `... v`, float32 or wider
+    logits: `... v`, allowed_tokens: `v` bool, always: `...` -> `... v`, float32 or wider
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if allowed_tokens is not None:
+        logits = logits.masked_fill(~allowed_tokens.to(logits.device), -torch.inf)
     if temperature == 0:
         certain = torch.full_like(logits, -torch.inf)
         return certain.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)

@@ -107,6 +107,7 @@ class ActorCritic(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        allowed_tokens: Tensor | None = None,
         entropy_needs_grad: bool = False,
     ) -> PolicyOutput:
         """Log-probabilities, entropies and values of all actions, or with `policy=False` the values alone."""
@@ -121,6 +122,7 @@ class ActorCritic(nn.Module):
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                allowed_tokens=allowed_tokens,
                 entropy_needs_grad=entropy_needs_grad,
             )
         if values and self.value_head is not None:
@@ -153,7 +155,7 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, **sampling) -> ActionLogprobs:
-        """What the reference gives the actions; `sampling` are temperature, top_k and top_p."""
+        """What the reference gives the actions; `sampling` are the options of `action_logprobs`."""
         return response_logprobs(self.palm, sequences, **sampling)
 
 

@@ -1,7 +1,7 @@
 """What the policy says to prompts, and what a reward makes of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,13 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     eos_token: int | None = None
+    allowed_tokens: Tensor | None = field(default=None, compare=False)  # `v` bool, False for ids that are no tokens
 
     @property
     def truncation(self) -> dict[str, Any]:
         """What turns logits into that distribution."""
-        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return options if self.allowed_tokens is None else {**options, "allowed_tokens": self.allowed_tokens}
 
 
 @dataclass(frozen=True)

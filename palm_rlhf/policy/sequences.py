@@ -126,20 +126,27 @@ def action_logprobs(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    allowed_tokens: Tensor | None = None,
     entropy_needs_grad: bool = False,
 ) -> ActionLogprobs:
     """The log-probability of each action under the sampling distribution, and that distribution's entropy in nats.
 
     An action always counts as kept by top-k and top-p: they cut what was sampled from then, and the policy has moved.
 
-    embeds: `b t e` where the actions are about to be said, actions: `b t`
+    embeds: `b t e` where the actions are about to be said, actions: `b t`, allowed_tokens: `v` bool
     """
     weight, whole = palm.token_emb.weight, temperature > 0 and top_k is None and (top_p is None or top_p >= 1.0)
+    if allowed_tokens is not None:  # the padding of a vocabulary stands at its end, and is cut off
+        num_allowed = int(allowed_tokens.sum())
+        whole = whole and bool(allowed_tokens[:num_allowed].all())
+        weight = weight[:num_allowed]
     if whole and chunks_pay(embeds, weight, entropy_needs_grad=entropy_needs_grad):
         options = {"scale": palm.config.output_scale / temperature, "entropy_needs_grad": entropy_needs_grad}
         return ActionLogprobs(*linear_logprobs(embeds, weight, actions, **options))
     logits = palm.to_logits(embeds)
-    logits = truncated_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, always=actions)
+    logits = truncated_logits(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, allowed_tokens=allowed_tokens, always=actions
+    )
     with torch.set_grad_enabled(entropy_needs_grad and torch.is_grad_enabled()):
         logprobs = logits.log_softmax(dim=-1)
         logprobs = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 is 0, and its gradient must not be NaN
@@ -150,7 +157,7 @@ def action_logprobs(
 def response_logprobs(
     palm: PaLM, sequences: Sequences, *, finetune_scope: str | None = None, **sampling
 ) -> ActionLogprobs:
-    """What `action_logprobs` gives the responses, by one forward; `sampling` are its temperature, top_k and top_p."""
+    """What `action_logprobs` gives the responses, by one forward; `sampling` are its options."""
     embeds = palm(
         sequences.tokens,
         key_mask=sequences.key_mask,

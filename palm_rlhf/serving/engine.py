@@ -15,12 +15,12 @@ from beartype import beartype
 
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.serving.batch import COLUMN_STEP, Batch
 from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Piece, Request
 from palm_rlhf.serving.sampler import Sampled, Sampler
 from palm_rlhf.serving.slots import SlotCache
 from palm_rlhf.serving.text import TextStream
-from palm_rlhf.serving.vocabulary import sampleable
 
 logger = logging.getLogger(__name__)
 LONGEST_RETRY = 60
@@ -92,7 +92,8 @@ class Engine:
                 f"sequence of the context of {self.context} tokens: raise it, or lower the context"
             )
         slots = SlotCache(self.palm, max_tokens=config.cache_memory // per_token, max_rows=config.max_batch)
-        allowed = sampleable(self.tokenizer, self.palm.num_tokens).to(self.palm.device)
+        allowed = known_tokens(self.tokenizer, self.palm.num_tokens)
+        allowed = None if allowed is None else allowed.to(self.palm.device)
         return Batch(self.palm, Sampler(allowed), slots, prefix_bytes=config.prefix_memory)
 
     @property

@@ -1,22 +1,8 @@
-"""Which ids of a model are tokens, and what each of them looks like."""
+"""How a token is shown to a client."""
 
-import torch
 from beartype import beartype
-from torch import Tensor
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
-
-
-@beartype
-def sampleable(tokenizer: Tokenizer, num_tokens: int) -> Tensor:
-    """True for the ids of a model that a tokenizer can decode: `v`. A model may have more ids, and a tokenizer gaps."""
-    known = torch.zeros(num_tokens, dtype=torch.bool)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
-        known[[index for index in ids if index < num_tokens]] = True
-    else:
-        known[: tokenizer.num_tokens] = True
-    return known
 
 
 @beartype

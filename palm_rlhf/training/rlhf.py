@@ -16,10 +16,11 @@ from palm_rlhf.algorithms.gae import gae
 from palm_rlhf.algorithms.kl import adapt_kl_coef, kl_estimate
 from palm_rlhf.algorithms.losses import policy_loss, step_denominator, value_loss
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.ops.masked import masked_mean, masked_sum
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference, check_vocabulary
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rollout import Reward, Rollout, Scores, best_of_n, collect, score
+from palm_rlhf.policy.rollout import Reward, Rollout, Sampling, Scores, best_of_n, collect, score
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics
@@ -84,6 +85,7 @@ class RLHFTrainer:
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
         self.prompts = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
         self.sampler = EpochSampler(len(self.prompts), config.seed)
+        self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
         if isinstance(reward_model, RewardModel):
             check_vocabulary("reward model", reward_model, palm.num_tokens)
         self.actor_critic = ActorCritic(
@@ -189,7 +191,7 @@ class RLHFTrainer:
             return collect(
                 self.palm,
                 [self.prompts[index] for index in drawn[run.rank :: run.num_processes]],
-                c.sampling,
+                self.sampling,
                 num_samples=c.num_samples,
                 batch_size=c.rollout_batch_size,
                 finetune_scope=self.actor_critic.actor_scope,
@@ -218,7 +220,7 @@ class RLHFTrainer:
         """How much better each action was than expected, by the critic or by the other responses to the prompt."""
         c, sequences = self.config, rollout.sequences
         action_mask = sequences.action_mask & scores.valid.unsqueeze(-1)
-        truncation = c.sampling.truncation
+        truncation = self.sampling.truncation
         (ref_logprobs,) = self._in_batches(lambda part: self.reference.logprobs(part, **truncation)[:1], sequences)
         # in less than float32, one token at a time rounds otherwise than all at once: the ratio is to begin at 1
         again, with_values = c.precision != "float32", c.algorithm == "ppo"
@@ -298,7 +300,7 @@ class RLHFTrainer:
     def _loss(self, part: Experience, num_tokens: Tensor, denominator: Tensor, statistics: UpdateStatistics) -> Tensor:
         """This part's share of the loss of an optimiser step."""
         c, mask = self.config, part.action_mask
-        said = self.run.model(part.sequences, entropy_needs_grad=c.entropy_coef > 0, **c.sampling.truncation)
+        said = self.run.model(part.sequences, entropy_needs_grad=c.entropy_coef > 0, **self.sampling.truncation)
         policy = policy_loss(
             said.logprobs,
             part.logprobs,
@@ -338,7 +340,7 @@ class RLHFTrainer:
                 self.palm,
                 self.reward_model,
                 prompt.to(self.run.device),
-                dataclasses.replace(self.config.sampling, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens),
+                dataclasses.replace(self.sampling, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens),
                 num_samples=num_samples,
                 tokenizer=self.tokenizer,
                 finetune_scope=self.actor_critic.actor_scope,
@@ -377,6 +379,14 @@ class RLHFTrainer:
             else torch.cat([F.pad(piece, (0, width - piece.shape[1])) for piece in pieces])[order.argsort()]
             for pieces in zip(*parts)
         ]
+
+    @property
+    def sampling(self) -> Sampling:
+        """The distribution that responses are drawn from: without ids that the tokenizer lacks, but for the EOS."""
+        allowed, eos_token = self._known_tokens, self.config.eos_token
+        if allowed is not None and eos_token is not None:
+            allowed = allowed.index_fill(0, torch.tensor(eos_token), True)
+        return dataclasses.replace(self.config.sampling, allowed_tokens=allowed)
 
     @property
     def _minibatch_rows(self) -> int:

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data.tokenizer import DEFAULT_SPECIAL_TOKENS, EOS, ByteTokenizer, HuggingFaceTokenizer
+from palm_rlhf.data.tokenizer import EOS, ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.serving.text import TextStream
-from palm_rlhf.serving.vocabulary import sampleable, token_text
+from palm_rlhf.serving.vocabulary import token_text
 
 BYTES = ByteTokenizer()
 SOME_TEXT = st.text(alphabet="abé🙂", max_size=30)
@@ -65,15 +65,6 @@ def test_what_may_become_a_stop_is_held_back_and_given_out_if_it_does_not():
 def test_special_tokens_are_no_text():
     stream = TextStream(BYTES)
     assert "".join(map(stream.push, [97, 256, 260, 98])) == "ab"
-
-
-def test_a_tokenizer_tells_which_ids_of_a_model_are_tokens():
-    assert sampleable(BYTES, 300).tolist() == [True] * 261 + [False] * 39
-    assert sampleable(BYTES, 256).all()
-    gaps = HuggingFaceTokenizer.train(["some text"], 300, DEFAULT_SPECIAL_TOKENS, eos_token=EOS)
-    known = sampleable(gaps, 400)
-    assert known.tolist() == [gaps.backend.id_to_token(index) is not None for index in range(400)]
-    assert not known[gaps.num_tokens :].any()
 
 
 def test_tokens_are_shown_with_their_bytes():

@@ -1,0 +1,51 @@
+"""Judges and reports on models that have more ids than their tokenizer."""
+
+import pytest
+import torch
+
+from palm_rlhf.data.templates import PRESETS
+from palm_rlhf.data.tokenizer import ByteTokenizer
+from palm_rlhf.evaluation.answers import Question
+from palm_rlhf.evaluation.judges import LocalJudge, Request
+from palm_rlhf.evaluation.runs import Sample, reference_scores
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.rollout import Sampling, collect
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture
+def palm() -> PaLM:
+    """A model that says little but ids beyond the 261 of its tokenizer, where it may."""
+    torch.manual_seed(0)
+    palm = PaLM(num_tokens=320, dim=32, depth=1, heads=2, dim_head=16).eval()
+    with torch.no_grad():
+        palm.token_emb.weight[261:] = palm.token_emb.weight[:59] * 30
+    return palm
+
+
+def test_a_judge_says_nothing_but_text(palm):
+    judge = LocalJudge(palm, BYTES, PRESETS["default"], temperature=1.0, max_tokens=20)
+    reply = judge(Request(Question("1", ("a?",)), 1, ("x", "y"), (("b",), ("c",)), "verdict"))
+    assert isinstance(reply.text, str) and reply.usage["completion_tokens"] > 0
+
+
+def test_a_reference_draws_its_answers_from_tokens_alone(palm):
+    torch.manual_seed(1)
+    reward_model = RewardModel(palm).eval()
+    torch.nn.init.normal_(reward_model.head.weight) if hasattr(reward_model.head, "weight") else None
+    prompt = torch.tensor(BYTES.encode("hi"))
+    _, theirs = reference_scores(
+        [Sample(1, tuple(prompt.tolist()), (97, 98))], palm, reward_model, BYTES, max_new_tokens=8, seed=3
+    )
+    known = torch.arange(320) < 261
+    rollout = collect(
+        palm,
+        [prompt],
+        Sampling(max_new_tokens=8, allowed_tokens=known),
+        batch_size=16,
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert known[rollout.sequences.actions].all()
+    assert theirs == pytest.approx(reward_model.score(rollout.sequences).tolist(), abs=1e-6)
