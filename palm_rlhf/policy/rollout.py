@@ -1,7 +1,7 @@
 """What the policy says to prompts, and what a reward makes of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,12 @@ class Sampling:
         """What turns logits into that distribution."""
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return options if self.allowed_tokens is None else {**options, "allowed_tokens": self.allowed_tokens}
+
+    def restricted_to(self, known: Tensor | None) -> "Sampling":
+        """The same without the ids that are not known, `v` bool; the EOS can be sampled in any case."""
+        if known is not None and self.eos_token is not None:
+            known = known.index_fill(0, torch.tensor(self.eos_token), True)
+        return replace(self, allowed_tokens=known)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Reward, Rollout, Sampling, Scores, best_of_n, collect, score
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.batches import EpochSampler
+from palm_rlhf.training.experience import Experience
 from palm_rlhf.training.metrics import Metrics
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
 from palm_rlhf.training.prompts import check_room, read_prompts
@@ -32,26 +33,6 @@ from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_pol
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
 from palm_rlhf.training.state import require_same
-
-
-@dataclasses.dataclass(frozen=True)
-class Experience:
-    """Responses with all that the losses need of the moment when they were said; `b t` each."""
-
-    sequences: Sequences
-    action_mask: Tensor  # of the responses that have a score
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def select(self, rows: Tensor) -> "Experience":
-        """Some of the rows, without the columns that only the others need."""
-        sequences = self.sequences.select(rows)
-        width = int(sequences.response_lengths.max())
-        _, *rest = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Experience(sequences, *(part[rows, :width] for part in rest))
 
 
 class RLHFTrainer:
@@ -383,10 +364,7 @@ class RLHFTrainer:
     @property
     def sampling(self) -> Sampling:
         """The distribution that responses are drawn from: without ids that the tokenizer lacks, but for the EOS."""
-        allowed, eos_token = self._known_tokens, self.config.eos_token
-        if allowed is not None and eos_token is not None:
-            allowed = allowed.index_fill(0, torch.tensor(eos_token), True)
-        return dataclasses.replace(self.config.sampling, allowed_tokens=allowed)
+        return self.config.sampling.restricted_to(self._known_tokens)
 
     @property
     def _minibatch_rows(self) -> int:

@@ -1,0 +1,163 @@
+"""What every tokenizer does, and the one whose tokens are bytes."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from beartype import beartype
+
+from palm_rlhf.training.state import write_text
+
+NUM_BYTES = 256
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+DEFAULT_SPECIAL_TOKENS = (EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>")
+CONFIG_FILE = "tokenizer_config.json"
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Special tokens are put in by their ids; text never becomes one, whatever it says.
+
+    `special_tokens` has the id of each by its name; `eos_token` and `pad_token` are ids among them.
+    """
+
+    special_tokens: dict[str, int]
+
+    @beartype
+    def __init__(self, special_tokens: Iterable[str], eos_token: str, pad_token: str | None):
+        self.special_tokens = {}
+        self._eos, self._pad = eos_token, eos_token if pad_token is None else pad_token
+        self.add_special_tokens(special_tokens)
+        for role, name in (("eos_token", self._eos), ("pad_token", self._pad)):
+            if name not in self.special_tokens:
+                raise ValueError(f"{role} is {name!r}, expected one of the special tokens {list(self.special_tokens)}")
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    @abstractmethod
+    def token_ids(self) -> Collection[int]:
+        """The ids that stand for a token; between them there can be gaps."""
+
+    @property
+    def vocab_size(self) -> int:
+        """`num_tokens`, by the name that `load_corpus` asks for."""
+        return self.num_tokens
+
+    @property
+    def eos_token(self) -> int:
+        return self.special_tokens[self._eos]
+
+    @property
+    def pad_token(self) -> int:
+        return self.special_tokens[self._pad]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides what a text becomes."""
+        return hashlib.sha256("\n".join(self._files().values()).encode()).hexdigest()
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none of them of a special token."""
+
+    def encode_continuation(self, text: str, *, after_special: bool = False) -> list[int]:
+        """The ids of a text that goes on after another, or directly after a special token.
+
+        Some tokenizers put a blank before the first word of what they encode, as Llama's does. A text that is cut is
+        whole again, without blanks that nobody wrote, where `encode` reads its first part and this method the rest.
+        """
+        return self.encode(text)
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
+        """The text of ids; U+FFFD stands for bytes that are no text. ValueError for ids that no token has."""
+
+    @abstractmethod
+    def add_special_tokens(self, names: Iterable[str]) -> None:
+        """Adds those that are not there yet; a model needs room for them: see `add_special_tokens`."""
+
+    @abstractmethod
+    def _files(self) -> dict[str, str]:
+        """What is saved, by the names of the files."""
+
+    @beartype
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the tokenizer to a folder, such as that of its model; `load_tokenizer` opens it again."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in self._files().items():
+            write_text(directory / name, text)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.num_tokens:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f"token id {bad} has no token, expected 0 to {self.num_tokens - 1}: is the model of another tokenizer?"
+            )
+
+
+class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8 as the ids 0 to 255, and special tokens after them. Any text and any bytes come back whole."""
+
+    @beartype
+    def __init__(
+        self,
+        special_tokens: Iterable[str] = DEFAULT_SPECIAL_TOKENS,
+        *,
+        eos_token: str = EOS,
+        pad_token: str | None = None,
+    ):
+        super().__init__(special_tokens, eos_token, pad_token)
+
+    @property
+    def num_tokens(self) -> int:
+        return NUM_BYTES + len(self.special_tokens)
+
+    @property
+    def token_ids(self) -> range:
+        return range(self.num_tokens)
+
+    @beartype
+    def encode(self, text: str | bytes) -> list[int]:
+        """The bytes of a text; those of a lone surrogate too, which `decode` gives back as U+FFFD."""
+        return list(text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else text)
+
+    def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
+        """The text of ids; U+FFFD stands for bytes that are no text."""
+        return self.decode_bytes(ids, with_special_tokens=with_special_tokens).decode("utf-8", errors="replace")
+
+    @beartype
+    def decode_bytes(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> bytes:
+        """The bytes of ids: exactly those that were encoded."""
+        ids = [int(index) for index in ids]
+        self._check_ids(ids)
+        names = [name.encode() if with_special_tokens else b"" for name in self.special_tokens]
+        return b"".join(bytes([index]) if index < NUM_BYTES else names[index - NUM_BYTES] for index in ids)
+
+    @beartype
+    def add_special_tokens(self, names: Iterable[str]) -> None:
+        """Adds those that are not there yet; a model needs room for them: see `add_special_tokens`."""
+        for name in checked_names(names):
+            self.special_tokens.setdefault(name, self.num_tokens)
+
+    def _files(self) -> dict[str, str]:
+        config = {
+            "tokenizer_class": "ByteTokenizer",
+            "special_tokens": list(self.special_tokens),
+            "eos_token": self._eos,
+            "pad_token": self._pad,
+        }
+        return {CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
+
+
+def checked_names(names: Iterable[str]) -> list[str]:
+    """The names of special tokens, each once; ValueError for one that is empty."""
+    names = list(dict.fromkeys(names))
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"the special tokens are {names}, expected names such as '<|user|>'")
+    return names

@@ -1,0 +1,200 @@
+"""Tokenizers of the library `tokenizers`, made safe: no text becomes a special token, and a text can be cut."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from beartype import beartype
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from palm_rlhf.data.tokenizer_base import CONFIG_FILE, DEFAULT_SPECIAL_TOKENS, EOS, NUM_BYTES, Tokenizer, checked_names
+from palm_rlhf.model.interop.folder import read_json
+from palm_rlhf.training.state import write_text
+
+LONG_TEXT = 2**14  # characters: some milliseconds of work
+# Texts to put before another, to learn the tokens that it has in the middle of a text.
+ANCHORS = ("\n", ".", "x", "7", "\u4e00")
+PROBES = ("a", "e", "1")  # words that show whether a tokenizer puts a blank before the first
+TOKENIZER_FILE, GENERATION_FILE = "tokenizer.json", "generation_config.json"
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the library `tokenizers`, as in the `tokenizer.json` of nearly every model there is.
+
+    Its special tokens are those of the backend and `special_tokens`; the one for unknown text is not counted among
+    them. `config` is what else goes to tokenizer_config.json.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Iterable[str] = (),
+        *,
+        eos_token: str,
+        pad_token: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        self.backend = tokenizers.Tokenizer.from_str(backend.to_str())  # what the caller has stays as it is
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # their names are text like any other
+        self.config = config or {}
+        self._unknown = unknown_token(self.backend)
+        super().__init__(special_tokens, eos_token, pad_token)
+        self._anchored = {"text": self._gains_blank(), "special": False}
+        self._anchored["special"] = self._anchored["text"] and not self._gains_blank_after_special()
+
+    @classmethod
+    @beartype
+    def train(
+        cls,
+        texts: Iterable[str],
+        num_tokens: int,
+        special_tokens: Iterable[str] = DEFAULT_SPECIAL_TOKENS,
+        *,
+        eos_token: str = EOS,
+        pad_token: str | None = None,
+    ) -> "HuggingFaceTokenizer":
+        """Learns a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of at most `num_tokens` from texts.
+
+        All bytes are among its tokens, so that any text comes back whole.
+        """
+        names = checked_names(special_tokens)
+        if num_tokens < NUM_BYTES + len(names):
+            raise ValueError(
+                f"num_tokens is {num_tokens}, expected at least {NUM_BYTES + len(names)}: {NUM_BYTES} bytes and "
+                f"{len(names)} special tokens"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=num_tokens - len(names),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, names, eos_token=eos_token, pad_token=pad_token)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        return self._token_ids
+
+    @beartype
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none of them of a special token; ValueError for a lone surrogate, which is no text."""
+        return self._encode(text, anchored=False)
+
+    @beartype
+    def encode_continuation(self, text: str, *, after_special: bool = False) -> list[int]:
+        """The ids of a text that goes on after another, or directly after a special token; see `Tokenizer`.
+
+        After a special token the blank comes where the backend puts it there too, as transformers has it.
+        """
+        return self._encode(text, anchored=self._anchored["special" if after_special else "text"])
+
+    def _encode(self, text: str, *, anchored: bool) -> list[int]:
+        if not text:
+            return []
+        encoding, num_skipped, shift = self._after_text(text) if anchored else (self._encoding(text), 0, 0)
+        ids = encoding.ids[num_skipped:]
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # Some models know the name of a special token as a word of their own: it is cut in two wherever it stands.
+        offsets = ((start - shift, end - shift) for start, end in encoding.offsets[num_skipped:])
+        spans = [span for index, span in zip(ids, offsets) if index in self._special_ids]
+        for start, end in spans:
+            if end - start < 2:
+                raise ValueError(f"the tokenizer knows {text[start:end]!r} as a special token, which text can forge")
+        first, *rest = [text[start:end] for start, end in pairwise([0, *(start + 1 for start, _ in spans), len(text)])]
+        parts = [self._encode(first, anchored=anchored), *map(self.encode_continuation, rest)]
+        return [index for part in parts for index in part]
+
+    def _after_text(self, text: str) -> tuple[tokenizers.Encoding, int, int]:
+        """The encoding of a text behind an anchor, and the tokens and the characters that are the anchor's."""
+        for anchor in ANCHORS:
+            encoding = self._encoding(anchor + text)
+            num_skipped = next(at for at, (_, end) in enumerate(encoding.offsets) if end > len(anchor))
+            if encoding.offsets[num_skipped][0] >= len(anchor):
+                return encoding, num_skipped, len(anchor)
+        raise ValueError(
+            f"the tokenizer joins {text[:20]!r} to every one of {ANCHORS} before it, so that a text cannot be cut "
+            "there: let the template put a special token before it"
+        )
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        try:
+            if len(text) < LONG_TEXT:
+                return self.backend.encode(text, add_special_tokens=False)
+            # a batch is computed without Python's lock, so that a server answers others meanwhile
+            return self.backend.encode_batch([text], add_special_tokens=False)[0]
+        except TypeError as error:
+            raise ValueError(
+                f"the text holds half of a surrogate pair, which is no character: {text!r:.80}; "
+                "mend it by text.encode('utf-8', 'replace').decode()"
+            ) from error
+
+    def _gains_blank(self) -> bool:
+        """Whether a word that begins a text has other tokens than the same word after other text."""
+        for word in PROBES:
+            with suppress(ValueError):  # a word that the tokenizer does not know is joined to all other such words
+                return self._encode(word, anchored=False) != self._encode(word, anchored=True)
+        return False
+
+    def _gains_blank_after_special(self) -> bool:
+        """Whether the backend begins a text anew after each special token, and not only once."""
+        self.backend.encode_special_tokens = False
+        after = [self.backend.encode(self._eos + word, add_special_tokens=False).ids[1:] for word in PROBES]
+        self.backend.encode_special_tokens = True
+        return after == [self._encode(word, anchored=False) for word in PROBES]
+
+    @beartype
+    def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
+        """The text of ids; U+FFFD stands for bytes that are no text. ValueError for ids that no token has."""
+        ids = [int(index) for index in ids]
+        self._check_ids(ids)
+        return self.backend.decode(ids, skip_special_tokens=not with_special_tokens)
+
+    @beartype
+    def add_special_tokens(self, names: Iterable[str]) -> None:
+        """Adds those that are not there yet; a model needs room for them: see `add_special_tokens`."""
+        new = [name for name in checked_names(names) if name not in self.special_tokens]
+        self.backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
+        added = sorted(self.backend.get_added_tokens_decoder().items())
+        self.special_tokens = {
+            token.content: index for index, token in added if token.special and token.content != self._unknown
+        }
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
+        self._num_tokens = 1 + max(self._token_ids)
+
+    def _files(self) -> dict[str, str]:
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eos, "pad_token": self._pad}
+        config = {**self.config, **own}
+        return {TOKENIZER_FILE: self.backend.to_str(pretty=True), CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
+
+    @beartype
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the tokenizer to a folder, and where transformers and vLLM look for it, which token ends a reply."""
+        super().save_pretrained(directory)
+        path = Path(directory) / GENERATION_FILE
+        generation = read_json(path) if path.exists() else {}
+        generation |= {"eos_token_id": self.eos_token, "pad_token_id": self.pad_token}
+        write_text(path, json.dumps(generation, indent=2) + "\n")
+
+
+def unknown_token(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that stands for what a backend's model does not know, if it has one."""
+    if not isinstance(backend.model, models.Unigram):
+        return backend.model.unk_token
+    model = json.loads(backend.to_str())["model"]
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
