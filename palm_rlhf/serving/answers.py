@@ -37,6 +37,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(429, str(error), code="queue_full", headers=headers)
         case TimeoutError():
             return ApiError(504, str(error), code="timeout")
+        case MemoryError():
+            return ApiError(503, str(error), code="out_of_memory")
         case ValueError():
             return ApiError(400, str(error))
         case EngineError():
@@ -88,16 +90,18 @@ class Answers:
         self._check_model(ask.model)
         if ask.best_of > ask.n and self.served.reward_model is None:
             raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
-        if (count := len(ask.prompts) * ask.best_of) > self.engine.limit:
-            name = "prompt" if len(ask.prompts) > self.engine.limit else "best_of" if ask.best_of > ask.n else "n"
-            most = f"{self.engine.limit}, as many as may run and wait"
-            raise ApiError(400, f"{name} asks for {count} replies in all; expected at most {most}", param=name)
+        most = self.engine.most_of(client)
+        if (count := len(ask.prompts) * ask.best_of) > most:
+            name = "prompt" if len(ask.prompts) > most else "best_of" if ask.best_of > ask.n else "n"
+            expected = f"at most {most}, as many as may run and wait for one client"
+            raise ApiError(400, f"{name} asks for {count} replies in all; expected {expected}", param=name)
         return ask, engine_requests(self.served, self.engine.context, kind, ask, client)
 
     async def score(self, request: Any) -> dict[str, Any]:
         """What the reward model makes of replies to a prompt."""
         tokens, answers = await self._prepared(request, self._asked_to_score)
-        scores = await self._while_connected(request, self._scores(tokens, answers))
+        work = self._scores(tokens, answers, client_of(request.scope))
+        scores = await self._while_connected(request, work)
         num_tokens = len(tokens) + sum(map(len, answers))
         return {
             "object": "list",
@@ -133,6 +137,9 @@ class Answers:
         """Whether the engine computes, and for how many; ApiError where it does not."""
         if not self.engine.alive:
             raise ApiError(503, "the engine has stopped", code="unavailable")
+        if self.engine.stalled:
+            seconds = self.engine.config.stall_timeout
+            raise ApiError(503, f"the engine has done nothing for {seconds:g} seconds, with work to do", code="stalled")
         return {"status": "ok", "running": self.engine.num_running, "waiting": self.engine.num_waiting}
 
     def ready(self) -> dict[str, Any]:
@@ -209,17 +216,17 @@ class Answers:
         for start in range(0, len(replies), ask.best_of):
             group = replies[start : start + ask.best_of]
             prompt, answers = group[0][0].request.prompt, [generation.tokens for generation, _ in group]
-            scores = await self._scores(prompt, answers)
+            scores = await self._scores(prompt, answers, group[0][0].request.client)
             order = sorted(range(len(group)), key=lambda number: -scores[number])
             kept += [group[number] for number in order[: ask.n]]
         return kept
 
-    async def _scores(self, prompt: list[int], answers: list[list[int]]) -> list[float]:
-        """Scores of replies, a few at a time, so that those that run go on."""
+    async def _scores(self, prompt: list[int], answers: list[list[int]], client: str) -> list[float]:
+        """Scores of replies, a few at a time, so that those that run go on, and other clients take turns."""
         scores: list[float] = []
         for start in range(0, len(answers), SCORED_AT_ONCE):
             some = answers[start : start + SCORED_AT_ONCE]
-            job = self.engine.call(lambda some=some: self.served.score(prompt, some))
+            job = self.engine.call(lambda some=some: self.served.score(prompt, some), client)
             scores += await asyncio.wrap_future(job)
         return scores
 

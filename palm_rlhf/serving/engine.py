@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.serving.batch import COLUMN_STEP, Batch
-from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Piece, Request
-from palm_rlhf.serving.sampler import Sampled, Sampler
+from palm_rlhf.serving.generation import FINISH_REASONS, EngineError, EngineFull, Generation, Piece, Request
+from palm_rlhf.serving.sampler import Sampler
+from palm_rlhf.serving.scheduler import Scheduler
 from palm_rlhf.serving.slots import SlotCache
 from palm_rlhf.serving.text import TextStream
 
 logger = logging.getLogger(__name__)
 LONGEST_RETRY = 60
+IDLE_STEP = 1.0  # seconds between two looks at replies that all wait for their readers
+# what is counted where something has been done for a client, of all that `counts` has
+PROGRESS = ("tokens", "prompt_tokens_computed", "tasks", *(f"finished_{reason}" for reason in FINISH_REASONS))
 
 
 @beartype
@@ -35,7 +40,8 @@ class EngineConfig:
     together. `queue`: replies that may wait beyond them. `prefill_chunk`: tokens of prompts read between two tokens of
     the others. `cache_memory` and `prefix_memory`: bytes for running sequences, and for what prompts may begin with.
     Where the first is short, those who came last wait again, and go on when there is room.
-    `timeout`: seconds for each reply, its time in the queue included.
+    `timeout`: seconds for each reply, its time in the queue included. `stall_timeout`: seconds without a token, a part
+    of a prompt or an end, with work to do, after which the engine counts as stalled.
     """
 
     context: int | None = None
@@ -45,14 +51,16 @@ class EngineConfig:
     cache_memory: int = 2**31
     prefix_memory: int = 2**28
     timeout: float | int = 600.0
+    stall_timeout: float | int = 120.0
 
     def __post_init__(self):
         for name, least in (("context", 2), ("max_batch", 1), ("queue", 0), ("prefill_chunk", 1), ("prefix_memory", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout is {self.timeout}; expected seconds above 0")
+        for name in ("timeout", "stall_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
 
 
 class Engine:
@@ -61,6 +69,9 @@ class Engine:
     A greedy reply is that of `PaLM.generate`, and a seeded one the same at every time, whatever the others ask: their
     rows are only computed beside it. That is exact but for rounding, since products over more rows add in another
     order: it could tip a choice between two tokens whose logits are equal to the last digits.
+
+    Clients, who are named by their requests, take turns: a row, a place in the queue or the memory of one of them goes
+    to another that has less, and each has prefixes of its own. What breaks a reply ends that reply alone.
 
     The model is put into eval mode, and all that is computed with it is computed in the engine's thread.
     """
@@ -72,12 +83,16 @@ class Engine:
         self.context = palm.config.max_seq_len if config.context is None else config.context
         self.counts: Counter[str] = Counter()  # what has happened since the start, for whoever watches
         self.limit = config.max_batch + config.queue  # replies that may run or wait
-        self._batch = self._make_batch()
-        self._waiting: deque[Generation] = deque()
+        batch = self._make_batch()
+        self._scheduler = Scheduler(
+            batch, chunk=config.prefill_chunk, timeout=config.timeout, counts=self.counts, ended=self._ended
+        )
         self._inbox: deque[Generation] = deque()
-        self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._jobs: dict[str, deque[tuple[Callable[[], Any], Future]]] = {}  # of clients, who take turns
         self._changed = threading.Condition()
-        self._num_open, self._mean_seconds, self._closed = 0, 1.0, False
+        self._open: Counter[str] = Counter()  # replies of each client that run or wait
+        self._mean_seconds, self._closed = 1.0, False
+        self._busy, self._done, self._progressed = False, 0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="palm-rlhf-engine", daemon=True)
         self._thread.start()
 
@@ -99,28 +114,38 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Replies that have a row in the cache."""
-        return len(self._batch.members)
+        return len(self._scheduler.batch.members)
 
     @property
     def num_waiting(self) -> int:
         """Replies that wait for one."""
-        return len(self._waiting) + len(self._inbox)
+        with self._changed:
+            return len(self._scheduler.waiting) + len(self._inbox)
 
     @property
     def cache_bytes(self) -> int:
         """Memory of the cache of those that run."""
-        slots = self._batch.slots
+        slots = self._scheduler.batch.slots
         return slots.num_rows * slots.num_columns * SlotCache.bytes_per_token(self.palm)
 
     @property
     def prefix_bytes(self) -> int:
         """Memory of what prompts may begin with."""
-        return self._batch.prefixes.num_bytes
+        return self._scheduler.batch.prefixes.num_bytes
 
     @property
     def alive(self) -> bool:
         """Whether it computes."""
         return self._thread.is_alive() and not self._closed
+
+    @property
+    def stalled(self) -> bool:
+        """Whether there is something to do and nothing has been done for longer than `stall_timeout`."""
+        return self._busy and time.monotonic() - self._progressed > self.config.stall_timeout
+
+    def most_of(self, client: str) -> int:
+        """Replies that a client may ask for at once while no one else does."""
+        return max(self.config.max_batch, self.limit // 2) if client else self.limit
 
     @beartype
     def submit(self, request: Request, deliver: Callable[[Generation, Piece], None] | None = None) -> Generation:
@@ -128,7 +153,7 @@ class Engine:
 
         Raises:
             ValueError: a prompt that does not fit the context, or ids outside of the vocabulary.
-            EngineFull: the queue is at its limit.
+            EngineFull: the queue is at its limit, or the client at its share of it.
         """
         return self.submit_all([request], deliver)[0]
 
@@ -147,14 +172,10 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            if self._num_open + len(requests) > self.limit:
-                self.counts["refused"] += 1
-                raise EngineFull(
-                    f"{self._num_open} replies run or wait, and {len(requests)} more would be above the limit of "
-                    f"{self.limit}; try again later",
-                    self._retry_after(),
-                )
-            self._num_open += len(requests)
+            wanted = Counter(request.client for request in requests)
+            for client, count in wanted.items():
+                self._check_room(client, count, len(requests))
+            self._open += wanted
             self._inbox.extend(generations)
             self._changed.notify()
         return generations
@@ -171,16 +192,38 @@ class Engine:
                 bad = min(ids) if min(ids) < 0 else max(ids)
                 raise ValueError(f"{name} has the token id {bad}; expected 0 to {size - 1}")
 
+    def _check_room(self, client: str, count: int, total: int) -> None:
+        """EngineFull where so many replies of a client, of so many asked for in all, have no room.
+
+        A named client has to leave as many places free as it takes (the dynamic thresholds of Choudhury and Hahne,
+        1998), so that there are always some for those who come; whoever is alone may take all rows.
+        """
+        used, own = self._open.total(), self._open[client]
+        share = max(self.limit - used - total, self.config.max_batch if own == used else 0) if client else self.limit
+        if used + total > self.limit:
+            reason = f"{used} replies run or wait, and {total} more would be above the limit of {self.limit}"
+        elif own + count > share:
+            reason = f"{own} of your replies run or wait, and {count} more would be above your share of {share}"
+        else:
+            return
+        self.counts["refused"] += 1
+        raise EngineFull(f"{reason}; try again later", self._retry_after())
+
     @beartype
-    def call(self, function: Callable[[], Any]) -> Future:
-        """Runs a function in the engine's thread, between two tokens, without gradients; EngineFull above the limit."""
+    def call(self, function: Callable[[], Any], client: str = "") -> Future:
+        """Runs a function for a client in the engine's thread, between two tokens, without gradients.
+
+        Raises:
+            EngineFull: as many of the client's functions wait as there may be replies.
+        """
         future: Future = Future()
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            if len(self._jobs) >= self.limit:
-                raise EngineFull(f"{len(self._jobs)} other tasks wait; try again later", self._retry_after())
-            self._jobs.append((function, future))
+            jobs = self._jobs.setdefault(client, deque())
+            if len(jobs) >= self.limit:
+                raise EngineFull(f"{len(jobs)} of your other tasks wait; try again later", self._retry_after())
+            jobs.append((function, future))
             self._changed.notify()
         return future
 
@@ -213,118 +256,56 @@ class Engine:
     def _run(self) -> None:
         while self._has_work():
             try:
-                self._step()
+                self._run_job()
+                self._scheduler.step()
             except Exception as error:
                 logger.exception("a step of the engine failed; its replies are lost")
-                members = self._batch.members
-                self._batch.clear()
-                for generation in members:
-                    self._finish(generation, "error", error)
+                self._scheduler.end_all(error, waiting=False)
+            self._note_progress()
         closed = EngineError("the engine was closed before the reply had ended")
-        for generation in (*self._batch.members, *self._waiting, *self._inbox):
-            self._finish(generation, "error", closed)
-        for _, future in self._jobs:
+        self._scheduler.end_all(closed, waiting=True)
+        for _, future in chain.from_iterable(self._jobs.values()):
             future.set_exception(closed)
-        self._batch.clear()
-        self._waiting.clear()
 
     def _has_work(self) -> bool:
         """Waits for something to do; False when the engine is closed."""
         with self._changed:
-            while not (self._closed or self._inbox or self._jobs or self._waiting or self._batch.members):
-                self._changed.wait()
-            self._waiting.extend(self._inbox)
-            self._inbox.clear()
+            while not (self._closed or self._inbox or self._jobs or self._scheduler.has_work):
+                self._busy = False
+                # whoever waits for its reader may leave, or take too long
+                if not self._changed.wait(IDLE_STEP if len(self._scheduler.waiting) else None):
+                    break
+            while self._inbox:
+                self._scheduler.waiting.enter(self._inbox.popleft())
+            if not self._busy:
+                self._progressed, self._busy = time.monotonic(), True
             return not self._closed
 
-    def _step(self) -> None:
-        """One token for every reply that runs, and a part of the prompts of those that come."""
-        self._drop_those_who_left()
-        self._run_job()
-        while self._batch.rows and not self._batch.make_room():
-            self._make_way()
-        if self._batch.rows:
-            started = list(self._batch.rows)
-            self.counts["steps"] += 1
-            for generation, sampled in zip(started, self._batch.step(), strict=True):
-                self._push(generation, sampled)
-        while self._admit():
-            pass
-        if self._batch.reading:
-            num_read, ended = self._batch.read(self.config.prefill_chunk)
-            self.counts["prompt_tokens_computed"] += num_read
-            for generation, sampled in ended:
-                self._push(generation, sampled)
-
-    def _drop_those_who_left(self) -> None:
-        now = time.monotonic()
-        for generation in (*self._batch.members, *self._waiting):
-            timeout = min(generation.request.timeout or math.inf, self.config.timeout)
-            if generation.cancelled:
-                self._leave(generation, "cancelled")
-            elif now - generation.submitted > timeout:
-                self._leave(generation, "timeout", TimeoutError(f"the reply took longer than {timeout:g} seconds"))
+    def _note_progress(self) -> None:
+        """Notes when something has last been done, which a loop that only turns does not."""
+        done = sum(self.counts[name] for name in PROGRESS)
+        if done != self._done:
+            self._done, self._progressed = done, time.monotonic()
 
     def _run_job(self) -> None:
-        if not self._jobs:
-            return
-        function, future = self._jobs.popleft()
+        with self._changed:
+            if not self._jobs:
+                return
+            client = next(iter(self._jobs))
+            jobs = self._jobs.pop(client)
+            function, future = jobs.popleft()
+            if jobs:
+                self._jobs[client] = jobs  # behind the other clients
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
+        self.counts["tasks"] += 1
 
-    def _admit(self) -> bool:
-        """Gives the first that waits a row; those behind it wait too, so that no one is overtaken for ever."""
-        if not self._waiting:
-            return False
-        generation = self._waiting[0]
-        is_new = not generation.admitted
-        if not self._batch.admit(generation, self.config.prefill_chunk):
-            return False
-        self._waiting.popleft()
-        if is_new:
-            self.counts["prompt_tokens"] += len(generation.request.prompt)
-            self.counts["prompt_tokens_reused"] += generation.num_cached
-        return True
-
-    def _make_way(self) -> None:
-        """Sends who came last back to the head of the queue: the memory is short, and those before it go on."""
-        generation = max(self._batch.members, key=lambda member: member.submitted)
-        self._batch.remove(generation)
-        self._waiting.appendleft(generation)
-        self.counts["preempted"] += 1
-
-    def _push(self, generation: Generation, sampled: Sampled | None) -> None:
-        if sampled is None:
-            not_finite = EngineError("the model computed logits that are no finite numbers")
-            self._leave(generation, "error", generation.failure or not_finite)
-            return
-        self.counts["tokens"] += 1
-        piece = generation.push(*sampled)
-        if piece is not None and piece.finish_reason is not None:
-            self._batch.remove(generation)
-            self._count_end(generation)
-        if piece is not None:
-            generation.deliver(piece)
-
-    def _leave(self, generation: Generation, reason: str, error: BaseException | None = None) -> None:
-        if generation in self._waiting:
-            self._waiting.remove(generation)
-        else:
-            self._batch.remove(generation)
-        self._finish(generation, reason, error)
-
-    def _finish(self, generation: Generation, reason: str, error: BaseException | None = None) -> None:
-        piece = generation.end(reason, error)
-        self._count_end(generation)
-        generation.deliver(piece)
-
-    def _count_end(self, generation: Generation) -> None:
+    def _ended(self, generation: Generation) -> None:
         """Makes room in the queue, before whoever waits for the end hears of it and asks for more."""
         seconds = time.monotonic() - generation.submitted
         self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
-        self.counts[f"finished_{generation.finish_reason}"] += 1
         with self._changed:
-            self._num_open -= 1
+            self._open -= Counter((generation.request.client,))

@@ -14,6 +14,7 @@ from palm_rlhf.serving.structured import Grammar
 from palm_rlhf.serving.text import TextStream
 
 logger = logging.getLogger(__name__)
+FINISH_REASONS = ("stop", "length", "cancelled", "timeout", "error")
 
 
 class EngineFull(RuntimeError):
@@ -106,7 +107,7 @@ class Piece(NamedTuple):
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None  # "stop", "length", "cancelled", "timeout" or "error"
+    finish_reason: str | None = None  # one of FINISH_REASONS
     num_tokens: int = 0  # of the reply so far
     calls: tuple[ToolCall, ...] = ()  # found in its text
 
@@ -135,6 +136,7 @@ class Generation:
         self.submitted = time.monotonic()
         self.first_token: float | None = None  # when it was sampled
         self.cancelled = False
+        self.paused = False  # whether it waits for its reader
         self.num_read = 0  # tokens whose keys and values are in the cache
         self.random = random.Random(None if request.seed is None else f"{request.seed}/{request.index}")
         self.constraint = None if request.grammar is None else request.grammar.start()
@@ -177,6 +179,11 @@ class Generation:
     def cancel(self) -> None:
         """Ends the reply, and frees its place before the next token; nothing happens where it has ended already."""
         self.cancelled = True
+        self._wake()
+
+    def pause(self, paused: bool) -> None:
+        """Lets the reply wait without a row until its reader has caught up, or go on."""
+        self.paused = paused
         self._wake()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -222,9 +229,9 @@ class Generation:
         return self._piece(text, None) if text else None
 
     def end(self, reason: str, error: BaseException | None = None) -> Piece:
-        """Ends the reply with what was held back. For the engine's thread alone."""
+        """Ends the reply with what was held back, unless it broke. For the engine's thread alone."""
         self.error = error
-        return self._piece(self._text.finish(), reason)
+        return self._piece("" if reason == "error" else self._text.finish(), reason)
 
     def deliver(self, piece: Piece) -> None:
         """Hands a piece to whoever asked; what their function raises is theirs. For the engine's thread alone."""

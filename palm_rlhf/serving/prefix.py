@@ -1,11 +1,11 @@
-"""Keys and values of sequences that have ended, for prompts that begin as they did."""
+"""Keys and values of sequences that have ended, for prompts of the same client that begin as they did."""
 
 from collections import OrderedDict
 
 import numpy as np
 from torch import Tensor
 
-MAX_ENTRIES = 256  # all are compared with each new prompt
+MAX_ENTRIES = 256  # sequences of a client: all are compared with each new prompt
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
@@ -16,45 +16,63 @@ def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
 
 
 class PrefixCache:
-    """The sequences last used, as many as fit into `max_bytes`, found by their token ids."""
+    """The sequences last used, as many as fit into `max_bytes`, found by their token ids.
+
+    Each client has sequences of its own. A prompt is never compared with those of other clients, so that neither the
+    length that is found nor the time that it saves tells one client what another has asked. Where memory is short, the
+    client whose sequences take most of it loses the one that it has not used for longest.
+    """
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes = max_bytes, 0
-        self._entries: OrderedDict[bytes, tuple[np.ndarray, Tensor]] = OrderedDict()  # the last used at the end
+        # of each client, the last used at the end
+        self._kept: dict[str, OrderedDict[bytes, tuple[np.ndarray, Tensor]]] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each client
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._kept.values()))
 
-    def find(self, tokens: np.ndarray) -> tuple[int, Tensor | None]:
-        """The longest prefix known, in tokens, and its keys and values: `... hk n d`."""
-        best, length = None, 0
-        for key, (known, _) in self._entries.items():
+    def find(self, tokens: np.ndarray, client: str = "") -> tuple[int, Tensor | None]:
+        """The longest prefix that a client's sequences have, in tokens, and its keys and values: `... hk n d`."""
+        kept, best, length = self._kept.get(client, {}), None, 0
+        for key, (known, _) in kept.items():
             if (shared := common_prefix(known, tokens)) > length:
                 best, length = key, shared
         if best is None:
             return 0, None
-        self._entries.move_to_end(best)
-        return length, self._entries[best][1][:, :, :length]
+        kept.move_to_end(best)
+        return length, kept[best][1][:, :, :length]
 
-    def wants(self, tokens: np.ndarray, num_bytes: int) -> bool:
-        """Whether these would fit and are not known already."""
+    def wants(self, tokens: np.ndarray, num_bytes: int, client: str = "") -> bool:
+        """Whether these tokens of a client would fit and are not known already."""
         fits = len(tokens) > 0 and num_bytes <= self.max_bytes
-        return fits and all(common_prefix(known, tokens) < len(tokens) for known, _ in self._entries.values())
+        kept = self._kept.get(client, {}).values()
+        return fits and all(common_prefix(known, tokens) < len(tokens) for known, _ in kept)
 
-    def put(self, tokens: np.ndarray, contents: Tensor) -> None:
-        """Keeps a sequence, in place of those that it goes on from, and of those not used for longest."""
-        for key, (known, _) in list(self._entries.items()):
+    def put(self, tokens: np.ndarray, contents: Tensor, client: str = "") -> None:
+        """Keeps a client's sequence, in place of its own that this one goes on from."""
+        for key, (known, _) in list(self._kept.get(client, {}).items()):
             if common_prefix(known, tokens) == len(known):
-                self._drop(key)
-        self._entries[tokens.tobytes()] = (tokens, contents)
+                self._drop(client, key)
+        self._kept.setdefault(client, OrderedDict())[tokens.tobytes()] = (tokens, contents)
+        self._sizes[client] = self._sizes.get(client, 0) + contents.nbytes
         self.num_bytes += contents.nbytes
-        while self.num_bytes > self.max_bytes or len(self._entries) > MAX_ENTRIES:
-            self._drop(next(iter(self._entries)))
+        if len(self._kept[client]) > MAX_ENTRIES:
+            self._drop(client, next(iter(self._kept[client])))
+        while self.num_bytes > self.max_bytes:
+            largest = max(self._sizes, key=self._sizes.get)
+            self._drop(largest, next(iter(self._kept[largest])))
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._entries.clear()
+        self._kept.clear()
+        self._sizes.clear()
         self.num_bytes = 0
 
-    def _drop(self, key: bytes) -> None:
-        self.num_bytes -= self._entries.pop(key)[1].nbytes
+    def _drop(self, client: str, key: bytes) -> None:
+        kept = self._kept[client]
+        size = kept.pop(key)[1].nbytes
+        self.num_bytes -= size
+        self._sizes[client] -= size
+        if not kept:
+            del self._kept[client], self._sizes[client]

@@ -39,25 +39,40 @@ class SlotCache:
     def reserve(self, rows: int, columns: int, used: list[int]) -> bool:
         """Makes room for so many rows of so many columns; False, and no change, where the budget forbids it.
 
-        `used` are the lengths of the rows there are, whose contents stay.
+        `used` are the lengths of the rows there are, whose contents stay. MemoryError, and no change, where the machine
+        has less than the budget.
         """
         if rows <= self.num_rows and columns <= self.num_columns:
             return True
         more = min(max(rows, 2 * self.num_rows), self.max_rows) if rows > self.num_rows else self.num_rows
         roomy = more, max(columns, self.num_columns)
-        for new_rows, new_columns in (roomy, (rows, max(columns, self.num_columns)), (rows, columns)):
-            if new_rows * new_columns <= self.max_tokens:
-                self._resize(new_rows, new_columns, len(used), max(used, default=0))
+        shapes = roomy, (rows, max(columns, self.num_columns)), (rows, columns)
+        within = list(dict.fromkeys(shape for shape in shapes if shape[0] * shape[1] <= self.max_tokens))
+        for shape in within:
+            try:
+                self._resize(shape, len(used), max(used, default=0))
                 return True
+            except (MemoryError, RuntimeError) as error:
+                self._resize((self.num_rows, self.num_columns), len(used), max(used, default=0))
+                if shape == within[-1]:
+                    raise MemoryError(
+                        f"there is no memory for the keys and values of {rows} sequences of {columns} tokens"
+                    ) from error
         return False
 
-    def _resize(self, rows: int, columns: int, num_used: int, longest: int) -> None:
+    def _resize(self, shape: tuple[int, int], num_used: int, longest: int) -> None:
         self.kernels.clear()  # which hold the old blocks
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
-                blocks[layer] = self._block(rows, columns)
-                blocks[layer][:num_used, :, :longest] = old[:num_used, :, :longest]
-        self.num_rows, self.num_columns = rows, columns
+                if (old.shape[0], old.shape[2]) != shape:
+                    blocks[layer] = self._block(*shape)
+                    blocks[layer][:num_used, :, :longest] = old[:num_used, :, :longest]
+        self.num_rows, self.num_columns = shape
+
+    def wipe(self, row: int) -> None:
+        """Forgets what a row holds, numbers that are none among it, which no mask would hide."""
+        for block in (*self.keys, *self.values):
+            block[row] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first tokens of one row to another."""

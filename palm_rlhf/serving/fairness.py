@@ -1,0 +1,77 @@
+"""Whose turn it is: clients share what is computed, however much each of them asks for."""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+
+from palm_rlhf.serving.generation import Generation
+
+SAMPLED_WEIGHT = 2  # of a token that is sampled, where one that is read counts 1
+
+
+class FairQueue:
+    """Those that wait: next is the first of the client that the fewest tokens have been computed for.
+
+    The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): a client that
+    has been away starts where the client that has had least stands, so that no one saves up turns, and one that is
+    alone has all of them.
+    """
+
+    def __init__(self):
+        self._waiting: dict[str, deque[Generation]] = {}
+        self._open: Counter[str] = Counter()  # replies of each client that wait or run
+        self._served: dict[str, int] = {}  # tokens of each client
+
+    def __len__(self) -> int:
+        return sum(map(len, list(self._waiting.values())))  # a copy: other threads ask
+
+    def __iter__(self) -> Iterator[Generation]:
+        for waiting in list(self._waiting.values()):
+            yield from list(waiting)
+
+    def __contains__(self, generation: Generation) -> bool:
+        return generation in self._waiting.get(generation.request.client, ())
+
+    def enter(self, generation: Generation) -> None:
+        """A new reply waits behind the others of its client."""
+        client = generation.request.client
+        if client not in self._open:
+            least = min((self._served[other] for other in self._open), default=None)
+            if least is None:
+                self._served.clear()
+            else:  # whoever has had less and is away would be given as much: there is nothing to remember
+                kept = {other: had for other, had in self._served.items() if other in self._open or had > least}
+                self._served = kept
+            self._served.setdefault(client, least or 0)
+        self._open[client] += 1
+        self._waiting.setdefault(client, deque()).append(generation)
+
+    def put_back(self, generation: Generation) -> None:
+        """A reply that ran waits again, before the others of its client."""
+        self._waiting.setdefault(generation.request.client, deque()).appendleft(generation)
+
+    def remove(self, generation: Generation) -> None:
+        """A reply does not wait any more."""
+        waiting = self._waiting[generation.request.client]
+        waiting.remove(generation)
+        if not waiting:
+            del self._waiting[generation.request.client]
+
+    def leave(self, generation: Generation) -> None:
+        """A reply has ended."""
+        client = generation.request.client
+        self._open[client] -= 1
+        if not self._open[client]:
+            del self._open[client]
+
+    def charge(self, generation: Generation, num_tokens: int) -> None:
+        """Counts what was computed for a reply."""
+        self._served[generation.request.client] += num_tokens
+
+    def served(self, generation: Generation) -> int:
+        """What was computed for its client."""
+        return self._served[generation.request.client]
+
+    def next(self) -> Generation | None:
+        """Whose turn it is, of those whose reader keeps up; the one that came first where two have had as much."""
+        ready = (next((one for one in waiting if not one.paused), None) for waiting in self._waiting.values())
+        return min(filter(None, ready), key=lambda one: (self.served(one), one.submitted), default=None)
