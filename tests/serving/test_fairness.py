@@ -111,9 +111,7 @@ def test_replies_are_those_of_each_alone_whoever_else_asks(served, palm, parts, 
     text = torch.randint(256, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     config = EngineConfig(max_batch=3, prefill_chunk=16, prefix_memory=2**16 if remember else 0)
     with Engine(palm, ByteTokenizer(), config) as engine:
-        wanted = [
-            ask(text[:shared] + [index] * own, 6, client) for index, (client, shared, own) in enumerate(parts)
-        ]
+        wanted = [ask(text[:shared] + [index] * own, 6, client) for index, (client, shared, own) in enumerate(parts)]
         replies = [engine.submit(one) for one in wanted]
         for reply in replies:
             reply.text()
@@ -158,14 +156,14 @@ def test_a_client_leaves_places_for_others_and_those_for_more(start_engine, palm
     small.submit_all([ask([1], 4000, "one") for _ in range(3)])  # no one else is there, and all rows may be had
 
 
-def test_memory_is_taken_from_the_client_that_has_most(start_engine, palm):
-    per_token = SlotCache.bytes_per_token(palm)
-    engine = start_engine(
-        palm, ByteTokenizer(), max_batch=4, queue=20, context=1024, cache_memory=1600 * per_token, prefix_memory=0
-    )
+def test_memory_is_taken_from_the_client_that_has_most(start_engine, palm, gate):
+    memory = {"cache_memory": 1600 * SlotCache.bytes_per_token(palm), "prefix_memory": 0}
+    engine = start_engine(palm, ByteTokenizer(), max_batch=4, queue=20, context=1024, **memory)
     greedy = engine.submit_all([ask([7, index], 1000, "greedy") for index in range(3)])
-    modest = engine.submit(ask([9], 250, "modest"))  # the last that came, and never the one that has to wait again
+    modest = engine.submit(ask([9], 700, "modest"))  # the last that came, and never the one that has to wait again
+    gate.set()
     modest.text()
+    assert engine.counts["preempted"] >= 2
     assert all(reply.finish_reason is None for reply in greedy)
     for reply in greedy:
         reply.cancel()
