@@ -10,7 +10,7 @@ import torch
 
 from palm_rlhf.serving.batch import Batch
 from palm_rlhf.serving.fairness import SAMPLED_WEIGHT, FairQueue
-from palm_rlhf.serving.generation import Generation
+from palm_rlhf.serving.generation import EngineError, Generation
 from palm_rlhf.serving.sampler import Sampled
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,8 @@ class Scheduler:
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         """Ends a reply with what broke it."""
-        logger.error("a reply failed: %r", error, exc_info=error)
+        is_known = isinstance(error, (EngineError, ValueError))
+        logger.log(logging.WARNING if is_known else logging.ERROR, "a reply failed", exc_info=error)
         if is_out_of_memory(error):
             length = generation.length
             error = MemoryError(f"there is no memory for this reply after {length} tokens; ask for fewer, or later")

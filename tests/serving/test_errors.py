@@ -252,7 +252,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_long(start_server):
 
 
 def test_a_full_queue_says_when_to_come_again(start_server, eventually):
-    url, engine = start_server(max_batch=1, queue=1)
+    url, engine = start_server(max_batch=1, queue=3)  # of which places a client has half
     endless = {"model": "parrot", "prompt": "a", "max_tokens": 250, "logit_bias": {"256": -100}, "stream": True}
     with httpx.Client(base_url=url, timeout=60) as client:
         with client.stream("POST", TEXTS, json=endless), client.stream("POST", TEXTS, json=endless):

@@ -2,6 +2,7 @@
 
 import threading
 
+import httpx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -210,7 +211,7 @@ def iter_without_leaving(reply):
 @pytest.mark.parametrize("running", [False, True])
 def test_neither_the_count_nor_the_work_tells_another_clients_prompt(palm, running):
     secret = list(b"the password is swordfish, and no one may know it")
-    own = [secret[:length] + [wrong] for length in (5, 20, 40) for wrong in (secret[length], 1)] + [secret]
+    own = [[*secret[:length], wrong] for length in (5, 20, 40) for wrong in (secret[length], 1)] + [secret]
     expected = told(palm, [[200] * len(secret)], own, running)
     assert told(palm, [secret], own, running) == expected
     cached = [row[0] for row in expected]
@@ -246,3 +247,24 @@ def test_what_is_known_of_another_in_the_same_forward_is_not_told(palm, start_en
         reply.text()
     first.cancel()
     assert [reply.num_cached for reply in replies] == [30, 40]
+
+
+def test_keys_are_clients_of_their_own(start_server, eventually):
+    url, engine = start_server(api_keys=("one", "two"), max_batch=2, queue=6, context=20_000)
+    one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    secret = {"model": "parrot", "prompt": "the password is swordfish", "max_tokens": 4}
+    texts = f"{url}/v1/completions"
+
+    def cached(headers) -> int:
+        usage = httpx.post(texts, json=secret, headers=headers, timeout=60).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached(one), cached(one), cached(two), cached(two)] == [0, 24, 0, 24]
+    assert httpx.post(texts, json={**secret, "n": 5}, headers=one).json()["error"]["param"] == "n"
+    endless = {**secret, "max_tokens": 19_000, "n": 4, "stream": True, "logit_bias": {"256": -100}}
+    with httpx.Client(timeout=60) as client, client.stream("POST", texts, json=endless, headers=one) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        refused = client.post(texts, json=secret, headers=one)
+        assert (refused.status_code, "your share of" in refused.json()["error"]["message"]) == (429, True)
+        assert client.post(texts, json=secret, headers=two).status_code == 200
