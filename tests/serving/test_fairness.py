@@ -249,8 +249,8 @@ def test_what_is_known_of_another_in_the_same_forward_is_not_told(palm, start_en
     assert [reply.num_cached for reply in replies] == [30, 40]
 
 
-def test_keys_are_clients_of_their_own(start_server, eventually):
-    url, engine = start_server(api_keys=("one", "two"), max_batch=2, queue=6, context=20_000)
+def test_keys_are_clients_of_their_own(start_server):
+    url, _ = start_server(api_keys=("one", "two"), max_batch=2, queue=6, context=20_000)
     one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
     secret = {"model": "parrot", "prompt": "the password is swordfish", "max_tokens": 4}
     texts = f"{url}/v1/completions"
