@@ -27,7 +27,7 @@ from palm_rlhf.data.filters import (
     keep_languages,
     keep_model,
 )
-from palm_rlhf.data.json_stream import Broken
+from palm_rlhf.data.json_record import Broken
 from palm_rlhf.data.records import STANDARD, Record, write_records
 from palm_rlhf.data.sharegpt import read_conversations
 from palm_rlhf.data.splitting import fit_context, is_held_out, num_bytes

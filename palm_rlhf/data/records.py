@@ -1,4 +1,4 @@
-"""JSON records in files of any size: lines or one array, plain or gzip, standard input and output."""
+"""Records in files of any size: JSON in lines or an array, plain or gzip, standard input and output."""
 
 import gzip
 import hashlib
@@ -16,7 +16,8 @@ from beartype import BeartypeConf, beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.disk import sync
-from palm_rlhf.data.json_stream import Broken, Record, pieces
+from palm_rlhf.data.json_record import Broken, Record
+from palm_rlhf.data.json_stream import pieces
 
 MAX_RECORD_BYTES = 1 << 26
 STANDARD = "-"  # as a path: standard input or output
@@ -35,8 +36,9 @@ def read_records(
 ) -> Iterator[tuple[int, Record]]:
     """The JSON objects of a file one after the other, each with the number of the line on which it starts.
 
-    The file has an object on each line (empty ones are passed over), or is one array of objects. Gzip is recognised
-    by its content; ``-`` is standard input. Only one record, or a chunk of the file, is in memory at a time.
+    The file has an object on each line (empty ones are passed over), objects printed over several lines, or one array
+    of objects. Gzip is recognised by its content; ``-`` is standard input. Only one record, or a chunk of the file, is
+    in memory at a time.
 
     A record is broken if it is no JSON object in valid Unicode, nested too deeply or longer than
     ``max_record_bytes``, and so is the rest of a gzip that ends early, or of an array after a bracket or quotation

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data import json_stream
+from palm_rlhf.data import json_array
 from palm_rlhf.data.records import is_held_out, read_records, write_records
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -42,8 +42,11 @@ def layout(rows, form, indent, ascii_only):
     if form == "lines":
         texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
         return "\r\n\n".join(texts), [1 + 2 * place for place in range(len(rows))]
+    if form == "objects":
+        texts = [json.dumps(row, indent=indent, ensure_ascii=ascii_only) for row in rows]
+        return "\n".join(texts), [1 + sum(text.count("\n") + 1 for text in texts[:place]) for place in range(len(rows))]
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
-    if not indent:
+    if indent is None:
         return text, [1] * len(rows)
     sizes = [json.dumps(row, indent=indent).count("\n") + 1 for row in rows]
     return text, [2 + sum(sizes[:place]) for place in range(len(rows))]
@@ -52,8 +55,8 @@ def layout(rows, form, indent, ascii_only):
 @settings(deadline=None, max_examples=40)
 @given(
     rows=RECORDS,
-    form=st.sampled_from(["lines", "array"]),
-    indent=st.sampled_from([None, 1, 4]),
+    form=st.sampled_from(["lines", "array", "objects"]),
+    indent=st.sampled_from([None, 0, 1, "\t"]),
     ascii_only=st.booleans(),
     packed=st.booleans(),
     bom=st.booleans(),
@@ -63,7 +66,7 @@ def test_lines_and_arrays_are_the_records_in_them(rows, form, indent, ascii_only
     text, numbers = layout(rows, form, indent, ascii_only)
     content = b"\xef\xbb\xbf" * bom + text.encode()
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "CHUNK", chunk)
+        patch.setattr(json_array, "CHUNK", chunk)
         path = save(folder, gzip.compress(content) if packed else content)
         assert list(read_records(path)) == list(zip(numbers, rows))
 
@@ -84,7 +87,9 @@ def test_what_is_written_is_read_back_and_the_bytes_are_the_same_again(rows, nam
 GOOD = '{"a": 1}'
 BROKEN = {
     "cut short": (b'{"a": "x', "broken JSON"),
-    "two objects": (b'{"a": 1} {"a": 2}', "broken JSON"),
+    "an object and a word": (b'{"a": 1} x', "broken JSON"),
+    "cut after a bracket": (b'{"a": [', "broken JSON"),
+    "cut after a comma": (b'{"a": 1,', "broken JSON"),
     "no JSON": (b"plain text", "broken JSON"),
     "NaN": (b'{"a": NaN}', "broken JSON"),
     "a number too long for Python": (b'{"a": %s}' % (b"1" * 5000), "broken JSON"),
@@ -97,6 +102,44 @@ BROKEN = {
     "long": (b'{"a": "%s"}' % (b"x" * 2_000_000), "too long"),
 }
 LIMIT = 1_000_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=RECORDS, ends=st.lists(st.sampled_from(["", " ", "\n", "\r\n\n"]), min_size=6, max_size=6), data=st.data())
+def test_objects_one_behind_the_other_are_read_however_each_is_printed(rows, ends, data):
+    indents = [data.draw(st.sampled_from([None, 1, 4])) for _ in rows]
+    texts = [json.dumps(row, indent=indent) + end for row, indent, end in zip(rows, indents, ends)]
+    with TemporaryDirectory() as folder:
+        found = list(read_records(save(folder, "".join(texts))))
+    assert without_lines(found) == rows
+    assert [line for line, _ in found] == [1 + "".join(texts[:place]).count("\n") for place in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "broken"),
+    [
+        ('{\n "a": 1,\n "b": [\n{\n "a": 2\n}\n', [(4, {"a": 2})], [1]),  # the first was cut short
+        ('{\n "a": tru\n}\n{\n "a": 2\n}\n', [(4, {"a": 2})], [1]),
+        ('{"a": [\n{"a": {\n{"a": 3}\n{"a":', [(3, {"a": 3})], [1, 2, 4]),
+        ('{\n "a": 1\n}, {\n "a": 2\n}', [(1, {"a": 1})], [3]),
+        ('{\n "a": {}\n}\n\n{"b": "}"}{"c": "{"}', [(1, {"a": {}}), (5, {"b": "}"}), (5, {"c": "{"})], []),
+    ],
+)
+def test_a_broken_object_over_several_lines_ends_where_the_next_begins(tmp_path, caplog, text, found, broken):
+    rejected = Counter()
+    assert list(read_records(save(tmp_path, text), skip_broken=True, rejected=rejected)) == found
+    named = [int(number) for number in re.findall(r"line (\d+) left out", caplog.text)]
+    assert rejected.total() >= len(broken) and named[: len(broken)] == broken
+
+
+def test_an_object_over_lines_that_is_too_long_costs_no_other(tmp_path):
+    texts = [json.dumps({"a": ["x" * 50] * size}, indent=1) for size in (1, 100, 2)]
+    path = save(tmp_path, "\n".join(texts))
+    rejected = Counter()
+    found = list(read_records(path, skip_broken=True, rejected=rejected, max_record_bytes=1000))
+    third = (texts[0] + texts[1]).count("\n") + 3
+    assert [(line, len(record["a"])) for line, record in found] == [(1, 1), (third, 2)]
+    assert rejected == {"too long": 1}
 
 
 @pytest.mark.parametrize(("line", "reason"), BROKEN.values(), ids=BROKEN)
@@ -191,7 +234,7 @@ IN_ARRAYS = {
     "a number": (b"12345678", "no object"),
     "a bare NaN": (b"NaN", "broken JSON"),
     "brackets in a broken text": (b'{"a": "\\q \\" }, {"}', "broken JSON"),
-} | {name: BROKEN[name] for name in BROKEN if name not in ("cut short", "two objects")}
+} | {name: BROKEN[name] for name in BROKEN if not name.startswith(("cut ", "an object and"))}
 
 
 @settings(deadline=None, max_examples=150)
@@ -210,7 +253,7 @@ def test_a_broken_record_of_an_array_costs_no_other(name, before, after, lines, 
     content = b"[" + (b",\n" if lines else b", ").join(pieces) + b"]"
     line = 1 + before * lines
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "CHUNK", chunk)
+        patch.setattr(json_array, "CHUNK", chunk)
         path = save(folder, content)
         with pytest.raises(
             ValueError, match=rf"a\.jsonl, line {line}, record {before + 1}: {reason}: .*mend or delete"
