@@ -31,6 +31,7 @@ EXTRAS = {
         "datasketch>=1.6",
         "lingua-language-detector>=2.0",
         "markdownify>=1.0",
+        "pyarrow>=15.0",
     ],
     "serve": ["fastapi>=0.115", "llguidance>=1.9", "prometheus-client>=0.20", "uvicorn[standard]>=0.30"],
     "plot": ["matplotlib>=3.8"],

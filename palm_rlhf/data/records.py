@@ -16,8 +16,9 @@ from beartype import BeartypeConf, beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.disk import sync
-from palm_rlhf.data.json_record import Broken, Record
+from palm_rlhf.data.json_record import GZIP_ERRORS, Broken, Record, damaged_gzip
 from palm_rlhf.data.json_stream import pieces
+from palm_rlhf.data.tabular import PARQUET_MAGIC, is_csv, read_csv, read_parquet, write_csv, write_parquet
 
 MAX_RECORD_BYTES = 1 << 26
 STANDARD = "-"  # as a path: standard input or output
@@ -38,7 +39,8 @@ def read_records(
 
     The file has an object on each line (empty ones are passed over), objects printed over several lines, or one array
     of objects. Gzip is recognised by its content; ``-`` is standard input. Only one record, or a chunk of the file, is
-    in memory at a time.
+    in memory at a time. Names that end in ``.csv`` or ``.tsv`` say that the file is a table (``read_csv``), and parquet
+    is recognised by its content; there, a line is a row.
 
     A record is broken if it is no JSON object in valid Unicode, nested too deeply or longer than
     ``max_record_bytes``, and so is the rest of a gzip that ends early, or of an array after a bracket or quotation
@@ -48,23 +50,26 @@ def read_records(
     """
     rejected = Counter() if rejected is None else rejected
     with _opened(os.fspath(path)) as (stream, bar, position):
-        for line, record in pieces(stream, max_record_bytes):
+        for line, record in _found(os.fspath(path), stream, max_record_bytes):
             bar.update(position() - bar.n)
             if not isinstance(record, Broken):
                 yield line, record
                 continue
             place = f"{path}, line {line}" + (f", record {record.number}" if record.number else "")
             if not skip_broken:
-                raise ValueError(
-                    f"{place}: {record}; expected one JSON object on each line, or one array of them: mend or delete it"
-                ) from record
+                expected = (
+                    "a row of its table"
+                    if is_csv(os.fspath(path))
+                    else "one JSON object on each line, or one array of them"
+                )
+                raise ValueError(f"{place}: {record}; expected {expected}: mend or delete it") from record
             log.warning("%s left out: %s", place, record)
             rejected[record.reason] += 1
 
 
 @beartype
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes each record as a line of JSON, and returns how many there were.
+    """Writes each record as a line of JSON, or a row of CSV or parquet by the name's suffix; returns how many.
 
     The file appears when it is whole: until then, and if reading the records fails, a file of that name stays as it
     was. ``-`` is standard output; a name that ends in ``.gz`` is packed. The same records make the same bytes.
@@ -74,15 +79,15 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
     target = Path(os.path.realpath(path))  # so that a link stays a link
     if target.exists() and not target.is_file():
         with open(target, "wb") as stream:  # a pipe or device cannot be replaced
-            return _write_lines(stream, records)
+            return _write(stream, target.name, records)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with open(partial, "wb") as stream:
             if target.name.endswith(".gz"):
                 with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
-                    num_records = _write_lines(packed, records)
+                    num_records = _write(packed, target.name, records)
             else:
-                num_records = _write_lines(stream, records)
+                num_records = _write(stream, target.name, records)
         sync(partial)
         os.replace(partial, target)
     except BaseException:
@@ -104,6 +109,25 @@ def is_held_out(key: str, fraction: float, seed: int = 0) -> bool:
         )
     number = int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")
     return number < fraction * 2**64
+
+
+def _found(path: str, stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
+    """The records of a file whose form is told by its name or its first bytes."""
+    try:
+        start = stream.peek(len(PARQUET_MAGIC))
+    except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards
+        return iter([(1, damaged_gzip(error))])
+    if start.startswith(PARQUET_MAGIC):
+        return read_parquet(stream, path)
+    return read_csv(stream, path, limit) if is_csv(path) else pieces(stream, limit)
+
+
+def _write(stream: Any, name: str, records: Iterable[Record]) -> int:
+    if name.endswith(".parquet"):
+        return write_parquet(stream, records)
+    if is_csv(name):
+        return write_csv(stream, records, name)
+    return _write_lines(stream, records)
 
 
 def _write_lines(stream: BinaryIO | gzip.GzipFile, records: Iterable[Record]) -> int:
