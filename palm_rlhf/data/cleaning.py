@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from beartype import beartype
 
-from palm_rlhf.data.markdown import html_to_markdown, is_html, without_debris
+from palm_rlhf.data.debris import without_debris, without_page_counter
+from palm_rlhf.data.markdown import html_to_markdown, without_unread
 from palm_rlhf.data.records import Record
+from palm_rlhf.data.web_pages import are_pages
 
+Html = Literal["auto", "always", "never"]
 Messages = list[dict[str, Any]]
 # A question and its reply, before which the assistant may call tools that answer it: by the first letters of roles.
 EXCHANGES = re.compile(r"(?:u(?:at+)*a)*")
@@ -18,36 +21,44 @@ EXCHANGES = re.compile(r"(?:u(?:at+)*a)*")
 @beartype
 def to_markdown(
     conversations: Iterable[Record],
-    html: Literal["auto", "always", "never"] = "auto",
+    html: Html = "auto",
     *,
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
     """The conversations with every message in Markdown, without the debris of buttons and blanks around it.
 
-    ``html``: which messages are HTML; ``auto`` asks ``is_html``. A conversation with HTML that cannot be read is
+    ``html``: which messages to convert; ``auto`` takes those of a chat's page (``are_pages``), so that HTML which was
+    asked for stays. A conversation with HTML that cannot be read is
     counted in ``rejected``, what was converted or removed in ``mended``.
     """
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
     for conversation in conversations:
         try:
-            messages = [_in_markdown(message, html, mended) for message in conversation["messages"]]
+            messages = _in_markdown(conversation["messages"], html, mended)
         except ValueError as error:
             rejected[str(error)] += 1
         else:
             yield {**conversation, "messages": messages}
 
 
-def _in_markdown(message: dict[str, Any], html: str, mended: Counter[str]) -> dict[str, Any]:
+def _in_markdown(messages: Messages, html: Html, mended: Counter[str]) -> Messages:
+    pages = are_pages(messages) if html == "auto" else [html == "always"] * len(messages)
+    # What a program said stays to the letter.
+    return [
+        message if message["role"] == "tool" else _cleaned(message, page, mended)
+        for message, page in zip(messages, pages)
+    ]
+
+
+def _cleaned(message: dict[str, Any], is_page: bool, mended: Counter[str]) -> dict[str, Any]:
     text = message["content"]
-    if message["role"] == "tool":
-        return message  # what a program said, to the letter
-    if html == "always" or (html == "auto" and is_html(text, message["role"])):
-        text = html_to_markdown(text)
+    if is_page:
+        text = html_to_markdown(without_page_counter(without_unread(text)))
         mended["HTML to Markdown"] += 1
     text = text.strip()
-    plain = without_debris(text)
+    plain = without_debris(text, message["role"])
     if plain != text:
         mended["debris of buttons removed"] += 1
     return {**message, "content": plain}

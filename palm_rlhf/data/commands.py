@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from palm_rlhf.data.cleaning import mend_turns, to_markdown
+from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown
 from palm_rlhf.data.convert import Form, Target, converted, form_of
 from palm_rlhf.data.deduplicate import drop_duplicates, drop_near_duplicates
 from palm_rlhf.data.filters import (
@@ -62,7 +62,7 @@ def clean(
     file: File,
     *,
     out: Out,
-    html: Literal["auto", "always", "never"] = "auto",
+    html: Html = "auto",
     keep_duplicates: bool = False,
     ignore_fields: Words = (),
     skip_broken: bool = False,
@@ -74,7 +74,7 @@ def clean(
     Args:
         file: ShareGPT's export (JSON, JSON lines or a web page), or lines with messages; a folder of such; - is stdin.
         out: Where to write; - is stdout, and the summary then goes to stderr.
-        html: Which messages are HTML; auto tells by how they look.
+        html: Which messages to make Markdown of; auto takes those of a chat's page, and leaves HTML that was asked for.
         keep_duplicates: Keep conversations that say the same as an earlier one.
         ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
@@ -182,6 +182,7 @@ def convert(
     lang: Codes = (),
     top_k: Number = None,
     max_replies: Number = None,
+    html: Html = "auto",
     ignore_fields: Words = (),
     skip_broken: bool = False,
 ) -> None:
@@ -203,6 +204,7 @@ def convert(
         lang: Keep what is in one of these languages only, such as en de; pt-BR names a region of Open-Assistant.
         top_k: Of Open-Assistant's replies, take those ranked above this (counted from 0) only.
         max_replies: Take so many replies of a ranking, the best.
+        html: Which messages to make Markdown of; auto takes those of a chat's page, in ShareGPT's export only.
         ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
     """
@@ -210,7 +212,7 @@ def convert(
     with _seekable(file) if form == "auto" else nullcontext(file) as path:
         form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
         options = {"lang": lang, "top_k": top_k, "max_replies": max_replies, "skip_broken": skip_broken}
-        options["ignored"] = ignore_fields
+        options |= {"html": html, "ignored": ignore_fields}
         records = converted(path, form, to, **options, rejected=counts.rejected, mended=counts.mended)
         write_records(out, counts.written(records))
     counts.report(out)

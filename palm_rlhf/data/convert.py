@@ -10,7 +10,7 @@ from beartype import beartype
 
 from palm_rlhf.data import oasst
 from palm_rlhf.data.chatgpt_export import is_chatgpt
-from palm_rlhf.data.cleaning import mend_turns, to_markdown
+from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown
 from palm_rlhf.data.filters import keep_languages
 from palm_rlhf.data.instructions import is_instruction, to_instructions
 from palm_rlhf.data.oasst_messages import MessageFilter
@@ -65,6 +65,7 @@ def converted(
     lang: Sequence[str] = (),
     top_k: int | None = None,
     max_replies: int | None = None,
+    html: Html = "auto",
     skip_broken: bool = False,
     ignored: Collection[str] = (),
     rejected: Counter[str] | None = None,
@@ -73,7 +74,8 @@ def converted(
     """The records of a file as those of a trainer: sft, rankings, prompts, preferences, or sft as alpaca or sharegpt.
 
     ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst.walk``.
-    ``max_replies``: how many of a ranking to take, the best. ``ignored``: fields to leave out though they hold text.
+    ``max_replies``: how many of a ranking to take, the best. ``html``: which messages of conversations to make Markdown
+    of, see ``to_markdown``; ``auto`` looks at ShareGPT's only. ``ignored``: fields to leave out though they hold text.
     What is left out is counted in ``rejected``, turns that are dropped at the ends of a conversation in ``mended``.
     """
     compares = to in ("rankings", "preferences")
@@ -83,9 +85,11 @@ def converted(
         raise ValueError(f"got top_k={top_k} for the form {form}, but only messages of Open-Assistant have ranks")
     if max_replies is not None and (max_replies < 2 or not compares):
         raise ValueError(f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences")
+    if html == "always" and form in ("oasst", "hh"):
+        raise ValueError(f"got html='always' for the form {form}, expected conversations: its texts are not converted")
     rejected = Counter() if rejected is None else rejected
     if to in WRITERS:
-        options = {"lang": lang, "top_k": top_k, "skip_broken": skip_broken, "ignored": ignored}
+        options = {"lang": lang, "top_k": top_k, "html": html, "skip_broken": skip_broken, "ignored": ignored}
         conversations = converted(path, form, "sft", **options, rejected=rejected, mended=mended)
         return WRITERS[to](conversations, rejected=rejected)
     options = {"skip_broken": skip_broken, "rejected": rejected}
@@ -94,8 +98,8 @@ def converted(
         return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
     options.update(mended=mended, ignored=ignored)
     records = read_rankings(path, **options) if form == "hh" else read_conversations(path, **options)
-    if form == "sharegpt":
-        records = to_markdown(records, rejected=rejected, mended=mended)
+    if form == "sharegpt" or (form != "hh" and html == "always"):
+        records = to_markdown(records, html, rejected=rejected, mended=mended)
     if form != "hh":
         records = mend_turns(records, rejected=rejected, mended=mended)
     if lang:

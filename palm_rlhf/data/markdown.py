@@ -1,4 +1,4 @@
-"""Pieces of web pages as Markdown, and texts without the words of the buttons that were copied along with them."""
+"""Pieces of web pages as Markdown."""
 
 import re
 from functools import cache
@@ -8,14 +8,8 @@ from beartype import beartype
 
 from palm_rlhf.data.extras import missing
 
-# What a reply of an export is wrapped in, and what only the page of a chat names.
-BLOCKS = "div|p|pre|ol|ul|table|blockquote|section|article|h[1-6]"
-WRAPPED = re.compile(rf"\s*<({BLOCKS})\b[^>]*>.*</({BLOCKS})>\s*\Z", re.DOTALL | re.IGNORECASE)
-PAGE = re.compile(r"\s*<(div|p|span)\b[^>]*\b(markdown|prose|whitespace-pre-?wrap)\b", re.IGNORECASE)
-PAGE_START = 1000
-
 # Most tags of an export: parts that nobody reads, and marks that Markdown has no use for (but formulas need theirs).
-UNREAD = re.compile(r"<(/?)(button|svg|script|style)\b[^<>]*>", re.IGNORECASE)
+UNREAD = re.compile(r"<(/?)(button|svg|script(?![^<>]*\bmath/tex\b)|style)\b[^<>]*>", re.IGNORECASE)
 SPAN = re.compile(r"</?span\b[^<>]*>", re.IGNORECASE)
 FORMULA = "katex"
 # The time that markdownify takes for a run of blanks grows with its square.
@@ -24,28 +18,12 @@ BLANKS = re.compile(r"\s{1000,}")
 LANGUAGE = re.compile(r"(?:language|lang)-(\S+)")
 LANGUAGE_NAME = re.compile(r"[\w+#.-]{1,30}")
 BACKTICKS = re.compile(r"`+")
+CELL_BREAK = re.compile(r"\s*\n\s*")
+BAR = re.compile(r"(?<!\\)\|")
+# What Unicode can raise and lower; the tags stay around all else, as in Markdown they may.
+RAISED = str.maketrans("0123456789+-−=()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿⁱ")
+LOWERED = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
 BUTTON_WORDS = re.compile(r"\b(Copy code|Copy|Edit)\b")
-
-# "```python\nCopy code\n", "```\npythonCopy code\n", "```pythonCopy code": all are the head of a block of Python.
-COPY_CODE = re.compile(
-    r"(?<!`)(`{3,9})(?!`)[ \t]{0,8}(?:\n[ \t]{0,8})?([^\s`]{0,30}?)\s{0,8}(?:Copy code)+(?:[ \t]*\n)?"
-)
-COPY_LINE = re.compile(r"^[ \t]*Copy code[ \t]*(?:\n|\Z)", re.MULTILINE)
-COPY_COUNT = re.compile(r"Copy\d{1,9} chars / \d{1,9} words")
-# "2 / 3" before a reply is the choice between regenerated ones.
-CHOICE = re.compile(r"\A\s{0,8}\d{1,3} / \d{1,3}(?=[ \t]{0,8}(\n|\Z)|[^\W\d_])")
-
-
-@beartype
-def is_html(text: str, role: str = "assistant") -> bool:
-    """Whether a message is a piece of a web page rather than Markdown or plain text.
-
-    A reply is if it is wrapped in block elements. A user may well have pasted just that, so for other roles it takes
-    the class names of a chat's page too.
-    """
-    if text.lstrip()[:1] != "<":
-        return False
-    return bool(PAGE.match(text[:PAGE_START]) or (role == "assistant" and WRAPPED.match(text)))
 
 
 @beartype
@@ -54,7 +32,7 @@ def html_to_markdown(html: str) -> str:
 
     Raises ``ValueError`` for a page that cannot be parsed or is nested too deeply.
     """
-    html = BLANKS.sub(lambda run: run[0][:1000], _without_unread(html))
+    html = BLANKS.sub(lambda run: run[0][:1000], without_unread(html))
     if FORMULA not in html:
         html = SPAN.sub("", html)
     converter, unreadable = _converter()
@@ -65,15 +43,8 @@ def html_to_markdown(html: str) -> str:
 
 
 @beartype
-def without_debris(text: str) -> str:
-    """The text without what buttons left in it: "Copy code", "Copy12 chars / 3 words", and a "2 / 3" at the start."""
-    if "Copy" in text:
-        text = COPY_CODE.sub(r"\1\2\n", text)
-        text = COPY_COUNT.sub("", COPY_LINE.sub("", text))
-    return CHOICE.sub("", text).strip() if " / " in text[:20] else text.strip()
-
-
-def _without_unread(html: str) -> str:
+def without_unread(html: str) -> str:
+    """The page without buttons, icons, scripts and styles."""
     kept, start, inside = [], 0, None
     for tag in UNREAD.finditer(html):
         is_end, name = bool(tag[1]), tag[2].lower()
@@ -98,17 +69,60 @@ def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
         def process_tag(self, node: Any, parent_tags: set[str] | None = None) -> str:
             if node.name == "pre":
                 return _code(node)
-            if node.name == "span" and FORMULA in (node.get("class") or []):
+            if _is_formula(node):
                 return _formula(node)
             return super().process_tag(node, parent_tags)
+
+        def convert_sup(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            return _shifted(text, "sup", RAISED)
+
+        def convert_sub(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            return _shifted(text, "sub", LOWERED)
+
+        def convert_td(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            return super().convert_td(node, _cell(text), parent_tags)
+
+        def convert_th(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            return super().convert_th(node, _cell(text), parent_tags)
+
+        def convert_br(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            return "\n" if {"td", "th"} & parent_tags else super().convert_br(node, text, parent_tags)
+
+        def convert_p(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            return f"\n{text}\n" if {"td", "th"} & parent_tags else super().convert_p(node, text, parent_tags)
+
+        def convert_input(self, node: Any, text: str, parent_tags: set[str]) -> str:
+            if node.get("type") != "checkbox":
+                return text
+            blank = "" if str(node.next_sibling or "")[:1].isspace() else " "
+            return ("[x]" if node.has_attr("checked") else "[ ]") + blank
 
     converter = Converter(heading_style="atx", bullets="-", escape_asterisks=False, escape_underscores=False)
     return converter, (ParserRejectedMarkup, AssertionError, RecursionError)
 
 
+def _shifted(text: str, tag: str, letters: dict[int, int]) -> str:
+    """Text above or below the line: ``10<sup>8</sup>`` is no 108."""
+    text = text.strip()
+    if all(ord(letter) in letters for letter in text):
+        return text.translate(letters)
+    return f"<{tag}>{text}</{tag}>"
+
+
+def _cell(text: str) -> str:
+    """The cell of a table, on one line and without a bar that would end it."""
+    return BAR.sub(r"\|", CELL_BREAK.sub("<br>", text.strip()))
+
+
 def _code(block: Any) -> str:
     code = block.find("code") or block
+    for line_end in code.find_all("br"):
+        line_end.replace_with("\n")
+    for part in code.find_all(["sup", "sub"]):
+        part.replace_with(_shifted(part.get_text(), part.name, RAISED if part.name == "sup" else LOWERED))
     content = code.get_text().strip("\n").rstrip()
+    if block.find_parent(["td", "th"]) is not None:
+        return "\n".join(f"`{line}`" for line in content.splitlines() if line.strip())
     # A fence is longer than any in the code, or it would end there.
     fence = "`" * max(3, 1 + max(map(len, BACKTICKS.findall(content)), default=0))
     return f"\n\n{fence}{_language(block, code)}\n{content}\n{fence}\n\n" if content else ""
@@ -125,10 +139,21 @@ def _language(block: Any, code: Any) -> str:
     return name if LANGUAGE_NAME.fullmatch(name) else ""
 
 
+def _is_formula(element: Any) -> bool:
+    if element.name == "script":
+        return "math/tex" in (element.get("type") or "")
+    return element.name == "math" or (element.name == "span" and FORMULA in (element.get("class") or []))
+
+
 def _formula(element: Any) -> str:
-    """A formula is in the page twice, as MathML with its TeX and as boxes: the TeX is kept."""
-    tex = element.find("annotation", encoding="application/x-tex")
+    """A formula is in the page as TeX beside what is shown, boxes or MathML: the TeX is kept."""
+    tex = element if element.name == "script" else element.find("annotation", encoding="application/x-tex")
     if tex is None:
         return element.get_text()
-    marks = "$" if element.find_parent(class_="katex-display") is None else "$$"
+    is_display = (
+        element.find_parent(class_="katex-display") is not None
+        or element.get("display") == "block"
+        or "mode=display" in (element.get("type") or "")
+    )
+    marks = "$$" if is_display else "$"
     return f"{marks}{tex.get_text().strip()}{marks}"

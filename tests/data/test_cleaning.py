@@ -4,11 +4,15 @@ import re
 from collections import Counter
 
 import pytest
+from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from palm_rlhf.data.cleaning import mend_turns, to_markdown
-from palm_rlhf.data.markdown import html_to_markdown, is_html, without_debris
+from palm_rlhf.data.debris import without_debris
+from palm_rlhf.data.markdown import html_to_markdown
+from palm_rlhf.data.web_pages import are_pages
 
 CODE = """<div class="markdown prose w-full break-words dark:prose-invert light">
 <p>Use <code>my_name</code> &amp; 2*3*4:</p>
@@ -23,6 +27,8 @@ FORMULA = (
     '<span class="katex"><span class="katex-mathml"><math><semantics><mi>x</mi><annotation '
     'encoding="application/x-tex">x^2</annotation></semantics></math></span><span class="katex-html">x2</span></span>'
 )
+
+MATHML = '<math><semantics><mi>x</mi><annotation encoding="application/x-tex">x^2</annotation></semantics></math>'
 
 
 def talk(*turns):
@@ -65,43 +71,152 @@ def test_code_keeps_its_language_and_its_lines(above, classes, language):
         ("<p>a<script>alert(1)</script><style>p {}</style><svg><text>icon</text></svg><button>Run</button>b</p>", "ab"),
         ("<p>never closed <button>Copy", "never closed Copy"),
         ("<p>&lt;button&gt; stays</p>", "<button> stays"),
+        # What stands above and below the line, in Unicode where that has it.
+        ("<p>3 × 10<sup>8</sup>, 10<sup>-3</sup>, H<sub>2</sub>O</p>", "3 × 10⁸, 10⁻³, H₂O"),
+        ("<p>the 1<sup>st</sup>, x<sub>max</sub></p>", "the 1<sup>st</sup>, x<sub>max</sub>"),
+        ("<p>2<sup>3<sup>2</sup></sup></p>", "2<sup>3²</sup>"),
+        ("<pre><code>10<sup>8</sup></code></pre>", "```\n10⁸\n```"),
+        ("<h2>10<sup>8</sup></h2>", "## 10⁸"),
+        # Formulas of other kinds, and of a display.
+        ('<p>So <script type="math/tex">x^2</script></p>', "So $x^2$"),
+        ('<script type="math/tex; mode=display">x^2</script>', "$$x^2$$"),
+        (f"<p>So {MATHML}</p>", "So $x^2$"),
+        (f"<p>So {MATHML.replace('<math', '<math display=' + chr(34) + 'block' + chr(34))}</p>", "So $$x^2$$"),
+        # Other marks.
+        ("<p><del>a</del> <kbd>Ctrl</kbd> <code>a `b`</code></p>", "~~a~~ `Ctrl` `` a `b` ``"),
+        ("<ul><li><input type=checkbox checked> a</li><li><input type=checkbox>b</li></ul>", "- [x] a\n- [ ] b"),
+        ("<dl><dt>Term</dt><dd>What it is</dd></dl>", "Term\n:   What it is"),
+        ('<p><img src="a.png" alt="A cat"></p>', "![A cat](a.png)"),
+        (
+            "<ol start=3><li>a<pre><code class=language-c>x\n\ny</code></pre></li></ol>",
+            "3. a\n\n   ```c\n   x\n\n   y\n   ```",
+        ),
+        ("<pre>a<br>b</pre>", "```\na\nb\n```"),
     ],
 )
 def test_html_becomes_markdown(html, expected):
     assert html_to_markdown(html) == expected
 
 
+PAGE = '<div class="markdown prose w-full break-words dark:prose-invert light"><p>Hi</p></div>'
+BUBBLE = '<div class="min-h-[20px] whitespace-pre-wrap">Hi</div>'
+CARD = '<div class="card">\n  <h2>Title</h2>\n  <p>Text</p>\n</div>'
+
+
+CELLS = {
+    "a|b": "a|b",
+    "<code>x||y</code>": "<code>x||y</code>",
+    "one<br>two": "one<br>two",
+    "<p>one</p><p>two</p>": "one<br>two",
+    "<ul><li>one</li><li>two</li></ul>": "- one<br>- two",
+    "<pre><code>a|b\nc</code></pre>": "<code>a|b</code><br><code>c</code>",
+    "10<sup>8</sup>": "10⁸",
+    "<strong>a|b</strong>": "<strong>a|b</strong>",
+    "$|x|$": "$|x|$",
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_table_has_the_same_cells_when_it_is_rendered_again(cell):
+    rows = f"<thead><tr><th>{cell}</th><th>b</th></tr></thead><tbody><tr><td>c</td><td>{cell}</td></tr></tbody>"
+    html = f"<table>{rows}</table>"
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(html_to_markdown(html))
+    rows = BeautifulSoup(rendered, "html.parser").find_all("tr")
+    cells = [[found.decode_contents().replace("<br/>", "<br>") for found in row.find_all(["th", "td"])] for row in rows]
+    assert cells == [[CELLS[cell], "b"], ["c", CELLS[cell]]]
+
+
+def test_columns_that_are_joined_keep_their_places():
+    html = "<table><thead><tr><th>a</th><th>b</th></tr></thead><tr><td colspan=2>both</td></tr></table>"
+    assert html_to_markdown(html) == "| a | b |\n| --- | --- |\n| both | |"
+
+
 @pytest.mark.parametrize(
-    "text, role, expected",
+    "turns, expected",
     [
-        ("<div><p>Hi</p></div>", "assistant", True),
-        ("\n<p>Hi</p>\n<p>there</p> ", "assistant", True),
-        ("<div>What is wrong here?</div>", "user", False),  # pasted, as it is
-        ('<div class="min-h-[20px] whitespace-pre-wrap">Hi</div>', "user", True),
-        ("Use <b>this</b>", "assistant", False),
-        ("<div> is a tag", "assistant", False),
-        ("```html\n<p>Hi</p>\n```", "assistant", False),
-        ("<think>Hm</think>", "assistant", False),
-        ("", "assistant", False),
+        # A chat's page names itself, whatever is asked.
+        (["u: Hi", f"a: {PAGE}"], "uA"),
+        (["u: Some HTML, please", f"a: {PAGE}", "u: <p>Fix it</p>", "a: ok"], "uAua"),
+        ([f"u: {BUBBLE}", f"a: {PAGE}"], "UA"),
+        (["u: An HTML page", 'a: <div data-message-author-role="assistant"><b>Hi</b></div>'], "uA"),
+        ([f"u: <div>2 / 2</div>{PAGE}", f"a: <div><span>1 / 3</span></div>{PAGE}"], "UA"),
+        # What Markdown is rendered to, in all replies and not asked for.
+        (["u: Hi", "a: <p>Hello</p>\n<p>there</p>"], "uA"),
+        (["u: Hi", "a: <div><p>Hello</p></div>", "u: And?", "a: <ol start='2'><li>x</li></ol>"], "uAuA"),
+        (["u: Hi", "a: <table><thead><tr><th>a</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"], "uA"),
+        (["u: Hi", "a: <p>Hello</p>", "u: And?", "a: Plain **text**"], "uaua"),
+        (["u: Hi", "a: <p>Hello</p>", "u: And?", "a: ```html\n<p>Hi</p>\n```"], "uaua"),
+        (["u: Write this in HTML", "a: <p>Hello</p>"], "ua"),
+        (["s: Answer in HTML.", "u: Hi", "a: <p>Hello</p>"], "sua"),
+        (["u: What does <b> do?", "a: <p>Bold</p>"], "ua"),
+        # ... unless only a renderer writes so.
+        (["u: Some HTML", "a: <p>So:</p><pre><code class='hljs language-html'>&lt;b&gt;</code></pre>"], "uA"),
+        (["u: A formula in HTML", f"a: <p>{FORMULA}</p>"], "uA"),
+        # HTML that somebody wrote.
+        (["u: A card", f"a: {CARD}"], "ua"),
+        (["u: A card", "a: <section><p>Text</p></section>"], "ua"),
+        (["u: A card", "a: <p style='color: red'>Text</p>"], "ua"),
+        (["u: A card", "a: <p class='lead'>Text</p>"], "ua"),
+        (["u: A list", "a: <ul>\n  <li>a</li>\n</ul>"], "ua"),
+        (["u: A table", "a: <table><tr><td>1</td><td>2</td></tr></table>"], "ua"),
+        (["u: A form", "a: <div><form><input name='a'></form></div>"], "ua"),
+        (["u: <div>What is wrong here?</div>", "a: A word."], "ua"),
+        ([f"u: {BUBBLE}", "a: Hello"], "ua"),
+        (["u: Hi", "a: Use <b>this</b>"], "ua"),
+        (["u: Hi", "a: <div> is a tag"], "ua"),
+        (["u: Hi", "a: <think>Hm</think>"], "ua"),
+        (["u: Hi", "a: "], "ua"),
+        ([], ""),
     ],
 )
-def test_html_is_told_from_text_about_html(text, role, expected):
-    assert is_html(text, role) is expected
+def test_pages_are_told_from_html_that_was_written(turns, expected):
+    conversation = talk(*turns)
+    found = are_pages(conversation["messages"])
+    marks = [turn[0].upper() if is_page else turn[0] for turn, is_page in zip(turns, found)]
+    assert "".join(marks) == expected
 
 
 def test_html_is_converted_where_it_is_and_when_asked():
-    conversation = talk("u: <p>fix <b>this</b></p>", "a: <p>like <b>so</b></p>", "u: ok", "a: `<p>`")
+    conversation = talk("u: fix *this*", "a: <p>like <b>so</b></p>", "u: a & b", "a: <p>yes</p>")
 
     def contents(html):
         (found,) = to_markdown([conversation], html)
         return [message["content"] for message in found["messages"]]
 
     assert contents("never") == [message["content"] for message in conversation["messages"]]
-    assert contents("auto") == ["<p>fix <b>this</b></p>", "like **so**", "ok", "`<p>`"]
-    assert contents("always")[:3] == ["fix **this**", "like **so**", "ok"]
+    assert contents("auto") == ["fix *this*", "like **so**", "a & b", "yes"]
+    assert contents("always") == ["fix *this*", "like **so**", "a & b", "yes"]
     mended = Counter()
     list(to_markdown([conversation], mended=mended))
-    assert mended == {"HTML to Markdown": 1}
+    assert mended == {"HTML to Markdown": 2}
+
+
+FRACTIONS = [
+    "3 / 4",
+    "1 / 3",
+    "3 / 4\n\nThe common denominator is 4.",
+    "2 / 3\nHello",
+    "3 / 4 is a fraction",
+    "3 / 4, as a decimal 0.75",
+    "3 / 4.",
+    "1 / 2x + 1 = 3",
+    "1 / 2cup of flour",
+    "2 / 3rds of it",
+    "3 / 4hours",
+    "1 / 2Hz",
+    "1 / 2sin(x)",
+    "1 / 2Tr(A)",
+    "1 / 2A + B",
+    "1 / 2N",
+    "1 / 2π",
+    "1 / 2个小时",
+    "5 / 3Because it is more than one",
+    "0 / 5Points",
+    "1 / 1Once",
+    "100 / 200Euros",
+    "1/2Hello",
+    "2 / 2**Bold**",
+]
 
 
 @pytest.mark.parametrize(
@@ -114,18 +229,51 @@ def test_html_is_converted_where_it_is_and_when_asked():
         ("1. so:\n   ```\n   c++Copy code\n   int x;\n   ```", "1. so:\n   ```c++\n   int x;\n   ```"),
         ("a\nCopy code\nb", "a\nb"),
         ("Copy12 chars / 3 wordsHello", "Hello"),
-        ("2 / 3\nHello", "Hello"),
+        # The choice between regenerated replies.
         ("1 / 2Hello", "Hello"),
-        ("1 / 2", ""),
+        (" 2 / 2Sure, it is.", "Sure, it is."),
+        ("2 / 3write it again", "write it again"),
+        ("2 / 2I think so.", "I think so."),
+        ("3 / 10A list:", "A list:"),
+        ("1 / 2Don't", "Don't"),
+        ("1 / 2HTML is", "HTML is"),
+        ("2 / 2Élan", "Élan"),
+        ("2 / 2你好", "你好"),
+        ("1 / 2```python\nx\n```", "```python\nx\n```"),
         # Text that says the same in earnest.
-        ("3 / 4 is a fraction", "3 / 4 is a fraction"),
+        *((text, text) for text in FRACTIONS),
         ("Press the Copy code button", "Press the Copy code button"),
         ("Copy 12 chars", "Copy 12 chars"),
         ("```text\nx / y\n```", "```text\nx / y\n```"),
+        ("Copy code", "Copy code"),
     ],
 )
 def test_what_buttons_left_is_removed(text, expected):
     assert without_debris(text) == expected
+
+
+@pytest.mark.parametrize("text", [*FRACTIONS, "Copy code", "Translate the buttons:\nCopy code\nPaste"])
+def test_no_word_of_a_user_is_lost(text):
+    conversation = talk(f"u: {text}", f"a: {text}")
+    (found,) = to_markdown([conversation])
+    assert found["messages"][0] == conversation["messages"][0]
+    if "Paste" not in text:
+        assert found == conversation
+
+
+@pytest.mark.parametrize(
+    "html, expected",
+    [
+        (f"2 / 3{PAGE}", "Hi"),
+        (f"<div class='flex'><div><button>x</button><span>2 / 3</span></div></div>{PAGE}", "Hi"),
+        (f"<div><span>3 / 2</span></div>{PAGE}", "3 / 2\n\nHi"),  # no choice
+        (PAGE.replace("Hi", "3 / 4"), "3 / 4"),
+        (PAGE.replace("Hi", "3 / 4</p><p>Hi"), "3 / 4\n\nHi"),
+    ],
+)
+def test_a_page_loses_the_choice_above_the_message_only(html, expected):
+    (found,) = to_markdown([talk("u: x", f"a: {html}")])
+    assert found["messages"][1]["content"] == expected
 
 
 @given(st.text().filter(lambda text: "Copy" not in text and " / " not in text))

@@ -296,6 +296,35 @@ def test_what_cannot_be_converted_is_an_error(tmp_path, record, options, message
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "options", "reply"),
+    [
+        ("conversations", [], "**bold**"),
+        ("conversations", ["--html", "never"], "<p><b>bold</b></p>"),
+        ("messages", [], "<p><b>bold</b></p>"),
+        ("messages", ["--html", "always"], "**bold**"),
+    ],
+)
+@pytest.mark.parametrize("target", ["sft", "sharegpt", "alpaca"])
+def test_html_is_converted_as_asked(tmp_path, data, key, options, reply, target):
+    names = ("from", "value") if key == "conversations" else ("role", "content")
+    turns = [dict(zip(names, turn)) for turn in (("user", "Hi"), ("assistant", "<p><b>bold</b></p>"))]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_records(source, [{key: turns}])
+    data("convert", source, "--to", target, "--out", out, *options)
+    (record,) = lines(out)
+    found = {"sft": "messages", "sharegpt": "conversations", "alpaca": "output"}[target]
+    last = record[found] if target == "alpaca" else record[found][-1]["content" if target == "sft" else "value"]
+    assert last == reply
+
+
+def test_only_conversations_have_html_to_convert(tmp_path, data):
+    write_records(tmp_path / "in.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(SystemExit, match="html='always' for the form hh"):
+        options = ["--to", "sft", "--html", "always", "--out", str(tmp_path / "out.jsonl")]
+        main(["data", "convert", str(tmp_path / "in.jsonl"), *options])
+
+
 @pytest.mark.parametrize("command", [["clean"], ["filter"], ["convert", "--to", "sft"]])
 def test_every_command_says_what_it_cannot_read(tmp_path, shared_data, command):
     for name in ("enwik6", "vicuna_bench/question.jsonl", "vicuna_bench/review_bard_vicuna-13b.jsonl"):
