@@ -31,8 +31,9 @@ from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Sampling, collect, spoken
 from palm_rlhf.policy.sequences import join, response_logprobs
 from palm_rlhf.training.batches import EpochSampler
-from palm_rlhf.training.config import LMConfig
+from palm_rlhf.training.config import LMConfig, RunConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.metrics import Result
 from palm_rlhf.training.muon import muon
 from palm_rlhf.training.optimization import forward_precision, warmup_cosine
 from palm_rlhf.training.rankings import Ranking
@@ -40,6 +41,7 @@ from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf import RLHFTrainer
 from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.state import write_text
 
 try:
     import chatterbot_corpus
@@ -66,7 +68,7 @@ class FineTuning:
     """Peak learning rate, of Muon."""
 
 
-# The defaults, for two CPU cores and less than ten minutes.
+# The defaults, for about five minutes on two CPU cores that do nothing else.
 MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout=0.1)
 PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
 REWARD = RewardConfig(grad_accum=1, learning_rate=5e-4, max_seq_len=192)
@@ -107,26 +109,22 @@ def read_conversations() -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(" ".join(text.split()) for text in turns) for turns in conversations))
 
 
-def pretrain(palm: PaLM, conversations: list[tuple[str, ...]], config: LMConfig, output_dir: Path) -> None:
+def pretrain(palm: PaLM, conversations: list[tuple[str, ...]], config: LMConfig, folder: Path, resume: bool) -> Result:
     """Next-token prediction on the dialogues as running text, a blank line between two."""
     text = "\n\n".join("\n".join(turns) for turns in conversations)
     data = np.frombuffer(text.encode(), dtype=np.uint8)
-    LanguageModelTrainer(palm, train_data=data, config=config, output_dir=output_dir).train()
+    return LanguageModelTrainer(palm, train_data=data, config=config, output_dir=folder, resume=resume).train()
 
 
-def fine_tune(palm: PaLM, pairs: list[tuple[str, str]], config: FineTuning, seed: int, max_seconds: float) -> None:
+def fine_tune(palm: PaLM, pairs: list[tuple[str, str]], config: FineTuning, seed: int) -> None:
     """Next-token prediction on the answers alone, each after its prompt."""
     sampler = EpochSampler(len(pairs), seed)
     optimizer = muon(palm, config.learning_rate, (0.9, 0.95), 1e-8, 0.1)
     autocast = forward_precision("auto", palm.device)
     palm.train()
-    started = time.perf_counter()
     for step in tqdm(range(config.num_steps), mininterval=30, unit="step", file=sys.stderr):
-        progress = max(step / config.num_steps, (time.perf_counter() - started) / max_seconds)
-        if progress >= 1:
-            break
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * warmup_cosine(step, progress, 20, 0.0)
+            group["lr"] = config.learning_rate * warmup_cosine(step, step / config.num_steps, 20, 0.0)
         drawn = [pairs[index] for index in sampler.draw(config.batch_size)]
         rows = join([turn(prompt) for prompt, _ in drawn], [turn(answer) for _, answer in drawn])
         with autocast():
@@ -184,6 +182,43 @@ def measure(
     )
 
 
+def write_rankings(path: Path, rankings: list[Ranking]) -> None:
+    """One ranking a line, as token ids, best first."""
+    rows = [[ranking.prompt.tolist(), *(answer.tolist() for answer in ranking.responses)] for ranking in rankings]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rankings(path: Path) -> list[Ranking]:
+    """What `write_rankings` wrote."""
+    rows = [[torch.tensor(tokens) for tokens in json.loads(line)] for line in path.read_text().splitlines()]
+    return [Ranking(prompt, responses) for prompt, *responses in rows]
+
+
+class OutOfTime(Exception):
+    """The stage it names was ended by max_seconds before its last step."""
+
+
+def complete(stage: str, result: Result) -> None:
+    """OutOfTime where the result is that of a stage that was ended early."""
+    if "stopped_early" in result:
+        raise OutOfTime(stage)
+
+
+def learn_reward(
+    palm: PaLM, train: list[Ranking], valid: list[Ranking], config: RewardConfig, folder: Path, resume: bool
+) -> RewardModel:
+    """The reward model, of mean 0 and deviation 1 over the rankings; OutOfTime where its training was ended."""
+    say(f"4. training the reward model on {len(train)} rankings")
+    model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not its end alone
+    trainer = RewardModelTrainer(
+        model, train_data=train, valid_data=valid, config=config, output_dir=folder, resume=resume
+    )
+    complete("reward model", trainer.train())
+    trainer.normalise(train)
+    say(f"held-out rankings: {trainer.evaluate()}")
+    return model
+
+
 def hold_out(
     conversations: list[tuple[str, ...]], held_out: int, seed: int
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, str]], list[str], list[str]]:
@@ -198,25 +233,41 @@ def hold_out(
 
 
 def improve(
-    trainer: RLHFTrainer, measured: Callable[[], Measurement], measure_every: int, deadline: float
+    trainer: RLHFTrainer, before: Measurement, measured: Callable[[], Measurement], measure_every: int
 ) -> list[Measurement]:
-    """PPO to its last step or the deadline, measured before, every so many steps, and at the end."""
-    history = [measured()]
-    say(f"before: {history[0]}")
+    """PPO to its last step, measured before, every so many steps, and at the end."""
+    history = [before]
+    say(f"before: {before}")
     for metrics in trainer.steps(progress_bar=True):
-        is_last = metrics["step"] == trainer.config.num_steps or time.perf_counter() > deadline
-        if is_last or metrics["step"] % measure_every == 0:
+        if metrics["step"] % measure_every == 0 and metrics["step"] < trainer.config.num_steps:
             history.append(measured())
             say(f"step {metrics['step']}: {history[-1]}")
-        if is_last:
-            break
-    return history
+    return [*history, measured()]
+
+
+def answering(
+    model: PaLMConfig,
+    data: tuple[list[tuple[str, ...]], list[tuple[str, str]], list[str], list[str]],
+    pretraining: LMConfig,
+    fine_tuning: FineTuning,
+    output_dir: Path,
+    resume: bool,
+) -> PaLM:
+    """A model that has learnt to answer, by the first two stages; OutOfTime where the first was ended."""
+    conversations, pairs, _, _ = data
+    say(f"1. pretraining on {len(conversations)} conversations")
+    palm = PaLM.from_config(model)
+    complete("pretraining", pretrain(palm, conversations, pretraining, output_dir / "pretraining", resume))
+    say(f"2. fine-tuning on {len(pairs)} answers")
+    fine_tune(palm, pairs, fine_tuning, pretraining.seed)
+    return palm
 
 
 def main(
     seed: int = 0,
     output_dir: Path | None = None,
-    max_seconds: float = 570,
+    resume: bool = False,
+    max_seconds: float | None = None,
     held_out: int = 64,
     num_samples: int = 4,
     num_ranked: int = 8,
@@ -232,8 +283,9 @@ def main(
     Args:
         seed: Of all that is drawn at random, in every stage.
         output_dir: Where models, metrics and curves go; a new folder in runs/ by default.
-        max_seconds: Where the steps take longer, pretraining ends after 30% of it, fine-tuning after 20% more, and PPO
-            so that all is done by then; two runs are the same to the bit only where it does not come to that.
+        resume: Go on with the run in output_dir, from the newest checkpoint of the stage that it came to.
+        max_seconds: Stop then, where stages 1, 4 or 5 can be resumed, and say so in the JSON; by default only the
+            steps of each stage end it.
         held_out: Prompts kept from all stages, on which policies are measured.
         num_samples: Answers to each of those in a measurement.
         num_ranked: Answers to each other prompt that the annotator ranks.
@@ -246,32 +298,31 @@ def main(
     """
     started = time.perf_counter()
     output_dir = output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
-    pretraining, reward, ppo = (replace(config, seed=seed) for config in (pretraining, reward, ppo))
+
+    def timed(config: RunConfig) -> RunConfig:
+        left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - started), 1e-3)
+        return replace(config, seed=seed, max_seconds=left)
+
     torch.manual_seed(seed)
-
-    conversations, pairs, prompts, unseen = hold_out(read_conversations(), held_out, seed)
-
-    say(f"1. pretraining on {len(conversations)} conversations")
-    palm = PaLM.from_config(model)
-    pretrain(palm, conversations, replace(pretraining, max_seconds=0.3 * max_seconds), output_dir / "pretraining")
-
-    say(f"2. fine-tuning on {len(pairs)} answers")
-    fine_tune(palm, pairs, fine_tuning, seed, 0.2 * max_seconds)
-    fine_tuned = copy.deepcopy(palm).eval()
-
-    say(f"3. ranking {num_ranked} answers to each of {len(prompts)} prompts")
-    annotator = Annotator()
-    rankings = annotator.rank(palm, prompts, ppo.sampling, num_ranked)
-    valid, train = rankings[: len(rankings) // 10], rankings[len(rankings) // 10 :]
-
-    say(f"4. training the reward model on {len(train)} rankings")
-    reward_model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not its end alone
-    trainer = RewardModelTrainer(
-        reward_model, train_data=train, valid_data=valid, config=reward, output_dir=output_dir / "reward"
-    )
-    trainer.train()
-    trainer.normalise(train)
-    say(f"held-out rankings: {trainer.evaluate()}")
+    data = hold_out(read_conversations(), held_out, seed)
+    _, _, prompts, unseen = data
+    annotator, ranked, folder = Annotator(), output_dir / "rankings.jsonl", output_dir / "fine_tuned"
+    try:
+        if resume and ranked.is_file():
+            palm, rankings = PaLM.from_pretrained(folder), read_rankings(ranked)
+            say(f"1. to 3. are done: {len(rankings)} rankings in {ranked}")
+        else:
+            palm = answering(model, data, timed(pretraining), fine_tuning, output_dir, resume)
+            say(f"3. ranking {num_ranked} answers to each of {len(prompts)} prompts")
+            rankings = annotator.rank(palm, prompts, ppo.sampling, num_ranked)
+            palm.save_pretrained(folder)
+            write_rankings(ranked, rankings)
+        fine_tuned = copy.deepcopy(palm).eval()
+        valid, train = rankings[: len(rankings) // 10], rankings[len(rankings) // 10 :]
+        reward_model = learn_reward(palm, train, valid, timed(reward), output_dir / "reward", resume)
+    except OutOfTime as ended:
+        say(f"{ended} is not complete: go on with --resume --output-dir {output_dir}")
+        return print(json.dumps({"stopped_early": "max_seconds", "stage": str(ended), "output_dir": str(output_dir)}))
 
     say("5. PPO")
     trainer = RLHFTrainer(
@@ -280,16 +331,16 @@ def main(
         critic=reward_model,
         prompts=[f"{prompt}\n" for prompt in prompts],
         tokenizer=ByteTokenizer(),
-        config=ppo,
+        config=timed(ppo),
         output_dir=output_dir / "ppo",
+        resume=resume,
     )
     judge = (fine_tuned, reward_model, annotator, unseen, ppo.sampling, num_samples)
-    history = improve(trainer, lambda: measure(palm, *judge), measure_every, started + 0.95 * max_seconds)
-
+    history = improve(trainer, measure(fine_tuned, *judge), lambda: measure(palm, *judge), measure_every)
     palm.save_pretrained(output_dir / "policy")
     reward_model.save_pretrained(output_dir / "reward_model")
     draw_curves(output_dir / "rlhf.png", history)
-    result = report(unseen, history)
+    result = {**report(unseen, history), **trainer.run.ending}
     say(f"saved to {output_dir}")
     print(json.dumps({**result, "seconds": round(time.perf_counter() - started, 1)}))
 

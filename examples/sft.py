@@ -101,7 +101,6 @@ def main(
     resume: bool = False,
     template: Literal["auto", "default", "oasst", "vicuna", "openchat"] = "auto",
     chat: bool = False,
-    max_seconds: float = 400,
     held_out: float = 0.1,
     num_prompts: int = 64,
     seq_len: int = 512,
@@ -119,7 +118,6 @@ def main(
         resume: Go on from the newest checkpoint in output_dir, if there is one; it is what is measured before, too.
         template: How conversations are written; auto is the model's own, or default.
         chat: Chat at the end also where standard input is no terminal; a line is what the user says.
-        max_seconds: Training ends then, with the learning rate where it is, whatever is left of its epochs.
         held_out: The part of the conversations that is kept for measurements.
         num_prompts: Held-out prompts that are answered, before and after.
         seq_len: Tokens of a row; longer conversations are split between turns.
@@ -158,9 +156,6 @@ def main(
     for metrics in trainer.steps(progress_bar=True):
         if "valid_loss" in metrics:
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
-        if metrics["elapsed"] > max_seconds:
-            trainer.save()
-            break
     result = trainer.finish()
     if training.lora_r:
         palm.merge_finetune_params(SCOPE)

@@ -31,6 +31,9 @@ class RunConfig:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
 
+    max_seconds: float | None = None
+    """Stop after so many seconds of steps, with a checkpoint from which resuming goes on; None: at the last step."""
+
     trackers: tuple[str, ...] = ()
     """Experiment trackers that also get the metrics, by their names in accelerate: tensorboard, wandb, ..."""
 
@@ -40,6 +43,7 @@ class RunConfig:
     def __post_init__(self):
         self._expect_positive("save_every", "keep_checkpoints", "log_every")
         self._expect_not_negative("seed", "grad_clip")
+        self._expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -59,9 +63,7 @@ class RunConfig:
 class LMConfig(RunConfig):
     """How a language model is trained.
 
-    The learning rate rises linearly over `warmup_steps`, times a cosine over the run's progress, which is the larger of
-    step / num_steps and elapsed / max_seconds: a machine too slow for its steps still anneals to the end. Where the
-    clock rules, two runs, or a run and its resumption, are not bitwise the same.
+    The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
 
     batch_size: int = 16
@@ -75,9 +77,6 @@ class LMConfig(RunConfig):
 
     num_steps: int = 1000
     """Optimiser steps of the whole run."""
-
-    max_seconds: float | None = None
-    """Wall-clock budget of the steps and what is between them; the schedule shrinks to fit. Not bitwise repeatable."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon, which takes over the blocks' matrices and reaches the same loss in fewer, slower steps."""
@@ -120,7 +119,6 @@ class LMConfig(RunConfig):
         self._expect_positive("batch_size", "seq_len", "grad_accum", "num_steps", "learning_rate", "eps", "eval_every",
                               "eval_tokens")  # fmt: skip
         self._expect_not_negative("warmup_steps", "weight_decay", "eval_context")
-        self._expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
         self._expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         self._expect("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.config import LMConfig
-from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.muon import muon
 from palm_rlhf.training.optimization import adamw, warmup_cosine
 from palm_rlhf.training.run import Run
@@ -80,7 +80,7 @@ class LanguageModelTrainer:
     def elapsed(self) -> float:
         return self.run.elapsed
 
-    def train(self) -> Metrics:
+    def train(self) -> Result:
         """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
         for _ in self.steps(progress_bar=True):
             pass
@@ -98,27 +98,23 @@ class LanguageModelTrainer:
             self._optimizer_step,
             lambda: self.progress >= 1,
             self.save,
-            num_steps=self.config.num_steps if self.config.max_seconds is None else None,  # the clock may end it before
-            show=lambda metrics: {
-                "done": f"{self.progress:.0%}",
-                "loss": metrics["loss"],
-                "tokens/s": metrics["tokens_per_second"],
-            },
+            num_steps=lambda: self.config.num_steps,
+            show=lambda metrics: {"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]},
             progress_bar=progress_bar,
         )
 
-    def finish(self) -> Metrics:
+    def finish(self) -> Result:
         """Evaluates on all validation data, logs that, draws the curves and closes the trackers.
 
-        Returns `bits_per_byte` (where there is validation data), `steps`, and `seconds` with this evaluation included.
+        Returns `bits_per_byte` (where there is validation data), `steps`, `seconds` with this evaluation included, and
+        `stopped_early` where `max_seconds` ended the run before its last step.
         """
         return self.run.finish(lambda: {"bits_per_byte": self.evaluate()} if self.valid_arrays else {})
 
     @property
     def progress(self) -> float:
-        """The part of the schedule that is done, from 0 to 1: of its steps, or of its time where that is further."""
-        by_clock = self.elapsed / self.config.max_seconds if self.config.max_seconds else 0.0
-        return max(self.step / self.config.num_steps, by_clock)
+        """The part of the schedule that is done, from 0 to 1."""
+        return self.step / self.config.num_steps
 
     @property
     def trained(self) -> PaLM:

@@ -11,6 +11,7 @@ from beartype import beartype
 from palm_rlhf.training.state import METRICS_FILE, write_text, writing
 
 Metrics = dict[str, float | int]
+Result = dict[str, float | int | str]  # the metrics that a run ends with, and why it ended where that was early
 
 
 class RunLog:

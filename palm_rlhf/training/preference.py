@@ -20,7 +20,7 @@ from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.sequences import Sequences, join
 from palm_rlhf.training.batches import EpochSampler, micro_batches
-from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw, warmup_cosine
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.rankings import Ranking, checked, fingerprint
@@ -172,7 +172,7 @@ class PreferenceTrainer:
         """Pairs of one optimiser step, over all micro-batches and processes."""
         return self.config.batch_size * self.config.grad_accum * self.run.num_processes
 
-    def train(self) -> Metrics:
+    def train(self) -> Result:
         """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
         for _ in self.steps(progress_bar=True):
             pass
@@ -194,15 +194,16 @@ class PreferenceTrainer:
             self._optimizer_step,
             lambda: self.step >= self.num_steps,
             self.save,
-            num_steps=self.num_steps,
+            num_steps=lambda: self.num_steps,
             show=lambda metrics: {key: metrics[key] for key in ("loss", "accuracy")},
             progress_bar=progress_bar,
         )
 
-    def finish(self) -> Metrics:
+    def finish(self) -> Result:
         """Evaluates on the validation data, logs that, draws the curves and closes the trackers.
 
-        Returns what `evaluate` does as `valid_loss` and so on, `steps`, and `seconds` with this evaluation included.
+        Returns what `evaluate` does as `valid_loss` and so on, `steps`, `seconds` with this evaluation included, and
+        `stopped_early` where `max_seconds` ended the run before its last step.
         """
         return self.run.finish(self._validation)
 

@@ -15,7 +15,7 @@ from palm_rlhf.algorithms.preferences import bradley_terry_loss, plackett_luce_l
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.sequences import Sequences, join
 from palm_rlhf.training.batches import EpochSampler, micro_batches
-from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw, warmup_cosine
 from palm_rlhf.training.rankings import Ranking, Rating, checked, fingerprint
 from palm_rlhf.training.reward_config import RewardConfig
@@ -103,7 +103,7 @@ class RewardModelTrainer:
     def _items_per_step(self) -> int:
         return self.config.batch_size * self.config.grad_accum * self.run.num_processes
 
-    def train(self) -> Metrics:
+    def train(self) -> Result:
         """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
         for _ in self.steps(progress_bar=True):
             pass
@@ -123,15 +123,16 @@ class RewardModelTrainer:
             self._optimizer_step,
             lambda: self.step >= self.num_steps,
             self.save,
-            num_steps=self.num_steps,
+            num_steps=lambda: self.num_steps,
             show=lambda metrics: {key: metrics[key] for key in ("loss", "accuracy") if key in metrics},
             progress_bar=progress_bar,
         )
 
-    def finish(self) -> Metrics:
+    def finish(self) -> Result:
         """Evaluates on the validation data, logs that, draws the curves and closes the trackers.
 
-        Returns the metrics as `valid_accuracy` and so on, `steps`, and `seconds` with this evaluation included.
+        Returns the metrics as `valid_accuracy` and so on, `steps`, `seconds` with this evaluation included, and
+        `stopped_early` where `max_seconds` ended the run before its last step.
         """
         return self.run.finish(self._validation)
 

@@ -24,7 +24,7 @@ from palm_rlhf.policy.rollout import Reward, Rollout, Sampling, Scores, best_of_
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.experience import Experience
-from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
 from palm_rlhf.training.prompts import check_room, read_prompts
 from palm_rlhf.training.rlhf_config import PPOConfig
@@ -100,12 +100,13 @@ class RLHFTrainer:
         max_seq_len: int | None = None,
         eos_token: int | None = None,
         temperature: float | int | None = None,
-    ) -> Metrics:
+    ) -> Result:
         """Runs the steps with a progress bar on standard error, and returns the metrics of the last.
 
-        Without arguments they are those of the config. An episode is `max_timesteps` rollouts, a step comes every
-        `update_timesteps` of them (None: `rollouts_per_step`), `max_batch_size` are drawn at once, of prompts and
-        responses of `max_seq_len` tokens together.
+        `stopped_early` is among them where `max_seconds` ended the run before its last step. Without arguments they are
+        those of the config. An episode is `max_timesteps` rollouts, a step comes every `update_timesteps` of them
+        (None: `rollouts_per_step`), `max_batch_size` are drawn at once, of prompts and responses of `max_seq_len`
+        tokens together.
         """
         given = {
             "rollouts_per_step": update_timesteps,
@@ -121,7 +122,7 @@ class RLHFTrainer:
         for latest in self.steps(progress_bar=True):
             metrics = latest
         self.run.log.close()
-        return metrics
+        return {**metrics, **self.run.ending}
 
     @beartype
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
@@ -134,7 +135,7 @@ class RLHFTrainer:
             self._step,
             lambda: self.run.step >= self.config.num_steps,
             self.save,
-            num_steps=self.config.num_steps,
+            num_steps=lambda: self.config.num_steps,
             show=lambda metrics: {name: metrics[name] for name in ("score", "kl", "tokens_per_second")},
             progress_bar=progress_bar,
         )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.launch import build_accelerator
-from palm_rlhf.training.metrics import Metrics, RunLog
+from palm_rlhf.training.metrics import Metrics, Result, RunLog
 from palm_rlhf.training.optimization import forward_precision
 from palm_rlhf.training.sharding import prepare_shards
 from palm_rlhf.training.state import (
@@ -35,6 +35,7 @@ from palm_rlhf.training.state import (
 )
 
 Batch = TypeVar("Batch")
+BAR = "{percentage:3.0f}% |{bar:12}| {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
 
 
 class Run:
@@ -70,6 +71,7 @@ class Run:
         prepare_shards(module)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step, self.elapsed = 0, 0.0
+        self.ending: dict[str, str] = {}  # {"stopped_early": "max_seconds"} where the time was over before the steps
         self.log: RunLog | None = None
 
     @property
@@ -196,11 +198,13 @@ class Run:
 
     @beartype
     def progress_bar(self, total: int | None, wanted: bool, unit: str = "step") -> tqdm:
-        """A bar on standard error, drawn by the main process alone."""
+        """A bar on standard error with the time that is left, drawn by the main process alone."""
         return tqdm(
             total=total,
             initial=self.step,
             unit=unit,
+            bar_format=BAR,
+            smoothing=0.05,  # of about twenty steps: evaluations and a busy machine make single ones slow
             mininterval=0.5 if sys.stderr.isatty() else 30,
             file=sys.stderr,
             disable=not (wanted and self.is_main),
@@ -213,35 +217,49 @@ class Run:
         is_done: Callable[[], bool],
         save: Callable[[], None],
         *,
-        num_steps: int | None,
+        num_steps: Callable[[], int | None],
         show: Callable[[Metrics], dict[str, Any]],
         progress_bar: bool,
     ) -> Iterator[Metrics]:
-        """Yields the metrics of one step after another until `is_done`; logs and saves when due.
+        """Yields the metrics of one step after another until `is_done`, or for `max_seconds`; logs and saves when due.
 
         A step that evaluates or wants to be logged for another reason has `"log"` among its metrics. `num_steps` is
-        the bar's length (None: unknown), `show` makes what stands behind it.
+        how many the run has, or seems to have (None: unknown), `show` makes what stands behind the progress bar.
         """
-        started = time.perf_counter() - self.elapsed
-        with self.progress_bar(num_steps, progress_bar) as bar:
-            while not is_done():
+        limit, before, started = self.config.max_seconds, self.elapsed, time.perf_counter() - self.elapsed
+        self.ending = {}
+        with self.progress_bar(num_steps(), progress_bar) as bar:
+            while not is_done() and not self.ending:
                 metrics = one_step()
                 must_log = bool(metrics.pop("log", False))
                 self.elapsed = metrics["elapsed"] = self._agreed(time.perf_counter() - started)
+                if limit is not None and self.elapsed - before >= limit and not is_done():
+                    self.ending = {"stopped_early": "max_seconds"}
                 if must_log or self.is_due(self.config.log_every):
                     self.log.write(metrics, draw=must_log)
-                if self.is_due(self.config.save_every) or is_done():
+                if self.is_due(self.config.save_every) or is_done() or self.ending:
                     save()
                     self.log.draw()
+                bar.total = num_steps()
                 bar.set_postfix(show(metrics), refresh=False)
                 bar.update()
                 yield metrics
+        if self.ending and self.is_main:
+            self._say_why_it_ends(num_steps())
+
+    def _say_why_it_ends(self, num_steps: int | None) -> None:
+        of_steps = "" if num_steps is None else f" of {num_steps}"
+        saved = "nothing is saved, for there is no output_dir"
+        if self.output_dir is not None:
+            saved = f"what was learnt is saved in {self.checkpoints}, and a run that resumes goes on from there"
+        text = f"stopped early, after step {self.step}{of_steps}: max_seconds is {self.config.max_seconds:g}; {saved}"
+        tqdm.write(text, file=sys.stderr)
 
     @beartype
-    def finish(self, validate: Callable[[], Metrics]) -> Metrics:
+    def finish(self, validate: Callable[[], Metrics]) -> Result:
         """Logs what `validate` finds out, draws the curves, and closes the trackers.
 
-        Returns that with `steps` and `seconds`, those of `validate` included.
+        Returns that with `steps` and `seconds`, those of `validate` included, and `stopped_early` where that is so.
         """
         started = time.perf_counter()
         result = validate()
@@ -250,7 +268,8 @@ class Run:
         self.log.close()
         # The thread that sent what was gathered last lets go of it before this: at the exit of Python it would abort.
         self.accelerator.wait_for_everyone()
-        return {**result, "steps": self.step, "seconds": self.elapsed + time.perf_counter() - started}
+        seconds = self.elapsed + time.perf_counter() - started
+        return {**result, "steps": self.step, "seconds": seconds, **self.ending}
 
     def _agreed(self, elapsed: float) -> float:
         """The main process's clock, so that all processes log and decide the same."""

@@ -17,7 +17,7 @@ from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
 from palm_rlhf.training.batches import micro_batches
 from palm_rlhf.training.examples import Example, OneInARow, Rows, RowSampler, check_examples, digest_of, lay_out
-from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw, warmup_cosine
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.state import require_same
@@ -139,7 +139,7 @@ class SupervisedTrainer:
         """The part of the run that is done, from 0 to 1."""
         return min(1.0, self.epoch / self.config.num_epochs)
 
-    def train(self) -> Metrics:
+    def train(self) -> Result:
         """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
         for _ in self.steps(progress_bar=True):
             pass
@@ -159,15 +159,16 @@ class SupervisedTrainer:
             self._optimizer_step,
             lambda: self.progress >= 1,
             self.save,
-            num_steps=None,  # how many rows the examples make is only known at the end
-            show=lambda metrics: {"done": f"{self.progress:.0%}", "loss": metrics["loss"]},
+            num_steps=lambda: round(self.step / self.progress) if self.step else None,  # rows are packed as they come
+            show=lambda metrics: {"loss": metrics["loss"]},
             progress_bar=progress_bar,
         )
 
-    def finish(self) -> Metrics:
+    def finish(self) -> Result:
         """Evaluates on the validation data, logs that, draws the curves and closes the trackers.
 
-        Returns `valid_loss` (where there is validation data), `steps`, and `seconds` with this evaluation included.
+        Returns `valid_loss` (where there is validation data), `steps`, `seconds` with this evaluation included, and
+        `stopped_early` where `max_seconds` ended the run before its last step.
         """
         return self.run.finish(self._validation)
 

@@ -49,9 +49,16 @@ def test_it_trains_samples_saves_and_resumes(run, tmp_path, text):
     assert again.stderr.splitlines()[-1].startswith("train.py: ")
     assert "earlier run" in again.stderr
 
+    stopped = run(*where, "--num-steps", "10", "--resume", "--max-seconds", "0.001")
+    assert stopped.returncode == 0, stopped.stderr
+    result = json.loads(stopped.stdout.splitlines()[-1])
+    assert (result["steps"], result["stopped_early"]) == (9, "max_seconds")
+    assert "stopped early, after step 9 of 10: max_seconds is 0.001" in stopped.stderr
+
     more = run(*where, "--num-steps", "10", "--resume")
     assert more.returncode == 0, more.stderr
-    assert json.loads(more.stdout.splitlines()[-1])["steps"] == 10
+    result = json.loads(more.stdout.splitlines()[-1])
+    assert result["steps"] == 10 and "stopped_early" not in result
 
 
 def test_help_comes_from_the_configs_and_a_missing_file_is_one_clear_line(run, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -169,12 +170,28 @@ def test_the_learning_rate_is_the_schedules(tiny_palm, tiny_config, text):
     assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
-def test_the_clock_ends_a_run_that_its_steps_would_not(tiny_palm, tiny_config, text):
-    config = tiny_config(num_steps=10**9, max_seconds=1e-9)
-    trainer = LanguageModelTrainer(tiny_palm(), train_data=text, config=config)
-    assert [metrics["step"] for metrics in trainer.steps()] == [1]
-    trainer.run.elapsed = 0.5e-9
-    assert trainer.progress == pytest.approx(0.5)
+def test_a_limit_of_time_changes_no_step_and_resuming_makes_the_rest(tiny_palm, tiny_config, text, tmp_path, capsys):
+    """Each trainer makes one step here, and all together they are the run that nothing stopped."""
+
+    def trainer(folder, **fields):
+        config = tiny_config(num_steps=3, warmup_steps=2, save_every=100, **fields)
+        return LanguageModelTrainer(tiny_palm(), train_data=text, config=config, output_dir=folder, resume=True)
+
+    whole = trainer(tmp_path / "whole")
+    assert "stopped_early" not in whole.train()
+    capsys.readouterr()
+    for step in (1, 2, 3):
+        stopped = trainer(tmp_path / "run", max_seconds=1e-9)
+        result, said = stopped.train(), capsys.readouterr().err
+        assert result["steps"] == step
+        assert result.get("stopped_early") == ("max_seconds" if step < 3 else None)
+        assert (f"stopped early, after step {step} of 3: max_seconds is 1e-09" in said) == (step < 3)
+        assert (f"saved in {tmp_path / 'run/checkpoints'}" in said) == (step < 3)
+    for one, other in zip(stopped.palm.parameters(), whole.palm.parameters(), strict=True):
+        assert torch.equal(one, other)
+    lines, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
+    rates = [[line["learning_rate"] for line in some if "learning_rate" in line] for some in (lines, expected)]
+    assert rates[0] == rates[1] and len(rates[0]) == 3
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -225,11 +242,11 @@ def test_metrics_go_to_a_line_for_each_logged_step(tiny_palm, tiny_config, text,
     assert result["seconds"] > yielded[6]["elapsed"]
 
 
-def test_the_progress_bar_shows_loss_and_speed_on_standard_error(tiny_palm, tiny_config, text, capsys):
+def test_the_progress_bar_shows_the_time_left_loss_and_speed_on_standard_error(tiny_palm, tiny_config, text, capsys):
     LanguageModelTrainer(tiny_palm(), train_data=text, config=tiny_config()).train()
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert all(word in captured.err for word in ("4/4", "loss=", "tokens/s="))
+    assert re.search(r"100% \|.*\| 4 of 4 steps in \d\d:\d\d, 00:00 left, .*loss=.*, tokens/s=", captured.err)
 
 
 def test_a_tracker_gets_the_metrics(tiny_palm, tiny_config, text, tmp_path):

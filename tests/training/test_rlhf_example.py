@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import tyro
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
@@ -68,6 +69,32 @@ def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path):
     assert (tmp_path / "run/rlhf.png").read_bytes().startswith(b"\x89PNG")
     samples = (tmp_path / "run/ppo/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [1, 2, 3, 4]
+
+
+def test_a_limit_of_time_stops_it_and_resuming_goes_on_from_the_stage_that_it_came_to(example, tmp_path, capsys):
+    def result(*options):
+        tyro.cli(example.main, args=["--output-dir", str(tmp_path), *SMALL, *options])
+        said = capsys.readouterr()
+        return json.loads(said.out.splitlines()[-1]), said.err
+
+    limit = ("--max-seconds", "0.001")
+    early, said = result(*limit)
+    assert (early["stopped_early"], early["stage"]) == ("max_seconds", "pretraining")
+    assert "stopped early, after step 1 of 60" in said and "2. fine-tuning" not in said
+    whole, said = result("--resume")
+    assert set(whole) == NUMBERS
+    assert all(f"{stage}. " in said for stage in range(1, 6))
+
+    early, said = result("--resume", *limit, "--reward.num-epochs", "2")
+    assert (early["stopped_early"], early["stage"]) == ("max_seconds", "reward model")
+    assert "1. to 3. are done" in said and "2. fine-tuning" not in said and "5. PPO" not in said
+    early, said = result("--resume", *limit, "--ppo.num-steps", "6")
+    assert (early["stopped_early"], set(early)) == ("max_seconds", {*NUMBERS, "stopped_early"})
+    assert "stopped early, after step 5 of 6" in said
+    more, _ = result("--resume", "--ppo.num-steps", "6")
+    assert set(more) == NUMBERS
+    steps = [json.loads(line)["step"] for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_help_comes_from_the_configs_and_a_used_folder_is_one_clear_line(root, tmp_path):
