@@ -1,4 +1,9 @@
-"""Shared fixtures, one seed for every test, and `--strict-skips`: no skip but for hardware or data that is missing."""
+"""Shared fixtures, one seed for every test, and the run as a whole.
+
+Where pytest-xdist is installed, the cores share the files by themselves (`-n 0` for one process), quick tests come
+before slow ones, and each process computes with one thread. `--strict-skips` allows no skip but for hardware or data
+that is missing.
+"""
 
 import os
 import random
@@ -6,11 +11,12 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import groupby
 from pathlib import Path
 
-# Before torch is imported, and inherited by the processes that tests start: models here are tiny, and a thread for
-# every core of a large machine only slows them down.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported, and inherited by the processes that tests start, which have to compute the same bits: models
+# here are tiny, and several threads only wait for each other. Tests of several threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,6 +35,7 @@ NEEDS_GPU = "needs a GPU"
 NEEDS_DATA = "needs ../shared/data"
 NEEDS_PEERS = "needs the extra peers"
 ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS)
+MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("deterministic")
@@ -136,6 +143,54 @@ def compile_native(tmp_path, monkeypatch):
             return native._open(native._compiled())
 
     return compile_
+
+
+def num_processes(num_cores: int, memory: int, args: list[str]) -> int:
+    """How many processes share the tests of these files and folders; 0 is this one alone, as for a single file."""
+    num_files = sum(Path(arg.partition("::")[0]).is_file() for arg in args)
+    most = min(num_cores, memory // MEMORY_OF_A_PROCESS, num_files if num_files == len(args) else num_cores)
+    return most if most > 1 else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else sys.maxsize
+    return num_processes(cores, memory, config.args)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Has xdist share the tests, unless the command line says how, or a debugger needs the terminal."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    says_how = option.numprocesses is not None or option.dist != "no" or option.tx
+    if not (says_how or option.usepdb or option.trace or option.collectonly):
+        option.numprocesses = config.hook.pytest_xdist_auto_num_workers(config=config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay together, for they share what they have set up: first its quick ones, at the end the slow."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class QuickFirst(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            if not hasattr(self, "scopes"):
+                files = [(name.partition("::")[0], name) for name in self.collection]
+                runs = [(file, [name for _, name in run]) for file, run in groupby(files, key=lambda pair: pair[0])]
+                self.scopes = {name: f"{number} {file}" for number, (file, run) in enumerate(runs) for name in run}
+            return self.scopes[nodeid]
+
+    if config.option.dist != "load":
+        return None
+    config.option.loadscopereorder = False
+    return QuickFirst(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_addoption(parser):

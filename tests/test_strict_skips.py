@@ -39,7 +39,19 @@ def test_strict_skips(root, tmp_path):
     for name, text in FILES.items():
         (tmp_path / name).write_text(re.sub("^ {8}", "", text, flags=re.MULTILINE))
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    command = [sys.executable, "-m", "pytest", "-rfEs", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-rfEs",
+        "-c",
+        os.devnull,
+        "--rootdir=.",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
 
     def run(*options: str) -> tuple[int, str]:
         process = subprocess.run(

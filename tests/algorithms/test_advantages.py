@@ -99,7 +99,7 @@ def test_no_actions_give_zeros():
 
 def whiten_in_two_processes(parts, *, reduced):
     """Two threads stand in for processes: a reduction waits for both and gives both the sum."""
-    barrier, given_by = threading.Barrier(2, timeout=30), [None, None]
+    barrier, given_by = threading.Barrier(2, timeout=600), [None, None]
 
     def whiten_part(rank):
         def reduce(total):

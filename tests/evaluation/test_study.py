@@ -117,7 +117,7 @@ def test_the_command_asks_stores_and_counts(bench, tmp_path, start_evaluate):
     questions, first, second = bench
     arguments = ["study", "--questions", questions, "--answers", first, second, "--out", tmp_path / "votes.jsonl"]
     process = start_evaluate(*arguments, "--report", tmp_path / "study.html", stdin=subprocess.PIPE)
-    output, errors = process.communicate("what?\na\nt\ns\n", timeout=60)  # and then they leave
+    output, errors = process.communicate("what?\na\nt\ns\n", timeout=600)  # and then they leave
     assert process.returncode == 0, errors
     assert "got 'what?', expected one of a, b, t, s, q" in output
     result = json.loads(output.splitlines()[-1])

@@ -78,7 +78,7 @@ def leftovers(folder: Path) -> list[str]:
 def run(function: Callable, *arguments, **options) -> subprocess.CompletedProcess:
     """A function of this file in a process of its own."""
     command = [sys.executable, __file__, function.__name__, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
 

@@ -203,5 +203,5 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_forked_process_goes_on_with_the_thread_that_it_has(start_python):
-    out, error = start_python(FORKED).communicate(timeout=60)
+    out, error = start_python(FORKED).communicate(timeout=600)
     assert out == "7\n", error

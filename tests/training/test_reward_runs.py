@@ -63,7 +63,7 @@ make_trainer = made["trainer"]
 
 def run(*args: str | Path) -> subprocess.CompletedProcess:
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True)
 
 

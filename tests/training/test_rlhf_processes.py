@@ -115,7 +115,7 @@ def runs(request, names, tmp_path_factory, root) -> Path:
     torch.save(names["rollouts"](), folder / "rollouts.pt")
     (folder / "script.py").write_text(RUN + f"OPTIONS = {OPTIONS!r}\n" + (SHARDS if sharded else "") + TWO_PROCESSES)
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
         [*launch, "--main_process_port", "0", folder / "script.py", folder],
