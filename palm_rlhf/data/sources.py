@@ -1,6 +1,7 @@
-"""Where text comes from: files, folders, globs, ``.jsonl`` and gzip, as documents read piece by piece."""
+"""Where text comes from: files, folders, globs, ``.jsonl``, tables and gzip, as documents read piece by piece."""
 
 import codecs
+import csv
 import glob
 import gzip
 import json
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from palm_rlhf.data.records import read_records
+from palm_rlhf.data.tabular import is_csv
 from palm_rlhf.model.interop.text_file import HOW_TO_CONVERT, UTF16, is_utf16
 
 CHUNK = 1 << 20
@@ -53,17 +56,23 @@ def _walk(folder: Path, cache: Path) -> Iterator[Path]:
 
 def is_plain(file: Path) -> bool:
     """Whether the file's bytes are its text, so that it can be mapped as it is."""
-    if file.name.endswith((".gz", ".jsonl")):
+    if file.name.endswith((".gz", ".jsonl", ".parquet")) or is_csv(file.name):
         return False
     with open(file, "rb") as stream:
         return not stream.read(3).startswith((codecs.BOM_UTF8, *UTF16))
 
 
 def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
-    """The documents of the files: each line of ``.jsonl`` (its ``text_key``), else each file; ``.gz`` is unpacked."""
+    """The documents of the files: each line of ``.jsonl`` (its ``text_key``), else each file; ``.gz`` is unpacked.
+
+    Each row of parquet is one too, and of CSV that has a column of the name ``text_key``.
+    """
     for file in files:
         if file.name.removesuffix(".gz").endswith(".jsonl"):
             for text in _read_jsonl(file, text_key):
+                yield str(file), (text,)
+        elif file.name.endswith(".parquet") or (is_csv(file.name) and text_key in _header(file)):
+            for text in _read_rows(file, text_key):
                 yield str(file), (text,)
         else:
             yield str(file), _read_chunks(file)
@@ -101,6 +110,27 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[bytes]:
                         f"{file}, line {number}: {error}; every line must be one JSON object with its text under "
                         f"{text_key!r}: mend or delete that line, or name another text_key"
                     ) from error
+
+
+def _read_rows(file: Path, text_key: str) -> Iterator[bytes]:
+    for number, record in read_records(file):
+        if record.get(text_key, "") is None:
+            continue  # a cell without a text
+        try:
+            yield _text(record, text_key)
+        except ValueError as error:
+            raise ValueError(f"{file}, row {number}: {error}; mend or delete it, or name another text_key") from error
+
+
+def _header(file: Path) -> list[str]:
+    """The names of the columns of CSV, whatever separates them."""
+    with _open(file) as stream:
+        line = next(iter(_guarded(file, stream, iter(stream.readline, b""))), b"")
+    text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").rstrip("\r\n")
+    try:
+        return [name.strip() for delimiter in ",;\t" for name in next(csv.reader([text], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
 
 
 def _text(record: Any, text_key: str) -> bytes:

@@ -224,6 +224,13 @@ def write_parquet(stream: Any, records: Iterable[Record]) -> int:
         return spool.num_records
 
 
+def _typed(value: Any) -> Any:
+    """A value for a column of parquet, which has no type for objects without entries: they are no value."""
+    if isinstance(value, dict):
+        return {name: _typed(item) for name, item in value.items()} or None
+    return [_typed(item) for item in value] if isinstance(value, list) else value
+
+
 class _Spool:
     """Records on their way to a table, kept in a temporary file until all of their columns are known."""
 
@@ -255,7 +262,7 @@ class _Spool:
         batch: list[Record] = []
         for record in self:
             row = {column: record.get(column) for column in self.columns}
-            batch.append({name: json.dumps(v) if name in JSON_COLUMNS and v else v for name, v in row.items()})
+            batch.append({name: json.dumps(v) if name in JSON_COLUMNS and v else _typed(v) for name, v in row.items()})
             if len(batch) == BATCH:
                 yield batch
                 batch = []

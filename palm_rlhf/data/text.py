@@ -79,7 +79,8 @@ def load_corpus(
     Each entry of ``data`` is a part of the mixture, with an optional weight after a colon (``notes/:0.3``; else 1):
     ``enwik8``; ``python-docs``, the language reference of this Python; ``auto``, the first of these that can be had;
     or a file, a folder with all below it, or a glob. Each line of a ``.jsonl`` file is a document (its string under
-    ``text_key``), every other file is one; ``.gz`` is unpacked.
+    ``text_key``), and each row of parquet, or of CSV that has that column; every other file is one. ``.gz`` is
+    unpacked.
 
     Without ``tokenizer`` the tokens are the bytes. ``eos_token`` follows each document; without one an empty line
     joins them. The splits of enwik8 are its first 90, next 5 and last 5 million bytes; every other text of n bytes

@@ -19,7 +19,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.windows import token_arrays
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".ndjson")
+RECORDS = (".jsonl", ".jsonl.gz", ".json", ".ndjson", ".csv", ".csv.gz", ".tsv", ".parquet")
 ALL = "all"
 
 
@@ -65,12 +65,12 @@ class Prediction:
 def read_documents(
     path: str | os.PathLike[str], *, text_key: str = "text", language_key: str = "lang"
 ) -> list[Document]:
-    """The texts of a file that have something in them: a record's each where its name ends in .jsonl or .json.
+    """The texts of a file that have something in them: a record's each where its name says JSON, CSV or parquet.
 
     Every other file is one text in UTF-8. ValueError for a record without a text, or a file without any.
     """
     documents = []
-    if os.fspath(path).endswith(JSON_LINES):
+    if os.fspath(path).endswith(RECORDS):
         for line, record in read_records(path):
             if not isinstance(record.get(text_key), str):
                 raise ValueError(

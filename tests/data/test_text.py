@@ -15,6 +15,7 @@ from beartype.roar import BeartypeException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palm_rlhf.data.records import write_records
 from palm_rlhf.data.text import load_corpus, split_weight
 
 
@@ -112,6 +113,19 @@ def test_another_text_key_is_another_text(load, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 60, "title": "b" * 60}))
     for key, letter in [("text", b"a"), ("title", b"b"), ("text", b"a")]:
         assert whole(load(f"{tmp_path}/a.jsonl", text_key=key)) == letter * 60
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.parquet"])
+def test_a_table_is_the_texts_of_its_rows(load, tmp_path, name):
+    texts = ["one, two\n" * 20, '"three"' * 20, "", "4"]
+    write_records(tmp_path / name, [{"id": place, "body": text} for place, text in enumerate(texts)])
+    expected = "\n\n".join(filter(None, texts)).encode()
+    assert whole(load(f"{tmp_path}/{name}", text_key="body")) == expected
+    if name.endswith("parquet"):
+        with pytest.raises(ValueError, match=rf"{name}, row 1: got only the keys \['body', 'id'\].*another text_key"):
+            load(f"{tmp_path}/{name}")
+    elif not name.endswith("gz"):  # without that column it is text like any other
+        assert whole(load(f"{tmp_path}/{name}")) == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.data.conversation import encode_prompt, encode_response
+from palm_rlhf.data.records import write_records
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.evaluation.answers import Question
@@ -94,6 +95,12 @@ def test_the_lm_command(tmp_path, write_lines, evaluate):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="no text"):
         read_documents(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize("name", ["texts.csv", "texts.csv.gz", "texts.tsv", "texts.parquet", "texts.jsonl"])
+def test_tables_hold_a_text_in_each_row(tmp_path, name):
+    write_records(tmp_path / name, [{"lang": "en", "text": "Hello, you"}, {"lang": "de", "text": "3"}])
+    assert read_documents(tmp_path / name) == [Document("Hello, you", "en"), Document("3", "de")]
 
 
 def test_distinct_n_by_hand():
