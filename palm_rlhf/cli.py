@@ -27,7 +27,32 @@ COMMANDS = {
     "generate": Command(
         "palm_rlhf.commands.generate",
         "generate",
-        "Continue a text with a byte-level model, printing it as it is sampled.",
+        "Continue a text, printing it as it is sampled.",
+    ),
+    "train": Command(
+        "palm_rlhf.commands.train",
+        "train",
+        "Train a language model on text, from nothing or from a model that there is, and sample from it.",
+    ),
+    "sft": Command(
+        "palm_rlhf.commands.sft",
+        "sft",
+        "Fine-tune a model on conversations, with adapters if --lora-r asks for them, which are merged at the end.",
+    ),
+    "reward": Command(
+        "palm_rlhf.commands.reward",
+        "reward",
+        "Train a reward model on rankings of replies, or on pairs of a chosen and a rejected one.",
+    ),
+    "rlhf": Command(
+        "palm_rlhf.commands.rlhf",
+        "rlhf",
+        "Improve a model by reinforcement learning from a reward model: PPO, GRPO or RLOO (--algorithm).",
+    ),
+    "dpo": Command(
+        "palm_rlhf.commands.dpo",
+        "dpo",
+        "Train a model on pairs of a chosen and a rejected reply by DPO, or by IPO with --loss ipo; no reward model.",
     ),
     "chat": Command(
         "palm_rlhf.serving.chat",
@@ -92,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
         # Whoever read our output has gone; Python would complain once more when it flushes that at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"palm-rlhf: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

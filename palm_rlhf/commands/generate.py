@@ -1,6 +1,5 @@
-"""The command ``palm-rlhf generate``: a text continued by a byte-level model."""
+"""The command ``palm-rlhf generate``: a text continued by a model."""
 
-import codecs
 from pathlib import Path
 from typing import Annotated
 
@@ -8,14 +7,15 @@ import torch
 from beartype import beartype
 from tyro.conf import Positional, arg
 
+from palm_rlhf.data.streaming import StreamDecoder
+from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.model.palm import PaLM
-
-NUM_BYTES = 256
 
 
 @beartype
 def generate(
-    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
+    checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
     prompt: str,
     max_new_tokens: int = 256,
@@ -23,34 +23,49 @@ def generate(
     top_p: float = 1.0,
     seed: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> None:
-    """Continue a text with a byte-level model, printing it as it is sampled.
+    """Continue a text, printing it as it is sampled.
 
     Args:
-        checkpoint: A folder written by save_pretrained.
+        checkpoint: The folder of a run or of a model with its tokenizer, or a hub id, owner/name; without a tokenizer
+            the tokens are bytes.
         prompt: The text to continue; it is not printed again.
-        max_new_tokens: How many bytes to sample.
-        temperature: Divides the logits before sampling; 0 always takes the likeliest byte.
-        top_p: Samples from the fewest bytes that hold this much of the probability; 1 takes all.
+        max_new_tokens: How many tokens to sample: bytes, where there is no tokenizer.
+        temperature: Divides the logits before sampling; 0 always takes the likeliest token.
+        top_p: Samples from the fewest tokens that hold this much of the probability; 1 takes all.
         seed: Makes the sample repeatable; another one each time by default.
     """
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint} is no folder: expected one that save_pretrained wrote")
-    palm = PaLM.from_pretrained(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    if palm.num_tokens > NUM_BYTES:
-        raise ValueError(
-            f"{checkpoint} has {palm.num_tokens} tokens, but this command writes each token as one byte, so it takes "
-            f"at most {NUM_BYTES}: use PaLM.from_pretrained with the tokenizer that the model was trained with"
-        )
+    folder = local_folder(checkpoint)
+    palm = PaLM.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = _tokenizer_of(folder, palm)
+    text = prompt.encode("utf-8", errors="surrogateescape")  # as it was typed, in whatever encoding
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    tokens = tokenizer.encode(text if is_bytes else text.decode("utf-8", errors="replace"))
     generator = None if seed is None else torch.Generator(palm.device).manual_seed(seed)
-    # A character can span several bytes: the decoder holds an unfinished one back until the rest has come.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    eos_token = tokenizer.eos_token if tokenizer.eos_token < palm.num_tokens else None
+    # A character can span several tokens: the decoder holds an unfinished one back until the rest has come.
+    decoder = StreamDecoder(tokenizer)
     steps = palm.stream(
-        torch.tensor(list(prompt.encode("utf-8", errors="surrogateescape"))),
+        torch.tensor(tokens),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        eos_token=eos_token,
         generator=generator,
     )
-    for token in steps:
-        print(decoder.decode(bytes(token.tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    for token in map(int, steps):
+        if token < tokenizer.num_tokens:  # padded vocabularies have ids without a token
+            print(decoder.push(token), end="", flush=True)
+    print(decoder.finish())
+
+
+def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
+    """The tokenizer beside a model, or bytes; ValueError where it has none and more tokens than there are bytes."""
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError:
+        if palm.num_tokens > NUM_BYTES:
+            raise ValueError(
+                f"{folder} has {palm.num_tokens} tokens and no tokenizer, expected one, or at most {NUM_BYTES} tokens, "
+                "which are bytes: save the tokenizer of its training there, by tokenizer.save_pretrained"
+            ) from None
+    return ByteTokenizer()

@@ -105,7 +105,7 @@ def filter_conversations(
     near_duplicates: Share = None,
     context: Number = None,
     overlong: Literal["split", "truncate"] = "split",
-    tokenizer: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    tokenizer: Annotated[str | None, arg(metavar="FOLDER")] = None,
     overhead: Annotated[int, arg(metavar="INT")] = 0,
     eval_fraction: Annotated[float, arg(metavar="0..1")] = 0.0,
     eval_out: Annotated[str | None, arg(metavar="EVAL.jsonl")] = None,
@@ -128,7 +128,8 @@ def filter_conversations(
         near_duplicates: Leave out those that share so much of their text with an earlier one, such as 0.8.
         context: Tokens that a conversation may have.
         overlong: Split longer ones between exchanges so that none is lost, or keep the exchanges that fit.
-        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained; bytes by default.
+        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained, a run's, or a hub id; bytes
+            by default.
         overhead: Tokens that the chat template adds to each message.
         eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
         eval_out: Where to write those held out.
@@ -218,12 +219,14 @@ def convert(
     counts.report(out)
 
 
-def _counter(tokenizer: Path | None) -> Callable[[str], int]:
+def _counter(tokenizer: str | None) -> Callable[[str], int]:
     if tokenizer is None:
         return num_bytes
     from palm_rlhf.data.tokenizer import load_tokenizer
+    from palm_rlhf.model.interop.folder import TOKENIZER_FILES, local_folder
 
-    encode = load_tokenizer(tokenizer).encode
+    folder = tokenizer if os.path.isfile(tokenizer) else local_folder(tokenizer, files=TOKENIZER_FILES)
+    encode = load_tokenizer(folder).encode
     return lambda text: len(encode(text))
 
 

@@ -12,10 +12,10 @@ from palm_rlhf.evaluation.report import Report, Table, as_text, finite, write_re
 
 File = Annotated[Positional[Path], arg(metavar="FILE")]
 Files = Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE ...")]
-Folder = Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
+Model = Annotated[Positional[str], arg(metavar="MODEL")]
 NamedFile = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
-OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
+OptionalModel = Annotated[str | None, arg(metavar="MODEL")]
 Page = Annotated[Path | None, arg(metavar="PAGE.html")]
 Name = Annotated[str | None, arg(metavar="NAME")]
 Integer = Annotated[int | None, arg(metavar="INT")]

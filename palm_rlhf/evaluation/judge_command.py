@@ -34,11 +34,12 @@ from palm_rlhf.evaluation.judging import (
     rate,
     rating_requests,
 )
-from palm_rlhf.evaluation.models import is_reward_model, open_chat_model, version_of
+from palm_rlhf.evaluation.models import is_reward_model, name_of, open_chat_model, version_of
 from palm_rlhf.evaluation.prompts import Method
 from palm_rlhf.evaluation.report import Report
 from palm_rlhf.evaluation.study import Person, run_study, vote_key
 from palm_rlhf.evaluation.verdicts import Scores
+from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.policy.reward import RewardModel
 
 PERSON = "person"
@@ -50,7 +51,7 @@ def judge(
     *,
     questions: NamedFile,
     answers: Annotated[tuple[Path, ...], arg(metavar="A B")],
-    judge: Annotated[str, arg(metavar="URL|FOLDER|person")],
+    judge: Annotated[str, arg(metavar="URL|MODEL|person")],
     out: Annotated[Path, arg(metavar="JUDGMENTS.jsonl")],
     method: Method = "scores",
     samples: int = 1,
@@ -77,7 +78,8 @@ def judge(
     Args:
         questions: Questions of Vicuna, MT-bench (two turns) or AlpacaEval.
         answers: The models' answers in one of these forms: two, or any number to be rated.
-        judge: The URL of a chat-completions API, a folder of a PaLM or a RewardModel, or "person" for this terminal.
+        judge: The URL of a chat-completions API, a PaLM or a RewardModel in a folder or on the hub, or "person" for
+            this terminal.
         out: Where the judgments are kept; another model under the same name needs another file.
         method: scores: two numbers first, then reasons. evidence: reasons first. verdict: A, B or a tie. rating: each
             answer alone.
@@ -131,7 +133,7 @@ def _refuse_unused(
 ) -> None:
     """ValueError for an option that would change nothing."""
     is_url, is_person = judge.startswith(SCHEMES), judge == PERSON
-    is_reward = not is_url and not is_person and is_reward_model(Path(judge))
+    is_reward = not is_url and not is_person and is_reward_model(local_folder(judge))
     for option, given, unused, reason in (
         ("--api-key-env", api_key_env, not is_url, "it is for the server at a URL"),
         ("--template", template, is_url or is_person, "it is for the model in a folder"),
@@ -190,11 +192,9 @@ def open_judge(
             raise ValueError(f"the environment has no {api_key_env}, expected the key of the judge: export it first")
         options = options | {"max_tokens": options["max_tokens"] or None}
         return ChatJudge(judge, model, api_key=key, **options, **network)
-    folder = Path(judge)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{judge} is no folder, expected one, a URL that starts with http, or {PERSON!r}")
+    folder = local_folder(judge)
     found, tokenizer, chosen = open_chat_model(folder, template)
-    name, version = model or folder.resolve().name, version_of(folder, template)
+    name, version = model or name_of(judge), version_of(folder, template)
     if isinstance(found, RewardModel):
         return RewardJudge(found, tokenizer, chosen, name=name, version=version)
     return LocalJudge(found, tokenizer, chosen, name=name, version=version, **options)

@@ -11,25 +11,25 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.evaluation import tables
 from palm_rlhf.evaluation.command_line import (
     File,
-    Folder,
     Integer,
+    Model,
     NamedFile,
-    Number,
-    OptionalFolder,
+    OptionalModel,
     Page,
     Preset,
     finish,
 )
 from palm_rlhf.evaluation.language_model import ALL, measure_text, read_documents
-from palm_rlhf.evaluation.models import is_reward_model, open_chat_model, open_palm
+from palm_rlhf.evaluation.models import is_reward_model, name_of, open_chat_model, open_palm
 from palm_rlhf.evaluation.report import Report
 from palm_rlhf.evaluation.reward_bench import read_trios, score_trios
-from palm_rlhf.evaluation.runs import read_run, reference_scores, wins_by_step
+from palm_rlhf.evaluation.runs import read_run, read_settings, reference_scores, wins_by_step
+from palm_rlhf.model.interop.folder import local_folder
 
 
 @beartype
 def lm(
-    checkpoint: Folder,
+    checkpoint: Model,
     *,
     data: NamedFile,
     text_key: str = "text",
@@ -45,7 +45,7 @@ def lm(
     the file names several.
 
     Args:
-        checkpoint: A folder of save_pretrained with its tokenizer; bytes where it has none.
+        checkpoint: The folder of a run or of a model with its tokenizer, or a hub id; bytes where it has no tokenizer.
         data: A text, or records of JSON with one each.
         text_key: The key of a record's text.
         language_key: The key of its language.
@@ -63,12 +63,12 @@ def lm(
         numbers["by_language"] = {name: part.numbers() for name, part in parts.items() if name != ALL}
     rows = {name: part.numbers() for name, part in parts.items()}
     sections = tables.by_group("Text", "language", rows, plotted="bits_per_byte", y_label="bits per byte")
-    finish(Report(f"Language model {checkpoint.name}", sections, numbers), report, numbers)
+    finish(Report(f"Language model {name_of(checkpoint)}", sections, numbers), report, numbers)
 
 
 @beartype
 def reward(
-    checkpoint: Folder,
+    checkpoint: Model,
     file: File,
     *,
     template: Preset = None,
@@ -81,29 +81,29 @@ def reward(
     their numbers of pairs.
 
     Args:
-        checkpoint: A folder of RewardModel.save_pretrained with its tokenizer and chat template.
+        checkpoint: The folder of a run or of a reward model with its tokenizer and chat template, or a hub id.
         file: Records of prompt, chosen, rejected and subset.
         template: The chat template, where the folder has none.
         batch_size: Pairs at once.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
-    if not is_reward_model(checkpoint):
+    if not is_reward_model(local_folder(checkpoint)):
         raise ValueError(f"{checkpoint} holds no reward model, expected a folder of RewardModel.save_pretrained")
     model, tokenizer, chosen = open_chat_model(checkpoint, template)
     left_out: Counter[str] = Counter()
     result = score_trios(model, tokenizer, chosen, read_trios(file, left_out), batch_size=batch_size)
     numbers = {**result.numbers(), "rejected": dict(left_out)}
-    finish(Report(f"Reward model {checkpoint.name}", tables.reward_bench(result), numbers), report, numbers)
+    finish(Report(f"Reward model {name_of(checkpoint)}", tables.reward_bench(result), numbers), report, numbers)
 
 
 @beartype
 def run(
     folder: Annotated[Positional[Path], arg(metavar="RUN")],
     *,
-    reference: OptionalFolder = None,
-    reward_model: OptionalFolder = None,
-    max_new_tokens: int = 256,
-    temperature: Number = 1.0,
+    reference: OptionalModel = None,
+    reward_model: OptionalModel = None,
+    max_new_tokens: Integer = None,
+    temperature: Annotated[float | None, arg(metavar="NUMBER")] = None,
     eos_token: Integer = None,
     template: Preset = None,
     seed: int = 0,
@@ -116,12 +116,13 @@ def run(
 
     Args:
         folder: The output_dir of an RLHFTrainer, with metrics.jsonl and samples.jsonl.
-        reference: The model that it started from: it answers the prompts of samples.jsonl as well.
-        reward_model: Says whose response is better.
-        max_new_tokens: Of the reference's responses: as many as the run's.
-        temperature: At which it samples: the run's.
-        eos_token: The id that ends a response: the run's.
-        template: The chat template of a run whose samples are texts: each prompt is then one message of a user.
+        reference: The model that it started from: it answers the prompts of samples.jsonl as well. Its folder, that of
+            a run, or a hub id.
+        reward_model: Says whose response is better; of the same kinds.
+        max_new_tokens: Of the reference's responses; by default the run's, 256 where it has no checkpoint.
+        temperature: At which it samples; by default the run's, 1 where it has no checkpoint.
+        eos_token: The id that ends a response; by default the run's.
+        template: The chat template of a run whose samples are texts alone: each prompt is then one message of a user.
         seed: Of the reference's responses.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
@@ -133,8 +134,13 @@ def run(
         if not samples:
             raise ValueError(f"{folder} has no samples.jsonl, expected one: train with sample_every and samples_kept")
         palm, tokenizer = open_palm(reference)
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token": eos_token, "seed": seed}
-        options["template"] = None if template is None else PRESETS[template]
+        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token": eos_token}
+        settings = {
+            **{name: value for name, value in read_settings(folder).items() if name in given},
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        options = {name: value for name, value in settings.items() if value is not None}
+        options |= {"seed": seed, "template": None if template is None else PRESETS[template]}
         judge_model = open_chat_model(reward_model).model
         wins = wins_by_step(samples, *reference_scores(samples, palm, judge_model, tokenizer, **options))
     last = lines[-1]

@@ -11,7 +11,7 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template
 from palm_rlhf.data.templates import JINJA_FILE, PRESETS, TEMPLATE_FILE, load_template
 from palm_rlhf.data.tokenizer import CONFIG_FILE, NUM_BYTES, TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
-from palm_rlhf.model.interop.folder import CONFIG, read_json
+from palm_rlhf.model.interop.folder import CONFIG, local_folder, read_json
 from palm_rlhf.model.interop.reward_model import MODEL_TYPE
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
@@ -30,6 +30,12 @@ class ChatModel(NamedTuple):
 def default_device() -> str:
     """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@beartype
+def name_of(model: str | Path) -> str:
+    """What to call the model in a folder, or of a hub id."""
+    return Path(model).resolve().name
 
 
 @beartype
@@ -52,26 +58,27 @@ def open_tokenizer(folder: Path, num_tokens: int) -> Tokenizer:
 
 
 @beartype
-def open_palm(folder: Path) -> tuple[PaLM, Tokenizer]:
-    """A PaLM in evaluation mode with its tokenizer."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: expected one that save_pretrained wrote")
+def open_palm(model: str | Path) -> tuple[PaLM, Tokenizer]:
+    """A PaLM in evaluation mode with its tokenizer; `model` is its folder, that of a run, or a hub id."""
+    folder = local_folder(model)
     palm = PaLM.from_pretrained(folder, device=default_device()).eval()
     return palm, open_tokenizer(folder, palm.num_tokens)
 
 
 @beartype
-def open_chat_model(folder: Path, template: str | None = None) -> ChatModel:
+def open_chat_model(model: str | Path, template: str | None = None) -> ChatModel:
     """A PaLM or RewardModel that reads conversations; `template` names a preset where the folder has none.
 
-    ValueError where the model has no room for the special tokens of the template.
+    `model` is its folder, that of a run, or a hub id. ValueError where it has no room for the special tokens of the
+    template.
     """
+    folder = local_folder(model)
     if is_reward_model(folder):
-        model = RewardModel.from_pretrained(folder, device=default_device()).eval()
-        num_tokens, tokenizer = model.palm.num_tokens, open_tokenizer(folder, model.palm.num_tokens)
+        opened = RewardModel.from_pretrained(folder, device=default_device()).eval()
+        num_tokens, tokenizer = opened.palm.num_tokens, open_tokenizer(folder, opened.palm.num_tokens)
     else:
-        model, tokenizer = open_palm(folder)
-        num_tokens = model.num_tokens
+        opened, tokenizer = open_palm(folder)
+        num_tokens = opened.num_tokens
     if template is not None:
         chosen = PRESETS[template]
     elif (folder / TEMPLATE_FILE).is_file() or (folder / JINJA_FILE).is_file() or (folder / CONFIG_FILE).is_file():
@@ -84,7 +91,7 @@ def open_chat_model(folder: Path, template: str | None = None) -> ChatModel:
             f"the model in {folder} has {num_tokens} tokens, and its tokenizer {tokenizer.num_tokens} with the special "
             "ones of chat templates: fine-tune it on conversations first, with both saved beside it"
         )
-    return ChatModel(model, tokenizer, chosen)
+    return ChatModel(opened, tokenizer, chosen)
 
 
 @beartype

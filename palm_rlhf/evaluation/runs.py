@@ -20,14 +20,14 @@ from palm_rlhf.policy.rollout import Sampling, collect
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.training.metrics import Metrics, read_metrics
 from palm_rlhf.training.rlhf_metrics import SAMPLES_FILE
-from palm_rlhf.training.state import METRICS_FILE
+from palm_rlhf.training.state import METRICS_FILE, complete_checkpoints, read_state
 
 Part = str | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the policy said at a step: texts, or token ids where the run had no tokenizer."""
+    """What the policy said at a step: token ids, or texts where the run has kept nothing else."""
 
     step: int
     prompt: Part
@@ -80,7 +80,14 @@ def read_run(folder: Path) -> tuple[list[Metrics], list[Sample]]:
 
 
 def _parts(line: Mapping[str, Any]) -> tuple[Any, Any]:
-    return line["prompt"], line["completion"]
+    return line.get("prompt_tokens", line["prompt"]), line.get("completion_tokens", line["completion"])
+
+
+@beartype
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The fields of the PPOConfig that a run had at its newest checkpoint; nothing where it has none."""
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    return read_state(checkpoints[-1])["config"] if checkpoints else {}
 
 
 @beartype

@@ -262,7 +262,7 @@ def read_message(read_line: Callable[[str], str]) -> tuple[str, bool]:
 
 @beartype
 def chat(
-    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
+    checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
     system: Annotated[str | None, arg(metavar="TEXT")] = None,
     temperature: float = 0.7,
@@ -279,7 +279,8 @@ def chat(
     message, and the output has the replies alone.
 
     Args:
-        checkpoint: A folder that save_pretrained wrote, with its tokenizer and template; else its tokens are bytes.
+        checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
+            a tokenizer the tokens are bytes.
         system: The message that tells the model how to be.
         temperature: Divides the logits before sampling; 0 always takes the likeliest token.
         top_p: Samples from the fewest tokens that hold this much of the probability; 1 takes all.

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @beartype
 def serve(
-    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
+    checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
     host: str = "127.0.0.1",
     port: int = 18888,
@@ -29,7 +29,7 @@ def serve(
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
     template: Literal["auto", "plain", "default", "oasst", "vicuna", "openchat"] = "auto",
     lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
-    reward_model: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     max_batch: int = 16,
     queue: int = 64,
@@ -46,14 +46,15 @@ def serve(
     separated by commas. Without any, everyone who reaches the port is answered.
 
     Args:
-        checkpoint: A folder that save_pretrained wrote, with its tokenizer and template; else its tokens are bytes.
+        checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
+            a tokenizer the tokens are bytes.
         host: The address to listen on; 0.0.0.0 is every network that the machine is in.
         port: The port; 0 takes any that is free.
         name: What clients call the model; the folder's name by default.
         context: Tokens of a prompt with its reply; the model's max_seq_len by default.
         template: How conversations are written; auto is the model's own, plain has roles as words.
         lora_scope: A LoRA scope to merge into the weights.
-        reward_model: A folder of a RewardModel, for best_of and /v1/score.
+        reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
         dtype: The numbers to compute with; auto is those of the file.
         max_batch: Replies that are computed together.
         queue: Replies that may wait beyond them; more are refused with status 429.

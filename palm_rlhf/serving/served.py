@@ -14,6 +14,7 @@ from palm_rlhf.data.conversation import Template, encode_prompt, encode_response
 from palm_rlhf.data.templates import PRESETS, Messages, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.data.tools import encode_tool_prompt, knows_tools
+from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.sequences import join
@@ -118,15 +119,13 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Served:
-    """Opens a checkpoint with the tokenizer and template beside it.
+    """Opens a checkpoint with the tokenizer and template beside it: a folder, that of a run, or a hub id.
 
     `name` is the folder's by default. `template` is one of PRESETS, "plain" for a transcript, or "auto". `lora_scope`
     is merged into the weights. `reward_model` is a folder of RewardModel, of the same tokenizer. ValueError for what
     does not fit together.
     """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{checkpoint} is no folder: expected one that save_pretrained wrote")
+    folder = local_folder(checkpoint)
     device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     palm = PaLM.from_pretrained(folder, dtype=dtype, device=device)
     if lora_scope is not None:
@@ -135,11 +134,13 @@ def load(
         logger.warning("%s has the LoRA scopes %s, and none is used", folder, sorted(palm.finetune_modules))
     tokenizer = _tokenizer_of(folder, palm)
     served = Served(
-        name=name or folder.resolve().name,
+        name=name or Path(checkpoint).resolve().name,
         palm=palm,
         tokenizer=tokenizer,
         template=_template_of(folder, tokenizer, palm, template),
-        reward_model=None if reward_model is None else _reward_model_of(Path(reward_model), folder, palm, device),
+        reward_model=None
+        if reward_model is None
+        else _reward_model_of(local_folder(reward_model), folder, palm, device),
     )
     _ = served.turn_ends  # a template that does not fit is told now, and not to the first who asks
     return served

@@ -149,15 +149,17 @@ class SampleTable:
 
     @beartype
     def write(self, sequences: Sequences, scores: Scores, eos_token: int | None) -> None:
-        """Add the first few responses of the main process, as texts without the EOS where there is a tokenizer."""
+        """Add the first few responses of the main process: where there is a tokenizer, as texts without the EOS too."""
         if self.path is None:
             return
         rows = slice(0, self.num_kept)
-        prompts, completions = spoken(sequences.select(rows), self.tokenizer, eos_token)
-        columns = zip(prompts, completions, scores.scores[rows].tolist(), scores.valid[rows].tolist(), strict=True)
+        kept = sequences.select(rows)
+        parts = dict(zip(("prompt", "completion"), spoken(kept, self.tokenizer, eos_token), strict=True))
+        if self.tokenizer is not None:
+            parts |= zip(("prompt_tokens", "completion_tokens"), spoken(kept), strict=True)
+        numbers = zip(scores.scores[rows].tolist(), scores.valid[rows].tolist(), strict=True)
         with writing(f"the samples in {self.path}"), open(self.path, "a", encoding="utf-8") as file:
-            for prompt, completion, score, valid in columns:
-                line = {"step": self.run.step, "score": score if valid else None}
-                for name, part in (("prompt", prompt), ("completion", completion)):
-                    line[name] = part if isinstance(part, str) else part.tolist()
+            for (score, valid), *row in zip(numbers, *parts.values(), strict=True):
+                said = (part if isinstance(part, str) else part.tolist() for part in row)
+                line = {"step": self.run.step, "score": score if valid else None, **dict(zip(parts, said))}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -313,6 +313,8 @@ def test_a_run_over_its_steps(trained_run, tmp_path, evaluate):
     page = (tmp_path / "run.html").read_text()
     assert "KL to the reference" in page and "Win rate against the reference" in page and page.count("<svg") >= 4
     assert "Against the reference" in printed
+    as_trained, _ = evaluate("run", trained_run, *options[:4])  # what is sampled as in training is not told again
+    assert as_trained == result
     with pytest.raises(ValueError, match="expected both"):
         evaluate("run", trained_run, "--reference", tmp_path / "reference")
     with pytest.raises(FileNotFoundError, match="output_dir"):

@@ -337,11 +337,14 @@ def test_a_hub_id_is_downloaded_and_opened(tmp_path, hub, revision):
     model(2, **OTHER).save_pretrained(tmp_path / "repository" / "next", format="cohere", max_shard_size="4KB")
     for branch in ("main", "next"):
         (tmp_path / "repository" / branch / "pytorch_model.bin").write_bytes(b"a pickle")
+        (tmp_path / "repository" / branch / "tokenizer.json").write_text("{}")
+        (tmp_path / "repository" / branch / "chat_template.jinja").write_text("{{ messages }}")
     done = hub("owner/name", revision)
     assert done.returncode == 0, done.stderr
     opened = PaLM.from_pretrained(tmp_path / "copy")
     assert same(opened, PaLM.from_pretrained(tmp_path / "repository" / (revision or "main")))
-    assert any(path.endswith("/config.json") for path in Hub.requested)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert any(path.endswith(f"/{name}") for path in Hub.requested)
     assert not any("pytorch_model.bin" in path for path in Hub.requested)
 
 
@@ -350,3 +353,18 @@ def test_what_the_hub_does_not_have_is_refused(tmp_path, hub):
     done = hub("owner/other")
     assert re.search(r"FileNotFoundError: there is no folder owner/other, and .* not found on the .* hub", done.stderr)
     assert "check the name" in done.stderr
+
+
+def test_a_run_is_opened_where_its_model_is(tmp_path):
+    run = tmp_path / "run"
+    saved = model(1)
+    saved.save_pretrained(run / "checkpoints/step_00000002/model")
+    with pytest.raises(
+        FileNotFoundError, match=r"run is the folder of a run that has not finished.*step_00000002/model"
+    ):
+        PaLM.from_pretrained(run)
+    saved.save_pretrained(run / "model")
+    assert same(PaLM.from_pretrained(run), saved)
+    other = model(2)
+    other.save_pretrained(run)  # a model of the folder's own comes first
+    assert same(PaLM.from_pretrained(run), other)

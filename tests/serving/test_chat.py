@@ -279,5 +279,5 @@ def test_wrong_options_are_one_clear_line(chat, options, words):
 
 
 def test_a_folder_that_is_missing_is_named(chat, tmp_path):
-    with pytest.raises(SystemExit, match=r"^palm-rlhf: .*nowhere is no folder"):
+    with pytest.raises(SystemExit, match=r"^palm-rlhf: .*there is no folder .*nowhere"):
         chat("Hello", folder=tmp_path / "nowhere")

@@ -92,9 +92,9 @@ def test_replies_that_outlast_the_grace_are_told_so(command, checkpoint):
 def test_a_port_in_use_is_said_before_the_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="in use"):
-            serve(tmp_path / "nothing", port=taken.getsockname()[1])
-    with pytest.raises(FileNotFoundError, match="is no folder"):
-        serve(tmp_path / "nothing", port=0)
+            serve(str(tmp_path / "nothing"), port=taken.getsockname()[1])
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        serve(str(tmp_path / "nothing"), port=0)
 
 
 def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
@@ -118,7 +118,7 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
         ({"lora_scope": "pirate"}, "finetune scope 'pirate'"),
     ):
         with pytest.raises(ValueError, match=expected):
-            serve(checkpoint, port=0, **options)
+            serve(str(checkpoint), port=0, **options)
 
 
 def test_limits_that_make_no_sense_are_refused():

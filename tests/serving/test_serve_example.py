@@ -31,4 +31,4 @@ def test_a_checkpoint_is_asked(example, checkpoint, dialogues):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(dialogues["Count to ten."]) == 3  # whole, as a stream, in the JSON
     assert json.loads(done.stdout.splitlines()[-1])["reply"] == dialogues["Count to ten."]
-    assert "is no folder" in example("--checkpoint", checkpoint / "nothing").stderr
+    assert "there is no folder" in example("--checkpoint", checkpoint / "nothing").stderr

@@ -279,7 +279,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, checkpoint, reward_fold
     PaLM(num_tokens=256, dim=16, depth=1).save_pretrained(tmp_path / "bytes")
     with pytest.raises(ValueError, match="has 261 tokens, and the model 256"):
         load(tmp_path / "bytes", reward_model=reward_folder)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="template is 'other'"):
         load(checkpoint, template="other")

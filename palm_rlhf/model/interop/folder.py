@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ ANY_SHARD = SHARD.format(0, 0).replace("0", "[0-9]")
 # moves to its place file by file; a reader looks for each file in the second before the folder itself.
 WRITING, WRITTEN = ".writing", ".written"
 FLOATS = ("F64", "F32", "F16", "BF16")
-HUB_FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json"]
+MODEL, CHECKPOINTS = "model", "checkpoints/step_*/model"  # in the folder of a run
+# What makes tokens of text and conversations for a model.
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("chat_template.jinja", "template.json"),
+]
+HUB_FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -93,8 +99,13 @@ def versions(files: list[Path]) -> set[tuple[int, int, int]]:
     return {(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)}
 
 
-def local_folder(source: str | os.PathLike, revision: str | None) -> Path:
-    """The folder itself, or the one to which a hub id is downloaded."""
+def local_folder(
+    source: str | os.PathLike, revision: str | None = None, *, files: Sequence[str] = tuple(HUB_FILES)
+) -> Path:
+    """The folder itself, that of the model in a run's folder, or the one to which `files` of a hub id are downloaded.
+
+    Raises FileNotFoundError for what is neither, and for a run that has no finished model yet.
+    """
     path = Path(source)
     if path.exists():
         if not path.is_dir():
@@ -106,7 +117,7 @@ def local_folder(source: str | os.PathLike, revision: str | None) -> Path:
             raise ValueError(
                 f"{path} is a folder, which has no revision {revision!r}; leave that out, or give a hub id"
             )
-        return path
+        return model_of_run(path)
     if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise FileNotFoundError(f"there is no folder {path}; expected one of save_pretrained, or a hub id, owner/name")
     try:
@@ -117,7 +128,7 @@ def local_folder(source: str | os.PathLike, revision: str | None) -> Path:
             "pip install 'palm-rlhf[hf]'"
         ) from error
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -125,6 +136,20 @@ def local_folder(source: str | os.PathLike, revision: str | None) -> Path:
             f"there is no folder {path}, and it was not found on the Hugging Face hub ({error}); check the name, the "
             "revision, the network, and whether the model asks for a login"
         ) from error
+
+
+def model_of_run(path: Path) -> Path:
+    """The folder of the finished model where `path` is that of a run, else `path` itself."""
+    if any((place / CONFIG).is_file() for place in (path, path / WRITTEN)):
+        return path
+    if (path / MODEL).is_dir():
+        return path / MODEL
+    if checkpoints := sorted(path.glob(CHECKPOINTS)):
+        raise FileNotFoundError(
+            f"{path} is the folder of a run that has not finished: go on with it by --resume, or open its newest "
+            f"checkpoint, {checkpoints[-1]}"
+        )
+    return path
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""The command ``palm-rlhf dpo``: a model trained on preferences, without a reward model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.records import preferences_of, read, split
+from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.training.preference import SCOPE, PreferenceTrainer
+from palm_rlhf.training.preference_config import PreferenceConfig
+
+
+@beartype
+def dpo(
+    data: Annotated[Positional[Path], arg(metavar="PREFERENCES")],
+    *,
+    model: ModelName,
+    output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    resume: bool = False,
+    template: TemplateName = "auto",
+    held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
+    training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008 (it is frozen)
+) -> None:
+    """Train a model on pairs of a chosen and a rejected reply by DPO, or by IPO with --loss ipo; no reward model.
+
+    Adapters (--lora-r) are merged at the end. The last line on standard output is JSON: valid_accuracy and the other
+    measures of the held-out pairs, steps, seconds, output_dir and model.
+
+    Args:
+        data: A file of any form that `palm-rlhf data convert` reads as preferences: chosen and rejected, or rankings.
+        model: The model to start from, fine-tuned on conversations: its folder, that of a run, or a hub id.
+        output_dir: Where model, tokenizer, template, checkpoints and metrics go; a new folder in runs/ by default.
+        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
+        template: How conversations are written; auto is the model's own, or default.
+        held_out: The share of prompts that is kept to measure with; 0 keeps none.
+        training: How it is trained.
+    """
+    output_dir = run_folder("dpo", output_dir, resume)
+    torch.manual_seed(training.seed)
+    chat_model = open_chat_model(model, template)
+    train, valid = (
+        preferences_of(side, chat_model, training.max_seq_len)
+        for side in split(read(data, "preferences"), held_out, training.seed)
+    )
+    trainer = PreferenceTrainer(
+        chat_model.palm,
+        train_data=train,
+        valid_data=valid or None,
+        config=training,
+        output_dir=output_dir,
+        resume=resume,
+    )
+    say(f"{len(train)} pairs, {len(valid)} held out; saved to {output_dir}")
+    for metrics in trainer.steps(progress_bar=True):
+        if "valid_accuracy" in metrics:
+            say(
+                f"step {metrics['step']}: prefers the chosen reply of {metrics['valid_accuracy']:.1%} of held-out pairs"
+            )
+    result = trainer.finish()
+    if training.lora_r:
+        chat_model.palm.merge_finetune_params(SCOPE)
+    if trainer.accelerator.is_main_process:
+        save_model(output_dir, *chat_model)
+        folder = quoted(output_dir)
+        finish(
+            result,
+            output_dir,
+            [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")],
+        )
+    trainer.accelerator.end_training()

@@ -1,0 +1,129 @@
+"""Files of any form that `palm-rlhf data` knows, as what a trainer learns from: tokens, some of them held out."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from beartype import beartype
+from torch import Tensor
+
+from palm_rlhf.commands.models import ChatModel
+from palm_rlhf.commands.runs import say
+from palm_rlhf.data.conversation import encode, encode_prompt, encode_response
+from palm_rlhf.data.convert import converted, form_of
+from palm_rlhf.data.preferences import fit_rankings
+from palm_rlhf.data.records import Record, is_held_out
+from palm_rlhf.data.splitting import fit_context
+from palm_rlhf.training.examples import Example
+from palm_rlhf.training.preference import Preference
+from palm_rlhf.training.prompts import read_lines
+from palm_rlhf.training.rankings import Ranking
+
+Messages = list[dict[str, Any]]
+Item = TypeVar("Item")
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+
+
+@beartype
+def read(file: Path, to: Literal["sft", "rankings", "prompts", "preferences"]) -> list[Record]:
+    """The records of a file, whose form is told by its content; what is left out is said, with its reasons.
+
+    ValueError for a file that has none.
+    """
+    rejected: Counter[str] = Counter()
+    records = list(converted(file, form_of(file), to, rejected=rejected))
+    if left_out := +rejected:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
+        say(f"{file}: left out {reasons}")
+    if not records:
+        raise ValueError(f"{file} has no {to} to learn from, expected at least one")
+    return records
+
+
+@beartype
+def split(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """The records to learn from, and those to measure with; all with one beginning are on one side.
+
+    ValueError where one side is empty, unless nothing is to be held out.
+    """
+    sides: tuple[list[Record], list[Record]] = [], []
+    for record in records:
+        opening_ = record["prompt"] if "prompt" in record else opening(record["messages"])
+        key = json.dumps([message["content"] for message in opening_])
+        sides[is_held_out(key, held_out, seed)].append(record)
+    if not sides[0] or (held_out and not sides[1]):
+        raise ValueError(
+            f"got {len(sides[0])} records to train on and {len(sides[1])} held out, expected some of each: give more "
+            "data, or another --held-out (0 holds out none)"
+        )
+    return sides
+
+
+@beartype
+def opening(messages: Messages) -> Messages:
+    """What comes before the assistant first speaks."""
+    return messages[: next(index for index, message in enumerate(messages) if message["role"] == "assistant")]
+
+
+@beartype
+def fitted(records: list[Record], seq_len: int, model: ChatModel) -> list[Messages]:
+    """Conversations in pieces that rows of `seq_len` tokens have room for, with the marks of the template."""
+    empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    marks = -(-len(encode(empty, model.tokenizer, model.template)) // 2)
+    pieces = fit_context(records, seq_len, count_tokens=lambda text: len(model.tokenizer.encode(text)), overhead=marks)
+    if not (pieces := [piece["messages"] for piece in pieces]):
+        raise ValueError(f"no exchange of {len(records)} conversations fits seq_len={seq_len}: raise it")
+    return pieces
+
+
+@beartype
+def examples_of(conversations: Iterable[Messages], model: ChatModel) -> list[Example]:
+    """Conversations as tokens, with the weights of what the assistant says."""
+    return [encode(messages, model.tokenizer, model.template) for messages in conversations]
+
+
+@beartype
+def rankings_of(records: Iterable[Record], model: ChatModel, max_seq_len: int) -> list[Ranking]:
+    """Rankings as tokens within `max_seq_len`; replies that the cut makes equal are left out, and counted aloud."""
+    rankings = (
+        Ranking(_prompt(record["prompt"], model), [_reply(record, text, model) for text in record["responses"]])
+        for record in records
+    )
+    return list(_counted(lambda rejected: fit_rankings(rankings, max_seq_len, rejected=rejected), max_seq_len))
+
+
+@beartype
+def preferences_of(records: Iterable[Record], model: ChatModel, max_seq_len: int) -> list[Preference]:
+    """Pairs as tokens within `max_seq_len`; those that the cut makes equal are left out, and counted aloud."""
+    pairs = [{**record, "responses": [record["chosen"], record["rejected"]]} for record in records]
+    return [Preference(pair.prompt, *pair.responses) for pair in rankings_of(pairs, model, max_seq_len)]
+
+
+@beartype
+def read_prompts(file: Path, model: ChatModel) -> list[Tensor]:
+    """Prompts as tokens up to where the assistant is to speak: those of a file's records, or of its lines of text."""
+    if file.suffix in TEXT_SUFFIXES:
+        prompts: Iterable[Messages] = ([{"role": "user", "content": line.strip()}] for line in read_lines(file))
+    else:
+        prompts = (record["prompt"] for record in read(file, "prompts"))
+    unique = {json.dumps(prompt): prompt for prompt in prompts}
+    if not unique:
+        raise ValueError(f"{file} has no prompt, expected one a line")
+    return [_prompt(prompt, model) for prompt in unique.values()]
+
+
+def _prompt(messages: Messages, model: ChatModel) -> Tensor:
+    return encode_prompt(messages, model.tokenizer, model.template)
+
+
+def _reply(record: Record, text: str, model: ChatModel) -> Tensor:
+    return encode_response(record["prompt"], text, model.tokenizer, model.template)
+
+
+def _counted(fit: Callable[[Counter[str]], Iterator[Item]], max_seq_len: int) -> Iterator[Item]:
+    rejected: Counter[str] = Counter()
+    yield from fit(rejected)
+    if number := sum(rejected.values()):
+        say(f"left out {number} pairs of replies that are the same within max_seq_len={max_seq_len}")

@@ -1,0 +1,83 @@
+"""The command ``palm-rlhf reward``: a reward model from rankings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.records import rankings_of, read, split
+from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.policy.reward import Pooling, RewardModel
+from palm_rlhf.training.reward import RewardModelTrainer
+from palm_rlhf.training.reward_config import RewardConfig
+
+
+@beartype
+def reward(
+    data: Annotated[Positional[Path], arg(metavar="RANKINGS")],
+    *,
+    model: ModelName,
+    output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    resume: bool = False,
+    template: TemplateName = "auto",
+    held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
+    pooling: Pooling = "last",
+    lora_r: int = 0,
+    normalise: bool = True,
+    training: OmitArgPrefixes[RewardConfig] = RewardConfig(),  # noqa: B008 (it is frozen)
+) -> None:
+    """Train a reward model on rankings of replies, or on pairs of a chosen and a rejected one.
+
+    The last line on standard output is JSON: valid_accuracy and the other measures of the held-out rankings, steps,
+    seconds, output_dir and model.
+
+    Args:
+        data: A file of any form that `palm-rlhf data convert` reads as rankings: Open-Assistant, HH, preferences.
+        model: The model to start from, best a fine-tuned one: its folder, that of a run, or a hub id.
+        output_dir: Where model, tokenizer, template, checkpoints and metrics go; a new folder in runs/ by default.
+        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
+        template: How conversations are written; auto is the model's own, or default.
+        held_out: The share of prompts that is kept to measure with; 0 keeps none.
+        pooling: What the score is read from: the last token, the mean over the reply, or over all tokens.
+        lora_r: Rank of the adapters that are trained in place of the weights; 0 trains the weights.
+        normalise: Shift and scale the scores so that those of the data have mean 0 and deviation 1.
+        training: How it is trained.
+    """
+    output_dir = run_folder("reward", output_dir, resume)
+    torch.manual_seed(training.seed)
+    chat_model = open_chat_model(model, template)
+    train, valid = (
+        rankings_of(side, chat_model, training.max_seq_len)
+        for side in split(read(data, "rankings"), held_out, training.seed)
+    )
+    lora = {"use_lora": True, "lora_r": lora_r} if lora_r else {}
+    trainer = RewardModelTrainer(
+        RewardModel(chat_model.palm, pooling=pooling, **lora),
+        train_data=train,
+        valid_data=valid or None,
+        config=training,
+        output_dir=output_dir,
+        resume=resume,
+    )
+    say(f"{len(train)} rankings, {len(valid)} held out; saved to {output_dir}")
+    for metrics in trainer.steps(progress_bar=True):
+        if "valid_accuracy" in metrics:
+            say(f"step {metrics['step']}: ranks {metrics['valid_accuracy']:.1%} of the held-out pairs right")
+    result = trainer.finish()
+    if normalise:
+        trainer.normalise(train)
+    if trainer.accelerator.is_main_process:
+        save_model(output_dir, trainer.reward_model, chat_model.tokenizer, chat_model.template)
+        folder = quoted(output_dir)
+        finish(
+            result,
+            output_dir,
+            [
+                ("improve a model", f"palm-rlhf rlhf PROMPTS --model {quoted(model)} --reward-model {folder}"),
+                ("measure it", f"palm-rlhf evaluate reward {folder} PREFERENCES"),
+            ],
+        )
+    trainer.accelerator.end_training()

@@ -1,0 +1,85 @@
+"""The command ``palm-rlhf rlhf``: a model improved by a reward model, with PPO, GRPO or RLOO."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model, open_reward_model
+from palm_rlhf.commands.records import read_prompts
+from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.data.conversation import end_of_turn
+from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
+from palm_rlhf.training.rlhf import RLHFTrainer
+from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.sharding import full_state, plain_palm
+
+
+@beartype
+def rlhf(
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
+    *,
+    model: ModelName,
+    reward_model: ModelName,
+    output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    resume: bool = False,
+    template: TemplateName = "auto",
+    training: OmitArgPrefixes[PPOConfig] = PPOConfig(),  # noqa: B008 (it is frozen)
+) -> None:
+    """Improve a model by reinforcement learning from a reward model: PPO, GRPO or RLOO (--algorithm).
+
+    With PPO the critic starts from the reward model, unless --shared-trunk reads values from the policy. Adapters
+    (--actor-lora-r) are merged at the end. The last line on standard output is JSON: the metrics of the last step,
+    such as score and kl, output_dir and model.
+
+    Args:
+        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads.
+        model: The model to improve, fine-tuned on conversations: its folder, that of a run, or a hub id.
+        reward_model: The reward model, of the same tokenizer: its folder, that of a run, or a hub id.
+        output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
+            default.
+        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
+        template: How conversations are written; auto is the model's own, or default.
+        training: How it is trained; where --eos-token is None it is the end of the assistant's turn.
+    """
+    output_dir = run_folder("rlhf", output_dir, resume)
+    torch.manual_seed(training.seed)
+    chat_model = open_chat_model(model, template)
+    judge = open_reward_model(reward_model, chat_model, model)
+    if training.eos_token is None:
+        training = replace(training, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
+    tokens = read_prompts(prompts, chat_model)
+    has_critic = training.algorithm == "ppo" and not training.shared_trunk and not training.critic_lora_r
+    trainer = RLHFTrainer(
+        palm=chat_model.palm,
+        reward_model=judge,
+        critic=judge if has_critic else None,
+        prompt_token_ids=tokens,
+        tokenizer=chat_model.tokenizer,
+        config=training,
+        output_dir=output_dir,
+        resume=resume,
+    )
+    say(f"{len(tokens)} prompts; saved to {output_dir}")
+    result = trainer.train()
+    state = full_state(trainer.actor_critic.palm)
+    if trainer.accelerator.is_main_process:
+        palm = plain_palm(chat_model.palm, state)
+        if training.actor_lora_r:
+            palm.merge_finetune_params(ACTOR_SCOPE)
+        save_model(output_dir, palm, chat_model.tokenizer, chat_model.template)
+        folder = quoted(output_dir)
+        sources = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
+        finish(
+            result,
+            output_dir,
+            [
+                ("talk with it", f"palm-rlhf chat {folder}"),
+                ("serve it", f"palm-rlhf serve {folder}"),
+                ("measure the run", f"palm-rlhf evaluate run {folder} {sources}"),
+            ],
+        )
+    trainer.accelerator.end_training()

@@ -1,0 +1,227 @@
+"""From text to a served model by commands alone, each on the folder that the one before it left."""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from palm_rlhf.cli import main
+from palm_rlhf.data.conversation import encode_prompt, end_of_turn
+from palm_rlhf.data.templates import PRESETS, load_template
+from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.serving.served import load
+from palm_rlhf.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--plot", "False", "--warmup-steps", "1"]
+ONE_EPOCH = ["--num-epochs", "1", "--batch-size", "8", "--learning-rate", "1e-3", "--log-every", "1", *SHORT]
+PPO = [*SHORT, "--num-steps", "2", "--rollouts-per-step", "8", "--minibatch-size", "8", "--max-new-tokens", "6"]
+FRESH = [
+    *("--dim", "32", "--depth", "1", "--heads", "2", "--dim-head", "16", "--seq-len", "32", "--eval-context", "16"),
+    *("--batch-size", "4", "--num-steps", "6", "--save-every", "3", "--sample-bytes", "8", *SHORT),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(runs, files):
+    """The folders of a run of `train` and of one of `sft` that started from it."""
+    base, sft = runs / "base", runs / "sft"
+    main(["train", "--data", str(files["text"]), "--output-dir", str(base), *FRESH])
+    main(
+        [
+            "sft",
+            str(files["conversations"]),
+            "--model",
+            str(base),
+            "--output-dir",
+            str(sft),
+            *ONE_EPOCH,
+            "--seq-len",
+            "64",
+        ]
+    )
+    return base, sft
+
+
+@pytest.fixture(scope="module")
+def rewarding(fine_tuned, runs, files):
+    """The folder of a run of `reward`."""
+    arguments = ["reward", files["rankings"], "--model", fine_tuned[1], "--output-dir", runs / "reward", *ONE_EPOCH]
+    main([*map(str, arguments), "--grad-accum", "1"])
+    return runs / "reward"
+
+
+def weights(folder):
+    return PaLM.from_pretrained(folder).state_dict()
+
+
+def test_train_says_what_to_do_next_and_that_works(runs, files, command, capsys):
+    where = ["--data", files["text"], "--output-dir", runs / "first run"]
+    result, said = command("train", *where, *FRESH)
+    assert result["steps"] == 6
+    assert 0 < result["bits_per_byte"] < 10
+    assert result["model"] == str(runs / "first run" / "model")
+    assert re.search(r"^--- The \w+ saw the", said, re.M)  # and not the number in the line above it
+    (line,) = (line for line in said.splitlines() if "palm-rlhf generate" in line)
+    words = shlex.split(line[line.index("palm-rlhf") :])
+    assert words[2] == str(runs / "first run")
+    main([*words[1:], "--max-new-tokens", "3"])
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_sft_keeps_tokenizer_and_template_and_lowers_the_loss(fine_tuned):
+    base, sft = fine_tuned
+    tokenizer, template = load_tokenizer(sft / "model"), load_template(sft / "model")
+    assert isinstance(tokenizer, ByteTokenizer) and template == PRESETS["default"]
+    assert PaLM.from_pretrained(base).num_tokens == 256
+    assert PaLM.from_pretrained(sft).num_tokens == tokenizer.num_tokens == 261
+    losses = [line["loss"] for line in read_metrics(sft / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_reward_ranks_and_carries_the_tokenizer_along(rewarding, fine_tuned):
+    model = RewardModel.from_pretrained(rewarding)  # of the run's folder
+    assert model.palm.num_tokens == 261
+    assert load_tokenizer(rewarding / "model").fingerprint == load_tokenizer(fine_tuned[1] / "model").fingerprint
+    assert float(model.score_std) != 1.0  # normalised over the data
+
+
+def test_rlhf_improves_the_model_that_can_be_measured_and_talked_with(
+    fine_tuned, rewarding, runs, files, command, monkeypatch, capsys
+):
+    sft, folder = fine_tuned[1], runs / "rlhf"
+    options = ["--model", sft, "--reward-model", rewarding, "--output-dir", folder, *PPO, "--sample-every", "1"]
+    result, said = command("rlhf", files["prompts"], *options)
+    assert result["step"] == 2
+    assert "2 prompts" in said  # blank lines and repetitions are none
+    assert not all(torch.equal(old, new) for old, new in zip(weights(sft).values(), weights(folder).values()))
+    lines = read_metrics(folder / "samples.jsonl")
+    tokenizer, template = load_tokenizer(folder / "model"), load_template(folder / "model")
+    prompts = [
+        encode_prompt([{"role": "user", "content": f"What is {number}?"}], tokenizer, template).tolist()
+        for number in (1, 2)
+    ]
+    assert all(line["prompt_tokens"] in prompts for line in lines)
+    end = end_of_turn(tokenizer, template)
+    assert all(len(line["completion_tokens"]) == 6 or line["completion_tokens"][-1] == end for line in lines)
+
+    # what it says to do next
+    (line,) = (line for line in said.splitlines() if "palm-rlhf evaluate run" in line)
+    measured, _ = command(*shlex.split(line[line.index("palm-rlhf") :])[1:])
+    assert [step["step"] for step in measured["win_rates"]] == [1, 2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    main(["chat", str(folder), "--max-tokens", "3", "--seed", "0"])
+    capsys.readouterr()
+    served = load(folder, reward_model=rewarding)
+    assert served.name == "rlhf" and served.template == PRESETS["default"]
+
+
+@pytest.mark.parametrize("algorithm", [["--algorithm", "grpo", "--num-samples", "4"], ["--shared-trunk"]])
+def test_rlhf_without_a_critic_of_its_own_by_adapters(fine_tuned, rewarding, tmp_path, files, command, algorithm):
+    options = ["--model", fine_tuned[1], "--reward-model", rewarding, "--output-dir", tmp_path / "run", *PPO]
+    command("rlhf", files["prompts"], *options, *algorithm, "--actor-lora-r", "2", "--learning-rate", "0.1")
+    palm = PaLM.from_pretrained(tmp_path / "run")
+    assert not palm.finetune_modules
+    before = weights(fine_tuned[1])
+    assert not all(torch.equal(before[name], tensor) for name, tensor in palm.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-r", "2"]])
+def test_dpo_moves_the_model_towards_what_was_chosen(fine_tuned, files, tmp_path, command, lora):
+    options = ["--model", fine_tuned[1], "--output-dir", tmp_path / "run", *ONE_EPOCH, "--grad-accum", "1", *lora]
+    result, _ = command("dpo", files["preferences"], *options, "--num-epochs", "6", "--learning-rate", "1e-2")
+    assert result["valid_accuracy"] == 1.0
+    assert not PaLM.from_pretrained(tmp_path / "run").finetune_modules
+    assert load_template(tmp_path / "run" / "model") == PRESETS["default"]
+
+
+def test_train_goes_on_with_a_model_of_another_tokenizer(files, tmp_path, command):
+    tokenizer = HuggingFaceTokenizer.train(files["text"].read_text().splitlines(), num_tokens=300)
+    start = PaLM(num_tokens=tokenizer.num_tokens, dim=32, depth=1, heads=2, dim_head=16)
+    for part in (start, tokenizer, PRESETS["oasst"]):
+        part.save_pretrained(tmp_path / "start")
+    training = FRESH[FRESH.index("--seq-len") :]
+    result, _ = command(
+        "train", "--data", files["text"], "--model", tmp_path / "start", "--output-dir", tmp_path / "run", *training
+    )
+    assert result["steps"] == 6
+    assert load_tokenizer(tmp_path / "run/model").fingerprint == tokenizer.fingerprint
+    assert load_template(tmp_path / "run/model") == PRESETS["oasst"]
+    assert PaLM.from_pretrained(tmp_path / "run").num_tokens == tokenizer.num_tokens
+
+
+def test_resume_without_a_folder_goes_on_with_the_newest_run(files, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = ["train", "--data", files["text"], *FRESH]
+    with pytest.raises(
+        SystemExit, match=r"palm-rlhf: got --resume without --output-dir, and .*runs has no run of `train`"
+    ):
+        command(*where, "--resume")
+    first, _ = command(*where)
+    resumed, said = command(*where, "--num-steps", "8", "--resume")
+    assert resumed["output_dir"] == first["output_dir"]
+    assert resumed["steps"] == 8
+    assert f"going on with {first['output_dir']}, the newest run" in said
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [first["output_dir"].removeprefix("runs/")]
+
+
+def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewarding, files, tmp_path, capsys):
+    base, sft = fine_tuned
+    PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8).save_pretrained(tmp_path / "bytes")
+    RewardModel(PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8)).save_pretrained(tmp_path / "reward")
+    (tmp_path / "run/checkpoints/step_00000003").mkdir(parents=True)
+    PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8).save_pretrained(
+        tmp_path / "run/checkpoints/step_00000003/model"
+    )
+    for arguments, expected in (
+        (["rlhf", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "has 256 tokens and"),
+        (["sft", files["conversations"], "--model", rewarding], "is a reward model"),
+        (["sft", files["prompts"], "--model", base], r"prompts\.txt, line 1"),
+        (["sft", files["conversations"], "--model", tmp_path / "run"], "has not finished.*step_00000003/model"),
+        (["dpo", files["conversations"], "--model", sft], "compare no replies"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in [*arguments, "--output-dir", tmp_path / "new"]])
+        assert isinstance(end.value.code, str), capsys.readouterr().err
+        assert re.search(expected, end.value.code), end.value.code
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_id_is_a_model_like_a_folder(fine_tuned, files, tmp_path):
+    """Out of the cache of the hub's own client, as if it had been downloaded before."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "cache/hub/models--owner--name"
+    shutil.copytree(fine_tuned[1] / "model", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    PRESETS["oasst"].save_pretrained(repository / "snapshots" / commit)  # not the default one
+    (repository / "snapshots" / commit / "tokenizer_config.json").unlink()
+    ByteTokenizer(PRESETS["oasst"].special_tokens).save_pretrained(repository / "snapshots" / commit)
+    arguments = ["sft", files["conversations"], "--model", "owner/name", "--output-dir", tmp_path / "run", *ONE_EPOCH]
+    done = subprocess.run(
+        [sys.executable, "-m", "palm_rlhf.cli", *map(str, arguments)],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] > 0
+    assert load_template(tmp_path / "run/model") == PRESETS["oasst"]
+    assert "<|prompter|>" in load_tokenizer(tmp_path / "run/model").special_tokens
