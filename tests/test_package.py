@@ -237,8 +237,8 @@ def test_info_tells_why_there_are_no_kernels():
 def test_help_names_every_subcommand_and_describes_every_option(capsys):
     for arguments, expected in (
         (["--help"], ["info", "generate", "Continue a text", "Print the versions"]),
-        (["generate", "--help"], ["CHECKPOINT", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"]),
-        (["generate", "--help"], ["save_pretrained", "How many bytes", "Makes the sample repeatable"]),
+        (["generate", "--help"], ["MODEL", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"]),
+        (["generate", "--help"], ["hub id", "How many tokens", "Makes the sample repeatable"]),
     ):
         with pytest.raises(SystemExit) as exit:
             main(arguments)

@@ -11,6 +11,7 @@ from palm_rlhf.data.streaming import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import known_tokens
 
 
 @beartype
@@ -50,11 +51,11 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         eos_token=eos_token,
+        allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
         generator=generator,
     )
-    for token in map(int, steps):
-        if token < tokenizer.num_tokens:  # padded vocabularies have ids without a token
-            print(decoder.push(token), end="", flush=True)
+    for token in steps:
+        print(decoder.push(int(token)), end="", flush=True)
     print(decoder.finish())
 
 

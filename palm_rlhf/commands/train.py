@@ -20,6 +20,7 @@ from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_t
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
 
@@ -168,8 +169,10 @@ def show_continuations(
     for prompt in prompts:
         tokens = torch.tensor(tokenizer.encode(prompt), device=palm.device)
         sample = palm.generate(
-            prompt=tokens, max_new_tokens=num_tokens, temperature=temperature, generator=generator
-        ).tolist()
-        # A padded vocabulary has ids that no token has.
-        said = tokenizer.decode([token for token in sample if token < tokenizer.num_tokens])
-        show(f"--- {prompt}{said}\n---")
+            prompt=tokens,
+            max_new_tokens=num_tokens,
+            temperature=temperature,
+            generator=generator,
+            allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
+        )
+        show(f"--- {prompt}{tokenizer.decode(sample.tolist())}\n---")

@@ -15,10 +15,16 @@ GRACE = 5  # seconds that replies have to end after the server was told to
 LAST_WORDS = 5  # seconds that clients have to read what they are told when those are over
 # Seconds that an idle connection is kept, longer than clients do: closing one just as it is used fails what is sent.
 KEEP_ALIVE = 75
+MAX_PORT = 2**16 - 1
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for connections; port 0 takes any that is free. OSError where it cannot be had."""
+    """A socket that waits for connections; port 0 takes any that is free.
+
+    ValueError for a number that is no port, OSError where the port cannot be had.
+    """
+    if not 0 <= port <= MAX_PORT:
+        raise ValueError(f"port is {port}; expected 0, which takes any that is free, to {MAX_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=1024)
 

@@ -82,13 +82,15 @@ def serve(
     answer(host, port, checkpoint, {**options, "dtype": dtype, "device": device}, config, door)
 
 
-def answer(host: str, port: int, checkpoint: Path, options: dict[str, Any], config: "EngineConfig", door: Door) -> None:
+def answer(host: str, port: int, checkpoint: str, options: dict[str, Any], config: "EngineConfig", door: Door) -> None:
     """Loads a checkpoint with its options, and answers until it is interrupted."""
     from palm_rlhf.serving.background import listen, make_server, url_of
     from palm_rlhf.serving.engine import Engine
+    from palm_rlhf.serving.extras import fastapi_module
     from palm_rlhf.serving.served import load
     from palm_rlhf.serving.server import create_app
 
+    fastapi_module()  # a package that is missing should not cost the time to load a model either
     keys, limits, connections = door.keys(), door.limits(), door.connections()
     access = door.access(host, loopback=is_loopback(host))
     if not keys.secured and not is_loopback(host):

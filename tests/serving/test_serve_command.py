@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from palm_rlhf.cli import main
 from palm_rlhf.serving.commands import is_loopback, serve
 from palm_rlhf.serving.door import Door, num_bytes
 
@@ -97,6 +98,12 @@ def test_a_port_in_use_is_said_before_the_model_is_read(tmp_path):
         serve(str(tmp_path / "nothing"), port=0)
 
 
+def test_a_number_that_is_no_port_is_refused_in_one_line(checkpoint):
+    for port in ("80000", "-1"):
+        with pytest.raises(SystemExit, match=f"^palm-rlhf: port is {port}; expected 0, .* to 65535$"):
+            main(["serve", str(checkpoint), "--port", port])
+
+
 def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
     (tmp_path / "empty").write_text("\n")
     for options, expected in (
@@ -114,7 +121,7 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
         ({"device": "toaster"}, "device is 'toaster'"),
         ({"device": "cuda:99"}, "torch sees . GPUs"),
         ({"template": "vicuna"}, "needs the special tokens"),
-        ({"reward_model": checkpoint}, "model_type"),
+        ({"reward_model": str(checkpoint)}, "model_type"),
         ({"lora_scope": "pirate"}, "finetune scope 'pirate'"),
     ):
         with pytest.raises(ValueError, match=expected):
