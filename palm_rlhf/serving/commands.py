@@ -3,7 +3,6 @@
 import ipaddress
 import logging
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
