@@ -17,13 +17,15 @@ from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.preparing import Preparation
 from palm_rlhf.serving.protocol import Ask, read_chat, read_completion, read_json, read_score
 from palm_rlhf.serving.records import current, note_reason
-from palm_rlhf.serving.replies import Form, event
+from palm_rlhf.serving.replies import Form
 from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens
+from palm_rlhf.serving.responses import ResponseForm, read_response
 from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.streaming import EventStream, Mailbox, cancel, pieces, unless_gone
 from palm_rlhf.serving.tools import reading_calls
 
 logger = logging.getLogger(__name__)
+READERS = {"chat": read_chat, "completion": read_completion, "response": read_response}
 SCORED_AT_ONCE = 8  # between two tokens of those that run
 
 
@@ -70,23 +72,22 @@ class Answers:
         """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
         client = client_of(request.scope)
         ask, wanted = await self._prepared(request, lambda body: self._asked(kind, body, client))
-        form = Form(
-            kind,
-            self.served.name,
-            self.served.tokenizer,
-            ask.include_usage,
-            ask.continuous_usage,
-            ask.prompt_logprobs,
-        )
+        form = self._form(kind, ask)
         if not ask.stream:
             return await self._while_connected(request, self._whole(form, ask, wanted))
         generations, queue = self._submit(wanted)
         return EventStream(self._events(form, ask, generations, queue), generations)
 
+    def _form(self, kind: Kind, ask: Ask) -> Form | ResponseForm:
+        if kind == "response":
+            return ResponseForm(self.served.name, ask.repeated)
+        counting = (ask.include_usage, ask.continuous_usage, ask.prompt_logprobs)
+        return Form(kind, self.served.name, self.served.tokenizer, *counting)
+
     def _asked(self, kind: Kind, body: bytes, client: str) -> tuple[Ask, list[Request]]:
         """What a client's body asks for."""
         values = read_json(body)
-        ask = read_chat(values) if kind == "chat" else read_completion(values)
+        ask = READERS[kind](values)
         self._check_model(ask.model)
         if ask.best_of > ask.n and self.served.reward_model is None:
             raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
@@ -185,7 +186,7 @@ class Answers:
         except (ValueError, EngineFull, EngineError) as error:
             raise as_api_error(error) from error
 
-    async def _whole(self, form: Form, ask: Ask, wanted: list[Request]) -> dict[str, Any]:
+    async def _whole(self, form: Form | ResponseForm, ask: Ask, wanted: list[Request]) -> dict[str, Any]:
         generations, queue = self._submit(wanted)
         said: list[list[Piece]] = [[] for _ in generations]
         try:
@@ -231,29 +232,26 @@ class Answers:
         return scores
 
     async def _events(
-        self, form: Form, ask: Ask, generations: list[Generation], queue: asyncio.Queue
+        self, form: Form | ResponseForm, ask: Ask, generations: list[Generation], queue: asyncio.Queue
     ) -> AsyncGenerator[bytes, None]:
         """The blocks of a stream; an error comes as an event, since the status has been sent."""
-        if form.kind == "chat":
-            yield b"".join(event(form.first(index, generations)) for index in range(len(generations)))
-        num_tokens = [0] * len(generations)
+        if opening := form.opening(generations):
+            yield opening
         try:
             async with aclosing(self._pieces(ask, generations, queue)) as blocks:
                 async for found in blocks:
-                    chunks = []
-                    for number, piece in found:
-                        num_tokens[number] = piece.num_tokens
-                        chunks += form.chunks(number, piece, generations, sum(num_tokens))
-                    yield b"".join(map(event, chunks))
-            if ask.include_usage:
-                yield event(form.last(generations))
+                    if block := form.block(found, generations):
+                        yield block
+            if closing := form.closing(generations):
+                yield closing
         except Exception as error:
             told = as_api_error(error)
             note_reason(str(told))
-            yield event(told.body)
+            yield form.failure(told)
         finally:
             self._note(ask, generations)
-        yield event("[DONE]")
+        if form.end:
+            yield form.end
 
     def _note(self, ask: Ask, generations: list[Generation]) -> None:
         """Writes a request to the log, and its times to the metrics."""

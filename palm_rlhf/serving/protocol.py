@@ -32,6 +32,7 @@ class Ask:
     json_schema: dict[str, Any] | None = None  # what a reply has to conform to
     schema_name: str = "response_format"  # of the parameter that says so
     tools: Tools | None = None  # what a reply may call
+    repeated: dict[str, Any] = field(default_factory=dict)  # what a response says again
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,7 +71,7 @@ def read_chat(body: dict[str, Any]) -> Ask:
     if schema is not None and tools is not None:
         message = "got response_format and tools; expected one of them, or a tool_choice of none"
         raise ApiError(400, message, param="response_format", code="conflict")
-    ask = _ask(values, [messages], limit, logprobs, prompt_logprobs)
+    ask = common(values, [messages], limit, logprobs, prompt_logprobs)
     return replace(ask, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools)
 
 
@@ -92,7 +93,7 @@ def read_completion(body: dict[str, Any]) -> Ask:
     limit, logprobs = values.get("max_tokens", COMPLETION_TOKENS), values.get("logprobs")
     logprobs, echo = None if logprobs is False else logprobs, values.get("echo", False)
     told = [number for number in (logprobs if echo else None, values.get("prompt_logprobs")) if number is not None]
-    ask = _ask(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
+    ask = common(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
     return replace(ask, echo=echo, prompt_logprobs=values.get("prompt_logprobs"))
 
 
@@ -123,10 +124,10 @@ def plain(message: dict[str, Any]) -> dict[str, Any]:
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
-def _ask(
+def common(
     values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs: int | None, prompt_logprobs: int | None
 ) -> Ask:
-    """What chats and completions have in common."""
+    """What requests of all kinds have in common."""
     stream, n = values.get("stream", False), values.get("n", 1)
     best_of, stop = values.get("best_of", n), values.get("stop", ())
     if best_of < n:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from palm_rlhf import __version__
 from palm_rlhf.data.tokenizer import Tokenizer
+from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogprob, ToolCall
 from palm_rlhf.serving.vocabulary import token_text
 
@@ -46,6 +47,7 @@ class Form:
     prompt_logprobs: int | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    num_tokens: dict[int, int] = field(default_factory=dict)  # sampled so far, by the number of the choice
 
     def _envelope(self, choices: list[dict[str, Any]], chunk: bool, **more: Any) -> dict[str, Any]:
         chat = self.kind == "chat"
@@ -103,9 +105,31 @@ class Form:
         so_far = usage(generations, num_tokens) if self.continuous_usage else None
         return self._envelope([choice], chunk=True, **({"usage": so_far} if self.include_usage else {}))
 
-    def last(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The chunk with the usage."""
-        return self._envelope([], chunk=True, usage=usage(generations))
+    def opening(self, generations: Sequence[Generation]) -> bytes:
+        """What a stream begins with: the chunks that open the choices of a chat."""
+        if self.kind == "completion":
+            return b""
+        return b"".join(event(self.first(index, generations)) for index in range(len(generations)))
+
+    def block(self, found: Sequence[tuple[int, Piece]], generations: Sequence[Generation]) -> bytes:
+        """The chunks of the pieces that have come."""
+        chunks = []
+        for number, piece in found:
+            self.num_tokens[number] = piece.num_tokens
+            chunks += self.chunks(number, piece, generations, sum(self.num_tokens.values()))
+        return b"".join(map(event, chunks))
+
+    def closing(self, generations: Sequence[Generation]) -> bytes:
+        """What a stream ends with: the chunk with the usage, where it is asked for."""
+        return event(self._envelope([], chunk=True, usage=usage(generations))) if self.include_usage else b""
+
+    def failure(self, error: ApiError) -> bytes:
+        """What a stream ends with that an error has broken, since the status has been sent."""
+        return event(error.body)
+
+    @property
+    def end(self) -> bytes:
+        return event("[DONE]")
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob], request: Request) -> dict[str, Any] | None:
         """In OpenAI's forms, where a completion tells of the token that ends it, and a chat does not."""

@@ -12,22 +12,23 @@ from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.structured import Grammar
 from palm_rlhf.serving.tools import call_grammar
 
-Kind = Literal["chat", "completion"]
+Kind = Literal["chat", "completion", "response"]
+PROMPTS = {"chat": "messages", "completion": "prompt", "response": "input"}
 HOPELESS = 4  # a text of so many contexts, however long its tokens are, is not read to count them
 
 
 def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: str = "") -> list[Request]:
     """One request of a client for each reply that is to be drawn, those to one prompt next to each other."""
     check_ids(ask.options["logit_bias"], served.palm.num_tokens, "logit_bias")
-    chat = kind == "chat"
+    chat, name = kind != "completion", PROMPTS[kind]
     options = {**ask.options, "client": client, "grammar": grammar_of(served, ask)}
     if not ask.ignore_eos:
         options["stop"] += served.turn_end_strings if chat else ()
         options["stop_tokens"] = served.turn_ends if chat else served.eos_tokens
     requests = []
     for prompt in ask.prompts:
-        tokens = prompt_tokens(served, context, prompt, [] if ask.tools is None else ask.tools.definitions)
-        room = room_for_reply(len(tokens), ask.max_new_tokens, context, "messages" if chat else "prompt")
+        tokens = prompt_tokens(served, context, prompt, [] if ask.tools is None else ask.tools.definitions, name)
+        room = room_for_reply(len(tokens), ask.max_new_tokens, context, name)
         requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
     return requests
 
@@ -49,12 +50,14 @@ def grammar_of(served: Served, ask: Ask) -> Grammar | None:
         raise ApiError(400, f"{name} cannot be followed: {error}", param=name) from error
 
 
-def prompt_tokens(served: Served, context: int, prompt: str | list, tools: Sequence[dict] = ()) -> list[int]:
-    """The tokens of a text, of a conversation in which tools may be called, or those given."""
+def prompt_tokens(
+    served: Served, context: int, prompt: str | list, tools: Sequence[dict] = (), name: str | None = None
+) -> list[int]:
+    """The tokens of a text, of a conversation in which tools may be called, or those given; errors say the name."""
     if isinstance(prompt, list) and isinstance(prompt[0], int):
         check_ids(prompt, served.palm.num_tokens, "prompt")
         return prompt
-    name = "prompt" if isinstance(prompt, str) else "messages"
+    name = name or ("prompt" if isinstance(prompt, str) else "messages")
     size = len(prompt) if isinstance(prompt, str) else sum(1 + len(message["content"]) for message in prompt)
     size += sum(map(len, strings(tools)))
     least = size // served.longest_token if size > HOPELESS * context * served.longest_token else 0

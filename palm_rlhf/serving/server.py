@@ -15,6 +15,7 @@ from palm_rlhf.serving.front import Front, error_response, json_response
 from palm_rlhf.serving.keys import Keys
 from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.parameters import CHAT, COMPLETION, SCORE
+from palm_rlhf.serving.response_parameters import RESPONSE
 from palm_rlhf.serving.served import Served
 
 PAGE = Path(__file__).with_name("page")
@@ -114,6 +115,11 @@ def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
     async def create_completion(request: Request) -> Response:
         """Continue a text."""
         return await generate(request, "completion")
+
+    @app.post("/v1/responses", **described(RESPONSE, stream=True), **keyed)
+    async def create_response(request: Request) -> Response:
+        """Answer a text or a conversation, in the form of OpenAI's Responses API."""
+        return await generate(request, "response")
 
     @app.post("/v1/score", **described(SCORE), **keyed)
     async def score(request: Request) -> Response:

@@ -20,6 +20,7 @@ from palm_rlhf.serving.server import create_app
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/responses", "POST"),
     ("/v1/score", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
