@@ -24,7 +24,9 @@ OPERATIONS = [
     ("/v1/score", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
+    ("/health", "GET"),
     ("/healthz", "GET"),
+    ("/readyz", "GET"),
 ]
 ENDLESS = {"model": "parrot", "prompt": "a", "max_tokens": 19_000, "logit_bias": {"256": -100}}
 
@@ -56,8 +58,8 @@ def connect(server):
 
 def post(**options) -> bytes:
     body = json.dumps({**ENDLESS, **options}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
 
 
 def hang_up(connection: socket.socket) -> None:
