@@ -8,26 +8,25 @@ import contextlib
 import json
 import random
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
-from sft_data import Messages, fitted, opening, read_conversations, split
+from sft_data import dialogues
 from torch import Tensor
-from tqdm import tqdm
 
-from palm_rlhf.data.conversation import Template, encode, encode_prompt, end_of_turn
-from palm_rlhf.data.packing import PackedSampler
+from palm_rlhf.commands.models import ChatModel, TemplateName, open_chat_model
+from palm_rlhf.commands.records import Messages, fitted, opening, read, split
+from palm_rlhf.commands.runs import finish, quoted, run_folder, say
+from palm_rlhf.commands.sft import make_trainer, save
+from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn
 from palm_rlhf.data.streaming import StreamDecoder
-from palm_rlhf.data.templates import PRESETS, load_template
-from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer, add_special_tokens, load_tokenizer
+from palm_rlhf.data.templates import PRESETS
+from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import known_tokens, resize_token_embeddings
+from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.policy.rollout import Sampling, collect, spoken
-from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
 
@@ -45,24 +44,11 @@ class Fresh:
 TRAINING = SupervisedConfig(batch_size=4, num_epochs=6, learning_rate=2e-3, min_lr_ratio=0.0, eval_every=100)
 
 
-def start(folder: Path | None, name: str, fresh: Fresh) -> tuple[PaLM, Tokenizer, Template]:
-    """The model with its tokenizer and template; with one of 256 tokens and no tokenizer, its tokens are bytes."""
+def fresh_model(fresh: Fresh, name: str) -> ChatModel:
+    """A model of bytes and of the special tokens of a template."""
     tokenizer, template = ByteTokenizer(), PRESETS["default" if name == "auto" else name]
-    if folder is None:
-        tokenizer.add_special_tokens(template.special_tokens)
-        return PaLM(num_tokens=tokenizer.num_tokens, **asdict(fresh)), tokenizer, template
-    palm = PaLM.from_pretrained(folder)
-    try:
-        tokenizer = load_tokenizer(folder)
-    except FileNotFoundError:
-        if palm.num_tokens != 256:
-            raise
-        resize_token_embeddings(palm, tokenizer.num_tokens)
-    if name == "auto":
-        with contextlib.suppress(FileNotFoundError):
-            template = load_template(folder)
-    add_special_tokens(palm, tokenizer, template.special_tokens)
-    return palm, tokenizer, template
+    tokenizer.add_special_tokens(template.special_tokens)
+    return ChatModel(PaLM(num_tokens=tokenizer.num_tokens, **asdict(fresh)), tokenizer, template)
 
 
 def measure(palm: PaLM, prompts: list[Tensor], tokenizer: Tokenizer, sampling: Sampling) -> tuple[float, list[str]]:
@@ -89,17 +75,12 @@ def converse(palm: PaLM, tokenizer: Tokenizer, template: Template, sampling: Sam
         messages.append({"role": "assistant", "content": reply + text})
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Words for people go to standard error; standard output has the numbers, and the replies of the chat."""
-    tqdm.write(text, file=sys.stderr, end=end)
-
-
 def main(
     data: Path | None = None,
-    model: Path | None = None,
+    model: str | None = None,
     output_dir: Path | None = None,
     resume: bool = False,
-    template: Literal["auto", "default", "oasst", "vicuna", "openchat"] = "auto",
+    template: TemplateName = "auto",
     chat: bool = False,
     held_out: float = 0.1,
     num_prompts: int = 64,
@@ -113,9 +94,10 @@ def main(
 
     Args:
         data: A file of Open-Assistant, ShareGPT, messages or preferences; by default dialogues of chatterbot-corpus.
-        model: The folder of a PaLM with its tokenizer, which wants a lower learning rate; by default a fresh one.
+        model: The folder of a model or of its run, or a hub id; it wants a lower learning rate. A fresh one by default.
         output_dir: Where checkpoints, metrics, and model, tokenizer and template go; a new folder in runs/ by default.
-        resume: Go on from the newest checkpoint in output_dir, if there is one; it is what is measured before, too.
+        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/. It is what is
+            measured before, too.
         template: How conversations are written; auto is the model's own, or default.
         chat: Chat at the end also where standard input is no terminal; a line is what the user says.
         held_out: The part of the conversations that is kept for measurements.
@@ -126,22 +108,13 @@ def main(
         fresh: The numbers of a fresh model.
         training: How it is trained.
     """
-    output_dir = output_dir or Path("runs") / time.strftime("sft-%Y%m%d-%H%M%S")
+    conversations = dialogues() if data is None else read(data, "sft")
+    output_dir = run_folder("sft", output_dir, resume)
     torch.manual_seed(training.seed)
-    palm, tokenizer, form = start(model, template, fresh)
-    sides = split(read_conversations(data), held_out, training.seed)
-    train, valid = (fitted(side, seq_len, tokenizer, form) for side in sides)
-    examples, valid_examples = ([encode(messages, tokenizer, form) for messages in side] for side in (train, valid))
-    capacity = max(seq_len, *map(len, examples))  # words may be cut otherwise where messages meet
-    trainer = SupervisedTrainer(
-        palm,
-        train_data=examples,
-        valid_data=valid_examples,
-        sampler=PackedSampler([len(example) for example in examples], capacity, training.seed),
-        config=training,
-        output_dir=output_dir,
-        resume=resume,
-    )
+    chat_model = fresh_model(fresh, template) if model is None else open_chat_model(model, template)
+    palm, tokenizer, form = chat_model
+    train, valid = (fitted(side, seq_len, chat_model) for side in split(conversations, held_out, training.seed))
+    trainer = make_trainer(chat_model, train, valid, seq_len, training, output_dir, resume)
     questions = list({json.dumps(opening(messages)): opening(messages) for messages in valid}.values())
     questions = random.Random(training.seed).sample(questions, min(num_prompts, len(questions)))
     prompts = [encode_prompt(question, tokenizer, form) for question in questions]
@@ -157,17 +130,19 @@ def main(
         if "valid_loss" in metrics:
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
     result = trainer.finish()
-    if training.lora_r:
-        palm.merge_finetune_params(SCOPE)
+    save(trainer, chat_model, output_dir)
     if trainer.accelerator.is_main_process:
         after, replies = measure(palm, prompts, tokenizer, sampling)
         for question, *two in list(zip(questions, first_replies, replies, strict=True))[:5]:
             say("\n".join([f"--- {question[-1]['content']}", *(f"{w}: {t}" for w, t in zip(("before", "after"), two))]))
-        for part in (palm, tokenizer, form):
-            part.save_pretrained(output_dir / "model")
-        say(f"{after:.0%} end by themselves now; saved to {output_dir / 'model'}")
+        say(f"{after:.0%} end by themselves now")
         rates = {"stop_rate_before": before, "stop_rate_after": after}
-        print(json.dumps({**rates, **result, "model": str(output_dir / "model")}), flush=True)
+        next_commands = [("talk with it", "chat"), ("serve it", "serve")]
+        finish(
+            {**rates, **result},
+            output_dir,
+            [(words, f"palm-rlhf {command} {quoted(output_dir)}") for words, command in next_commands],
+        )
     trainer.accelerator.end_training()
     if trainer.accelerator.is_main_process and (chat or sys.stdin.isatty()):
         with contextlib.suppress(KeyboardInterrupt):

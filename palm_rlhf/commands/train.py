@@ -24,13 +24,12 @@ from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
 
-# The defaults, for two CPU cores and about ten minutes.
+# The defaults, for about ten minutes on two CPU cores that do nothing else.
 MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)
 TRAINING = LMConfig(
     batch_size=16,
     seq_len=256,
-    num_steps=2000,
-    max_seconds=550,
+    num_steps=1300,
     optimizer="muon",
     learning_rate=1e-2,
     min_lr_ratio=0.0,

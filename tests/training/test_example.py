@@ -46,7 +46,7 @@ def test_it_trains_samples_saves_and_resumes(run, tmp_path, text):
 
     again = run(*where, "--num-steps", "8")
     assert again.returncode == 1
-    assert again.stderr.splitlines()[-1].startswith("train.py: ")
+    assert again.stderr.splitlines()[-1].startswith("palm-rlhf: ")
     assert "earlier run" in again.stderr
 
     stopped = run(*where, "--num-steps", "10", "--resume", "--max-seconds", "0.001")
@@ -69,6 +69,6 @@ def test_help_comes_from_the_configs_and_a_missing_file_is_one_clear_line(run, t
     missing = run("--data", tmp_path / "no-such-file", "--output-dir", tmp_path / "run")
     assert missing.returncode == 1
     assert missing.stdout == ""
-    assert missing.stderr.startswith("train.py: ")
+    assert missing.stderr.startswith("palm-rlhf: ")
     assert "no-such-file" in missing.stderr
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,16 @@ SMALL = [
         "0.001",
     ),
 ]
-NUMBERS = {"stop_rate_before", "stop_rate_after", "valid_loss", "steps", "seconds", "model", "stopped_early"}
+NUMBERS = {
+    "stop_rate_before",
+    "stop_rate_after",
+    "valid_loss",
+    "steps",
+    "seconds",
+    "output_dir",
+    "model",
+    "stopped_early",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def run(root):
 
 @pytest.fixture(scope="module")
 def example(root):
-    """The example as a module, and its half that reads the conversations."""
+    """The example as a module, and its half that has the dialogues."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(root / "examples")
         yield importlib.import_module("sft"), importlib.import_module("sft_data")
@@ -177,39 +186,10 @@ def test_the_chat_remembers_what_there_is_room_for(example, monkeypatch, capsys)
     ]
 
 
-def test_a_model_of_bytes_without_a_tokenizer_gets_one(example, tmp_path):
-    sft, _ = example
-    palm = PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8)
-    palm.save_pretrained(tmp_path)
-    grown, tokenizer, template = sft.start(tmp_path, "vicuna", sft.Fresh())
-    assert template == PRESETS["vicuna"]
-    assert set(template.special_tokens) <= set(tokenizer.special_tokens)
-    assert grown.num_tokens == tokenizer.num_tokens
-    assert torch.equal(grown.token_emb.weight[:256], palm.token_emb.weight)
-    PaLM(num_tokens=300, dim=16, depth=1, heads=1, dim_head=8).save_pretrained(tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="tokenizer"):
-        sft.start(tmp_path / "other", "auto", sft.Fresh())
-
-
-def test_no_prompt_that_is_held_out_is_learnt_from(example):
+def test_the_dialogues_are_conversations_of_a_user_and_the_assistant(example):
     _, data = example
-    records = list(data.read_conversations(None))
-    train, valid = data.split(records, 0.1, 0)
-    assert len(train) + len(valid) == len(records) > 500
-    assert 0.05 < len(valid) / len(records) < 0.15
-    first = [{record["messages"][0]["content"] for record in side} for side in (train, valid)]
-    assert first[0].isdisjoint(first[1])
-    with pytest.raises(ValueError, match="--held-out"):
-        data.split(records, 0.0, 0)
-
-
-def test_pieces_fit_their_rows_with_the_marks_of_the_template(example):
-    _, data = example
-    exchange = [{"role": "user", "content": "?" * 20}, {"role": "assistant", "content": "!" * 20}]
-    tokenizer, template = ByteTokenizer(), PRESETS["default"]
-    # an exchange is 40 bytes and 4 marks
-    for seq_len, lengths in ((44, [2, 2, 2]), (87, [2, 2, 2]), (88, [4, 2]), (132, [6])):
-        pieces = data.fitted([{"messages": exchange * 3}], seq_len, tokenizer, template)
-        assert [len(piece) for piece in pieces] == lengths
-    with pytest.raises(ValueError, match="seq_len=43"):
-        data.fitted([{"messages": exchange}], 43, tokenizer, template)
+    conversations = [record["messages"] for record in data.dialogues()]
+    assert len(conversations) > 500
+    for messages in conversations:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert not any("\n" in message["content"] for message in messages)
