@@ -309,3 +309,14 @@ def test_generate_says_what_is_wrong_in_one_line(checkpoint, tmp_path):
         assert exit.value.code.startswith("palm-rlhf: ")
         assert expected in exit.value.code
         assert "\n" not in exit.value.code
+
+
+def test_a_triton_that_is_too_old_is_told_by_its_version(tmp_path):
+    """Not by the module that it lacks: torch 2.6 comes with 3.2, which has no tensor descriptors."""
+    (tmp_path / "triton/language").mkdir(parents=True)
+    (tmp_path / "triton/__init__.py").write_text('__version__ = "3.2.0"\n')
+    (tmp_path / "triton/language/__init__.py").touch()
+    code = "from palm_rlhf.ops.attention import available_implementations as a; print(a('cuda')['triton'])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    process = run_python("-c", code, text=True, env=environment)
+    assert process.stdout == "Triton 3.8 or newer is needed, found 3.2.0\n", process.stderr

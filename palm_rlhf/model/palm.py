@@ -136,7 +136,7 @@ class PaLM(nn.Module):
         """Logits, or a loss, or the final embeddings.
 
         Args:
-            tokens: `b n`, integers below `num_tokens` (not checked here; generate, trainers and loaders check).
+            tokens: `b n`, int64 or int32, from 0 to below `num_tokens`.
             return_loss: predict each token from those before it, and return the mean cross-entropy in nats.
             loss_mask: `b n`, True for the tokens that count as targets; the first of a row or document never does.
             loss_denominator: divides the summed loss instead of the number of targets.
@@ -151,33 +151,43 @@ class PaLM(nn.Module):
 
         Returns:
             `b n v` float logits, a scalar loss, or embeddings as asked.
+
+        Raises:
+            ValueError: tokens of another shape or type, or on a CPU, out of the vocabulary.
         """
-        if return_loss:
-            if tokens.shape[1] < 2:
-                raise ValueError(f"got {tokens.shape[1]} tokens a row; a loss needs at least 2, one to say")
-            targets_mask = target_mask(loss_mask=loss_mask, key_mask=key_mask, document_ids=document_ids)
-            tokens, targets = next_token_pairs(tokens)
-            key_mask, positions, document_ids = (
-                t if t is None else t[:, :-1] for t in (key_mask, positions, document_ids)
-            )
-            if extra_embed is not None and extra_embed.ndim > 1 and extra_embed.shape[-2] > 1:
-                extra_embed = extra_embed[..., :-1, :]
-        scope = None if disable_lora else finetune_scope
-        embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, scope)
-        if return_only_embedding:
-            return embeds
-        if return_loss:
-            return linear_cross_entropy(
-                embeds,
-                self.token_emb.weight,
-                targets,
-                targets_mask,
-                scale=self.config.output_scale,
-                z_loss=self.config.z_loss if self.training else 0.0,
-                denominator=loss_denominator,
-            )
-        logits = self.to_logits(embeds)
-        return (logits, embeds) if return_logits_with_embedding else logits
+        check_tokens(tokens)
+        given = tokens
+        try:
+            if return_loss:
+                if tokens.shape[1] < 2:
+                    raise ValueError(f"got {tokens.shape[1]} tokens a row; a loss needs at least 2, one to say")
+                targets_mask = target_mask(loss_mask=loss_mask, key_mask=key_mask, document_ids=document_ids)
+                tokens, targets = next_token_pairs(tokens)
+                key_mask, positions, document_ids = (
+                    t if t is None else t[:, :-1] for t in (key_mask, positions, document_ids)
+                )
+                if extra_embed is not None and extra_embed.ndim > 1 and extra_embed.shape[-2] > 1:
+                    extra_embed = extra_embed[..., :-1, :]
+            scope = None if disable_lora else finetune_scope
+            embeds = self._embed(tokens, key_mask, positions, document_ids, cache, extra_embed, scope)
+            if return_only_embedding:
+                return embeds
+            if return_loss:
+                return linear_cross_entropy(
+                    embeds,
+                    self.token_emb.weight,
+                    targets,
+                    targets_mask,
+                    scale=self.config.output_scale,
+                    z_loss=self.config.z_loss if self.training else 0.0,
+                    denominator=loss_denominator,
+                )
+            logits = self.to_logits(embeds)
+            return (logits, embeds) if return_logits_with_embedding else logits
+        except (IndexError, RuntimeError):
+            if given.device.type == "cpu":  # elsewhere, where it would cost a synchronisation, ids are not looked at
+                generation.check_token_ids(given, self.num_tokens)
+            raise
 
     def to_logits(self, embeds: Tensor) -> Tensor:
         """The tied output layer: `... e -> ... v`."""
@@ -351,6 +361,15 @@ class PaLM(nn.Module):
         """
         storage.load_into(self, Path(path))
         return self
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """ValueError for what is no batch of token ids, by shape and type alone: a compiled forward pays nothing."""
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens is {tokens.dtype} of the shape {tuple(tokens.shape)}; expected ids, torch.int64 or torch.int32, "
+            "of the shape `b n` with at least one in a row: of a single text, tokens.unsqueeze(0)"
+        )
 
 
 def default_positions(tokens: Tensor, key_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:

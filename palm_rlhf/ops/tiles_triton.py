@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 OLDEST_TRITON = (3, 8)
+# First, for an older one lacks modules that are imported below, and would be refused by the name of one of them.
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
     raise ImportError("Triton {}.{} or newer is needed, found {}".format(*OLDEST_TRITON, triton.__version__))
+
+import triton.language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, set before Triton is imported

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf import PaLM, PaLMConfig
+from palm_rlhf import PaLM, PaLMConfig, RewardModel
 
 SMALL = {"num_tokens": 19, "dim": 12, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2, "z_loss": 0.0}
 VARIANTS = {
@@ -326,3 +326,27 @@ def test_a_compiled_step_of_training_equals_an_eager_one():
         optimizer.step()
         weights.append([loss.detach(), *(parameter.detach() for parameter in palm.parameters())])
     assert_all_close(*weights, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tokens, loss, expected",
+    [
+        (torch.tensor([[1, 16, 2]]), False, "token id 16 is outside the vocabulary; expected 0 to 15"),
+        (torch.tensor([[1, -1, 2]]), False, "token id -1 is outside the vocabulary"),
+        (torch.tensor([[1, 2, 16]]), True, "token id 16 is outside"),  # a target alone
+        (torch.tensor([[1, 2, -100]]), True, "token id -100 is outside"),
+        (torch.tensor([1, 2]), False, r"torch.int64 of the shape \(2,\); expected ids.* `b n`.*unsqueeze"),
+        (torch.tensor([1, 2]), True, r"of the shape \(2,\)"),
+        (torch.tensor([[1.0, 2.0]]), False, r"torch.float32 of the shape \(1, 2\); expected ids, torch.int64"),
+        (torch.tensor([[True, False]]), False, "torch.bool of the shape"),
+        (torch.tensor([[1, 2]], dtype=torch.uint8), False, "torch.uint8 of the shape"),
+        (torch.zeros(1, 0, dtype=torch.long), False, r"of the shape \(1, 0\)"),
+    ],
+)
+def test_tokens_that_are_none_are_refused_in_words(tokens, loss, expected):
+    palm = PaLM(num_tokens=16, dim=16, depth=1, heads=1, dim_head=8)
+    with pytest.raises(ValueError, match=expected):
+        palm(tokens, return_loss=loss)
+    if not loss:
+        with pytest.raises(ValueError, match=expected):
+            RewardModel(palm)(tokens)
