@@ -1,6 +1,7 @@
 """The sequences that are being computed together: prompts read in chunks, and one token a step for each row."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -67,7 +68,7 @@ class Batch:
         self.reading.append(generation)
         generation.num_read = start
         if not generation.admitted:
-            generation.admitted, generation.num_cached = True, start
+            generation.started, generation.num_cached = time.monotonic(), start
         return True
 
     def _may_join(self, generation: Generation, known: int, num_tokens: int) -> bool:

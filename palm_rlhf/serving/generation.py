@@ -129,7 +129,7 @@ class Generation:
         self.request = request
         self.tokens: list[int] = []  # sampled so far, the one that ends the reply included
         self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on, as far as they are known
-        self.admitted = False  # whether it has ever had a row
+        self.started: float | None = None  # when it first had a row
         self.num_cached = 0  # tokens of the prompt that were not computed again
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
@@ -145,6 +145,11 @@ class Generation:
         self._pending: list[TokenLogprob] = []  # of tokens whose text is held back
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._deliver = deliver
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it has ever had a row."""
+        return self.started is not None
 
     @property
     def sequence(self) -> list[int]:

@@ -1,9 +1,12 @@
 """What watches over a server is told the truth, and the page is there for everyone."""
 
+import re
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from palm_rlhf.serving.keys import Keys
 from palm_rlhf.serving.server import PAGE
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -36,9 +39,65 @@ def test_metrics_add_up(start_server):
     assert found["palm_rlhf_requests_total path=other status=404"] == 1
     assert found["palm_rlhf_time_to_first_token_seconds_count"] == 3
     assert found["palm_rlhf_time_per_token_seconds_count"] == 3
+    assert found["palm_rlhf_queue_seconds_count"] == found["palm_rlhf_end_to_end_seconds_count"] == 3
+    assert 0 < found["palm_rlhf_queue_seconds_sum"] < found["palm_rlhf_end_to_end_seconds_sum"]
+    assert found["palm_rlhf_prompt_length_tokens_sum"] == 3 * 8
+    assert found["process_resident_memory_bytes"] > 2**20
+    assert "python_info" in " ".join(found)
     assert found["palm_rlhf_running"] == found["palm_rlhf_waiting"] == 0
     assert found["palm_rlhf_cache_bytes"] > 0
     assert found["palm_rlhf_prefix_bytes"] > 0
+
+
+def test_several_replies_have_one_prompt(start_server):
+    url, _ = start_server()
+    httpx.post(f"{url}/v1/completions", json={"model": "parrot", "prompt": ["a", "bc"], "n": 3, "max_tokens": 2})
+    found = numbers(url)
+    assert found["palm_rlhf_end_to_end_seconds_count"] == 6
+    assert (found["palm_rlhf_prompt_length_tokens_count"], found["palm_rlhf_prompt_length_tokens_sum"]) == (2, 3)
+
+
+def test_the_buckets_end_at_the_timeout_and_the_context(start_server):
+    url, _ = start_server(timeout=70, context=100)
+    bounds = {}
+    for name in numbers(url):
+        if match := re.match(r"palm_rlhf_(\w+)_bucket le=([\d.]+)$", name):
+            bounds.setdefault(match[1], []).append(float(match[2]))
+    assert bounds.pop("prompt_length_tokens") == [4, 16, 64, 100]
+    assert set(bounds) == {
+        "queue_seconds",
+        "end_to_end_seconds",
+        "time_to_first_token_seconds",
+        "time_per_token_seconds",
+    }
+    for found in bounds.values():
+        assert found[-3:] == [25, 50, 70]
+
+
+def test_metrics_tell_no_client_from_another(start_server):
+    url, _ = start_server(api_keys=Keys([("alice", "secret-1"), ("bob", "secret-2")]))
+    chat = {"model": "parrot", "messages": HELLO, "user": "someone", "max_tokens": 2}
+    for key in ("secret-1", "secret-2"):
+        httpx.post(f"{url}/v1/chat/completions", json=chat, headers={"Authorization": f"Bearer {key}"})
+    text = httpx.get(f"{url}/metrics").text
+    assert not any(word in text for word in ("alice", "bob", "secret", "someone", "127.0.0.1", "address", "key "))
+
+
+def test_readiness_is_not_health(start_server, eventually):
+    url, engine = start_server(max_batch=1, queue=0, context=20_000)
+    endless = {"model": "parrot", "prompt": "a", "max_tokens": 19_000, "logit_bias": {"256": -100}, "stream": True}
+    with httpx.Client(base_url=url) as client:
+        assert client.get("/readyz").json()["status"] == "ready"
+        with client.stream("POST", "/v1/completions", json=endless) as reply:
+            body = reply.iter_bytes()  # held
+            next(body)
+            full = client.get("/readyz")
+            assert (full.status_code, full.json()["error"]["code"]) == (503, "queue_full")
+            assert client.get("/health").json() == client.get("/healthz").json()
+            assert client.get("/health").status_code == 200
+        eventually(lambda: client.get("/readyz").status_code == 200)
+        engine.close()
+        assert [client.get(path).status_code for path in ("/readyz", "/health", "/healthz")] == [503] * 3
 
 
 def test_health_counts_those_who_run_and_wait(start_server):
