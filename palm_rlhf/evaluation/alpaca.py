@@ -14,10 +14,16 @@ from beartype import beartype
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.evaluation.intervals import Interval, bootstrap_interval, exact_interval, standard_error
 from palm_rlhf.evaluation.length_control import LengthEffect, Regularizer, fit_length_effect
+from palm_rlhf.evaluation.texts import finite_numbers
 from palm_rlhf.training.state import write_text
 
 DRAW = 1.5
 OUTPUT_KEYS = ("instruction", "output", "generator")
+GENERATORS = ("generator_1", "generator_2")
+EXPECTED_ANNOTATIONS = (
+    "expected an array, or lines, of objects with a preference from 1 to 2, the texts output_1 and output_2, and the "
+    "names generator_1 and generator_2"
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +65,9 @@ class AlpacaResult:
 @beartype
 def preference_of(annotation: Record) -> float | None:
     """The preference from 1 (for the first output) to 2; 0, of old files, is a draw; None for all that is none."""
-    preference = annotation.get("preference")
-    if not isinstance(preference, int | float) or isinstance(preference, bool):
-        return None
-    preference = DRAW if preference == 0 else float(preference)
-    return preference if 1 <= preference <= 2 else None
+    numbers = finite_numbers([annotation.get("preference")], 1)
+    preference = None if numbers is None else numbers[0] or DRAW
+    return preference if preference is not None and 1 <= preference <= 2 else None
 
 
 @beartype
@@ -72,12 +76,17 @@ def read_annotations(path: str | os.PathLike[str], generator: str | None = None)
 
     generator: the model, `generator_2`, where the file has several. ValueError where it is not clear who is compared.
     """
-    annotations = [record for _, record in read_records(path)]
-    if not annotations or not all("preference" in annotation for annotation in annotations):
-        raise ValueError(
-            f"{path} holds no annotations, expected an array, or lines, of objects with a preference from 1 to 2, "
-            "and output_1, output_2, generator_1 and generator_2"
-        )
+    annotations = []
+    for line, record in read_records(path):
+        if "preference" not in record or not all(isinstance(record.get(key), str | None) for key in GENERATORS):
+            raise ValueError(
+                f"{path}, line {line}: this is no annotation, got the keys {sorted(record)[:8]}; {EXPECTED_ANNOTATIONS}"
+            )
+        if not isinstance(record.get("index", 0), int):
+            raise ValueError(f"{path}, line {line}: got the index {record['index']!r}, expected a whole number")
+        annotations.append(record)
+    if not annotations:
+        raise ValueError(f"{path} holds no annotations; {EXPECTED_ANNOTATIONS}")
     names = {annotation.get("generator_2") for annotation in annotations}
     if generator is not None:
         annotations = [annotation for annotation in annotations if annotation.get("generator_2") == generator]
@@ -133,7 +142,7 @@ def _length_effect(
     annotations: Sequence[Record], preferences: Sequence[float | None], regularizer: Regularizer | None
 ) -> LengthEffect | None:
     """The regression on lengths; that of a model against itself is 50 by definition, as in AlpacaEval."""
-    names = {annotation.get(key) for annotation in annotations for key in ("generator_1", "generator_2")}
+    names = {annotation.get(key) for annotation in annotations for key in GENERATORS}
     if len(names) == 1 and None not in names:
         return LengthEffect(50.0, 0.0, 0.0, 0.0)
     if not all(isinstance(record.get(key), str) for record in annotations for key in ("output_1", "output_2")):

@@ -4,11 +4,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from beartype import beartype
 
 from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.evaluation.texts import name_of, text_of, texts_of_choice, texts_of_turns
 
 Turns = tuple[str, ...]
 
@@ -48,15 +49,19 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     """
     questions, ids = [], _Ids()
     for line, record in read_records(path):
-        turns = _texts(record.get("turns", record.get("text", record.get("instruction"))))
-        references = _texts(record.get("reference", ()))
-        if not turns or references is None or not _has_id(record):
+        try:
+            turns, references = _turns(record, "turns", "text", "instruction"), _turns(record, "reference")
+            question_id = ids.of(record)
+            if not turns:
+                raise ValueError("nothing is asked")
+        except ValueError as error:
             raise ValueError(
-                f"{path}, line {line}: got the keys {sorted(record)[:8]}, expected a question: question_id with "
-                "text or turns, or an instruction"
-            )
-        category = record.get("category", record.get("dataset"))
-        questions.append(Question(ids.of(record), turns, references, None if category is None else str(category)))
+                f"{path}, line {line}: {error}; got the keys {sorted(record)[:8]}, expected a question: question_id "
+                "with text or turns, or an instruction"
+            ) from error
+        category = _first(record, "category", "dataset")
+        category = None if category is None else str(category)
+        questions.append(Question(question_id, tuple(turns), tuple(references), category))
     _require_unique([question.question_id for question in questions], path, "questions")
     return questions
 
@@ -71,14 +76,18 @@ def read_answers(path: str | os.PathLike[str], model: str | None = None) -> Answ
     answers: list[tuple[str, Turns]] = []
     names, ids = [], _Ids()
     for line, record in read_records(path):
-        turns = _texts(_answer(record))
-        if not turns or not _has_id(record):
+        try:
+            turns, question_id = _answer(record), ids.of(record)
+            name = _first(record, "model_id", "generator")
+            names.append(os.fspath(path) if name is None else name_of(name, "model_id"))
+            if not turns:
+                raise ValueError("nothing is answered")
+        except ValueError as error:
             raise ValueError(
-                f"{path}, line {line}: got the keys {sorted(record)[:8]}, expected an answer: question_id, model_id "
-                "and text or choices, or instruction, output and generator"
-            )
-        answers.append((ids.of(record), turns))
-        names.append(str(record.get("model_id", record.get("generator", os.fspath(path)))))
+                f"{path}, line {line}: {error}; got the keys {sorted(record)[:8]}, expected an answer: question_id, "
+                "model_id and text or choices, or instruction, output and generator"
+            ) from error
+        answers.append((question_id, tuple(turns)))
     if len(set(names)) != 1:
         raise ValueError(f"{path} has answers of {sorted(set(names))}, expected those of one model: cut the file")
     _require_unique([question_id for question_id, _ in answers], path, "answers")
@@ -103,21 +112,25 @@ def answer_to(question: Question, answers: Answers) -> Turns:
     return turns[: len(question.turns)]
 
 
-def _answer(record: Record) -> object:
+def _answer(record: Record) -> list[str]:
     choices = record.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        return choices[0].get("turns")
-    return record.get("text", record.get("output", record.get("turns")))
+    if isinstance(choices, list) and choices:
+        return texts_of_choice(choices[0])
+    return _turns(record, "text", "output", "turns")
 
 
-def _texts(value: object) -> Turns | None:
-    """A text or a list of texts; None for all else."""
-    texts = [value] if isinstance(value, str) else value
-    return tuple(texts) if isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts) else None
+def _turns(record: Record, *keys: str) -> list[str]:
+    """The texts under the first of the keys that a record has: of every turn, or of one in parts."""
+    value = _first(record, *keys)
+    if isinstance(value, list) and (value is record.get("turns") or all(isinstance(part, str) for part in value)):
+        return texts_of_turns(value)
+    text = text_of(value)
+    return [] if text is None else [text]
 
 
-def _has_id(record: Record) -> bool:
-    return "question_id" in record or isinstance(record.get("instruction"), str)
+def _first(record: Record, *keys: str) -> Any:
+    """What a record has under the first of the keys that it has."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
 class _Ids:
@@ -128,8 +141,10 @@ class _Ids:
 
     def of(self, record: Record) -> str:
         if "question_id" in record:
-            return str(record["question_id"])
-        instruction = record["instruction"]
+            return name_of(record["question_id"], "question_id")
+        instruction = record.get("instruction")
+        if not isinstance(instruction, str):
+            raise ValueError("no question_id, and no instruction as a text")
         self.seen[instruction] += 1
         return instruction if self.seen[instruction] == 1 else f"{instruction} ({self.seen[instruction]})"
 

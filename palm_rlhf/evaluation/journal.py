@@ -108,6 +108,6 @@ class Journal:
 def _parsed(line: bytes) -> Entry | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -22,6 +22,7 @@ from palm_rlhf.data.conversation import Template, encode_prompt, encode_response
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.evaluation.answers import Question, Turns
 from palm_rlhf.evaluation.prompts import Messages, Method, judge_messages
+from palm_rlhf.evaluation.texts import text_of
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.policy.reward import RewardModel
@@ -206,11 +207,12 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
 def _read_completion(content: bytes) -> Reply:
     try:
         completion = json.loads(content)
-        text = completion["choices"][0]["message"]["content"]
+        text = text_of(completion["choices"][0]["message"]["content"]) or ""
         usage = completion.get("usage")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _Transient(f"no completion ({type(error).__name__}: {error}): {content[:200]!r}") from error
-    return Reply("" if text is None else str(text), usage=usage if isinstance(usage, dict) else None)
+    text = text.encode(errors="replace").decode()  # half of a surrogate pair could not be shown
+    return Reply(text, usage=usage if isinstance(usage, dict) else None)
 
 
 class LocalJudge(Judge):

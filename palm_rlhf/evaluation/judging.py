@@ -14,6 +14,7 @@ from palm_rlhf.evaluation.comparisons import Comparison, UnparsedText
 from palm_rlhf.evaluation.journal import Entry, Journal
 from palm_rlhf.evaluation.judges import Judge, Request
 from palm_rlhf.evaluation.prompts import Method
+from palm_rlhf.evaluation.texts import finite_numbers
 from palm_rlhf.evaluation.verdicts import Scores, parse_rating, parse_scores, parse_verdict
 
 
@@ -78,6 +79,8 @@ def collect_judgments(
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}, expected at least 1")
     keys = [request.key(judge) for request in requests]
+    for key in journal.entries.keys() & set(keys):
+        _check_entry(journal, key)
     missing = {key: request for key, request in zip(keys, requests) if key not in journal}
     bar = tqdm(desc=f"asking {judge.name}", total=len(missing), unit="judgment", disable=None)
 
@@ -105,6 +108,19 @@ def collect_judgments(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [journal.entries[key] for key in keys]
+
+
+def _check_entry(journal: Journal, key: str) -> None:
+    """ValueError for a judgment of an earlier run that has been changed since."""
+    entry = journal.entries[key]
+    scores = entry.get("scores")
+    count = 1 if entry.get("method") == "rating" else 2
+    has_scores = scores is not None and finite_numbers(scores, count) is not None
+    if not (has_scores or (scores is None and isinstance(entry.get("text"), str))) or "swapped" not in entry:
+        raise ValueError(
+            f"{journal.path} has a damaged judgment under the key {key[:12]!r}, expected method, swapped, a text or "
+            f"{count} scores: delete that line, and it is asked for again"
+        )
 
 
 def _entry(key: str, request: Request, judge: Judge) -> Entry:

@@ -123,7 +123,7 @@ def _features(
     scaled = np.tanh(delta / deviation) if deviation > 0 else np.zeros(len(delta))
     difficulties = np.zeros(len(delta))
     if regularizer is not None:
-        if unknown := sorted(set(indices) - regularizer.difficulties.keys()):
+        if unknown := sorted(set(indices) - regularizer.difficulties.keys(), key=str):
             raise ValueError(
                 f"the instructions {unknown[:5]} have no difficulty in the regularizer, expected the indices of "
                 f"AlpacaEval's {len(regularizer.difficulties)} instructions: leave the regularizer out for others"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.records import read_records
+from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.evaluation.language_model import ALL, Document
+from palm_rlhf.evaluation.texts import text_of, texts_of_choice
 
 WORD = re.compile(r"\w+|[^\w\s]")
 TEXT_KEYS = ("output", "completion", "text", "response")
@@ -81,24 +82,41 @@ def statistics_by_language(documents: Sequence[Document]) -> dict[str, TextStati
 def read_output_texts(path: str | os.PathLike[str]) -> list[Document]:
     """The answers in a file, with their "lang": "output", "completion", "text", "response", or of MT-bench's choices.
 
-    A conversation ("messages") gives what its assistant says. ValueError for records that have none of these.
+    A conversation ("messages") gives what its assistant says; messages that only call tools say nothing. Content in
+    parts is joined. ValueError, with the line, for records that have none of these.
     """
     documents = []
     for line, record in read_records(path):
         language = record.get("lang")
         language = None if language is None else str(language)
-        texts = [record[key] for key in TEXT_KEYS if isinstance(record.get(key), str)][:1]
-        if isinstance(record.get("choices"), list):
-            texts = [text for choice in record["choices"] for text in choice.get("turns", ())]
-        elif isinstance(record.get("messages"), list):
-            texts = [message["content"] for message in record["messages"] if message.get("role") == "assistant"]
-        if not texts:
-            raise ValueError(
-                f"{path}, line {line}: got the keys {sorted(record)[:8]}, expected an answer as "
-                f"{', '.join(TEXT_KEYS)}, choices or messages"
-            )
+        try:
+            texts = _answers_in(record)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
         documents += [Document(text, language) for text in texts]
+    if not documents:
+        raise ValueError(f"{path} has no answers, expected at least one")
     return documents
+
+
+def _answers_in(record: Record) -> list[str]:
+    if isinstance(record.get("choices"), list):
+        texts = [text for choice in record["choices"] for text in texts_of_choice(choice)]
+    elif isinstance(record.get("messages"), list):
+        messages = record["messages"]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("got messages that are no objects, expected role and content")
+        said = (text_of(message) for message in messages if message.get("role") == "assistant")
+        texts = [text for text in said if text is not None]
+    else:
+        fields = (text_of(record[key]) for key in TEXT_KEYS if record.get(key) is not None)
+        texts = [text for text in fields if text is not None][:1]
+    if not texts:
+        raise ValueError(
+            f"got no text under the keys {sorted(record)[:8]}, expected an answer as {', '.join(TEXT_KEYS)}, choices "
+            "or messages of an assistant"
+        )
+    return texts
 
 
 def _lengths(lengths: Sequence[int]) -> dict[str, float]:

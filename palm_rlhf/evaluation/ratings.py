@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,13 +11,14 @@ import numpy as np
 from beartype import beartype
 
 from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.evaluation.alpaca import preference_of
+from palm_rlhf.evaluation.alpaca import GENERATORS, preference_of
 from palm_rlhf.evaluation.intervals import LEVEL, Interval
+from palm_rlhf.evaluation.texts import name_of
 
 START = 1000.0
 SCALE = 400 / math.log(10)  # of Elo: ten to one are 400 points
-TIES = {"tie", "tie (bothbad)", "draw"}
 WINNERS = {"model_a": 1.0, "model_1": 1.0, "model_b": 0.0, "model_2": 0.0}
+TIE = re.compile(r"tie\b.*|tied|draw|equal|both[ _-]?(?:bad|good)|neither", re.DOTALL)
 
 
 class Battle(NamedTuple):
@@ -31,30 +33,36 @@ class Battle(NamedTuple):
 def read_battles(path: str | os.PathLike[str]) -> list[Battle]:
     """The battles of a file: {"model_a", "model_b", "winner"} as in Chatbot Arena, or annotations as of AlpacaEval.
 
-    The winner is "model_a", "model_b" or a "tie"; in annotations, {"generator_1", "generator_2", "preference"}, the
-    preference from 1 to 2 is that for the second, 0 is a draw, and those without one are left out.
+    The winner is "model_a", "model_b" or a tie: "tie", "tie (bothbad)", "both_bad" and the like; in annotations,
+    {"generator_1", "generator_2", "preference"}, the preference from 1 to 2 is that for the second, 0 is a draw, and
+    those without one are left out. ValueError, with the line, for all else, and for a model against itself.
     """
     battles = []
     for line, record in read_records(path):
         try:
             battle = _battle(record)
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{path}, line {line}: this is no battle ({type(error).__name__}: {error}); expected model_a, model_b "
-                "and winner, or generator_1, generator_2 and preference"
+                f"{path}, line {line}: this is no battle: {error}; expected model_a, model_b and winner, or "
+                "generator_1, generator_2 and preference"
             ) from error
         battles += [] if battle is None else [battle]
     return battles
 
 
 def _battle(record: Record) -> Battle | None:
-    if "preference" in record:
+    keys = next((pair for pair in (GENERATORS, ("model_1", "model_2")) if pair[0] in record), ("model_a", "model_b"))
+    first, second = (name_of(record.get(key), key) for key in keys)
+    if first == second:
+        raise ValueError(f"it is of {first!r} against itself")
+    if keys == GENERATORS:
         preference = preference_of(record)
-        names = str(record["generator_1"]), str(record["generator_2"])
-        return None if preference is None else Battle(*names, 2.0 - preference)
-    winner = str(record["winner"])
-    names = (str(record[key]) for key in (("model_a", "model_b") if "model_a" in record else ("model_1", "model_2")))
-    return Battle(*names, 0.5 if winner in TIES else WINNERS[winner])
+        return None if preference is None else Battle(first, second, 2.0 - preference)
+    winner = record.get("winner")
+    said = winner.strip().lower() if isinstance(winner, str) else ""
+    if said not in WINNERS and not TIE.fullmatch(said):
+        raise ValueError(f"got the winner {repr(winner)[:40]}, expected {keys[0]}, {keys[1]} or a tie")
+    return Battle(first, second, WINNERS.get(said, 0.5))
 
 
 @beartype

@@ -82,8 +82,10 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     """Reads the JSON of a report; ValueError for another file."""
     try:
         record = json.loads(read_text(Path(path)))
-        return Report(record["title"], tuple(map(_section, record["sections"])), record["results"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        report = Report(record["title"], tuple(map(_section, record["sections"])), record["results"])
+        render(report)  # whatever is wrong with a section shows when it is drawn
+        return report
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path} is no report ({type(error).__name__}: {error}), expected the JSON that lies beside a page"
         ) from error

@@ -8,6 +8,7 @@ from beartype import beartype
 
 from palm_rlhf.data.records import read_records
 from palm_rlhf.evaluation.comparisons import Comparison, UnparsedText
+from palm_rlhf.evaluation.texts import name_of, text_of
 from palm_rlhf.evaluation.verdicts import Scores, parse_scores, stored_scores
 
 
@@ -29,13 +30,17 @@ def read_reviews(path: str | os.PathLike[str]) -> list[Review]:
     """The reviews of a file, each {"question_id", "text", "score": [first, second]}; ValueError for another form."""
     reviews = []
     for line, record in read_records(path):
-        text = record.get("text")
-        if "question_id" not in record or not isinstance(text, str):
+        try:
+            text = text_of(record.get("text"))
+            if text is None:
+                raise ValueError("the review has no text")
+            question_id = name_of(record.get("question_id"), "question_id")
+        except ValueError as error:
             raise ValueError(
-                f"{path}, line {line}: got the keys {sorted(record)[:8]}, expected a review: question_id, text "
-                "and score"
-            )
-        reviews.append(Review(str(record["question_id"]), text, stored_scores(record.get("score"))))
+                f"{path}, line {line}: {error}; got the keys {sorted(record)[:8]}, expected a review: question_id, "
+                "text and score"
+            ) from error
+        reviews.append(Review(question_id, text, stored_scores(record.get("score"))))
     if not reviews:
         raise ValueError(f"{path} has no reviews, expected lines of question_id, text and score")
     return reviews

@@ -154,4 +154,4 @@ def _section_score(section: str, parts: Mapping[str, tuple[float, int]]) -> floa
 
 
 def _subset(record: Record) -> str:
-    return str(record.get("subset", "all"))
+    return "all" if record.get("subset") is None else str(record["subset"])

@@ -72,15 +72,20 @@ def read_run(folder: Path) -> tuple[list[Metrics], list[Sample]]:
         raise FileNotFoundError(f"{folder / METRICS_FILE} has no metrics: expected the output_dir of an RLHFTrainer")
     if not any("kl" in line for line in lines):
         raise ValueError(f"{folder / METRICS_FILE} has no KL, expected the metrics of an RLHFTrainer")
-    samples = [
-        Sample(line["step"], *(part if isinstance(part, str) else tuple(part) for part in _parts(line)))
-        for line in read_metrics(folder / SAMPLES_FILE)
+    path = folder / SAMPLES_FILE
+    return lines, [_sample(line, f"{path}, line {place}") for place, line in enumerate(read_metrics(path), start=1)]
+
+
+def _sample(line: Mapping[str, Any], place: str) -> Sample:
+    parts = [
+        tuple(part) if isinstance(part, list) and all(type(token) is int for token in part) else part
+        for part in (line.get(f"{name}_tokens", line.get(name)) for name in ("prompt", "completion"))
     ]
-    return lines, samples
-
-
-def _parts(line: Mapping[str, Any]) -> tuple[Any, Any]:
-    return line.get("prompt_tokens", line["prompt"]), line.get("completion_tokens", line["completion"])
+    if type(line.get("step")) is not int or not all(isinstance(part, str | tuple) for part in parts):
+        raise ValueError(
+            f"{place}: got the keys {sorted(line)[:8]}, expected step, and prompt and completion as texts or token ids"
+        )
+    return Sample(line["step"], *parts)
 
 
 @beartype

@@ -11,7 +11,7 @@ from beartype import beartype
 
 from palm_rlhf.evaluation.answers import Pair, Question, Turns
 from palm_rlhf.evaluation.intervals import Interval, bootstrap_interval, exact_interval
-from palm_rlhf.evaluation.journal import Journal
+from palm_rlhf.evaluation.journal import Entry, Journal
 
 CHOICES = {"a": "first", "b": "second", "t": "tie", "s": "skip", "q": "quit"}
 HELP = "[a] the first is better   [b] the second is better   [t] a tie   [s] skip   [q] stop here"
@@ -111,8 +111,20 @@ def vote_key(models: tuple[str, str], question: Question, first: Turns, second: 
 def read_votes(journal: Journal, models: tuple[str, str]) -> list[Vote]:
     """The votes of all participants on two models; ValueError where the file has none but of others."""
     entries = [entry for entry in journal.entries.values() if "participant" in entry]
+    for entry in entries:
+        texts = [entry.get("question_id"), entry["participant"], *_models_of(entry)]
+        share = entry.get("share")
+        if (
+            len(texts) != 4
+            or not all(isinstance(text, str) for text in texts)
+            or not (share is None or (isinstance(share, int | float) and 0 <= share <= 1))
+        ):
+            raise ValueError(
+                f"{journal.path} has a vote under the key {entry['key'][:12]!r} that is damaged, expected question_id, "
+                "participant, two models, and a share from 0 to 1: delete that line"
+            )
     votes = [
-        Vote(entry["question_id"], entry["participant"], entry["share"])
+        Vote(entry["question_id"], entry["participant"], entry.get("share"))
         for entry in entries
         if entry["models"] == list(models)
     ]
@@ -120,6 +132,10 @@ def read_votes(journal: Journal, models: tuple[str, str]) -> list[Vote]:
         others = sorted({tuple(entry["models"]) for entry in entries})
         raise ValueError(f"{journal.path} has votes on {others}, expected on {models}: name another file")
     return votes
+
+
+def _models_of(entry: Entry) -> list[Any]:
+    return entry["models"] if isinstance(entry.get("models"), list) else []
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What a judge's text says: two scores, a rating or a verdict; None where it says nothing that can be relied on."""
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Literal
 
 from beartype import beartype
+
+from palm_rlhf.evaluation.texts import finite_numbers, without_thoughts
 
 Scores = tuple[float, float]
 LOWEST, HIGHEST = 1.0, 10.0
@@ -27,9 +28,10 @@ def parse_scores(text: str, where: Literal["first", "last"] = "first") -> Scores
     """The two scores, 1 to 10, on the first line of a text that is not blank, or on its last.
 
     The line holds nothing else: ``9 8.5``, ``9, 8``, ``9/10 8/10`` or ``Assistant 1: 9, Assistant 2: 8``; at the end,
-    the two may also have a line each. Numbers anywhere else are of the reasons, and are not looked for.
+    the two may also have a line each. Numbers anywhere else are of the reasons, and are not looked for. What a judge
+    thought before it speaks (``<think>...</think>``) is passed over.
     """
-    lines = [line for line in text.translate(MARKUP).splitlines() if line.strip()]
+    lines = [line for line in without_thoughts(text).translate(MARKUP).splitlines() if line.strip()]
     candidates = [lines[:1]] if where == "first" else [lines[-1:], lines[-2:]]
     for candidate in candidates:
         line = " ".join(candidate).strip().rstrip(".")
@@ -42,7 +44,7 @@ def parse_scores(text: str, where: Literal["first", "last"] = "first") -> Scores
 @beartype
 def parse_rating(text: str) -> float | None:
     """The rating in ``[[7]]``, 1 to 10; None also where a text has several that differ."""
-    ratings = {float(number) for number in RATING.findall(text)}
+    ratings = {float(number) for number in RATING.findall(without_thoughts(text))}
     if len(ratings) != 1:
         return None
     (rating,) = ratings
@@ -52,19 +54,15 @@ def parse_rating(text: str) -> float | None:
 @beartype
 def parse_verdict(text: str) -> Scores | None:
     """The shares of a win by ``[[A]]``, ``[[B]]`` or, for a tie, ``[[C]]``; None also where a text has several."""
-    verdicts = set(VERDICT.findall(text))
+    verdicts = set(VERDICT.findall(without_thoughts(text)))
     return VERDICT_SCORES[verdicts.pop()] if len(verdicts) == 1 else None
 
 
 @beartype
 def stored_scores(value: object) -> Scores | None:
     """The two scores that a file states, at least 0; others, such as -1, stand for a review that was not understood."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        return None
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in value):
-        return None
-    first, second = map(float, value)
-    return (first, second) if 0 <= first < math.inf and 0 <= second < math.inf else None
+    numbers = finite_numbers(value, 2)
+    return (numbers[0], numbers[1]) if numbers is not None and min(numbers) >= 0 else None
 
 
 def _on_the_scale(numbers: Sequence[str]) -> Scores | None:

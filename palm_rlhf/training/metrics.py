@@ -73,11 +73,23 @@ class RunLog:
 
 
 @beartype
-def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics file, without a last one that was cut off; none where there is no file."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that was cut off; none where there is no file.
+
+    ValueError, with the line, for what is no JSON object.
+    """
     # of bytes: a text may hold other ends of lines, and a line may be cut off inside a character
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    return [json.loads(line) for line in lines]
+    found = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {place}: it is no JSON ({error}): mend or delete that line") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}, line {place}: got {line[:40]!r}, expected an object: mend or delete that line")
+        found.append(values)
+    return found
 
 
 def has_matplotlib() -> bool:

@@ -256,7 +256,7 @@ def test_files_go_in_and_out(tmp_path):
     assert [record["preference"] for record in read_annotations(tmp_path / "annotations.json")] == [2, None]
     with pytest.raises(ValueError, match="instruction, output, generator"):
         read_outputs(tmp_path / "annotations.json")
-    with pytest.raises(ValueError, match="no annotations"):
+    with pytest.raises(ValueError, match=r"outputs\.json, line 2: this is no annotation"):
         read_annotations(tmp_path / "outputs.json")
     with pytest.raises(ValueError, match="none of 1 annotations"):
         evaluate_annotations(annotations([None]))

@@ -1,0 +1,89 @@
+"""The texts in records of answers, whatever shape a server or a benchmark gave them."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from beartype import beartype
+
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # other parts are thoughts, pictures and calls of tools
+TEXT_FIELDS = ("text", "content", "value")
+MAX_LEVELS = 4  # a message, its content, a part of it, the text of that
+
+THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+# Where the prompt opened the thought for the model, the reply has its end alone.
+THOUGHT_END = re.compile(
+    r"^[ \t]*</(?:think|thinking|thought|reasoning)>|</(?:think|thinking|thought|reasoning)>[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+
+@beartype
+def text_of(content: Any, levels: int = MAX_LEVELS) -> str | None:
+    """The text of a message, its content or a part of it: the parts that are texts, joined; None where there is none.
+
+    A part of another kind, such as a thought or a picture, is passed over. ValueError for what is no content.
+    """
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, dict | list) or levels == 0:
+        raise ValueError(f"got {repr(content)[:40]}, expected a text, or parts with one")
+    if isinstance(content, list):
+        texts = [text for part in content if (text := text_of(part, levels - 1)) is not None]
+        return "".join(texts) if texts else None
+    if content.get("type") not in TEXT_PARTS:
+        return None
+    fields = [content[key] for key in TEXT_FIELDS if content.get(key) is not None]
+    return text_of(fields[0], levels - 1) if fields else None
+
+
+@beartype
+def texts_of_choice(choice: Any) -> list[str]:
+    """What one of the ``choices`` of a record says: the turns of MT-bench, a message or text of a server, or a text."""
+    if isinstance(choice, dict) and choice.get("turns") is not None:
+        return texts_of_turns(choice["turns"])
+    text = text_of(choice.get("message", choice) if isinstance(choice, dict) else choice)
+    return [] if text is None else [text]
+
+
+@beartype
+def texts_of_turns(turns: Any) -> list[str]:
+    """The text of every turn of a list, or a text alone; ValueError for a turn without one."""
+    found = [text_of(turn) for turn in (turns if isinstance(turns, list | tuple) else [turns])]
+    if None in found:
+        raise ValueError(f"turn {found.index(None) + 1} has no text")
+    return found
+
+
+@beartype
+def without_thoughts(text: str) -> str:
+    """The text after what a model thought first, as in ``<think>...</think>``; nothing where the thought never ends."""
+    while thought := THOUGHT.match(text):
+        text = text[thought.end() :]
+    *_, end = [0, *(found.end() for found in THOUGHT_END.finditer(text))]
+    return text[end:]
+
+
+@beartype
+def name_of(value: Any, what: str) -> str:
+    """A name or an id as a text: of a text or a whole number; ValueError for all else, and for an empty one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(f"got {repr(value)[:40]} as {what}, expected a text or a number")
+    return str(value)
+
+
+@beartype
+def finite_numbers(value: Any, count: int) -> Sequence[float] | None:
+    """So many finite numbers of a list; None for all else."""
+    if not isinstance(value, list | tuple) or len(value) != count:
+        return None
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in value):
+        return None
+    try:
+        numbers = [float(number) for number in value]
+    except OverflowError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
