@@ -16,6 +16,7 @@ from palm_rlhf.evaluation.journal import Journal
 from palm_rlhf.evaluation.judges import ChatJudge, completions_url, parse_retry_after, retry_delay
 from palm_rlhf.evaluation.judging import collect_judgments, compare, pairwise_requests, rate, rating_requests
 
+PATIENCE = 300  # seconds: on a busy machine a process may take a minute to start
 QUALITY = {"alpha": 9, "beta": 6}
 
 
@@ -40,7 +41,7 @@ def read_pairs(bench):
 
 def judged(server, bench, path, *, method="scores", samples=1, concurrency=4, **options):
     """All judgments of the two models, as requests and what they come to."""
-    options = {"backoff": 0, "timeout": 30} | options
+    options = {"backoff": 0, "timeout": PATIENCE} | options
     requests = pairwise_requests(read_pairs(bench), ("alpha", "beta"), method, samples=samples)
     with Journal(path) as journal:
         entries = collect_judgments(requests, ChatJudge(server.url, "gpt", **options), journal, concurrency=concurrency)
@@ -118,12 +119,48 @@ def test_failures_that_may_pass_are_asked_again(judge_server, bench, tmp_path):
         {"raw": b"no json"},
         {"raw": b'{"choices": []}'},
         {"raw": b'{"choices": [{"message": 5}]}'},
+        {"raw": b'{"choices": [{"message": {"content": 5}}]}'},
+        {"raw": b"[" * 100_000},
         {"status": 503},
-        {"hang": True},
     ]
-    comparisons, unparsed = judged(server, bench, tmp_path / "judgments.jsonl", concurrency=2, timeout=1)
-    assert len(server.attempts) == 16 + 7 and len(server.calls) == 16
+    num_plans = len(server.plans)
+    comparisons, unparsed = judged(server, bench, tmp_path / "judgments.jsonl", concurrency=2, retries=num_plans)
+    assert len(server.attempts) == 16 + num_plans and len(server.calls) == 16
     assert summarise(comparisons, "alpha", "beta").parsed == 16 and unparsed == []
+
+
+def test_a_server_that_hangs_is_asked_again(judge_server, bench):
+    server = judge_server(fair)
+    server.plans = [{"hang": True}]
+    request = pairwise_requests(read_pairs(bench), ("alpha", "beta"), "scores")[0]
+    # On a busy machine other attempts may take longer than the timeout as well, but hardly all.
+    reply = ChatJudge(server.url, "gpt", backoff=0, timeout=0.5, retries=100)(request)
+    assert reply.text == fair(server.calls[0]) and len(server.attempts) > 1
+
+
+def test_a_reply_in_parts_is_its_texts(judge_server, bench):
+    server = judge_server(fair)
+    request = pairwise_requests(read_pairs(bench), ("alpha", "beta"), "scores")[0]
+    thought, said = {"type": "thinking", "thinking": "1 2"}, {"type": "text", "text": "9 8\n"}
+    for content, expected in (
+        ([thought, said, {"type": "text", "text": "So."}], "9 8\nSo."),
+        ([thought], ""),
+        (None, ""),
+        ("\ud83d", "?"),  # half a character, which no terminal and no file could show
+    ):
+        server.plans = [{"raw": json.dumps({"choices": [{"message": {"content": content}}]}).encode()}]
+        assert ChatJudge(server.url, "gpt", retries=0)(request).text == expected
+
+
+def test_a_judgment_that_was_changed_since_is_refused_before_any_is_asked_for(judge_server, bench, tmp_path):
+    server, path = judge_server(fair), tmp_path / "judgments.jsonl"
+    judged(server, bench, path)
+    lines = path.read_text().splitlines()
+    for change in ({"text": None}, {"text": 5}, {"scores": [1]}, {"scores": [1, "2"]}, {"scores": 3}):
+        path.write_text("\n".join([*lines[1:5], json.dumps(json.loads(lines[0]) | change), ""]))
+        with pytest.raises(ValueError, match=r"judgments\.jsonl has a damaged judgment under the key"):
+            judged(server, bench, path)
+    assert len(server.calls) == 16
 
 
 def test_a_retry_waits_as_long_as_the_server_asks_and_no_longer_than_the_run(judge_server, bench):
@@ -140,7 +177,7 @@ def test_a_retry_waits_as_long_as_the_server_asks_and_no_longer_than_the_run(jud
         waiting = pool.submit(judge, request)
         judge.stop()  # a run that ends does not wait a minute
         with pytest.raises(ConnectionError, match="HTTP 429"):
-            waiting.result(timeout=30)
+            waiting.result(timeout=PATIENCE)
 
 
 def test_requests_go_out_together(judge_server, bench, tmp_path):
@@ -209,7 +246,7 @@ def test_a_killed_run_goes_on_and_pays_nothing_twice(judge_server, bench, tmp_pa
     questions, first, second = bench
     arguments = ["judge", "--questions", questions, "--answers", first, second, "--out", path, "--model", "gpt"]
     process = start_evaluate(*arguments, "--judge", server.url, "--concurrency", "1")
-    assert enough.wait(60), process.stderr.read() if process.poll() is not None else "it asks too little"
+    assert enough.wait(PATIENCE), process.stderr.read() if process.poll() is not None else "it asks too little"
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stored = [json.loads(line) for line in path.read_text().splitlines()]
@@ -218,7 +255,7 @@ def test_a_killed_run_goes_on_and_pays_nothing_twice(judge_server, bench, tmp_pa
     path.write_bytes(path.read_bytes() + b'{"key": "tor')  # as if the kill had come in the middle of a line
     again = judge_server(fair)
     process = start_evaluate(*arguments, "--judge", again.url)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert len(again.calls) == 16 - 6
     asked = [json.dumps(body["messages"]) for body in server.calls + again.calls]
