@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palm_rlhf.commands.models import ChatModel
 from palm_rlhf.commands.runs import say
-from palm_rlhf.data.conversation import encode, encode_prompt, encode_response
+from palm_rlhf.data.conversation import encode, encode_all, encode_prompt, encode_response, has_tools
 from palm_rlhf.data.convert import converted, form_of
 from palm_rlhf.data.preferences import fit_rankings
 from palm_rlhf.data.records import Record, is_held_out
@@ -68,20 +68,26 @@ def opening(messages: Messages) -> Messages:
 
 
 @beartype
-def fitted(records: list[Record], seq_len: int, model: ChatModel) -> list[Messages]:
+def fitted(records: list[Record], seq_len: int, model: ChatModel) -> list[Record]:
     """Conversations in pieces that rows of `seq_len` tokens have room for, with the marks of the template."""
     empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     marks = -(-len(encode(empty, model.tokenizer, model.template)) // 2)
     pieces = fit_context(records, seq_len, count_tokens=lambda text: len(model.tokenizer.encode(text)), overhead=marks)
-    if not (pieces := [piece["messages"] for piece in pieces]):
+    if not (pieces := list(pieces)):
         raise ValueError(f"no exchange of {len(records)} conversations fits seq_len={seq_len}: raise it")
     return pieces
 
 
 @beartype
-def examples_of(conversations: Iterable[Messages], model: ChatModel) -> list[Example]:
-    """Conversations as tokens, with the weights of what the assistant says."""
-    return [encode(messages, model.tokenizer, model.template) for messages in conversations]
+def examples_of(conversations: Iterable[Record], model: ChatModel) -> list[Example]:
+    """Conversations as tokens, with the weights of what the assistant says; those left out are counted aloud."""
+    rejected: Counter[str] = Counter()
+    examples = list(encode_all(conversations, model.tokenizer, model.template, rejected=rejected))
+    for reason, number in rejected.items():
+        say(f"left out {number} conversations: {reason}")
+    if rejected and not examples:
+        raise ValueError("no conversation is left, expected some without tools: take a model whose template has them")
+    return examples
 
 
 @beartype
@@ -105,13 +111,26 @@ def preferences_of(records: Iterable[Record], model: ChatModel, max_seq_len: int
 def read_prompts(file: Path, model: ChatModel) -> list[Tensor]:
     """Prompts as tokens up to where the assistant is to speak: those of a file's records, or of its lines of text."""
     if file.suffix in TEXT_SUFFIXES:
-        prompts: Iterable[Messages] = ([{"role": "user", "content": line.strip()}] for line in read_lines(file))
+        records: Iterable[Record] = ({"prompt": [{"role": "user", "content": x.strip()}]} for x in read_lines(file))
     else:
-        prompts = (record["prompt"] for record in read(file, "prompts"))
-    unique = {json.dumps(prompt): prompt for prompt in prompts}
+        records = read(file, "prompts")
+    unique = {json.dumps(record): record for record in records}
     if not unique:
         raise ValueError(f"{file} has no prompt, expected one a line")
-    return [_prompt(prompt, model) for prompt in unique.values()]
+    prompts, with_tools = [], 0
+    for record in unique.values():
+        tools = record.get("tools") or ()
+        try:
+            prompts.append(encode_prompt(record["prompt"], model.tokenizer, model.template, tools=tools))
+        except ValueError:
+            if not has_tools(record["prompt"], tools):
+                raise
+            with_tools += 1
+    if with_tools:
+        say(f"{file}: left out {with_tools} prompts with tools that the template does not write")
+    if not prompts:
+        raise ValueError(f"{file} has only prompts with tools, expected others: take a model whose template has them")
+    return prompts
 
 
 def _prompt(messages: Messages, model: ChatModel) -> Tensor:

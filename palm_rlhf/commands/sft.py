@@ -8,9 +8,10 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.models import ChatModel, ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.records import Messages, examples_of, fitted, read, split
+from palm_rlhf.commands.records import examples_of, fitted, read, split
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
 from palm_rlhf.data.packing import PackedSampler
+from palm_rlhf.data.records import Record
 from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
@@ -77,8 +78,8 @@ def sft(
 @beartype
 def make_trainer(
     model: ChatModel,
-    train: list[Messages],
-    valid: list[Messages],
+    train: list[Record],
+    valid: list[Record],
     seq_len: int,
     training: SupervisedConfig,
     output_dir: Path,

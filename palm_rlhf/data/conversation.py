@@ -1,38 +1,44 @@
 """Conversations as tokens: what the assistant says is learnt, and no message can pass for anything but text."""
 
+import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from beartype import beartype
 from torch import Tensor
 
+from palm_rlhf.data.special_names import SpecialNames, guarded_value, strings, unused_character
 from palm_rlhf.data.templates import ChatTemplate, JinjaTemplate, Messages
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.training.examples import Example
 
 Template = ChatTemplate | JinjaTemplate
-ROLES = ("system", "user", "assistant")
+Tools = Sequence[Mapping[str, Any]]
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @beartype
-def encode(messages: Messages, tokenizer: Tokenizer, template: Template) -> Example:
+def encode(messages: Messages, tokenizer: Tokenizer, template: Template, *, tools: Tools = ()) -> Example:
     """A conversation's tokens, and the weight that the loss gives each.
 
     That is 0 but for the words of assistant messages and the special token that ends their turn, which have the
     message's "weight" (1 where it has none). The tokens of a conversation begin with those of its beginning.
 
+    A Jinja template that has a place for them writes `tools`, the functions in OpenAI's form that may be called,
+    "tool_calls" of the assistant, which are learnt like its words, and messages of the role "tool".
+
     Raises:
-        ValueError: a conversation without a weight above 0, a malformed message, or a template that does not fit.
+        ValueError: a conversation without a weight above 0, a malformed message, or a template that does not fit or
+            leaves out a part of what tools say.
     """
     weights_of = _checked_weights(messages)
     if not any(weights_of):
         raise ValueError("the conversation has no assistant message with a weight above 0: there is nothing to learn")
     tokens, weights = [], []
-    for part in _parts(messages, tokenizer, template):
+    for part in _parts(messages, tokenizer, template, tools=tools):
         weight = 0.0 if part.message is None else weights_of[part.message]
         tokens += part.tokens
         weights += [weight] * part.num_said + [0.0] * (len(part.tokens) - part.num_said)
@@ -50,6 +56,7 @@ def encode_prompt(
     template: Template,
     *,
     add_generation_prompt: bool = True,
+    tools: Tools = (),
     checkpoint: Callable[[], None] = _go_on,
 ) -> Tensor:
     """The tokens of messages up to where the assistant is to speak, as `encode` has them before it does: `n`.
@@ -58,7 +65,7 @@ def encode_prompt(
     number of messages for a `ChatTemplate`, and quadratic for one in Jinja, which has to be run for each of them.
     """
     _checked_weights(messages)
-    parts = _parts(messages, tokenizer, template, add_generation_prompt, checkpoint)
+    parts = _parts(messages, tokenizer, template, add_generation_prompt, tools, checkpoint)
     return torch.tensor([token for part in parts for token in part.tokens], dtype=torch.long)
 
 
@@ -121,6 +128,7 @@ def _parts(
     tokenizer: Tokenizer,
     template: Template,
     add_generation_prompt: bool = False,
+    tools: Tools = (),
     checkpoint: Callable[[], None] = _go_on,
 ) -> Iterator[_Part]:
     """The conversation as tokens, cut where messages end and where the assistant begins to speak.
@@ -132,16 +140,22 @@ def _parts(
             f"the template needs the special tokens {missing}, which the tokenizer lacks: give it them, and the model "
             "room for them, by add_special_tokens"
         )
+    if isinstance(template, ChatTemplate) and has_tools(messages, tools):
+        raise ValueError("the conversation has tools, for which only a chat_template in Jinja can have a place")
     names = SpecialNames.of(tuple(template.special_tokens or tokenizer.special_tokens))
     ids = {tokenizer.special_tokens[name] for name in names.names}
-    guard = unused_character(message["content"] for message in messages)
+    guard = unused_character(strings([*messages, *tools]))
     guarded = []
     for message in messages:
         checkpoint()
-        guarded.append({"role": message["role"], "content": names.guarded(message["content"], guard)})
-    texts = _texts_of_turns if isinstance(template, ChatTemplate) else _texts
+        guarded.append({**_callable(message, names, guard), "role": message["role"]})
+    if isinstance(template, ChatTemplate):
+        texts = _texts_of_turns(guarded, template, add_generation_prompt)
+    else:
+        definitions = [guarded_value(tool, names, guard) for tool in tools] or None
+        texts = _texts(guarded, template, add_generation_prompt, definitions)
     spaces, before = "", None
-    for text, message in texts(guarded, template, add_generation_prompt):
+    for text, message in texts:
         checkpoint()
         text, spaces = spaces + text, ""
         if message is None:
@@ -177,26 +191,99 @@ def _texts_of_turns(
         yield template.assistant[0], None
 
 
-def _texts(messages: Messages, template: Template, add_generation_prompt: bool) -> Iterator[tuple[str, int | None]]:
+def _texts(
+    messages: Messages, template: JinjaTemplate, add_generation_prompt: bool, tools: Tools | None
+) -> Iterator[tuple[str, int | None]]:
     """The rendered conversation in pieces; those that the assistant says have the number of the message."""
-    done = ""
+
+    def rendered(end: int, add_generation_prompt: bool = False) -> str:
+        return template.render(messages[:end], add_generation_prompt=add_generation_prompt, tools=tools)
+
+    done, since = "", 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = _grown(done, template.render(messages[:index], add_generation_prompt=True))
+            prompt = _grown(done, rendered(index, True))
+            _check_shown(messages[since:index], prompt[len(done) :], template)
             yield prompt[len(done) :], None
-            done = _grown(prompt, template.render(messages[: index + 1]))
+            done, since = _grown(prompt, rendered(index + 1)), index + 1
+            _check_shown([message], done[len(prompt) :], template)
             yield done[len(prompt) :], index
             continue
+        if message["role"] == "tool" and index + 1 < len(messages) and messages[index + 1]["role"] == "tool":
+            continue  # some templates put several results in one turn
         try:
-            text = template.render(messages[: index + 1])
+            text = rendered(index + 1)
         except ValueError:
             if index + 1 == len(messages) and not add_generation_prompt:
                 raise
             continue  # some templates want a user after the system: what comes next has this in it
-        yield _grown(done, text)[len(done) :], None
-        done = text
+        _check_shown(messages[since : index + 1], _grown(done, text)[len(done) :], template)
+        yield text[len(done) :], None
+        done, since = text, index + 1
     if add_generation_prompt:
-        yield _grown(done, template.render(messages, add_generation_prompt=True))[len(done) :], None
+        prompt = _grown(done, rendered(len(messages), True))
+        yield prompt[len(done) :], None
+        done = prompt
+    if any(_function_name(tool) not in done for tool in tools or ()):
+        raise ValueError("the chat template leaves out the definitions of tools, expected one that writes tools")
+
+
+def _check_shown(messages: Messages, text: str, template: JinjaTemplate) -> None:
+    """ValueError where a template leaves out the result of a tool or a call: it would be lost without a word."""
+    for message in messages:
+        said = message["content"].strip() if message["role"] == "tool" else ""
+        if said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            raise ValueError("the chat template leaves out what a tool says, expected one that writes the role 'tool'")
+        if any(_function_name(call) not in text for call in message.get("tool_calls") or ()):
+            raise ValueError("the chat template leaves out calls of tools, expected one that writes tool_calls")
+
+
+def _function_name(call: Mapping[str, Any]) -> str:
+    return str(call["function"]["name"])
+
+
+def _callable(message: Mapping[str, Any], names: SpecialNames, guard: str) -> dict[str, Any]:
+    """A message whose texts hold no special token, with the arguments of its calls as the objects that they are."""
+    calls = [{**call, "function": {**call["function"]}} for call in message.get("tool_calls") or ()]
+    for call in calls:
+        arguments = call["function"].get("arguments")
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict):
+            call["function"]["arguments"] = parsed
+    kept = {key: value for key, value in message.items() if key not in ("weight", "tool_calls")}
+    return guarded_value({**kept, **({"tool_calls": calls} if calls else {})}, names, guard)
+
+
+@beartype
+def encode_all(
+    conversations: Iterable[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    rejected: Counter[str] | None = None,
+) -> Iterator[Example]:
+    """The tokens of each conversation, {"messages", maybe "tools"}.
+
+    What has tools that the template does not write is counted in `rejected`; every other error is that of `encode`.
+    """
+    rejected = Counter() if rejected is None else rejected
+    for conversation in conversations:
+        messages, tools = conversation["messages"], conversation.get("tools") or ()
+        try:
+            yield encode(messages, tokenizer, template, tools=tools)
+        except ValueError:
+            if not has_tools(messages, tools):
+                raise
+            rejected["tools that the template does not write"] += 1
+
+
+@beartype
+def has_tools(messages: Messages, tools: Tools = ()) -> bool:
+    """Whether a conversation has tools, calls of them or results: not every template has a place for these."""
+    return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
 
 
 def _grown(before: str, after: str) -> str:
@@ -209,51 +296,3 @@ def _grown(before: str, after: str) -> str:
             "expected one that only adds; take a preset, or one message of the assistant at a time"
         )
     return after
-
-
-def unused_character(texts: Iterable[str]) -> str:
-    """A character that none of the texts has."""
-    used = set().union(*texts)
-    return next(character for character in map(chr, range(0x10FFFF, 0, -1)) if character not in used)
-
-
-class SpecialNames:
-    """The names of special tokens: found in rendered text, and broken by a guard in what people write."""
-
-    def __init__(self, names: Sequence[str]):
-        names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
-        pattern = "|".join(map(re.escape, names)) or "(?!)"
-        self.names = frozenset(names)
-        self.whole = re.compile(f"({pattern})")
-        self.start = re.compile(f"(?={pattern}).", re.DOTALL)
-        self.heads = tuple({name[:end] for name in names for end in range(1, len(name))})
-        self.tails = tuple({name[start:] for name in names for start in range(1, len(name))})
-
-    @staticmethod
-    @cache
-    def of(names: tuple[str, ...]) -> "SpecialNames":
-        """Those of a template, in any order; made once."""
-        return SpecialNames(names)
-
-    def guarded(self, content: str, guard: str) -> str:
-        """The content with a guard in each name, and where a name could begin or end with what the template adds."""
-        content = self.start.sub(lambda match: match.group() + guard, content)
-        core = content.strip()  # templates may strip it themselves
-        before = guard if core.startswith(self.tails) else ""
-        after = guard if core.endswith(self.heads) else ""
-        return content.replace(core, before + core + after, 1) if core else content
-
-    def encode(self, text: str, guard: str, tokenizer: Tokenizer, before: int | None) -> list[int]:
-        """Names as their tokens, and the text between them without guards; `before` is the token that stands before."""
-        special = {tokenizer.special_tokens[name] for name in self.names}
-        tokens: list[int] = []
-        for piece in self.whole.split(text):
-            if piece in self.names:
-                tokens.append(tokenizer.special_tokens[piece])
-            elif words := piece.replace(guard, ""):
-                last = tokens[-1] if tokens else before
-                if last is None:
-                    tokens += tokenizer.encode(words)
-                else:
-                    tokens += tokenizer.encode_continuation(words, after_special=last in special)
-        return tokens

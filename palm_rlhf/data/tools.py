@@ -8,7 +8,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from palm_rlhf.data.conversation import SpecialNames, Template, unused_character
+from palm_rlhf.data.conversation import Template
+from palm_rlhf.data.special_names import SpecialNames, guarded_value, strings, unused_character
 from palm_rlhf.data.templates import JinjaTemplate, Messages
 from palm_rlhf.data.tokenizer import Tokenizer
 
@@ -40,31 +41,7 @@ def encode_tool_prompt(
     guarded = []
     for message in messages:
         checkpoint()
-        guarded.append(_guarded(message, names, guard))
-    definitions = [_guarded(tool, names, guard) for tool in tools] or None
+        guarded.append(guarded_value(message, names, guard))
+    definitions = [guarded_value(tool, names, guard) for tool in tools] or None
     text = template.render(guarded, add_generation_prompt=True, tools=definitions)
     return torch.tensor(names.encode(text, guard, tokenizer, None), dtype=torch.long)
-
-
-def _guarded(value: Any, names: SpecialNames, guard: str) -> Any:
-    """A value of JSON whose strings, and the names of whose entries, hold no special token."""
-    match value:
-        case str():
-            return names.guarded(value, guard)
-        case Mapping():
-            return {_guarded(key, names, guard): _guarded(item, names, guard) for key, item in value.items()}
-        case list() | tuple():
-            return [_guarded(item, names, guard) for item in value]
-    return value
-
-
-def strings(value: Any) -> list[str]:
-    """All strings in a value of JSON, the names of entries included."""
-    match value:
-        case str():
-            return [value]
-        case Mapping():
-            return [*value, *(text for item in value.values() for text in strings(item))]
-        case list() | tuple():
-            return [text for item in value for text in strings(item)]
-    return []

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from palm_rlhf.data.tools import strings
+from palm_rlhf.data.special_names import strings
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.preparing import checkpoint

@@ -55,7 +55,7 @@ def test_pieces_fit_their_rows_with_the_marks_of_the_template(model):
     # an exchange is 40 bytes and 4 marks
     for seq_len, lengths in ((44, [2, 2, 2]), (87, [2, 2, 2]), (88, [4, 2]), (132, [6])):
         pieces = fitted([{"messages": exchange * 3}], seq_len, model)
-        assert [len(piece) for piece in pieces] == lengths
+        assert [len(piece["messages"]) for piece in pieces] == lengths
     with pytest.raises(ValueError, match="seq_len=43"):
         fitted([{"messages": exchange}], 43, model)
 
