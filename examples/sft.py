@@ -20,7 +20,7 @@ from palm_rlhf.commands.models import ChatModel, TemplateName, open_chat_model
 from palm_rlhf.commands.records import Messages, fitted, opening, read, split
 from palm_rlhf.commands.runs import finish, quoted, run_folder, say
 from palm_rlhf.commands.sft import make_trainer, save
-from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn
+from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn, has_tools
 from palm_rlhf.data.streaming import StreamDecoder
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
@@ -93,7 +93,7 @@ def main(
     """Fine-tunes a PaLM on conversations, then chats. The last line of standard output before the chat is JSON.
 
     Args:
-        data: A file of Open-Assistant, ShareGPT, messages or preferences; by default dialogues of chatterbot-corpus.
+        data: A file that `palm-rlhf data convert` reads; by default the dialogues of chatterbot-corpus.
         model: The folder of a model or of its run, or a hub id; it wants a lower learning rate. A fresh one by default.
         output_dir: Where checkpoints, metrics, and model, tokenizer and template go; a new folder in runs/ by default.
         resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/. It is what is
@@ -115,7 +115,8 @@ def main(
     palm, tokenizer, form = chat_model
     train, valid = (fitted(side, seq_len, chat_model) for side in split(conversations, held_out, training.seed))
     trainer = make_trainer(chat_model, train, valid, seq_len, training, output_dir, resume)
-    questions = list({json.dumps(opening(messages)): opening(messages) for messages in valid}.values())
+    plain = [piece["messages"] for piece in valid if not has_tools(piece["messages"], piece.get("tools") or ())]
+    questions = list({json.dumps(opening(messages)): opening(messages) for messages in plain}.values())
     questions = random.Random(training.seed).sample(questions, min(num_prompts, len(questions)))
     prompts = [encode_prompt(question, tokenizer, form) for question in questions]
     sampling = Sampling(
