@@ -34,7 +34,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 NEEDS_GPU = "needs a GPU"
 NEEDS_DATA = "needs ../shared/data"
 NEEDS_PEERS = "needs the extra peers"
-ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS)
+NEEDS_CLIENTS = "needs the extra clients"
+ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS)
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
