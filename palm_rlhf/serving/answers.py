@@ -20,8 +20,10 @@ from palm_rlhf.serving.records import current, note_reason
 from palm_rlhf.serving.replies import Form
 from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens
 from palm_rlhf.serving.responses import ResponseForm, read_response
+from palm_rlhf.serving.schema import check
 from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.streaming import EventStream, Mailbox, cancel, pieces, unless_gone
+from palm_rlhf.serving.tokenizing import DETOKENIZE, TOKENIZE, detokenize, tokenize
 from palm_rlhf.serving.tools import reading_calls
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,21 @@ class Answers:
         if self.served.reward_model is None:
             raise ApiError(400, "this server has no reward model: start it with --reward-model", code="no_reward_model")
         return score_tokens(self.served, self.engine.context, prompt, replies)
+
+    async def tokenize(self, request: Any) -> dict[str, Any]:
+        """The tokens of a text or a conversation."""
+        context = self.engine.context
+        return await self._prepared(request, lambda body: tokenize(self.served, context, self._values(body, TOKENIZE)))
+
+    async def detokenize(self, request: Any) -> dict[str, Any]:
+        """The text of tokens."""
+        return await self._prepared(request, lambda body: detokenize(self.served, self._values(body, DETOKENIZE)))
+
+    def _values(self, body: bytes, schema: dict[str, Any]) -> dict[str, Any]:
+        """The entries of a body that needs not name the model."""
+        values = check(read_json(body), schema, "")
+        self._check_model(values.get("model", self.served.name))
+        return values
 
     def model(self, name: str) -> dict[str, Any]:
         """The entry of a model."""

@@ -134,7 +134,7 @@ NEUTRAL_IN_CHATS = {
     "documents": neutral([]),
     "chat_template_kwargs": neutral({}),
 }
-NEUTRAL_IN_COMPLETIONS = {"suffix": neutral(""), "add_special_tokens": neutral(True, False)}
+NEUTRAL_IN_COMPLETIONS = {"suffix": neutral("")}
 NEUTRAL_IN_MESSAGES = {
     "annotations": neutral([]),
     "refusal": neutral(""),
@@ -260,6 +260,7 @@ COMPLETION = record(
     {
         **COMMON,
         "prompt": PROMPT,
+        "add_special_tokens": boolean("Begin a text as the tokenizer begins one; true unless said otherwise."),
         "max_tokens": integer(0, 2**31 - 1, "Most tokens of a reply; 0 reads the prompt alone."),
         "echo": boolean(
             "Begin the text, and the log-probabilities where they are asked for, with those of the prompt."

@@ -23,6 +23,7 @@ class Ask:
     n: int = 1
     best_of: int = 1
     stream: bool = False
+    add_special_tokens: bool = False  # whether a text begins as the tokenizer begins one
     echo: bool = False
     prompt_logprobs: int | None = None  # alternatives that are told of each token of the prompt
     ignore_eos: bool = False
@@ -94,7 +95,12 @@ def read_completion(body: dict[str, Any]) -> Ask:
     logprobs, echo = None if logprobs is False else logprobs, values.get("echo", False)
     told = [number for number in (logprobs if echo else None, values.get("prompt_logprobs")) if number is not None]
     ask = common(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
-    return replace(ask, echo=echo, prompt_logprobs=values.get("prompt_logprobs"))
+    return replace(
+        ask,
+        add_special_tokens=values.get("add_special_tokens", True),
+        echo=echo,
+        prompt_logprobs=values.get("prompt_logprobs"),
+    )
 
 
 def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:

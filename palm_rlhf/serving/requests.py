@@ -27,7 +27,8 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
         options["stop_tokens"] = served.turn_ends if chat else served.eos_tokens
     requests = []
     for prompt in ask.prompts:
-        tokens = prompt_tokens(served, context, prompt, [] if ask.tools is None else ask.tools.definitions, name)
+        tools = [] if ask.tools is None else ask.tools.definitions
+        tokens = prompt_tokens(served, context, prompt, tools, name, add_special_tokens=ask.add_special_tokens)
         room = room_for_reply(len(tokens), ask.max_new_tokens, context, name)
         requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
     return requests
@@ -51,7 +52,13 @@ def grammar_of(served: Served, ask: Ask) -> Grammar | None:
 
 
 def prompt_tokens(
-    served: Served, context: int, prompt: str | list, tools: Sequence[dict] = (), name: str | None = None
+    served: Served,
+    context: int,
+    prompt: str | list,
+    tools: Sequence[dict] = (),
+    name: str | None = None,
+    *,
+    add_special_tokens: bool = False,
 ) -> list[int]:
     """The tokens of a text, of a conversation in which tools may be called, or those given; errors say the name."""
     if isinstance(prompt, list) and isinstance(prompt[0], int):
@@ -66,7 +73,10 @@ def prompt_tokens(
     if least:
         raise overflow(f"{name} has at least {least} tokens, and the context of this model is {context} tokens", name)
     try:
-        tokens = served.encode_text(prompt) if isinstance(prompt, str) else served.encode_chat(prompt, tools)
+        if isinstance(prompt, str):
+            tokens = served.encode_text(prompt, add_special_tokens=add_special_tokens)
+        else:
+            tokens = served.encode_chat(prompt, tools)
     except ValueError as error:
         raise ApiError(400, f"{name} cannot be read by this model: {error}", param=name) from error
     if not tokens:

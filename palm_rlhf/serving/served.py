@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,19 @@ class Served:
             return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
         return self.tokenizer.encode_continuation(reply)
 
+    @cached_property
+    def text_start(self) -> list[int]:
+        """The special tokens that the tokenizer itself puts before a text, such as that of its beginning."""
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return []
+        encoding = self.tokenizer.backend.encode("a", add_special_tokens=True)
+        return [token for token, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask))]
+
     @beartype
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The tokens of a text; the end of the text before it stands for none."""
-        return self.tokenizer.encode(text) or sorted(self.eos_tokens)
+        start = self.text_start if add_special_tokens else []
+        return [*start, *self.tokenizer.encode(text)] or sorted(self.eos_tokens)
 
     @torch.inference_mode()
     def score(self, prompt: list[int], replies: Sequence[list[int]]) -> list[float]:

@@ -17,6 +17,7 @@ from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.response_parameters import RESPONSE
 from palm_rlhf.serving.served import Served
+from palm_rlhf.serving.tokenizing import DETOKENIZE, TOKENIZE
 
 PAGE = Path(__file__).with_name("page")
 # What the page may reach: this server alone, so that no reply of a model can make it call others.
@@ -125,6 +126,16 @@ def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
     async def score(request: Request) -> Response:
         """Score replies by the reward model."""
         return json_response(await answers.score(request))
+
+    @app.post("/tokenize", **described(TOKENIZE), **keyed)
+    async def tokenize(request: Request) -> Response:
+        """Tell the tokens of a text or of a conversation."""
+        return json_response(await answers.tokenize(request))
+
+    @app.post("/detokenize", **described(DETOKENIZE), **keyed)
+    async def detokenize(request: Request) -> Response:
+        """Tell the text of tokens."""
+        return json_response(await answers.detokenize(request))
 
     @app.get("/v1/models", **described(None), **keyed)
     async def list_models() -> Response:

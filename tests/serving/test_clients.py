@@ -22,6 +22,8 @@ OPERATIONS = [
     ("/v1/completions", "POST"),
     ("/v1/responses", "POST"),
     ("/v1/score", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
     ("/health", "GET"),

@@ -76,6 +76,7 @@ BAD_TEXTS = [
     ("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]),
     ("logprobs", [True, 6, -1]),
     ("echo", [1, "yes"]),
+    ("add_special_tokens", [0, "no"]),
     ("prompt_logprobs", [-1, 21, True]),
 ]
 
