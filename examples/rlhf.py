@@ -24,6 +24,7 @@ from rlhf_report import Measurement, draw_curves, report, say
 from torch import Tensor
 from tqdm import tqdm
 
+from palm_rlhf.cli import replace_what_cannot_be_written
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
@@ -297,6 +298,8 @@ def main(
         ppo: How the policy is.
     """
     started = time.perf_counter()
+    if resume and output_dir is None:
+        raise ValueError("got --resume without --output-dir; expected the folder of the run to go on with")
     output_dir = output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
 
     def timed(config: RunConfig) -> RunConfig:
@@ -346,6 +349,7 @@ def main(
 
 
 if __name__ == "__main__":
+    replace_what_cannot_be_written()
     try:
         tyro.cli(main)
     except (ValueError, OSError, FloatingPointError) as error:

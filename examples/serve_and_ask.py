@@ -14,12 +14,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from palm_rlhf.cli import replace_what_cannot_be_written
 from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.background import running
 from palm_rlhf.serving.engine import Engine
+from palm_rlhf.serving.extras import fastapi_module
 from palm_rlhf.serving.served import load
 from palm_rlhf.serving.server import create_app
 
@@ -29,6 +31,15 @@ DIALOGUES = [
     ("Who trained you?", "You did, a few seconds ago."),
     ("What is the capital of France?", "Paris."),
 ]
+
+
+def require_packages() -> None:
+    """ImportError, before anything is trained, for a package that would be missing at the end."""
+    fastapi_module()
+    try:
+        import openai  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}; the client that asks comes with: pip install openai") from error
 
 
 def train(folder: Path, num_steps: int) -> None:
@@ -76,20 +87,22 @@ def ask(url: str, question: str, max_tokens: int | None) -> dict:
 
 
 def main(
-    checkpoint: Path | None = None, ask_for: str = "What are you?", max_tokens: int | None = None, num_steps: int = 150
+    checkpoint: str | None = None, ask_for: str = "What are you?", max_tokens: int | None = None, num_steps: int = 150
 ) -> None:
     """Serve a model, ask it, and stop; the last line is JSON.
 
     Args:
-        checkpoint: A folder with a model, and its tokenizer and template; a small one is trained by default.
+        checkpoint: The folder of a model with its tokenizer and template, or of its run, or a hub id; a small one is
+            trained by default.
         ask_for: What to ask.
         max_tokens: Tokens of the reply; by default as many as the context has room for.
         num_steps: Steps of training, where a model is trained.
     """
+    require_packages()
     with tempfile.TemporaryDirectory() as folder:
         if checkpoint is None:
-            checkpoint = Path(folder) / "parrot"
-            train(checkpoint, num_steps)
+            checkpoint = str(Path(folder) / "parrot")
+            train(Path(checkpoint), num_steps)
         served = load(checkpoint)
     with Engine(served.palm, served.tokenizer) as engine, running(create_app(served, engine)) as url:
         print(f"{served.name} answers at {url}\n")
@@ -97,6 +110,7 @@ def main(
 
 
 if __name__ == "__main__":
+    replace_what_cannot_be_written()
     try:
         tyro.cli(main)
     except (ValueError, OSError, ImportError) as error:

@@ -16,6 +16,7 @@ import tyro
 from sft_data import dialogues
 from torch import Tensor
 
+from palm_rlhf.cli import replace_what_cannot_be_written
 from palm_rlhf.commands.models import ChatModel, TemplateName, open_chat_model
 from palm_rlhf.commands.records import Messages, fitted, opening, read, split
 from palm_rlhf.commands.runs import finish, quoted, run_folder, say
@@ -151,6 +152,7 @@ def main(
 
 
 if __name__ == "__main__":
+    replace_what_cannot_be_written()
     try:
         tyro.cli(main)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

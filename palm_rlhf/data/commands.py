@@ -66,6 +66,7 @@ def clean(
     keep_duplicates: bool = False,
     ignore_fields: Words = (),
     skip_broken: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Mend conversations: HTML to Markdown, turns in order, no debris of buttons, errors of providers or duplicates.
 
@@ -78,7 +79,9 @@ def clean(
         keep_duplicates: Keep conversations that say the same as an earlier one.
         ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
+        overwrite: Write over a file that is there already.
     """
+    refuse_existing(overwrite, out)
     counts = _Counts()
     records = to_markdown(
         counts.read(file, skip_broken, ignore_fields), html, rejected=counts.rejected, mended=counts.mended
@@ -111,6 +114,7 @@ def filter_conversations(
     eval_out: Annotated[str | None, arg(metavar="EVAL.jsonl")] = None,
     ignore_fields: Words = (),
     skip_broken: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Choose conversations by model, language, words and length; fit them to a context; hold some out.
 
@@ -135,7 +139,9 @@ def filter_conversations(
         eval_out: Where to write those held out.
         ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
+        overwrite: Write over a file that is there already.
     """
+    refuse_existing(overwrite, out, eval_out)
     if (eval_fraction > 0) != (eval_out is not None) or out == eval_out:
         raise ValueError(
             f"got eval_fraction={eval_fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 "
@@ -186,6 +192,7 @@ def convert(
     html: Html = "auto",
     ignore_fields: Words = (),
     skip_broken: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Turn a file of the ecosystem into what a trainer reads.
 
@@ -208,7 +215,9 @@ def convert(
         html: Which messages to make Markdown of; auto takes those of a chat's page, in ShareGPT's export only.
         ignore_fields: Fields to leave out though they hold text that the form has no place for.
         skip_broken: Count and name records that cannot be read, and go on.
+        overwrite: Write over a file that is there already.
     """
+    refuse_existing(overwrite, out)
     counts = _Counts()
     with _seekable(file) if form == "auto" else nullcontext(file) as path:
         form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
@@ -217,6 +226,14 @@ def convert(
         records = converted(path, form, to, **options, rejected=counts.rejected, mended=counts.mended)
         write_records(out, counts.written(records))
     counts.report(out)
+
+
+@beartype
+def refuse_existing(overwrite: bool, *outs: str | None) -> None:
+    """FileExistsError for a file that would be written over unasked; pipes and devices are none."""
+    for out in outs:
+        if out not in (None, STANDARD) and os.path.isfile(out) and not overwrite:
+            raise FileExistsError(f"{out} is there already: choose another name, or write over it with --overwrite")
 
 
 def _counter(tokenizer: str | None) -> Callable[[str], int]:

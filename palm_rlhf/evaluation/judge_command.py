@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from beartype import beartype
 from tyro.conf import arg
 
+from palm_rlhf.data.records import read_records
 from palm_rlhf.evaluation import tables
 from palm_rlhf.evaluation.alpaca import write_alpaca
 from palm_rlhf.evaluation.answers import Answers, Pair, Question, pair_answers, read_answers, read_questions
@@ -108,6 +109,8 @@ def judge(
         raise ValueError("ratings are of single answers: expected no person, --ask-person or --annotations with them")
     if ask_person < 0:
         raise ValueError(f"ask_person is {ask_person}, expected 0 or more questions")
+    if annotations is not None:
+        _refuse_to_lose(annotations)
     _refuse_unused(judge, model, api_key_env, template, temperature, samples)
     options = {"temperature": float(samples > 1) if temperature is None else temperature, "max_tokens": max_tokens}
     network = {"retries": retries, "backoff": backoff, "timeout": timeout}
@@ -121,6 +124,17 @@ def judge(
                 pairs, names, judging, journal, method, samples, concurrency, ask_person, annotations
             )
     finish(made, report, numbers)
+
+
+def _refuse_to_lose(path: Path) -> None:
+    """ValueError for a file that holds anything but the annotations of an earlier run, which are written over."""
+    if path.is_file():
+        try:
+            is_ours = all("preference" in record for _, record in read_records(path))
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise ValueError(f"{path} is there already and holds no annotations: choose another name for --annotations")
 
 
 def _refuse_unused(

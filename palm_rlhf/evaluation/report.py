@@ -58,7 +58,8 @@ class Report:
 def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
     """Writes the page to `path`, and the report as JSON beside it, whose path it returns; each whole or not at all.
 
-    ValueError where the page's name is that of a JSON file, or another JSON file is in the way.
+    A report of an earlier run is written over. ValueError where the page's name is that of a JSON file, or where one of
+    the two files is there and is no report.
     """
     page = Path(path)
     beside = page.with_suffix(".json")
@@ -71,6 +72,8 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
             raise ValueError(
                 f"{beside} is no report, and would be lost: name the page otherwise than {page}"
             ) from error
+    elif page.is_file():
+        raise ValueError(f"{page} is there already and is no report, which has {beside.name} beside it: choose a name")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(beside, json.dumps(_as_json(report), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     write_text(page, render(report))

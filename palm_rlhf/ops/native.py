@@ -69,11 +69,14 @@ def has_amx() -> bool:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return _open(_compiled()), None
+    except _LeftOut as error:
+        logger.info("no kernels in C: %s", error)
+        return None, str(error)
     except _Refused as error:
         reason = str(error)
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # no home, text that is no text
         reason = f"{type(error).__name__}: {error}"
-    logger.info("no kernels in C: %s", reason)
+    logger.warning("the kernels in C cannot be used, and PyTorch's operations are slower: %s", reason)
     return None, reason
 
 
@@ -81,12 +84,16 @@ class _Refused(Exception):
     pass
 
 
+class _LeftOut(_Refused):
+    """Nothing is wrong: they are not wanted, or not for this system."""
+
+
 def _compiled() -> Path:
     """The shared library in the cache folder, made now if it is not there."""
     if os.environ.get("PALM_RLHF_NATIVE") == "0":
-        raise _Refused("PALM_RLHF_NATIVE is 0")
+        raise _LeftOut("PALM_RLHF_NATIVE is 0")
     if sys.platform != "linux":
-        raise _Refused(f"they are compiled on Linux only, and this is {sys.platform}")
+        raise _LeftOut(f"they are compiled on Linux only, and this is {sys.platform}")
     compiler = next((path for name in COMPILERS if name and (path := shutil.which(name))), None)
     if compiler is None:
         raise _Refused("no C compiler was found: install gcc, or name one in CC")
@@ -116,6 +123,8 @@ def _processor() -> str:
 def _compile(command: list[str], sources: list[Path], folder: Path, name: str) -> None:
     """Compile into a new file and rename it: whoever else looks sees all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
+    # A warning, which is shown where nobody has asked for logs: the first run here waits for it.
+    logger.warning("compiling the kernels in C for this processor, once, into %s", folder / name)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = [f"{scratch}/{source.stem}.o" for source in sources]
         steps = [[*command, "-c", str(source), "-o", built] for source, built in zip(sources, objects, strict=True)]

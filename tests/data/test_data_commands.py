@@ -76,7 +76,7 @@ def data(capsys):
     """Runs a command in this process and returns its counts, the last line it prints."""
 
     def call(*arguments):
-        main(["data", *map(str, arguments)])
+        main(["data", *map(str, arguments), "--overwrite"])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return call
@@ -112,7 +112,7 @@ def test_a_broken_file_is_an_error_that_leaves_what_was_there(tmp_path, data):
     source, out = tmp_path / "broken.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join([json.dumps(RECORDS[0]), '{"conversations": [', json.dumps(RECORDS[1])]))
     out.write_text("precious\n")
-    found = run("clean", source, "--out", out)
+    found = run("clean", source, "--out", out, "--overwrite")
     assert found.returncode == 1
     assert b"line 2: broken JSON" in found.stderr and b"Traceback" not in found.stderr
     assert out.read_text() == "precious\n" and sorted(tmp_path.iterdir()) == [source, out]
@@ -397,3 +397,28 @@ def test_fields_are_left_out_when_asked(tmp_path, data):
     write_records(source, [pair])
     assert data("convert", source, "--to", "rankings", "--out", out)["rejected"] == {"unknown field 'background'": 1}
     assert data("convert", source, "--to", "rankings", "--out", out, "--ignore-fields", "background")["rankings"] == 1
+
+
+def test_a_file_that_is_there_is_written_over_only_where_that_is_asked_for(tmp_path):
+    conversation = {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]}
+    source, out, held_out = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "eval.jsonl"
+    source.write_text(json.dumps(conversation) + "\n")
+    split = ["--eval-fraction", "0.5", "--eval-out", str(held_out)]
+    for existing, command in (
+        (out, ["clean"]),
+        (out, ["convert", "--to", "sft"]),
+        (out, ["filter"]),
+        (held_out, ["filter", *split]),
+    ):
+        out.unlink(missing_ok=True)
+        existing.write_text("mine")
+        arguments = ["data", command[0], str(source), "--out", str(out), *command[1:]]
+        with pytest.raises(SystemExit, match=rf"^palm-rlhf: .*{existing.name} is there already: .*--overwrite$"):
+            main(arguments)
+        assert existing.read_text() == "mine"
+        main([*arguments, "--overwrite"])
+        assert existing.read_text() != "mine"
+        held_out.unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match=r"in\.jsonl is there already"):
+        main(["data", "clean", str(source), "--out", str(source)])
+    main(["data", "clean", str(source), "--out", os.devnull])

@@ -296,6 +296,12 @@ def test_the_command_compares_rates_and_writes_annotations(judge_server, bench, 
     assert (result["wins"], result["losses"], result["conflict_rate"], result["win_rate"]) == (8, 0, 0, 1.0)
     assert evaluate("alpaca", annotations)[0]["n_losses"] == 6
     assert [row["generator_1"] for row in json.loads(annotations.read_text())] == ["alpha"] * 6
+    again = ["--out", tmp_path / "1.jsonl", "--annotations", annotations]  # of the same judgments, written over
+    assert evaluate("judge", *common, *again)[0] == result
+    annotations.write_text('{"mine": 1}\n')
+    with pytest.raises(ValueError, match=r"annotations\.json is there already and holds no annotations"):
+        evaluate("judge", *common, *again)
+    assert annotations.read_text() == '{"mine": 1}\n'
 
     result, _ = evaluate("judge", "--method", "rating", *common, "--out", tmp_path / "2.jsonl")
     expected = {"rating": 7.0, "by_turn": {"1": 7.0, "2": 7.0}, "parsed": 8, "unparsed": 0}

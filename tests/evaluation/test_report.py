@@ -117,6 +117,10 @@ def test_no_other_file_is_lost(tmp_path):
     with pytest.raises(ValueError, match="would be lost"):
         write_report(REPORT, tmp_path / "annotations.html")
     assert (tmp_path / "annotations.json").read_text() == "[1]" and not (tmp_path / "annotations.html").exists()
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    with pytest.raises(ValueError, match=r"mine\.html is there already and is no report"):
+        write_report(REPORT, tmp_path / "mine.html")
+    assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
     with pytest.raises(ValueError, match="name of a JSON file"):
         write_report(REPORT, tmp_path / "page.json")
 

@@ -51,6 +51,7 @@ class Processes:
 
     def __init__(self, folder):
         self.folder, self.started = folder, []
+        self.said = []  # the standard error of each that ended
 
     def start(self, *environments):
         environment = {key: value for key, value in os.environ.items() if key != "PALM_RLHF_NATIVE"}
@@ -70,6 +71,7 @@ class Processes:
         for process in processes:
             out, err = process.communicate(timeout=300)
             assert process.returncode == 0, err
+            self.said.append(err)
             yield [Outcome(*json.loads(line)) for line in out.splitlines()]
 
     def files(self):
@@ -140,6 +142,15 @@ def later(compiled, processes, tmp_path_factory):
     (outcomes,) = processes.go(processes.start(*environments.values()))
     after = {path: path.stat() for path in processes.folder.iterdir()}
     return dict(zip(environments, outcomes, strict=True)), before, after
+
+
+def test_compiling_and_what_is_in_its_way_are_said_where_nobody_asked_for_logs(later, processes):
+    *first, later_said = processes.said
+    if COMPILER:
+        assert any("compiling the kernels in C for this processor, once, into" in said for said in first)
+    assert later_said.count("the kernels in C cannot be used") == 4 + (not COMPILER)  # not where they are switched off
+    for reason in ("no C compiler was found", "out of order today", "NotADirectoryError"):
+        assert reason in later_said or not COMPILER
 
 
 def test_a_later_process_reuses_the_library(later, compiled):

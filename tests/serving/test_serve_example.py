@@ -26,6 +26,18 @@ def test_a_model_is_trained_served_and_asked(example):
     assert 1 <= result["tokens"] <= 8
 
 
+@pytest.mark.parametrize("package", ["openai", "fastapi"])
+def test_a_package_that_is_missing_is_told_before_training(root, package):
+    """In a process that cannot import it; the steps of training would take hours."""
+    script = root / "examples/serve_and_ask.py"
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['x', '--num-steps', '1000000']; "
+    code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("serve_and_ask.py: ")
+    assert "pip install" in done.stderr and "train" not in done.stdout
+
+
 def test_a_checkpoint_is_asked(example, checkpoint, dialogues):
     done = example("--checkpoint", checkpoint, "--ask-for", "Count to ten.")
     assert done.returncode == 0, done.stderr
