@@ -5,7 +5,9 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from palm_rlhf.serving.bodies import Bodies, Limits
@@ -17,16 +19,26 @@ from palm_rlhf.serving.metrics import Metrics
 from palm_rlhf.serving.preparing import Preparation
 from palm_rlhf.serving.protocol import Ask, read_chat, read_completion, read_json, read_score
 from palm_rlhf.serving.records import current, note_reason
-from palm_rlhf.serving.replies import Form
-from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens
+from palm_rlhf.serving.replies import Form, encoded
+from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens, within_output
 from palm_rlhf.serving.responses import ResponseForm, read_response
 from palm_rlhf.serving.schema import check
 from palm_rlhf.serving.served import Served
-from palm_rlhf.serving.streaming import EventStream, Mailbox, cancel, pieces, unless_gone
+from palm_rlhf.serving.streaming import (
+    PATIENCE,
+    EventStream,
+    Inbox,
+    JsonReply,
+    Mailbox,
+    cancel,
+    pieces,
+    unless_gone,
+)
 from palm_rlhf.serving.tokenizing import DETOKENIZE, TOKENIZE, detokenize, tokenize
 from palm_rlhf.serving.tools import reading_calls
 
 logger = logging.getLogger(__name__)
+NUM_WRITERS = 2
 READERS = {"chat": read_chat, "completion": read_completion, "response": read_response}
 SCORED_AT_ONCE = 8  # between two tokens of those that run
 
@@ -69,16 +81,17 @@ class Answers:
         self.bodies, self.preparation = Bodies(limits), Preparation(limits.prepare_timeout)
         self.started = int(time.time())
         self._mailbox: Mailbox | None = None
+        self._writers = ThreadPoolExecutor(NUM_WRITERS, "palm-rlhf-replies")  # few: each holds a whole reply twice
 
-    async def generate(self, request: Any, kind: Kind) -> dict[str, Any] | EventStream | None:
-        """A chat completion or a completion, whole or as a stream; None for a client that has gone."""
+    async def generate(self, request: Any, kind: Kind) -> JsonReply | EventStream:
+        """A chat completion or a completion, whole or as a stream."""
         client = client_of(request.scope)
         ask, wanted = await self._prepared(request, lambda body: self._asked(kind, body, client))
         form = self._form(kind, ask)
         if not ask.stream:
-            return await self._while_connected(request, self._whole(form, ask, wanted))
-        generations, queue = self._submit(wanted)
-        return EventStream(self._events(form, ask, generations, queue), generations)
+            return JsonReply(await self._while_connected(request, self._whole(form, ask, wanted)))
+        inbox = self._submit(wanted, PATIENCE)
+        return EventStream(self._events(form, ask, inbox), inbox.generations)
 
     def _form(self, kind: Kind, ask: Ask) -> Form | ResponseForm:
         if kind == "response":
@@ -93,12 +106,13 @@ class Answers:
         self._check_model(ask.model)
         if ask.best_of > ask.n and self.served.reward_model is None:
             raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
-        most = self.engine.most_of(client)
+        most = min(self.engine.most_of(client), self.limits.max_n)
         if (count := len(ask.prompts) * ask.best_of) > most:
             name = "prompt" if len(ask.prompts) > most else "best_of" if ask.best_of > ask.n else "n"
-            expected = f"at most {most}, as many as may run and wait for one client"
+            expected = f"at most {most}, as many as one client may have at once"
             raise ApiError(400, f"{name} asks for {count} replies in all; expected {expected}", param=name)
-        return ask, engine_requests(self.served, self.engine.context, kind, ask, client)
+        wanted = engine_requests(self.served, self.engine.context, kind, ask, client)
+        return ask, within_output(wanted, self.limits.max_output, fixed=ask.max_new_tokens is not None)
 
     async def score(self, request: Any) -> dict[str, Any]:
         """What the reward model makes of replies to a prompt."""
@@ -194,37 +208,44 @@ class Answers:
             raise gone()
         return found
 
-    def _submit(self, wanted: list[Request]) -> tuple[list[Generation], asyncio.Queue]:
+    def _submit(self, wanted: list[Request], patience: int | None = None) -> Inbox:
+        """Where the pieces of replies arrive, for a reader that may fall behind by so many."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
-        queue: asyncio.Queue = asyncio.Queue()
+        inbox = Inbox(patience)
         try:
-            return self.engine.submit_all(wanted, self._mailbox.deliver_to(queue)), queue
+            inbox.generations = self.engine.submit_all(wanted, self._mailbox.deliver_to(inbox))
         except (ValueError, EngineFull, EngineError) as error:
             raise as_api_error(error) from error
+        return inbox
 
-    async def _whole(self, form: Form | ResponseForm, ask: Ask, wanted: list[Request]) -> dict[str, Any]:
-        generations, queue = self._submit(wanted)
+    async def _whole(self, form: Form | ResponseForm, ask: Ask, wanted: list[Request]) -> bytes:
+        inbox = self._submit(wanted)
+        generations = inbox.generations
         said: list[list[Piece]] = [[] for _ in generations]
         try:
-            async for found in self._pieces(ask, generations, queue):
+            async for found in self._pieces(ask, inbox):
                 for number, piece in found:
                     said[number].append(piece)
         finally:
             cancel(generations)
             self._note(ask, generations)
-        replies = list(zip(generations, said))
-        return await asyncio.to_thread(form.whole, await self._best(ask, replies), generations)
+        best = await self._best(ask, list(zip(generations, said)))
+        return await self._off_loop(lambda: encoded(form.whole(best, generations)))
 
-    def _pieces(self, ask: Ask, generations: list[Generation], queue: asyncio.Queue) -> AsyncGenerator:
+    async def _off_loop(self, work: Callable[[], Any]) -> Any:
+        """The result of long work on a reply, in a thread, so that the loop answers others meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, work)
+
+    def _pieces(self, ask: Ask, inbox: Inbox) -> AsyncGenerator:
         """The pieces of replies as they come, behind their prompts where that is asked for, with the calls in them."""
-        blocks = pieces(queue, generations)
+        blocks = pieces(inbox)
         if ask.tools is not None:
-            return reading_calls(blocks, generations, self.served.call_form)
+            return reading_calls(blocks, inbox.generations, self.served.call_form)
         if not ask.echo:
             return blocks
         prompts = [prompt for prompt in ask.prompts for _ in range(ask.best_of)]
-        return with_prompts(blocks, self.served.tokenizer, prompts, generations)
+        return with_prompts(blocks, self.served.tokenizer, prompts, inbox.generations)
 
     async def _best(self, ask: Ask, replies: list[tuple[Generation, list[Piece]]]) -> list[tuple]:
         """Of the replies to each prompt the n of highest score, best first."""
@@ -248,16 +269,17 @@ class Answers:
             scores += await asyncio.wrap_future(job)
         return scores
 
-    async def _events(
-        self, form: Form | ResponseForm, ask: Ask, generations: list[Generation], queue: asyncio.Queue
-    ) -> AsyncGenerator[bytes, None]:
+    async def _events(self, form: Form | ResponseForm, ask: Ask, inbox: Inbox) -> AsyncGenerator[bytes, None]:
         """The blocks of a stream; an error comes as an event, since the status has been sent."""
+        generations = inbox.generations
         if opening := form.opening(generations):
             yield opening
         try:
-            async with aclosing(self._pieces(ask, generations, queue)) as blocks:
+            async with aclosing(self._pieces(ask, inbox)) as blocks:
                 async for found in blocks:
-                    if block := form.block(found, generations):
+                    work = partial(form.block, found, generations)
+                    is_long = any(piece.logprobs for _, piece in found)
+                    if block := await self._off_loop(work) if is_long else work():
                         yield block
             if closing := form.closing(generations):
                 yield closing

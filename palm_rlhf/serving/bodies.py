@@ -15,18 +15,24 @@ SHARE = 0.5  # of the memory for bodies, which one client may have
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server reads of requests.
+    """What requests may hold, and ask for.
 
     `max_body`: bytes of one. `body_timeout`: seconds in which they have to come. `body_memory`: bytes of all that are
-    being read, of which one client may have half. `prepare_timeout`: seconds to make tokens of one.
+    being read, of which one client may have half. `prepare_timeout`: seconds to make tokens of one. `max_n`: replies
+    that one request may ask for; `max_output`: tokens and log-probabilities that these may hold together.
     """
 
     max_body: int = 4 * 2**20
     body_timeout: float = 30.0
     body_memory: int = 64 * 2**20
     prepare_timeout: float = 10.0
+    max_n: int = 128
+    max_output: int = 2**17
 
     def __post_init__(self):
+        for name in ("max_n", "max_output"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.body_memory * SHARE < self.max_body:
             raise ValueError(
                 f"body_memory is {self.body_memory:,} bytes, of which one client may have half; expected at least "

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ class ConnectionLimits:
     """`total`: connections at once. `each`: those from one address, but for `proxies`, through which many come.
 
     `header_timeout` and `body_timeout`: seconds in which the header and the body of a request have to come, from the
-    first byte, or for the first request from the connection. `header_bytes`: what a header may hold.
+    first byte, or for the first request from the connection. `header_bytes`: what a header may hold. `write_timeout`:
+    seconds after which a client that reads nothing of what waits for it is hung up on. `send_buffer`: bytes that the
+    system holds of what a client has yet to read, beside those of one part of a reply that the server holds.
     """
 
     total: int = 1000
@@ -31,6 +34,8 @@ class ConnectionLimits:
     header_timeout: float = 20.0
     header_bytes: int = 2**16
     body_timeout: float = 30.0
+    write_timeout: float = 30.0
+    send_buffer: int = 2**17
 
     def exempts(self, address: str) -> bool:
         """Whether an address is a proxy's."""
@@ -108,7 +113,8 @@ class Connections:
 class LimitedConnection:
     """One connection, as a mixin of uvicorn's protocol, which is an extra.
 
-    `timer` is that of the header or body that is being read, `unread` the bytes of a header so far.
+    `timer` is that of the header or body that is being read, `unread` the bytes of a header so far. `write_timer` runs
+    while `unwritten` bytes of a reply wait for the client.
     """
 
     register: Connections
@@ -118,11 +124,14 @@ class LimitedConnection:
         super().__init__(*args, **kwargs)
         self.address, self.admitted, self.in_body = "unknown", False, False
         self.timer: asyncio.TimerHandle | None = None
-        self.unread = 0
+        self.write_timer: asyncio.TimerHandle | None = None
+        self.unread = self.unwritten = 0
 
     def connection_made(self, transport: Any) -> None:
         """Takes the connection in, or refuses it."""
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer)
+        transport.set_write_buffer_limits(high=0)  # so that any byte that waits sets the timer, and holds up the next
         self.address = self.client[0] if self.client else "unknown"
         reason = self.register.admit(self, self.address)
         if reason is not None:
@@ -134,6 +143,7 @@ class LimitedConnection:
     def connection_lost(self, exc: Exception | None) -> None:
         """Makes room for another."""
         self.stop_waiting()
+        self.stop_write_timer()
         if self.admitted:
             self.admitted = False
             self.register.leave(self, self.address)
@@ -175,6 +185,35 @@ class LimitedConnection:
     def send_400_response(self, msg: str) -> None:
         """Ends a connection that does not speak HTTP."""
         self.end(ApiError(400, "what came is no HTTP request"))
+
+    def pause_writing(self) -> None:
+        """From here on the client has to read."""
+        super().pause_writing()
+        self.stop_write_timer()
+        self.unwritten = self.transport.get_write_buffer_size()
+        self.write_timer = self.loop.call_later(self.limits.write_timeout, self.not_read)
+
+    def resume_writing(self) -> None:
+        """The client has read all there was."""
+        self.stop_write_timer()
+        super().resume_writing()
+
+    def stop_write_timer(self) -> None:
+        """Takes the timer of what is written back."""
+        if self.write_timer is not None:
+            self.write_timer.cancel()
+            self.write_timer = None
+
+    def not_read(self) -> None:
+        """Hangs up on a client that has read nothing, and waits on for one that is slow."""
+        size = self.transport.get_write_buffer_size()
+        if size < self.unwritten:
+            self.unwritten = size
+            self.write_timer = self.loop.call_later(self.limits.write_timeout, self.not_read)
+            return
+        seconds = self.limits.write_timeout
+        logger.info("client=%s hung up: it has read nothing for %g seconds", ascii(self.address), seconds)
+        self.transport.abort()
 
     def wait(self, seconds: float, late: Any) -> None:
         """Sets the timer."""

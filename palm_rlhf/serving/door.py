@@ -40,6 +40,12 @@ class Door:
     """What a body may hold."""
     body_memory: str = "64MB"
     """Memory of all bodies that are being read, of which one client may have half."""
+    write_timeout: float = 30.0
+    """Seconds after which a client that reads nothing of its reply is hung up on."""
+    max_n: int = 128
+    """Replies that one request may ask for; one client may also have at most half of all places."""
+    max_output: int = 131072
+    """Tokens and log-probabilities that the replies to one request may hold together."""
     grace: float = 5.0
     """Seconds that replies have to end when the server is told to stop."""
 
@@ -47,7 +53,7 @@ class Door:
         for name in ("max_connections", "max_connections_per_client"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("header_timeout", "body_timeout"):
+        for name in ("header_timeout", "body_timeout", "write_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
         if self.grace < 0:
@@ -64,9 +70,9 @@ class Door:
         return Keys(keys_of_environment(os.environ.get(KEYS_VARIABLE, "")), self.api_key_file)
 
     def limits(self) -> Limits:
-        """What is read of requests."""
+        """What requests may hold, and ask for."""
         sizes = {name: num_bytes(name, getattr(self, name)) for name in ("max_body", "body_memory")}
-        return Limits(**sizes, body_timeout=self.body_timeout)
+        return Limits(**sizes, body_timeout=self.body_timeout, max_n=self.max_n, max_output=self.max_output)
 
     def connections(self) -> ConnectionLimits:
         """Of how many connections, and how long each may take to ask."""
@@ -76,6 +82,7 @@ class Door:
             proxies=tuple(filter(None, map(str.strip, self.forwarded_allow_ips.split(",")))),
             header_timeout=self.header_timeout,
             body_timeout=self.body_timeout,
+            write_timeout=self.write_timeout,
         )
 
 

@@ -14,8 +14,9 @@ COUNTERS = {  # what the engine counts, by the name and label it is told with
     "prompt_tokens_reused": ("tokens", "", {"kind": "prompt_reused"}),
     "tokens": ("tokens", "", {"kind": "sampled"}),
     "steps": ("steps", "Forward passes over all running replies.", {}),
-    "refused": ("refused", "Requests refused because the queue was full.", {}),
-    "preempted": ("preempted", "Replies that had to wait again, for memory.", {}),
+    "refused": ("refused", "Requests refused because the queue, or a client's share of it, was full.", {}),
+    "preempted": ("preempted", "Times that a reply had to wait again, for memory or for other clients.", {}),
+    "paused": ("paused", "Times that a reply had to wait for its reader.", {}),
     **{
         f"finished_{reason}": ("replies", "Replies by why they ended.", {"finish_reason": reason})
         for reason in ("stop", "length", "cancelled", "timeout", "error")

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogpro
 from palm_rlhf.serving.vocabulary import token_text
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+ENCODED_LEVELS = 5  # down to what is told of one token: reply, choices, choice, logprobs, content
 FINGERPRINT = f"palm-rlhf-{__version__}"
 
 
@@ -194,6 +195,25 @@ def message(text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def call_object(call: ToolCall) -> dict[str, Any]:
     """A call of a function."""
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def encoded(value: Any) -> bytes:
+    """A large reply as JSON, by many calls of the encoder, which holds up every other thread while it is at work."""
+    return "".join(json_pieces(value, ENCODED_LEVELS)).encode()
+
+
+def json_pieces(value: Any, levels: int) -> Iterator[str]:
+    """JSON in pieces: entry by entry in the objects and lists of so many levels."""
+    if not levels or not value or not isinstance(value, (dict, list)):
+        yield json.dumps(value)
+        return
+    named = isinstance(value, dict)
+    for number, item in enumerate(value):
+        yield ", " if number else "{" if named else "["
+        if named:
+            yield f"{json.dumps(item)}: "
+        yield from json_pieces(value[item] if named else item, levels - 1)
+    yield "}" if named else "]"
 
 
 def event(data: dict[str, Any] | str) -> bytes:

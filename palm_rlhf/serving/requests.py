@@ -1,6 +1,7 @@
 """From what a client asks to what the engine is asked: texts become tokens, and have to fit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from palm_rlhf.data.special_names import strings
@@ -32,6 +33,33 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
         room = room_for_reply(len(tokens), ask.max_new_tokens, context, name)
         requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
     return requests
+
+
+def within_output(requests: list[Request], most: int, *, fixed: bool) -> list[Request]:
+    """Requests whose replies hold so many tokens and log-probabilities at most, all together.
+
+    Where their length is not `fixed`, by their client, they are shortened as far as that needs; ApiError where it is.
+    """
+    prompts = sum(len(request.prompt) * told(request.prompt_logprobs) for request in requests)
+    prices = [1 + told(request.logprobs) for request in requests]
+    total = prompts + sum(price * request.max_new_tokens for price, request in zip(prices, requests))
+    if total <= most:
+        return requests
+    room = max(most - prompts, 0) // sum(prices)
+    if room and not fixed:
+        return [replace(request, max_new_tokens=min(request.max_new_tokens, room)) for request in requests]
+    raise ApiError(
+        400,
+        f"the {len(requests)} replies may come to {total:,} tokens and log-probabilities together; expected at most "
+        f"{most:,}: ask for fewer replies, tokens or alternatives",
+        param="max_tokens",
+        code="too_much_output",
+    )
+
+
+def told(alternatives: int | None) -> int:
+    """Log-probabilities that are told of a token: its own, and those of so many alternatives; None asks for none."""
+    return 0 if alternatives is None else 1 + alternatives
 
 
 def grammar_of(served: Served, ask: Ask) -> Grammar | None:

@@ -104,8 +104,7 @@ def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
             await self.stream(scope, receive, send)
 
     async def generate(request: Request, kind: str) -> Response:
-        answer = await answers.generate(request, kind)
-        return Streamed(answer) if callable(answer) else json_response(answer)
+        return Streamed(await answers.generate(request, kind))
 
     @app.post("/v1/chat/completions", **described(CHAT, stream=True), **keyed)
     async def create_chat_completion(request: Request) -> Response:

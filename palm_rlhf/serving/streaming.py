@@ -7,19 +7,66 @@ from typing import Any
 
 from palm_rlhf.serving.generation import Generation, Piece
 
+PATIENCE = 64  # pieces of each reply of a stream that may wait for its reader
+BLOCK = 64  # pieces that become one block of events
+PART = 2**16  # bytes of a reply that are written at once
+
+
+class Inbox:
+    """Pieces of some generations on their way to one reader on the event loop.
+
+    `patience` is how many pieces of each generation may wait. Where the reader has fallen behind further, the
+    generations wait too, without a row, until half of these are read. None for a reader that always keeps up.
+    """
+
+    def __init__(self, patience: int | None = None):
+        self.generations: list[Generation] = []
+        self._patience, self._paused = patience, False
+        self._pieces: deque[tuple[Generation, Piece]] = deque()
+        self._came = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def put(self, generation: Generation, piece: Piece) -> None:
+        """Takes a piece in."""
+        self._pieces.append((generation, piece))
+        self._came.set()
+        if not self._paused and self._behind(1):
+            self._pause(True)
+
+    async def take(self) -> list[tuple[Generation, Piece]]:
+        """The pieces that have come, BLOCK of them at most; waits for the first, and lets others go on in any case."""
+        await asyncio.sleep(0)
+        await self._came.wait()
+        found = [self._pieces.popleft() for _ in range(min(len(self._pieces), BLOCK))]
+        if not self._pieces:
+            self._came.clear()
+        if self._paused and not self._behind(1 / 2):
+            self._pause(False)
+        return found
+
+    def _behind(self, part: float) -> bool:
+        return self._patience is not None and len(self._pieces) > part * self._patience * len(self.generations)
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        for generation in self.generations:
+            generation.pause(paused)
+
 
 class Mailbox:
-    """Carries pieces from the engine's thread to queues of an event loop, which is woken once for many of them."""
+    """Carries pieces from the engine's thread to the inboxes of an event loop, which is woken once for many of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._scheduled = loop, False
-        self._pieces: deque[tuple[asyncio.Queue, Generation, Piece]] = deque()
+        self._pieces: deque[tuple[Inbox, Generation, Piece]] = deque()
 
-    def deliver_to(self, queue: asyncio.Queue) -> Callable[[Generation, Piece], None]:
-        """The function that puts pieces of generations, as pairs, into a queue."""
+    def deliver_to(self, inbox: Inbox) -> Callable[[Generation, Piece], None]:
+        """The function that puts pieces of generations into an inbox."""
 
         def deliver(generation: Generation, piece: Piece) -> None:
-            self._pieces.append((queue, generation, piece))
+            self._pieces.append((inbox, generation, piece))
             if not self._scheduled:
                 self._scheduled = True
                 try:
@@ -32,21 +79,19 @@ class Mailbox:
     def _drain(self) -> None:
         self._scheduled = False  # before the last look: what comes after it is carried by the next call
         while self._pieces:
-            queue, generation, piece = self._pieces.popleft()
-            queue.put_nowait((generation, piece))
+            inbox, generation, piece = self._pieces.popleft()
+            inbox.put(generation, piece)
 
 
-async def pieces(queue: asyncio.Queue, generations: list[Generation]) -> AsyncGenerator[list[tuple[int, Piece]], None]:
-    """All pieces that have come, each with the number of its generation, until all have ended.
+async def pieces(inbox: Inbox) -> AsyncGenerator[list[tuple[int, Piece]], None]:
+    """All pieces as they come, each with the number of its generation, until all have ended.
 
     Raises what broke one of them.
     """
-    numbers = {id(generation): number for number, generation in enumerate(generations)}
-    num_open = len(generations)
+    numbers = {id(generation): number for number, generation in enumerate(inbox.generations)}
+    num_open = len(numbers)
     while num_open:
-        found = [await queue.get()]
-        while not queue.empty():
-            found.append(queue.get_nowait())
+        found = await inbox.take()
         yield [(numbers[id(generation)], piece) for generation, piece in found]
         for generation, piece in found:
             num_open -= piece.finish_reason is not None
@@ -105,3 +150,18 @@ class EventStream:
         async for block in self.events:
             await send({"type": "http.response.body", "body": block, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class JsonReply:
+    """An ASGI reply of JSON, written in parts: who reads slowly is told from who has stopped."""
+
+    def __init__(self, body: bytes):
+        self.body = body
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for start in range(0, len(self.body), PART):
+            stop = start + PART
+            more = stop < len(self.body)
+            await send({"type": "http.response.body", "body": self.body[start:stop], "more_body": more})
