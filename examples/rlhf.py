@@ -17,6 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from palm_rlhf.ops.threads import share_the_machine
+
+share_the_machine()  # before torch is imported
+
 import numpy as np
 import torch
 import tyro

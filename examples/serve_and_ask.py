@@ -10,6 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from palm_rlhf.ops.threads import share_the_machine
+
+share_the_machine()  # before torch is imported
+
 import torch
 import tyro
 from tqdm import tqdm

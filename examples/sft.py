@@ -11,6 +11,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from palm_rlhf.ops.threads import share_the_machine
+
+share_the_machine()  # before torch is imported
+
 import torch
 import tyro
 from sft_data import dialogues

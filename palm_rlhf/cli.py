@@ -8,6 +8,7 @@ import sys
 from typing import NamedTuple
 
 import palm_rlhf
+from palm_rlhf.ops.threads import share_the_machine
 
 
 class Command(NamedTuple):
@@ -98,6 +99,7 @@ def replace_what_cannot_be_written() -> None:
 
 def run(name: str, args: list[str]) -> None:
     """Runs one subcommand with its arguments."""
+    share_the_machine()
     import tyro
 
     command = COMMANDS[name]

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..ops.sampling import sample, sampling_logprobs
+from ..ops.threads import adapt
 from .cache import KVCache
 
 
@@ -149,6 +150,7 @@ def stream(
 
     fill = 0 if eos_token is None else eos_token
     for step in range(1, int(limits.max()) + 1):
+        adapt(palm.device.type)
         logprobs = sampling_logprobs(
             logits,
             temperature=temperature,

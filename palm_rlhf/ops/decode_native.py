@@ -101,11 +101,13 @@ class NativeDecoder:
         self.function = getattr(library(), f"decode_{DTYPES[dtype]}")
         self.function.restype = None
         self.function.argtypes = [*(c_void_p,) * 8, c_int]
-        self.threads = num_threads()
-        library().decode_scratch.restype = c_long
-        size = library().decode_scratch(ctypes.byref(self.shape), c_int(self.threads))
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.scratch = torch.empty(size, dtype=self.dtype, device=first.keys.device)
+        self._make_room(num_threads())
+
+    def _make_room(self, threads: int) -> None:
+        library().decode_scratch.restype = c_long
+        size = library().decode_scratch(ctypes.byref(self.shape), c_int(threads))
+        self.scratch, self.threads = torch.empty(size, dtype=self.dtype, device="cpu"), threads
 
     def reads(self, blocks: list[BlockTensors], adapter_scales: set[float]) -> bool:
         """Whether these are what it reads: weights are given other memory or types, and so are the rows of a cache."""
@@ -121,9 +123,12 @@ class NativeDecoder:
 
         x: `b 1 e`, tables: at least float32, `b|1 (h + hk)|1 1 d`, first and lengths: `b` int64 -> `b 1 e`
         """
+        threads = num_threads()
+        if threads > self.threads:  # their number follows the load of the machine
+            self._make_room(threads)
         cos, sin = (table.contiguous() for table in tables)
         wide = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self.shape.table_rows, self.shape.table_heads = cos.shape[:2]
         pointers = [t.data_ptr() for t in (cos, sin, first, lengths, wide, self.scratch)]
-        self.function(ctypes.byref(self.shape), self.layers, *pointers, min(self.threads, num_threads()))
+        self.function(ctypes.byref(self.shape), self.layers, *pointers, threads)
         return wide.to(x.dtype)

@@ -17,6 +17,7 @@ from beartype import beartype
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
+from palm_rlhf.ops.threads import adapt
 from palm_rlhf.serving.batch import COLUMN_STEP, Batch
 from palm_rlhf.serving.generation import FINISH_REASONS, EngineError, EngineFull, Generation, Piece, Request
 from palm_rlhf.serving.sampler import Sampler
@@ -256,6 +257,7 @@ class Engine:
     def _run(self) -> None:
         while self._has_work():
             try:
+                adapt(self.palm.device.type)
                 self._run_job()
                 self._scheduler.step()
             except Exception as error:

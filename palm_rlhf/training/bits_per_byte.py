@@ -11,6 +11,7 @@ from beartype import beartype
 from torch import nn
 
 from palm_rlhf.model.generate import evaluating
+from palm_rlhf.ops.threads import adapt
 from palm_rlhf.training.windows import Window, read_windows
 
 
@@ -56,6 +57,7 @@ def total_nats(
     )
     mine = islice(everything, index, None, num_shards)
     while batch := list(islice(mine, batch_size)):
+        adapt(device.type)
         windows, num_given = zip(*batch, strict=True)
         tokens, mask = read_windows(arrays, windows, max(stop - start for _, start, stop in windows))
         loss_mask = torch.arange(tokens.shape[1]) >= torch.tensor(num_given)[:, None]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from palm_rlhf.ops.threads import adapt
 from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.launch import build_accelerator
 from palm_rlhf.training.metrics import Metrics, Result, RunLog
@@ -122,6 +123,7 @@ class Run:
         Returns the loss, and the gradient norm of each group before clipping. FloatingPointError where one is not
         finite; the weights are as they were then.
         """
+        adapt(self.device.type)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * rate_factor
         self.optimizer.zero_grad()

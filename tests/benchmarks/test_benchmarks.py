@@ -50,6 +50,21 @@ def test_loss(bench):
         assert rates["gb_per_second"] * 1e9 * seconds["median"] == pytest.approx(2 * 4 * (32 * 16 + 100 * 16))
 
 
+def test_busy(root):
+    sizes = ["--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "16", "--rounds", "2", "--loops", "0", "1"]
+    command = [sys.executable, str(root / "benchmarks/busy.py"), *sizes, "--no-peer", "--pin"]
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    measured = json.loads(process.stdout.splitlines()[-1])["measured"]
+    assert [(row["what"], row["loops"]) for row in measured] == [("step", 0), ("token", 0), ("step", 1), ("token", 1)]
+    for row in measured:
+        assert len(row["seconds"]) == 3 and len(row["speedups"]) == 2
+        assert row["threads"]["palm-rlhf, one thread"] == 1
+        quiet = next(other for other in measured if other["what"] == row["what"])
+        for way, slower in row["slower_than_first"].items():
+            assert slower == pytest.approx(row["seconds"][way]["median"] / quiet["seconds"][way]["median"])
+
+
 def test_medians_and_ratios_of_known_times(root):
     module = runpy.run_path(str(root / "benchmarks" / "side_by_side.py"))
     assert module["summary"]([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}

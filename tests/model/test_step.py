@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.ops import native
-from palm_rlhf.ops.decode_native import MAX_ROWS
+from palm_rlhf.ops.decode_native import MAX_ROWS, max_rows
 
 from .steps import (
     WAYS,
@@ -87,13 +87,18 @@ def test_the_kernel_rounds_what_it_keeps_and_what_it_multiplies_in_pairs_and_not
         assert bfloat16_error() < 2e-6
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_row_among_others_is_the_row_alone_bit_for_bit(dtype):
+def test_a_row_among_others_is_the_row_alone_bit_for_bit(dtype, amx, monkeypatch):
+    """Among as many as the kernel takes at once, which are fewer of bfloat16 where the processor has AMX."""
     if native.refusal() is not None:
         return
+    monkeypatch.setattr("palm_rlhf.ops.decode_native.has_amx", lambda: amx)
     palm = palm_of(dim=70, dim_head=34, ff_inner_dim=37).to(dtype)
-    rows = rows_of([9, 4, 6, 1, 9, 2, 7, 7, 3, 9, 5])
-    together, _ = read(palm, rows, steps=9, return_only_embedding=True)
+    rows = rows_of([9, 4, 6, 1, 9, 2, 7, 7, 3, 9, 5])[: max_rows(dtype)]
+    assert len(rows) > 4  # more than are multiplied together
+    together, cache = read(palm, rows, steps=9, return_only_embedding=True)
+    assert_way(cache, "kernel")
     for row, seen in zip(rows, together, strict=True):
         alone, cache = read(palm, [row], steps=len(row), return_only_embedding=True)
         assert_way(cache, "kernel")
@@ -112,6 +117,20 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(1)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     assert_close(logits[0], read_at_once(palm, rows, **scope))
+
+
+def test_the_number_of_threads_may_change_between_two_tokens():
+    palm, rows, logits = palm_of(), rows_of([6, 4, 5]), []
+    for number in (1, 7):
+        try:
+            seen, cache = read(palm, rows, between=lambda number=number: torch.set_num_threads(number))
+        finally:
+            torch.set_num_threads(1)
+        assert_way(cache, "kernel")
+        if native.refusal() is None:
+            assert cache.kernels["decoder"].threads == number  # all of them are used, and have room
+        logits.append(seen)
+    assert torch.equal(*logits)
 
 
 def in_place(palm, folder):
