@@ -97,6 +97,10 @@ def read_annotations(path: str | os.PathLike[str], generator: str | None = None)
             f"model against one baseline{'' if generator is None else f', and {generator!r} among the models'}: "
             "name the model by --generator, and cut the file by its baselines"
         )
+    if all(preference_of(annotation) is None for annotation in annotations):
+        raise ValueError(
+            f"{path}: none of {len(annotations)} annotations has a preference from 1 to 2, or 0 for a draw"
+        )
     return [{"index": index, **record} for index, record in enumerate(annotations)]
 
 

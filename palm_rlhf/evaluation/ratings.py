@@ -47,6 +47,8 @@ def read_battles(path: str | os.PathLike[str]) -> list[Battle]:
                 "generator_1, generator_2 and preference"
             ) from error
         battles += [] if battle is None else [battle]
+    if not battles:
+        raise ValueError(f"{path} has no battles, expected at least one with a winner or a preference")
     return battles
 
 

@@ -222,7 +222,8 @@ JSON = st.recursive(
 )
 # What is wrong with a whole file, or with records together, has no line.
 OF_THE_FILE = (
-    r"expected each question once|expected those of one model|against \[|has no pair|holds no |none of \d+ anno"
+    r"expected each question once|expected those of one model|against \[|has no pair|has no battles|holds no "
+    r"|none of \d+ annotations"
 )
 
 

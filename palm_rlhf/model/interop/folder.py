@@ -146,8 +146,8 @@ def model_of_run(path: Path) -> Path:
         return path / MODEL
     if checkpoints := sorted(path.glob(CHECKPOINTS)):
         raise FileNotFoundError(
-            f"{path} is the folder of a run that has not finished: go on with it by --resume, or open its newest "
-            f"checkpoint, {checkpoints[-1]}"
+            f"{path} is the folder of a run that has not finished: resume it by the command that began it, or open "
+            f"its newest checkpoint, {checkpoints[-1]}"
         )
     return path
 
