@@ -2,6 +2,7 @@
 
 from palm_rlhf.serving.parameters import (
     COUNT,
+    ENDING,
     MESSAGE,
     MODEL,
     NEUTRAL,
@@ -59,6 +60,8 @@ RESPONSE = record(
         "instructions": {"type": "string", "description": "A system message before them."},
         "max_output_tokens": COUNT,
         **SAMPLING,
+        "stop": ENDING["stop"],  # as vLLM has it here too, and the next
+        "ignore_eos": ENDING["ignore_eos"],
         "text": record({"format": TEXT_FORMAT, "verbosity": neutral("medium")}),
         "stream": STREAMING["stream"],
         "stream_options": record({"include_obfuscation": neutral(False)}),

@@ -116,16 +116,23 @@ def llm(place: Place) -> tuple[str, str]:
 
 
 def guidellm(place: Place) -> tuple[str, str]:
-    """The same for guidellm, a load generator: a short benchmark of chats."""
+    """The same for guidellm, a load generator: a short benchmark of chats, one of completions, and one of responses."""
     program = str(place.python("guidellm") / "guidellm")
-    place.folder.mkdir(exist_ok=True)
-    run(
-        *(program, "benchmark", "run", "--target", place.url, "--model", place.model, "--profile", "concurrent"),
-        *("--rate", "2", "--max-requests", "8", "--processor", str(place.checkpoint)),
-        *("--data", "prompt_tokens=16,output_tokens=8", "--output-dir", str(place.folder)),
-        cwd=place.folder,
-    )
-    return "benchmark", place.version("guidellm")
+    paths = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+    for path in paths:
+        file = place.folder / "report.json"
+        run(
+            *(program, "run", "--disable-console", "--profile", "kind=concurrent,streams=2"),
+            *("--backend", f"kind=openai_http,target={place.url},model={place.model},request_format={path}"),
+            *("--tokenizer", f"kind=huggingface_auto,model={place.checkpoint}"),
+            *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
+            *("--constraint", "kind=max_requests,count=6", "--output", f"kind=json,path={file}"),
+            HF_HUB_OFFLINE="1",
+        )
+        [benchmark] = json.loads(file.read_text())["benchmarks"]
+        totals = benchmark["metrics"]["request_totals"]
+        assert (totals["successful"], totals["errored"]) == (6, 0), (path, totals)
+    return f"benchmarks of {', '.join(paths)}", place.version("guidellm")
 
 
 def node(place: Place) -> tuple[str, str]:

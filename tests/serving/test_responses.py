@@ -150,6 +150,12 @@ def test_what_is_not_supported_is_refused_by_name(refused, body, param):
     assert refused(**body)["param"] == param
 
 
+def test_a_load_generator_gets_as_many_tokens_as_it_asks_for(respond):
+    found = respond(max_output_tokens=40, extra_body={"ignore_eos": True})
+    assert (found.status, found.usage.output_tokens) == ("incomplete", 40)
+    assert respond(extra_body={"stop": ["there"]}).output_text == "Hi "
+
+
 def test_parameters_that_ask_for_nothing_are_taken(respond, dialogues):
     nothing = {
         "store": False,
