@@ -29,6 +29,7 @@ ATTRIBUTES = frozenset("align alt checked disabled href rel src start target tit
 TAG = re.compile(r"</?([a-zA-Z][\w-]*)([^<>]*)>")
 ATTRIBUTE = re.compile(r"""([\w:-]+)(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'>]+))?""")
 RENDERED_CLASS = re.compile(r"""class\s*=\s*["']?(?:language-|lang-|hljs|contains-task-list|task-list|footnote)""")
+PARAGRAPH = re.compile(r"<p[ >]", re.IGNORECASE)
 CODE_BLOCK = re.compile(r"<(/?)pre\b[^<>]*>", re.IGNORECASE)
 INDENTED = re.compile(r"^[ \t]+<", re.MULTILINE)
 
@@ -45,8 +46,9 @@ def are_pages(messages: Sequence[dict[str, Any]]) -> list[bool]:
     """For each message of a conversation, whether it is a piece of a chat's page in HTML.
 
     It is if its class names say so, or if it consists of nothing but what Markdown is rendered to. The latter holds
-    only if all replies are such, and nobody asked for HTML (unless there are formulas or highlighted code, which
-    people do not write so). What a user wrote is a page only by the class names, and only if the replies are.
+    only if all replies are such, one of them has a paragraph, and nobody asked for HTML (unless there are formulas or
+    highlighted code, which people do not write so). What a user wrote is a page only by the class names, and only if
+    the replies are.
     """
     texts = [without_page_counter(message["content"]) for message in messages]
     roles = [message["role"] for message in messages]
@@ -54,6 +56,7 @@ def are_pages(messages: Sequence[dict[str, Any]]) -> list[bool]:
     asked = any(ASKED.search(_words(text)) for text, role in zip(texts, roles) if role in ("user", "system"))
     # Of a chat all replies were copied in the same way.
     maybe = not asked and all(_is_chat_page(reply) or _may_be_page(reply) for reply in replies)
+    maybe = maybe and (not replies or any(PARAGRAPH.search(reply) for reply in replies))
     return [_is_page(text, role == "assistant", maybe) for text, role in zip(texts, roles)]
 
 

@@ -175,7 +175,7 @@ class Session:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return line.removesuffix("\n").removeprefix("\ufeff")  # a file's byte order mark
 
     def show(self, ask: Callable[[], Iterator[str]]) -> None:
         """Prints a reply as it comes; Ctrl-C stops it."""

@@ -100,6 +100,7 @@ def test_html_becomes_markdown(html, expected):
 
 PAGE = '<div class="markdown prose w-full break-words dark:prose-invert light"><p>Hi</p></div>'
 BUBBLE = '<div class="min-h-[20px] whitespace-pre-wrap">Hi</div>'
+TABLE = "<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"
 CARD = '<div class="card">\n  <h2>Title</h2>\n  <p>Text</p>\n</div>'
 
 
@@ -143,7 +144,9 @@ def test_columns_that_are_joined_keep_their_places():
         # What Markdown is rendered to, in all replies and not asked for.
         (["u: Hi", "a: <p>Hello</p>\n<p>there</p>"], "uA"),
         (["u: Hi", "a: <div><p>Hello</p></div>", "u: And?", "a: <ol start='2'><li>x</li></ol>"], "uAuA"),
-        (["u: Hi", "a: <table><thead><tr><th>a</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"], "uA"),
+        (["u: Hi", f"a: <p>So:</p>{TABLE}"], "uA"),
+        (["u: Hi", f"a: {TABLE}"], "ua"),
+        (["u: A list", "a: <ul><li>a</li></ul>"], "ua"),
         (["u: Hi", "a: <p>Hello</p>", "u: And?", "a: Plain **text**"], "uaua"),
         (["u: Hi", "a: <p>Hello</p>", "u: And?", "a: ```html\n<p>Hi</p>\n```"], "uaua"),
         (["u: Write this in HTML", "a: <p>Hello</p>"], "ua"),

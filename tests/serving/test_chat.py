@@ -75,6 +75,10 @@ def test_it_remembers_what_was_said(chat, conversation_with):
     assert "> " not in captured.out + captured.err
 
 
+def test_a_byte_order_mark_in_the_input_is_no_part_of_a_message(chat):
+    assert chat("\ufeff/system Be kind.", "Hello") == chat("/system Be kind.", "Hello")
+
+
 def test_reset_forgets_but_not_the_system_message(chat, conversation_with):
     captured = chat("/system Be kind.", "Hello", "/reset", "Hello", "/system", "/reset", "Hello")
     kind = replies(conversation_with("Hello", messages=[{"role": "system", "content": "Be kind."}]))
