@@ -15,7 +15,7 @@ from palm_rlhf.data.web_pages import are_pages
 Html = Literal["auto", "always", "never"]
 Messages = list[dict[str, Any]]
 # A question and its reply, before which the assistant may call tools that answer it: by the first letters of roles.
-EXCHANGES = re.compile(r"(?:u(?:at+)*a)*")
+EXCHANGES = re.compile(r"(?:u(?:at+)*a)*u?")
 
 
 @beartype
@@ -66,14 +66,18 @@ def _cleaned(message: dict[str, Any], is_page: bool, mended: Counter[str]) -> di
 
 @beartype
 def mend_turns(
-    conversations: Iterable[Record], *, rejected: Counter[str] | None = None, mended: Counter[str] | None = None
+    conversations: Iterable[Record],
+    *,
+    keep_question: bool = False,
+    rejected: Counter[str] | None = None,
+    mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
     """The conversations as a user and an assistant in turn, from a question to a reply, maybe after a system message.
 
     Between a question and its reply the assistant may call tools, each call before the answers to it. The assistant's
     turns before the first question and those of others after the last reply are dropped, and so is all from the first
     empty message on (both are counted in ``mended``). What has no exchange left, or roles in another order, is counted
-    in ``rejected``.
+    in ``rejected``. ``keep_question`` keeps a question at the end that has no reply, and counts what has no question.
     """
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
@@ -84,9 +88,11 @@ def mend_turns(
         end = stop
         while end > start and turns[end - 1]["role"] in ("user", "tool"):
             end -= 1
+        if keep_question and end < stop and turns[end]["role"] == "user":
+            end += 1
         exchanges = turns[start:end]
         if not exchanges:
-            rejected["no exchange"] += 1
+            rejected["no question" if keep_question else "no exchange"] += 1
         elif not EXCHANGES.fullmatch("".join(turn["role"][0] for turn in exchanges)):
             rejected["roles do not alternate"] += 1
         else:
@@ -94,6 +100,21 @@ def mend_turns(
             mended["turns from an empty message on dropped"] += len(turns) - stop
             mended["trailing user turns dropped"] += stop - end
             yield {**conversation, "messages": system + exchanges}
+
+
+@beartype
+def whole_prompts(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
+    """The conversations that are prompts as they are: roles in the order of ``mend_turns`` up to a last question."""
+    rejected = Counter() if rejected is None else rejected
+    for conversation in conversations:
+        _, turns = _split_system(conversation["messages"])
+        roles = "".join(turn["role"][0] for turn in turns)
+        if not roles.endswith("u") or any(map(_is_empty, turns)):
+            rejected["no question"] += 1
+        elif not EXCHANGES.fullmatch(roles):
+            rejected["roles do not alternate"] += 1
+        else:
+            yield conversation
 
 
 def _is_empty(turn: dict[str, Any]) -> bool:

@@ -10,15 +10,15 @@ from beartype import beartype
 
 from palm_rlhf.data import oasst
 from palm_rlhf.data.chatgpt_export import is_chatgpt
-from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown
+from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown, whole_prompts
 from palm_rlhf.data.filters import keep_languages
-from palm_rlhf.data.instructions import is_instruction, to_instructions
+from palm_rlhf.data.instructions import is_instruction, is_prompt, to_instructions
 from palm_rlhf.data.oasst_messages import MessageFilter
 from palm_rlhf.data.preferences import is_preference, pairs_of, read_rankings
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.data.sharegpt import is_messages, is_page, is_sharegpt, read_conversations, to_sharegpt
 
-Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt"]
+Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt", "prompts"]
 Form = Literal["auto", Known]
 Target = Literal["sft", "rankings", "prompts", "preferences", "alpaca", "sharegpt"]
 Path = str | os.PathLike[str]
@@ -30,6 +30,7 @@ RECOGNISED = {
     "sharegpt": is_sharegpt,
     "messages": is_messages,
     "alpaca": is_instruction,
+    "prompts": is_prompt,
 }
 WRITERS = {"alpaca": to_instructions, "sharegpt": to_sharegpt}
 KEPT = ("tools", "condition")  # they are a part of what a reply answers to
@@ -51,7 +52,7 @@ def form_of(path: Path, *, skip_broken: bool = False) -> Form:
             f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected one of Open-Assistant "
             "(message_id, role, text, or a tree of such), ShareGPT (conversations), messages, rows of a question and "
             "its answer (instruction, output, ...), ChatGPT's export (mapping), or preferences (chosen and rejected, "
-            "responses, or ranked answers)"
+            "responses, or ranked answers), or prompts"
         )
     return "messages"
 
@@ -81,6 +82,8 @@ def converted(
     compares = to in ("rankings", "preferences")
     if form not in ("oasst", "hh") and compares:
         raise ValueError(f"got conversations to convert to {to}, expected sft or prompts: they compare no replies")
+    if form == "prompts" and to != "prompts":
+        raise ValueError(f"got prompts to convert to {to}, expected to convert them to prompts: they have no replies")
     if top_k is not None and form != "oasst":
         raise ValueError(f"got top_k={top_k} for the form {form}, but only messages of Open-Assistant have ranks")
     if max_replies is not None and (max_replies < 2 or not compares):
@@ -97,15 +100,22 @@ def converted(
         trees = oasst.read_trees(path, MessageFilter(languages=list(lang) or None), **options)
         return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
     options.update(mended=mended, ignored=ignored)
-    records = read_rankings(path, **options) if form == "hh" else read_conversations(path, **options)
+    if form == "hh":
+        records = read_rankings(path, **options)
+    else:
+        records = read_conversations(path, prompts=to == "prompts", **options)
     if form == "sharegpt" or (form != "hh" and html == "always"):
         records = to_markdown(records, html, rejected=rejected, mended=mended)
-    if form != "hh":
-        records = mend_turns(records, rejected=rejected, mended=mended)
+    if form == "prompts":
+        records = whole_prompts(records, rejected=rejected)
+    elif form != "hh":
+        records = mend_turns(records, keep_question=to == "prompts", rejected=rejected, mended=mended)
     if lang:
         records = keep_languages(records, lang, rejected=rejected)
     if form == "hh":
         return _of_rankings(records, to, max_replies)
+    if form == "prompts":
+        return ({"prompt": record["messages"], **_kept(record)} for record in records)
     return _of_conversations(records, to)
 
 
@@ -132,12 +142,15 @@ def _of_rankings(rankings: Iterable[Record], to: Target, max_replies: int | None
             yield from pairs_of({"prompt": prompt, "responses": responses})
 
 
+def _kept(conversation: Record) -> Record:
+    return {key: conversation[key] for key in KEPT if key in conversation}
+
+
 def _of_conversations(conversations: Iterable[Record], to: Target) -> Iterator[Record]:
     for conversation in conversations:
         messages = conversation["messages"]
-        kept = {key: conversation[key] for key in KEPT if key in conversation}
         if to == "sft":
-            yield {"messages": messages, **kept}
+            yield {"messages": messages, **_kept(conversation)}
         else:
             questions = (end for end, message in enumerate(messages, 1) if message["role"] == "user")
-            yield from ({"prompt": messages[:end], **kept} for end in questions)
+            yield from ({"prompt": messages[:end], **_kept(conversation)} for end in questions)

@@ -21,6 +21,12 @@ def is_instruction(record: Record) -> bool:
 
 
 @beartype
+def is_prompt(record: Record) -> bool:
+    """Whether a record has a question and nothing that could answer it."""
+    return any(record.get(name) for name in QUESTIONS) and not any(name in record for name in ANSWERS)
+
+
+@beartype
 def parse_answer(
     record: Record, opening: Opening, *, ignored: Collection[str] = (), mended: Counter[str] | None = None
 ) -> list[Turn]:

@@ -14,7 +14,7 @@ from beartype import beartype
 from palm_rlhf.data.chatgpt_export import is_chatgpt, parse_chatgpt
 from palm_rlhf.data.extras import missing
 from palm_rlhf.data.fields import check_fields
-from palm_rlhf.data.instructions import ANSWERS, is_instruction, parse_answer, without_place
+from palm_rlhf.data.instructions import ANSWERS, is_instruction, is_prompt, parse_answer, without_place
 from palm_rlhf.data.openings import FIELDS, parse_opening
 from palm_rlhf.data.records import MAX_RECORD_BYTES, STANDARD, Record, read_records
 
@@ -68,6 +68,7 @@ def read_conversations(
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
     ignored: Collection[str] = (),
+    prompts: bool = False,
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
     """The conversations of a file, ``{"messages": [...]}``, with the ``id`` and ``model`` that they name.
@@ -75,7 +76,7 @@ def read_conversations(
     The file holds records of ``parse_conversation``, or is one web page (``parse_page``). What is no conversation is
     counted in ``rejected`` by its reason; nothing is left out or mended otherwise but what ``check_fields`` allows.
     ``skip_broken`` and errors are those of ``read_records``; ``ValueError`` also if the file starts with something
-    else. A page without a conversation is broken.
+    else. A page without a conversation is broken. ``prompts`` is that of ``parse_conversation``.
     """
     rejected = Counter() if rejected is None else rejected
     if is_page(path):
@@ -92,7 +93,7 @@ def read_conversations(
     options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
     first = True
     for line, record in read_records(path, **options):
-        if first and not is_conversation(record):
+        if first and not (is_conversation(record) or (prompts and is_prompt(record))):
             raise ValueError(
                 f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected a conversation: "
                 '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}, {"instruction", '
@@ -100,29 +101,35 @@ def read_conversations(
             )
         first = False
         try:
-            yield parse_conversation(record, ignored=ignored, mended=mended)
+            yield parse_conversation(record, ignored=ignored, prompts=prompts, mended=mended)
         except ValueError as error:
             rejected[str(error)] += 1
 
 
 @beartype
-def parse_conversation(record: Record, *, ignored: Collection[str] = (), mended: Counter[str] | None = None) -> Record:
+def parse_conversation(
+    record: Record, *, ignored: Collection[str] = (), prompts: bool = False, mended: Counter[str] | None = None
+) -> Record:
     """A conversation ``{"messages": [...]}`` from any of the forms; ``ValueError`` says why it is none.
 
     Its messages, those of ``parse_turn``, are in ``conversations``, ``items``, ``messages`` or ``conversation``, with
     a system prompt in them or beside them; or it is a question with its answer (``parse_opening``, ``parse_answer``),
     or a conversation of ChatGPT's export (``parse_chatgpt``). ``id``, ``model``, OpenChat's ``condition`` and the
-    ``tools`` of a conversation are kept; other fields are those of ``check_fields``.
+    ``tools`` of a conversation are kept; other fields are those of ``check_fields``. With ``prompts`` a question may
+    lack its answer.
     """
     if is_chatgpt(record):
         return parse_chatgpt(record, mended=mended)
-    if not is_conversation(record):
+    if not (is_conversation(record) or (prompts and is_prompt(record))):
         raise ValueError("no conversation")
     options = {"ignored": ignored, "mended": mended}
     opening = parse_opening(record, **options)
     answer = parse_answer(record, opening, **options)
-    if not answer and (opening.goes_on or not (is_sharegpt(record) or is_messages(record))):
-        raise ValueError("no answer" if opening.turns else "no question")
+    has_turns = is_sharegpt(record) or is_messages(record)
+    if not answer and not has_turns and not opening.turns:
+        raise ValueError("no question")
+    if not answer and not prompts and (opening.goes_on or not has_turns):
+        raise ValueError("no answer")
     conversation: Record = {"messages": [*opening.turns, *answer]}
     check_fields(record, KNOWN, [turn["content"] for turn in conversation["messages"]], **options)
     for key in KEPT:

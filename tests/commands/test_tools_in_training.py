@@ -2,6 +2,7 @@
 
 import pytest
 
+from palm_rlhf.cli import main
 from palm_rlhf.commands.models import ChatModel
 from palm_rlhf.commands.records import examples_of, fitted, read, read_prompts
 from palm_rlhf.data.conversation import encode, encode_prompt
@@ -69,3 +70,11 @@ def test_nothing_but_tools_is_an_error(tmp_path):
     write_records(tmp_path / "b.jsonl", [{"messages": CALLING, "tools": TOOLS}])
     with pytest.raises(ValueError, match="only prompts with tools"):
         read_prompts(tmp_path / "b.jsonl", model)
+
+
+def test_the_prompts_that_convert_writes_are_read(file, tmp_path):
+    model = model_of(WITH_TOOLS)
+    out = tmp_path / f"prompts{file.suffix}"
+    main(["data", "convert", str(file), "--to", "prompts", "--out", str(out)])
+    expected = [prompt.tolist() for prompt in read_prompts(file, model)]
+    assert [prompt.tolist() for prompt in read_prompts(out, model)] == expected

@@ -422,3 +422,32 @@ def test_a_file_that_is_there_is_written_over_only_where_that_is_asked_for(tmp_p
     with pytest.raises(SystemExit, match=r"in\.jsonl is there already"):
         main(["data", "clean", str(source), "--out", str(source)])
     main(["data", "clean", str(source), "--out", os.devnull])
+
+
+def test_prompts_are_read_back_and_questions_without_a_reply_are_prompts(tmp_path, data):
+    source, out, again = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    user, reply = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+    write_records(source, [{"messages": [user]}, {"messages": [user, reply, user, user]}, {"messages": [reply]}])
+    counts = data("convert", source, "--to", "prompts", "--out", out)
+    prompts = [[user], [user], [user, reply, user]]
+    assert [record["prompt"] for record in lines(out)] == prompts
+    assert counts["mended"] == {"trailing user turns dropped": 1} and counts["rejected"] == {"no question": 1}
+    assert data("convert", out, "--to", "prompts", "--out", again)["prompts"] == 3
+    assert again.read_bytes() == out.read_bytes()
+    rows = [
+        {"prompt": "Hi"},
+        {"question": "Hi", "system": "Be brief.", "source": "a forum"},
+        {"instruction": "Add.", "input": "2, 3"},
+        {"prompt": [user, user]},
+        {"prompt": [user, reply]},
+        {"prompt": " "},
+        {"prompt": "Hi", "background": "A b"},
+    ]
+    write_records(source, rows)
+    counts = data("convert", source, "--to", "prompts", "--out", out)
+    contents = [[message["content"] for message in record["prompt"]] for record in lines(out)]
+    assert contents == [["Hi"], ["Be brief.", "Hi"], ["Add.\n2, 3"]]
+    reasons = {"roles do not alternate": 1, "no question": 2, "unknown field 'background'": 1}
+    assert counts["rejected"] == reasons
+    with pytest.raises(SystemExit, match="they have no replies"):
+        main(["data", "convert", str(source), "--to", "sft", "--out", str(out)])

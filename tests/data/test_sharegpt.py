@@ -207,3 +207,33 @@ def test_a_page_that_never_ends_is_refused(tmp_path):
     path.write_text("<p>" * 100)
     with pytest.raises(ValueError, match="a web page of more than 200 bytes"):
         list(read_conversations(path, max_record_bytes=200))
+
+
+NAMES = ["messages", "conversations", "system", "prompt", "instruction", "input", "output", "response", "history", "id"]
+NAMES += ["mapping", "current_node", "tools", "text", "weather", "model"]
+TURNS = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "from", "content", "value", "tool_calls", "weight", "name", "note"]),
+        st.sampled_from(
+            ["user", "assistant", "tool", "gpt", "Hi you", "", None, 1, [], {}, [{"type": "text", "text": "a"}]]
+        ),
+        max_size=4,
+    ),
+    max_size=3,
+)
+ANY = st.recursive(
+    st.none() | st.integers(-2, 2) | st.sampled_from(["", "Hi", "Hi you"]) | TURNS, st.lists, max_leaves=3
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(record=st.dictionaries(st.sampled_from(NAMES), ANY), prompts=st.booleans())
+def test_any_record_is_a_conversation_or_has_a_reason(record, prompts):
+    try:
+        conversation = parse_conversation(record, prompts=prompts)
+    except ValueError as error:
+        assert len(str(error)) < 60  # a name to count under, not a message of Python's
+        return
+    for message in conversation["messages"]:
+        assert message["role"] in ("system", "user", "assistant", "tool") and isinstance(message["content"], str)
+    assert parse_conversation({**conversation, "id": 3}) == {**conversation, "id": 3}
