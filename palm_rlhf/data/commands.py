@@ -1,16 +1,13 @@
 """The commands of ``palm-rlhf data``: files of conversations and preferences, cleaned, chosen from and converted."""
 
 import json
-import math
 import os
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from beartype import beartype
@@ -18,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown
 from palm_rlhf.data.convert import Form, Target, converted, form_of
+from palm_rlhf.data.counts import Counts
 from palm_rlhf.data.deduplicate import drop_duplicates, drop_near_duplicates
 from palm_rlhf.data.filters import (
     drop_blocked_words,
@@ -29,11 +27,10 @@ from palm_rlhf.data.filters import (
 )
 from palm_rlhf.data.json_record import Broken
 from palm_rlhf.data.records import STANDARD, Record, write_records
-from palm_rlhf.data.sharegpt import read_conversations
 from palm_rlhf.data.splitting import fit_context, is_held_out, num_bytes
 
 File = Annotated[Positional[str], arg(metavar="FILE")]
-Out = Annotated[str, arg(metavar="OUT.jsonl")]
+Out = Annotated[str, arg(metavar="OUT.jsonl|.csv|.parquet")]
 Number = Annotated[int | None, arg(metavar="INT")]
 Share = Annotated[float | None, arg(metavar="0..1")]
 Name = Annotated[str | None, arg(metavar="NAME")]
@@ -70,10 +67,10 @@ def clean(
 ) -> None:
     """Mend conversations: HTML to Markdown, turns in order, no debris of buttons, errors of providers or duplicates.
 
-    Each is written as a line {"messages": [{"role", "content"}]}, with the id and model that it names.
+    Each is written as {"messages": [{"role", "content"}]}, with the id, model, condition and tools that it names.
 
     Args:
-        file: ShareGPT's export (JSON, JSON lines or a web page), or lines with messages; a folder of such; - is stdin.
+        file: Conversations of any form (ShareGPT, a web page, messages, Alpaca, ChatGPT); a folder of such; - is stdin.
         out: Where to write; - is stdout, and the summary then goes to stderr.
         html: Which messages to make Markdown of; auto takes those of a chat's page, and leaves HTML that was asked for.
         keep_duplicates: Keep conversations that say the same as an earlier one.
@@ -82,7 +79,7 @@ def clean(
         overwrite: Write over a file that is there already.
     """
     refuse_existing(overwrite, out)
-    counts = _Counts()
+    counts = Counts()
     records = to_markdown(
         counts.read(file, skip_broken, ignore_fields), html, rejected=counts.rejected, mended=counts.mended
     )
@@ -147,7 +144,7 @@ def filter_conversations(
             f"got eval_fraction={eval_fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 "
             "together with another file to write to: give both --eval-fraction and --eval-out"
         )
-    counts = _Counts()
+    counts = Counts()
     rejected = counts.rejected
     count_tokens = _counter(tokenizer)
     records = counts.read(file, skip_broken, ignore_fields)
@@ -205,7 +202,7 @@ def convert(
     write what sft does, in those forms.
 
     Args:
-        file: JSON (lines, an array, objects over several lines), CSV or parquet, or a web page; - is stdin.
+        file: JSON, CSV, parquet or a web page; - is stdin, which is no CSV.
         to: What to write.
         out: Where to write; - is stdout, and the summary then goes to stderr.
         form: What the file holds; auto tells by its first record. hh is whatever compares replies.
@@ -218,7 +215,7 @@ def convert(
         overwrite: Write over a file that is there already.
     """
     refuse_existing(overwrite, out)
-    counts = _Counts()
+    counts = Counts()
     with _seekable(file) if form == "auto" else nullcontext(file) as path:
         form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
         options = {"lang": lang, "top_k": top_k, "max_replies": max_replies, "skip_broken": skip_broken}
@@ -269,64 +266,6 @@ def _seekable(file: str) -> Iterator[str]:
         yield path
 
 
-class _Counts:
-    """What a command read, wrote, mended and rejected."""
-
-    def __init__(self) -> None:
-        self.read_or_written: Counter[str] = Counter()
-        self.mended: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
-
-    def read(self, file: str, skip_broken: bool, ignored: Sequence[str]) -> Iterator[Record]:
-        """The conversations of a file, or of those in a folder in the order of their names."""
-        files = _files(Path(file)) if file != STANDARD and Path(file).is_dir() else [file]
-        options = {"skip_broken": skip_broken, "ignored": ignored, "rejected": self.rejected, "mended": self.mended}
-        for path in files:
-            for record in read_conversations(path, **options):
-                self.read_or_written["conversations"] += 1
-                yield record
-
-    def written(self, records: Iterable[Record], prefix: str = "") -> Iterator[Record]:
-        """The records on their way to a file."""
-        for record in records:
-            for name, number in _sizes(record).items():
-                self.read_or_written[prefix + name] += number
-            yield record
-
-    def report(self, *outs: str | None) -> None:
-        """Prints a table, and the counts as a line of JSON."""
-        stream = sys.stderr if STANDARD in outs else sys.stdout
-        mended, rejected = (dict(sorted((+counter).items())) for counter in (self.mended, self.rejected))
-        for title, numbers in (("", self.read_or_written), ("mended", mended), ("rejected", rejected)):
-            for name, number in numbers.items():
-                print(f"{title:<9}{number:>12,}  {name.replace('_', ' ')}", file=stream)
-                title = ""
-        counts = {**self.read_or_written, "mended": mended, "rejected": rejected}
-        print(json.dumps(counts), file=stream)
-
-
-def _sizes(record: Record) -> dict[str, int]:
-    """What a record adds to the counts."""
-    if "messages" in record:
-        return {"threads": 1, "assistant_turns": sum(message["role"] == "assistant" for message in record["messages"])}
-    if "conversations" in record:
-        return {"threads": 1, "assistant_turns": sum(turn["from"] == "gpt" for turn in record["conversations"])}
-    if "instruction" in record:
-        return {"threads": 1, "assistant_turns": 1 + len(record["history"])}
-    if "responses" in record:
-        return {"rankings": 1, "pairs": math.comb(len(record["responses"]), 2)}
-    return {"pairs": 1} if "chosen" in record else {"prompts": 1}
-
-
-def _files(folder: Path) -> list[str]:
-    """The files in a folder and below, in the order of their names, without hidden ones."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = [str(path) for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if not found:
-        raise FileNotFoundError(f"{folder} has no files, expected conversations as JSON, JSON lines or web pages")
-    return found
-
-
 COMMANDS = {"clean": clean, "filter": filter_conversations, "convert": convert}
 Command = Union[  # noqa: UP007
     tuple(Annotated[Any, subcommand(name=name, constructor=run)] for name, run in COMMANDS.items())
@@ -336,6 +275,15 @@ Command = Union[  # noqa: UP007
 def data(command: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:
     """Clean, filter and convert conversations and preferences, whatever the size of the file.
 
-    Every command writes lines of JSON and ends with a summary on stdout: a table, and then one line of JSON that
-    counts what was written, what was mended, and what was rejected by the reason.
+    Forms, told by their content: Open-Assistant trees and messages; ShareGPT (conversations or items, or a saved web
+    page); messages of OpenAI and the hub; Alpaca, Dolly, Orca and other rows of a question with its answer; ChatGPT's
+    conversations.json; prompts; and what compares replies: chosen and rejected (of HH, UltraFeedback, LlamaFactory,
+    Stack Exchange), ranked answers (Nectar), and responses with ranks or scores.
+
+    Files, packed with gzip or not: JSON in lines, one array or objects over several lines; CSV and TSV; parquet. The
+    name of the file to write chooses among lines of JSON, .csv, .tsv and .parquet, and .gz packs it.
+
+    No text is dropped unsaid: a record whose field holds text that its form does not know is rejected by the name of
+    the field. Every command ends with a summary on stdout: a table, and then one line of JSON that counts what was
+    written, what was mended, and what was rejected by the reason.
     """

@@ -34,6 +34,7 @@ SPOKEN = frozenset(
     )
 )
 RENDERED = "text"
+UNKNOWN_FIELD = "unknown field"
 LABEL = re.compile(r"[!-~]{1,200}")
 
 
@@ -91,7 +92,7 @@ def check_fields(
 
 def unknown_field(name: str) -> str:
     """The reason to refuse a record for the text in its field."""
-    return f"unknown field {shown(name)}"
+    return f"{UNKNOWN_FIELD} {shown(name)}"
 
 
 def shown(name: object) -> str:

@@ -123,7 +123,7 @@ def _found(path: str, stream: Any, limit: int) -> Iterator[tuple[int, Record | B
 
 
 def _write(stream: Any, name: str, records: Iterable[Record]) -> int:
-    if name.endswith(".parquet"):
+    if name.removesuffix(".gz").endswith(".parquet"):
         return write_parquet(stream, records)
     if is_csv(name):
         return write_csv(stream, records, name)

@@ -86,7 +86,8 @@ def test_the_help_names_every_command_and_what_it_writes():
     found = run("--help")
     text = " ".join(found.stdout.decode().split())
     assert found.returncode == 0
-    for words in ("clean", "filter", "convert", "ShareGPT", "Open-Assistant", "sft", "rankings", "JSON"):
+    forms = ("ShareGPT", "Open-Assistant", "Alpaca", "ChatGPT", "Nectar", "HH", "UltraFeedback", "CSV", "parquet")
+    for words in ("clean", "filter", "convert", "sft", "rankings", "JSON", *forms):
         assert words in text
 
 
@@ -451,3 +452,13 @@ def test_prompts_are_read_back_and_questions_without_a_reply_are_prompts(tmp_pat
     assert counts["rejected"] == reasons
     with pytest.raises(SystemExit, match="they have no replies"):
         main(["data", "convert", str(source), "--to", "sft", "--out", str(out)])
+
+
+def test_the_summary_says_how_to_leave_out_fields(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    write_records(source, [{**export("Hi", "Hello"), name: "A b"} for name in ("background", "mood", "background")])
+    main(["data", "convert", str(source), "--to", "sft", "--out", str(tmp_path / "out.jsonl")])
+    captured = capsys.readouterr()
+    assert captured.err == "to leave out such fields and keep their records: --ignore-fields background mood\n"
+    reasons = {"unknown field 'background'": 2, "unknown field 'mood'": 1}
+    assert json.loads(captured.out.splitlines()[-1])["rejected"] == reasons

@@ -51,13 +51,14 @@ def records_of(path):
 @settings(max_examples=60)
 @given(
     rows=st.one_of(CONVERSATIONS, RANKINGS, PAIRS, ROWS),
-    name=st.sampled_from(["a.csv", "a.tsv", "a.csv.gz", "a.parquet"]),
+    name=st.sampled_from(["a.csv", "a.tsv", "a.csv.gz", "a.parquet", "a.parquet.gz"]),
 )
 def test_what_is_written_as_a_table_is_read_back(rows, name):
     with TemporaryDirectory() as folder:
         path, again = Path(folder, name), Path(folder, "again." + name)
         assert write_records(path, rows) == len(rows)
         assert records_of(path) == rows
+        assert (path.read_bytes()[:1] == b"\x1f") == name.endswith(".gz")
         write_records(again, records_of(path))
         assert again.read_bytes() == path.read_bytes()
 
