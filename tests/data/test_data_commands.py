@@ -451,7 +451,7 @@ def test_prompts_are_read_back_and_questions_without_a_reply_are_prompts(tmp_pat
     reasons = {"roles do not alternate": 1, "no question": 2, "unknown field 'background'": 1}
     assert counts["rejected"] == reasons
     with pytest.raises(SystemExit, match="they have no replies"):
-        main(["data", "convert", str(source), "--to", "sft", "--out", str(out)])
+        main(["data", "convert", str(source), "--to", "sft", "--out", str(out), "--overwrite"])
 
 
 def test_the_summary_says_how_to_leave_out_fields(tmp_path, capsys):
