@@ -1,12 +1,12 @@
 /**
- * What stands inside a block of Markdown: emphasis, code, links, line breaks.
+ * What stands inside a block of Markdown: emphasis, code, links, line breaks, and math, which stays as it is written.
  *
  * Text only ever becomes text nodes, so that nothing a model says can put elements of its own on the page. The time is
  * linear in the text, and elements nest at most MAX_HEIGHT deep, whatever the text is.
  */
 
 const MAX_HEIGHT = 16;
-const PLAIN = /[^\\`*_~[\]!<h\n]+/y;
+const PLAIN = /[^\\`*_~[\]!<h\n$]+/y;
 const ESCAPED = /\\([!-/:-@[-`{-~])/y;
 const RUN = /([`*_~])\1*/y;
 const IN_ANGLES = /<(https?:\/\/[^\s<>]+)>/iy;
@@ -14,6 +14,9 @@ const BARE = /https?:\/\/[^\s<>"`\\[\]]+/iy;
 const DESTINATION =
     /\(\s*(?=\S)(?:<([^<>\n]*)>|((?:[^\s()<>\\]|\\[()]|\([^\s()<>]*\))*))(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
+// Where math ends, by how it begins. As in Pandoc, a dollar ends it after a character that is no blank, and before no
+// digit, so that prices are text.
+const MATH = { "\\(": /\\\)/g, "\\[": /\\\]/g, $$: /\$\$/g, $: /(?<![\s\\$])\$(?![\d$])/g };
 const EMPHASIS = { "*1": "em", _1: "em", "*2": "strong", _2: "strong", "~2": "del" };
 
 /** A new element with its children, each a node or a text. */
@@ -55,6 +58,7 @@ class Inline {
         this.heights = new WeakMap();
         this.tooHigh = -1; // the last place where an element would have nested too deep: none goes around it
         this.backticks = placesOfBackticks(text);
+        this.ends = {}; // of math: the places where each kind may end, the first one last
     }
 
     parse() {
@@ -70,7 +74,10 @@ class Inline {
     step() {
         let match;
         switch (this.text[this.at]) {
+            case "$":
+                return this.readMath(this.text[this.at + 1] === "$" ? "$$" : "$");
             case "\\":
+                if (/[([]/.test(this.text[this.at + 1]) && this.readMath(this.text.substr(this.at, 2))) return true;
                 if ((match = this.take(ESCAPED))) return this.write(match[1]);
                 return this.text[this.at + 1] === "\n" && ++this.at;
             case "`":
@@ -143,6 +150,19 @@ class Inline {
         if (code.trim() && code.startsWith(" ") && code.endsWith(" ")) code = code.slice(1, -1);
         this.append(make("code", {}, code));
         this.at = end + ticks.length;
+        return true;
+    }
+
+    /** Reads math, in which no character is markup; false where it does not end. */
+    readMath(opening) {
+        const start = this.at + opening.length;
+        if (opening === "$" && /\s|^$/.test(this.text[start] ?? "")) return false;
+        const places = (this.ends[opening] ??= [...this.text.matchAll(MATH[opening])].reverse());
+        while (places.length && places.at(-1).index <= start) places.pop();
+        if (!places.length) return false;
+        const { index, 0: closing } = places.at(-1);
+        this.append(make("span", { class: "math", dir: "ltr" }, this.text.slice(this.at, index + closing.length)));
+        this.at = index + closing.length;
         return true;
     }
 

@@ -1,7 +1,8 @@
 /**
- * Markdown as elements: headings, paragraphs, lists, quotes, tables, rules and blocks of code, as models write them.
+ * Markdown as elements: headings, paragraphs, lists, quotes, tables, rules, blocks of code and of math, as models write
+ * them. Like in chats everywhere, a line's end in a paragraph is one. HTML is text, and so is whatever nests too deep.
  *
- * Like in chats everywhere, a line's end in a paragraph is one. HTML is text, and so is whatever nests too deep.
+ * Lists, quotes and tables take the direction of their own text (dir="auto"), and lines of text that of theirs (CSS).
  */
 
 import { inline, make } from "./inline.js";
@@ -13,6 +14,10 @@ const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?/;
 const MARKER = /^( {0,3})([-*+]|\d{1,9}[.)])(?:( {1,4})(?=\S)| |$)/;
 const DELIMITER = /^ {0,3}\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$/;
+const MATH = /^ {0,3}(\\\[|\$\$)/;
+const MATH_ENDS = { "\\[": "\\]", $$: "$$" };
+const MAX_MATH_LINES = 100;
+const AUTO = { dir: "auto" };
 const shown = new WeakMap(); // the sources of the blocks of an element
 
 /** Shows Markdown in an element. Blocks that are as before stay: a reply can grow while some of it is selected. */
@@ -50,6 +55,7 @@ function readBlock(lines, at, depth) {
         const text = line.slice(match[0].length).trim().replace(/(^|\s)#+$/, "");
         return { end: at + 1, build: () => make(`h${match[1].length}`, {}, inline(text.trim())) };
     }
+    if ((match = MATH.exec(line))) return readMath(lines, at, match[1]);
     if (RULE.test(line)) return { end: at + 1, build: () => make("hr") };
     if (depth < MAX_DEPTH && QUOTE.test(line)) return readQuote(lines, at, depth);
     if (depth < MAX_DEPTH && (match = MARKER.exec(line))) return readList(lines, at, depth, match);
@@ -92,11 +98,25 @@ function readFence(lines, at, [, indent, fence, info]) {
     return { end: Math.min(end + 1, lines.length), build };
 }
 
+/** Math on lines of its own, as it is written; null where it does not end, or where text follows it. */
+function readMath(lines, at, opening) {
+    const closing = MATH_ENDS[opening];
+    const from = lines[at].indexOf(opening) + opening.length;
+    for (let end = at; end < Math.min(lines.length, at + MAX_MATH_LINES); end++) {
+        const place = lines[end].indexOf(closing, end === at ? from : 0);
+        if (place < 0) continue;
+        if (lines[end].slice(place + closing.length).trim()) return null;
+        const text = lines.slice(at, end + 1).join("\n");
+        return { end: end + 1, build: () => make("div", { class: "math", dir: "ltr" }, text) };
+    }
+    return null;
+}
+
 function readQuote(lines, at, depth) {
     let end = at;
     while (end < lines.length && QUOTE.test(lines[end])) end++;
     const inside = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
-    return { end, build: () => make("blockquote", {}, ...elements(inside, depth + 1)) };
+    return { end, build: () => make("blockquote", AUTO, ...elements(inside, depth + 1)) };
 }
 
 function elements(lines, depth) {
@@ -130,7 +150,7 @@ function readList(lines, at, depth, first) {
     }
     const isOrdered = /\d/.test(first[2]);
     const start = parseInt(first[2], 10);
-    const attributes = isOrdered && start !== 1 ? { start } : {};
+    const attributes = isOrdered && start !== 1 ? { ...AUTO, start } : AUTO;
     const build = () =>
         make(isOrdered ? "ol" : "ul", attributes, ...items.map((item) => buildItem(item, depth + 1, isLoose)));
     return { end, build };
@@ -158,7 +178,7 @@ function readTable(lines, at) {
         make(
             "div",
             { class: "table", tabindex: "0" },
-            make("table", {}, make("thead", {}, row("th", head)), make("tbody", {}, ...body())),
+            make("table", AUTO, make("thead", {}, row("th", head)), make("tbody", {}, ...body())),
         );
     return { end, build };
 }

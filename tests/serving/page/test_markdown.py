@@ -20,16 +20,16 @@ KNOWN = {
     "<strong>e</strong> <del>f</del></p>",
     "snake_case_name 2 * 3 * 4 \\*a\\*": "<p>snake_case_name 2 * 3 * 4 *a*</p>",
     "`a < b` and `` `c` ``, but ` not": "<p><code>a &lt; b</code> and <code>`c`</code>, but ` not</p>",
-    "- a\n- b\n  - c\n\n    d\n- e": "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p><p>d</p></li></ul></li>"
-    "<li><p>e</p></li></ul>",
-    "1. a\n   ```\n   x\n   ```\n2. b": "<ol><li>a" + CODE.format("text", "x\n") + "</li><li>b</li></ol>",
-    "7) a\n8) b\n\nIn\n1999. no": '<ol start="7"><li>a</li><li>b</li></ol><p>In<br>1999. no</p>',
-    "a\n- b\n* c": "<p>a</p><ul><li>b</li></ul><ul><li>c</li></ul>",
-    "> a\n> > b\n\n---": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><hr>",
+    "- a\n- b\n  - c\n\n    d\n- e": '<ul dir="auto"><li><p>a</p></li><li><p>b</p><ul dir="auto"><li><p>c</p>'
+    "<p>d</p></li></ul></li><li><p>e</p></li></ul>",
+    "1. a\n   ```\n   x\n   ```\n2. b": '<ol dir="auto"><li>a' + CODE.format("text", "x\n") + "</li><li>b</li></ol>",
+    "7) a\n8) b\n\nIn\n1999. no": '<ol dir="auto" start="7"><li>a</li><li>b</li></ol><p>In<br>1999. no</p>',
+    "a\n- b\n* c": '<p>a</p><ul dir="auto"><li>b</li></ul><ul dir="auto"><li>c</li></ul>',
+    "> a\n> > b\n\n---": '<blockquote dir="auto"><p>a</p><blockquote dir="auto"><p>b</p></blockquote></blockquote><hr>',
     "```js x\n\t<b>\n\n# no\n```\nafter": CODE.format("js", "\t&lt;b&gt;\n\n# no\n") + "<p>after</p>",
     "~~~\n```\n~~~": CODE.format("text", "```\n"),
     "```py\nstill coming": CODE.format("py", "still coming\n"),
-    "| a | b |\n|:-:|--:|\n| `x` | 1 \\| 2 |\n| y |": '<div class="table" tabindex="0"><table><thead><tr>'
+    "| a | b |\n|:-:|--:|\n| `x` | 1 \\| 2 |\n| y |": '<div class="table" tabindex="0"><table dir="auto"><thead><tr>'
     '<th class="center">a</th><th class="right">b</th></tr></thead><tbody><tr><td class="center"><code>x</code></td>'
     '<td class="right">1 | 2</td></tr><tr><td class="center">y</td></tr></tbody></table></div>',
     "a | b\nno table": "<p>a | b<br>no table</p>",
@@ -56,7 +56,25 @@ def test_emphasis_and_code_are_those_of_commonmark(renderer, texts):
     assert renderer.render(*texts) == [MarkdownIt("commonmark").render(text).strip() for text in texts]
 
 
-LINES = ["", "a", "- a", "  - b", "1. c", "> d", "```", "# e", "| f | g |", "|---|---|", "**h", "i**", "    j", "***"]
+LINES = [
+    "",
+    "a",
+    "$$",
+    "\\[ x",
+    "x \\]",
+    "- a",
+    "  - b",
+    "1. c",
+    "> d",
+    "```",
+    "# e",
+    "| f | g |",
+    "|---|---|",
+    "**h",
+    "i**",
+    "    j",
+    "***",
+]
 
 
 @settings(max_examples=8)
@@ -80,19 +98,21 @@ def test_what_does_not_change_keeps_its_elements(page):
     assert page.browser.execute_async_script(script) == [True, False, 3]
 
 
-PLAIN = "p br hr em strong del code ul li blockquote figcaption span h1 h2 h3 h4 h5 h6 table thead tbody tr"
+PLAIN = "p br hr em strong del code li figcaption h1 h2 h3 h4 h5 h6 thead tbody tr"
 ALLOWED = {
     **dict.fromkeys(PLAIN.split(), ""),
     "a": "href target rel",
-    "ol": "start",
+    **dict.fromkeys(("ul", "blockquote", "table"), "dir"),
+    "ol": "dir start",
+    "span": "class dir",
     "figure": "class",
     "button": "type class",
     "pre": "tabindex",
-    "div": "class tabindex",
+    "div": "class tabindex dir",
     "th": "class",
     "td": "class",
 }
-CLASSES = {None, "code", "copy", "table", "center", "right"}
+CLASSES = {None, "code", "copy", "table", "center", "right", "math"}
 
 
 class Judge(HTMLParser):
@@ -148,14 +168,14 @@ def test_no_reply_brings_elements_of_its_own(page):
 
 
 @settings(max_examples=6)
-@given(st.lists(st.text(alphabet="a<>\"'&[]()!*_`~#|-:/.\n \\h=", max_size=60), min_size=50, max_size=50))
+@given(st.lists(st.text(alphabet="a<>\"'&[]()!*_`~#|-:/.\n \\h=$", max_size=60), min_size=50, max_size=50))
 def test_no_text_brings_elements_of_its_own(renderer, texts):
     assert [Judge(html).found for html in renderer.render(*texts)] == [[]] * len(texts)
 
 
 HUGE = ["*a ", "**a** ", "_a", "*a**b", "*_", "~~a", "[", "![", "](", "[a](", "[a](b) ", "[a](https://x.org ", "`"]
 HUGE += ["`a``b", "> ", ">", "- ", "1. a\n", "|a", "```\n", "~~~a\n", "https://", "https://x.org/a)", "<", "<https://"]
-HUGE += ["\\", "# ", "a\n", " ", "\t"]
+HUGE += ["\\(", "\\[", "\\[\n", "$a", "$$\n", "$", "$$", "\\(a\\) ", "\\", "# ", "a\n", " ", "\t"]
 
 
 def test_large_texts_take_little_time_and_do_not_nest_without_end(page):
