@@ -1,10 +1,14 @@
 /** The server's chat-completions protocol, and its errors in words. */
 
-/** What went wrong, for people to read. `status` is that of HTTP, or 0 where no answer came. */
+/**
+ * What went wrong, for people to read. `status` is that of HTTP, or 0 where no answer came; `code` is the server's word
+ * for it.
+ */
 export class ServerError extends Error {
-    constructor(message, status) {
+    constructor(message, status, code = null) {
         super(message);
         this.status = status;
+        this.code = code;
     }
 }
 
@@ -44,12 +48,14 @@ async function ask(path, request, key) {
         if (error.name === "AbortError") throw error;
         throw new ServerError("The server cannot be reached. Is it still running?", 0);
     }
-    if (!response.ok) throw new ServerError(await words(response), response.status);
+    if (!response.ok) {
+        const error = parsed(await response.text())?.error;
+        throw new ServerError(words(response, error?.message), response.status, error?.code);
+    }
     return response;
 }
 
-async function words(response) {
-    const said = parsed(await response.text())?.error?.message;
+function words(response, said) {
     const seconds = response.headers.get("Retry-After");
     if (response.status === 429) {
         return `The server is busy${seconds ? `; try again in ${seconds} s` : ""}. ${said ?? ""}`.trim();

@@ -3,6 +3,7 @@
 import { ServerError, listModels, streamReply } from "./api.js";
 import { copy } from "./clipboard.js";
 import { withKey } from "./dialogs.js";
+import { exportConversations, readConversations } from "./files.js";
 import * as store from "./store.js";
 import { announce, byId, draw, drawModels, drawSoon, isSidebarOpen, noticeScroll, openSidebar } from "./view.js";
 import { toEnd, turnPage } from "./view.js";
@@ -10,23 +11,41 @@ import { toEnd, turnPage } from "./view.js";
 const input = byId("input");
 const running = new Map(); // how to stop the reply that is coming in a conversation
 let models = [];
+let undo = null; // puts the conversation back that was deleted last
 let draft = null; // what the input had before the last message was put there to be edited
 
 /** Asks for the next message; `replaced` comes back where nothing new is said. */
 async function reply(conversation, replaced = null) {
-    const controller = new AbortController();
-    const messages = store.messagesFor(conversation);
     const message = { role: "assistant", content: "", finish: null };
-    running.set(conversation, controller);
     conversation.messages.push(message);
+    await write(conversation, message);
+    if (message.content || message.finish !== "stopped") return;
+    conversation.messages.splice(-1, 1, ...(replaced ? [replaced] : []));
+    keep(conversation);
+    redraw();
+}
+
+/** Asks for the rest of a reply that was cut. */
+function goOn() {
+    const conversation = store.current();
+    if (running.has(conversation)) return;
+    write(conversation, conversation.messages.at(-1), { continue_final_message: true, add_generation_prompt: false });
+    input.focus();
+}
+
+/** Adds what the server says to the last message of a conversation. */
+async function write(conversation, message, extra = {}) {
+    const controller = new AbortController();
+    running.set(conversation, controller);
     conversation.error = null;
+    message.finish = null;
     redraw();
     toEnd();
     announce("The assistant is writing.");
     try {
         await withKey(async (key) => {
             if (!models.length) await loadModels(key);
-            for await (const { text, finish } of streamReply({ ...options(), messages }, key, controller.signal)) {
+            for await (const { text, finish } of fittingReply(conversation, extra, key, controller.signal)) {
                 message.content += text;
                 message.finish = finish ?? message.finish;
                 if (conversation === store.current()) drawSoon(message);
@@ -40,19 +59,39 @@ async function reply(conversation, replaced = null) {
         if (error.name !== "AbortError" && !(error instanceof ServerError)) throw error;
     } finally {
         running.delete(conversation);
-        if (!message.content && message.finish === "stopped") {
-            conversation.messages.splice(-1, 1, ...(replaced ? [replaced] : []));
-        }
-        keep();
+        keep(conversation);
         redraw();
+    }
+}
+
+/** The pieces of a reply; where the context is full, the oldest exchanges are left out until a quarter of it is free. */
+async function* fittingReply(conversation, extra, key, signal) {
+    const body = { ...options(), ...extra };
+    for (;;) {
+        try {
+            return yield* streamReply({ ...body, messages: store.messagesFor(conversation) }, key, signal);
+        } catch (error) {
+            if (error.code !== "context_length_exceeded" || !store.leaveOutOldest(conversation)) throw error;
+            const context = models.find(({ id }) => id === body.model)?.max_model_len;
+            if (context) body.max_tokens ??= Math.max(Math.floor(context / 4), 1);
+            redraw();
+        }
     }
 }
 
 /** What is asked of the server, beside the messages. */
 function options() {
-    const { model, temperature, maxTokens } = store.settings;
+    const { model, temperature, topP, maxTokens, stop, seed } = store.settings;
     const chosen = models.some(({ id }) => id === model) ? model : models[0].id;
-    return { model: chosen, temperature, ...(maxTokens && { max_tokens: maxTokens }) };
+    const stops = stop.split("\n").filter(Boolean);
+    return {
+        model: chosen,
+        temperature,
+        ...(topP < 1 && { top_p: topP }),
+        ...(maxTokens && { max_tokens: maxTokens }),
+        ...(stops.length && { stop: stops }),
+        ...(seed !== null && { seed }),
+    };
 }
 
 async function loadModels(key) {
@@ -66,6 +105,7 @@ function send() {
     if (!content || running.has(conversation)) return;
     if (draft !== null) conversation.messages.splice(store.lastIndexOf(conversation.messages, "user"));
     stopEditing("");
+    offerUndo(false);
     conversation.messages.push({ role: "user", content });
     reply(conversation);
 }
@@ -114,7 +154,7 @@ function fit() {
 function open(conversation) {
     if (draft !== null) stopEditing(draft);
     store.select(conversation);
-    keep();
+    save();
     redraw();
     toEnd();
     openSidebar(false);
@@ -123,21 +163,55 @@ function open(conversation) {
 
 function remove(conversation) {
     running.get(conversation)?.abort();
-    store.remove(conversation);
+    const putBack = store.remove(conversation);
+    undo = () => {
+        putBack();
+        open(conversation);
+    };
+    offerUndo(conversation.messages.length > 0);
     open(store.current());
+}
+
+function offerUndo(isOffered) {
+    byId("deleted").hidden = !isOffered;
+    if (isOffered) announce("The conversation is deleted. It can be put back.");
+}
+
+function undoRemoval() {
+    offerUndo(false);
+    undo();
+}
+
+async function importFile({ target }) {
+    const [file] = target.files;
+    try {
+        const found = readConversations(await file.text());
+        found.reverse().forEach(store.add); // the first of the file is the first of the list
+        open(store.conversations[0]);
+        announce(`${found.length} conversations were read.`);
+    } catch (error) {
+        announce(`${file.name}: ${error.message}`, true);
+    } finally {
+        target.value = ""; // so that the same file can be chosen again
+    }
 }
 
 function redraw() {
     draw(running.has(store.current()));
 }
 
-function keep() {
-    if (!store.save()) announce("This tab's storage is full: what is new will be gone when the tab is.", true);
+function keep(conversation) {
+    store.touch(conversation);
+    save();
+}
+
+function save() {
+    if (!store.save()) announce("The browser's storage is full: what is new will be gone when this tab is.", true);
 }
 
 async function copyFrom(button) {
     const code = button.closest("figure")?.querySelector("code");
-    const index = [...byId("thread").children].indexOf(button.closest(".message"));
+    const index = [...byId("thread").querySelectorAll(".message")].indexOf(button.closest(".message"));
     const isCopied = await copy(code ? code.textContent : store.current().messages[index].content);
     button.classList.toggle("done", isCopied);
     setTimeout(() => button.classList.remove("done"), 1500);
@@ -150,11 +224,12 @@ function onThreadClick({ target }) {
     if (button.matches(".copy, .copy-message")) copyFrom(button);
     if (button.matches(".edit")) edit();
     if (button.matches(".regenerate, .retry")) regenerate();
+    if (button.matches(".continue")) goOn();
 }
 
 function onConversationClick({ target }) {
-    const id = Number(target.closest("li")?.dataset.id);
-    const conversation = store.conversations.find((other) => other.id === id);
+    const id = target.closest("li")?.dataset.id;
+    const conversation = store.conversations.find((other) => String(other.id) === id);
     if (conversation) (target.closest(".remove") ? remove : open)(conversation);
 }
 
@@ -193,6 +268,10 @@ byId("stop").addEventListener("click", stop);
 byId("cancel-edit").addEventListener("click", () => stopEditing(draft));
 byId("thread").addEventListener("click", onThreadClick);
 byId("conversations").addEventListener("click", onConversationClick);
+byId("undo").addEventListener("click", undoRemoval);
+byId("export").addEventListener("click", () => exportConversations(store.conversations));
+byId("import").addEventListener("click", () => byId("file").click());
+byId("file").addEventListener("change", importFile);
 byId("new").addEventListener("click", () => open(store.create()));
 byId("menu-button").addEventListener("click", () => openSidebar(!isSidebarOpen()));
 byId("shade").addEventListener("click", () => openSidebar(false));

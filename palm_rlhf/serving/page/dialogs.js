@@ -1,19 +1,23 @@
 /** Settings, the key of the server, light and dark. */
 
-import { settings, save, key, keepKey } from "./store.js";
-import { byId } from "./view.js";
+import { settings, save, key, keepBeyondTab, keepKey, outlivesTab } from "./store.js";
+import { byId, drawKept } from "./view.js";
 
 const THEME = "palm-rlhf.theme";
 const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
 const form = byId("settings").querySelector("form");
-const { model, system, temperature, maxTokens, shown } = form.elements;
+const { model, system, temperature, topP, maxTokens, stop, seed, keep, shown, shownTopP } = form.elements;
 
 /** Opens the settings, which are taken as they are typed. */
 export function openSettings() {
     system.value = settings.system;
     temperature.value = settings.temperature;
     shown.value = settings.temperature;
+    topP.value = shownTopP.value = settings.topP;
     maxTokens.value = settings.maxTokens ?? "";
+    stop.value = settings.stop;
+    seed.value = settings.seed ?? "";
+    keep.checked = outlivesTab();
     byId("forget-key").hidden = key() === null;
     byId("settings").showModal();
 }
@@ -23,9 +27,15 @@ function takeSettings() {
     settings.system = system.value;
     settings.temperature = temperature.valueAsNumber;
     shown.value = settings.temperature;
+    settings.topP = topP.valueAsNumber;
+    shownTopP.value = settings.topP;
+    settings.stop = stop.value;
+    if (seed.validity.valid) settings.seed = seed.value ? seed.valueAsNumber : null;
     if (maxTokens.validity.valid) settings.maxTokens = maxTokens.value ? maxTokens.valueAsNumber : null;
     byId("model").textContent = model.value;
+    if (keep.checked !== outlivesTab()) keepBeyondTab(keep.checked);
     save();
+    drawKept();
 }
 
 function forgetKey() {

@@ -1,23 +1,63 @@
-/** What this tab remembers: conversations, settings and the key, in sessionStorage; light or dark is for all tabs. */
+/**
+ * What this tab remembers: conversations, settings and the key, in sessionStorage; light or dark is for all tabs.
+ *
+ * Where the person wants it, conversations and settings are kept in localStorage too, beyond the tab. Several tabs may
+ * keep them there: each adds its own, and of a conversation that two have changed the later one stays.
+ */
 
 const STATE = "palm-rlhf.state";
+const HISTORY = "palm-rlhf.history";
 const KEY = "palm-rlhf.key";
-const DEFAULTS = { model: null, system: "", temperature: 0.7, maxTokens: null };
+const DEFAULTS = { model: null, system: "", temperature: 0.7, topP: 1, maxTokens: null, stop: "", seed: null };
 
-const saved = read(sessionStorage, STATE) ?? {};
+const history = read(localStorage, HISTORY);
+const saved = read(sessionStorage, STATE) ?? history ?? {};
+const removed = new Set(); // ids that this tab no longer keeps
 
-/** Conversations, the newest first: `{ id, messages, error }`; a message has a role, content and why it ended. */
+/**
+ * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, content and why it
+ * ended; `changed` is a time; the first `leftOut` messages are no longer sent, since the context has no room for them.
+ */
 export const conversations = Array.isArray(saved.conversations) ? saved.conversations : [];
 export const settings = { ...DEFAULTS, ...saved.settings };
 let currentId = saved.currentId;
+let isKept = history !== null;
+merge(history?.conversations ?? []);
 
 /** Writes everything down; false where there is no more room, and what is new is lost when the tab is. */
 export function save() {
     try {
         sessionStorage.setItem(STATE, JSON.stringify({ conversations, settings, currentId }));
+        if (isKept) {
+            merge(read(localStorage, HISTORY)?.conversations ?? []);
+            const filled = conversations.filter(({ messages }) => messages.length);
+            localStorage.setItem(HISTORY, JSON.stringify({ conversations: filled, settings }));
+        }
         return true;
     } catch {
         return false;
+    }
+}
+
+/** Whether conversations outlive this tab. */
+export function outlivesTab() {
+    return isKept;
+}
+
+/** Keeps conversations beyond this tab from now on, or forgets all that was kept of any tab. */
+export function keepBeyondTab(wanted) {
+    isKept = wanted;
+    if (!wanted) localStorage.removeItem(HISTORY);
+    return save();
+}
+
+/** Adds the conversations of another tab, and takes those that were changed there later. */
+function merge(others) {
+    for (const other of others) {
+        if (!isConversation(other) || removed.has(other.id)) continue;
+        const known = conversations.findIndex(({ id }) => id === other.id);
+        if (known < 0) conversations.push(other);
+        else if ((other.changed ?? 0) > (conversations[known].changed ?? 0)) Object.assign(conversations[known], other);
     }
 }
 
@@ -31,21 +71,35 @@ export function select(conversation) {
     currentId = conversation.id;
 }
 
+/** Notes that a conversation is no longer as other tabs may know it. */
+export function touch(conversation) {
+    conversation.changed = Date.now();
+}
+
 /** Begins a conversation, or returns to one in which nothing was said yet. */
 export function create() {
-    let conversation = conversations.find(({ messages }) => !messages.length);
-    if (!conversation) {
-        const id = Math.max(0, ...conversations.map((other) => other.id)) + 1;
-        conversation = { id, messages: [], error: null };
-        conversations.unshift(conversation);
-    }
+    const conversation = conversations.find(({ messages }) => !messages.length) ?? add([]);
     select(conversation);
     return conversation;
 }
 
-/** Forgets a conversation. */
+/** A new conversation of these messages, the first of all. */
+export function add(messages) {
+    const id = `${Date.now()}-${Math.random()}`; // other tabs make their own at the same time
+    const conversation = { id, messages, error: null, changed: Date.now(), leftOut: 0 };
+    conversations.unshift(conversation);
+    return conversation;
+}
+
+/** Forgets a conversation; the function that it returns puts it back. */
 export function remove(conversation) {
-    conversations.splice(conversations.indexOf(conversation), 1);
+    const place = conversations.indexOf(conversation);
+    conversations.splice(place, 1);
+    removed.add(conversation.id);
+    return () => {
+        removed.delete(conversation.id);
+        conversations.splice(Math.min(place, conversations.length), 0, conversation);
+    };
 }
 
 /** A conversation by its first words. */
@@ -62,12 +116,22 @@ export function lastIndexOf(messages, role) {
 export function messagesFor(conversation) {
     const said = [];
     if (settings.system.trim()) said.push({ role: "system", content: settings.system });
-    for (const { role, content } of conversation.messages) {
+    for (const { role, content } of conversation.messages.slice(conversation.leftOut ?? 0)) {
         if (!content) continue;
         if (said.at(-1)?.role === role) said.at(-1).content += `\n\n${content}`;
         else said.push({ role, content });
     }
     return said;
+}
+
+/** Leaves out the oldest exchange that is still sent; false where only the last message of the user is left. */
+export function leaveOutOldest(conversation) {
+    const last = lastIndexOf(conversation.messages, "user");
+    const start = conversation.leftOut ?? 0;
+    const next = conversation.messages.findIndex(({ role }, index) => index > start && role === "user");
+    if (next < 0 || next > last) return false;
+    conversation.leftOut = next;
+    return true;
 }
 
 /** The key that the server asked for, or null. */
@@ -79,6 +143,15 @@ export function key() {
 export function keepKey(value) {
     if (value) sessionStorage.setItem(KEY, value);
     else sessionStorage.removeItem(KEY);
+}
+
+/** Whether something is a conversation that the page can show. */
+export function isConversation(thing) {
+    return Array.isArray(thing?.messages) && thing.messages.every(isMessage);
+}
+
+function isMessage(thing) {
+    return ["system", "user", "assistant"].includes(thing?.role) && typeof thing.content === "string";
 }
 
 function read(storage, name) {

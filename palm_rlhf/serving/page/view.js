@@ -3,6 +3,7 @@
 import { show } from "./markdown.js";
 import * as store from "./store.js";
 
+const NAMES = { user: "You", assistant: "Assistant", system: "System prompt" };
 const NOTES = { length: "The reply was cut at the limit of its length.", stopped: "Stopped." };
 const scroller = byId("scroller");
 const elements = new WeakMap(); // of messages and conversations
@@ -19,7 +20,10 @@ export function draw(isRunning) {
     const conversation = store.current();
     const { messages, error } = conversation;
     const isFollowed = isAtEnd();
+    const leftOut = conversation.leftOut ?? 0;
     const nodes = messages.map((message, index) => drawMessage(message, index, messages, isRunning));
+    nodes.slice(0, leftOut).forEach((node) => node.classList.add("left-out"));
+    if (leftOut) nodes.splice(leftOut, 0, drawLeftOut(leftOut));
     if (error) nodes.push(drawError(error));
     synchronise(byId("thread"), nodes);
     byId("thread").setAttribute("aria-busy", isRunning);
@@ -28,6 +32,7 @@ export function draw(isRunning) {
     byId("stop").hidden = !isRunning;
     document.title = messages.length ? store.titleOf(conversation) : "Chat";
     synchronise(byId("conversations"), store.conversations.map(drawConversation));
+    drawKept();
     follow(isFollowed);
 }
 
@@ -40,7 +45,7 @@ function drawMessage(message, index, messages, isRunning) {
     element.className = `message ${message.role}`;
     element.classList.toggle("last", isLast);
     element.classList.toggle("growing", isGrowing);
-    element.setAttribute("aria-label", isReply ? "Assistant" : "You");
+    element.setAttribute("aria-label", NAMES[message.role]);
     drawText(message, element);
     const note = isGrowing ? "" : (NOTES[message.finish] ?? (message.content ? "" : "The reply is empty."));
     part(".note").textContent = note;
@@ -48,6 +53,7 @@ function drawMessage(message, index, messages, isRunning) {
     part(".actions").hidden = isGrowing;
     part(".edit").hidden = isRunning || index !== store.lastIndexOf(messages, "user");
     part(".regenerate").hidden = !isLast || !isReply;
+    part(".continue").hidden = !isLast || !message.content || !["length", "stopped"].includes(message.finish);
     return element;
 }
 
@@ -73,6 +79,13 @@ function drawGrowing(message) {
     pause = 2 * (performance.now() - start);
 }
 
+function drawLeftOut(count) {
+    const element = clone("left-out-template");
+    const said = count === 1 ? "message is" : `${count} messages are`;
+    element.textContent = `The context is full: the first ${said} no longer sent to the model.`;
+    return element;
+}
+
 function drawError(error) {
     const element = clone("error-template");
     element.querySelector("p").textContent = error;
@@ -88,6 +101,11 @@ function drawConversation(conversation) {
     opening.setAttribute("aria-current", conversation === store.current());
     removal.setAttribute("aria-label", `Delete ${title}`);
     return element;
+}
+
+/** Tells where conversations are kept. */
+export function drawKept() {
+    byId("kept").textContent = `Conversations ${store.outlivesTab() ? "are kept in this browser" : "stay in this tab"}.`;
 }
 
 /** Shows which models there are, and which one answers. */

@@ -10,7 +10,7 @@ MATH = {
     "$$a$$": BLOCK.format("$$a$$"),
     "$$a$$ is inline": "<p>" + INLINE.format("$$a$$") + " is inline</p>",
     "- $$\n  a\n  $$": '<ul dir="auto"><li>' + BLOCK.format("$$\na\n$$") + "</li></ul>",
-    r"from $5 to $6, *US$* \$1\$ \(open \*": "<p>from $5 to $6, <em>US$</em> $1$ (open *</p>",
+    r"from $5 to $6, *US* \$1\$ \(open \*": "<p>from $5 to $6, <em>US</em> $1$ (open *</p>",
     r"`\(a\)` and $`b`$": r"<p><code>\(a\)</code> and " + INLINE.format("$`b`$") + "</p>",
     "**$a_b$**": "<p><strong>" + INLINE.format("$a_b$") + "</strong></p>",
     r"\(<img src=x>\)": "<p>" + INLINE.format(r"\(&lt;img src=x&gt;\)") + "</p>",
