@@ -33,6 +33,7 @@ class Ask:
     json_schema: dict[str, Any] | None = None  # what a reply has to conform to
     schema_name: str = "response_format"  # of the parameter that says so
     tools: Tools | None = None  # what a reply may call
+    continued: bool = False  # whether the reply goes on with the last message
     repeated: dict[str, Any] = field(default_factory=dict)  # what a response says again
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -73,7 +74,25 @@ def read_chat(body: dict[str, Any]) -> Ask:
         message = "got response_format and tools; expected one of them, or a tool_choice of none"
         raise ApiError(400, message, param="response_format", code="conflict")
     ask = common(values, [messages], limit, logprobs, prompt_logprobs)
-    return replace(ask, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools)
+    continued = continues(values, messages, free=schema is None and tools is None)
+    return replace(ask, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools, continued=continued)
+
+
+def continues(values: dict[str, Any], messages: list[dict[str, Any]], *, free: bool) -> bool:
+    """Whether a reply goes on with the last message; ApiError where it cannot."""
+    if not values.get("continue_final_message", False):
+        if values.get("add_generation_prompt", True):
+            return False
+        message = "add_generation_prompt is false; expected that only with continue_final_message"
+        raise ApiError(400, message, param="add_generation_prompt", code="conflict")
+    last = messages[-1]
+    if last["role"] != "assistant" or "tool_calls" in last:
+        message = f"the last message is of the {last['role']}; expected words of the assistant that can be continued"
+        raise ApiError(400, message, param="continue_final_message", code="conflict")
+    if not free:
+        message = "a reply in a form, or with tools, cannot be continued; expected continue_final_message without them"
+        raise ApiError(400, message, param="continue_final_message", code="conflict")
+    return True
 
 
 def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:

@@ -29,7 +29,8 @@ def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: 
     requests = []
     for prompt in ask.prompts:
         tools = [] if ask.tools is None else ask.tools.definitions
-        tokens = prompt_tokens(served, context, prompt, tools, name, add_special_tokens=ask.add_special_tokens)
+        forms = {"continued": ask.continued, "add_special_tokens": ask.add_special_tokens}
+        tokens = prompt_tokens(served, context, prompt, tools, name, **forms)
         room = room_for_reply(len(tokens), ask.max_new_tokens, context, name)
         requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
     return requests
@@ -86,9 +87,13 @@ def prompt_tokens(
     tools: Sequence[dict] = (),
     name: str | None = None,
     *,
+    continued: bool = False,
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The tokens of a text, of a conversation in which tools may be called, or those given; errors say the name."""
+    """The tokens of a text, of a conversation in which tools may be called, or those given; errors say the name.
+
+    A conversation that is continued ends with words of the assistant, which the reply goes on with.
+    """
     if isinstance(prompt, list) and isinstance(prompt[0], int):
         check_ids(prompt, served.palm.num_tokens, "prompt")
         return prompt
@@ -104,7 +109,7 @@ def prompt_tokens(
         if isinstance(prompt, str):
             tokens = served.encode_text(prompt, add_special_tokens=add_special_tokens)
         else:
-            tokens = served.encode_chat(prompt, tools)
+            tokens = served.encode_continued(prompt) if continued else served.encode_chat(prompt, tools)
     except ValueError as error:
         raise ApiError(400, f"{name} cannot be read by this model: {error}", param=name) from error
     if not tokens:

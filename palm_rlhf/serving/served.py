@@ -91,6 +91,18 @@ class Served:
         return self.tokenizer.encode("".join(turns) + f"{ROLE_NAMES['assistant']}:\n")
 
     @beartype
+    def encode_continued(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation up to the last words of the assistant, whose turn goes on; see `encode_chat`."""
+        *before, last = messages
+        words = last["content"]
+        tokens = self.encode_reply(before, words)
+        if self.template is not None:  # the end of the turn is left out, with the blanks that the template puts there
+            tokens.pop()
+            while tokens and words == words.rstrip() and not self.tokenizer.decode(tokens[-1:]).strip():
+                tokens.pop()
+        return self.encode_chat(before) + tokens
+
+    @beartype
     def encode_reply(self, messages: Messages, reply: str) -> list[int]:
         """The tokens of what the assistant says to a conversation, with the end of its turn."""
         if self.template is not None:

@@ -29,12 +29,12 @@ async function reply(conversation, replaced = null) {
 function goOn() {
     const conversation = store.current();
     if (running.has(conversation)) return;
-    write(conversation, conversation.messages.at(-1), { continue_final_message: true, add_generation_prompt: false });
+    write(conversation, conversation.messages.at(-1));
     input.focus();
 }
 
 /** Adds what the server says to the last message of a conversation. */
-async function write(conversation, message, extra = {}) {
+async function write(conversation, message) {
     const controller = new AbortController();
     running.set(conversation, controller);
     conversation.error = null;
@@ -45,7 +45,7 @@ async function write(conversation, message, extra = {}) {
     try {
         await withKey(async (key) => {
             if (!models.length) await loadModels(key);
-            for await (const { text, finish } of fittingReply(conversation, extra, key, controller.signal)) {
+            for await (const { text, finish } of fittingReply(conversation, key, controller.signal)) {
                 message.content += text;
                 message.finish = finish ?? message.finish;
                 if (conversation === store.current()) drawSoon(message);
@@ -64,19 +64,33 @@ async function write(conversation, message, extra = {}) {
     }
 }
 
-/** The pieces of a reply; where the context is full, the oldest exchanges are left out until a quarter of it is free. */
-async function* fittingReply(conversation, extra, key, signal) {
-    const body = { ...options(), ...extra };
-    for (;;) {
+/** The pieces of a reply, which goes on with the last message where that is one of the assistant. */
+async function* fittingReply(conversation, key, signal) {
+    const body = options();
+    for (let isCut = true; isCut; ) {
+        isCut = false;
+        const messages = store.messagesFor(conversation);
+        const isBegun = messages.at(-1).role === "assistant";
+        const going = isBegun ? { continue_final_message: true, add_generation_prompt: false } : {};
         try {
-            return yield* streamReply({ ...body, messages: store.messagesFor(conversation) }, key, signal);
+            for await (const piece of streamReply({ ...body, ...going, messages }, key, signal)) {
+                isCut = piece.finish === "length" && !body.max_tokens && makeRoom(conversation, body);
+                yield isCut ? { ...piece, finish: null } : piece;
+            }
         } catch (error) {
-            if (error.code !== "context_length_exceeded" || !store.leaveOutOldest(conversation)) throw error;
-            const context = models.find(({ id }) => id === body.model)?.max_model_len;
-            if (context) body.max_tokens ??= Math.max(Math.floor(context / 4), 1);
-            redraw();
+            isCut = error.code === "context_length_exceeded" && makeRoom(conversation, body);
+            if (!isCut) throw error;
         }
     }
+}
+
+/** Leaves out the oldest exchange, so that a quarter of the context is free for the reply; false where none is left. */
+function makeRoom(conversation, body) {
+    if (!store.leaveOutOldest(conversation)) return false;
+    const context = models.find(({ id }) => id === body.model)?.max_model_len;
+    if (context) body.max_tokens ??= Math.max(Math.floor(context / 4), 1);
+    redraw();
+    return true;
 }
 
 /** What is asked of the server, beside the messages. */

@@ -1,4 +1,4 @@
-/** Conversations as a file, and back: a line of JSON each, `{"messages": [...]}`, as `palm-rlhf data` reads them too. */
+/** Conversations as a file, and back: a line of JSON each, `{"messages": [...]}`, which `palm-rlhf data` reads too. */
 
 import { isConversation } from "./store.js";
 
@@ -23,7 +23,8 @@ export function readConversations(text) {
         if (!line.trim()) return;
         const value = parsed(line);
         if (!isConversation(value)) {
-            throw new Error(`Line ${index + 1} is no conversation: expected {"messages": [{"role": ..., "content": ...}]}.`);
+            const form = '{"messages": [{"role": ..., "content": ...}]}';
+            throw new Error(`Line ${index + 1} is no conversation: expected ${form}.`);
         }
         found.push(value.messages.map(({ role, content }) => ({ role, content })));
     });

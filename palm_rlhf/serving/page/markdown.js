@@ -177,8 +177,8 @@ function readTable(lines, at) {
     const build = () =>
         make(
             "div",
-            { class: "table", tabindex: "0" },
-            make("table", AUTO, make("thead", {}, row("th", head)), make("tbody", {}, ...body())),
+            { class: "table", ...AUTO, tabindex: "0" },
+            make("table", {}, make("thead", {}, row("th", head)), make("tbody", {}, ...body())),
         );
     return { end, build };
 }

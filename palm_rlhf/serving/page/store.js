@@ -15,20 +15,19 @@ const saved = read(sessionStorage, STATE) ?? history ?? {};
 const removed = new Set(); // ids that this tab no longer keeps
 
 /**
- * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, content and why it
- * ended; `changed` is a time; the first `leftOut` messages are no longer sent, since the context has no room for them.
+ * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, content and why
+ * it ended; `changed` is a time; the first `leftOut` messages are no longer sent: the context has no room for them.
  */
 export const conversations = Array.isArray(saved.conversations) ? saved.conversations : [];
 export const settings = { ...DEFAULTS, ...saved.settings };
 let currentId = saved.currentId;
-let isKept = history !== null;
 merge(history?.conversations ?? []);
 
 /** Writes everything down; false where there is no more room, and what is new is lost when the tab is. */
 export function save() {
     try {
         sessionStorage.setItem(STATE, JSON.stringify({ conversations, settings, currentId }));
-        if (isKept) {
+        if (outlivesTab()) {
             merge(read(localStorage, HISTORY)?.conversations ?? []);
             const filled = conversations.filter(({ messages }) => messages.length);
             localStorage.setItem(HISTORY, JSON.stringify({ conversations: filled, settings }));
@@ -39,16 +38,15 @@ export function save() {
     }
 }
 
-/** Whether conversations outlive this tab. */
+/** Whether conversations outlive their tabs: all tabs follow where one begins or ends it. */
 export function outlivesTab() {
-    return isKept;
+    return localStorage.getItem(HISTORY) !== null;
 }
 
-/** Keeps conversations beyond this tab from now on, or forgets all that was kept of any tab. */
+/** Keeps conversations beyond their tabs from the next `save` on, or forgets all that was kept of any tab. */
 export function keepBeyondTab(wanted) {
-    isKept = wanted;
-    if (!wanted) localStorage.removeItem(HISTORY);
-    return save();
+    if (wanted) localStorage.setItem(HISTORY, "{}");
+    else localStorage.removeItem(HISTORY);
 }
 
 /** Adds the conversations of another tab, and takes those that were changed there later. */

@@ -3,6 +3,7 @@
 import { show } from "./markdown.js";
 import * as store from "./store.js";
 
+const CUT = ["length", "stopped"];
 const NAMES = { user: "You", assistant: "Assistant", system: "System prompt" };
 const NOTES = { length: "The reply was cut at the limit of its length.", stopped: "Stopped." };
 const scroller = byId("scroller");
@@ -53,7 +54,7 @@ function drawMessage(message, index, messages, isRunning) {
     part(".actions").hidden = isGrowing;
     part(".edit").hidden = isRunning || index !== store.lastIndexOf(messages, "user");
     part(".regenerate").hidden = !isLast || !isReply;
-    part(".continue").hidden = !isLast || !message.content || !["length", "stopped"].includes(message.finish);
+    part(".continue").hidden = !isLast || !message.content || !CUT.includes(message.finish);
     return element;
 }
 

@@ -1,6 +1,7 @@
 """Tabs of headless Chromium, and servers: of a model that says what it was given to say, and of odd bytes."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ def scripted() -> Served:
     ids = {word: index for index, word in enumerate(words)}
     template = ChatTemplate((SYSTEM, ""), (USER, ""), ("", EOS), special_tokens=(EOS, SYSTEM, USER))
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    pieces = tokenizers.Regex("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(pieces, "isolated")  # a reply that is cut has its tokens
     backend.decoder = tokenizers.decoders.Fuse()
     tokenizer = HuggingFaceTokenizer(backend, template.special_tokens, eos_token=EOS)
     following = torch.arange(tokenizer.num_tokens)

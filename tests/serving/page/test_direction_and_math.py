@@ -57,6 +57,7 @@ def test_each_block_has_the_direction_of_its_own_text(page):
                 lists: [direction("ul"), direction("ul ul"), direction("ol")],
                 quote: direction("blockquote"),
                 firstColumn: first > second ? "right" : "left",
+                table: edge(element.querySelector("table")),
                 code: direction("pre"),
             });
         });"""
@@ -66,5 +67,6 @@ def test_each_block_has_the_direction_of_its_own_text(page):
         "lists": ["rtl", "ltr", "ltr"],
         "quote": "rtl",
         "firstColumn": "right",
+        "table": "right",
         "code": "ltr",
     }

@@ -29,7 +29,7 @@ KNOWN = {
     "```js x\n\t<b>\n\n# no\n```\nafter": CODE.format("js", "\t&lt;b&gt;\n\n# no\n") + "<p>after</p>",
     "~~~\n```\n~~~": CODE.format("text", "```\n"),
     "```py\nstill coming": CODE.format("py", "still coming\n"),
-    "| a | b |\n|:-:|--:|\n| `x` | 1 \\| 2 |\n| y |": '<div class="table" tabindex="0"><table dir="auto"><thead><tr>'
+    "| a | b |\n|:-:|--:|\n| `x` | 1 \\| 2 |\n| y |": '<div class="table" dir="auto" tabindex="0"><table><thead><tr>'
     '<th class="center">a</th><th class="right">b</th></tr></thead><tbody><tr><td class="center"><code>x</code></td>'
     '<td class="right">1 | 2</td></tr><tr><td class="center">y</td></tr></tbody></table></div>',
     "a | b\nno table": "<p>a | b<br>no table</p>",
@@ -98,11 +98,11 @@ def test_what_does_not_change_keeps_its_elements(page):
     assert page.browser.execute_async_script(script) == [True, False, 3]
 
 
-PLAIN = "p br hr em strong del code li figcaption h1 h2 h3 h4 h5 h6 thead tbody tr"
+PLAIN = "p br hr em strong del code li figcaption h1 h2 h3 h4 h5 h6 table thead tbody tr"
 ALLOWED = {
     **dict.fromkeys(PLAIN.split(), ""),
     "a": "href target rel",
-    **dict.fromkeys(("ul", "blockquote", "table"), "dir"),
+    **dict.fromkeys(("ul", "blockquote"), "dir"),
     "ol": "dir start",
     "span": "class dir",
     "figure": "class",
