@@ -4,7 +4,7 @@ from typing import Any
 
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.parameters import CHAT, MODEL, NEUTRAL_IN_CHATS, STRING, TOKENS, boolean, items, record
-from palm_rlhf.serving.protocol import with_calls
+from palm_rlhf.serving.protocol import continues, with_calls
 from palm_rlhf.serving.requests import check_ids, prompt_tokens
 from palm_rlhf.serving.served import Served
 from palm_rlhf.serving.tools import read_tools
@@ -18,10 +18,8 @@ TOKENIZE = record(
         "messages": {**CHAT["properties"]["messages"], "description": "A conversation, up to where a reply begins."},
         "tools": CHAT["properties"]["tools"],
         "return_token_strs": boolean("Return what each token looks like, too."),
-        **{
-            name: NEUTRAL_IN_CHATS[name]
-            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-        },
+        "chat_template_kwargs": NEUTRAL_IN_CHATS["chat_template_kwargs"],
+        **{name: CHAT["properties"][name] for name in ("add_generation_prompt", "continue_final_message")},
     }
 )
 DETOKENIZE = record({"model": MODEL, "tokens": items(TOKENS, minimum=0)}, "tokens")
@@ -41,7 +39,9 @@ def tokenize(served: Served, context: int, values: dict[str, Any]) -> dict[str, 
     else:
         messages = [with_calls(message, f"messages[{index}]") for index, message in enumerate(values["messages"])]
         tools = read_tools(values)
-        tokens = prompt_tokens(served, context, messages, [] if tools is None else tools.definitions)
+        continued = continues(values, messages, free=tools is None)
+        definitions = [] if tools is None else tools.definitions
+        tokens = prompt_tokens(served, context, messages, definitions, continued=continued)
     strings = [token_text(served.tokenizer, token)[0] for token in tokens] if values.get("return_token_strs") else None
     return {"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": strings}
 

@@ -46,6 +46,12 @@ def test_a_reply_goes_on_where_it_was_cut(ask, dialogues, cut):
     assert words == dialogues["Count to ten."][5:]
 
 
+def test_its_tokens_can_be_counted(server):
+    messages = turns("Count to ten.", "1 2 3")
+    reply = httpx.post(f"{server[0]}/tokenize", json={"messages": messages, **CONTINUED}, timeout=60).json()
+    assert bytes(reply["tokens"][-5:]) == b"1 2 3"
+
+
 def test_without_it_the_assistant_begins_a_message_of_its_own(ask, dialogues):
     messages = turns("Count to ten.", "1 2 3")
     assert ask(messages).json()["choices"][0]["message"]["content"] != dialogues["Count to ten."][5:]
