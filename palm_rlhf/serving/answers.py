@@ -20,7 +20,7 @@ from palm_rlhf.serving.preparing import Preparation
 from palm_rlhf.serving.protocol import Ask, read_chat, read_completion, read_json, read_score
 from palm_rlhf.serving.records import current, note_reason
 from palm_rlhf.serving.replies import Form, encoded
-from palm_rlhf.serving.requests import Kind, engine_requests, score_tokens, within_output
+from palm_rlhf.serving.requests import Kind, check_counts, engine_requests, score_tokens, within_output
 from palm_rlhf.serving.responses import ResponseForm, read_response
 from palm_rlhf.serving.schema import check
 from palm_rlhf.serving.served import Served
@@ -102,6 +102,7 @@ class Answers:
     def _asked(self, kind: Kind, body: bytes, client: str) -> tuple[Ask, list[Request]]:
         """What a client's body asks for."""
         values = read_json(body)
+        check_counts(values, self.engine.context)
         ask = READERS[kind](values)
         self._check_model(ask.model)
         if ask.best_of > ask.n and self.served.reward_model is None:
@@ -129,7 +130,9 @@ class Answers:
 
     def _asked_to_score(self, body: bytes) -> tuple[list[int], list[list[int]]]:
         """The tokens of a prompt and of replies to it; see `_asked`."""
-        name, prompt, replies = read_score(read_json(body))
+        values = read_json(body)
+        check_counts(values, self.engine.context)
+        name, prompt, replies = read_score(values)
         self._check_model(self.served.name if name is None else name)
         if self.served.reward_model is None:
             raise ApiError(400, "this server has no reward model: start it with --reward-model", code="no_reward_model")

@@ -18,13 +18,15 @@ class Limits:
     """What requests may hold, and ask for.
 
     `max_body`: bytes of one. `body_timeout`: seconds in which they have to come. `body_memory`: bytes of all that are
-    being read, of which one client may have half. `prepare_timeout`: seconds to make tokens of one. `max_n`: replies
+    being read, of which one client may have half. The first `small_body` bytes of each do not count, so that those who
+    send large ones keep no ordinary request out. `prepare_timeout`: seconds to make tokens of one. `max_n`: replies
     that one request may ask for; `max_output`: tokens and log-probabilities that these may hold together.
     """
 
     max_body: int = 4 * 2**20
     body_timeout: float = 30.0
     body_memory: int = 64 * 2**20
+    small_body: int = 2**16
     prepare_timeout: float = 10.0
     max_n: int = 128
     max_output: int = 2**17
@@ -59,7 +61,7 @@ class Bodies:
                 raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from error
             yield body
         finally:
-            self._release(client, len(body))
+            self._resize(client, len(body), 0)
 
     async def _fill(self, body: bytearray, client: str, receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         limit, size, more = self.limits.max_body, 0, True
@@ -70,26 +72,25 @@ class Bodies:
             part, more = message.get("body", b""), message.get("more_body", False)
             size += len(part)
             if size <= limit:
-                self._hold(client, len(part))
+                self._resize(client, len(body), size)
                 body += part
             elif body:  # the rest is read, and not kept
-                self._release(client, len(body))
+                self._resize(client, len(body), 0)
                 body.clear()
         if size > limit:
             message = f"the body is above the limit of {limit} bytes"
             raise ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
-    def _hold(self, client: str, size: int) -> None:
-        most = self.limits.body_memory
-        own = self.held[client] + size > most * SHARE
-        if own or self.held.total() + size > most:
+    def _resize(self, client: str, before: int, after: int) -> None:
+        """Counts that a body of a client has changed its size; ApiError where there is no room for it."""
+        small, most = self.limits.small_body, self.limits.body_memory
+        more = max(after - small, 0) - max(before - small, 0)
+        own = self.held[client] + more > most * SHARE
+        if more > 0 and (own or self.held.total() + more > most):
             whose = "this client's requests" if own else "all requests together"
             message = f"the bodies of {whose} hold as much memory as they may; send fewer at once, or later"
             headers = {"Retry-After": "1", "Connection": "close"}
             raise ApiError(429 if own else 503, message, code="too_many_bodies", headers=headers)
-        self.held[client] += size
-
-    def _release(self, client: str, size: int) -> None:
-        self.held[client] -= size
+        self.held[client] += more
         if not self.held[client]:
             del self.held[client]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from palm_rlhf.data.special_names import strings
 from palm_rlhf.serving.errors import ApiError
@@ -80,6 +80,14 @@ def grammar_of(served: Served, ask: Ask) -> Grammar | None:
         raise ApiError(400, f"{name} cannot be followed: {error}", param=name) from error
 
 
+def check_counts(values: dict[str, Any], context: int) -> None:
+    """ApiError for a conversation of more messages than the context has tokens, before any of them is looked at."""
+    for name in ("messages", "input"):
+        if isinstance(values.get(name), list) and (count := len(values[name])) > context:
+            message = f"{name} has at least {count} tokens, and the context of this model is {context} tokens"
+            raise overflow(message, name)
+
+
 def prompt_tokens(
     served: Served,
     context: int,
@@ -100,10 +108,8 @@ def prompt_tokens(
     name = name or ("prompt" if isinstance(prompt, str) else "messages")
     size = len(prompt) if isinstance(prompt, str) else sum(1 + len(message["content"]) for message in prompt)
     size += sum(map(len, strings(tools)))
-    least = size // served.longest_token if size > HOPELESS * context * served.longest_token else 0
-    if not isinstance(prompt, str) and len(prompt) > context:  # each of them costs at least one token
-        least = max(least, len(prompt))
-    if least:
+    if size > HOPELESS * context * served.longest_token:
+        least = size // served.longest_token
         raise overflow(f"{name} has at least {least} tokens, and the context of this model is {context} tokens", name)
     try:
         if isinstance(prompt, str):

@@ -29,14 +29,16 @@ from palm_rlhf.model.palm import PaLM
 
 START = "import sys; from palm_rlhf.serving.commands import serve; import tyro; tyro.cli(serve, args=sys.argv[1:])"
 OPTIONS = ("--port", "0", "--max-batch", "8", "--queue", "12", "--cache-memory", "64MB", "--prefix-memory", "4MB")
+IMPATIENT = ("--header-timeout", "1", "--body-timeout", "1")  # with those who say half of what they want
 READY = re.compile(r"answers at (http://\S+)")
 CHATS = "/v1/chat/completions"
+KINDS = ("patient", "patient", "plain", "slow", "vanishing", "hasty", "garbage", "greedy", "hostile", "dangling")
 
 
 @contextmanager
 def serving(checkpoint: Path, log: Path, *options: str):
     """A server in a process of its own, as that process and its URL; interrupted at the end."""
-    command = [sys.executable, "-c", START, str(checkpoint), *OPTIONS, *options]
+    command = [sys.executable, "-c", START, str(checkpoint), *OPTIONS, *IMPATIENT, *options]
     with open(log, "w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
@@ -69,8 +71,7 @@ class Client:
     def __init__(self, number: int, http: httpx.AsyncClient, model: str, sayings: list[str], record: Record):
         self.random = random.Random(number)
         self.http, self.model, self.sayings, self.record = http, model, sayings, record
-        kinds = ("patient", "patient", "plain", "slow", "vanishing", "hasty", "garbage", "greedy")
-        self.kind = kinds[number % len(kinds)]
+        self.kind = KINDS[number % len(KINDS)]
 
     async def run(self, until: float) -> None:
         """Asks until then."""
@@ -139,11 +140,31 @@ class Client:
     async def garbage(self) -> None:
         """Sends what is no request."""
         noise = self.random.randbytes(self.random.randint(0, 300))
-        wrong = self.body(**self.random.choice([{"temperature": "hot"}, {"n": -1}, {"tools": []}, {"stop": [""]}]))
+        wrong = self.body(**self.random.choice([{"temperature": "hot"}, {"n": -1}, {"audio": {}}, {"stop": [""]}]))
         content = self.random.choice([noise, b"{" + noise, json.dumps(wrong).encode(), b"[" * 5000])
         kind = self.random.choice(["application/json", "application/json", "text/plain"])
         reply = await self.http.post(CHATS, content=content, headers={"Content-Type": kind})
         self.answered(reply.status_code, 400 if kind == "application/json" else 415)
+
+    async def hostile(self) -> None:
+        """Comes from a page of another site, or sends many tiny messages."""
+        site = self.random.choice([{"Host": "evil.example.org"}, {"Origin": "https://evil.example.org"}])
+        self.answered((await self.http.post(CHATS, json=self.body(), headers=site)).status_code, 403)
+        tiny = [{"role": "user", "content": ""}] * self.random.choice([1_000, 50_000])
+        self.answered((await self.http.post(CHATS, json=self.body(messages=tiny))).status_code, 400)
+
+    async def dangling(self) -> None:
+        """Sends half of a header or of a body, and waits for the server to end it."""
+        start = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\n"
+        length = "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+        sent = self.random.choice([start, start + length + " " * self.random.randint(0, 500_000)])
+        reader, writer = await asyncio.open_connection(self.http.base_url.host, self.http.base_url.port)
+        try:
+            writer.write(sent.encode())
+            status = (await asyncio.wait_for(reader.read(), 60)).split(b" ")[1:2]
+            self.answered(int(status[0]) if status else 408, 408)
+        finally:
+            writer.close()
 
     async def greedy(self) -> None:
         """Asks for more than there is."""

@@ -158,7 +158,7 @@ def test_busy_connections_are_left_alone_and_the_new_one_is_refused(start_server
 
 def test_bodies_have_a_share_of_the_memory_and_a_whole(start_server, connect):
     keys = ["one", "two", "three"]
-    limits = Limits(max_body=1000, body_memory=2000)
+    limits = Limits(max_body=1000, body_memory=2000, small_body=20)
     url, _ = start_server(limits=limits, api_keys=keys)
 
     def post(key: str, size: int) -> socket.socket:
@@ -166,12 +166,13 @@ def test_bodies_have_a_share_of_the_memory_and_a_whole(start_server, connect):
         return connect(url, head + b" " * size)
 
     held = post("one", 900)
-    status, body = answer(post("one", 900))
+    status, body = answer(post("one", 900))  # 880 and 880 of the 1000 that one client may have
     assert (status, body["error"]["code"]) == (429, "too_many_bodies")
     other = post("two", 900)
     status, body = answer(post("three", 900))
     assert (status, body["error"]["code"]) == (503, "too_many_bodies")
-    for connection in (held, other):
+    assert httpx.post(f"{url}/v1/score", json={"a": 1}, headers={"Authorization": "Bearer three"}).status_code == 400
+    for connection in (held, other):  # a small body was read while there was no room for large ones
         connection.sendall(b" " * 100)
         assert b" 400 " in connection.recv(65536)  # no JSON, which is told once it is read
     assert b" 400 " in post("three", 1000).recv(65536)

@@ -8,7 +8,8 @@ def test_a_short_soak(root, checkpoint, dialogues):
     report, wrong = soak(checkpoint, 8, 32, list(dialogues))
     assert wrong == []
     answered = {f"{kind} 200" for kind in ("patient", "plain", "slow", "vanishing")}
-    seen = answered | {"hasty left", "garbage 400", "garbage 415", "greedy 400", "greedy 413"}
+    refused = {"garbage 400", "garbage 415", "greedy 400", "greedy 413", "hostile 400", "hostile 403", "dangling 408"}
+    seen = answered | refused | {"hasty left"}
     assert seen <= set(report["answers"])
     assert report["replies"]["cancelled"] > 0
     assert 0 < report["first_text_p50"] <= report["first_text_p99"]
