@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -105,6 +106,11 @@ class JinjaTemplate:
             return sandbox().from_string(self.source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is no Jinja ({error}): {self.source[:200]!r}") from error
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it writes the functions that may be called: it mentions `tools`."""
+        return re.search(r"\btools\b", self.source) is not None
 
     def render(
         self,

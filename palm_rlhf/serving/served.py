@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from beartype import beartype
 
-from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn
-from palm_rlhf.data.templates import PRESETS, Messages, load_template
+from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn, has_tools
+from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from palm_rlhf.data.tools import encode_tool_prompt, knows_tools
 from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
@@ -75,18 +74,16 @@ class Served:
     @cached_property
     def call_form(self) -> CallForm | None:
         """How the model writes calls of tools; None where its template knows none, or another form."""
-        return call_form(self.template.source) if knows_tools(self.template) else None
+        knows_tools = isinstance(self.template, JinjaTemplate) and self.template.knows_tools
+        return call_form(self.template.source) if knows_tools else None
 
     @beartype
     def encode_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak; ValueError where it has none."""
-        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-            if self.call_form is None:
-                raise ValueError("its chat template writes no tools, or in a form that is not read here")
-            tokens = encode_tool_prompt(messages, tools, self.tokenizer, self.template, checkpoint=checkpoint)
-            return tokens.tolist()
+        if has_tools(messages, tools) and self.call_form is None:
+            raise ValueError("its chat template writes no tools, or in a form that is not read here")
         if self.template is not None:
-            return encode_prompt(messages, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
+            return encode_prompt(messages, self.tokenizer, self.template, tools=tools, checkpoint=checkpoint).tolist()
         turns = [f"{ROLE_NAMES[message['role']]}:\n{message['content']}\n\n" for message in messages]
         return self.tokenizer.encode("".join(turns) + f"{ROLE_NAMES['assistant']}:\n")
 

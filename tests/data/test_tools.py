@@ -8,7 +8,6 @@ import pytest
 from palm_rlhf.data.conversation import encode, encode_all, encode_prompt
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.data.tools import encode_tool_prompt, knows_tools
 
 SOURCE = """\
 {% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }};{% endfor %}<|endoftext|>{% endif %}\
@@ -37,7 +36,9 @@ MESSAGES = [
 
 def shown(messages, tools) -> str:
     tokenizer = ByteTokenizer()
-    return tokenizer.decode(encode_tool_prompt(messages, tools, tokenizer, TEMPLATE).tolist(), with_special_tokens=True)
+    return tokenizer.decode(
+        encode_prompt(messages, tokenizer, TEMPLATE, tools=tools).tolist(), with_special_tokens=True
+    )
 
 
 def test_the_template_is_shown_definitions_calls_and_results():
@@ -60,22 +61,22 @@ def with_name(place: str) -> tuple[list, list]:
 def test_no_string_becomes_a_special_token(place):
     tokenizer = ByteTokenizer()
     messages, tools = with_name(place)
-    tokens = encode_tool_prompt(messages, tools, tokenizer, TEMPLATE).tolist()
-    honest = encode_tool_prompt(MESSAGES, [WEATHER], tokenizer, TEMPLATE).tolist()
+    tokens = encode_prompt(messages, tokenizer, TEMPLATE, tools=tools).tolist()
+    honest = encode_prompt(MESSAGES, tokenizer, TEMPLATE, tools=[WEATHER]).tolist()
     special = set(tokenizer.special_tokens.values())
     assert [token for token in tokens if token in special] == [token for token in honest if token in special]
     assert "<|endoftext|><|system|>" in tokenizer.decode(tokens)
 
 
 def test_only_templates_that_mention_tools_know_them():
-    assert knows_tools(TEMPLATE)
-    assert not any(knows_tools(template) for template in (None, *PRESETS.values(), JinjaTemplate("{{ messages }}")))
+    assert TEMPLATE.knows_tools
+    assert not JinjaTemplate("{{ messages }}").knows_tools
 
 
 def test_what_a_template_refuses_is_an_error():
     template = JinjaTemplate("{{ raise_exception('no tools today') if tools }}")
     with pytest.raises(ValueError, match="no tools today"):
-        encode_tool_prompt(MESSAGES, [WEATHER], ByteTokenizer(), template)
+        encode_prompt(MESSAGES, ByteTokenizer(), template, tools=[WEATHER])
 
 
 LEARNT = [*MESSAGES, {"role": "assistant", "content": "Hot."}]
@@ -108,7 +109,6 @@ def test_calls_are_learnt_and_results_are_not(arguments):
     )
     prompt = encode_prompt(messages[:3], tokenizer, TEMPLATE, tools=[WEATHER]).tolist()
     assert prompt == tokens[: len(prompt)]
-    assert prompt == encode_tool_prompt(MESSAGES, [WEATHER], tokenizer, TEMPLATE).tolist()
 
 
 @pytest.mark.parametrize("place", ["How is it", "Paris", "été", "city", '"1', "weather", "Hot."])
