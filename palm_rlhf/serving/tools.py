@@ -11,6 +11,7 @@ from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Generation, Piece, ToolCall
 from palm_rlhf.serving.structured import WHITESPACE, Grammar, Grammars
 
+MOST_CALLS = 16  # that a reply is made to hold: a model that has to call may otherwise never stop
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CallForm = Literal["tags", "json"]
 ANY = {"type": "object"}
@@ -123,7 +124,7 @@ def _shape(tools: Tools, form: CallForm, optional: bool) -> str:
     if optional:
         start = f"(head {call})* TEXT" if tools.parallel else f"TEXT | head {call}"
         return f'start: {start}\nTEXT: /(.|\\n)*/\nhead[lazy]: TEXT "{OPEN}"'
-    more = f' ("\\n" "{OPEN}" {call})*' if tools.parallel else ""
+    more = f' ("\\n" "{OPEN}" {call}){{0,{MOST_CALLS - 1}}}' if tools.parallel else ""
     return f'start: "{OPEN}" {call}{more}'
 
 

@@ -1,5 +1,6 @@
 """Replies by a grammar: a model that has learnt nothing still writes JSON that conforms, unless it is cut."""
 
+import asyncio
 import json
 
 import httpx
@@ -16,6 +17,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.served import Served
+from palm_rlhf.serving.server import create_app
 from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, MAX_SCHEMA_DEPTH, Grammars
 
 PERSON = {
@@ -224,6 +226,24 @@ def test_a_schema_is_compiled_once(grammars):
     assert grammars.json(PERSON) is grammars.json(json.loads(json.dumps(PERSON)))
     turned = {**PERSON, "properties": dict(reversed(PERSON["properties"].items()))}
     assert grammars.json(turned) is not grammars.json(PERSON)  # the order of properties is that of the reply
+
+
+def test_while_a_schema_is_compiled_the_event_loop_goes_on(served, server):
+    """It has so many optional properties that it is refused in the end, after the most of a second."""
+    app = create_app(served, server[1])
+    schema = {"type": "object", "properties": {f"property {number}": {"type": "string"} for number in range(1300)}}
+    body = {"model": "parrot", "messages": MESSAGES, "response_format": structured(schema)}
+
+    async def turns_of_the_loop() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+            asked, turns = asyncio.ensure_future(http.post("/v1/chat/completions", json=body)), 0
+            while not asked.done():
+                await asyncio.sleep(0.001)
+                turns += 1
+        assert asked.result().json()["error"]["param"] == "response_format"
+        return turns
+
+    assert asyncio.run(turns_of_the_loop()) > 20
 
 
 def structured(schema: dict, **more) -> dict:

@@ -14,7 +14,7 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.generation import Piece, TokenLogprob
 from palm_rlhf.serving.served import Served
-from palm_rlhf.serving.tools import CallReader, call_form
+from palm_rlhf.serving.tools import MOST_CALLS, CallReader, call_form
 
 TEMPLATE = JinjaTemplate(Path(__file__).with_name("tools.jinja").read_text())
 LLAMA = JinjaTemplate(
@@ -168,6 +168,17 @@ def test_calls_that_have_to_come_conform(with_tools, start_server, template):
                 [call] = one["message"]["tool_calls"]
                 assert call["function"]["name"] in names
                 jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[call["function"]["name"]])
+
+
+def test_a_model_that_goes_on_calling_is_stopped_in_the_end(with_tools, start_server):
+    torch.manual_seed(0)
+    palm = PaLM(num_tokens=with_tools.palm.num_tokens, dim=32, depth=1, heads=2, dim_head=16, max_seq_len=2048)
+    url, _ = start_server(Served("caller", palm, ByteTokenizer(), TEMPLATE))
+    now = {"type": "function", "function": {"name": "now", "parameters": {"const": {}}}}
+    body = {"model": "caller", "messages": QUESTION, "tools": [now], "tool_choice": "required", "logit_bias": NO_BLANKS}
+    no_end = {"logit_bias": {"9": -100, "32": -100, str(ByteTokenizer().eos_token): -100}}
+    [choice] = httpx.post(f"{url}/v1/chat/completions", json={**body, **no_end}, timeout=120).json()["choices"]
+    assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == ("tool_calls", MOST_CALLS)
 
 
 def test_a_strict_function_is_called_by_its_parameters_or_not_at_all(ask, with_tools):
