@@ -19,7 +19,7 @@ from palm_rlhf.training.state import write_text
 
 Messages = Sequence[Mapping[str, Any]]
 TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"
-MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id")  # that templates are shown
+MESSAGE_KEYS = ("role", "name", "content", "tool_calls", "tool_call_id")  # that templates are shown
 
 JINJA = """\
 {{{{ {start} }}}}{default_system}{{% for message in messages %}}\

@@ -72,6 +72,7 @@ SAMPLING = {
 }
 ENDING = {
     "max_tokens": COUNT,
+    "max_completion_tokens": {**COUNT, "description": "The newer name of max_tokens."},
     "stop": {
         "anyOf": [string(256, "One; an empty one is none."), items(STOP, minimum=0, maximum=MOST_STOPS)],
         "description": "Strings that end a reply.",
@@ -120,6 +121,10 @@ NEUTRAL = {
     "return_token_ids": neutral(False),
     "return_tokens_as_token_ids": neutral(False),
     "priority": neutral(0),
+    "typical_p": neutral(1),
+    "early_stopping": neutral(False),
+    "detokenize": neutral(True),
+    "vllm_xargs": neutral({}),
 }
 NEUTRAL_IN_CHATS = {
     "functions": neutral([]),
@@ -131,6 +136,7 @@ NEUTRAL_IN_CHATS = {
     "add_special_tokens": neutral(False),
     "documents": neutral([]),
     "chat_template_kwargs": neutral({}),
+    "include_reasoning": neutral(True),
 }
 NEUTRAL_IN_COMPLETIONS = {"suffix": neutral("")}
 NEUTRAL_IN_MESSAGES = {
@@ -208,6 +214,7 @@ PART = record({"type": {"type": "string", "enum": ["text"]}, "text": STRING}, "t
 CONTENT = {"anyOf": [STRING, items(PART)]}
 MESSAGE = record(
     {
+        "name": string(64, "Who of several speaks, for chat templates that show it."),
         "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
         "content": CONTENT,
         **NEUTRAL_IN_MESSAGES,
@@ -242,7 +249,6 @@ CHAT = record(
         "tools": TOOLS,
         "tool_choice": TOOL_CHOICE,
         "parallel_tool_calls": boolean("Whether one reply may hold several calls."),
-        "max_completion_tokens": COUNT,
         "logprobs": boolean("Return the log-probability of each token."),
         "top_logprobs": integer(0, 20, "Return those of the likeliest tokens, too."),
         "prompt_logprobs": PROMPT_LOGPROBS,

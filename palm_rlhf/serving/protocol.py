@@ -56,14 +56,6 @@ def read_json(body: bytes) -> dict[str, Any]:
 def read_chat(body: dict[str, Any]) -> Ask:
     """A request for a chat completion."""
     values = check(body, CHAT, "")
-    limit = values.get("max_completion_tokens", values.get("max_tokens"))
-    if values.get("max_tokens", limit) != limit:
-        raise ApiError(
-            400,
-            f"max_tokens is {values['max_tokens']} and max_completion_tokens {limit}; expected one of them",
-            param="max_tokens",
-            code="conflict",
-        )
     logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
     if values.get("top_logprobs") and logprobs is None:
         raise ApiError(400, "got top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
@@ -73,7 +65,7 @@ def read_chat(body: dict[str, Any]) -> Ask:
     if schema is not None and tools is not None:
         message = "got response_format and tools; expected one of them, or a tool_choice of none"
         raise ApiError(400, message, param="response_format", code="conflict")
-    ask = common(values, [messages], limit, logprobs, prompt_logprobs)
+    ask = common(values, [messages], most_tokens(values), logprobs, prompt_logprobs)
     continued = continues(values, messages, free=schema is None and tools is None)
     return replace(ask, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools, continued=continued)
 
@@ -110,8 +102,9 @@ def read_completion(body: dict[str, Any]) -> Ask:
     values = check(body, COMPLETION, "")
     prompt = values["prompt"]
     alone = isinstance(prompt, str) or isinstance(prompt[0], int)
-    limit, logprobs = values.get("max_tokens", COMPLETION_TOKENS), values.get("logprobs")
-    logprobs, echo = None if logprobs is False else logprobs, values.get("echo", False)
+    limit, echo = most_tokens(values), values.get("echo", False)
+    limit = COMPLETION_TOKENS if limit is None else limit
+    logprobs = None if values.get("logprobs") is False else values.get("logprobs")
     told = [number for number in (logprobs if echo else None, values.get("prompt_logprobs")) if number is not None]
     ask = common(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
     return replace(
@@ -120,6 +113,19 @@ def read_completion(body: dict[str, Any]) -> Ask:
         echo=echo,
         prompt_logprobs=values.get("prompt_logprobs"),
     )
+
+
+def most_tokens(values: dict[str, Any]) -> int | None:
+    """The most tokens of a reply, by either name; None where neither is given."""
+    limit = values.get("max_completion_tokens", values.get("max_tokens"))
+    if values.get("max_tokens", limit) != limit:
+        raise ApiError(
+            400,
+            f"max_tokens is {values['max_tokens']} and max_completion_tokens {limit}; expected one of them",
+            param="max_tokens",
+            code="conflict",
+        )
+    return limit
 
 
 def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:
@@ -143,10 +149,11 @@ def with_calls(message: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of a role of ours and one text."""
+    """A message of a role of ours and one text, with the name of who speaks."""
     role, content = message["role"], message.get("content", "")
     content = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return {"role": "system" if role == "developer" else role, "content": content}
+    name = {"name": message["name"]} if message.get("name") else {}
+    return {"role": "system" if role == "developer" else role, **name, "content": content}
 
 
 def common(

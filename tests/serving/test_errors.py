@@ -43,6 +43,7 @@ BAD_VALUES = [
     ("max_tokens", [-1, 1.5, "many", True, 2**31]),
     ("n", [0, 129, 1.5, "two"]),
     ("best_of", [0, 129]),
+    ("max_completion_tokens", [0, "x"]),
     ("top_k", [-2, 0.5, "all"]),
     ("min_p", [-0.1, 1.1, "x"]),
     ("repetition_penalty", [0, -1, 101, "x"]),
@@ -63,10 +64,11 @@ BAD_VALUES = [
 BAD_CHATS = [
     ("messages", ["Hello", [], {}, [1]]),
     ("max_tokens", [0]),
-    ("max_completion_tokens", [0, "x"]),
     ("prompt_logprobs", [-1, 21, True]),
     ("logprobs", [1, "x"]),
     ("top_logprobs", [-1, 21, 5]),  # 5: without logprobs
+    ("continue_final_message", [1, "yes", True]),  # true: after a user
+    ("add_generation_prompt", [0, "no", False]),  # false: without continue_final_message
     ("response_format", ["text", {"type": "xml"}, {}]),
     ("tools", [{}, [1], [{}], [{"type": "function", "function": {"name": ""}}]]),
     ("tool_choice", ["any", {"type": "function"}]),
@@ -120,7 +122,8 @@ def test_messages_are_checked_inside(refused):
         ([{"role": "robot", "content": "a"}], "messages[0].role"),
         ([*HELLO, {"role": "user"}], "messages[1].content"),
         ([{"role": "tool", "content": "a"}], "messages"),  # which the template of this model does not know
-        ([{"role": "user", "content": "a", "name": "me"}], "messages[0].name"),
+        ([{"role": "user", "content": "a", "name": "x" * 65}], "messages[0].name"),
+        ([{"role": "user", "content": "a", "nickname": "me"}], "messages[0].nickname"),
         ([{"role": "user", "content": [{"type": "image_url", "text": "a"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": 5}], "messages[0].content"),

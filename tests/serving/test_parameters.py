@@ -1,13 +1,16 @@
 """What clients send where they ask for nothing is taken, and what they ask for beyond OpenAI's parameters is done."""
 
 import json
+import shutil
 
 import httpx
 import pytest
 import torch
 
 from palm_rlhf.data.conversation import encode_prompt
+from palm_rlhf.data.templates import JinjaTemplate
 from palm_rlhf.serving.parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
+from palm_rlhf.serving.served import load
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -42,6 +45,9 @@ NOTHING = {
     "spaces_between_special_tokens": True,
     "priority": 0,
     "truncate_prompt_tokens": None,
+    "typical_p": 1,
+    "early_stopping": False,
+    "vllm_xargs": {},
     "allowed_token_ids": None,
 }
 NO_CHAT = {
@@ -137,6 +143,28 @@ def test_many_stop_strings_are_looked_for(post, dialogues):
 
 def test_equal_limits_of_both_names_are_one(post):
     assert said(post(CHATS, messages=HELLO, max_tokens=5, max_completion_tokens=5)) == "Hi th"
+    for limits in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}):
+        assert post(TEXTS, prompt="Hello", ignore_eos=True, **limits).json()["usage"]["completion_tokens"] == 3
+    reply = post(TEXTS, prompt="Hello", max_tokens=3, max_completion_tokens=4)
+    assert reply.json()["error"]["param"] == "max_tokens"
+
+
+def test_the_names_of_speakers_reach_templates_that_show_them(start_server, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "named")
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.name %}{{ m.name }}: {% endif %}"
+        "{{ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    JinjaTemplate(source).save_pretrained(tmp_path / "named")
+    url, _ = start_server(load(tmp_path / "named", device="cpu"))
+
+    def text(**message):
+        body = {"messages": [{"role": "user", "content": "Hello", **message}]}
+        return httpx.post(f"{url}/tokenize", json={**body, "return_token_strs": True}).json()["token_strs"]
+
+    assert "".join(text(name="Ann")) == "<|user|>Ann: Hello<|endoftext|><|assistant|>"
+    assert "".join(text()) == "".join(text(name="")) == "<|user|>Hello<|endoftext|><|assistant|>"
+    assert text(name="<|assistant|>").count("<|assistant|>") == 1  # the other one is a text of so many characters
 
 
 def test_the_end_of_a_turn_may_be_ignored(post, dialogues):
