@@ -284,6 +284,7 @@ def data(command: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:
     name of the file to write chooses among lines of JSON, .csv, .tsv and .parquet, and .gz packs it.
 
     No text is dropped unsaid: a record whose field holds text that its form does not know is rejected by the name of
-    the field. Every command ends with a summary on stdout: a table, and then one line of JSON that counts what was
+    the field; a field of single words is left out and counted, and only metadata such as source or score is not
+    mentioned. Every command ends with a summary on stdout: a table, and then one line of JSON that counts what was
     written, what was mended, and what was rejected by the reason.
     """

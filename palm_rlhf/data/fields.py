@@ -10,27 +10,28 @@ METADATA = frozenset(
     (
         *("id", "ids", "index", "idx", "uuid", "guid", "hash", "sha256", "version", "split", "subset", "part"),
         *("model", "models", "generator", "source", "sources", "dataset", "origin", "domain", "url", "link", "links"),
-        *("license", "author", "authors", "annotator", "annotators", "title", "name", "lang", "language", "languages"),
-        *("locale", "country", "state", "header", "category", "categories", "subcategory", "topic", "topics", "task"),
-        *("tasks", "tag", "tags", "label", "labels", "type", "kind", "status", "skill", "skills", "difficulty"),
+        *("license", "author", "authors", "annotator", "annotators", "lang", "language", "languages"),
+        *("locale", "country", "state", "header", "category", "categories", "subcategory", "topic", "topics", "tag"),
+        *("model_name", "tags", "label", "labels", "type", "kind", "status", "skill", "skills", "difficulty"),
         *("quality", "score", "scores", "rating", "ratings", "rank", "margin", "toxicity", "redacted", "created"),
         *("updated", "date", "time", "timestamp", "tstamp", "metadata", "meta", "metrics", "stats", "moderation"),
-        *("annotation", "annotations", "judge", "feedback", "critique", "rationale", "rationales"),
+        *("annotation", "annotations", "judge", "feedback", "critique"),
     )
 )
 METADATA_ENDS = re.compile(
-    r"_(?:ids?|idx|index|hash|scores?|ratings?|rank|models?|source|url|date|time|at|type|name|count|lang|language|"
-    r"tokens|length|version|labels?|category|license|moderation|identifier|rationale|feedback|critique|annotations?)$"
+    r"_(?:ids?|idx|index|hash|scores?|ratings?|rank|models?|source|url|date|time|at|type|count|lang|language|"
+    r"tokens|length|version|labels?|category|license|moderation|identifier|feedback|critique|annotations?)$"
 )
 METADATA_STARTS = ("num_", "is_", "has_")
 # Names under which even one word is text: those of the forms, of which a record may mix two, and some more.
 SPOKEN = frozenset(
     (
         *("system", "system_prompt", "system_message", "system_instruction", "conversations", "items", "messages"),
-        *("conversation", "prompt", "question", "instruction", "query", "user", "input", "context", "history"),
-        *("output", "response", "answer", "completion", "assistant", "chosen", "rejected", "response_j", "response_k"),
+        *("conversation", "prompt", "question", "instruction", "query", "problem", "user", "user_prompt", "user_input"),
+        *("human", "input", "context", "history", "output", "response", "answer", "completion", "solution", "reply"),
+        *("assistant", "chosen", "rejected", "response_j", "response_k"),
         *("responses", "answers", "completions", "text", "content", "value", "instructions", "persona", "character"),
-        *("background", "hint", "reasoning", "reasoning_content", "thinking", "explanation", "solution", "document"),
+        *("background", "hint", "reasoning", "reasoning_content", "thinking", "explanation", "document"),
     )
 )
 RENDERED = "text"

@@ -11,7 +11,7 @@ from palm_rlhf.data.records import Record
 from palm_rlhf.data.transcripts import parse_transcript
 from palm_rlhf.data.turns import Turn, content_text, parse_turn
 
-ANSWERS = ("output", "response", "answer", "completion", "assistant")
+ANSWERS = ("output", "response", "answer", "completion", "solution", "reply", "assistant")
 
 
 @beartype
@@ -32,12 +32,15 @@ def parse_answer(
 ) -> list[Turn]:
     """The answer to what ``parse_opening`` found, or nothing where a conversation has it already.
 
-    It is the ``output``, ``response``, ``answer``, ``completion`` or ``assistant``: a text, or messages.
-    ``ValueError`` for two different answers, and where there is no question before it.
+    It is one of ``ANSWERS``: a text, or messages.
+    ``ValueError`` for two different answers, where there is no question before it, and for an answer that people did
+    not want: KTO's files mark it by the ``label`` false.
     """
     found = {name: record[name] for name in ANSWERS if name not in ignored and record.get(name) not in (None, "", [])}
     if not found:
         return []
+    if record.get("label") is False:
+        raise ValueError("answer labelled as bad")
     (name, answer), *others = found.items()
     for other, text in others:
         if text != answer:

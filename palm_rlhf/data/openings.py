@@ -13,8 +13,8 @@ from palm_rlhf.data.turns import Turn, content_text, one_system, parse_turn
 
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 CONVERSATIONS = ("conversations", "items", "messages", "conversation")
-QUESTIONS = ("prompt", "question", "instruction", "query", "user")
-CONTEXTS = ("input", "context")  # the input is the question where there is no other
+QUESTIONS = ("prompt", "question", "instruction", "query", "problem", "user", "user_prompt", "user_input", "human")
+CONTEXTS = ("input", "context")  # the first is the question where there is no other
 HISTORY = "history"
 FIELDS = (*SYSTEMS, *CONVERSATIONS, *QUESTIONS, *CONTEXTS, HISTORY)
 
@@ -107,11 +107,9 @@ def _history(history: Any) -> list[Turn]:
 def _question(fields: Record, options: dict[str, Any]) -> tuple[list[Turn], bool]:
     found = {name: fields[name] for name in QUESTIONS if _says(fields.get(name))}
     contexts = [name for name in CONTEXTS if _says(fields.get(name))]
-    if not found and contexts[:1] == ["input"]:
-        found = {"input": fields[contexts.pop(0)]}
+    if not found and contexts:
+        found = {contexts[0]: fields[contexts.pop(0)]}
     if not found:
-        if contexts:
-            raise ValueError(unknown_field(contexts[0]))
         return [], False
     (name, question), *others = found.items()
     for other, text in others:

@@ -131,7 +131,8 @@ def parse_conversation(
     if not answer and not prompts and (opening.goes_on or not has_turns):
         raise ValueError("no answer")
     conversation: Record = {"messages": [*opening.turns, *answer]}
-    check_fields(record, KNOWN, [turn["content"] for turn in conversation["messages"]], **options)
+    known = KNOWN | {"title"} if has_turns else KNOWN  # of a question it could be a part
+    check_fields(record, known, [turn["content"] for turn in conversation["messages"]], **options)
     for key in KEPT:
         if isinstance(record.get(key), (str, int)):
             conversation[key] = record[key]

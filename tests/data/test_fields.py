@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_rlhf.data.fields import check_fields, is_metadata
+from palm_rlhf.data.fields import SPOKEN, check_fields, is_metadata
+from palm_rlhf.data.instructions import ANSWERS
+from palm_rlhf.data.openings import FIELDS
+from palm_rlhf.data.preferences import LISTS, PAIRS
+from palm_rlhf.data.turns import TEXTS
 
 SAID = ["What is the capital\nof France?", "Paris, of course."]
 
@@ -85,3 +89,10 @@ def test_any_field_is_refused_counted_or_harmless(name, value):
     unsaid = [text for text in texts(value) if not any(text in part for part in SAID)]
     assert mended.total() == bool(unsaid and not is_metadata(name))
     assert is_metadata(name) or not any(" " in text for text in unsaid)
+
+
+def test_every_name_that_a_form_reads_holds_text():
+    """A word under such a name is no label, whichever form the record has."""
+    read = {*FIELDS, *ANSWERS, *TEXTS, *LISTS, *(name for pair in PAIRS for name in pair), "responses"}
+    assert read <= SPOKEN
+    assert not any(map(is_metadata, read))

@@ -23,6 +23,7 @@ def talk(*contents, system=None):
         ({"instruction": "Say hi.", "input": "", "output": "Hi"}, talk("Say hi.", "Hi")),
         ({"instruction": "Say hi.", "context": None, "response": "Hi", "category": "open_qa"}, talk("Say hi.", "Hi")),
         ({"input": "Why?", "output": "So."}, talk("Why?", "So.")),
+        ({"prompt": "Why?", "completion": "So.", "label": True}, talk("Why?", "So.")),
         (
             {"id": "flan.1", "system_prompt": "Be brief.", "question": "Why?", "response": "So."},
             talk("Why?", "So.", system="Be brief."),
@@ -59,6 +60,9 @@ def test_every_row_is_a_conversation(record, messages):
         ({"instruction": "Add.", "question": "Why?", "output": "5"}, "two prompts, 'question' and 'instruction'"),
         ({"instruction": "Add.", "output": "5", "answer": "6"}, "two answers, 'output' and 'answer'"),
         ({"instruction": "Add.", "output": "5", "hint": "Use your fingers."}, "unknown field 'hint'"),
+        ({"task": "Put it into French.", "input": "Hi", "output": "Salut"}, "unknown field 'task'"),
+        ({"title": "Of cats", "question": "Why?", "answer": "So."}, "unknown field 'title'"),
+        ({"character_name": "Sherlock Holmes", "question": "Why?", "answer": "So."}, "unknown field 'character_name'"),
         ({"question": "Why?", "answer": "So.", "explanation": "Because."}, "unknown field 'explanation'"),
         ({"instruction": "Add.", "output": 5}, "malformed message"),
         ({"instruction": "Add.", "output": "5", "history": "We talked."}, "unknown field 'history'"),
@@ -68,6 +72,7 @@ def test_every_row_is_a_conversation(record, messages):
         ({"messages": talk("Hi", "Ho"), "conversations": talk("Hi", "Hm")},
          "two conversations, 'conversations' and 'messages'"),
         ({"messages": talk("Hi", "Ho"), "response": "Hm"}, "unknown field 'response'"),
+        ({"prompt": "Hi", "completion": "Go away.", "label": False}, "answer labelled as bad"),
         ({"messages": talk("Hi", "Ho"), "instruction": "Answer in French."}, "no answer"),
     ],
 )  # fmt: skip

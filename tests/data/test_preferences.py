@@ -121,6 +121,8 @@ BESIDE = {"messages": [SYSTEM, ASKED], "chosen": assistant(PAIR[0]), "rejected":
         ({"instruction": "Name the colour.", "input": "the sky"}, [user("Name the colour.\nthe sky")]),
         ({"instruction": ASKED["content"], "history": [["Hi", "Ho"]]}, [user("Hi"), assistant("Ho"), ASKED]),
         ({"input": ASKED["content"], "system": SYSTEM["content"]}, [SYSTEM, ASKED]),
+        ({"context": ASKED["content"]}, [ASKED]),
+        ({"problem": ASKED["content"], "context": "A poem."}, [user(ASKED["content"] + "\nA poem.")]),
         ({"prompt": [ASKED], "system": SYSTEM["content"]}, [SYSTEM, ASKED]),
         ({"prompt": [system(" Be brief. "), ASKED], "system": SYSTEM["content"]}, [system(" Be brief. "), ASKED]),
         ({"prompt": ASKED["content"], "prompt_id": "a1", "messages": [ASKED, assistant(PAIR[0])], "score_chosen": 8.0},
@@ -148,7 +150,6 @@ def test_the_prompt_is_found_under_every_name(fields, prompt):
         ({"question": "Which colour?", "background": "A child asks."}, "unknown field 'background'"),
         ({"prompt": "Which colour?", "question": "Is it blue?"}, "two prompts, 'prompt' and 'question'"),
         ({"prompt": [SYSTEM, ASKED], "system": "Be long."}, "two system prompts"),
-        ({"context": "The sky is up there."}, "unknown field 'context'"),
         ({"prompt": [ASKED, assistant("It?")]}, "roles do not alternate"),
     ],
 )

@@ -54,7 +54,7 @@ def test_what_stands_beside_the_turns_is_never_dropped_unsaid():
     with pytest.raises(ValueError, match=r"^unknown field 'chosen'$"):
         parse_conversation({**EXPORT, "chosen": {"from": "gpt", "value": "Red."}})
     mended = Counter()
-    record = {**EXPORT, "background": "The user is a child.", "bucket": "b2", "source": "a forum", "views": 3}
+    record = {**EXPORT, "background": "The user is a child.", "bucket": "b2", "source": "a forum", "title": "Of it"}
     assert parse_conversation(record, ignored=("background",), mended=mended) == PARSED
     assert mended == {"field 'bucket' left out": 1}
 

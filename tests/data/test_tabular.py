@@ -4,6 +4,7 @@ import datetime
 import decimal
 import gzip
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -187,6 +188,21 @@ def test_values_that_json_has_no_word_for(tmp_path):
         list(read_records(tmp_path / "a.parquet"))
     with pytest.raises(ValueError, match=r"the records are no table: .*write \.jsonl"):
         write_records(tmp_path / "b.parquet", [{"id": 1}, {"id": "a"}])
+
+
+def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    write_records(tmp_path / "a.parquet", [{"a": "b"}])
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (
+        lambda: records_of(tmp_path / "a.parquet"),
+        lambda: write_records(tmp_path / "b.parquet", [{"a": "b"}]),
+    ):
+        with pytest.raises(ImportError, match=r"Parquet needs packages .*pip install 'palm-rlhf\[data\]'"):
+            call()
+    write_records(tmp_path / "a.csv", [{"a": "b"}])  # which needs none
+    assert records_of(tmp_path / "a.csv") == [{"a": "b"}]
+    assert not (tmp_path / "b.parquet").exists()
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
