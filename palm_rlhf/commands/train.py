@@ -149,7 +149,7 @@ def _start(model: str | None, tokenizer: str | None, fresh: PaLMConfig) -> tuple
 def readable_start(text: str) -> str:
     """Words that follow each other in a text without markup between, as far as `PROMPT_LENGTH`; else its beginning."""
     passages = (found.group()[:PROMPT_LENGTH] for found in READABLE.finditer(text))
-    start = max(passages, key=len, default=text[:PROMPT_LENGTH])
+    start = max(passages, key=lambda words: (len(words), words[0].isupper()), default=text[:PROMPT_LENGTH])
     words, blank, _ = start.rpartition(" ")
     return words + blank if words else start
 

@@ -147,7 +147,8 @@ def _refuse_unused(
 ) -> None:
     """ValueError for an option that would change nothing."""
     is_url, is_person = judge.startswith(SCHEMES), judge == PERSON
-    is_reward = not is_url and not is_person and is_reward_model(local_folder(judge))
+    may_be_reward = temperature is not None and not is_url and not is_person
+    is_reward = may_be_reward and is_reward_model(local_folder(judge))
     for option, given, unused, reason in (
         ("--api-key-env", api_key_env, not is_url, "it is for the server at a URL"),
         ("--template", template, is_url or is_person, "it is for the model in a folder"),
