@@ -79,7 +79,7 @@ def continues(values: dict[str, Any], messages: list[dict[str, Any]], *, free: b
         raise ApiError(400, message, param="add_generation_prompt", code="conflict")
     last = messages[-1]
     if last["role"] != "assistant" or "tool_calls" in last:
-        message = f"the last message is of the {last['role']}; expected words of the assistant that can be continued"
+        message = f"continue_final_message expects words of the assistant; the last message is of the {last['role']}"
         raise ApiError(400, message, param="continue_final_message", code="conflict")
     if not free:
         message = "a reply in a form, or with tools, cannot be continued; expected continue_final_message without them"
