@@ -19,7 +19,7 @@ from pathlib import Path
 WAITING = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}  # about 100 microseconds (GCC); a millisecond (Intel, LLVM)
 TOLERATED = 0.05  # the share of the time that threads may wait for a core before their number is tried again
 ROUNDS = 8  # of a trial
-GAIN = 0.9  # another number of threads is taken where it needs at most so much of the time
+CLOSE = 1.05  # a number of threads is as good as a smaller one where it takes at most so many times as long
 SOON, LATE = 5.0, 60.0  # seconds between two looks; fewer threads that stay the fastest are tried ever more rarely
 
 
@@ -29,7 +29,7 @@ class _State:
     adapts = False
     most: int | None = None  # the number where the machine is quiet; None: not asked yet
     pause = SOON  # seconds from the last look to the next
-    looked, waited = 0.0, 0.0  # when it looked last, and how long its threads had waited for a core by then
+    looked, waited = float("-inf"), 0.0  # when it looked last, and how long its threads had waited for a core by then
 
 
 def share_the_machine() -> None:
@@ -53,14 +53,14 @@ def adapt(device: str = "cpu") -> None:
     _State.most = most = _State.most or current
     if most > 1 and (is_first or current < most or _has_waited()):
         counts = sorted({1, most // 4, most // 2, most * 3 // 4, most - 1, most} - {0})
-        best = fastest(counts, current, _trial(most))
+        best = fastest(counts, _trial(most))
         torch.set_num_threads(best)
         _State.pause = min(LATE, 2 * _State.pause) if best == current < most else SOON
     _State.looked, _State.waited = time.monotonic(), _seconds_waited() or 0.0
 
 
-def fastest(counts: Sequence[int], current: int, seconds_with: Callable[[int], float]) -> int:
-    """Which of these numbers of threads takes the least time, the current one where none is clearly faster.
+def fastest(counts: Sequence[int], seconds_with: Callable[[int], float]) -> int:
+    """Which of these numbers of threads, which rise, takes the least time; the largest of those that are close to it.
 
     `seconds_with(count)` measures once. Sums are compared, not medians: a thread that has to wait for a core does so
     rarely and long. A number whose sum is twice the least so far is measured no further.
@@ -71,8 +71,7 @@ def fastest(counts: Sequence[int], current: int, seconds_with: Callable[[int], f
         for _ in range(ROUNDS):
             if totals[count] <= limit:
                 totals[count] += seconds_with(count)
-    best = min(totals, key=lambda count: totals[count])
-    return best if totals[best] <= GAIN * totals[current] else current
+    return max(count for count, total in totals.items() if total <= CLOSE * min(totals.values()))
 
 
 def _trial(most: int) -> Callable[[int], float]:
