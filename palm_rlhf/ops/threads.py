@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-WAITING = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}  # about 100 microseconds (GCC); a millisecond (Intel, LLVM)
+WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}  # tens of microseconds (GCC); a millisecond (Intel, LLVM)
 TOLERATED = 0.05  # the share of the time that threads may wait for a core before their number is tried again
 ROUNDS = 8  # of a trial
 CLOSE = 1.05  # a number of threads is as good as a smaller one where it takes at most so many times as long
