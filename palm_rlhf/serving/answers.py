@@ -149,7 +149,9 @@ class Answers:
 
     def _values(self, body: bytes, schema: dict[str, Any]) -> dict[str, Any]:
         """The entries of a body that needs not name the model."""
-        values = check(read_json(body), schema, "")
+        values = read_json(body)
+        check_counts(values, self.engine.context)
+        values = check(values, schema, "")
         self._check_model(values.get("model", self.served.name))
         return values
 

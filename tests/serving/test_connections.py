@@ -139,6 +139,17 @@ def test_an_address_has_a_share_unless_it_is_a_proxy(start_server, connect):
         assert b" 200 " in connection.recv(65536)
 
 
+@pytest.mark.parametrize(
+    "proxies, client", [((), "127.0.0.1"), (("127.0.0.1",), "203.0.113.7"), (("*",), "203.0.113.7")]
+)
+def test_only_a_proxy_is_believed_whose_client_it_is(start_server, caplog, eventually, proxies, client):
+    caplog.set_level(logging.INFO)
+    url, _ = start_server(connections=ConnectionLimits(proxies=proxies))
+    httpx.get(f"{url}/nothing", headers={"X-Forwarded-For": "203.0.113.7"})
+    (line,) = eventually(lambda: [line for line in caplog.messages if "path='/nothing'" in line])
+    assert f"client='{client}'" in line
+
+
 def test_busy_connections_are_left_alone_and_the_new_one_is_refused(start_server, lines, eventually):
     url, _ = start_server(connections=ConnectionLimits(total=2, each=2), context=20_000)
     endless = {"model": "parrot", "prompt": "a", "max_tokens": 19_000, "logit_bias": {"256": -100}, "stream": True}

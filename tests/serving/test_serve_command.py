@@ -1,5 +1,7 @@
 """palm-rlhf serve, in a process of its own: it says where it answers, takes its options, and ends when interrupted."""
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from palm_rlhf.serving.door import Door, num_bytes
 
 RUN = "import sys, tyro; from palm_rlhf.serving.commands import serve; tyro.cli(serve, args=sys.argv[1:])"
 HELLO = [{"role": "user", "content": "Hello"}]
+SITE = "https://chat.example.org"
 
 
 @pytest.fixture
@@ -47,9 +50,11 @@ def command(root, tmp_path):
 
 
 def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, tmp_path):
-    (tmp_path / "keys").write_text("one\n\n two \n")
+    (tmp_path / "keys").write_text("one\n\n two \nalice: named\n")
     options = ("--port", 0, "--name", "bird", "--reward-model", reward_folder, "--api-key-file", tmp_path / "keys")
     more = ("--context", 100, "--max-batch", 2, "--queue", 1, "--prefix-memory", 0, "--cache-memory", "1MB")
+    door = ("--allowed-hosts", "llm.example.org", "--cors-origin", SITE, "--forwarded-allow-ips", "127.0.0.1")
+    more = (*more, *door, "--header-timeout", 0.5, "--grace", 1, "--device", "cpu")
     with command(checkpoint, *options, *more, PALM_RLHF_API_KEYS="three,") as (process, url):
         assert url.startswith("http://127.0.0.1:")
         for key in ("one", "two", "three"):
@@ -62,10 +67,18 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
                 assert reply.choices[0].message.content == "Hi there! How are you?"
                 assert reply.usage.prompt_tokens_details.cached_tokens in (0, 7)  # from its twin, and never from before
         assert httpx.get(f"{url}/v1/models").status_code == 401
+        named = {"Host": "llm.example.org", "Origin": SITE, "Authorization": "Bearer named"}
+        reply = httpx.get(f"{url}/v1/models/nothing", headers={**named, "X-Forwarded-For": "203.0.113.7"})
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (404, SITE)
+        assert httpx.get(f"{url}/healthz", headers={"Host": "other.example.org"}).status_code == 403
+        host, number = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(number)), timeout=60) as half:
+            assert b" 408 " in half.recv(1000)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0
         assert "Traceback" not in errors
+        assert "client='203.0.113.7' key='alice' status=404 method=GET path='/v1/models/nothing'" in errors
         noted = """user='someone' metadata={"team": "\\n"} prompt_tokens=8 completion_tokens=46 replies=2 ended=stop"""
         assert noted in errors
 
@@ -156,6 +169,28 @@ def test_a_server_on_a_network_is_known_by_any_name_and_one_of_this_machine_by_i
     assert own.knows("127.0.0.5:80") and own.knows("localhost:80") and not own.knows("llm.example.org")
     assert Door().access("::1", loopback=True).knows("[::1]:18888")
     assert Door(allowed_hosts=("llm.example.org",)).access("127.0.0.1", loopback=True).knows("LLM.example.org:80")
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "palm-rlhf.service", "README.md", "nginx.conf"])
+def test_the_files_for_deployment_name_options_that_there_are(root, name):
+    """Of this command; those of other programs in the same files are listed."""
+    known = {*inspect.signature(serve).parameters, *(field.name for field in dataclasses.fields(Door))}
+    others = {
+        "system",
+        "create_home",
+        "home",
+        "now",
+        "build_arg",
+        "gpus",
+        "rm",
+        "stop_timeout",
+        "no_install_recommends",
+    }
+    others |= {"no_cache_dir", "index_url", "start_period", "interval"}
+    text = (root / "examples/deploy" / name).read_text()
+    named = {option.replace("-", "_") for option in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)}
+    assert named <= known | others
+    assert named & known
 
 
 def test_sizes_and_hosts():
