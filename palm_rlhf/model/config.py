@@ -6,7 +6,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaLMConfig:
-    """What is saved beside the weights; every field is a keyword of `PaLM`, which documents them."""
+    """What is saved beside the weights; every field is a keyword of `PaLM`.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: width of the residual stream.
+        depth: number of parallel blocks.
+        heads: query heads.
+        dim_head: width of a head.
+        kv_heads: heads of keys and values; 1 is multi-query attention, more is grouped-query attention.
+        ff_mult: hidden units of the feed-forward, in multiples of `dim`.
+        ff_inner_dim: hidden units of the feed-forward, instead of `ff_mult`.
+        causal: False gives a bidirectional encoder.
+        rotary_theta: base of the rotary wavelengths.
+        xpos: rotary with the length-extrapolating scales of xPos.
+        logit_scale: factor of the logits; None is the paper's `dim**-0.5`.
+        z_loss: weight of the auxiliary `log(Z)^2`, which counts in `train()` only.
+        norm_eps: epsilon of every layer norm.
+        qk_norm: layer-normalise the queries and keys of each head, before the rotary.
+        dropout: on the embeddings and on each block's output.
+        max_seq_len: the context a server offers, in tokens; rotary itself has no limit.
+        flash_attn: False takes the eager float32 attention.
+        gradient_checkpointing: keep only the blocks' inputs in training, and compute the rest again.
+    """
 
     num_tokens: int
     dim: int
