@@ -19,9 +19,6 @@ DEPENDENCIES = [
     "tokenizers>=0.20",
     "torch>=2.6",
     "tqdm>=4.65",
-    # No version here: CUDA builds of torch pin their own Triton, and a bound would fight that pin.
-    # The kernels check the version when they are used.
-    'triton; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     "tyro>=0.9",
 ]
 EXTRAS = {
@@ -35,6 +32,11 @@ EXTRAS = {
     ],
     "serve": ["fastapi>=0.115", "llguidance>=1.9", "prometheus-client>=0.20", "uvicorn[standard]>=0.30"],
     "plot": ["matplotlib>=3.8"],
+    # Builds of torch for GPUs bring their own Triton: here it is for running the kernels without one, in Triton's
+    # interpreter or its compiler. No version, for a bound would fight torch's pin; the kernels check it when used.
+    "triton": [
+        'triton; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
+    ],
     "tensorboard": ["tensorboard>=2.16"],
     "bench": ["palm-rlhf-pytorch==0.8.0"],
     "peers": ["alpaca_eval==0.6.6", "setuptools<81"],  # which tests compare with; it imports pkg_resources
@@ -48,6 +50,7 @@ EXTRAS["test"] = [
     *EXTRAS["serve"],
     *EXTRAS["plot"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["triton"],
     *EXTRAS["examples"],
     "httpx>=0.27",
     "hypothesis>=6.100",

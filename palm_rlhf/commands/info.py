@@ -15,7 +15,7 @@ def triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed: its kernels are left out, everything else works"
+        return "not installed, as beside torch for CPUs (builds for GPUs bring it): everything else works"
 
 
 def devices() -> list[str]:
