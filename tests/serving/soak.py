@@ -1,4 +1,6 @@
-"""Many clients at once, of which some are slow, some vanish, some send garbage and some ask for too much.
+"""Many clients at once, of which some are slow, some vanish or stop reading, some send garbage or ask for too much.
+
+They have several keys, one of which wants every place that there is, all the time.
 
 python tests/serving/soak.py                  # 5 minutes, 32 clients; needs palm-rlhf[serve] and httpx
 
@@ -11,6 +13,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,17 +31,25 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 
 START = "import sys; from palm_rlhf.serving.commands import serve; import tyro; tyro.cli(serve, args=sys.argv[1:])"
-OPTIONS = ("--port", "0", "--max-batch", "8", "--queue", "12", "--cache-memory", "64MB", "--prefix-memory", "4MB")
-IMPATIENT = ("--header-timeout", "1", "--body-timeout", "1")  # with those who say half of what they want
+OPTIONS = ("--port", "0", "--max-batch", "8", "--queue", "24", "--cache-memory", "64MB", "--prefix-memory", "4MB")
+OPTIONS += ("--write-timeout", "2", "--max-output", "20000")
+KEYS = ("operator", "one", "two", "three", "unfair")  # of clients, but for the first
+LONG_ENOUGH = 60  # seconds in which everything has to happen that these clients are for
+SLOWEST_HEALTH = 20  # seconds
+IMPATIENT = ("--header-timeout", "2", "--body-timeout", "5")  # with those who say half of what they want
 READY = re.compile(r"answers at (http://\S+)")
 CHATS = "/v1/chat/completions"
-KINDS = ("patient", "patient", "plain", "slow", "vanishing", "hasty", "garbage", "greedy", "hostile", "dangling")
+KINDS = ("patient", "patient", "plain", "slow", "vanishing", "hasty")
+KINDS += ("garbage", "greedy", "hostile", "dangling", "stopped", "unfair")
 
 
 @contextmanager
 def serving(checkpoint: Path, log: Path, *options: str):
     """A server in a process of its own, as that process and its URL; interrupted at the end."""
-    command = [sys.executable, "-c", START, str(checkpoint), *OPTIONS, *IMPATIENT, *options]
+    keys = log.with_name("keys")
+    keys.write_text("".join(f"{key}: secret-{key}\n" for key in KEYS))
+    command = [sys.executable, "-c", START, str(checkpoint), *OPTIONS, *IMPATIENT]
+    command += ["--api-key-file", str(keys), *options]
     with open(log, "w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
@@ -48,6 +59,11 @@ def serving(checkpoint: Path, log: Path, *options: str):
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that sends a key."""
+    return {"Authorization": f"Bearer secret-{key}"}
 
 
 def memory_of(process: subprocess.Popen) -> float:
@@ -63,6 +79,7 @@ class Record:
     answers: Counter = field(default_factory=Counter)  # by kind of client and status
     failures: list[str] = field(default_factory=list)
     first_text: list[float] = field(default_factory=list)  # seconds, of patient clients
+    health: list[float] = field(default_factory=list)  # seconds until /healthz has answered
 
 
 class Client:
@@ -72,6 +89,7 @@ class Client:
         self.random = random.Random(number)
         self.http, self.model, self.sayings, self.record = http, model, sayings, record
         self.kind = KINDS[number % len(KINDS)]
+        self.headers = bearer("unfair" if self.kind == "unfair" else KEYS[1 + number // len(KINDS) % 3])
 
     async def run(self, until: float) -> None:
         """Asks until then."""
@@ -99,7 +117,7 @@ class Client:
     async def patient(self, pause: float = 0.0, leave_after: int | None = None) -> None:
         """Reads a stream to its end, or leaves after some lines."""
         started, first, lines = time.monotonic(), None, []
-        async with self.http.stream("POST", CHATS, json=self.body(stream=True)) as reply:
+        async with self.http.stream("POST", CHATS, json=self.body(stream=True), headers=self.headers) as reply:
             if not self.answered(reply.status_code, 200):
                 return
             async for line in filter_lines(reply):
@@ -116,7 +134,7 @@ class Client:
 
     async def plain(self) -> None:
         """Waits for a whole reply, or for several."""
-        reply = await self.http.post(CHATS, json=self.body(n=self.random.choice([1, 1, 3])))
+        reply = await self.http.post(CHATS, json=self.body(n=self.random.choice([1, 1, 3])), headers=self.headers)
         if self.answered(reply.status_code, 200):
             assert reply.json()["choices"][0]["finish_reason"] in ("stop", "length")
 
@@ -132,7 +150,8 @@ class Client:
         """Leaves before the answer is there."""
         try:
             timeout = self.random.random() * 0.1 + 1e-3
-            reply = await self.http.post(CHATS, json=self.body(max_tokens=100, n=2), timeout=timeout)
+            body = self.body(max_tokens=100, n=2)
+            reply = await self.http.post(CHATS, json=body, headers=self.headers, timeout=timeout)
             self.answered(reply.status_code, 200)
         except httpx.TimeoutException:
             self.record.answers["hasty left"] += 1
@@ -143,7 +162,7 @@ class Client:
         wrong = self.body(**self.random.choice([{"temperature": "hot"}, {"n": -1}, {"audio": {}}, {"stop": [""]}]))
         content = self.random.choice([noise, b"{" + noise, json.dumps(wrong).encode(), b"[" * 5000])
         kind = self.random.choice(["application/json", "application/json", "text/plain"])
-        reply = await self.http.post(CHATS, content=content, headers={"Content-Type": kind})
+        reply = await self.http.post(CHATS, content=content, headers={"Content-Type": kind, **self.headers})
         self.answered(reply.status_code, 400 if kind == "application/json" else 415)
 
     async def hostile(self) -> None:
@@ -155,7 +174,8 @@ class Client:
 
     async def dangling(self) -> None:
         """Sends half of a header or of a body, and waits for the server to end it."""
-        start = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\n"
+        key = self.headers["Authorization"]
+        start = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {key}\r\n"
         length = "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
         sent = self.random.choice([start, start + length + " " * self.random.randint(0, 500_000)])
         reader, writer = await asyncio.open_connection(self.http.base_url.host, self.http.base_url.port)
@@ -169,10 +189,35 @@ class Client:
     async def greedy(self) -> None:
         """Asks for more than there is."""
         long = [{"role": "user", "content": "x" * 10**4}]
-        over = self.random.choice([{"max_tokens": 10**6}, {"n": 128}, {"messages": long}])
-        self.answered((await self.http.post(CHATS, json=self.body(**over))).status_code, 400)
-        large = await self.http.post(CHATS, content=b" " * 5_000_000, headers={"Content-Type": "application/json"})
+        told = {"logprobs": True, "top_logprobs": 20, "n": 10, "max_tokens": 100}
+        over = self.random.choice([{"max_tokens": 10**6}, {"n": 128}, {"messages": long}, told])
+        reply = await self.http.post(CHATS, json=self.body(**over), headers=self.headers)
+        self.answered(reply.status_code, 400)
+        headers = {"Content-Type": "application/json", **self.headers}
+        large = await self.http.post(CHATS, content=b" " * 5_000_000, headers=headers)
         self.answered(large.status_code, 413)
+
+    async def stopped(self) -> None:
+        """Asks for a long stream, reads nothing of it, and stays until it is hung up on, or for a moment."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        url = self.http.base_url
+        body = json.dumps(self.body(stream=True, logprobs=True, top_logprobs=20, max_tokens=200)).encode()
+        lines = [f"POST {CHATS} HTTP/1.1", f"Host: {url.host}:{url.port}", "Content-Type: application/json"]
+        lines += [f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in self.headers.items())]
+        with connection:
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(connection, (url.host, url.port))
+            await loop.sock_sendall(connection, "\r\n".join([*lines, "", ""]).encode() + body)
+            await asyncio.sleep(self.random.choice([0.5, 6]))
+        self.record.answers["stopped left"] += 1
+
+    async def unfair(self) -> None:
+        """Wants as many replies as there are rows, again and again."""
+        body = self.body(n=8, max_tokens=100, logit_bias={"256": -100})
+        reply = await self.http.post(CHATS, json=body, headers=self.headers)
+        self.answered(reply.status_code, 200)
 
 
 async def filter_lines(reply: httpx.Response):
@@ -188,15 +233,26 @@ async def numbers(http: httpx.AsyncClient) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
+async def watch(http: httpx.AsyncClient, until: float, record: Record) -> None:
+    """Asks again and again whether the server is well."""
+    while time.monotonic() < until:
+        started = time.monotonic()
+        reply = await http.get("/healthz")
+        record.health.append(time.monotonic() - started)
+        if reply.status_code != 200:
+            record.failures.append(f"healthz: {reply.text}")
+        await asyncio.sleep(0.1)
+
+
 async def load(url: str, process: subprocess.Popen, seconds: float, num_clients: int, sayings: list[str]) -> dict:
     """The report of so many clients for so many seconds."""
     record, memory = Record(), []
     limits = httpx.Limits(max_connections=2 * num_clients, max_keepalive_connections=num_clients)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, headers=bearer(KEYS[0])) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
         until = time.monotonic() + seconds
         clients = [Client(number, http, model, sayings, record) for number in range(num_clients)]
-        tasks = asyncio.gather(*(client.run(until) for client in clients))
+        tasks = asyncio.gather(watch(http, until, record), *(client.run(until) for client in clients))
         while time.monotonic() < until:
             await asyncio.sleep(min(seconds / 20, 5))
             memory.append(memory_of(process))
@@ -205,7 +261,7 @@ async def load(url: str, process: subprocess.Popen, seconds: float, num_clients:
         while (left := await numbers(http))["palm_rlhf_running"] + left["palm_rlhf_waiting"] > 0:
             assert time.monotonic() < deadline, f"slots have leaked: {left}"
             await asyncio.sleep(0.05)
-    first_text = sorted(record.first_text)
+    first_text = sorted(record.first_text) or [float("inf")]
     ended = {key.split('"')[1]: value for key, value in left.items() if key.startswith("palm_rlhf_replies_total")}
     return {
         "seconds": seconds,
@@ -214,7 +270,10 @@ async def load(url: str, process: subprocess.Popen, seconds: float, num_clients:
         "failures": record.failures,
         "replies": ended,
         "tokens": left['palm_rlhf_tokens_total{kind="sampled"}'],
+        "paused": left["palm_rlhf_paused_total"],
+        "preempted": left["palm_rlhf_preempted_total"],
         "memory_mb": [round(size) for size in memory],
+        "slowest_health": max(record.health),
         "first_text_p50": first_text[len(first_text) // 2],
         "first_text_p99": first_text[min(int(len(first_text) * 0.99), len(first_text) - 1)],
     }
@@ -225,6 +284,10 @@ def verdict(report: dict, log: str) -> list[str]:
     wrong = list(report["failures"])
     wrong += [line for line in log.splitlines() if "Traceback" in line or " ERROR " in line]
     wrong += [f"replies ended in {reason}" for reason in ("error", "timeout") if report["replies"][reason]]
+    if report["seconds"] >= LONG_ENOUGH:
+        wrong += [f"nothing was {name}" for name in ("paused", "preempted", "hung_up") if not report[name]]
+    if report["slowest_health"] > SLOWEST_HEALTH:
+        wrong.append(f"/healthz took {report['slowest_health']:.1f} seconds")
     memory = report["memory_mb"]
     early, late = max(memory[len(memory) // 4 : len(memory) // 2]), max(memory[-len(memory) // 4 :])
     if late > early * 1.05 + 10:
@@ -241,6 +304,7 @@ def soak(checkpoint: Path, seconds: float, num_clients: int, sayings: list[str])
         if process.returncode != 0:
             report["failures"].append(f"the server ended with {process.returncode}")
         text = log.read_text()
+        report["hung_up"] = text.count("it has read nothing for")
         print(text, file=sys.stderr)
         return report, verdict(report, text)
 

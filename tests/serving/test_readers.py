@@ -16,6 +16,7 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.serving.background import running
 from palm_rlhf.serving.bodies import Limits
 from palm_rlhf.serving.connections import ConnectionLimits
+from palm_rlhf.serving.door import Door
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.replies import ENCODED_LEVELS, json_pieces
 from palm_rlhf.serving.server import create_app
@@ -128,15 +129,15 @@ def test_a_whole_reply_that_nobody_reads_is_given_up(impatient, eventually, capl
             json.loads(read_all(connection))
 
 
-def test_a_slow_reader_is_waited_for(impatient):
-    """It reads a little every now and then, and takes longer than 0.5 seconds for all."""
-    url, _ = impatient
+def test_a_slow_reader_is_waited_for(start_server):
+    """It reads a little every now and then, and takes far longer for all than it may read nothing."""
+    url, _ = start_server(context=CONTEXT, connections=ConnectionLimits(write_timeout=1.5, send_buffer=4096))
     body = {**ENDLESS, "max_tokens": 400, "logprobs": 5}
     expected = httpx.post(url + TEXTS, json=body, timeout=300).json()["choices"]
     started = time.monotonic()
     with post(url, TEXTS, body) as connection:
-        text = read_all(connection, size=2048, pause=0.02)
-    assert time.monotonic() - started > 2 * 0.5
+        text = read_all(connection, size=2048, pause=0.06)
+    assert time.monotonic() - started > 1.5
     assert json.loads(text)["choices"] == expected
 
 
@@ -185,6 +186,17 @@ def test_the_number_of_replies_is_bounded(start_server):
         assert len(client.completions.create(model="parrot", prompt="a", n=4, max_tokens=1).choices) == 4
         with pytest.raises(openai.BadRequestError, match="n asks for 5 replies in all; expected at most 4"):
             client.completions.create(model="parrot", prompt="a", n=5, max_tokens=1)
+
+
+def test_the_options_of_the_command_are_the_limits():
+    door = Door(max_n=3, max_output=77, write_timeout=1.5)
+    limits, connections = door.limits(), door.connections()
+    assert (limits.max_n, limits.max_output, connections.write_timeout) == (3, 77, 1.5)
+    for name in ("max_n", "max_output"):
+        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+            Door(**{name: 0}).limits()
+    with pytest.raises(ValueError, match="write_timeout is 0"):
+        Door(write_timeout=0.0)
 
 
 class Watched(ByteTokenizer):
