@@ -146,6 +146,15 @@ def compile_native(tmp_path, monkeypatch):
     return compile_
 
 
+def available_memory() -> int:
+    """Bytes that new processes can have, those of the system's caches included; no limit where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return sys.maxsize
+
+
 def num_processes(num_cores: int, memory: int, args: list[str]) -> int:
     """How many processes share the tests of these files and folders; 0 is this one alone, as for a single file."""
     num_files = sum(Path(arg.partition("::")[0]).is_file() for arg in args)
@@ -155,9 +164,10 @@ def num_processes(num_cores: int, memory: int, args: list[str]) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
+    if asked := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):  # xdist's own variable
+        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else sys.maxsize
-    return num_processes(cores, memory, config.args)
+    return num_processes(cores, available_memory(), config.args)
 
 
 @pytest.hookimpl(tryfirst=True)

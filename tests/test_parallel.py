@@ -7,6 +7,7 @@ import sys
 
 from .conftest import MEMORY_OF_A_PROCESS, num_processes
 
+DROPPED = {"OMP_NUM_THREADS", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
 FILE = """
     import os
     import pytest
@@ -29,7 +30,7 @@ def run(root, folder, *options: str) -> list[list[str]]:
     shutil.copy(root / "tests/conftest.py", folder)
     for name in ("a", "b", "c"):
         (folder / f"test_{name}.py").write_text(FILE.replace("\n    ", "\n"))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "OMP_NUM_THREADS"))}
+    environment = {k: v for k, v in os.environ.items() if k not in DROPPED}
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,8 +38,9 @@ def run(root, folder, *options: str) -> list[list[str]]:
     return [line.split() for line in (folder / "log").read_text().splitlines()]
 
 
-def test_processes_share_the_files_and_the_slow_tests_come_last(root, tmp_path):
-    lines = run(root, tmp_path, "-n", "2")
+def test_processes_share_the_files_and_the_slow_tests_come_last(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "2")  # however many cores there are
+    lines = run(root, tmp_path)
     assert {threads for *_, threads in lines} == {"1"}
     assert {process for _, process, _ in lines} == {"gw0", "gw1"}
     for worker in ("gw0", "gw1"):
