@@ -178,7 +178,7 @@ RESPONSE_FORMAT = {
     ],
     "description": "The form of the reply: text, any object of JSON, or JSON by a schema.",
 }
-FUNCTION_NAME = {"type": "string", "minLength": 1, "maxLength": 64}
+FUNCTION_NAME = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
 FUNCTION = record(
     {
         "name": FUNCTION_NAME,

@@ -1,6 +1,7 @@
 """The part of JSON Schema that the protocol needs: what the API's description says is what is checked."""
 
 import json
+import re
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ KINDS = {"string": str, "boolean": bool, "integer": int, "number": (int, float),
 def check(value: Any, schema: dict[str, Any], name: str) -> Any:
     """The value, without entries that are null; ApiError that names the place, what stands there and what is expected.
 
-    Knows type, enum, minimum, maximum, minLength, maxLength, minItems, maxItems, items, properties, required,
+    Knows type, enum, minimum, maximum, minLength, maxLength, pattern, minItems, maxItems, items, properties, required,
     additionalProperties (true for an object that is taken as it is), maxProperties, propertyNames of digits or of a
     length, and anyOf of several types. An enum without a type lists the values at which a parameter changes nothing;
     others are not supported.
@@ -33,6 +34,8 @@ def check(value: Any, schema: dict[str, Any], name: str) -> Any:
     if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "boolean"):
         raise refusal(value, schema, name)
     if "enum" in schema and value not in schema["enum"]:
+        raise refusal(value, schema, name)
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
         raise refusal(value, schema, name)
     if kind in ("integer", "number"):
         if not schema["minimum"] <= value <= schema["maximum"]:
@@ -141,6 +144,8 @@ def described(schema: dict[str, Any]) -> str:
         return " or ".join(map(described, schema["anyOf"]))
     if "enum" in schema:
         return " or ".join(shown(value) for value in schema["enum"])
+    if "pattern" in schema:
+        return f"a string that matches {schema['pattern']}"
     kind = schema["type"]
     article = "an" if kind[0] in "aio" else "a"
     if "minimum" in schema:

@@ -1,7 +1,7 @@
 """Replies that follow a grammar, such as JSON by a schema: which tokens may come next. llguidance parses."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -89,7 +89,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        source = checked_schema(schema)
+        source = checked_schema({key: value for key, value in schema.items() if key != "x-guidance"})
         options = {"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
         return self._compiled(LLMatcher.grammar_from_json_schema(source, overrides=options))
 
@@ -135,11 +135,20 @@ class _Tokens:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.tokens = tokenizer, token_bytes(tokenizer)
-        self.special_token_ids = sorted(tokenizer.special_tokens.values())
+        self.special_token_ids = special_ids(tokenizer)
         self.eos_token_id, self.bos_token_id = tokenizer.eos_token, None
 
     def __call__(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode_continuation(text)
+
+
+@beartype
+def special_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that are no text, the one for what the tokenizer does not know included."""
+    ids = set(tokenizer.special_tokens.values())
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        ids |= {index for index, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    return sorted(ids)
 
 
 @beartype
@@ -152,8 +161,13 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         return [tokenizer.decode_bytes([token], with_special_tokens=True) for token in ids]
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ValueError(f"got a {type(tokenizer).__name__}; expected a ByteTokenizer or a HuggingFaceTokenizer")
+    source = tokenizer.backend.to_str()
+    decoder = json.loads(source)["decoder"] or {}
+    if decoder.get("type") == "Metaspace":  # which llguidance does not know: a mark stands for a blank
+        names = {index: name for name, index in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+        return [names.get(token, "").replace(decoder["replacement"], " ").encode() for token in ids]
     try:
-        known = LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_token)
+        known = LLTokenizer(source, eos_token=tokenizer.eos_token)
     except ValueError as error:
         raise ValueError(f"this model's tokenizer does not tell the bytes of its tokens ({error})") from error
     return [known.decode_bytes([token]) for token in ids]
@@ -161,19 +175,25 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 def checked_schema(schema: dict[str, Any]) -> str:
     """A schema as JSON; ValueError for one that is above the bounds, or asks for what a grammar cannot count."""
+    every = list(parts(schema))
     if (size := len(text := json.dumps(schema))) > MAX_SCHEMA_CHARS:
         raise ValueError(f"the schema has {size:,} characters; expected at most {MAX_SCHEMA_CHARS:,}")
-    level, depth = [schema], 0
+    for part in every:
+        least = part.get("minProperties") if isinstance(part, dict) else None
+        if isinstance(least, int | float) and least > 1:
+            raise ValueError("minProperties above 1 is not supported: a grammar does not tell names apart")
+    return text
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """A value of JSON and all that it holds; ValueError where it is nested too deep."""
+    level, depth = [value], 0
     while level:
         depth += 1
         if depth > MAX_SCHEMA_DEPTH:
-            raise ValueError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
-        for part in level:
-            least = part.get("minProperties") if isinstance(part, dict) else None
-            if isinstance(least, int | float) and least > 1:
-                raise ValueError("minProperties above 1 is not supported: a grammar does not tell names apart")
+            raise ValueError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+        yield from level
         level = [child for part in level for child in children(part)]
-    return text
 
 
 def children(value: Any) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Generation, Piece, ToolCall
-from palm_rlhf.serving.structured import WHITESPACE, Grammar, Grammars
+from palm_rlhf.serving.structured import WHITESPACE, Grammar, Grammars, parts
 
 MOST_CALLS = 16  # that a reply is made to hold: a model that has to call may otherwise never stop
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -54,6 +55,7 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
         if choice not in (None, "none", "auto"):
             raise ApiError(400, "got tool_choice without tools; expected the tools to choose from", param="tool_choice")
         return None
+    check_depth(tools, "tools")
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise ApiError(400, f"tools has the names {', '.join(names)}; expected each once", param="tools")
@@ -67,6 +69,14 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
     return Tools([tool for tool in tools if tool["function"]["name"] == name], "named", parallel=False)
 
 
+def check_depth(value: Any, name: str) -> None:
+    """ApiError for a value of JSON that is nested too deep to be worked on."""
+    try:
+        deque(parts(value), maxlen=0)
+    except ValueError as error:
+        raise ApiError(400, f"{name} cannot be read: {error}", param=name) from error
+
+
 def read_history(call: dict[str, Any], name: str) -> dict[str, Any]:
     """An earlier call as templates are shown it, its arguments as an object; ApiError where they are none."""
     function = call["function"]
@@ -78,6 +88,7 @@ def read_history(call: dict[str, Any], name: str) -> dict[str, Any]:
         place = f"{name}.function.arguments"
         message = f"{place} is {function['arguments']!a:.80}; expected an object of JSON, as a string"
         raise ApiError(400, message, param=place)
+    check_depth(arguments, f"{name}.function.arguments")
     return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -96,7 +107,7 @@ def call_grammar(tools: Tools, form: CallForm, grammars: Grammars) -> Grammar:
         except ValueError as error:
             message = f"the parameters of the tool {function['name']} cannot be followed: {error}"
             raise ApiError(400, message, param="tools") from error
-        parts.append(f"call{number}: {_call(function['name'], schema, form)}")
+        parts.append(f"call{number}: {_call(number, function['name'], schema, form)}")
     body = " | ".join(f"call{number}" for number in range(len(parts)))
     try:
         return grammars.lark("\n".join([_shape(tools, form, optional), f"body: {body}", *parts]))
@@ -104,12 +115,12 @@ def call_grammar(tools: Tools, form: CallForm, grammars: Grammars) -> Grammar:
         raise ApiError(400, f"the tools cannot be followed together: {error}", param="tools") from error
 
 
-def _call(name: str, parameters: dict[str, Any], form: CallForm) -> str:
+def _call(number: int, name: str, parameters: dict[str, Any], form: CallForm) -> str:
     """One call as an object of JSON. Its parameters get a name, so that references in them are to themselves."""
     schema = {
         "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False},
         "type": "object",
-        "properties": {"name": {"const": name}, ARGUMENTS[form]: {"$id": f"urn:tool:{name}", **parameters}},
+        "properties": {"name": {"const": name}, ARGUMENTS[form]: {"$id": f"urn:tool:{number}", **parameters}},
         "required": ["name", ARGUMENTS[form]],
         "additionalProperties": False,
     }

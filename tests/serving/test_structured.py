@@ -7,12 +7,14 @@ import httpx
 import jsonschema
 import openai
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from palm_rlhf.data.templates import PRESETS
-from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from palm_rlhf.data.tokenizer import DEFAULT_SPECIAL_TOKENS, ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.generation import Request
@@ -53,7 +55,20 @@ def words() -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer.train([text] * 20, 320)
 
 
-@pytest.fixture(scope="module", params=[ByteTokenizer, words], ids=["bytes", "bpe"])
+def marked_words() -> HuggingFaceTokenizer:
+    """As Llama's: a mark stands for the blank before a word."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", *DEFAULT_SPECIAL_TOKENS]
+    alphabet = [chr(code) for code in range(33, 127)] + ["é", "🐈"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(['{"name": "anna", "age": 12, "kind": null}'] * 20, trainer)
+    return HuggingFaceTokenizer(backend, DEFAULT_SPECIAL_TOKENS, eos_token=DEFAULT_SPECIAL_TOKENS[0])
+
+
+@pytest.fixture(scope="module", params=[ByteTokenizer, words, marked_words], ids=["bytes", "bpe", "marked"])
 def untrained(request) -> Served:
     """A model of random weights, whose vocabulary is larger than its tokenizer's."""
     torch.manual_seed(0)
@@ -144,7 +159,7 @@ def test_a_stop_string_ends_a_reply_inside_its_grammar(untrained, engine):
 
 def test_the_end_is_allowed_exactly_where_the_grammar_allows_it(untrained):
     """Digits may be followed by an end or by digits: 7 is whole, and so is 77, but not the minus sign."""
-    tokens = untrained.tokenizer.encode
+    tokens = untrained.tokenizer.encode_continuation
     constraint = untrained.grammars.json({"type": "integer", "minimum": -99, "maximum": 99}).start()
     ends = sorted(untrained.turn_ends)
     for text, may_end, may_go_on in (("-", False, True), ("7", True, True), ("7", True, False)):
@@ -220,6 +235,20 @@ def test_a_deep_schema_is_refused(grammars):
         schema = {"type": "array", "items": schema}
     with pytest.raises(ValueError, match="nested deeper"):
         grammars.json(schema)
+
+
+def test_what_a_schema_tells_the_library_is_not_followed(untrained, engine):
+    odd = {"const": [1, 2], "x-guidance": {"item_separator": ";", "whitespace_pattern": "x+"}}
+    for _, text in replies(untrained, engine, odd, num=2):
+        assert json.loads(text) == [1, 2]
+
+
+def test_a_tokenizer_that_does_not_tell_its_bytes_is_refused():
+    backend = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    tokenizer = HuggingFaceTokenizer(backend, ["</s>"], eos_token="</s>")
+    with pytest.raises(ValueError, match="does not tell the bytes"):
+        Grammars(tokenizer, tokenizer.num_tokens, frozenset())
 
 
 def test_a_schema_is_compiled_once(grammars):

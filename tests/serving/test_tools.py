@@ -174,10 +174,12 @@ def test_a_model_that_goes_on_calling_is_stopped_in_the_end(with_tools, start_se
     torch.manual_seed(0)
     palm = PaLM(num_tokens=with_tools.palm.num_tokens, dim=32, depth=1, heads=2, dim_head=16, max_seq_len=2048)
     url, _ = start_server(Served("caller", palm, ByteTokenizer(), TEMPLATE))
-    now = {"type": "function", "function": {"name": "now", "parameters": {"const": {}}}}
+    now = {"type": "function", "function": {"name": "now-2_B", "parameters": {"const": {}}}}
     body = {"model": "caller", "messages": QUESTION, "tools": [now], "tool_choice": "required", "logit_bias": NO_BLANKS}
     no_end = {"logit_bias": {"9": -100, "32": -100, str(ByteTokenizer().eos_token): -100}}
-    [choice] = httpx.post(f"{url}/v1/chat/completions", json={**body, **no_end}, timeout=120).json()["choices"]
+    reply = httpx.post(f"{url}/v1/chat/completions", json={**body, **no_end}, timeout=120)
+    assert reply.status_code == 200, reply.text
+    [choice] = reply.json()["choices"]
     assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == ("tool_calls", MOST_CALLS)
 
 
@@ -194,7 +196,24 @@ def test_a_strict_function_is_called_by_its_parameters_or_not_at_all(ask, with_t
     assert ask(tools=plain).choices[0].message.tool_calls[0].function.arguments.count("Paris") == 1
 
 
+def named(name: str) -> list[dict]:
+    return [{"type": "function", "function": {"name": name}}]
+
+
+DEEP = json.loads('{"a":' * 400 + "1" + "}" * 400)
 REFUSED = [
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools", "deeper"),
+    (
+        {
+            "messages": [
+                {**ANSWERED[1], "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": json.dumps(DEEP)}}]}
+            ]
+        },
+        "messages[0].tool_calls[0].function.arguments",
+        "deeper",
+    ),
+    ({"tools": named('a "b"')}, "tools[0].function.name", "a-z"),
+    ({"tools": named("a\n")}, "tools[0].function.name", "a-z"),
     ({"tools": [WEATHER, WEATHER]}, "tools", "each once"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "weather"),
