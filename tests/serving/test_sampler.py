@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.sampling import sampling_logprobs
 from palm_rlhf.serving.generation import Generation, Request
 from palm_rlhf.serving.sampler import Sampler, adjust, choose, token_logprobs
@@ -184,3 +185,29 @@ def test_numbers_that_are_none_are_said(broken):
         fine, lost = Sampler()(logits, [row(temperature=temperature), row(temperature=temperature)])
         assert fine.token in range(3)
         assert lost is None
+
+
+def test_replies_have_the_distribution_of_generate(start_engine):
+    palm = PaLM(num_tokens=261, dim=32, depth=1, heads=2, dim_head=16)
+    prompt, num_draws = [7, 42, 7], 1500
+    options = {"temperature": 1.5, "top_k": 12, "top_p": 0.97, "min_p": 0.35, "repetition_penalty": 1.5}
+    tokens, logprobs = palm.generate(
+        prompt=torch.tensor(prompt), max_new_tokens=1, num_samples=2000, return_logprobs=True, **options
+    )
+    expected = torch.zeros(261)
+    expected[tokens.flatten()] = logprobs.exp().flatten()
+    assert float(expected.sum()) == pytest.approx(1, abs=1e-4)  # no token that may come has been missed
+    assert 5 <= int((expected > 0).sum()) <= 12
+    engine = start_engine(palm, ByteTokenizer(), max_batch=64, queue=num_draws)
+    requests = [Request(prompt, 1, seed=1, index=index, **options) for index in range(num_draws)]
+    drawn = []
+    for generation in engine.submit_all(requests):
+        generation.text()
+        drawn += generation.tokens
+    found = torch.tensor(drawn).bincount(minlength=261) / num_draws
+    assert is_distributed(found, expected, num_draws)
+    logits, seen = palm(torch.tensor([prompt]))[:, -1].detach(), torch.zeros(1, 261, dtype=torch.bool)
+    seen[0, prompt] = True
+    for name, value in (("repetition_penalty", 1.0), ("top_k", 4), ("min_p", 0.0)):
+        wrong = sampling_logprobs(logits, **{**options, name: value}, seen=seen)[0].exp()
+        assert not is_distributed(found, wrong, num_draws), name
