@@ -37,7 +37,8 @@ class _Spread:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.parts: list[bytes] = []  # of the object that is not at its end
-        self.first = self.depth = self.size = 0
+        self.starts: list[int] = []  # the lines on which it starts, or another that was cut short
+        self.depth = self.size = 0
         self.lost = False  # whether lines belong to an object that was too long
 
     def add(self, number: int, line: bytes) -> Iterator[tuple[int, Record | Broken]]:
@@ -53,14 +54,16 @@ class _Spread:
                 if not isinstance(record, Broken):
                     yield number, record
                     return
-                self.depth, self.first = 0, number
+                self.depth = 0
             self.depth, end, is_cut = _scan(line, self.depth)
             goes_on = end is None and self.depth > 0 and not is_cut
             if not self.parts and not goes_on and (end is None or not line[end:].lstrip().startswith(b"{")):
                 yield number, record
                 return
-            self.size += len(line[:end])
+            if not self.parts or line.startswith(b"{"):
+                self.starts.append(number)
             self.parts.append(line[:end])
+            self.size += len(self.parts[-1])
             if self.size > self.limit:
                 yield from self.leave_out(number)
                 return
@@ -73,16 +76,18 @@ class _Spread:
         """The object that was begun, whole or not; of lines that were all cut short, each is one."""
         if self.parts:
             record = parsed_line(b"".join(self.parts))
-            starts = [place for place, part in enumerate(self.parts) if part.startswith(b"{")] or [0]
-            for place in starts if isinstance(record, Broken) else starts[:1]:
-                yield self.first + place, record
-        self.parts, self.size, self.depth = [], 0, 0
+            for start in self.starts if isinstance(record, Broken) else self.starts[:1]:
+                yield start, record
+        self._clear()
 
     def leave_out(self, number: int) -> Iterator[tuple[int, Record | Broken]]:
         """Leaves out the object that a line belongs to."""
-        yield self.first if self.parts else number, too_long(self.limit)
+        yield self.starts[0] if self.parts else number, too_long(self.limit)
         self.lost = bool(self.parts)
-        self.parts, self.size, self.depth = [], 0, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.parts, self.starts, self.size, self.depth = [], [], 0, 0
 
     def _starts_anew(self, line: bytes) -> bool:
         """Whether a line starts another object, so that the one before was cut short."""

@@ -20,10 +20,10 @@ FIELDS = (*SYSTEMS, *CONVERSATIONS, *QUESTIONS, *CONTEXTS, HISTORY)
 
 
 class Opening(NamedTuple):
-    """The turns before a reply, whether a question follows a conversation, and whether it is a transcript."""
+    """The turns before a reply, the field of a question that follows a conversation, and if it is a transcript."""
 
     turns: list[Turn]
-    goes_on: bool
+    goes_on: str | None
     is_transcript: bool
 
 
@@ -37,12 +37,12 @@ def parse_opening(record: Record, *, ignored: Collection[str] = (), mended: Coun
     fields = {name: record[name] for name in FIELDS if name not in ignored and record.get(name) is not None}
     options = {"ignored": ignored, "mended": mended}
     history, conversation = _history(fields.get(HISTORY)), _conversation(fields, options)
-    question, transcript = _question(fields, options)
+    name, question, transcript = _question(fields, options)
     said = {turn["content"].strip() for turn in conversation}
     if all(turn["content"].strip() in said for turn in question):
         question = []
     turns = _with_system([*history, *conversation, *question], system_of(fields))
-    return Opening(turns, bool(conversation and question), transcript)
+    return Opening(turns, name if conversation and question else None, transcript)
 
 
 @beartype
@@ -104,13 +104,14 @@ def _history(history: Any) -> list[Turn]:
     ]
 
 
-def _question(fields: Record, options: dict[str, Any]) -> tuple[list[Turn], bool]:
+def _question(fields: Record, options: dict[str, Any]) -> tuple[str | None, list[Turn], bool]:
+    """The field of the question, its turns, and whether it is a transcript."""
     found = {name: fields[name] for name in QUESTIONS if _says(fields.get(name))}
     contexts = [name for name in CONTEXTS if _says(fields.get(name))]
     if not found and contexts:
         found = {contexts[0]: fields[contexts.pop(0)]}
     if not found:
-        return [], False
+        return None, [], False
     (name, question), *others = found.items()
     for other, text in others:
         if text != question:
@@ -121,11 +122,11 @@ def _question(fields: Record, options: dict[str, Any]) -> tuple[list[Turn], bool
         if isinstance(question, str):
             turns = parse_transcript(question, "user")
             # a dialogue may end on "Assistant:", for the reply to go on
-            return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns, True
+            return name, turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns, True
         turns = question if isinstance(question, list) else [question]
-        return [parse_turn(turn, **options) for turn in turns], False
+        return name, [parse_turn(turn, **options) for turn in turns], False
     text = "\n".join([question, *(content_text(fields[context]) for context in contexts)])
-    return [{"role": "user", "content": text}], False
+    return name, [{"role": "user", "content": text}], False
 
 
 def _says(value: Any) -> bool:

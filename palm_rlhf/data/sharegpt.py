@@ -13,7 +13,7 @@ from beartype import beartype
 
 from palm_rlhf.data.chatgpt_export import is_chatgpt, parse_chatgpt
 from palm_rlhf.data.extras import missing
-from palm_rlhf.data.fields import check_fields
+from palm_rlhf.data.fields import check_fields, unknown_field
 from palm_rlhf.data.instructions import ANSWERS, is_instruction, is_prompt, parse_answer, without_place
 from palm_rlhf.data.openings import FIELDS, parse_opening
 from palm_rlhf.data.records import MAX_RECORD_BYTES, STANDARD, Record, read_records
@@ -129,7 +129,7 @@ def parse_conversation(
     if not answer and not has_turns and not opening.turns:
         raise ValueError("no question")
     if not answer and not prompts and (opening.goes_on or not has_turns):
-        raise ValueError("no answer")
+        raise ValueError(unknown_field(opening.goes_on) if opening.goes_on else "no answer")
     conversation: Record = {"messages": [*opening.turns, *answer]}
     known = KNOWN | {"title"} if has_turns else KNOWN  # of a question it could be a part
     check_fields(record, known, [turn["content"] for turn in conversation["messages"]], **options)

@@ -73,7 +73,8 @@ def test_every_row_is_a_conversation(record, messages):
          "two conversations, 'conversations' and 'messages'"),
         ({"messages": talk("Hi", "Ho"), "response": "Hm"}, "unknown field 'response'"),
         ({"prompt": "Hi", "completion": "Go away.", "label": False}, "answer labelled as bad"),
-        ({"messages": talk("Hi", "Ho"), "instruction": "Answer in French."}, "no answer"),
+        ({"messages": talk("Hi", "Ho"), "instruction": "Answer in French."}, "unknown field 'instruction'"),
+        ({"messages": talk("Hi", "Ho"), "user": "u-123"}, "unknown field 'user'"),
     ],
 )  # fmt: skip
 def test_what_is_no_row_says_why(record, reason):

@@ -121,6 +121,7 @@ def test_objects_one_behind_the_other_are_read_however_each_is_printed(rows, end
         ('{\n "a": 1,\n "b": [\n{\n "a": 2\n}\n', [(4, {"a": 2})], [1]),  # the first was cut short
         ('{\n "a": tru\n}\n{\n "a": 2\n}\n', [(4, {"a": 2})], [1]),
         ('{"a": [\n{"a": {\n{"a": 3}\n{"a":', [(3, {"a": 3})], [1, 2, 4]),
+        ('{"a": [\n\n\n{"a": {\n\n{"a": 3}', [(6, {"a": 3})], [1, 4]),
         ('{\n "a": 1\n}, {\n "a": 2\n}', [(1, {"a": 1})], [3]),
         ('{\n "a": {}\n}\n\n{"b": "}"}{"c": "{"}', [(1, {"a": {}}), (5, {"b": "}"}), (5, {"c": "{"})], []),
     ],
