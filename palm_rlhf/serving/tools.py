@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from palm_rlhf.serving.errors import ApiError
 from palm_rlhf.serving.generation import Generation, Piece, ToolCall
-from palm_rlhf.serving.structured import WHITESPACE, Grammar, Grammars, parts
+from palm_rlhf.serving.preparing import checkpoint
+from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, WHITESPACE, Grammar, Grammars, parts
 
 MOST_CALLS = 16  # that a reply is made to hold: a model that has to call may otherwise never stop
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -98,19 +99,25 @@ def call_grammar(tools: Tools, form: CallForm, grammars: Grammars) -> Grammar:
     A chosen or required call conforms to its function's parameters, and in free text those to functions that are
     `strict` do. ApiError for parameters that cannot be followed.
     """
-    parts, optional = [], tools.choice == "auto"
-    for number, tool in enumerate(tools.definitions):
-        function = tool["function"]
-        schema = function.get("parameters", ANY) if function.get("strict") or not optional else ANY
+    optional, functions = tools.choice == "auto", [tool["function"] for tool in tools.definitions]
+    schemas = [
+        function.get("parameters", ANY) if function.get("strict") or not optional else ANY for function in functions
+    ]
+    if (size := len(json.dumps(schemas))) > MAX_SCHEMA_CHARS:
+        message = f"the parameters of tools have {size:,} characters in all; expected at most {MAX_SCHEMA_CHARS:,}"
+        raise ApiError(400, message, param="tools")
+    calls = []
+    for number, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
+        checkpoint()
         try:
             grammars.json(schema)  # for an error that names the function
         except ValueError as error:
             message = f"the parameters of the tool {function['name']} cannot be followed: {error}"
             raise ApiError(400, message, param="tools") from error
-        parts.append(f"call{number}: {_call(number, function['name'], schema, form)}")
-    body = " | ".join(f"call{number}" for number in range(len(parts)))
+        calls.append(f"call{number}: {_call(number, function['name'], schema, form)}")
+    body = " | ".join(f"call{number}" for number in range(len(calls)))
     try:
-        return grammars.lark("\n".join([_shape(tools, form, optional), f"body: {body}", *parts]))
+        return grammars.lark("\n".join([_shape(tools, form, optional), f"body: {body}", *calls]))
     except ValueError as error:
         raise ApiError(400, f"the tools cannot be followed together: {error}", param="tools") from error
 

@@ -200,6 +200,12 @@ def named(name: str) -> list[dict]:
     return [{"type": "function", "function": {"name": name}}]
 
 
+def large(number: int) -> dict:
+    parameters = {"type": "object", "properties": {"a": {"enum": ["x" * 9000]}}}
+    return {"type": "function", "function": {"name": f"f{number}", "parameters": parameters}}
+
+
+LARGE = [large(number) for number in range(8)]  # none of them is too large alone
 DEEP = json.loads('{"a":' * 400 + "1" + "}" * 400)
 REFUSED = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools", "deeper"),
@@ -212,6 +218,7 @@ REFUSED = [
         "messages[0].tool_calls[0].function.arguments",
         "deeper",
     ),
+    ({"tools": LARGE, "tool_choice": "required"}, "tools", "characters in all"),
     ({"tools": named('a "b"')}, "tools[0].function.name", "a-z"),
     ({"tools": named("a\n")}, "tools[0].function.name", "a-z"),
     ({"tools": [WEATHER, WEATHER]}, "tools", "each once"),
