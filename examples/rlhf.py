@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palm_rlhf.cli import replace_what_cannot_be_written
+from palm_rlhf.commands.runs import quoted, show_next
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
@@ -349,6 +350,15 @@ def main(
     draw_curves(output_dir / "rlhf.png", history)
     result = {**report(unseen, history), **trainer.run.ending}
     say(f"saved to {output_dir}")
+    policy, ppo_run, before, proxy = (
+        quoted(output_dir / name) for name in ("policy", "ppo", "fine_tuned", "reward_model")
+    )
+    show_next(
+        [
+            ("ask it", f"palm-rlhf generate {policy} --max-new-tokens 48 --prompt $'How are you?\\n'"),
+            ("measure the run", f"palm-rlhf evaluate run {ppo_run} --reference {before} --reward-model {proxy}"),
+        ]
+    )
     print(json.dumps({**result, "seconds": round(time.perf_counter() - started, 1)}))
 
 

@@ -1,6 +1,7 @@
 """The folder of a training command's run: where it is, what is saved to it, and what to do with it next."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -60,9 +61,15 @@ def save_model(output_dir: Path, *parts: Saved | None) -> None:
 def finish(result: dict[str, Any], output_dir: Path, next_commands: Sequence[tuple[str, str]]) -> None:
     """Ends a command: on standard error what to do next, (words, command) each; on standard output a line of JSON."""
     say(f"the model is in {output_dir / MODEL}")
+    show_next(next_commands)
+    print(json.dumps({**result, "output_dir": str(output_dir), "model": str(output_dir / MODEL)}), flush=True)
+
+
+@beartype
+def show_next(next_commands: Sequence[tuple[str, str]]) -> None:
+    """Says what can be done with what was made, (words, command) each."""
     for words, command in next_commands:
         say(f"  {words + ':':<19}{command}")
-    print(json.dumps({**result, "output_dir": str(output_dir), "model": str(output_dir / MODEL)}), flush=True)
 
 
 @beartype
@@ -73,5 +80,6 @@ def quoted(path: str | Path) -> str:
 
 @beartype
 def say(text: str, end: str = "\n") -> None:
-    """Words for people go to standard error; standard output has the numbers."""
-    tqdm.write(text, file=sys.stderr, end=end)
+    """Words for people go to standard error, from the first process alone; standard output has the numbers."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr, end=end)

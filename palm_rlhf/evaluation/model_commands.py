@@ -20,11 +20,12 @@ from palm_rlhf.evaluation.command_line import (
     finish,
 )
 from palm_rlhf.evaluation.language_model import ALL, measure_text, read_documents
-from palm_rlhf.evaluation.models import is_reward_model, name_of, open_chat_model, open_palm
+from palm_rlhf.evaluation.models import default_device, is_reward_model, name_of, open_chat_model, open_palm
 from palm_rlhf.evaluation.report import Report
 from palm_rlhf.evaluation.reward_bench import read_trios, score_trios
 from palm_rlhf.evaluation.runs import read_run, read_settings, reference_scores, wins_by_step
 from palm_rlhf.model.interop.folder import local_folder
+from palm_rlhf.policy.reward import RewardModel
 
 
 @beartype
@@ -141,7 +142,8 @@ def run(
         }
         options = {name: value for name, value in settings.items() if value is not None}
         options |= {"seed": seed, "template": None if template is None else PRESETS[template]}
-        judge_model = open_chat_model(reward_model).model
+        # It reads the run's tokens: it needs neither a tokenizer of its own nor room for those of a chat template.
+        judge_model = RewardModel.from_pretrained(local_folder(reward_model), device=default_device()).eval()
         wins = wins_by_step(samples, *reference_scores(samples, palm, judge_model, tokenizer, **options))
     last = lines[-1]
     numbers: dict[str, Any] = {"steps": last["step"]}

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import tyro
 
+from palm_rlhf.cli import main
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Sampling
@@ -18,7 +20,16 @@ SMALL = [
     *("--held-out", "6", "--num-ranked", "4", "--measure-every", "2", "--model.dim", "48", "--model.depth", "1"),
     *("--model.heads", "2", "--model.dim-head", "16", "--pretraining.num-steps", "60", "--reward.batch-size", "8"),
     *("--fine-tuning.num-steps", "40", "--reward.num-epochs", "1", "--ppo.num-steps", "4"),
-    *("--ppo.rollouts-per-step", "8", "--ppo.minibatch-size", "8", "--ppo.max-new-tokens", "16"),
+    *(
+        "--ppo.rollouts-per-step",
+        "8",
+        "--ppo.minibatch-size",
+        "8",
+        "--ppo.max-new-tokens",
+        "16",
+        "--ppo.sample-every",
+        "2",
+    ),
 ]
 NUMBERS = {"gold_before", "gold_after", "gold_stderr", "proxy_before", "proxy_after", "kl", "win_rate", "seconds"}
 
@@ -54,7 +65,7 @@ def run(root, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path):
+def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path, capsys):
     done = run(root, "--seed", "1", "--output-dir", tmp_path / "run", *SMALL)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -62,6 +73,12 @@ def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path):
     assert 0 <= result["win_rate"] <= 1
     assert all(f"{stage}. " in done.stderr for stage in range(1, 6))
     assert all(word in done.stderr for word in ("win rate", "95% interval", "over-optimised", "before:", "step 2:"))
+
+    # what it says to do next
+    (line,) = (line for line in done.stderr.splitlines() if "palm-rlhf evaluate run" in line)
+    main(shlex.split(line[line.index("palm-rlhf") :])[1:])
+    win_rates = json.loads(capsys.readouterr().out.splitlines()[-1])["win_rates"]
+    assert [step["step"] for step in win_rates] == [2, 4]
 
     policy = PaLM.from_pretrained(tmp_path / "run/policy")
     assert policy.num_tokens == 256
