@@ -39,24 +39,26 @@ def policy_loss(
     clip_eps: Number,
     clip_eps_high: Number | None = None,
     denominator: Denominator = None,
+    num_tokens: Denominator = None,
 ) -> PolicyLoss:
     """The mean of `max(-A * r, -A * clip(r, 1 - clip_eps, 1 + clip_eps_high))` (Schulman et al. 2017, equation 7).
 
     Without clip_eps_high, clip_eps is on both sides; a higher one lets unlikely actions grow (DAPO: Yu et al. 2025,
-    section 3.1). `denominator` replaces the number of actions in all means, so that parts of a step add up.
+    section 3.1). `denominator` replaces the number of actions in the loss, and `num_tokens` in the two metrics, so that
+    parts of a step add up: metrics are means over tokens, whatever the loss is divided by.
 
     all: `b t` -> scalars
     """
     logprobs, old_logprobs, advantages = kept(
         action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
-    mean = partial(masked_mean, mask=action_mask, denominator=denominator)
+    token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
     ratio = (logprobs - old_logprobs).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + high)
-    loss = mean(torch.maximum(free, clipped))
-    clip_fraction = mean((clipped > free).to(ratio.dtype))
-    approx_kl = mean(kl_estimate(old_logprobs, logprobs, kind="k3")).detach()
+    loss = masked_mean(torch.maximum(free, clipped), action_mask, denominator=denominator)
+    clip_fraction = token_mean((clipped > free).to(ratio.dtype))
+    approx_kl = token_mean(kl_estimate(old_logprobs, logprobs, kind="k3")).detach()
     extremes = (ratio.detach()[action_mask] if action_mask.any() else ratio.new_ones(1)).aminmax()
     return PolicyLoss(loss, clip_fraction, approx_kl, *extremes)
 

@@ -291,6 +291,7 @@ class RLHFTrainer:
             clip_eps=c.clip_eps,
             clip_eps_high=c.upper_clip_eps,
             denominator=denominator,
+            num_tokens=num_tokens,
         )
         entropy = masked_mean(said.entropy, mask, denominator=num_tokens)
         loss = policy.loss - c.entropy_coef * entropy

@@ -41,6 +41,7 @@ def check_clip(policy_loss, clip_eps_high=None):
         clip_eps=0.2,
         clip_eps_high=clip_eps_high,
         denominator=1,
+        num_tokens=1,
     )
     highest = 1.2 if clip_eps_high is None else 1 + clip_eps_high
     is_clipped = ((advantages > 0) & (ratios > highest)) | ((advantages < 0) & (ratios < 0.8))
@@ -55,11 +56,13 @@ def check_clip(policy_loss, clip_eps_high=None):
 def mutant_of_policy_loss(loss_of):
     """A policy loss of `loss_of(advantages, ratio, clipped ratio)`."""
 
-    def policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_eps, clip_eps_high=None, denominator=None):
+    def policy_loss(
+        logprobs, old_logprobs, advantages, mask, *, clip_eps, clip_eps_high=None, denominator=None, num_tokens=None
+    ):
         ratio = (logprobs - old_logprobs).exp()
         clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high))
         loss = masked_mean(loss_of(advantages, ratio, clipped), mask, denominator=denominator)
-        fraction = masked_mean((-advantages * clipped > -advantages * ratio).double(), mask, denominator=denominator)
+        fraction = masked_mean((-advantages * clipped > -advantages * ratio).double(), mask, denominator=num_tokens)
         return PolicyLoss(loss, fraction, *ratio.new_zeros(3))
 
     return policy_loss
@@ -88,8 +91,8 @@ def test_the_clip_sees_the_mutant(mutant):
 
 
 def test_the_clip_sees_a_higher_bound_that_is_ignored():
-    def symmetrical(*tensors, clip_eps, clip_eps_high, denominator):
-        return policy_loss(*tensors, clip_eps=clip_eps, denominator=denominator)
+    def symmetrical(*tensors, clip_eps, clip_eps_high, **sums):
+        return policy_loss(*tensors, clip_eps=clip_eps, **sums)
 
     with pytest.raises(AssertionError):
         check_clip(symmetrical, 0.3)
@@ -106,6 +109,20 @@ def test_metrics_by_hand():
     assert result.approx_kl.item() == pytest.approx(((1 - math.log(2)) + (math.log(4) - 0.75)) / 3)
     assert (result.ratio_min.item(), result.ratio_max.item()) == (pytest.approx(0.25), pytest.approx(2.0))
     assert not any(x.requires_grad for x in result[1:])
+
+
+@pytest.mark.parametrize("denominator", [1000, torch.tensor([[50.0], [7.0]])], ids=["constant", "of each row"])
+def test_metrics_are_means_over_tokens_whatever_the_loss_is_divided_by(denominator):
+    """Ratios 1, 2 and 1/4 with advantage 1: one of three is clipped."""
+    mask = torch.tensor([[True, True], [True, False]])
+    ratios = doubles([1.0, 2.0], [0.25, NAN])
+    ones = torch.ones_like(ratios)
+    result = policy_loss(ratios.log(), 0 * ones, ones, mask, clip_eps=0.25, denominator=denominator)
+    assert result.clip_fraction.item() == pytest.approx(1 / 3)
+    assert result.approx_kl.item() == pytest.approx(((1 - math.log(2)) + (math.log(4) - 0.75)) / 3)
+    part = policy_loss(ratios.log(), 0 * ones, ones, mask, clip_eps=0.25, denominator=denominator, num_tokens=6)
+    assert part.clip_fraction.item() == pytest.approx(1 / 6)
+    assert part.loss == result.loss and result.loss.item() != pytest.approx(-2.5 / 3)
 
 
 @pytest.mark.parametrize("low, high", [(1.5, 4.0), (0.25, 0.5)])
@@ -206,7 +223,7 @@ def check_pads(loss_of, num_tensors, num_sums):
 
 
 def clipped_policy_loss(*tensors, denominator):
-    return policy_loss(*tensors, clip_eps=0.2, denominator=denominator)
+    return policy_loss(*tensors, clip_eps=0.2, denominator=denominator, num_tokens=denominator)
 
 
 def clipped_value_loss(*tensors, denominator):
@@ -216,7 +233,7 @@ def clipped_value_loss(*tensors, denominator):
 def pads_in_the_mean(*tensors, denominator):
     *tensors, mask = tensors
     clean = [x.nan_to_num(nan=1.0, posinf=1.0) for x in tensors]
-    return policy_loss(*clean, everywhere(mask), clip_eps=0.2, denominator=denominator)
+    return policy_loss(*clean, everywhere(mask), clip_eps=0.2, denominator=denominator, num_tokens=denominator)
 
 
 def masked_after_the_exponential(logprobs, old_logprobs, advantages, mask, *, denominator):

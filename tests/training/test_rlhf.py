@@ -384,6 +384,36 @@ def test_optimisation_stops_early_where_the_policy_has_moved_enough():
     assert 1 < metrics["optimizer_steps"] < 50
 
 
+GROUPS = {"algorithm": "grpo", "num_samples": 4}
+VARIANTS = [{}, GROUPS, {**GROUPS, "grpo_variant": "dr_grpo"}, {**GROUPS, "grpo_variant": "dapo"}]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_what_is_said_of_ratios_is_a_mean_over_tokens(options, micro_batch_size):
+    """With records that are off by known numbers, ratios are known; responses are of many lengths."""
+    trainer = make_trainer(tiny_palm().double(), micro_batch_size=micro_batch_size, **options)
+    experience = experience_of(trainer)
+    moved = 0.4 * torch.randn_like(experience.logprobs)
+    metrics = trainer.update(dataclasses.replace(experience, logprobs=experience.logprobs - moved))
+    mask, ratios, advantages = experience.action_mask, moved.exp(), experience.advantages
+    high = 1.28 if options.get("grpo_variant") == "dapo" else 1.2
+    clipped = ((advantages > 0) & (ratios > high)) | ((advantages < 0) & (ratios < 0.8))
+    assert len(set(mask.sum(dim=-1).tolist())) > 2 and clipped[mask].any()
+    assert metrics["approx_kl"] == pytest.approx(float((ratios - 1 - moved)[mask].mean()), rel=1e-6)
+    assert metrics["clip_fraction"] == pytest.approx(float(clipped[mask].double().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_optimisation_stops_by_the_kl_of_a_token_in_every_variant(options):
+    """The records are off by 0.2 at every token, a KL of e^0.2 - 1.2 = 0.0214: a bound just below ends it at once."""
+    for bound, expected in ((0.0210, 1), (0.0218, 3)):
+        trainer = make_trainer(epochs=3, learning_rate=1e-9, early_stop_kl=bound, max_new_tokens=20, **options)
+        experience = experience_of(trainer)
+        moved = dataclasses.replace(experience, logprobs=experience.logprobs - 0.2)
+        assert trainer.update(moved)["optimizer_steps"] == expected
+
+
 def test_the_kl_coefficient_is_steered_to_its_target():
     low = make_trainer(kl_coef=1.0, kl_target=6.0, kl_horizon=80, num_steps=2)
     steps = list(low.steps())  # the KL is 0 at first, far below the target: -0.2 * 8 / 80
