@@ -20,7 +20,7 @@ WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}  # tens of microsecon
 TOLERATED = 0.05  # the share of the time that threads may wait for a core before their number is tried again
 ROUNDS = 8  # of a trial
 CLOSE = 1.05  # a number of threads is as good as a smaller one where it takes at most so many times as long
-SOON, LATE = 5.0, 60.0  # seconds between two looks; fewer threads that stay the fastest are tried ever more rarely
+SOON, LATE = 10.0, 60.0  # seconds between two looks; fewer threads that stay the fastest are tried ever more rarely
 
 
 class _State:
