@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..model.generate import switch_off_dropout
 from ..model.palm import PaLM
-from .reward import RewardModel
+from .reward import RewardModel, read_wide
 from .sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
 
 ACTOR_SCOPE, CRITIC_SCOPE = "actor", "critic"
@@ -128,7 +128,7 @@ class ActorCritic(nn.Module):
         if values and self.value_head is not None:
             if self.critic is not None:
                 embeds = sequences.before_actions(self._trunk(self.critic, sequences, self.critic_scope))
-            said_values = wide(self.value_head(embeds)).squeeze(-1)
+            said_values = read_wide(self.value_head, embeds).squeeze(-1)
         return PolicyOutput(logprobs, entropy, said_values)
 
     @staticmethod
@@ -177,8 +177,3 @@ def check_vocabulary(name: str, model: PaLM | RewardModel, num_tokens: int) -> N
     palm = model.palm if isinstance(model, RewardModel) else model
     if palm.num_tokens != num_tokens:
         raise ValueError(f"the {name} has num_tokens={palm.num_tokens}; expected {num_tokens} as the policy has")
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: `... -> ...`."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

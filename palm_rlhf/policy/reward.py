@@ -108,7 +108,7 @@ class RewardModel(StoredRewardModel):
             real = torch.ones_like(tokens) if key_mask is None else key_mask
             prompt_mask = real.cumsum(dim=-1) <= prompt_lengths.unsqueeze(-1)
         embeds = self.embed(tokens, key_mask, prompt_mask=prompt_mask, disable_lora=disable_lora)
-        scores = outputs = self._read(self._pool(embeds, key_mask, prompt_mask))
+        scores = outputs = read_wide(self.head, self._pool(embeds, key_mask, prompt_mask))
         if labels is not None and labels.shape != tokens.shape[:1]:
             raise ValueError(f"labels have the shape {tuple(labels.shape)}; expected {len(tokens)}, one for each row")
         if self.num_binned_output:
@@ -144,13 +144,6 @@ class RewardModel(StoredRewardModel):
             keep = keep & ~prompt_mask
         return masked_sum(embeds, keep.unsqueeze(-1), dim=1) / keep.sum(dim=-1, keepdim=True).clamp(min=1)
 
-    def _read(self, pooled: Tensor) -> Tensor:
-        """The head, in float32 under autocast too, where scores of bfloat16 would be equal by rounding: `b e -> b o`"""
-        dtype = torch.promote_types(pooled.dtype, torch.float32)
-        with torch.autocast(pooled.device.type, enabled=False):
-            bias = None if self.head.bias is None else self.head.bias.to(dtype)
-            return F.linear(pooled.to(dtype), self.head.weight.to(dtype), bias)
-
     @torch.no_grad()
     @beartype
     def score(self, sequences: Sequences, *, batch_size: int = 64, raw: bool = False) -> Tensor:
@@ -172,3 +165,14 @@ class RewardModel(StoredRewardModel):
             raise ValueError(f"got scores {tuple(scores.shape)} of deviation {std:g}; expected `b`, two that differ")
         self.score_mean += self.score_std * scores.double().mean()
         self.score_std *= std
+
+
+def read_wide(head: nn.Linear, embeds: Tensor) -> Tensor:
+    """A head in float32, under autocast and with narrower weights too, where bfloat16 would round: `... e -> ... o`.
+
+    Scores near each other would be equal in bfloat16, and values around 100 would go in steps of 0.5.
+    """
+    dtype = torch.promote_types(embeds.dtype, torch.float32)
+    with torch.autocast(embeds.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return F.linear(embeds.to(dtype), head.weight.to(dtype), bias)

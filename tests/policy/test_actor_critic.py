@@ -189,6 +189,25 @@ def test_all_is_float32_in_lower_precision(build, rows_of, kind):
             torch.testing.assert_close(part, wanted, rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize("kind", ["separate", "shared", "reward model"])
+def test_values_are_not_rounded_to_bfloat16(build, rows_of, kind):
+    """Under autocast, and of weights in bfloat16: around 100, values of bfloat16 go in steps of 0.5."""
+    actor_critic, sequences = build(kind), rows_of(LENGTHS)
+    torch.nn.init.constant_(actor_critic.value_head.bias, 100.0)
+    for model, autocast in ((actor_critic, True), (copy.deepcopy(actor_critic).bfloat16(), False)):
+        trunk, head = model.critic or model.palm, model.value_head
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            values = model(sequences).values
+            if isinstance(trunk, RewardModel):
+                embeds = trunk.embed(sequences.tokens, sequences.key_mask, prompt_mask=sequences.prompt_mask)
+            else:
+                embeds = trunk(sequences.tokens, key_mask=sequences.key_mask, return_only_embedding=True)
+        weight, bias = head.weight[0].double(), head.bias.double()
+        by_hand = sequences.before_actions(embeds).double() @ weight + bias
+        torch.testing.assert_close(values.double(), by_hand, rtol=1e-6, atol=0)
+        assert values.dtype == torch.float32 and (values != values.bfloat16().float()).any()
+
+
 def test_the_entropy_bonus_reaches_the_policy_only_where_asked(build, rows_of):
     actor_critic, sequences = build("shared"), rows_of(LENGTHS)
     assert not actor_critic(sequences).entropy.requires_grad
