@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}  # tens of microseconds (GCC); a millisecond (Intel, LLVM)
-TOLERATED = 0.05  # the share of the time that threads may wait for a core before their number is tried again
-ROUNDS = 8  # of a trial
+LOOK = 1.0  # seconds between two looks at how long threads had to wait for a core
+TOLERATED = 0.05  # the share of the time that they may wait before their number is tried
+SOON, LATE = 10.0, 120.0  # seconds between two trials; those that change nothing come ever more rarely
+SETTLE, MEASURE = 0.3, 0.15  # seconds of a trial of one number; the system needs some to spread threads over the cores
 CLOSE = 1.05  # a number of threads is as good as a smaller one where it takes at most so many times as long
-SOON, LATE = 10.0, 60.0  # seconds between two looks; fewer threads that stay the fastest are tried ever more rarely
 
 
 class _State:
@@ -28,8 +29,8 @@ class _State:
 
     adapts = False
     most: int | None = None  # the number where the machine is quiet; None: not asked yet
-    pause = SOON  # seconds from the last look to the next
     looked, waited = float("-inf"), 0.0  # when it looked last, and how long its threads had waited for a core by then
+    tried, pause = float("-inf"), SOON  # when it tried last, and how long it leaves it at that
 
 
 def share_the_machine() -> None:
@@ -37,58 +38,60 @@ def share_the_machine() -> None:
     if not os.environ.keys() & {*WAITING, "OMP_WAIT_POLICY"}:
         os.environ.update(WAITING)
     _State.adapts = "OMP_NUM_THREADS" not in os.environ
+    _State.looked, _State.waited = time.monotonic(), _seconds_waited() or 0.0
 
 
 def adapt(device: str = "cpu") -> None:
     """Chooses the calling thread's number of threads by a short trial, where that is due; for computing on a CPU only.
 
-    The first call tries, and so do later ones, seconds apart, where threads had to wait for a core since the last, or
-    where fewer compute than could. All other calls cost a microsecond.
+    That is where threads had to wait for a core, or where fewer compute than could, but not soon after a trial. All
+    other calls cost some microseconds.
     """
-    if not _State.adapts or device != "cpu" or time.monotonic() - _State.looked < _State.pause:
+    now = time.monotonic()
+    if not _State.adapts or device != "cpu" or now - _State.looked < LOOK:
         return
     import torch
 
-    current, is_first = torch.get_num_threads(), _State.most is None
+    current = torch.get_num_threads()
     _State.most = most = _State.most or current
-    if most > 1 and (is_first or current < most or _has_waited()):
-        counts = sorted({1, most // 4, most // 2, most * 3 // 4, most - 1, most} - {0})
-        best = fastest(counts, _trial(most))
+    is_shared = _has_waited()
+    if most > 1 and (is_shared or current < most) and now - _State.tried >= _State.pause:
+        best = fastest(sorted({1, most // 2, most - (most + 7) // 8, most} - {0}), _trial(most))
         torch.set_num_threads(best)
-        _State.pause = min(LATE, 2 * _State.pause) if best == current < most else SOON
+        _State.pause = min(LATE, 2 * _State.pause) if best == current else SOON
+        _State.tried = time.monotonic()
     _State.looked, _State.waited = time.monotonic(), _seconds_waited() or 0.0
 
 
 def fastest(counts: Sequence[int], seconds_with: Callable[[int], float]) -> int:
-    """Which of these numbers of threads, which rise, takes the least time; the largest of those that are close to it.
-
-    `seconds_with(count)` measures once. Sums are compared, not medians: a thread that has to wait for a core does so
-    rarely and long. A number whose sum is twice the least so far is measured no further.
-    """
-    totals: dict[int, float] = {}
-    for count in counts:
-        limit, totals[count] = 2 * min(totals.values(), default=float("inf")), 0.0
-        for _ in range(ROUNDS):
-            if totals[count] <= limit:
-                totals[count] += seconds_with(count)
-    return max(count for count, total in totals.items() if total <= CLOSE * min(totals.values()))
+    """Which of these numbers of threads takes the least time; the largest of those that are close to it."""
+    seconds = {count: seconds_with(count) for count in counts}
+    return max(count for count, taken in seconds.items() if taken <= CLOSE * min(seconds.values()))
 
 
 def _trial(most: int) -> Callable[[int], float]:
-    """Measures a few milliseconds of a block's work: products, and elementwise operations between them."""
+    """Measures a block's work with so many threads: products, and elementwise operations between them.
+
+    The mean counts: a thread that has to wait for a core does so rarely and long.
+    """
     import torch
 
     x, weight = torch.ones(256 * most, 256), torch.full((256, 256), 1 / 256)
 
+    def mean_seconds(budget: float) -> float:
+        started, number = time.perf_counter(), 0
+        while (passed := time.perf_counter() - started) < budget:
+            (x @ weight).mul_(1.5).tanh_()
+            number += 1
+        return passed / number
+
     def seconds_with(count: int) -> float:
         torch.set_num_threads(count)
-        started = time.perf_counter()
         with torch.no_grad():
-            for _ in range(2):
-                (x @ weight).mul_(1.5).tanh_()
-        return time.perf_counter() - started
+            if count > 1:
+                mean_seconds(SETTLE)
+            return mean_seconds(MEASURE)
 
-    seconds_with(most)  # what is made at the first time
     return seconds_with
 
 
