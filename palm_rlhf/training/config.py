@@ -1,7 +1,7 @@
 """The settings of a run, and of language-model training; the command line's help is made of the texts below them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
@@ -12,6 +12,8 @@ from palm_rlhf.training.optimization import Precision
 @dataclass(frozen=True)
 class RunConfig:
     """What the runs of every trainer have in common."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("seed",)  # a resumed run must have these as it had; the others may change
 
     seed: int = 0
     """Seed of the order of the data and of all that is drawn at random."""
@@ -65,6 +67,8 @@ class LMConfig(RunConfig):
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "optimizer", "seq_len")
 
     batch_size: int = 16
     """Sequences in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""

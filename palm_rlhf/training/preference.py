@@ -25,7 +25,6 @@ from palm_rlhf.training.optimization import adamw, warmup_cosine
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.rankings import Ranking, checked, fingerprint
 from palm_rlhf.training.run import Run
-from palm_rlhf.training.state import require_same
 
 CURVES = {"loss": "loss", "accuracy": "accuracy", "reward_margin": "reward of the chosen minus the rejected"}
 PAIR_METRICS = (
@@ -36,7 +35,6 @@ PAIR_METRICS = (
     "chosen_logprobs",
     "rejected_logprobs",
 )
-OBJECTIVE = ("loss", "beta", "label_smoothing", "lora_r", "lora_alpha")
 SCOPE = "policy"
 
 
@@ -310,7 +308,6 @@ class PreferenceTrainer:
         self.run.save(write_models, {"sampler": self.sampler.state_dict(), "data": self.fingerprints})
 
     def _read_models(self, folder: Path, state: dict[str, Any]) -> None:
-        require_same(folder, state["config"], self.config, OBJECTIVE)
         self.sampler.load_state_dict(state["sampler"])
         for name, digest in self.fingerprints.items():
             if state["data"].get(name) != digest:

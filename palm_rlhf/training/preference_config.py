@@ -1,7 +1,7 @@
 """The settings of training on preferences; the command line's help is made of the texts below them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
@@ -15,6 +15,11 @@ class PreferenceConfig(RunConfig):
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
+
+    # precision is among them because what the reference gives the pairs is in the checkpoint
+    fixed: ClassVar[tuple[str, ...]] = (
+        *RunConfig.fixed, "loss", "beta", "label_smoothing", "lora_r", "lora_alpha", "precision"
+    )  # fmt: skip
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """sigmoid is DPO (arXiv:2305.18290); ipo (arXiv:2310.12036), on means over tokens, does not push without limit."""

@@ -21,14 +21,12 @@ from palm_rlhf.training.rankings import Ranking, Rating, checked, fingerprint
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.reward_metrics import RatingMetrics, RewardMetrics, correlation, ranking_metrics
 from palm_rlhf.training.run import Run
-from palm_rlhf.training.state import require_same
 
 Data = Sequence[Ranking] | Sequence[Rating]
 
 CURVES = {"loss": "training loss", "learning_rate": "learning rate"}
 RANKING_CURVES = {"accuracy": "training pairs ranked right", "valid_accuracy": "validation pairs ranked right"}
 RATING_CURVES = {"valid_loss": "validation loss", "valid_label_correlation": "validation correlation with labels"}
-OBJECTIVE = ("loss", "centering", "max_seq_len")
 
 
 class RewardModelTrainer:
@@ -265,7 +263,6 @@ class RewardModelTrainer:
         self.run.save(lambda folder: self.reward_model.save_pretrained(folder / "model"), state)
 
     def _read_model(self, folder: Path, state: dict[str, Any]) -> None:
-        require_same(folder, state["config"], self.config, OBJECTIVE)
         self.sampler.load_state_dict(state["sampler"])
         if state["data"] != fingerprint(self.train_items):
             raise ValueError(f"train_data has changed since {folder}: resume with the same, or start another run")

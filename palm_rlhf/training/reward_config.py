@@ -1,7 +1,7 @@
 """The settings of a reward model's training; the command line's help is made of the texts below them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
@@ -15,6 +15,8 @@ class RewardConfig(RunConfig):
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "loss", "centering", "max_seq_len")
 
     loss: Literal["auto", "ranking", "bradley_terry", "plackett_luce", "labels"] = "auto"
     """ranking: all pairs of a prompt, a mean over them, then over prompts (InstructGPT); bradley_terry: a mean over all

@@ -32,7 +32,6 @@ from palm_rlhf.training.rlhf_metrics import CURVES, SampleTable, UpdateStatistic
 from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
-from palm_rlhf.training.state import require_same
 
 
 class RLHFTrainer:
@@ -343,11 +342,10 @@ class RLHFTrainer:
         self.run.save(lambda folder: write_policy(folder, self.actor_critic, self.reference, tensors), state)
 
     def _read_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        kept = ("algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk")
-        require_same(folder, state["config"], self.config, kept)
         self.sampler.load_state_dict(state["sampler"])
         read_policy(folder, self.actor_critic, self.reference)
-        self.kl_coef = state["kl_coef"]
+        if self.config.continues_kl_coef(state["config"]):
+            self.kl_coef = state["kl_coef"]
         self.score_moments.load_state_dict(state["score_moments"])
 
     def _in_batches(self, function: Callable[[Sequences], tuple], sequences: Sequences) -> list[Tensor | None]:

@@ -1,7 +1,8 @@
 """The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
@@ -18,6 +19,8 @@ class PPOConfig(RunConfig):
     A step collects rollouts, scores them, and makes several optimiser steps on them. Defaults are those of
     lm-human-preferences (arXiv:1909.08593) where the text below a field names nothing else.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk")
 
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """ppo has a critic; grpo (arXiv:2402.03300) and rloo (arXiv:2402.14740) compare the responses to one prompt."""
@@ -198,6 +201,14 @@ class PPOConfig(RunConfig):
         num_rollouts = num_episodes * max_timesteps
         per_step = min(self.rollouts_per_step, num_rollouts)
         return replace(self, rollouts_per_step=per_step, num_steps=num_rollouts // per_step)
+
+    def continues_kl_coef(self, there: Mapping[str, Any]) -> bool:
+        """Whether a run that resumes keeps the coefficient it had come to: not where another is given, or none steers.
+
+        `there` are the fields of the checkpoint's config.
+        """
+        is_steered, was_steered = self.kl_target is not None, there["kl_target"] is not None
+        return self.kl_coef == there["kl_coef"] and is_steered == was_steered
 
     @property
     def sampling(self) -> Sampling:

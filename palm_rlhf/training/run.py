@@ -29,6 +29,7 @@ from palm_rlhf.training.state import (
     optimizer_tensors,
     read_state,
     reading,
+    require_same,
     require_unused,
     rng_state,
     set_rng_state,
@@ -187,6 +188,7 @@ class Run:
         folder = saved[-1]
         with reading(folder):
             state = read_state(folder)
+            require_same(folder, state["config"], self.config)
             read_models(folder, state)
             load_optimizer(folder / "optimizer.safetensors", self.optimizer, self._parameter_names())
             self.step, self.elapsed = state["step"], state["elapsed"]

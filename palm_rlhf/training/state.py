@@ -6,7 +6,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palm_rlhf.model.interop.folder import sync
+from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.sharding import full_tensor, sharded_like
 
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "state.json"
@@ -105,10 +106,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 @beartype
-def require_same(checkpoint: Path, there: Mapping[str, Any], config: Any, names: Sequence[str]) -> None:
-    """ValueError where a run would go on from a checkpoint with other values of these fields of its config."""
-    here = {name: getattr(config, name) for name in names}
-    if changed := [name for name in names if there[name] != here[name]]:
+def require_same(checkpoint: Path, there: Mapping[str, Any], config: RunConfig) -> None:
+    """ValueError where a run would go on from a checkpoint with other values of the fixed fields of its config."""
+    here = {name: getattr(config, name) for name in config.fixed}
+    if changed := [name for name in config.fixed if there[name] != here[name]]:
         got, expected = ([f"{name}={values[name]}" for name in changed] for values in (here, there))
         raise ValueError(f"this run has {got}, {checkpoint} has {expected}: resume with what the run keeps")
 

@@ -20,11 +20,9 @@ from palm_rlhf.training.examples import Example, OneInARow, Rows, RowSampler, ch
 from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw, warmup_cosine
 from palm_rlhf.training.run import Run
-from palm_rlhf.training.state import require_same
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
 CURVES = {"loss": "training loss (nats per token)", "learning_rate": "learning rate"}
-OBJECTIVE = ("lora_r", "lora_alpha", "lora_embeddings")
 SCOPE = "supervised"
 # Logits held at once, whatever the context and the vocabulary.
 LOGITS = 1 << 25
@@ -159,7 +157,7 @@ class SupervisedTrainer:
             self._optimizer_step,
             lambda: self.progress >= 1,
             self.save,
-            num_steps=lambda: round(self.step / self.progress) if self.step else None,  # rows are packed as they come
+            num_steps=lambda: round(self.step / self.progress) if self.progress else None,  # packing decides
             show=lambda metrics: {"loss": metrics["loss"]},
             progress_bar=progress_bar,
         )
@@ -231,7 +229,6 @@ class SupervisedTrainer:
         )
 
     def _read_models(self, folder: Path, state: dict[str, Any]) -> None:
-        require_same(folder, state["config"], self.config, OBJECTIVE)
         self.sampler.load_state_dict(state["sampler"])
         if state["data"] != digest_of(self.examples):
             raise ValueError(f"train_data has changed since {folder}: resume with the same examples in the same order")

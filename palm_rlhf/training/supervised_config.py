@@ -1,6 +1,7 @@
 """The settings of supervised fine-tuning; the command line's help is made of the texts below them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from beartype import BeartypeConf, beartype
 
@@ -14,6 +15,8 @@ class SupervisedConfig(RunConfig):
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the examples of the whole run.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "lora_r", "lora_alpha", "lora_embeddings")
 
     batch_size: int = 8
     """Rows in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""

@@ -126,7 +126,7 @@ def test_what_a_resumed_run_must_bring_back(tmp_path):
         ({"change": 5}, "train_data has changed"),
         ({"loss": "plackett_luce"}, r"\['loss=plackett_luce'\].*\['loss=auto'\]"),
         ({"max_seq_len": 9}, "max_seq_len=9"),
-        ({"seed": 3}, "seed 0"),
+        ({"seed": 3}, r"this run has \['seed=3'\]"),
         ({"model": {"num_binned_output": 3}}, "num_binned_output=0, and this model 3"),
     ],
 )

@@ -1,0 +1,214 @@
+"""Every field of every config at resume: it counts as in a new run, or another value of it is refused by name."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.training import (
+    LanguageModelTrainer,
+    LMConfig,
+    PPOConfig,
+    Preference,
+    PreferenceConfig,
+    PreferenceTrainer,
+    Ranking,
+    RewardConfig,
+    RewardModelTrainer,
+    RLHFTrainer,
+    SupervisedConfig,
+    SupervisedTrainer,
+)
+from palm_rlhf.training.examples import Example
+
+SHORT = {"save_every": 1, "log_every": 1, "precision": "float32", "plot": False, "warmup_steps": 2}
+STEPS = {**SHORT, "num_steps": 4}
+SMALL = {**SHORT, "batch_size": 2, "grad_accum": 2, "num_epochs": 2}
+ROLLOUTS = {**STEPS, "rollouts_per_step": 8, "minibatch_size": 4, "max_new_tokens": 4, "eos_token": 5}
+GROUPS = {**ROLLOUTS, "algorithm": "grpo", "num_samples": 2}
+
+# What a checkpoint is of, which no later setting can change; a test below says it of each field that is not here.
+REFUSED = {
+    LMConfig: {"seed", "optimizer", "seq_len"},
+    SupervisedConfig: {"seed", "lora_r", "lora_alpha", "lora_embeddings"},
+    RewardConfig: {"seed", "loss", "centering", "max_seq_len"},
+    PreferenceConfig: {"seed", "loss", "beta", "label_smoothing", "lora_r", "lora_alpha", "precision"},
+    PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk"},
+}
+START = {
+    LMConfig: {**STEPS, "batch_size": 2, "seq_len": 8, "eval_context": 4, "ema_decay": 0.5},
+    SupervisedConfig: {**SMALL, "lora_r": 2},
+    RewardConfig: SMALL,
+    PreferenceConfig: SMALL,
+    PPOConfig: ROLLOUTS,
+}
+# Other values where half of a number or the other of two words will not do, with what they need beside them.
+OTHERS = {
+    "precision": "bf16",
+    "trackers": ("tensorboard",),
+    "betas": (0.8, 0.99),
+    "min_lr_ratio": 0.5,
+    "label_smoothing": 0.1,
+    "num_samples": 4,
+    "rollouts_per_step": 4,
+    "lora_alpha": 3.0,
+    "max_seconds": 600.0,
+    "max_seq_len": 9,
+    "top_k": 4,
+    "top_p": 0.9,
+    "micro_batch_size": 2,
+    "critic_learning_rate": 1e-3,
+    "clip_eps_high": 0.3,
+    "early_stop_kl": 0.1,
+    "kl_target": 2.0,
+    "score_clip": 3.0,
+    "kl_penalty": "loss",
+}
+NEEDED = {
+    (PPOConfig, "grpo_variant"): GROUPS,
+    (PPOConfig, "algorithm"): GROUPS,
+    (PPOConfig, "kl_estimator"): GROUPS,
+    (PPOConfig, "kl_horizon"): {**ROLLOUTS, "kl_target": 2.0},
+    (RewardConfig, "centering"): {**SMALL, "loss": "ranking"},
+}
+
+
+def other_value(field: dataclasses.Field, value):
+    if field.name in OTHERS:
+        return OTHERS[field.name]
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, str):
+        return next(word for word in field.type.__args__ if word not in (value, "auto", "labels"))
+    return value * 2 if isinstance(value, int) and value else value / 2 or 2
+
+
+def palm() -> PaLM:
+    torch.manual_seed(0)
+    return PaLM(num_tokens=12, dim=16, depth=1, heads=2, dim_head=8)
+
+
+def rows(count: int, low: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(12, (low + index % 3,), generator=generator) for index in range(count)]
+
+
+def evens(prompts, completions) -> list[float]:
+    return [float((row % 2 == 0).double().mean()) for row in completions]
+
+
+def make(config, folder=None, resume=False):
+    """The trainer of a config, on data of its kind."""
+    run = {"config": config, "output_dir": folder, "resume": resume}
+    prompts, chosen, rejected = rows(24)[:8], rows(24)[8:16], rows(24)[16:]
+    triples = list(zip(prompts, chosen, rejected, strict=True))
+    if isinstance(config, LMConfig):
+        return LanguageModelTrainer(palm(), train_data=np.arange(200) % 12, **run)
+    if isinstance(config, SupervisedConfig):
+        return SupervisedTrainer(palm(), train_data=[Example(p, torch.ones(len(p))) for p in prompts], **run)
+    if isinstance(config, RewardConfig):
+        return RewardModelTrainer(RewardModel(palm()), train_data=[Ranking(p, (c, r)) for p, c, r in triples], **run)
+    if isinstance(config, PreferenceConfig):
+        return PreferenceTrainer(palm(), train_data=[Preference(*triple) for triple in triples], **run)
+    return RLHFTrainer(palm=palm(), reward_model=evens, prompt_token_ids=prompts, **run)
+
+
+def held(trainer) -> dict:
+    """What a trainer has of its config where it counts, and not in the config itself."""
+    groups = [{name: value for name, value in group.items() if name not in ("params", "lr")}
+              for group in trainer.run.optimizer.param_groups]  # fmt: skip
+    names = ("kl_coef", "num_steps")
+    return {
+        "groups": groups,
+        "rates": trainer.run.base_rates,
+        "precision": trainer.run.autocast().__class__,
+        **{name: getattr(trainer, name) for name in names if hasattr(trainer, name)},
+    }
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """`started(settings of a config)` is a copy of the folder of a run after one step."""
+    folders = {}
+
+    def folder_of(kind, settings) -> tuple:
+        key = (kind, json.dumps(settings, sort_keys=True))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(kind.__name__)
+            next(make(kind(**settings), folders[key]).steps())
+        return folders[key]
+
+    return folder_of
+
+
+FIELDS = [(kind, field) for kind in REFUSED for field in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize("kind, field", FIELDS, ids=lambda part: getattr(part, "__name__", None) or part.name)
+def test_another_value_of_a_field_counts_or_is_refused_by_name(started, kind, field):
+    if field.name == "trackers":
+        pytest.importorskip("tensorboard")
+    settings = NEEDED.get((kind, field.name), START[kind])
+    before = kind(**settings)
+    value = other_value(field, getattr(before, field.name))
+    change = {field.name: value}
+    if (kind, field.name) == (PPOConfig, "algorithm"):
+        value, change = "rloo", {"algorithm": "rloo"}
+    after = dataclasses.replace(before, **change)
+    assert getattr(after, field.name) != getattr(before, field.name)
+    folder = started(kind, settings)
+    if field.name in REFUSED[kind]:
+        got, expected = (f"{field.name}={getattr(config, field.name)}" for config in (after, before))
+        with pytest.raises(ValueError) as refusal:
+            make(after, folder, resume=True)
+        assert got in str(refusal.value) and expected in str(refusal.value)
+        assert "remove that folder" not in str(refusal.value)
+        return
+    resumed = make(after, folder, resume=True)
+    assert resumed.run.step == 1 and resumed.config == resumed.run.config == after
+    new = make(dataclasses.replace(after, trackers=()))
+    if field.name == "kl_horizon":  # the steered coefficient goes on from where it was
+        new.kl_coef = resumed.kl_coef
+    assert held(resumed) == held(new)
+    resumed.run.log.close()
+
+
+def test_the_table_of_fixed_fields_is_the_whole_one():
+    assert {kind: set(kind.fixed) for kind in REFUSED} == REFUSED
+
+
+def steered(folder, resume=False, **changes):
+    settings = {**ROLLOUTS, "kl_target": 0.5, "kl_horizon": 20, "kl_coef": 0.3, **changes}
+    return make(PPOConfig(**settings), folder, resume)
+
+
+def test_a_kl_coefficient_given_at_resume_counts(tmp_path):
+    """Unchanged, the steered one goes on, whatever its new target; another one is taken; without a target it is it."""
+    list(itertools.islice(steered(tmp_path).steps(), 2))
+    reached = steered(tmp_path, resume=True).kl_coef
+    assert reached != 0.3
+    assert steered(tmp_path, resume=True, kl_target=0.7).kl_coef == reached
+    assert steered(tmp_path, resume=True, kl_coef=0.05).kl_coef == 0.05
+    assert steered(tmp_path, resume=True, kl_target=None).kl_coef == 0.3
+    next_step = next(steered(tmp_path, resume=True, kl_coef=0.05).steps())
+    assert next_step["step"] == 3 and next_step["kl_coef"] == 0.05
+
+
+def test_a_coefficient_set_by_hand_during_a_run_goes_on(tmp_path):
+    trainer = make(PPOConfig(**ROLLOUTS), tmp_path)
+    next(trainer.steps())
+    trainer.kl_coef = 0.7
+    trainer.save()
+    assert make(PPOConfig(**ROLLOUTS), tmp_path, resume=True).kl_coef == 0.7
+
+
+def test_a_running_average_begins_with_its_run_or_not_at_all(tmp_path):
+    settings = START[LMConfig]
+    next(make(LMConfig(**settings), tmp_path).steps())
+    with pytest.raises(ValueError, match=r"this run has ema_decay=0\.0, .* has ema_decay=0\.5: an average starts"):
+        make(LMConfig(**{**settings, "ema_decay": 0.0}), tmp_path, resume=True)
