@@ -149,7 +149,6 @@ def main(
             output_dir,
             [(words, f"palm-rlhf {command} {quoted(output_dir)}") for words, command in next_commands],
         )
-    trainer.accelerator.end_training()
     if trainer.accelerator.is_main_process and (chat or sys.stdin.isatty()):
         with contextlib.suppress(KeyboardInterrupt):
             converse(palm, tokenizer, form, sampling, seq_len)

@@ -71,4 +71,3 @@ def dpo(
             output_dir,
             [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")],
         )
-    trainer.accelerator.end_training()

@@ -80,4 +80,3 @@ def reward(
                 ("measure it", f"palm-rlhf evaluate reward {folder} PREFERENCES"),
             ],
         )
-    trainer.accelerator.end_training()

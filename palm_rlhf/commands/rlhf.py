@@ -82,4 +82,3 @@ def rlhf(
                 ("measure the run", f"palm-rlhf evaluate run {folder} {sources}"),
             ],
         )
-    trainer.accelerator.end_training()

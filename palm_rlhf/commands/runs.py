@@ -59,7 +59,11 @@ def save_model(output_dir: Path, *parts: Saved | None) -> None:
 
 @beartype
 def finish(result: dict[str, Any], output_dir: Path, next_commands: Sequence[tuple[str, str]]) -> None:
-    """Ends a command: on standard error what to do next, (words, command) each; on standard output a line of JSON."""
+    """Ends a command: on standard error what to do next, (words, command) each; on standard output a line of JSON.
+
+    The connection of several processes ends when Python does: ended before the trainer is gone, as by accelerate's
+    `end_training`, its last reference can wait for a thread that waits for it.
+    """
     say(f"the model is in {output_dir / MODEL}")
     show_next(next_commands)
     print(json.dumps({**result, "output_dir": str(output_dir), "model": str(output_dir / MODEL)}), flush=True)

@@ -72,7 +72,6 @@ def sft(
                 ("learn a reward", f"palm-rlhf reward RANKINGS --model {folder}"),
             ],
         )
-    trainer.accelerator.end_training()
 
 
 @beartype

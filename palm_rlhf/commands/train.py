@@ -121,7 +121,6 @@ def train(
                 ("fine-tune it", f"palm-rlhf sft CONVERSATIONS --model {quoted(output_dir)}"),
             ],
         )
-    trainer.accelerator.end_training()
 
 
 def _start(model: str | None, tokenizer: str | None, fresh: PaLMConfig) -> tuple[PaLM, Tokenizer, Template | None]:
