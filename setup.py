@@ -39,7 +39,11 @@ EXTRAS = {
     ],
     "tensorboard": ["tensorboard>=2.16"],
     "bench": ["palm-rlhf-pytorch==0.8.0"],
-    "peers": ["alpaca_eval==0.6.6", "setuptools<81"],  # which tests compare with; it imports pkg_resources
+    "peers": [  # which tests compare with
+        "alpaca_eval==0.6.6",
+        "setuptools<81",  # alpaca_eval imports pkg_resources
+        'trl==1.16.0; python_version >= "3.11"',
+    ],
     "clients": ["lm_eval[api]==0.4.13"],  # that tests run against the server
     "examples": ["chatterbot-corpus>=1.3.3", "matplotlib>=3.8", "PyYAML>=6.0", "vaderSentiment>=3.3.2"],
     "dev": ["ruff>=0.9"],

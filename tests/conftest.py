@@ -127,6 +127,48 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def trl_trainer(tmp_path_factory):
+    """`trl_trainer("GRPO", folder, epsilon=0.1)` is TRL's own trainer of the causal model in a folder, on the CPU.
+
+    Its tokens are the numbers below `num_tokens`, written with spaces between; 0 is its padding and 1 ends a response.
+    Of the model there are two copies, the policy and, where the trainer has one, the reference.
+    """
+    trl = pytest.importorskip("trl", reason=f"{NEEDS_PEERS}: pip install -e '.[peers]'", exc_type=ImportError)
+    from accelerate.state import AcceleratorState, GradientState
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def build(kind, model, *, num_tokens=13, reward_funcs=None, **config):
+        words = Tokenizer(models.WordLevel({str(token): token for token in range(num_tokens)}, unk_token="0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0")
+        folder = str(tmp_path_factory.mktemp("trl"))
+        settings = {"output_dir": folder, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+        scored = {} if reward_funcs is None else {"reward_funcs": reward_funcs}
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=model if isinstance(model, torch.nn.Module) else str(model),
+            args=getattr(trl, f"{kind}Config")(**settings, **config),
+            train_dataset=Dataset.from_list([{"prompt": "2 3 ", "chosen": "4", "rejected": "5"}] * 2),
+            processing_class=tokenizer,
+            **scored,
+        )
+        trainer.current_gradient_accumulation_steps = 1  # what its loop over the steps sets
+        return trainer
+
+    def forget():  # one process has one state of accelerate, which other tests set up in their own way
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    environment = dict(os.environ)
+    forget()
+    yield build
+    forget()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 @pytest.fixture
 def compile_native(tmp_path, monkeypatch):
     """`compile_native({name: text})` is the library of these sources in C, which are compiled as the package's own."""
