@@ -68,6 +68,7 @@ class RLHFTrainer:
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
         if isinstance(reward_model, RewardModel):
             check_vocabulary("reward model", reward_model, palm.num_tokens)
+        torch.manual_seed(config.seed)  # for the adapters, which are drawn here: the run seeds all else
         self.actor_critic = ActorCritic(
             palm,
             critic,

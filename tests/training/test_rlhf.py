@@ -237,6 +237,22 @@ def test_a_reference_that_is_the_policy_is_noticed():
     assert max(abs(metrics["kl"]) for metrics in trainer.steps()) < 1e-5  # a KL that never leaves 0
 
 
+def test_the_seed_of_the_config_is_the_seed_of_the_adapters():
+    """Of policy and critic, whatever was drawn before."""
+
+    def adapters(seed: int, drawn_before: int) -> dict[str, torch.Tensor]:
+        palm = tiny_palm()
+        torch.manual_seed(drawn_before)
+        trainer = make_trainer(palm, seed=seed, actor_lora_r=2, critic_lora_r=2)
+        return {name: t.clone() for name, t in trainer.actor_critic.state_dict().items() if "finetune" in name}
+
+    first, again, other = adapters(3, 0), adapters(3, 1), adapters(4, 0)
+    assert {name.split(".")[0] for name in first} == {"palm", "critic"}
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    drawn = [name for name, tensor in first.items() if tensor.any()]
+    assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
 def exact_kl(trainer: RLHFTrainer, prompts: list[torch.Tensor]) -> float:
     """KL(policy, reference) of the first new token, over the whole vocabulary, summed over prompts."""
     with torch.no_grad():
