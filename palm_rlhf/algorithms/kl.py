@@ -8,6 +8,11 @@ from torch import Tensor
 
 from . import Number, kept
 
+# As in verl (core_algos.py: compute_policy_loss, kl_penalty), the second in OpenRLHF (compute_approx_kl) as well: one
+# token far from where it was makes neither infinities nor, times an advantage of 0, NaN.
+MAX_LOG_RATIO = 20.0  # nats; beyond it on either side a log-ratio is taken to be this, before its exponential
+MAX_K3 = 10.0  # nats; what a token's estimate is at most
+
 
 @beartype
 def kl_estimate(
@@ -17,6 +22,7 @@ def kl_estimate(
 
     With d = logprob - ref_logprob: k1 is d, unbiased, but its gradient is 0 in the mean, so it is no loss; k2 is d^2/2,
     biased, with the gradient of the KL in the mean; k3 is exp(-d) - 1 + d, unbiased and never negative.
+    k3 is bounded by MAX_K3, and above that bound has no gradient; k1 and k2 do not grow exponentially and are not.
 
     all: `b t` -> `b t`, 0 where action_mask is False
     """
@@ -24,7 +30,10 @@ def kl_estimate(
     d = logprobs - ref_logprobs
     if kind == "k1":
         return d
-    return d.square() / 2 if kind == "k2" else torch.expm1(-d) + d
+    if kind == "k2":
+        return d.square() / 2
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (torch.expm1(-d) + d).clamp(max=MAX_K3)
 
 
 @beartype

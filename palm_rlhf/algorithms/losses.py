@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.masked import masked_mean
 from . import Denominator, Number, kept
-from .kl import kl_estimate
+from .kl import MAX_LOG_RATIO, kl_estimate
 
 
 class PolicyLoss(NamedTuple):
@@ -45,7 +45,8 @@ def policy_loss(
 
     Without clip_eps_high, clip_eps is on both sides; a higher one lets unlikely actions grow (DAPO: Yu et al. 2025,
     section 3.1). `denominator` replaces the number of actions in the loss, and `num_tokens` in the two metrics, so that
-    parts of a step add up: metrics are means over tokens, whatever the loss is divided by.
+    parts of a step add up: metrics are means over tokens, whatever the loss is divided by. Log-ratios are bounded by
+    MAX_LOG_RATIO on either side; beyond it they have no gradient.
 
     all: `b t` -> scalars
     """
@@ -53,7 +54,7 @@ def policy_loss(
         action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + high)
     loss = masked_mean(torch.maximum(free, clipped), action_mask, denominator=denominator)

@@ -1,5 +1,7 @@
 """Estimates of the KL divergence, by summing over a vocabulary, and the controller of its coefficient."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -143,3 +145,15 @@ def test_controller_sees_the_mutant(mutant):
 def test_a_controller_that_could_turn_the_sign_is_refused(settings):
     with pytest.raises(ValueError, match="expected a target above 0"):
         adapt_kl_coef(0.2, 0.0, **{"target": 6, "horizon": 10_000, "num_samples": 64, **settings})
+
+
+def test_k3_is_bounded_and_the_others_are_not():
+    """39 nats would be a k3 of 8.7e16; 10 is the bound on both sides, and what lies below it is as it was."""
+    d = torch.tensor([[-39.0, 39.0, -300.0, -2.0, 9.0]]).requires_grad_()
+    k3 = kl_estimate(d, torch.zeros_like(d), kind="k3")
+    expected = torch.tensor([[10.0, 10.0, 10.0, math.exp(2) - 3, math.exp(-9) + 8]])
+    torch.testing.assert_close(k3, expected)
+    (gradient,) = torch.autograd.grad(k3.sum(), d)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0, 0.0, 1 - math.exp(2), 1 - math.exp(-9)]]))
+    torch.testing.assert_close(kl_estimate(d, torch.zeros_like(d), kind="k1"), d)
+    torch.testing.assert_close(kl_estimate(d, torch.zeros_like(d), kind="k2"), d.square() / 2)

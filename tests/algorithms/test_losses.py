@@ -125,6 +125,20 @@ def test_metrics_are_means_over_tokens_whatever_the_loss_is_divided_by(denominat
     assert part.loss == result.loss and result.loss.item() != pytest.approx(-2.5 / 3)
 
 
+def test_ratios_are_bounded():
+    """94 nats overflow float32, and infinity times an advantage of 0 is NaN; 20 nats are the bound on either side."""
+    moves, advantages = torch.tensor([[94.0, 94.0, -300.0, 19.0]]), torch.tensor([[0.0, 1.0, -1.0, -1.0]])
+    logprobs = moves.clone().requires_grad_()
+    result = policy_loss(logprobs, 0 * moves, advantages, everywhere(moves), clip_eps=0.2)
+    by_hand = (0 - 1.2 + 0.8 + math.exp(19)) / 4
+    assert result.loss.item() == pytest.approx(by_hand, rel=1e-6)
+    assert result.ratio_max.item() == pytest.approx(math.exp(20), rel=1e-6)
+    assert result.ratio_min.item() == pytest.approx(math.exp(-20), rel=1e-6)
+    assert result.approx_kl.item() <= 10
+    expected = torch.tensor([[0.0, 0.0, 0.0, math.exp(19) / 4]])
+    torch.testing.assert_close(gradient(result.loss, logprobs), expected)
+
+
 @pytest.mark.parametrize("low, high", [(1.5, 4.0), (0.25, 0.5)])
 def test_ratio_extremes_are_of_actions_alone(low, high):
     logprobs = doubles([math.log(low), math.log(high), 30.0])
