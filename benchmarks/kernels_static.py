@@ -16,8 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import triton
 import tyro
+
+try:
+    import triton
+except ImportError:
+    sys.exit("kernels_static.py: it needs Triton, to compile the kernels: pip install 'palm-rlhf[triton]'")
 from aot import ARCHITECTURES, Compiled, Launch, build, record
 from machine_code import MULTIPROCESSORS, Report, analyse, model_tflops
 

@@ -173,3 +173,13 @@ def test_a_failed_gate_is_an_exit_status(root, tmp_path):
     assert done.returncode == 1, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) == 2 and all("1 recorded" in row["gate"] for row in rows)
+
+
+def test_without_triton_one_line_says_how_to_get_it(root):
+    code = f"import sys, runpy; sys.modules['triton'] = None; sys.path.insert(0, {str(root / 'benchmarks')!r}); "
+    code += f"runpy.run_path({str(root / 'benchmarks/kernels_static.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "kernels_static.py: it needs Triton, to compile the kernels: pip install 'palm-rlhf[triton]'\n"
+    )
