@@ -30,7 +30,8 @@ class ActorCritic(nn.Module):
 
     Args:
         palm: the policy, trained in place.
-        critic: what the critic's trunk starts from, copied: a PaLM, a RewardModel, or None for the policy itself.
+        critic: what the critic's trunk starts from, copied: a PaLM, a RewardModel, or None for the policy itself. The
+            copy of a frozen one is trained all the same.
         value: "separate" for a trunk of the critic's own, "shared" for the policy's, "none" for no critic.
         actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains all of it.
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
@@ -73,7 +74,9 @@ class ActorCritic(nn.Module):
                 self.critic.requires_grad_(True)  # its original is often frozen
                 self.critic.use_lora_scope(self.critic.lora_scope)
                 self.critic.head.requires_grad_(False)  # its place is taken by the value head
-            elif critic_lora_r:
+            elif not any(parameter.requires_grad for parameter in self.critic.parameters()):
+                self.critic.requires_grad_(True)  # nor is a frozen PaLM's copy to train its head alone
+            if critic_lora_r:
                 self.critic_scope = CRITIC_SCOPE
                 self.critic.add_finetune_params(CRITIC_SCOPE, critic_lora_r)
         self.palm = palm

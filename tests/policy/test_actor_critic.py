@@ -275,6 +275,27 @@ def test_training_a_separate_critic_leaves_the_policy_and_what_it_started_from(w
         }
 
 
+@pytest.mark.parametrize("start", ["another palm", "the policy"])
+def test_the_copy_of_a_frozen_palm_is_trained_as_a_critic(wandering_palm, rows_of, start):
+    """And its original stays frozen; where a part alone was frozen, so is that part of the copy."""
+    frozen, sequences = wandering_palm().requires_grad_(False), rows_of(LENGTHS)
+    given = {"actor_lora_r": 2} if start == "the policy" else {"critic": frozen}
+    actor_critic = ActorCritic(frozen if start == "the policy" else wandering_palm(), **given)
+    torch.nn.init.ones_(actor_critic.value_head.weight)
+    actor_critic(sequences).values.square().sum().backward()
+    trunk = {name for name, p in actor_critic.critic.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trunk == {name for name, _ in wandering_palm().named_parameters()}
+    assert all(p.grad is None for p in frozen.parameters())
+    if start == "another palm":
+        frozen.layers[0].requires_grad_(True)
+        in_part = ActorCritic(wandering_palm(), frozen).critic
+        assert {name for name, p in in_part.named_parameters() if p.requires_grad} == {
+            name for name in trunk if name.startswith("layers.0.")
+        }
+    with_adapters = ActorCritic(wandering_palm(), wandering_palm().requires_grad_(False), critic_lora_r=2)
+    assert all(".critic." in name for name, p in with_adapters.critic.named_parameters() if p.requires_grad)
+
+
 # the critic that starts from a reward model
 
 
