@@ -1,0 +1,246 @@
+"""Advantages, rewards with a KL and RLOO's gradient beside TRL's own trainers, which draw and score the responses.
+
+Where ours differs by definition: TRL's GRPO divides by the deviation plus 1e-4, ours by the root of the variance plus
+1e-8, as close to the paper as rounding lets it. TRL's RLOO has one ratio for each response and the mean over responses,
+ours one for each token and the mean over tokens: where both are 1, the gradients are the same but for that count.
+"""
+
+import statistics
+
+import pytest
+import torch
+
+from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards
+from palm_rlhf.algorithms.losses import policy_loss
+from palm_rlhf.model.interop.cohere import to_cohere_tensors
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.sequences import join, response_logprobs
+
+SAMPLES = 4
+SCORES = {  # two groups of four
+    "scores of both signs": [1.0, -2.0, 0.5, 3.0, 10.0, 12.0, 9.5, 10.5],
+    "a group of equal scores": [2.0, 2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 0.0],
+    "rows without a score": [None, 1.0, 4.0, 2.0, 3.0, None, None, -5.0],
+    "one score in a group": [None, None, 7.0, None, 1.0, 0.0, 0.0, 0.25],
+}
+PROMPTS = [(2, 3)] * SAMPLES + [(4, 5, 6)] * SAMPLES
+
+
+def palm_of(seed):
+    """A policy that rarely says the same again."""
+    torch.manual_seed(seed)
+    palm = PaLM(num_tokens=13, dim=16, depth=2, heads=2, dim_head=8, ff_mult=2)
+    for layer in palm.layers:
+        layer.attn_out.weight.data.mul_(4)
+        layer.ff_out.weight.data.mul_(4)
+    return palm
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return palm_of(0)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return palm_of(1)
+
+
+@pytest.fixture(scope="module")
+def build(trl_trainer, tmp_path_factory, policy, reference):
+    """`build("GRPO", scores, beta=0.1)` is a trainer of the policy, with the reference where it has one."""
+
+    def build(kind, scores, **settings):
+        folder = tmp_path_factory.mktemp("cohere")
+        policy.save_pretrained(folder, format="cohere")
+        trainer = trl_trainer(
+            kind,
+            folder,
+            reward_funcs=lambda completions, **_: scores,
+            num_generations=SAMPLES,
+            per_device_train_batch_size=len(PROMPTS),
+            max_completion_length=6,
+            **settings,
+        )
+        if trainer.ref_model is not None:
+            weights = to_cohere_tensors(reference.config, reference.state_dict())
+            trainer.ref_model.load_state_dict(weights, strict=False)
+            torch.testing.assert_close(trainer.ref_model.lm_head.weight, reference.token_emb.weight)
+        return trainer
+
+    return build
+
+
+def experience_of(trainer):
+    """What TRL's trainer makes of one rollout."""
+    torch.manual_seed(0)
+    return trainer._generate_and_score_completions([{"prompt": " ".join(map(str, prompt))} for prompt in PROMPTS])
+
+
+def as_tensors(scores):
+    valid = torch.tensor([score is not None for score in scores])
+    return torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64), valid
+
+
+def deviations(scores):
+    """Of each row's group; 1 where there are no two scores."""
+    groups = [scores[:SAMPLES], scores[SAMPLES:]]
+    known = [[score for score in group if score is not None] for group in groups]
+    return torch.tensor([statistics.stdev(group) if len(group) > 1 else 1.0 for group in known]).repeat_interleave(4)
+
+
+def check_group(group_advantages, theirs, scores, *, scale):
+    values, valid = as_tensors(scores)
+    got = group_advantages(values, SAMPLES, scale=scale, valid=valid)
+    deviation = deviations(scores)
+    theirs = theirs.double() * ((deviation + 1e-4) / deviation.clamp(min=1e-4) if scale else 1)
+    torch.testing.assert_close(got, theirs, rtol=0, atol=2e-6)
+
+
+def over_all_groups(scores, num_samples, **options):
+    return group_advantages(scores, len(scores), **options)
+
+
+def scaling_switched(scores, num_samples, *, scale, **options):
+    return group_advantages(scores, num_samples, scale=not scale, **options)
+
+
+def missing_scores_are_zeros(scores, num_samples, *, valid, **options):
+    return group_advantages(scores, num_samples, **options)
+
+
+def deviation_of_the_population(scores, num_samples, *, scale, **options):
+    advantages = group_advantages(scores, num_samples, scale=scale, **options)
+    return advantages * (num_samples / (num_samples - 1)) ** 0.5 if scale else advantages
+
+
+def leave_one_out(scores, num_samples, *, scale, **options):
+    return rloo_advantages(scores, num_samples, **options)
+
+
+@pytest.fixture(scope="module", params=["group", "none"])
+def theirs_of_grpo(request, build):
+    """Whether advantages are scaled, and TRL's for each of SCORES."""
+    trainers = {name: build("GRPO", scores, beta=0.0, scale_rewards=request.param) for name, scores in SCORES.items()}
+    return request.param == "group", {name: experience_of(trainer)["advantages"] for name, trainer in trainers.items()}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_advantages_in_a_group_are_those_of_trl(theirs_of_grpo, name):
+    scale, theirs = theirs_of_grpo
+    check_group(group_advantages, theirs[name], SCORES[name], scale=scale)
+
+
+@pytest.mark.parametrize(
+    "mutant", [over_all_groups, scaling_switched, missing_scores_are_zeros, leave_one_out], ids=lambda f: f.__name__
+)
+def test_advantages_in_a_group_see_the_mutant(theirs_of_grpo, mutant):
+    scale, theirs = theirs_of_grpo
+    with pytest.raises(AssertionError):
+        for name, scores in SCORES.items():
+            check_group(mutant, theirs[name], scores, scale=scale)
+
+
+def test_advantages_in_a_group_see_the_deviation_of_a_population(theirs_of_grpo):
+    scale, theirs = theirs_of_grpo
+    if scale:
+        with pytest.raises(AssertionError):
+            for name, scores in SCORES.items():
+                check_group(deviation_of_the_population, theirs[name], scores, scale=scale)
+
+
+def sequences_of(experience):
+    lengths = experience["completion_mask"].sum(dim=-1).tolist()
+    assert min(lengths) < max(lengths)  # some responses have ended
+    responses = [ids[:length] for ids, length in zip(experience["completion_ids"], lengths, strict=True)]
+    return join([torch.tensor(prompt) for prompt in PROMPTS], responses)
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.3])
+def rloo(request, build):
+    """The weight of the KL, the scores, TRL's trainer and its rollout, for each of SCORES."""
+    trainers = {name: build("RLOO", scores, beta=request.param) for name, scores in SCORES.items()}
+    return request.param, {name: (trainer, experience_of(trainer)) for name, trainer in trainers.items()}
+
+
+@torch.no_grad()
+def our_advantages(policy, reference, sequences, scores, kl_coef, *, rewards=token_rewards, baselined=rloo_advantages):
+    logprobs, ref_logprobs = (response_logprobs(palm, sequences).logprobs for palm in (policy, reference))
+    values, valid = as_tensors(scores)
+    mask = sequences.action_mask & valid.unsqueeze(-1)
+    totals = rewards(values.float(), logprobs, ref_logprobs, mask, kl_coef=kl_coef).sum(dim=-1)
+    return baselined(totals, SAMPLES, valid=valid)
+
+
+def check_rloo(rloo, policy, reference, **mutant):
+    kl_coef, rollouts = rloo
+    for name, (_, experience) in rollouts.items():
+        got = our_advantages(policy, reference, sequences_of(experience), SCORES[name], kl_coef, **mutant)
+        torch.testing.assert_close(got, experience["advantages"], rtol=0, atol=2e-5)
+
+
+def the_sign_of_the_kl(scores, logprobs, ref_logprobs, mask, *, kl_coef):
+    return token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=-kl_coef)
+
+
+def the_score_at_every_token(scores, logprobs, ref_logprobs, mask, *, kl_coef):
+    return token_rewards(scores * 0, logprobs, ref_logprobs, mask, kl_coef=kl_coef) + scores.unsqueeze(-1) * mask
+
+
+def the_mean_with_oneself(totals, num_samples, *, valid):
+    return group_advantages(totals, num_samples, scale=False, valid=valid)
+
+
+def missing_rewards_are_zeros(totals, num_samples, *, valid):
+    return rloo_advantages(totals, num_samples)
+
+
+def test_rloos_advantages_with_the_kl_in_the_reward_are_those_of_trl(rloo, policy, reference):
+    check_rloo(rloo, policy, reference)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        {"rewards": the_sign_of_the_kl},
+        {"rewards": the_score_at_every_token},
+        {"baselined": the_mean_with_oneself},
+        {"baselined": missing_rewards_are_zeros},
+    ],
+    ids=lambda mutant: next(iter(mutant.values())).__name__,
+)
+def test_rloos_advantages_see_the_mutant(rloo, policy, reference, mutant):
+    kl_coef, _ = rloo
+    if kl_coef or mutant.get("rewards") is not the_sign_of_the_kl:
+        with pytest.raises(AssertionError):
+            check_rloo(rloo, policy, reference, **mutant)
+
+
+def check_rloo_gradient(rloo, policy, denominator_of):
+    for trainer, experience in rloo[1].values():
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, experience).backward()
+        theirs = {name: weight.grad for name, weight in trainer.model.named_parameters()}
+        sequences = sequences_of(experience)
+        mask = sequences.action_mask
+        logprobs = response_logprobs(policy, sequences).logprobs
+        advantages = experience["advantages"].unsqueeze(-1).expand(mask.shape)
+        loss = policy_loss(
+            logprobs, logprobs.detach(), advantages, mask, clip_eps=0.2, denominator=denominator_of(sequences)
+        )
+        names, weights = zip(*policy.named_parameters(), strict=True)
+        gradients = dict(zip(names, torch.autograd.grad(loss.loss, weights, allow_unused=True), strict=True))
+        ours = to_cohere_tensors(policy.config, {**policy.state_dict(), **gradients})
+        for name, gradient in theirs.items():
+            scale = float(gradient.abs().max())
+            assert scale > 0
+            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-4 * scale)
+
+
+def test_where_the_ratios_are_1_rloos_gradient_is_that_of_trl(rloo, policy):
+    check_rloo_gradient(rloo, policy, len)
+
+
+def test_rloos_gradient_sees_a_mean_over_tokens(rloo, policy):
+    with pytest.raises(AssertionError):
+        check_rloo_gradient(rloo, policy, lambda sequences: sequences.num_actions)
