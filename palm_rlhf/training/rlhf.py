@@ -64,6 +64,7 @@ class RLHFTrainer:
     ):
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
         self.prompts = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
+        self._shortest_prompt = min(map(len, self.prompts))
         self.sampler = EpochSampler(len(self.prompts), config.seed)
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
         if isinstance(reward_model, RewardModel):
@@ -266,7 +267,7 @@ class RLHFTrainer:
                 aggregation=c.aggregation,
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
-                max_length=c.max_new_tokens if c.max_seq_len is None else c.max_seq_len,
+                max_length=c.max_new_tokens if c.max_seq_len is None else c.max_seq_len - self._shortest_prompt,
             )
             return self._loss(part, num_tokens, denominator, statistics)
 

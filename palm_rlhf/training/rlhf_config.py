@@ -128,8 +128,9 @@ class PPOConfig(RunConfig):
     """The estimate of KL that a term of the loss is made of; one in the reward is k1, whose gradient is right there."""
 
     grpo_variant: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor lengths; dapo (arXiv:2503.14476) takes the mean over
-    tokens, clips higher, and leaves out prompts whose responses score the same."""
+    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor lengths, but by the longest response that there is
+    room for (with max_seq_len, after the shortest prompt); dapo (arXiv:2503.14476) takes the mean over tokens, clips
+    higher, and leaves out prompts whose responses score the same."""
 
     scale_scores: bool = False
     """Divide scores by their deviation so far (running, over the whole run)."""

@@ -420,6 +420,18 @@ def test_what_is_said_of_ratios_is_a_mean_over_tokens(options, micro_batch_size)
     assert metrics["clip_fraction"] == pytest.approx(float(clipped[mask].double().mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize("room, longest", [({"max_new_tokens": 6}, 6), ({"max_seq_len": 11}, 11 - 2)], ids=str)
+def test_the_constant_of_dr_grpo_is_the_longest_response_that_there_is_room_for(room, longest):
+    """At ratio 1 the loss is the sum of all advantages, over 8 responses times that; prompts have 2 to 5 tokens."""
+    prompts = [torch.arange(length) for length in (3, 2, 5, 4)]
+    options = {"num_samples": 2, "prompts": prompts, "algorithm": "grpo", "grpo_variant": "dr_grpo", **room}
+    trainer = make_trainer(tiny_palm().double(), micro_batch_size=3, **options)
+    experience = experience_of(trainer)
+    total = float(experience.advantages[experience.action_mask].sum())
+    assert abs(total) > 0.1
+    assert trainer.update(experience)["policy_loss"] == pytest.approx(-total / (8 * longest), rel=1e-6)
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_optimisation_stops_by_the_kl_of_a_token_in_every_variant(options):
     """The records are off by 0.2 at every token, a KL of e^0.2 - 1.2 = 0.0214: a bound just below ends it at once."""
