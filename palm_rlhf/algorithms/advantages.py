@@ -11,6 +11,7 @@ from . import Number, kept
 from .kl import kl_estimate
 
 EPS = 1e-8  # added to variances
+ROUNDING = 1e-6  # of the largest score of a group, in magnitude: what differs by less is taken to be equal
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def group_advantages(scores: Tensor, num_samples: int, *, scale: bool = True, va
     """Scores minus their group's mean, over its sample deviation (GRPO: Shao et al. 2024, section 4.1.2).
 
     A group is a prompt's num_samples consecutive rows. `scale=False` does not divide (Dr. GRPO: Liu et al. 2025,
-    section 3.2). Rows that are not valid, and groups with no two different valid scores, get 0.
+    section 3.2). Rows that are not valid, and groups whose valid scores differ by no more than rounding, get 0.
 
     scores and valid: `b` -> `b`
     """
@@ -98,4 +99,5 @@ def _groups(scores: Tensor, num_samples: int, valid: Tensor | None) -> tuple[Ten
     scores, valid = scores.view(-1, num_samples), valid.view(-1, num_samples)
     highest = scores.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
     lowest = scores.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
-    return scores, valid, ~(highest <= lowest)  # True for NaN, which must show
+    magnitude = scores.abs().amax(dim=-1, keepdim=True)
+    return scores, valid, ~(highest - lowest <= ROUNDING * magnitude)  # True for NaN, which must show

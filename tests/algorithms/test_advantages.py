@@ -250,3 +250,21 @@ def test_a_mask_of_another_shape_is_refused():
         group_advantages(torch.zeros(4), 2, valid=torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected one shape"):
         token_rewards(torch.zeros(2, 3), *torch.zeros(2, 2, 3), torch.ones(2, 3, dtype=torch.bool), kl_coef=0.1)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e5])
+def test_scores_that_differ_by_rounding_are_equal(size):
+    """0.1 + 0.2 is not 0.3 in floating point; a deviation of that alone is no reason to learn."""
+    tenths = torch.tensor([0.1, 0.2, 0.3]) * size
+    rounded = torch.stack([tenths[2], tenths[0] + tenths[1], tenths[2] * (1 + 2**-23), tenths[2]])
+    assert (rounded != rounded[0]).any()
+    varied = torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-4]) * size
+    scores = torch.cat((rounded, varied))
+    assert varied_groups(scores, 4).tolist() == [False] * 4 + [True] * 4
+    for advantages in (group_advantages(scores, 4), group_advantages(scores, 4, scale=False), rloo_advantages(scores, 4)):
+        assert not advantages[:4].any() and advantages[4:].all()
+
+
+def test_not_a_number_makes_a_varied_group():
+    """So that it shows, and is not taken for nothing."""
+    assert group_advantages(torch.tensor([NAN, 1.0]), 2).isnan().any()
