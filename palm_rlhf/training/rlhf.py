@@ -150,7 +150,10 @@ class RLHFTrainer:
         metrics |= rollout_metrics(
             self.accelerator, rollout, scores, experience, started, looks_for_eos=self.config.eos_token is not None
         )
-        metrics["kl_coef"] = self.kl_coef
+        groups = self.run.optimizer.param_groups  # those of the policy, then those of the critic
+        metrics |= {"kl_coef": self.kl_coef, "learning_rate": groups[0]["lr"]}
+        if self.actor_critic.value_head is not None:
+            metrics["critic_learning_rate"] = groups[-1]["lr"]
         if self.config.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,

@@ -4,6 +4,7 @@ step, elapsed       its number, from 1; seconds of the run so far, all times of 
 score, score_std    of the responses, by the reward, before any shaping; their standard deviation
 kl                  to the reference, in nats per response: the mean sum of log-probability differences
 kl_coef             weight of that KL in this step
+learning_rate, critic_learning_rate  that the optimiser stepped with
 response_length     tokens of a response, its EOS included
 eos_rate            share of the responses that ended by themselves
 explained_variance  1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one

@@ -261,7 +261,11 @@ def test_scores_that_differ_by_rounding_are_equal(size):
     varied = torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-4]) * size
     scores = torch.cat((rounded, varied))
     assert varied_groups(scores, 4).tolist() == [False] * 4 + [True] * 4
-    for advantages in (group_advantages(scores, 4), group_advantages(scores, 4, scale=False), rloo_advantages(scores, 4)):
+    for advantages in (
+        group_advantages(scores, 4),
+        group_advantages(scores, 4, scale=False),
+        rloo_advantages(scores, 4),
+    ):
         assert not advantages[:4].any() and advantages[4:].all()
 
 

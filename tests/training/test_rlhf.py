@@ -442,6 +442,24 @@ def test_optimisation_stops_by_the_kl_of_a_token_in_every_variant(options):
         assert trainer.update(moved)["optimizer_steps"] == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"critic_learning_rate": 3e-3}, GROUPS], ids=str)
+def test_learning_rates_are_reported_as_the_optimiser_steps_with_them(options):
+    """Two steps of warm-up, times half a cosine from 1 to 0.2 over four steps; Adam's first step is the rate itself."""
+    trainer = make_trainer(num_steps=4, warmup_steps=2, min_lr_ratio=0.2, eps=1e-12, **options)
+    before = trainer.palm.token_emb.weight.detach().clone()
+    steps = list(trainer.steps())
+    cosines = [1.0, 0.5 + 0.5 * 0.5**0.5, 0.5, 0.5 - 0.5 * 0.5**0.5]
+    factors = [warmup * (0.2 + 0.8 * cosine) for warmup, cosine in zip((0.5, 1, 1, 1), cosines, strict=True)]
+    assert [metrics["learning_rate"] for metrics in steps] == pytest.approx([1e-3 * factor for factor in factors])
+    critic = [metrics["critic_learning_rate"] for metrics in steps if "critic_learning_rate" in metrics]
+    rate = None if options == GROUPS else options.get("critic_learning_rate", 1e-3)
+    assert critic == ([] if rate is None else pytest.approx([rate * factor for factor in factors]))
+    first = make_trainer(num_steps=4, warmup_steps=2, min_lr_ratio=0.2, eps=1e-12, **options)
+    next(first.steps())
+    moved = (first.palm.token_emb.weight.detach() - before).abs().max()
+    assert float(moved) == pytest.approx(5e-4, rel=1e-3)
+
+
 def test_the_kl_coefficient_is_steered_to_its_target():
     low = make_trainer(kl_coef=1.0, kl_target=6.0, kl_horizon=80, num_steps=2)
     steps = list(low.steps())  # the KL is 0 at first, far below the target: -0.2 * 8 / 80
