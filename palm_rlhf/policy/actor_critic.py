@@ -31,7 +31,8 @@ class ActorCritic(nn.Module):
     Args:
         palm: the policy, trained in place.
         critic: what the critic's trunk starts from, copied: a PaLM, a RewardModel, or None for the policy itself. The
-            copy of a frozen one is trained all the same.
+            copy of a frozen one is trained all the same. The values of a reward model with a scalar head on the
+            last token start as its scores of what was said so far, all others as 0.
         value: "separate" for a trunk of the critic's own, "shared" for the policy's, "none" for no critic.
         actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains all of it.
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
@@ -88,9 +89,18 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(trunk.config.dim, 1, device=palm.device, dtype=palm.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+            if isinstance(self.critic, RewardModel) and self.critic.reads_one_score_a_token:
+                self._start_from_the_score()
         if not self.actor_parameters():
             raise ValueError("the policy is frozen; expected weights to train: palm.requires_grad_(), or actor_lora_r")
         switch_off_dropout(self)
+
+    @torch.no_grad()
+    def _start_from_the_score(self) -> None:
+        """Let the first values be the reward model's normalised scores of what was said so far (Ouyang et al. 2022)."""
+        critic, head = self.critic, self.value_head
+        head.weight.copy_(critic.head.weight / critic.score_std)
+        head.bias.copy_(-critic.score_mean / critic.score_std)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the policy."""

@@ -71,6 +71,11 @@ class RewardModel(StoredRewardModel):
         for parameter in self.palm.palm_parameters() if scope is None else self.palm.finetune_parameters(scope):
             parameter.requires_grad_(True)
 
+    @property
+    def reads_one_score_a_token(self) -> bool:
+        """Whether the head gives the score of a sequence from the embedding of its last token, linearly."""
+        return self.pooling == "last" and not self.num_binned_output
+
     def finetune_parameters(self) -> list[nn.Parameter]:
         """All that is trained: the head, the two embeddings, and the LoRA scope or else the whole PaLM."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -327,6 +327,27 @@ def test_a_critic_reads_the_reward_models_embeddings(wandering_palm, stir, rows_
     assert not torch.allclose(embeds, without_marks, atol=1e-2)  # so the prompt's marks were in the values
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_first_values_are_the_scores_that_the_reward_model_gives_what_was_said_so_far(
+    wandering_palm, stir, rows_of, use_lora
+):
+    """Its trained head is not lost; the value before an action is the score of all tokens before it, normalised."""
+    reward_model = RewardModel(wandering_palm(dim=12), use_lora=use_lora)
+    stir(reward_model.parameters(), scale=0.5)
+    reward_model.score_mean.fill_(3.0)
+    reward_model.score_std.fill_(0.25)
+    sequences = rows_of(LENGTHS)
+    values = ActorCritic(wandering_palm(), reward_model)(sequences).values
+    for row, (prompt, response) in enumerate(LENGTHS):
+        for step in range(response):
+            said = sequences.tokens[row : row + 1, : prompt + step]
+            score = reward_model(said, prompt_lengths=torch.tensor([prompt]))
+            torch.testing.assert_close(values[row, step], score[0], rtol=0, atol=1e-4)
+    assert values.std() > 0.1
+    for options in ({"num_binned_output": 3}, {"pooling": "mean"}, {"pooling": "mean_all"}):  # no score of one token
+        assert not ActorCritic(wandering_palm(), RewardModel(wandering_palm(), **options))(sequences).values.any()
+
+
 # the reference
 
 
