@@ -78,7 +78,7 @@ class RLHFTrainer:
             critic_lora_r=config.critic_lora_r,
         )
         self.reference = Reference(self.actor_critic, reference)
-        self.kl_coef, self.score_moments = config.kl_coef, RunningMoments()
+        self.kl_coef, self.score_moments = config.initial_kl_coef, RunningMoments()
 
         self.run = Run(
             self.actor_critic, self._make_optimizer, config, output_dir=output_dir, resume=resume, may_shard=True

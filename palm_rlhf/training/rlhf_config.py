@@ -112,8 +112,9 @@ class PPOConfig(RunConfig):
     early_stop_kl: float | None = None
     """End a step's optimisation where the policy is this far from the one that spoke, in nats per token."""
 
-    kl_coef: float = 0.05
-    """Weight of the KL to the reference, its starting value where kl_target is given; TRL's PPO had 0.05."""
+    kl_coef: float | None = None
+    """Weight of the KL to the reference, its starting value where kl_target is given; None: 0.05 as in TRL's PPO, but 0
+    for dr_grpo and dapo, whose papers have no KL."""
 
     kl_target: float | None = None
     """The KL, in nats per response, that kl_coef is steered to; lm-human-preferences had 6. None: kl_coef is fixed."""
@@ -170,7 +171,7 @@ class PPOConfig(RunConfig):
         self._expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
                               "minibatch_size", "epochs", "learning_rate", "eps", "clip_eps", "kl_horizon",
                               "sample_every", "samples_kept")  # fmt: skip
-        self._expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef", "kl_coef",
+        self._expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef",
                                   "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
         for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
                      "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "eos_token"):  # fmt: skip
@@ -178,6 +179,7 @@ class PPOConfig(RunConfig):
             self._expect(name, value is None or value >= least, "None or a number above 0")
         for name in ("gamma", "gae_lambda", "min_lr_ratio"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        self._expect("kl_coef", self.kl_coef is None or self.kl_coef >= 0, "None or 0 or more")
         self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         self._expect("top_p", self.top_p is None or 0 < self.top_p <= 1, "None or a number above 0, up to 1")
         if self.max_seq_len is None:
@@ -188,6 +190,7 @@ class PPOConfig(RunConfig):
         self._expect("rollouts_per_step", self.rollouts_per_step % self.num_samples == 0,
                      f"a multiple of num_samples, {self.num_samples}")  # fmt: skip
         if self.kl_target is not None:
+            self._expect("kl_target", self.initial_kl_coef > 0, "None where kl_coef is 0, which nothing can steer")
             self._expect("kl_horizon", self.kl_horizon > self.rollouts_per_step / 5,
                          f"more than a fifth of rollouts_per_step, {self.rollouts_per_step}")  # fmt: skip
         if self.grpo_variant != "grpo":
@@ -208,8 +211,8 @@ class PPOConfig(RunConfig):
 
         `there` are the fields of the checkpoint's config.
         """
-        is_steered, was_steered = self.kl_target is not None, there["kl_target"] is not None
-        return self.kl_coef == there["kl_coef"] and is_steered == was_steered
+        same_start = self.initial_kl_coef == _initial_kl_coef(there["kl_coef"], there["grpo_variant"])
+        return same_start and (self.kl_target is None) == (there["kl_target"] is None)
 
     @property
     def sampling(self) -> Sampling:
@@ -222,6 +225,11 @@ class PPOConfig(RunConfig):
             top_p=self.top_p,
             eos_token=self.eos_token,
         )
+
+    @property
+    def initial_kl_coef(self) -> float:
+        """The weight of the KL to the reference in the first step."""
+        return _initial_kl_coef(self.kl_coef, self.grpo_variant)
 
     @property
     def kl_in_loss(self) -> bool:
@@ -241,3 +249,9 @@ class PPOConfig(RunConfig):
         if self.algorithm != "grpo":
             return "token"
         return {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token"}[self.grpo_variant]
+
+
+def _initial_kl_coef(given: float | None, grpo_variant: str) -> float:
+    if given is not None:
+        return given
+    return 0.0 if grpo_variant in ("dr_grpo", "dapo") else 0.05

@@ -66,6 +66,7 @@ OTHERS = {
     "clip_eps_high": 0.3,
     "early_stop_kl": 0.1,
     "kl_target": 2.0,
+    "kl_coef": 0.3,
     "score_clip": 3.0,
     "kl_penalty": "loss",
 }

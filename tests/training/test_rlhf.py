@@ -15,6 +15,7 @@ from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training import rlhf_metrics
 
 EOS = 5
+GROUPS = {"algorithm": "grpo", "num_samples": 4}
 
 
 def tiny_palm(seed: int = 0, **options) -> PaLM:
@@ -400,7 +401,6 @@ def test_optimisation_stops_early_where_the_policy_has_moved_enough():
     assert 1 < metrics["optimizer_steps"] < 50
 
 
-GROUPS = {"algorithm": "grpo", "num_samples": 4}
 VARIANTS = [{}, GROUPS, {**GROUPS, "grpo_variant": "dr_grpo"}, {**GROUPS, "grpo_variant": "dapo"}]
 
 
@@ -440,6 +440,30 @@ def test_optimisation_stops_by_the_kl_of_a_token_in_every_variant(options):
         experience = experience_of(trainer)
         moved = dataclasses.replace(experience, logprobs=experience.logprobs - 0.2)
         assert trainer.update(moved)["optimizer_steps"] == expected
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, 0.05),
+        (GROUPS, 0.05),
+        ({"algorithm": "rloo", "num_samples": 4}, 0.05),
+        ({**GROUPS, "grpo_variant": "dr_grpo"}, 0.0),
+        ({**GROUPS, "grpo_variant": "dapo"}, 0.0),
+        ({**GROUPS, "grpo_variant": "dapo", "kl_coef": 0.3}, 0.3),
+        ({"kl_coef": 0.0}, 0.0),
+    ],
+    ids=str,
+)
+def test_the_kl_counts_as_in_the_papers_unless_another_weight_is_given(options, expected):
+    """Between a policy and a reference that differ, a KL has a gradient; the loss of these equal scores has none."""
+    policy = tiny_palm(1).double()
+    same = lambda prompts, completions: [1.0] * len(prompts)  # noqa: E731
+    trainer = make_trainer(policy, reward=same, reference=tiny_palm(2).double(), whiten_advantages=False, **options)
+    assert trainer.kl_coef == expected
+    if trainer.config.kl_in_loss and trainer.config.grpo_variant != "dapo":
+        moved = gradients(trainer, experience_of(trainer))
+        assert any(gradient.any() for gradient in moved.values()) == (expected > 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"critic_learning_rate": 3e-3}, GROUPS], ids=str)
@@ -515,6 +539,8 @@ def test_minibatches_cover_every_response_once_an_epoch(monkeypatch):
         ({"grpo_variant": "dapo"}, "grpo_variant is 'dapo'|grpo_variant is dapo"),
         ({"kl_target": 0.0}, "kl_target is 0.0"),
         ({"gamma": 1.5}, "gamma is 1.5, expected 0 to 1"),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target is 6.0, expected None where kl_coef is 0"),
+        ({**GROUPS, "grpo_variant": "dapo", "kl_target": 6.0}, "kl_target is 6.0, expected None where kl_coef is 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
