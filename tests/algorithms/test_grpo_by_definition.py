@@ -18,7 +18,7 @@ from palm_rlhf.ops.masked import masked_mean
 
 VARIANTS, PLACES = ("grpo", "dr_grpo", "dapo"), ("k3", "k2", "reward")
 SAMPLES, LONGEST, KL_COEF = 3, 8, 0.3
-LENGTHS = (2, 7, 4, 1, 3, 6, 5, 2, 4)
+LENGTHS = (2, 4, 7, 1, 3, 6, 5, 2, 8)
 SCORES = (1.0, -0.5, 3.0, 2.0, 2.0, 2.0, -1.0, 0.0, 4.0)  # the second prompt's are equal
 
 
@@ -109,7 +109,7 @@ def by_the_functions(batch, variant, place, *, num_parts=1, **changed):
 
 def check(batch, variant, place, **changed):
     expected, got = by_definition(batch, variant, place), by_the_functions(batch, variant, place, **changed)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)  # group_advantages adds 1e-8 to the variance
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)  # group_advantages adds 1e-8 to the variance
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 9])
