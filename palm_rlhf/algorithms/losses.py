@@ -38,6 +38,7 @@ def policy_loss(
     *,
     clip_eps: Number,
     clip_eps_high: Number | None = None,
+    sequence_ratio: bool = False,
     denominator: Denominator = None,
     num_tokens: Denominator = None,
 ) -> PolicyLoss:
@@ -48,13 +49,19 @@ def policy_loss(
     parts of a step add up: metrics are means over tokens, whatever the loss is divided by. Log-ratios are bounded by
     MAX_LOG_RATIO on either side; beyond it they have no gradient.
 
+    With sequence_ratio the ratio of a row is of its whole response, and counts at each of its actions: the denominator
+    "sequence" of `step_denominator` then makes a response one action (RLOO: Ahmadian et al. 2024, section 3).
+
     all: `b t` -> scalars
     """
     logprobs, old_logprobs, advantages = kept(
         action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
-    ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    log_ratio = logprobs - old_logprobs
+    if sequence_ratio:
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + high)
     loss = masked_mean(torch.maximum(free, clipped), action_mask, denominator=denominator)

@@ -294,6 +294,7 @@ class RLHFTrainer:
             mask,
             clip_eps=c.clip_eps,
             clip_eps_high=c.upper_clip_eps,
+            sequence_ratio=c.has_sequence_ratio,
             denominator=denominator,
             num_tokens=num_tokens,
         )

@@ -133,6 +133,10 @@ class PPOConfig(RunConfig):
     room for (with max_seq_len, after the shortest prompt); dapo (arXiv:2503.14476) takes the mean over tokens, clips
     higher, and leaves out prompts whose responses score the same."""
 
+    rloo_ratio: Literal["sequence", "token"] = "sequence"
+    """What rloo's ratio of probabilities is of: the whole response, as in TRL and as the method has it, where a
+    response is one action; or each token, as ppo's, with a mean over tokens."""
+
     scale_scores: bool = False
     """Divide scores by their deviation so far (running, over the whole run)."""
 
@@ -195,6 +199,8 @@ class PPOConfig(RunConfig):
                          f"more than a fifth of rollouts_per_step, {self.rollouts_per_step}")  # fmt: skip
         if self.grpo_variant != "grpo":
             self._expect("grpo_variant", self.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
+        if self.rloo_ratio != "sequence":
+            self._expect("rloo_ratio", self.algorithm == "rloo", "'sequence' where the algorithm is not rloo")
 
     def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
         """The settings of so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""
@@ -244,8 +250,15 @@ class PPOConfig(RunConfig):
         return 0.28 if self.grpo_variant == "dapo" else self.clip_eps
 
     @property
+    def has_sequence_ratio(self) -> bool:
+        """Whether a ratio is of a whole response."""
+        return self.algorithm == "rloo" and self.rloo_ratio == "sequence"
+
+    @property
     def aggregation(self) -> Literal["token", "sequence", "constant"]:
         """What a step's losses are divided by."""
+        if self.has_sequence_ratio:
+            return "sequence"
         if self.algorithm != "grpo":
             return "token"
         return {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token"}[self.grpo_variant]

@@ -316,6 +316,34 @@ def check_normaliser(denominator_of, aggregation, num_parts):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_with_the_ratio_of_a_sequence_a_response_is_one_action(num_parts):
+    """RLOO's: the product of a row's ratios, clipped as one, times its advantage, a mean over the rows."""
+    logprobs, old_logprobs, advantages, mask = batch_of_uneven_rows()
+    advantages = advantages[:, :1].expand(-1, 7)
+    expected, num_clipped = 0.0, 0
+    for new, old, advantage, keep in zip(logprobs, old_logprobs, advantages[:, 0], mask, strict=True):
+        ratio = math.prod(torch.exp(a - b) for a, b in zip(new[keep], old[keep], strict=True))
+        free, clipped = -advantage * ratio, -advantage * min(max(ratio, 0.8 + 0 * ratio), 1.2 + 0 * ratio)
+        expected = expected + max(free, clipped) / 8
+        num_clipped += int(keep.sum()) if clipped > free else 0
+    assert 0 < num_clipped < 30
+    results = []
+    for part in zip(*(x.chunk(num_parts) for x in (logprobs, old_logprobs, advantages, mask)), strict=True):
+        denominator = step_denominator(
+            part[-1], aggregation="sequence", num_tokens=30, num_sequences=8, max_length=MAX_LENGTH
+        )
+        options = {"clip_eps": 0.2, "sequence_ratio": True, "denominator": denominator, "num_tokens": 30}
+        results.append(policy_loss(*part, **options))
+    got = sum(result.loss for result in results)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(got, logprobs), gradient(expected, logprobs), rtol=0, atol=1e-12)
+    assert sum(result.clip_fraction for result in results).item() == pytest.approx(num_clipped / 30)
+    moved = (logprobs - old_logprobs).detach()[mask]
+    approx_kl = (moved.exp() - 1 - moved).sum() / 30  # of each token, still
+    torch.testing.assert_close(sum(result.approx_kl for result in results), approx_kl, rtol=0, atol=1e-12)
+
+
 def mean_of_means(action_mask, *, aggregation, num_sequences, **step):
     """Each part by its own size, then the mean over the parts."""
     num_parts = num_sequences // len(action_mask)

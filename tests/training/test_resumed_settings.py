@@ -74,6 +74,7 @@ NEEDED = {
     (PPOConfig, "grpo_variant"): GROUPS,
     (PPOConfig, "algorithm"): GROUPS,
     (PPOConfig, "kl_estimator"): GROUPS,
+    (PPOConfig, "rloo_ratio"): {**GROUPS, "algorithm": "rloo"},
     (PPOConfig, "kl_horizon"): {**ROLLOUTS, "kl_target": 2.0},
     (RewardConfig, "centering"): {**SMALL, "loss": "ranking"},
 }

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import statistics
 from itertools import chain
 
@@ -192,6 +193,7 @@ def keep_all_columns(experience, rows):
         {},
         {"entropy_coef": 0.05},
         {"algorithm": "rloo", "num_samples": 2},
+        {"algorithm": "rloo", "num_samples": 2, "rloo_ratio": "token"},
         {"algorithm": "grpo", "num_samples": 4},
         {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dr_grpo"},
         {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dapo"},
@@ -432,6 +434,28 @@ def test_the_constant_of_dr_grpo_is_the_longest_response_that_there_is_room_for(
     assert trainer.update(experience)["policy_loss"] == pytest.approx(-total / (8 * longest), rel=1e-6)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("rloo_ratio", ["sequence", "token", None])
+def test_the_ratio_of_rloo_is_of_a_response_unless_it_is_asked_for_of_tokens(rloo_ratio, micro_batch_size):
+    """With records that are off by known numbers; None is the default, as in TRL."""
+    given = {} if rloo_ratio is None else {"rloo_ratio": rloo_ratio}
+    options = {"algorithm": "rloo", "num_samples": 4, "micro_batch_size": micro_batch_size, **given}
+    trainer = make_trainer(tiny_palm().double(), **options)
+    experience = experience_of(trainer)
+    moved = 0.2 * torch.randn_like(experience.logprobs)
+    metrics = trainer.update(dataclasses.replace(experience, logprobs=experience.logprobs - moved))
+    losses = {"sequence": [], "token": []}
+    for advantages, move, mask in zip(experience.advantages, moved, experience.action_mask, strict=True):
+        row = [(float(a), float(m)) for a, m, keep in zip(advantages, move, mask, strict=True) if keep]
+        row_move = sum(m for _, m in row)
+        for kind, pairs in (("sequence", [(row[0][0], row_move)]), ("token", row)):
+            ratios = [(advantage, math.exp(m)) for advantage, m in pairs]
+            losses[kind] += [max(-a * r, -a * min(max(r, 0.8), 1.2)) for a, r in ratios]
+    expected = {kind: statistics.mean(numbers) for kind, numbers in losses.items()}
+    assert abs(expected["sequence"] - expected["token"]) > 1e-2
+    assert metrics["policy_loss"] == pytest.approx(expected[rloo_ratio or "sequence"], rel=1e-6)
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_optimisation_stops_by_the_kl_of_a_token_in_every_variant(options):
     """The records are off by 0.2 at every token, a KL of e^0.2 - 1.2 = 0.0214: a bound just below ends it at once."""
@@ -538,6 +562,7 @@ def test_minibatches_cover_every_response_once_an_epoch(monkeypatch):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"grpo_variant": "dapo"}, "grpo_variant is 'dapo'|grpo_variant is dapo"),
         ({"kl_target": 0.0}, "kl_target is 0.0"),
+        ({"rloo_ratio": "token"}, "rloo_ratio is token, expected 'sequence' where the algorithm is not rloo"),
         ({"gamma": 1.5}, "gamma is 1.5, expected 0 to 1"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target is 6.0, expected None where kl_coef is 0"),
         ({**GROUPS, "grpo_variant": "dapo", "kl_target": 6.0}, "kl_target is 6.0, expected None where kl_coef is 0"),
