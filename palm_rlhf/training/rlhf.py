@@ -132,6 +132,7 @@ class RLHFTrainer:
         FloatingPointError where a loss, a gradient or a reward is not finite, RuntimeError where the reward raises.
         """
         check_room(self.prompts, self.config.max_seq_len)
+        self.config.check_end()
         return self.run.drive(
             self._step,
             lambda: self.run.step >= self.config.num_steps,

@@ -1,7 +1,7 @@
 """The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
@@ -9,6 +9,9 @@ from beartype import BeartypeConf, beartype
 from palm_rlhf.policy.rollout import Sampling
 from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.optimization import Precision
+
+CRITIC_FIELDS = ("critic_learning_rate", "value_clip_eps", "value_coef", "gamma", "gae_lambda", "whiten_advantages",
+                 "critic_lora_r")  # fmt: skip
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -191,16 +194,32 @@ class PPOConfig(RunConfig):
         if self.algorithm != "ppo":
             self._expect("num_samples", self.num_samples > 1, f"at least 2, for {self.algorithm} compares responses")
             self._expect("shared_trunk", not self.shared_trunk, f"False, for {self.algorithm} has no critic")
+            self._expect_default(f"for {self.algorithm} has no critic", *CRITIC_FIELDS)
         self._expect("rollouts_per_step", self.rollouts_per_step % self.num_samples == 0,
                      f"a multiple of num_samples, {self.num_samples}")  # fmt: skip
         if self.kl_target is not None:
             self._expect("kl_target", self.initial_kl_coef > 0, "None where kl_coef is 0, which nothing can steer")
             self._expect("kl_horizon", self.kl_horizon > self.rollouts_per_step / 5,
                          f"more than a fifth of rollouts_per_step, {self.rollouts_per_step}")  # fmt: skip
+        else:
+            self._expect_default("where kl_target is None", "kl_horizon")
+        if not self.kl_in_loss:
+            self._expect_default("where the KL is in the reward, or give kl_penalty='loss'", "kl_estimator")
         if self.grpo_variant != "grpo":
             self._expect("grpo_variant", self.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
         if self.rloo_ratio != "sequence":
             self._expect("rloo_ratio", self.algorithm == "rloo", "'sequence' where the algorithm is not rloo")
+
+    def _expect_default(self, why: str, *names: str) -> None:
+        """A setting that would reach nothing is refused, where it is not left as it is."""
+        for field in fields(self):
+            if field.name in names:
+                self._expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
+
+    def check_end(self) -> None:
+        """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
+        if self.eos_token is None:
+            self._expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
 
     def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
         """The settings of so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""

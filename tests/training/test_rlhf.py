@@ -275,7 +275,8 @@ def test_kl_pulls_back(options, sign, monkeypatch):
         for parameter in policy.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     settings = {"rollouts_per_step": 64, "minibatch_size": 32, "max_new_tokens": 1, "eos_token": None, "num_steps": 8,
-                "kl_coef": 2.0, "learning_rate": 3e-3, "whiten_advantages": False}  # fmt: skip
+                "kl_coef": 2.0, "learning_rate": 3e-3}  # fmt: skip
+    settings |= {} if "algorithm" in options else {"whiten_advantages": False}
     trainer = make_trainer(
         policy, reward=lambda prompts, completions: [0.0] * len(prompts), reference=reference, **{**settings, **options}
     )
@@ -483,7 +484,7 @@ def test_the_kl_counts_as_in_the_papers_unless_another_weight_is_given(options, 
     """Between a policy and a reference that differ, a KL has a gradient; the loss of these equal scores has none."""
     policy = tiny_palm(1).double()
     same = lambda prompts, completions: [1.0] * len(prompts)  # noqa: E731
-    trainer = make_trainer(policy, reward=same, reference=tiny_palm(2).double(), whiten_advantages=False, **options)
+    trainer = make_trainer(policy, reward=same, reference=tiny_palm(2).double(), **options)
     assert trainer.kl_coef == expected
     if trainer.config.kl_in_loss and trainer.config.grpo_variant != "dapo":
         moved = gradients(trainer, experience_of(trainer))
@@ -552,9 +553,42 @@ def test_minibatches_cover_every_response_once_an_epoch(monkeypatch):
     assert sorted(chain(*seen[:3])) == sorted(chain(*seen[3:])) == firsts
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    "name, value, default",
+    [
+        ("gamma", 0.9, 1.0),
+        ("gae_lambda", 1.0, 0.95),
+        ("value_coef", 0.5, 0.1),
+        ("value_clip_eps", None, 0.2),
+        ("whiten_advantages", False, True),
+        ("critic_learning_rate", 1e-3, None),
+        ("critic_lora_r", 2, 0),
+    ],
+)
+def test_what_only_a_critic_has_is_refused_without_one(algorithm, name, value, default):
+    with pytest.raises(ValueError, match=rf"{name} is {value}, expected {default}, for {algorithm} has no critic"):
+        PPOConfig(algorithm=algorithm, num_samples=4, **{name: value})
+    assert getattr(PPOConfig(**{name: value}), name) == value
+
+
+def test_a_penalty_for_a_missing_end_is_refused_where_no_end_is_looked_for():
+    """Before the run: the token may be given to train(), or be the tokenizer's."""
+    trainer = make_trainer(eos_token=None, missing_eos_penalty=1.0, num_steps=1)
+    message = "missing_eos_penalty is 1.0, expected 0.0, where eos_token is None"
+    with pytest.raises(ValueError, match=message):
+        trainer.steps()
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.train(1, 8, eos_token=EOS)["step"] == 1
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"kl_horizon": 300}, "kl_horizon is 300, expected 10000, where kl_target is None"),
+        ({"kl_estimator": "k2"}, "kl_estimator is k2, expected k3, where the KL is in the reward"),
+        ({**GROUPS, "kl_penalty": "reward", "kl_estimator": "k2"}, "kl_estimator is k2, expected k3"),
         ({"algorithm": "grpo"}, "num_samples is 1, expected at least 2"),
         ({"rollouts_per_step": 6, "num_samples": 4}, "rollouts_per_step is 6, expected a multiple of num_samples, 4"),
         ({"max_new_tokens": None}, "max_new_tokens is None, expected a number where max_seq_len is None"),

@@ -36,7 +36,7 @@ def learn(task: str, seed: int, **options) -> list[float]:
     torch.nn.init.normal_(palm.token_emb.weight, std=0.02)  # every token about as likely as any other
     config = PPOConfig(
         **{"num_steps": 20, "rollouts_per_step": 64, "max_new_tokens": 8, "eos_token": eos_token, "learning_rate": 3e-3,
-           "value_coef": 0.5, "kl_coef": 0.0, "seed": seed, **options}
+           "kl_coef": 0.0, "seed": seed, **({} if "algorithm" in options else {"value_coef": 0.5}), **options}
     )  # fmt: skip
     prompts = [torch.tensor([first]) for first in firsts]
     trainer = RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=prompts, config=config)
