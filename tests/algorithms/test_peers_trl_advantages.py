@@ -1,8 +1,7 @@
-"""Advantages, rewards with a KL and RLOO's gradient beside TRL's own trainers, which draw and score the responses.
+"""Advantages, rewards with a KL and RLOO's loss beside TRL's own trainers, which draw and score the responses.
 
 Where ours differs by definition: TRL's GRPO divides by the deviation plus 1e-4, ours by the root of the variance plus
-1e-8, as close to the paper as rounding lets it. TRL's RLOO has one ratio for each response and the mean over responses,
-ours one for each token and the mean over tokens: where both are 1, the gradients are the same but for that count.
+1e-8, as close to the paper as rounding lets it.
 """
 
 import statistics
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards
-from palm_rlhf.algorithms.losses import policy_loss
+from palm_rlhf.algorithms.losses import policy_loss, step_denominator
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.sequences import join, response_logprobs
@@ -219,31 +218,61 @@ def test_rloos_advantages_see_the_sign_of_the_kl(rloo, policy, reference):
         check_rloo(rloo, policy, reference, rewards=the_sign_of_the_kl)
 
 
-def check_rloo_gradient(rloo, policy, denominator_of):
+def loss_of_a_response(logprobs, old_logprobs, advantages, mask):
+    """One ratio for each response, and a mean over them."""
+    denominator = step_denominator(mask, aggregation="sequence", num_tokens=0, num_sequences=len(mask), max_length=0)
+    options = {"clip_eps": 0.2, "sequence_ratio": True, "denominator": denominator}
+    return policy_loss(logprobs, old_logprobs, advantages, mask, **options).loss
+
+
+def check_rloo_loss(rloo, policy, loss_of=loss_of_a_response):
+    """On responses of a policy that has moved since, so that some of the ratios are beyond the clip."""
     for trainer, experience in rloo[1].values():
-        trainer.model.zero_grad()
-        trainer.compute_loss(trainer.model, experience).backward()
-        theirs = {name: weight.grad for name, weight in trainer.model.named_parameters()}
         sequences = sequences_of(experience)
         mask = sequences.action_mask
         logprobs = response_logprobs(policy, sequences).logprobs
-        advantages = experience["advantages"].unsqueeze(-1).expand(mask.shape)
-        loss = policy_loss(
-            logprobs, logprobs.detach(), advantages, mask, clip_eps=0.2, denominator=denominator_of(sequences)
-        )
+        noise = 0.1 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(3))
+        old_logprobs = (logprobs.detach() + noise) * mask
+        trainer.model.zero_grad()
+        expected = trainer.compute_loss(trainer.model, {**experience, "old_logps": old_logprobs.sum(dim=-1)})
+        expected.backward()
+        got = loss_of(logprobs, old_logprobs, experience["advantages"].unsqueeze(-1).expand(mask.shape), mask)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         names, weights = zip(*policy.named_parameters(), strict=True)
-        gradients = dict(zip(names, torch.autograd.grad(loss.loss, weights), strict=True))
-        ours = to_cohere_tensors(policy.config, gradients)
-        for name, gradient in theirs.items():
-            scale = float(gradient.abs().max())
+        ours = to_cohere_tensors(policy.config, dict(zip(names, torch.autograd.grad(got, weights), strict=True)))
+        for name, weight in trainer.model.named_parameters():
+            scale = float(weight.grad.abs().max())
             assert scale > 0
-            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-4 * scale)
+            torch.testing.assert_close(ours[name], weight.grad, rtol=0, atol=1e-4 * scale)
 
 
-def test_where_the_ratios_are_1_rloos_gradient_is_that_of_trl(rloo, policy):
-    check_rloo_gradient(rloo, policy, len)
+def ratios_of_tokens(logprobs, old_logprobs, advantages, mask):
+    return policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, denominator=len(mask)).loss
 
 
-def test_rloos_gradient_sees_a_mean_over_tokens(rloo, policy):
+def a_mean_over_tokens(logprobs, old_logprobs, advantages, mask):
+    return policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, sequence_ratio=True).loss
+
+
+def a_ratio_of_the_mean_logprob(logprobs, old_logprobs, advantages, mask):
+    length = mask.sum(dim=-1, keepdim=True)
+    return loss_of_a_response(logprobs / length, old_logprobs / length, advantages, mask)
+
+
+def never_clipped(logprobs, old_logprobs, advantages, mask):
+    ratio = ((logprobs - old_logprobs) * mask).sum(dim=-1).exp()
+    return -(advantages[:, 0] * ratio).mean()
+
+
+def test_rloos_loss_and_its_gradient_are_those_of_trl(rloo, policy):
+    check_rloo_loss(rloo, policy)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [ratios_of_tokens, a_mean_over_tokens, a_ratio_of_the_mean_logprob, never_clipped],
+    ids=lambda f: f.__name__,
+)
+def test_rloos_loss_sees_the_mutant(rloo, policy, mutant):
     with pytest.raises(AssertionError):
-        check_rloo_gradient(rloo, policy, lambda sequences: sequences.num_actions)
+        check_rloo_loss(rloo, policy, mutant)

@@ -145,11 +145,12 @@ def test_advantages_of_the_trainer_see_another_option(rollout, changed):
         check_advantages(rollout, **changed)
 
 
-@pytest.fixture(scope="module", params=["grpo", "dr_grpo", "dapo", "entropy"])
+@pytest.fixture(scope="module", params=["grpo", "dr_grpo", "dapo", "entropy", "rloo"])
 def moved(request, rollout_of):
     """The variant, TRL's numbers of a step on responses of a policy that has moved since, and how far it has."""
     trainer, theirs = rollout_of(request.param)
-    noise = 0.4 * torch.randn(theirs["completion_ids"].shape, generator=torch.Generator().manual_seed(2))
+    scale = 0.1 if request.param == "rloo" else 0.4  # it adds up over a response there
+    noise = scale * torch.randn(theirs["completion_ids"].shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         logprobs, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
@@ -158,6 +159,7 @@ def moved(request, rollout_of):
             theirs["completion_ids"].shape[1],
         )
     theirs["old_per_token_logps"] = logprobs + noise
+    theirs["old_logps"] = ((logprobs + noise) * theirs["completion_mask"]).sum(dim=-1)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, theirs)
     loss.backward()
@@ -166,7 +168,7 @@ def moved(request, rollout_of):
     numbers = {
         "loss": loss.item(),
         "grad_norm": torch.stack(norms).norm().item(),
-        "kl": metrics["kl"][-1],
+        "kl": metrics["kl"][-1] if "kl" in metrics else None,
         "clip_fraction": metrics["clip_ratio/region_mean"][-1],
         "entropy": metrics["entropy"][-1],
     }
@@ -183,14 +185,16 @@ def check_step(moved, **changed):
         advantages=theirs["advantages"].unsqueeze(-1) * experience.action_mask,
     )
     metrics = trainer.update(experience)
-    loss = metrics["policy_loss"] + KL_COEF * metrics["kl_loss"] - trainer.config.entropy_coef * metrics["entropy"]
+    loss = metrics["policy_loss"] + KL_COEF * metrics.get("kl_loss", 0.0)
     assert abs(numbers["loss"]) > 1e-3 and 0 < numbers["clip_fraction"] < 1
-    assert loss == pytest.approx(numbers["loss"], rel=1e-4)
+    expected = pytest.approx(numbers["loss"], rel=1e-4)
+    assert loss - trainer.config.entropy_coef * metrics["entropy"] == expected
     assert metrics["grad_norm"] == pytest.approx(numbers["grad_norm"], rel=1e-4)
     assert metrics["entropy"] == pytest.approx(numbers["entropy"], rel=1e-4)
-    if name == "dapo":  # whose loss is a mean over tokens, as TRL's metrics are
-        assert metrics["kl_loss"] == pytest.approx(numbers["kl"], rel=1e-4)
+    if name != "rloo":  # where TRL counts responses, ours tokens
         assert metrics["clip_fraction"] == pytest.approx(numbers["clip_fraction"], rel=1e-4)
+    if name == "dapo":  # the others' is divided as their loss is
+        assert metrics["kl_loss"] == pytest.approx(numbers["kl"], rel=1e-4)
 
 
 def test_a_step_of_the_trainer_is_that_of_trl(moved):
@@ -211,6 +215,8 @@ def test_a_step_of_the_trainer_is_that_of_trl(moved):
         ("dr_grpo", {"max_new_tokens": LONGEST + 1}),
         ("dr_grpo", {"grpo_variant": "grpo"}),
         ("dapo", {"clip_eps_high": 0.2}),
+        ("rloo", {"rloo_ratio": "token"}),
+        ("rloo", {"clip_eps": 0.1}),
         ("dapo", {"grpo_variant": "grpo", "clip_eps_high": 0.28}),
     ],
     indirect=["moved"],
