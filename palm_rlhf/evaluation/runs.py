@@ -70,8 +70,8 @@ def read_run(folder: Path) -> tuple[list[Metrics], list[Sample]]:
     lines = read_metrics(folder / METRICS_FILE)
     if not lines:
         raise FileNotFoundError(f"{folder / METRICS_FILE} has no metrics: expected the output_dir of an RLHFTrainer")
-    if not any("kl" in line for line in lines):
-        raise ValueError(f"{folder / METRICS_FILE} has no KL, expected the metrics of an RLHFTrainer")
+    if not any({"kl", "kl_coef"} & line.keys() for line in lines):
+        raise ValueError(f"{folder / METRICS_FILE} has no KL and no kl_coef, expected the metrics of an RLHFTrainer")
     path = folder / SAMPLES_FILE
     return lines, [_sample(line, f"{path}, line {place}") for place, line in enumerate(read_metrics(path), start=1)]
 

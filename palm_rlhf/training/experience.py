@@ -14,7 +14,7 @@ class Experience:
     sequences: Sequences
     action_mask: Tensor  # of the responses that have a score
     logprobs: Tensor
-    ref_logprobs: Tensor
+    ref_logprobs: Tensor  # where there is no reference, the policy's own
     values: Tensor
     advantages: Tensor
     returns: Tensor

@@ -28,7 +28,7 @@ from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
 from palm_rlhf.training.prompts import check_room, read_prompts
 from palm_rlhf.training.rlhf_config import PPOConfig
-from palm_rlhf.training.rlhf_metrics import CURVES, SampleTable, UpdateStatistics, rollout_metrics
+from palm_rlhf.training.rlhf_metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
@@ -42,7 +42,8 @@ class RLHFTrainer:
     it gets texts where there is a `tokenizer` (anything with `encode` and `decode`), else 1-d tensors. Prompts are ids,
     as a list of 1-d tensors or as `b n` with `prompt_lengths` where rows are padded on the right, or texts, or a file
     with one a line. `critic` is what the critic starts from, `reference` what the KL is measured against: both the
-    given palm if None. All that is saved goes to `output_dir`; `resume=True` goes on from the newest checkpoint there.
+    given palm if None; with a `kl_coef` of 0 there is no reference unless one is given. All that is saved goes to
+    `output_dir`; `resume=True` goes on from the newest checkpoint there.
     """
 
     @beartype
@@ -77,14 +78,16 @@ class RLHFTrainer:
             actor_lora_r=config.actor_lora_r,
             critic_lora_r=config.critic_lora_r,
         )
-        self.reference = Reference(self.actor_critic, reference)
+        measures_kl = config.initial_kl_coef > 0 or reference is not None
+        self.reference = Reference(self.actor_critic, reference) if measures_kl else None
         self.kl_coef, self.score_moments = config.initial_kl_coef, RunningMoments()
 
         self.run = Run(
             self.actor_critic, self._make_optimizer, config, output_dir=output_dir, resume=resume, may_shard=True
         )
         self.accelerator = self.run.accelerator
-        self.reference.palm.to(self.run.device)
+        if self.reference is not None:
+            self.reference.palm.to(self.run.device)
         if isinstance(reward_model, RewardModel):
             reward_model.to(self.run.device)
         self.run.load_newest(self._read_checkpoint)
@@ -138,7 +141,7 @@ class RLHFTrainer:
             lambda: self.run.step >= self.config.num_steps,
             self.save,
             num_steps=lambda: self.config.num_steps,
-            show=lambda metrics: {name: metrics[name] for name in ("score", "kl", "tokens_per_second")},
+            show=lambda metrics: {name: metrics[name] for name in SHOWN if name in metrics},
             progress_bar=progress_bar,
         )
 
@@ -148,9 +151,8 @@ class RLHFTrainer:
         scores = self.score(rollout)
         experience = self.estimate_advantages(rollout, scores)
         metrics = self.update(experience)
-        metrics |= rollout_metrics(
-            self.accelerator, rollout, scores, experience, started, looks_for_eos=self.config.eos_token is not None
-        )
+        seen = {"looks_for_eos": self.config.eos_token is not None, "measures_kl": self.reference is not None}
+        metrics |= rollout_metrics(self.accelerator, rollout, scores, experience, started, **seen)
         groups = self.run.optimizer.param_groups  # those of the policy, then those of the critic
         metrics |= {"kl_coef": self.kl_coef, "learning_rate": groups[0]["lr"]}
         if self.actor_critic.value_head is not None:
@@ -208,13 +210,16 @@ class RLHFTrainer:
         c, sequences = self.config, rollout.sequences
         action_mask = sequences.action_mask & scores.valid.unsqueeze(-1)
         truncation = self.sampling.truncation
-        (ref_logprobs,) = self._in_batches(lambda part: self.reference.logprobs(part, **truncation)[:1], sequences)
         # in less than float32, one token at a time rounds otherwise than all at once: the ratio is to begin at 1
         again, with_values = c.precision != "float32", c.algorithm == "ppo"
         logprobs, _, values = self._in_batches(
             lambda part: self.actor_critic(part, policy=again, values=with_values, **truncation), sequences
         )
-        logprobs = rollout.logprobs if logprobs is None else logprobs
+        logprobs = ref_logprobs = rollout.logprobs if logprobs is None else logprobs
+        if self.reference is not None:
+            (ref_logprobs,) = self._in_batches(lambda part: self.reference.logprobs(part, **truncation)[:1], sequences)
+        elif self.kl_coef:
+            raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
         shaped = self._shape(scores, rollout.truncated)
         kl_coef = 0.0 if c.kl_in_loss else self.kl_coef
         rewards = token_rewards(shaped, logprobs, ref_logprobs, action_mask, kl_coef=kl_coef)
@@ -303,7 +308,7 @@ class RLHFTrainer:
         loss = policy.loss - c.entropy_coef * entropy
         parts = {"policy_loss": policy.loss, "entropy": entropy, "clip_fraction": policy.clip_fraction,
                  "approx_kl": policy.approx_kl}  # fmt: skip
-        if c.kl_in_loss:
+        if c.kl_in_loss and self.reference is not None:
             kl = kl_estimate(said.logprobs, part.ref_logprobs, kind=c.kl_estimator, action_mask=mask)
             parts["kl_loss"] = masked_mean(kl, mask, denominator=denominator)
             loss = loss + self.kl_coef * parts["kl_loss"]

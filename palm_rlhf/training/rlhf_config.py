@@ -117,7 +117,7 @@ class PPOConfig(RunConfig):
 
     kl_coef: float | None = None
     """Weight of the KL to the reference, its starting value where kl_target is given; None: 0.05 as in TRL's PPO, but 0
-    for dr_grpo and dapo, whose papers have no KL."""
+    for dr_grpo and dapo, whose papers have no KL. With 0 no reference is copied, run or measured against."""
 
     kl_target: float | None = None
     """The KL, in nats per response, that kl_coef is steered to; lm-human-preferences had 6. None: kl_coef is fixed."""

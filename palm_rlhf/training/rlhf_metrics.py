@@ -2,7 +2,8 @@
 
 step, elapsed       its number, from 1; seconds of the run so far, all times of a resumed one together
 score, score_std    of the responses, by the reward, before any shaping; their standard deviation
-kl                  to the reference, in nats per response: the mean sum of log-probability differences
+kl                  to the reference, in nats per response: the mean sum of log-probability differences; not there
+                    where kl_coef is 0 and no reference is given
 kl_coef             weight of that KL in this step
 learning_rate, critic_learning_rate  that the optimiser stepped with
 response_length     tokens of a response, its EOS included
@@ -44,6 +45,7 @@ CURVES = {
     "explained_variance": "explained variance of the critic",
     "clip_fraction": "clipped share of the tokens",
 }
+SHOWN = ("score", "kl", "tokens_per_second")  # behind the progress bar
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -93,7 +95,14 @@ class UpdateStatistics:
 
 @beartype
 def rollout_metrics(
-    accelerator: Accelerator, rollout: Rollout, scores: Scores, experience: Any, started: float, *, looks_for_eos: bool
+    accelerator: Accelerator,
+    rollout: Rollout,
+    scores: Scores,
+    experience: Any,
+    started: float,
+    *,
+    looks_for_eos: bool,
+    measures_kl: bool,
 ) -> Metrics:
     """The metrics of what was said, over the responses of all processes; `started` by `time.perf_counter`."""
     mask, all_actions = experience.action_mask, rollout.sequences.action_mask
@@ -121,10 +130,11 @@ def rollout_metrics(
     metrics = {
         "score": total["score"] / total["scored"],
         "score_std": variance("score", "scored") ** 0.5,
-        "kl": total["kl"] / total["responses"],
         "response_length": total["tokens"] / total["responses"],
         "tokens_per_second": total["tokens"] / (time.perf_counter() - started),
     }
+    if measures_kl:
+        metrics["kl"] = total["kl"] / total["responses"]
     if looks_for_eos:
         metrics["eos_rate"] = 1 - total["truncated"] / total["responses"]
     if total["actions"] and (spread := variance("returns", "actions")) > 0:

@@ -18,24 +18,27 @@ CRITIC_FILE = "critic.safetensors"
 
 
 @beartype
-def write_policy(folder: Path, actor_critic: ActorCritic, reference: Reference, state: dict[str, Tensor]) -> None:
+def write_policy(
+    folder: Path, actor_critic: ActorCritic, reference: Reference | None, state: dict[str, Tensor]
+) -> None:
     """Write the models into a checkpoint; with LoRA the policy's base is the reference, stored once.
 
     `state` is the state dict of the actor-critic with all its shards.
     """
     policy, critic = _parts(state)
     plain_palm(actor_critic.palm, policy).save_pretrained(folder / "policy")
-    if not reference.is_base:
+    if reference is not None and not reference.is_base:
         reference.palm.save_pretrained(folder / "reference")
     if critic:
         save_file({name: tensor.cpu().contiguous() for name, tensor in critic.items()}, folder / CRITIC_FILE)
 
 
 @beartype
-def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference) -> None:
+def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference | None) -> None:
     """Put back what `write_policy` wrote, in place; ValueError for models that are not of this run."""
-    if (folder / "reference").is_dir() == reference.is_base:
-        kinds = "the base below the adapters", "a model of its own"
+    if reference is not None and (folder / "reference").is_dir() == reference.is_base:
+        base = "the base below the adapters" if actor_critic.actor_scope else "none, as with a kl_coef of 0"
+        kinds = base, "a model of its own"
         here, there = kinds if reference.is_base else kinds[::-1]
         raise ValueError(f"this run's reference is {here}, that of {folder} is {there}: resume with what the run had")
     policy, critic = _parts(actor_critic.state_dict())
@@ -50,7 +53,7 @@ def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference) -
     for targets, saved, _ in pairs:
         for name, target in targets.items():
             load_full(target.detach(), saved[name])
-    if not reference.is_base:
+    if reference is not None and not reference.is_base:
         reference.palm.load(folder / "reference")
 
 

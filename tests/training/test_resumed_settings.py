@@ -214,3 +214,20 @@ def test_a_running_average_begins_with_its_run_or_not_at_all(tmp_path):
     next(make(LMConfig(**settings), tmp_path).steps())
     with pytest.raises(ValueError, match=r"this run has ema_decay=0\.0, .* has ema_decay=0\.5: an average starts"):
         make(LMConfig(**{**settings, "ema_decay": 0.0}), tmp_path, resume=True)
+
+
+def test_a_run_without_a_reference_resumes_without_one_and_gets_none_later(tmp_path):
+    without = PPOConfig(**{**ROLLOUTS, "kl_coef": 0.0})
+    list(itertools.islice(make(without, tmp_path).steps(), 2))
+    assert not (tmp_path / "checkpoints/step_00000002/reference").exists()
+    assert next(make(without, tmp_path, resume=True).steps())["step"] == 3
+    with pytest.raises(
+        ValueError, match=r"reference is a model of its own, that of .* is none, as with a kl_coef of 0"
+    ):
+        make(PPOConfig(**ROLLOUTS), tmp_path, resume=True)
+
+
+def test_a_run_with_a_reference_may_leave_it(tmp_path):
+    next(make(PPOConfig(**ROLLOUTS), tmp_path).steps())
+    resumed = make(PPOConfig(**{**ROLLOUTS, "kl_coef": 0.0}), tmp_path, resume=True)
+    assert resumed.reference is None and "kl" not in next(resumed.steps())

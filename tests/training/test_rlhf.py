@@ -491,6 +491,40 @@ def test_the_kl_counts_as_in_the_papers_unless_another_weight_is_given(options, 
         assert any(gradient.any() for gradient in moved.values()) == (expected > 0)
 
 
+WITHOUT_KL = [
+    {"kl_coef": 0.0},
+    {"kl_coef": 0.0, "actor_lora_r": 2},
+    {**GROUPS, "kl_coef": 0.0},
+    {**GROUPS, "grpo_variant": "dapo"},
+]
+
+
+@pytest.mark.parametrize("options", WITHOUT_KL, ids=str)
+def test_without_a_kl_no_reference_is_copied_or_run(options, monkeypatch):
+    """Only the policy and a critic read tokens; what is learnt is what a reference of weight 0 would leave."""
+    trainer = make_trainer(num_steps=2, **options)
+    with_one = make_trainer(num_steps=2, reference=tiny_palm(7), **options)
+    assert trainer.reference is None
+    readers = set()
+    forward = PaLM.forward
+    monkeypatch.setattr(
+        PaLM, "forward", lambda self, *args, **rest: readers.add(id(self)) or forward(self, *args, **rest)
+    )
+    torch.manual_seed(0)
+    steps = list(trainer.steps())
+    critic = trainer.actor_critic.critic
+    assert readers <= {id(trainer.palm), id(critic)}
+    assert all("kl" not in metrics and "kl_loss" not in metrics for metrics in steps)
+    torch.manual_seed(0)
+    measured = list(with_one.steps())
+    assert all(metrics["kl"] != 0 for metrics in measured)
+    for name, weight in with_one.actor_critic.state_dict().items():
+        assert torch.equal(trainer.actor_critic.state_dict()[name], weight), name
+    trainer.kl_coef = 0.1
+    with pytest.raises(ValueError, match=r"kl_coef is 0\.1 in a run begun with 0, without a reference"):
+        experience_of(trainer)
+
+
 @pytest.mark.parametrize("options", [{}, {"critic_learning_rate": 3e-3}, GROUPS], ids=str)
 def test_learning_rates_are_reported_as_the_optimiser_steps_with_them(options):
     """Two steps of warm-up, times half a cosine from 1 to 0.2 over four steps; Adam's first step is the rate itself."""
