@@ -269,6 +269,20 @@ def answering(
     return palm
 
 
+def show_what_next(output_dir: Path) -> None:
+    """The commands that use what the run has saved."""
+    say(f"saved to {output_dir}")
+    policy, ppo_run, before, proxy = (
+        quoted(output_dir / name) for name in ("policy", "ppo", "fine_tuned", "reward_model")
+    )
+    show_next(
+        [
+            ("ask it", f"palm-rlhf generate {policy} --max-new-tokens 48 --prompt $'How are you?\\n'"),
+            ("measure the run", f"palm-rlhf evaluate run {ppo_run} --reference {before} --reward-model {proxy}"),
+        ]
+    )
+
+
 def main(
     seed: int = 0,
     output_dir: Path | None = None,
@@ -290,8 +304,7 @@ def main(
         seed: Of all that is drawn at random, in every stage.
         output_dir: Where models, metrics and curves go; a new folder in runs/ by default.
         resume: Go on with the run in output_dir, from the newest checkpoint of the stage that it came to.
-        max_seconds: Stop then, where stages 1, 4 or 5 can be resumed, and say so in the JSON; by default only the
-            steps of each stage end it.
+        max_seconds: Stop then, where stages 1, 4 or 5 can be resumed; by default only the steps of each stage end it.
         held_out: Prompts kept from all stages, on which policies are measured.
         num_samples: Answers to each of those in a measurement.
         num_ranked: Answers to each other prompt that the annotator ranks.
@@ -312,8 +325,7 @@ def main(
         return replace(config, seed=seed, max_seconds=left)
 
     torch.manual_seed(seed)
-    data = hold_out(read_conversations(), held_out, seed)
-    _, _, prompts, unseen = data
+    _, _, prompts, unseen = data = hold_out(read_conversations(), held_out, seed)
     annotator, ranked, folder = Annotator(), output_dir / "rankings.jsonl", output_dir / "fine_tuned"
     try:
         if resume and ranked.is_file():
@@ -348,18 +360,9 @@ def main(
     palm.save_pretrained(output_dir / "policy")
     reward_model.save_pretrained(output_dir / "reward_model")
     draw_curves(output_dir / "rlhf.png", history)
-    result = {**report(unseen, history), **trainer.run.ending}
-    say(f"saved to {output_dir}")
-    policy, ppo_run, before, proxy = (
-        quoted(output_dir / name) for name in ("policy", "ppo", "fine_tuned", "reward_model")
-    )
-    show_next(
-        [
-            ("ask it", f"palm-rlhf generate {policy} --max-new-tokens 48 --prompt $'How are you?\\n'"),
-            ("measure the run", f"palm-rlhf evaluate run {ppo_run} --reference {before} --reward-model {proxy}"),
-        ]
-    )
-    print(json.dumps({**result, "seconds": round(time.perf_counter() - started, 1)}))
+    show_what_next(output_dir)
+    seconds = round(time.perf_counter() - started, 1)
+    print(json.dumps({**report(unseen, history), **trainer.run.ending, "seconds": seconds}))
 
 
 if __name__ == "__main__":
