@@ -45,8 +45,8 @@ from palm_rlhf.training.optimization import forward_precision, warmup_cosine
 from palm_rlhf.training.rankings import Ranking
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
-from palm_rlhf.training.rlhf import RLHFTrainer
-from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.state import write_text
 
 try:

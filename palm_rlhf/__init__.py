@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from .model.palm import PaLM
     from .policy.actor_critic import ActorCritic
     from .policy.reward import RewardModel
-    from .training.rlhf import RLHFTrainer
-    from .training.rlhf_config import PPOConfig
+    from .training.rlhf.config import PPOConfig
+    from .training.rlhf.trainer import RLHFTrainer
 
 __all__ = ["ActorCritic", "PPOConfig", "PaLM", "PaLMConfig", "RLHFTrainer", "RewardModel", "__version__"]
 __version__ = "0.1.0"
@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 # Each public name is imported when it is first used, so that `import palm_rlhf` does not load all of torch.
 _MODULES = {
     "ActorCritic": "policy.actor_critic",
-    "PPOConfig": "training.rlhf_config",
+    "PPOConfig": "training.rlhf.config",
     "PaLM": "model.palm",
     "PaLMConfig": "model.config",
-    "RLHFTrainer": "training.rlhf",
+    "RLHFTrainer": "training.rlhf.trainer",
     "RewardModel": "policy.reward",
 }
 

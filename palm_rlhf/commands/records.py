@@ -18,8 +18,8 @@ from palm_rlhf.data.records import Record, is_held_out
 from palm_rlhf.data.splitting import fit_context
 from palm_rlhf.training.examples import Example
 from palm_rlhf.training.preference import Preference
-from palm_rlhf.training.prompts import read_lines
 from palm_rlhf.training.rankings import Ranking
+from palm_rlhf.training.rlhf.prompts import read_lines
 
 Messages = list[dict[str, Any]]
 Item = TypeVar("Item")

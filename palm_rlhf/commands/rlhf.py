@@ -13,8 +13,8 @@ from palm_rlhf.commands.records import read_prompts
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
 from palm_rlhf.data.conversation import end_of_turn
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
-from palm_rlhf.training.rlhf import RLHFTrainer
-from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.sharding import full_state, plain_palm
 
 

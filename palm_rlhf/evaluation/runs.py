@@ -19,7 +19,7 @@ from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Sampling, collect
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.training.metrics import Metrics, read_metrics
-from palm_rlhf.training.rlhf_metrics import SAMPLES_FILE
+from palm_rlhf.training.rlhf.metrics import SAMPLES_FILE
 from palm_rlhf.training.state import METRICS_FILE, complete_checkpoints, read_state
 
 Part = str | tuple[int, ...]

@@ -8,8 +8,8 @@ from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.rankings import Ranking, Rating
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
-from palm_rlhf.training.rlhf import RLHFTrainer
-from palm_rlhf.training.rlhf_config import PPOConfig
+from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.supervised import SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 

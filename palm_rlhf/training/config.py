@@ -43,21 +43,24 @@ class RunConfig:
     """Draw curves.png at evaluations and the end; None: where matplotlib is installed (the extra palm-rlhf[plot])."""
 
     def __post_init__(self):
-        self._expect_positive("save_every", "keep_checkpoints", "log_every")
-        self._expect_not_negative("seed", "grad_clip")
-        self._expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
+        self.expect_positive("save_every", "keep_checkpoints", "log_every")
+        self.expect_not_negative("seed", "grad_clip")
+        self.expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
 
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
+    def expect(self, name: str, holds: bool, expected: str) -> None:
+        """ValueError that names a field and what it was expected to be, where that does not hold."""
         if not holds:
             raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, expected {expected}")
 
-    def _expect_positive(self, *names: str) -> None:
+    def expect_positive(self, *names: str) -> None:
+        """ValueError for a field that is not above 0."""
         for name in names:
-            self._expect(name, getattr(self, name) > 0, "a number above 0")
+            self.expect(name, getattr(self, name) > 0, "a number above 0")
 
-    def _expect_not_negative(self, *names: str) -> None:
+    def expect_not_negative(self, *names: str) -> None:
+        """ValueError for a field below 0."""
         for name in names:
-            self._expect(name, getattr(self, name) >= 0, "0 or more")
+            self.expect(name, getattr(self, name) >= 0, "0 or more")
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -120,10 +123,10 @@ class LMConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._expect_positive("batch_size", "seq_len", "grad_accum", "num_steps", "learning_rate", "eps", "eval_every",
+        self.expect_positive("batch_size", "seq_len", "grad_accum", "num_steps", "learning_rate", "eps", "eval_every",
                               "eval_tokens")  # fmt: skip
-        self._expect_not_negative("warmup_steps", "weight_decay", "eval_context")
-        self._expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
-        self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
-        self._expect("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")
-        self._expect("eval_context", self.eval_context <= self.seq_len, f"at most seq_len, {self.seq_len}")
+        self.expect_not_negative("warmup_steps", "weight_decay", "eval_context")
+        self.expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
+        self.expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        self.expect("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")
+        self.expect("eval_context", self.eval_context <= self.seq_len, f"at most seq_len, {self.seq_len}")

@@ -15,7 +15,7 @@ from palm_rlhf.evaluation.length_control import read_regularizer
 from palm_rlhf.model.interop.folder import read_json
 from palm_rlhf.model.interop.text_file import read_text
 from palm_rlhf.serving.keys import read_keys
-from palm_rlhf.training.prompts import read_prompts
+from palm_rlhf.training.rlhf.prompts import read_prompts
 
 GAMED = "index,preference,std_delta_len,instruction_difficulty\n0,1,0.5,0.25\n"
 TEXT = "Hello thére, " * 20

@@ -13,7 +13,7 @@ from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.algorithms import advantages as advantage_functions
 from palm_rlhf.policy.rollout import Rollout, Scores
 from palm_rlhf.policy.sequences import Sequences
-from palm_rlhf.training import rlhf_metrics
+from palm_rlhf.training.rlhf import metrics as rlhf_metrics
 
 EOS = 5
 GROUPS = {"algorithm": "grpo", "num_samples": 4}
@@ -317,7 +317,7 @@ def test_whitening_that_counts_pads_is_noticed(monkeypatch):
     def unmasked(advantages, action_mask, reduce):
         return (advantages - advantages.mean()) / advantages.std(correction=0)
 
-    monkeypatch.setattr("palm_rlhf.training.rlhf.whiten", unmasked)
+    monkeypatch.setattr("palm_rlhf.training.rlhf.credit.whiten", unmasked)
     experience = experience_of(make_trainer(kl_coef=0.0))
     kept = experience.advantages[experience.action_mask]
     assert abs(float(kept.mean())) > 1e-3 or abs(float(kept.std(correction=0)) - 1) > 1e-2

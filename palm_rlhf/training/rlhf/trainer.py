@@ -11,25 +11,23 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards, varied_groups, whiten
-from palm_rlhf.algorithms.gae import gae
-from palm_rlhf.algorithms.kl import adapt_kl_coef, kl_estimate
-from palm_rlhf.algorithms.losses import policy_loss, step_denominator, value_loss
+from palm_rlhf.algorithms.kl import adapt_kl_coef
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
-from palm_rlhf.ops.masked import masked_mean, masked_sum
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference, check_vocabulary
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Reward, Rollout, Sampling, Scores, best_of_n, collect, score
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.batches import EpochSampler
-from palm_rlhf.training.experience import Experience
 from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
-from palm_rlhf.training.prompts import check_room, read_prompts
-from palm_rlhf.training.rlhf_config import PPOConfig
-from palm_rlhf.training.rlhf_metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
-from palm_rlhf.training.rlhf_state import RunningMoments, read_policy, write_policy
+from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
+from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.credit import assign_credit, shape_scores
+from palm_rlhf.training.rlhf.experience import Experience
+from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
+from palm_rlhf.training.rlhf.objective import objective
+from palm_rlhf.training.rlhf.prompts import check_room, read_prompts
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
 
@@ -208,7 +206,6 @@ class RLHFTrainer:
     def estimate_advantages(self, rollout: Rollout, scores: Scores) -> Experience:
         """How much better each action was than expected, by the critic or by the other responses to the prompt."""
         c, sequences = self.config, rollout.sequences
-        action_mask = sequences.action_mask & scores.valid.unsqueeze(-1)
         truncation = self.sampling.truncation
         # in less than float32, one token at a time rounds otherwise than all at once: the ratio is to begin at 1
         again, with_values = c.precision != "float32", c.algorithm == "ppo"
@@ -220,36 +217,28 @@ class RLHFTrainer:
             (ref_logprobs,) = self._in_batches(lambda part: self.reference.logprobs(part, **truncation)[:1], sequences)
         elif self.kl_coef:
             raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
-        shaped = self._shape(scores, rollout.truncated)
-        kl_coef = 0.0 if c.kl_in_loss else self.kl_coef
-        rewards = token_rewards(shaped, logprobs, ref_logprobs, action_mask, kl_coef=kl_coef)
-        if c.algorithm == "ppo":
-            advantages, returns = gae(rewards, values, action_mask, gamma=c.gamma, gae_lambda=c.gae_lambda)
-            if c.whiten_advantages:
-                advantages = whiten(advantages, action_mask, reduce=lambda t: self.accelerator.reduce(t, "sum"))
-        else:
-            totals, valid = masked_sum(rewards, action_mask, dim=-1), scores.valid
-            if c.algorithm == "rloo":
-                baselined = rloo_advantages(totals, c.num_samples, valid=valid)
-            else:
-                scale = c.grpo_variant != "dr_grpo"
-                baselined = group_advantages(totals, c.num_samples, scale=scale, valid=valid)
-            if c.grpo_variant == "dapo":
-                action_mask = action_mask & varied_groups(shaped, c.num_samples, valid=valid).unsqueeze(-1)
-            advantages = baselined.unsqueeze(-1) * action_mask
-            values = returns = torch.zeros_like(rewards)
-        return Experience(sequences, action_mask, logprobs, ref_logprobs, values, advantages, returns)
+        credit = assign_credit(
+            c,
+            self._shape(scores, rollout.truncated),
+            scores.valid,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            action_mask=sequences.action_mask & scores.valid.unsqueeze(-1),
+            kl_coef=self.kl_coef,
+            reduce=lambda total: self.accelerator.reduce(total, "sum"),
+        )
+        return Experience(
+            sequences, credit.action_mask, logprobs, ref_logprobs, credit.values, credit.advantages, credit.returns
+        )
 
     def _shape(self, scores: Scores, truncated: Tensor) -> Tensor:
-        """Scores as they are learnt from: scaled, clipped, and less where a response did not end: `b`."""
-        c, shaped = self.config, scores.scores
-        if c.scale_scores:
-            everyone, valid = self.accelerator.gather((scores.scores, scores.valid))
-            self.score_moments.update(everyone[valid])
-            shaped = shaped / self.score_moments.deviation
-        if c.score_clip is not None:
-            shaped = shaped.clamp(-c.score_clip, c.score_clip)
-        return shaped - c.missing_eos_penalty * truncated
+        """Scores as they are learnt from, `b`; those of all processes count in the deviation so far."""
+        if not self.config.scale_scores:
+            return shape_scores(self.config, scores.scores, truncated)
+        everyone, valid = self.accelerator.gather((scores.scores, scores.valid))
+        self.score_moments.update(everyone[valid])
+        return shape_scores(self.config, scores.scores, truncated, deviation=self.score_moments.deviation)
 
     @beartype
     def update(self, experience: Experience) -> Metrics:
@@ -271,14 +260,18 @@ class RLHFTrainer:
 
         def loss_of(rows: Tensor) -> Tensor:
             part = batch.select(rows)
-            denominator = step_denominator(
-                part.action_mask,
-                aggregation=c.aggregation,
+            output = run.model(part.sequences, entropy_needs_grad=c.entropy_coef > 0, **self.sampling.truncation)
+            loss, parts, *extremes = objective(
+                c,
+                part,
+                output,
+                kl_coef=self.kl_coef if c.kl_in_loss and self.reference is not None else None,
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
                 max_length=c.max_new_tokens if c.max_seq_len is None else c.max_seq_len - self._shortest_prompt,
             )
-            return self._loss(part, num_tokens, denominator, statistics)
+            statistics.add(parts, *extremes)
+            return loss
 
         progress = run.step / c.num_steps
         _, norms = run.optimizer_step(
@@ -288,38 +281,6 @@ class RLHFTrainer:
             clip=[group for group in self._parameter_groups() if group],
         )
         statistics.add_norms(dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False)))
-
-    def _loss(self, part: Experience, num_tokens: Tensor, denominator: Tensor, statistics: UpdateStatistics) -> Tensor:
-        """This part's share of the loss of an optimiser step."""
-        c, mask = self.config, part.action_mask
-        said = self.run.model(part.sequences, entropy_needs_grad=c.entropy_coef > 0, **self.sampling.truncation)
-        policy = policy_loss(
-            said.logprobs,
-            part.logprobs,
-            part.advantages,
-            mask,
-            clip_eps=c.clip_eps,
-            clip_eps_high=c.upper_clip_eps,
-            sequence_ratio=c.has_sequence_ratio,
-            denominator=denominator,
-            num_tokens=num_tokens,
-        )
-        entropy = masked_mean(said.entropy, mask, denominator=num_tokens)
-        loss = policy.loss - c.entropy_coef * entropy
-        parts = {"policy_loss": policy.loss, "entropy": entropy, "clip_fraction": policy.clip_fraction,
-                 "approx_kl": policy.approx_kl}  # fmt: skip
-        if c.kl_in_loss and self.reference is not None:
-            kl = kl_estimate(said.logprobs, part.ref_logprobs, kind=c.kl_estimator, action_mask=mask)
-            parts["kl_loss"] = masked_mean(kl, mask, denominator=denominator)
-            loss = loss + self.kl_coef * parts["kl_loss"]
-        if said.values is not None:
-            value = value_loss(
-                said.values, part.values, part.returns, mask, value_clip_eps=c.value_clip_eps, denominator=num_tokens
-            )
-            parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-            loss = loss + c.value_coef * value.loss
-        statistics.add(parts, policy.ratio_min, policy.ratio_max)
-        return loss
 
     @torch.no_grad()
     @beartype

@@ -9,9 +9,7 @@ from beartype import BeartypeConf, beartype
 from palm_rlhf.policy.rollout import Sampling
 from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.optimization import Precision
-
-CRITIC_FIELDS = ("critic_learning_rate", "value_clip_eps", "value_coef", "gamma", "gae_lambda", "whiten_advantages",
-                 "critic_lora_r")  # fmt: skip
+from palm_rlhf.training.rlhf.config_checks import check_config
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -175,51 +173,18 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
-                              "minibatch_size", "epochs", "learning_rate", "eps", "clip_eps", "kl_horizon",
-                              "sample_every", "samples_kept")  # fmt: skip
-        self._expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef",
-                                  "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
-        for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
-                     "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "eos_token"):  # fmt: skip
-            value, least = getattr(self, name), 0 if name == "eos_token" else 1e-12
-            self._expect(name, value is None or value >= least, "None or a number above 0")
-        for name in ("gamma", "gae_lambda", "min_lr_ratio"):
-            self._expect(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        self._expect("kl_coef", self.kl_coef is None or self.kl_coef >= 0, "None or 0 or more")
-        self._expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
-        self._expect("top_p", self.top_p is None or 0 < self.top_p <= 1, "None or a number above 0, up to 1")
-        if self.max_seq_len is None:
-            self._expect("max_new_tokens", self.max_new_tokens is not None, "a number where max_seq_len is None")
-        if self.algorithm != "ppo":
-            self._expect("num_samples", self.num_samples > 1, f"at least 2, for {self.algorithm} compares responses")
-            self._expect("shared_trunk", not self.shared_trunk, f"False, for {self.algorithm} has no critic")
-            self._expect_default(f"for {self.algorithm} has no critic", *CRITIC_FIELDS)
-        self._expect("rollouts_per_step", self.rollouts_per_step % self.num_samples == 0,
-                     f"a multiple of num_samples, {self.num_samples}")  # fmt: skip
-        if self.kl_target is not None:
-            self._expect("kl_target", self.initial_kl_coef > 0, "None where kl_coef is 0, which nothing can steer")
-            self._expect("kl_horizon", self.kl_horizon > self.rollouts_per_step / 5,
-                         f"more than a fifth of rollouts_per_step, {self.rollouts_per_step}")  # fmt: skip
-        else:
-            self._expect_default("where kl_target is None", "kl_horizon")
-        if not self.kl_in_loss:
-            self._expect_default("where the KL is in the reward, or give kl_penalty='loss'", "kl_estimator")
-        if self.grpo_variant != "grpo":
-            self._expect("grpo_variant", self.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
-        if self.rloo_ratio != "sequence":
-            self._expect("rloo_ratio", self.algorithm == "rloo", "'sequence' where the algorithm is not rloo")
+        check_config(self)
 
-    def _expect_default(self, why: str, *names: str) -> None:
+    def expect_default(self, why: str, *names: str) -> None:
         """A setting that would reach nothing is refused, where it is not left as it is."""
         for field in fields(self):
             if field.name in names:
-                self._expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
+                self.expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
 
     def check_end(self) -> None:
         """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
         if self.eos_token is None:
-            self._expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
+            self.expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
 
     def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
         """The settings of so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning from human feedback: prompts and a reward in, a better policy out."""

@@ -1,0 +1,47 @@
+"""The rules of the settings of reinforcement learning: a wrong one is refused by name, and so is one without effect."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from palm_rlhf.training.rlhf.config import PPOConfig
+
+CRITIC_FIELDS = ("critic_learning_rate", "value_clip_eps", "value_coef", "gamma", "gae_lambda", "whiten_advantages",
+                 "critic_lora_r")  # fmt: skip
+
+
+def check_config(config: "PPOConfig") -> None:
+    """ValueError for a field out of its range."""
+    config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
+                           "minibatch_size", "epochs", "learning_rate", "eps", "clip_eps", "kl_horizon",
+                           "sample_every", "samples_kept")  # fmt: skip
+    config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef",
+                               "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
+    for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
+                 "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "eos_token"):  # fmt: skip
+        value, least = getattr(config, name), 0 if name == "eos_token" else 1e-12
+        config.expect(name, value is None or value >= least, "None or a number above 0")
+    for name in ("gamma", "gae_lambda", "min_lr_ratio"):
+        config.expect(name, 0 <= getattr(config, name) <= 1, "0 to 1")
+    config.expect("kl_coef", config.kl_coef is None or config.kl_coef >= 0, "None or 0 or more")
+    config.expect("betas", all(0 <= beta < 1 for beta in config.betas), "two numbers from 0 to below 1")
+    config.expect("top_p", config.top_p is None or 0 < config.top_p <= 1, "None or a number above 0, up to 1")
+    if config.max_seq_len is None:
+        config.expect("max_new_tokens", config.max_new_tokens is not None, "a number where max_seq_len is None")
+    if config.algorithm != "ppo":
+        config.expect("num_samples", config.num_samples > 1, f"at least 2, for {config.algorithm} compares responses")
+        config.expect("shared_trunk", not config.shared_trunk, f"False, for {config.algorithm} has no critic")
+        config.expect_default(f"for {config.algorithm} has no critic", *CRITIC_FIELDS)
+    config.expect("rollouts_per_step", config.rollouts_per_step % config.num_samples == 0,
+                  f"a multiple of num_samples, {config.num_samples}")  # fmt: skip
+    if config.kl_target is not None:
+        config.expect("kl_target", config.initial_kl_coef > 0, "None where kl_coef is 0, which nothing can steer")
+        config.expect("kl_horizon", config.kl_horizon > config.rollouts_per_step / 5,
+                      f"more than a fifth of rollouts_per_step, {config.rollouts_per_step}")  # fmt: skip
+    else:
+        config.expect_default("where kl_target is None", "kl_horizon")
+    if not config.kl_in_loss:
+        config.expect_default("where the KL is in the reward, or give kl_penalty='loss'", "kl_estimator")
+    if config.grpo_variant != "grpo":
+        config.expect("grpo_variant", config.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
+    if config.rloo_ratio != "sequence":
+        config.expect("rloo_ratio", config.algorithm == "rloo", "'sequence' where the algorithm is not rloo")
