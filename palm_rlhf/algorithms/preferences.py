@@ -19,6 +19,13 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
+class UnpairedLoss(NamedTuple):
+    """The loss, and with no gradient the rewards that the policy implies, `b`."""
+
+    loss: Tensor
+    rewards: Tensor
+
+
 @beartype
 def bradley_terry_loss(
     chosen: Tensor,
@@ -111,3 +118,86 @@ def dpo_loss(
     else:
         losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return PreferenceLoss(masked_mean(losses, denominator=denominator), *(reward.detach() for reward in rewards))
+
+
+@beartype
+def kto_baseline(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The KL to the reference that KTO's rewards are measured from: its estimate, at least 0, without a gradient.
+
+    The log-probabilities are of prompts with responses to other prompts (Ethayarajh et al. 2024, section 4.1).
+
+    both: `b`, summed over tokens -> scalar, nats
+    """
+    logprobs, ref_logprobs = kept(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return masked_mean(logprobs - ref_logprobs).clamp(min=0).detach()
+
+
+@beartype
+def kto_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    desirable: Tensor,
+    *,
+    baseline: Tensor,
+    beta: Number,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    denominator: Denominator = None,
+) -> UnpairedLoss:
+    """Mean of `weight * (1 - sigmoid(reward - beta * baseline))`, for undesirable responses of the negative margin.
+
+    KTO (Ethayarajh et al. 2024, section 4.1): the reward is `beta * (logprob - ref_logprob)`, the baseline that of
+    `kto_baseline` over the whole optimiser step. At the reference each response costs half of its weight.
+
+    all: `b`, log-probabilities of responses, summed over tokens; desirable: `b` bool; baseline: scalar -> scalar, `b`
+    """
+    if beta <= 0 or desirable.dtype != torch.bool or baseline.ndim:
+        raise ValueError(
+            f"got beta={beta}, desirable of {desirable.dtype} and a baseline of shape {tuple(baseline.shape)}; "
+            "expected a beta above 0, bool, and a scalar"
+        )
+    logprobs, ref_logprobs, label = kept(logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
+    rewards = beta * (logprobs - ref_logprobs)
+    losses = torch.sigmoid((1 - 2 * label) * (rewards - beta * baseline.detach()))
+    losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
+    return UnpairedLoss(masked_mean(losses, denominator=denominator), rewards.detach())
+
+
+@beartype
+def simpo_loss(
+    chosen: Tensor, rejected: Tensor, *, beta: Number, gamma: Number, denominator: Denominator = None
+) -> PreferenceLoss:
+    """Bradley-Terry with the margin `gamma` over the rewards `beta * logprob`, without a reference.
+
+    SimPO (Meng et al. 2024, equation 6).
+
+    both: `b`, log-probabilities of responses, means over tokens -> scalar, and `b`
+    """
+    if beta <= 0:
+        raise ValueError(f"got beta={beta}; expected a number above 0")
+    chosen, rejected = (beta * logprobs for logprobs in kept(chosen=chosen, rejected=rejected))
+    losses = -F.logsigmoid(chosen - rejected - gamma)
+    return PreferenceLoss(masked_mean(losses, denominator=denominator), chosen.detach(), rejected.detach())
+
+
+@beartype
+def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: Number, denominator: Denominator = None) -> PreferenceLoss:
+    """Mean of `-chosen - beta * log sigmoid(log odds of the chosen - those of the rejected)`, without a reference.
+
+    ORPO (Hong et al. 2024, equations 4 to 7; beta is its lambda): the first term is the loss of fine-tuning, the odds
+    are `p / (1 - p)` of the geometric mean of a response's probabilities. The rewards are the log odds.
+
+    both: `b`, log-probabilities of responses, means over tokens -> scalar, and `b`
+    """
+    if beta <= 0:
+        raise ValueError(f"got beta={beta}; expected a number above 0")
+    chosen, rejected = kept(chosen=chosen, rejected=rejected)
+    odds = _log_odds(chosen), _log_odds(rejected)
+    losses = -chosen - beta * F.logsigmoid(odds[0] - odds[1])
+    return PreferenceLoss(masked_mean(losses, denominator=denominator), *(side.detach() for side in odds))
+
+
+def _log_odds(logprobs: Tensor) -> Tensor:
+    """log(p / (1 - p)); a p that rounds to 1 counts as the largest number below it, so that gradients are finite."""
+    logprobs = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
+    return logprobs - (-torch.expm1(logprobs)).log()

@@ -10,8 +10,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
 from palm_rlhf.commands.records import preferences_of, read, split
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
-from palm_rlhf.training.preference import SCOPE, PreferenceTrainer
+from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
+from palm_rlhf.training.preference_learner import SCOPE
 
 
 @beartype

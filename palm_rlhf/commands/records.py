@@ -17,7 +17,7 @@ from palm_rlhf.data.preferences import fit_rankings
 from palm_rlhf.data.records import Record, is_held_out
 from palm_rlhf.data.splitting import fit_context
 from palm_rlhf.training.examples import Example
-from palm_rlhf.training.preference import Preference
+from palm_rlhf.training.preference_data import Preference
 from palm_rlhf.training.rankings import Ranking
 from palm_rlhf.training.rlhf.prompts import read_lines
 

@@ -3,8 +3,9 @@
 from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.examples import Example
 from palm_rlhf.training.language_model import LanguageModelTrainer
-from palm_rlhf.training.preference import Preference, PreferenceTrainer
+from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
+from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.rankings import Ranking, Rating
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
@@ -28,4 +29,5 @@ __all__ = [
     "RewardModelTrainer",
     "SupervisedConfig",
     "SupervisedTrainer",
+    "UnpairedPreference",
 ]

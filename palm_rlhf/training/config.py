@@ -1,6 +1,6 @@
 """The settings of a run, and of language-model training; the command line's help is made of the texts below them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
@@ -61,6 +61,12 @@ class RunConfig:
         """ValueError for a field below 0."""
         for name in names:
             self.expect(name, getattr(self, name) >= 0, "0 or more")
+
+    def expect_default(self, why: str, *names: str) -> None:
+        """A setting that would reach nothing is refused, where it is not left as it is."""
+        for field in fields(self):
+            if field.name in names:
+                self.expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))

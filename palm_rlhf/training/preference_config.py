@@ -7,6 +7,17 @@ from beartype import BeartypeConf, beartype
 
 from palm_rlhf.training.config import RunConfig
 
+# Which losses a setting reaches: it is refused with all others.
+LOSSES_WITH = {
+    "beta": ("sigmoid", "ipo", "kto", "orpo"),
+    "label_smoothing": ("sigmoid",),
+    "nll_coef": ("sigmoid", "ipo", "simpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "simpo_beta": ("simpo",),
+    "simpo_gamma": ("simpo",),
+}
+
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
@@ -18,20 +29,41 @@ class PreferenceConfig(RunConfig):
 
     # precision is among them because what the reference gives the pairs is in the checkpoint
     fixed: ClassVar[tuple[str, ...]] = (
-        *RunConfig.fixed, "loss", "beta", "label_smoothing", "lora_r", "lora_alpha", "precision"
+        *RunConfig.fixed, "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight", "undesirable_weight",
+        "simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"
     )  # fmt: skip
 
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid is DPO (arXiv:2305.18290); ipo (arXiv:2310.12036), on means over tokens, does not push without limit."""
+    loss: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = "sigmoid"
+    """sigmoid is DPO (arXiv:2305.18290); ipo (arXiv:2310.12036), on means over tokens, does not push without limit; kto
+    (arXiv:2402.01306) learns from single responses, each labelled desirable or not; simpo (arXiv:2405.14734), on means
+    over tokens, and orpo (arXiv:2403.07691), which fine-tunes on the chosen responses as well, have no reference."""
 
     beta: float = 0.1
-    """How strongly the policy is held to the reference; for ipo, its tau."""
+    """How strongly the policy is held to the reference; for ipo, its tau; for orpo, its lambda, the weight of the odds
+    ratio; not for simpo."""
 
     label_smoothing: float = 0.0
     """The share of pairs taken to be labelled the wrong way round (conservative DPO); with sigmoid only."""
 
+    nll_coef: float = 0.0
+    """Weight of the chosen responses' negative log-likelihood, a mean over tokens, then pairs, beside the loss sigmoid,
+    ipo or simpo: 1 in arXiv:2404.19733, 0.2 in Llama 3 (arXiv:2407.21783)."""
+
+    desirable_weight: float = 1.0
+    """Weight of kto's desirable responses; of two classes of unlike size, the rare one is given more."""
+
+    undesirable_weight: float = 1.0
+    """Weight of kto's undesirable responses."""
+
+    simpo_beta: float = 2.0
+    """What simpo's rewards are the mean log-probability times of; the paper has 2 to 2.5."""
+
+    simpo_gamma: float = 1.0
+    """Margin by which simpo's reward of the chosen is to be ahead; the paper has 0.3 to 1.6."""
+
     batch_size: int = 8
-    """Pairs in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""
+    """Pairs in one forward of one process; a step sees batch_size * grad_accum * (number of processes). For kto, single
+    responses; their KL to the reference is estimated over the whole step."""
 
     grad_accum: int = 8
     """Forwards and backwards of one process whose gradients make one optimiser step."""
@@ -72,10 +104,27 @@ class PreferenceConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.expect_positive("beta", "batch_size", "grad_accum", "num_epochs", "learning_rate", "eps", "eval_every")
-        self.expect_not_negative("warmup_steps", "weight_decay", "lora_r")
+        self.expect_positive("desirable_weight", "undesirable_weight", "simpo_beta")
+        self.expect_not_negative("warmup_steps", "weight_decay", "lora_r", "nll_coef", "simpo_gamma")
         self.expect("max_seq_len", self.max_seq_len >= 2, "at least 2, one of the prompt and one of the response")
         self.expect("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 to below 0.5")
-        self.expect("label_smoothing", self.loss == "sigmoid" or self.label_smoothing == 0, "0 with the loss ipo")
+        inert = [name for name, losses in LOSSES_WITH.items() if self.loss not in losses]
+        self.expect_default(f"with the loss {self.loss}, which it does not reach", *inert)
         self.expect("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "None or a number above 0")
         self.expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
         self.expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the loss compares two responses to a prompt."""
+        return self.loss != "kto"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss holds the policy to a reference."""
+        return self.loss not in ("simpo", "orpo")
+
+    @property
+    def has_nll(self) -> bool:
+        """Whether the negative log-likelihood of the chosen responses is a term of the loss."""
+        return self.loss == "orpo" or self.nll_coef > 0

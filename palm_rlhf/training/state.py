@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 @beartype
 def require_same(checkpoint: Path, there: Mapping[str, Any], config: RunConfig) -> None:
-    """ValueError where a run would go on from a checkpoint with other values of the fixed fields of its config."""
+    """ValueError where a run would go on from a checkpoint with other values of the fixed fields of its config.
+
+    A field that the checkpoint is older than had its default.
+    """
     here = {name: getattr(config, name) for name in config.fixed}
+    there = {**{field.name: field.default for field in fields(config)}, **there}
     if changed := [name for name in config.fixed if there[name] != here[name]]:
         got, expected = ([f"{name}={values[name]}" for name in changed] for values in (here, there))
         raise ValueError(f"this run has {got}, {checkpoint} has {expected}: resume with what the run keeps")

@@ -18,7 +18,7 @@ from palm_rlhf.model.interop.cohere import to_cohere_tensors
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer, Ranking
-from palm_rlhf.training import preference as preference_module
+from palm_rlhf.training import preference_objective as preference_module
 from palm_rlhf.training import reward as reward_module
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.metrics import read_metrics
-from palm_rlhf.training.preference import Preference, PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.state import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ RUN = """
 import os, signal, sys
 import numpy as np, torch
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.training.preference import Preference, PreferenceConfig, PreferenceTrainer
+from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
 
 def pairs(count, seed):
     generator = np.random.default_rng(seed)
@@ -161,7 +161,7 @@ LONG = Preference(torch.tensor([1]), torch.tensor([2, 3, 4, 5]), torch.tensor([2
         ({"train_data": changed(LONG, prompt=torch.tensor([[1]]))}, r"of train_data\[3\] has the shape \(1, 1\)"),
         ({"palm": PaLM(num_tokens=12, dim=16, depth=1, causal=False)}, "palm has causal=False"),
         ({"reference": PaLM(num_tokens=12, dim=16, depth=1, causal=False)}, "reference has causal=False"),
-        ({"reference": PaLM(num_tokens=13, dim=16, depth=1)}, "reference has num_tokens=13, expected 12"),
+        ({"reference": PaLM(num_tokens=13, dim=16, depth=1)}, "reference has num_tokens=13; expected 12"),
         ({"resume": True}, "resume=True without output_dir"),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_policy_or_reference_is_refused():
     with pytest.raises(ValueError, match="reference is the palm to be trained: leave it out"):
         make_trainer(None, palm=palm, reference=palm)
     palm.add_finetune_params("sft", 2)
-    with pytest.raises(ValueError, match=r"LoRA scopes \['sft'\], expected none: merge them"):
+    with pytest.raises(ValueError, match=r"LoRA scopes \['sft'\]; expected none: merge them"):
         make_trainer(None, palm=palm)
     with pytest.raises(ValueError, match="train_data is empty"):
         PreferenceTrainer(PaLM(num_tokens=12, dim=16, depth=1), train_data=[])
@@ -195,7 +195,7 @@ def test_evaluation_needs_data_and_a_reference():
     [
         ({"beta": 0.0}, "beta is 0.0, expected a number above 0"),
         ({"label_smoothing": 0.6}, "label_smoothing is 0.6, expected 0 to below 0.5"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "expected 0 with the loss ipo"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "expected 0.0, with the loss ipo"),
         ({"max_seq_len": 1}, "max_seq_len is 1, expected at least 2"),
         ({"lora_r": -1}, "lora_r is -1"),
         ({"lora_r": 2, "lora_alpha": 0.0}, "lora_alpha is 0.0, expected None or a number above 0"),

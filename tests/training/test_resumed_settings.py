@@ -23,6 +23,7 @@ from palm_rlhf.training import (
     RLHFTrainer,
     SupervisedConfig,
     SupervisedTrainer,
+    UnpairedPreference,
 )
 from palm_rlhf.training.examples import Example
 
@@ -37,7 +38,10 @@ REFUSED = {
     LMConfig: {"seed", "optimizer", "seq_len"},
     SupervisedConfig: {"seed", "lora_r", "lora_alpha", "lora_embeddings"},
     RewardConfig: {"seed", "loss", "centering", "max_seq_len"},
-    PreferenceConfig: {"seed", "loss", "beta", "label_smoothing", "lora_r", "lora_alpha", "precision"},
+    PreferenceConfig: {
+        *("seed", "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight", "undesirable_weight"),
+        *("simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"),
+    },
     PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk"},
 }
 START = {
@@ -77,6 +81,10 @@ NEEDED = {
     (PPOConfig, "rloo_ratio"): {**GROUPS, "algorithm": "rloo"},
     (PPOConfig, "kl_horizon"): {**ROLLOUTS, "kl_target": 2.0},
     (RewardConfig, "centering"): {**SMALL, "loss": "ranking"},
+    (PreferenceConfig, "desirable_weight"): {**SMALL, "loss": "kto"},
+    (PreferenceConfig, "undesirable_weight"): {**SMALL, "loss": "kto"},
+    (PreferenceConfig, "simpo_beta"): {**SMALL, "loss": "simpo"},
+    (PreferenceConfig, "simpo_gamma"): {**SMALL, "loss": "simpo"},
 }
 
 
@@ -115,6 +123,9 @@ def make(config, folder=None, resume=False):
         return SupervisedTrainer(palm(), train_data=[Example(p, torch.ones(len(p))) for p in prompts], **run)
     if isinstance(config, RewardConfig):
         return RewardModelTrainer(RewardModel(palm()), train_data=[Ranking(p, (c, r)) for p, c, r in triples], **run)
+    if isinstance(config, PreferenceConfig) and config.loss == "kto":
+        liked = [UnpairedPreference(p, c, index % 2 == 0) for index, (p, c, _) in enumerate(triples)]
+        return PreferenceTrainer(palm(), train_data=liked, **run)
     if isinstance(config, PreferenceConfig):
         return PreferenceTrainer(palm(), train_data=[Preference(*triple) for triple in triples], **run)
     return RLHFTrainer(palm=palm(), reward_model=evens, prompt_token_ids=prompts, **run)
@@ -231,3 +242,14 @@ def test_a_run_with_a_reference_may_leave_it(tmp_path):
     next(make(PPOConfig(**ROLLOUTS), tmp_path).steps())
     resumed = make(PPOConfig(**{**ROLLOUTS, "kl_coef": 0.0}), tmp_path, resume=True)
     assert resumed.reference is None and "kl" not in next(resumed.steps())
+
+
+def test_a_checkpoint_that_is_older_than_a_field_had_its_default(tmp_path):
+    next(make(PreferenceConfig(**SMALL), tmp_path).steps())
+    file = tmp_path / "checkpoints/step_00000001/state.json"
+    state = json.loads(file.read_text())
+    del state["config"]["nll_coef"]
+    file.write_text(json.dumps(state))
+    assert make(PreferenceConfig(**SMALL), tmp_path, resume=True).step == 1
+    with pytest.raises(ValueError, match=r"this run has \['nll_coef=0\.2'\], .* has \['nll_coef=0\.0'\]"):
+        make(PreferenceConfig(**SMALL, nll_coef=0.2), tmp_path, resume=True)

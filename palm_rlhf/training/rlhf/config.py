@@ -1,7 +1,7 @@
 """The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
@@ -174,12 +174,6 @@ class PPOConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_config(self)
-
-    def expect_default(self, why: str, *names: str) -> None:
-        """A setting that would reach nothing is refused, where it is not left as it is."""
-        for field in fields(self):
-            if field.name in names:
-                self.expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
 
     def check_end(self) -> None:
         """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
