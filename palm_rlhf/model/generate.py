@@ -34,7 +34,7 @@ def generate(
     seq_len: int | None = None,
     prompt: Tensor | list[Tensor] | None = None,
     *,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | Tensor | None = None,
     temperature: float | int = 1.0,
     top_k: int | None = None,
     top_p: float | int | None = None,
@@ -52,7 +52,7 @@ def generate(
 
     Args:
         seq_len: length to reach, in tokens, the prompt included; or else
-        max_new_tokens: length to add.
+        max_new_tokens: length to add, one for all prompts, or `b` for each its own.
         prompt: `n`, `b n`, or a list of 1-d tensors of different lengths; None starts at a random token.
         temperature: divides the logits; 0 is greedy.
         top_k, top_p, min_p: see `palm_rlhf.ops.sampling`.
@@ -114,7 +114,7 @@ def stream(
     prompt: Tensor | list[Tensor] | Prompts | None = None,
     *,
     seq_len: int | None = None,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | Tensor | None = None,
     temperature: float | int = 1.0,
     top_k: int | None = None,
     top_p: float | int | None = None,
@@ -265,14 +265,18 @@ def check_allowed_tokens(allowed_tokens: Tensor | None, num_tokens: int) -> None
         raise ValueError("allowed_tokens is False everywhere; expected at least one token that may be sampled")
 
 
-def new_token_limits(prompts: Prompts, seq_len: int | None, max_new_tokens: int | None) -> Tensor:
+def new_token_limits(prompts: Prompts, seq_len: int | None, max_new_tokens: int | Tensor | None) -> Tensor:
     """How many tokens each prompt may be given: `b`."""
     if (seq_len is None) == (max_new_tokens is None):
         raise ValueError(f"got seq_len={seq_len} and max_new_tokens={max_new_tokens}; expected exactly one of them")
     if max_new_tokens is not None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        return torch.full_like(prompts.lengths, max_new_tokens)
+        limits = torch.as_tensor(max_new_tokens, device=prompts.lengths.device)
+        if limits.shape not in ((), prompts.lengths.shape) or limits.min() < 1:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; expected at least 1, as one number or for each of the "
+                f"{len(prompts.lengths)} prompts"
+            )
+        return limits.expand_as(prompts.lengths)
     longest = int(prompts.lengths.max())
     if seq_len <= longest:
         raise ValueError(

@@ -9,9 +9,11 @@ from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..model.generate import new_token_limits, read_prompts
 from ..model.palm import PaLM
 from .reward import RewardModel
 from .sequences import Sequences, join
+from .turns import Conversation, Message, Turns
 
 Reward = RewardModel | Callable[[Sequence, Sequence], Sequence[float | int | None]]
 LARGEST = torch.finfo(torch.float32).max  # what a score can be
@@ -50,8 +52,9 @@ class Rollout:
     """Responses to prompts, those to one prompt next to each other."""
 
     sequences: Sequences
-    logprobs: Tensor  # b t, of each action under the distribution that it was drawn from; 0 after the end
-    truncated: Tensor  # b, True where an EOS was looked for and the room ended first
+    logprobs: Tensor  # b t, of each action under the distribution that it was drawn from; 0 where there is none
+    truncated: Tensor  # b, True where an EOS was looked for and the room ended first, or a conversation was cut off
+    messages: list[list[Message]] | None = None  # of each conversation, where an environment answered
 
 
 @torch.no_grad()
@@ -65,35 +68,61 @@ def collect(
     batch_size: int = 64,
     finetune_scope: str | None = None,
     generator: torch.Generator | None = None,
+    turns: Turns | None = None,
 ) -> Rollout:
     """Draw `num_samples` responses to each prompt (1-d tensors of any lengths), up to `batch_size` rows at once.
 
     Every token is read once, through the cache; the responses to one prompt are drawn together, however many. What is
-    kept does not grow with the vocabulary.
+    kept does not grow with the vocabulary. With `turns` a response is all that follows the prompt in a conversation
+    with an environment, whose every turn reads what came before anew; the room is that of the whole response.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"got num_samples={num_samples} and batch_size={batch_size}; expected at least 1 of each")
-    responses, logprobs = [], []
-    at_once = max(batch_size // num_samples, 1)
-    for first in range(0, len(prompts), at_once):
-        said, recorded = palm.generate(
-            sampling.max_seq_len,
-            list(prompts[first : first + at_once]),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token=sampling.eos_token,
-            num_samples=num_samples,
-            generator=generator,
-            return_logprobs=True,
-            finetune_scope=finetune_scope,
-            **sampling.truncation,
-        )
-        responses, logprobs = responses + said, logprobs + recorded
+
+    def draw(contexts: Sequence[Tensor], num_samples: int, limits: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        responses, logprobs = [], []
+        at_once = max(batch_size // num_samples, 1)
+        for first in range(0, len(contexts), at_once):
+            rows = slice(first, first + at_once)
+            said, recorded = palm.generate(
+                sampling.max_seq_len if limits is None else None,
+                list(contexts[rows]),
+                max_new_tokens=sampling.max_new_tokens if limits is None else limits[rows],
+                eos_token=sampling.eos_token,
+                num_samples=num_samples,
+                generator=generator,
+                return_logprobs=True,
+                finetune_scope=finetune_scope,
+                **sampling.truncation,
+            )
+            responses, logprobs = responses + said, logprobs + recorded
+        return responses, logprobs
+
+    if turns is not None:
+        rooms = new_token_limits(read_prompts(palm, list(prompts), None), sampling.max_seq_len, sampling.max_new_tokens)
+        options = {"num_samples": num_samples, "eos_token": sampling.eos_token}
+        return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options))
+    responses, logprobs = draw(prompts, num_samples, None)
     repeated = [prompt.to(palm.device) for prompt in prompts for _ in range(num_samples)]
     truncated = [sampling.eos_token is not None and int(row[-1]) != sampling.eos_token for row in responses]
     return Rollout(
         join(repeated, responses),
         pad_sequence(logprobs, batch_first=True),
         torch.tensor(truncated, device=palm.device),
+    )
+
+
+def _rollout_of(conversations: list[Conversation]) -> Rollout:
+    sequences = join(
+        [talk.prompt for talk in conversations],
+        [torch.cat(talk.parts) for talk in conversations],
+        [torch.cat(talk.policy_mask) for talk in conversations],
+    )
+    return Rollout(
+        sequences,
+        pad_sequence([torch.cat(talk.logprobs) for talk in conversations], batch_first=True),
+        torch.tensor([talk.truncated for talk in conversations], device=sequences.tokens.device),
+        [talk.messages for talk in conversations],
     )
 
 
@@ -202,10 +231,12 @@ def best_of_n(
     tokenizer: Any = None,
     finetune_scope: str | None = None,
     generator: torch.Generator | None = None,
+    turns: Turns | None = None,
 ) -> Tensor:
     """The response of highest score among `num_samples`: prompt `n` -> `t`, its EOS included.
 
-    ValueError where the reward can say of none.
+    With `turns` it is all that follows the prompt, an environment's replies included. ValueError where the reward can
+    say of none.
     """
     rollout = collect(
         palm,
@@ -215,10 +246,11 @@ def best_of_n(
         batch_size=num_samples,
         finetune_scope=finetune_scope,
         generator=generator,
+        turns=turns,
     )
     scores, valid = score(reward, rollout.sequences, tokenizer=tokenizer, eos_token=sampling.eos_token)
     if not valid.any():
         raise ValueError(f"the reward returned None for all {num_samples} responses; expected a number for one of them")
     best = int(scores.masked_fill(~valid, -torch.inf).argmax())
     response = rollout.sequences.select(slice(best, best + 1))
-    return response.actions[0, : int(response.response_lengths[0])]
+    return response.tokens[0, int(response.prompt_lengths[0]) :]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from beartype import beartype
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..model.palm import PaLM
 from ..ops.logprobs import token_logprobs
@@ -18,12 +19,14 @@ from ..ops.sampling import truncated_logits
 class Sequences:
     """Rows of a prompt and its response, next to each other, padded on the right.
 
-    A token of a response is an action: what the policy said where the token before it stands.
+    A token of a response is an action: what the policy said where the token before it stands. Where an environment
+    answered between the policy's words, its tokens are part of the response and are read, but are no actions.
     """
 
     tokens: Tensor  # b n
     prompt_lengths: Tensor  # b
     response_lengths: Tensor  # b
+    policy_mask: Tensor | None = None  # b t, False for tokens of the response that an environment wrote; None: nowhere
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,24 +48,29 @@ class Sequences:
 
     @property
     def response_mask(self) -> Tensor:
-        """True for the tokens of the response, in their columns of `tokens`: `b n`."""
-        return self.key_mask & ~self.prompt_mask
+        """True for the actions, in their columns of `tokens`: `b n`."""
+        mask = self.key_mask & ~self.prompt_mask
+        if self.policy_mask is None:
+            return mask
+        steps = (self._columns - self.prompt_lengths.unsqueeze(-1)).clamp(0, self.policy_mask.shape[1] - 1)
+        return mask & self.policy_mask.gather(-1, steps)
 
     @property
     def action_mask(self) -> Tensor:
-        """True for the actions, counted from the first of each row: `b t`."""
-        return self._steps < self.response_lengths.unsqueeze(-1)
+        """True for the actions, counted from the start of each response: `b t`."""
+        mask = self._steps < self.response_lengths.unsqueeze(-1)
+        return mask if self.policy_mask is None else mask & self.policy_mask
 
     @property
     def actions(self) -> Tensor:
-        """The responses, each from column 0; 0 after their end: `b t`."""
+        """The responses, each from column 0; 0 after their end, and where a token is no action: `b t`."""
         actions = self.tokens.gather(-1, self._action_columns)
         return actions.masked_fill(~self.action_mask, 0)
 
     @property
     def num_actions(self) -> int:
         """Actions of all rows together."""
-        return int(self.response_lengths.sum())
+        return int(self.action_mask.sum())
 
     @property
     def _columns(self) -> Tensor:
@@ -85,16 +93,24 @@ class Sequences:
     def select(self, rows: Tensor | slice) -> "Sequences":
         """Some of the rows, without the columns that only the others need."""
         prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
-        return Sequences(self.tokens[rows][:, : int((prompts + responses).max())], prompts, responses)
+        tokens = self.tokens[rows][:, : int((prompts + responses).max())]
+        mask = None if self.policy_mask is None else self.policy_mask[rows][:, : int(responses.max())]
+        return Sequences(tokens, prompts, responses, mask)
 
     def to(self, device: torch.device | str) -> "Sequences":
         """The same rows on another device."""
-        return Sequences(*(t.to(device) for t in (self.tokens, self.prompt_lengths, self.response_lengths)))
+        mask = None if self.policy_mask is None else self.policy_mask.to(device)
+        return Sequences(*(t.to(device) for t in (self.tokens, self.prompt_lengths, self.response_lengths)), mask)
 
 
 @beartype
-def join(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sequences:
-    """Lay out prompts and responses, 1-d tensors of any lengths above 0, one pair a row."""
+def join(
+    prompts: Sequence[Tensor], responses: Sequence[Tensor], policy_masks: Sequence[Tensor] | None = None
+) -> Sequences:
+    """Lay out prompts and responses, 1-d tensors of any lengths above 0, one pair a row.
+
+    `policy_masks` are True for the tokens of each response that the policy said; None: it said all of them.
+    """
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(f"got {len(prompts)} prompts and {len(responses)} responses; expected as many, at least one")
     for kind, rows in (("prompt", prompts), ("response", responses)):
@@ -103,12 +119,15 @@ def join(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Sequences:
                 raise ValueError(
                     f"{kind} {index} has the shape {tuple(row.shape)}; expected a 1-d tensor of at least one token"
                 )
+    if policy_masks is not None and [len(mask) for mask in policy_masks] != [len(row) for row in responses]:
+        raise ValueError("got policy_masks of other lengths than the responses; expected one entry for each token")
     rows = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     device = rows[0].device
     prompt_lengths, response_lengths = (
         torch.tensor([len(row) for row in part], device=device) for part in (prompts, responses)
     )
-    return Sequences(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), prompt_lengths, response_lengths)
+    mask = None if policy_masks is None else pad_sequence([mask.to(device) for mask in policy_masks], batch_first=True)
+    return Sequences(pad_sequence(rows, batch_first=True), prompt_lengths, response_lengths, mask)
 
 
 class ActionLogprobs(NamedTuple):

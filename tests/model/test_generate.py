@@ -195,11 +195,18 @@ def test_a_tensor_gives_a_tensor_without_the_prompt(prompt, num_samples, shape, 
 
 def test_a_list_gives_a_list_of_rows():
     rows = prompts_of(2, 5, 3)
-    for length, expected in ({"max_new_tokens": 4}, [4] * 6), ({"seq_len": 7}, [5, 5, 2, 2, 4, 4]):
+    for length, expected in (
+        ({"max_new_tokens": 4}, [4] * 6),
+        ({"seq_len": 7}, [5, 5, 2, 2, 4, 4]),
+        ({"max_new_tokens": torch.tensor([3, 1, 5])}, [3, 3, 1, 1, 5, 5]),
+    ):
         tokens, logprobs = palm_of().generate(prompt=rows, num_samples=2, return_logprobs=True, **length)
         assert isinstance(tokens, list) and isinstance(logprobs, list)
         assert [row.shape for row in tokens] == [row.shape for row in logprobs] == [(n,) for n in expected]
-        assert isinstance(palm_of().generate(prompt=rows, **length), list)
+        greedy = palm_of().generate(prompt=rows, **GREEDY, **length)
+        assert [row.tolist() for row in greedy] == [
+            slowly(palm_of(), row, n) for row, n in zip(rows, expected[::2], strict=True)
+        ]
     (alone,) = palm_of().generate(prompt=rows[:1], max_new_tokens=4)
     assert alone.shape == (4,)
 

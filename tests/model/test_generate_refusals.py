@@ -33,6 +33,8 @@ BAD = [
     ({"seq_len": 9}, "got seq_len=9 and max_new_tokens=2; expected exactly one"),
     ({"max_new_tokens": None}, "got seq_len=None and max_new_tokens=None; expected exactly one"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+    ({"max_new_tokens": torch.tensor([0])}, r"max_new_tokens is tensor\(\[0\]\); expected at least 1"),
+    ({"max_new_tokens": torch.tensor([1, 2])}, "expected at least 1, as one number or for each of the 1 prompts"),
     ({"max_new_tokens": None, "seq_len": 3}, "seq_len=3 counts the prompt, which has 3 tokens already"),
     ({"max_new_tokens": None, "seq_len": 0, "prompt": None}, "seq_len=0 counts the prompt"),
     ({"temperature": -0.1}, "temperature is -0.1; expected 0 .greedy. or more"),

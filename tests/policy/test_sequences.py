@@ -86,9 +86,59 @@ def test_selected_rows_are_what_joining_them_alone_gives(rows, data):
         assert torch.equal(selected.actions, alone.actions)
 
 
+# A response in which an environment answered: True where the policy said a token.
+TALKS = st.lists(
+    st.tuples(TOKENS, st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def joined_talks(talks) -> Sequences:
+    prompts, responses = zip(*talks, strict=True)
+    tokens, masks = ([torch.tensor([pair[part] for pair in row]) for row in responses] for part in (0, 1))
+    return join([torch.tensor(prompt) for prompt in prompts], tokens, masks)
+
+
+@given(TALKS)
+def test_what_an_environment_wrote_is_read_but_is_no_action(talks):
+    sequences = joined_talks(talks)
+    plain = joined([(prompt, [token for token, _ in response]) for prompt, response in talks])
+    for name in ("tokens", "prompt_lengths", "response_lengths", "lengths", "key_mask", "prompt_mask"):
+        assert torch.equal(getattr(sequences, name), getattr(plain, name))
+    assert sequences.num_actions == sum(said for _, response in talks for _, said in response)
+    assert sequences.action_mask.tolist() == padded([[said for _, said in response] for _, response in talks], False)
+    actions = [[token if said else 0 for token, said in response] for _, response in talks]
+    assert sequences.actions.tolist() == padded(actions, 0)
+    columns = [[False] * len(prompt) + [said for _, said in response] for prompt, response in talks]
+    assert sequences.response_mask.tolist() == padded(columns, False)
+    for row, (prompt, response) in enumerate(talks):  # what is read stays, an environment's words too
+        read = (prompt[-1:] + [token for token, _ in response])[:-1]
+        assert sequences.before_actions(sequences.tokens)[row, : len(read)].tolist() == read
+
+
+@given(TALKS, st.data())
+def test_selected_conversations_are_what_joining_them_alone_gives(talks, data):
+    chosen = data.draw(st.lists(st.integers(0, len(talks) - 1), min_size=1, max_size=6))
+    first = data.draw(st.integers(0, len(talks) - 1))
+    for index, kept in (
+        (torch.tensor(chosen), [talks[index] for index in chosen]),
+        (slice(first, first + 2), talks[first : first + 2]),
+    ):
+        selected, alone = joined_talks(talks).select(index), joined_talks(kept)
+        for name in ("tokens", "policy_mask", "action_mask", "response_mask", "actions"):
+            assert torch.equal(getattr(selected, name), getattr(alone, name))
+
+
 def test_all_parts_move_to_a_device():
-    moved = joined([([1], [2, 3])]).to("meta")
-    assert {part.device.type for part in (moved.tokens, moved.prompt_lengths, moved.response_lengths)} == {"meta"}
+    moved = joined_talks([([1], [(2, True), (3, False)])]).to("meta")
+    parts = (moved.tokens, moved.prompt_lengths, moved.response_lengths, moved.policy_mask)
+    assert {part.device.type for part in parts} == {"meta"}
+
+
+def test_a_mask_of_other_lengths_than_the_responses_is_refused():
+    with pytest.raises(ValueError, match="policy_masks of other lengths than the responses"):
+        join([torch.tensor([1])], [torch.tensor([2, 3])], [torch.tensor([True])])
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ OTHERS = {
     "lora_alpha": 3.0,
     "max_seconds": 600.0,
     "max_seq_len": 9,
+    "max_turn_tokens": 2,
     "top_k": 4,
     "top_p": 0.9,
     "micro_batch_size": 2,
@@ -128,6 +129,8 @@ def make(config, folder=None, resume=False):
         return PreferenceTrainer(palm(), train_data=liked, **run)
     if isinstance(config, PreferenceConfig):
         return PreferenceTrainer(palm(), train_data=[Preference(*triple) for triple in triples], **run)
+    if config.max_turns != 8 or config.max_turn_tokens is not None:  # which have a meaning where somebody answers
+        run["environment"] = lambda messages: None
     return RLHFTrainer(palm=palm(), reward_model=evens, prompt_token_ids=prompts, **run)
 
 

@@ -39,13 +39,19 @@ class PPOConfig(RunConfig):
     """Responses that one process draws at once."""
 
     max_new_tokens: int | None = 64
-    """Longest response, in tokens."""
+    """Longest response, in tokens; an environment's replies count."""
 
     max_seq_len: int | None = None
     """Longest prompt and response together, in tokens; where it is given, max_new_tokens does not count."""
 
     temperature: float = 1.0
     """Divides the logits, in sampling and wherever probabilities are compared."""
+
+    max_turns: int = 8
+    """Most turns of the policy in a conversation with an environment; one that would go on is cut off, as truncated."""
+
+    max_turn_tokens: int | None = None
+    """Longest turn in such a conversation, in tokens; None: what room the response, replies included, has left."""
 
     top_k: int | None = None
     """Draw from the k likeliest tokens alone."""
@@ -102,7 +108,7 @@ class PPOConfig(RunConfig):
     """Weight of an entropy bonus."""
 
     gamma: float = 1.0
-    """Discount of a reward for each token that it lies ahead."""
+    """Discount of a reward for each action that it lies ahead; an environment's tokens are none."""
 
     gae_lambda: float = 0.95
     """Weight of long returns against the critic's values (arXiv:1506.02438, equation 16)."""
@@ -179,6 +185,11 @@ class PPOConfig(RunConfig):
         """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
         if self.eos_token is None:
             self.expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
+
+    def check_environment(self, environment: Any) -> None:
+        """ValueError for settings of conversations where nobody answers."""
+        if environment is None:
+            self.expect_default("where there is no environment to talk with", "max_turns", "max_turn_tokens")
 
     def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
         """The settings of so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""

@@ -13,11 +13,12 @@ def check_config(config: "PPOConfig") -> None:
     """ValueError for a field out of its range."""
     config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
                            "minibatch_size", "epochs", "learning_rate", "eps", "clip_eps", "kl_horizon",
-                           "sample_every", "samples_kept")  # fmt: skip
+                           "sample_every", "samples_kept", "max_turns")  # fmt: skip
     config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef",
                                "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
     for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
-                 "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "eos_token"):  # fmt: skip
+                 "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens",
+                 "eos_token"):  # fmt: skip
         value, least = getattr(config, name), 0 if name == "eos_token" else 1e-12
         config.expect(name, value is None or value >= least, "None or a number above 0")
     for name in ("gamma", "gae_lambda", "min_lr_ratio"):

@@ -6,8 +6,9 @@ kl                  to the reference, in nats per response: the mean sum of log-
                     where kl_coef is 0 and no reference is given
 kl_coef             weight of that KL in this step
 learning_rate, critic_learning_rate  that the optimiser stepped with
-response_length     tokens of a response, its EOS included
-eos_rate            share of the responses that ended by themselves
+response_length     tokens of a response, its EOS included; of a conversation, those that the policy said
+turns               of the policy in a response; not there without an environment
+eos_rate            share of the responses that ended by themselves; of conversations, that were not cut off
 explained_variance  1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one
 policy_loss, value_loss, kl_loss   terms of the loss, means over the step's optimiser steps, as all below
 entropy             of the sampling distribution, in nats per token
@@ -32,7 +33,6 @@ from torch import Tensor
 
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.rollout import Rollout, Scores, spoken
-from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.metrics import Metrics, read_metrics
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.state import write_text, writing
@@ -110,6 +110,7 @@ def rollout_metrics(
     sums = {
         "responses": torch.tensor(len(rollout.sequences)),
         "truncated": rollout.truncated.sum(),
+        "turns": torch.tensor(sum(said["role"] == "assistant" for talk in rollout.messages or () for said in talk)),
         "tokens": all_actions.sum(),
         "kl": masked_sum(experience.logprobs - experience.ref_logprobs, all_actions),
         "scored": scores.valid.sum(),
@@ -133,6 +134,8 @@ def rollout_metrics(
         "response_length": total["tokens"] / total["responses"],
         "tokens_per_second": total["tokens"] / (time.perf_counter() - started),
     }
+    if rollout.messages is not None:
+        metrics["turns"] = total["turns"] / total["responses"]
     if measures_kl:
         metrics["kl"] = total["kl"] / total["responses"]
     if looks_for_eos:
@@ -159,18 +162,22 @@ class SampleTable:
                 write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     @beartype
-    def write(self, sequences: Sequences, scores: Scores, eos_token: int | None) -> None:
-        """Add the first few responses of the main process: where there is a tokenizer, as texts without the EOS too."""
+    def write(self, rollout: Rollout, scores: Scores, eos_token: int | None) -> None:
+        """Add the first few responses of the main process: where there is a tokenizer, as texts without the EOS too.
+
+        Those of conversations with an environment have their messages beside them.
+        """
         if self.path is None:
             return
         rows = slice(0, self.num_kept)
-        kept = sequences.select(rows)
+        kept = rollout.sequences.select(rows)
         parts = dict(zip(("prompt", "completion"), spoken(kept, self.tokenizer, eos_token), strict=True))
         if self.tokenizer is not None:
             parts |= zip(("prompt_tokens", "completion_tokens"), spoken(kept), strict=True)
+        if rollout.messages is not None:
+            parts["messages"] = rollout.messages[rows]
         numbers = zip(scores.scores[rows].tolist(), scores.valid[rows].tolist(), strict=True)
         with writing(f"the samples in {self.path}"), open(self.path, "a", encoding="utf-8") as file:
             for (score, valid), *row in zip(numbers, *parts.values(), strict=True):
-                said = (part if isinstance(part, str) else part.tolist() for part in row)
-                line = {"step": self.run.step, "score": score if valid else None, **dict(zip(parts, said))}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                line = {"step": self.run.step, "score": score if valid else None, **dict(zip(parts, row))}
+                file.write(json.dumps(line, ensure_ascii=False, default=Tensor.tolist) + "\n")

@@ -18,6 +18,7 @@ from palm_rlhf.policy.actor_critic import ActorCritic, Reference, check_vocabula
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Reward, Rollout, Sampling, Scores, best_of_n, collect, score
 from palm_rlhf.policy.sequences import Sequences
+from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
@@ -40,8 +41,9 @@ class RLHFTrainer:
     it gets texts where there is a `tokenizer` (anything with `encode` and `decode`), else 1-d tensors. Prompts are ids,
     as a list of 1-d tensors or as `b n` with `prompt_lengths` where rows are padded on the right, or texts, or a file
     with one a line. `critic` is what the critic starts from, `reference` what the KL is measured against: both the
-    given palm if None; with a `kl_coef` of 0 there is no reference unless one is given. All that is saved goes to
-    `output_dir`; `resume=True` goes on from the newest checkpoint there.
+    given palm if None; with a `kl_coef` of 0 there is no reference unless one is given. `environment` answers between
+    the policy's turns, see `palm_rlhf.policy.turns.Turns`; its replies are read, and not learnt. All that is saved goes
+    to `output_dir`; `resume=True` goes on from the newest checkpoint there.
     """
 
     @beartype
@@ -57,11 +59,14 @@ class RLHFTrainer:
         tokenizer: Any = None,
         critic: PaLM | RewardModel | None = None,
         reference: PaLM | None = None,
+        environment: Environment | None = None,
         config: PPOConfig = PPOConfig(),  # noqa: B008 (it is frozen)
         output_dir: str | Path | None = None,
         resume: bool = False,
     ):
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
+        config.check_environment(environment)
+        self.environment = environment
         self.prompts = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
         self._shortest_prompt = min(map(len, self.prompts))
         self.sampler = EpochSampler(len(self.prompts), config.seed)
@@ -165,7 +170,7 @@ class RLHFTrainer:
             )
         self.run.step += 1
         if self.run.is_due(self.config.sample_every):
-            self.samples.write(rollout.sequences, scores, self.config.eos_token)
+            self.samples.write(rollout, scores, self.config.eos_token)
         return {"step": self.run.step, **metrics}
 
     def collect(self) -> Rollout:
@@ -182,6 +187,7 @@ class RLHFTrainer:
                 num_samples=c.num_samples,
                 batch_size=c.rollout_batch_size,
                 finetune_scope=self.actor_critic.actor_scope,
+                turns=self.turns,
             )
 
     @beartype
@@ -299,6 +305,7 @@ class RLHFTrainer:
                 num_samples=num_samples,
                 tokenizer=self.tokenizer,
                 finetune_scope=self.actor_critic.actor_scope,
+                turns=self.turns,
             )
 
     def save(self) -> None:
@@ -338,6 +345,14 @@ class RLHFTrainer:
     def sampling(self) -> Sampling:
         """The distribution that responses are drawn from: without ids that the tokenizer lacks, but for the EOS."""
         return self.config.sampling.restricted_to(self._known_tokens)
+
+    @property
+    def turns(self) -> Turns | None:
+        """How the policy talks with the environment, or None where there is none."""
+        c = self.config
+        if self.environment is None:
+            return None
+        return Turns(self.environment, c.max_turns, max_turn_tokens=c.max_turn_tokens, tokenizer=self.tokenizer)
 
     @property
     def _minibatch_rows(self) -> int:
