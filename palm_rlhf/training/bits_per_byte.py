@@ -20,11 +20,11 @@ def sliding_windows(length: int, seq_len: int, context: int) -> Iterator[tuple[i
     """Triples (start, first, stop): the tokens from `first` on are predicted from those from `start` on.
 
     The windows hold at most `seq_len` + 1 tokens. Every token but the source's first is predicted once, and has at
-    least `context` tokens before it in its window, or all there are.
+    least `context` tokens before it in its window, one where that is 0, or all there are.
     """
     first = 1
     while first < length:
-        start = max(first - context, 0)
+        start = max(first - max(context, 1), 0)
         stop = min(start + seq_len + 1, length)
         yield start, first, stop
         first = stop

@@ -14,11 +14,11 @@ from palm_rlhf.training.bits_per_byte import sliding_windows, total_nats
 
 
 def is_fair(windows, length: int, seq_len: int, context: int) -> bool:
-    """Every token but the first predicted once, from at least `context` tokens or all there are."""
+    """Every token but the first predicted once, from at least `context` tokens, and one, or all there are."""
     windows = list(windows)
     predicted = Counter(target for _, first, stop in windows for target in range(first, stop))
     return predicted == Counter(range(1, length)) and all(
-        0 <= start and stop - start <= seq_len + 1 and (start == 0 or target - start >= context)
+        0 <= start and stop - start <= seq_len + 1 and target - start >= (1 if start == 0 else max(context, 1))
         for start, first, stop in windows
         for target in range(first, stop)
     )
