@@ -115,6 +115,7 @@ def test_it_learns(tiny_palm, tiny_config):
     assert trainer.train()["bits_per_byte"] < 0.5
 
 
+@pytest.mark.law("LMConfig.ema_decay")
 def test_the_weights_average_follows_its_recurrence_and_is_what_counts(tiny_palm, tiny_config, text, tmp_path):
     config = tiny_config(num_steps=6, ema_decay=0.3, learning_rate=1e-2)
     trainer = LanguageModelTrainer(tiny_palm(), train_data=text, valid_data=text[:50], config=config)

@@ -128,6 +128,7 @@ def test_the_first_step_follows_the_difference_of_log_probabilities_however_it_i
         assert distance(followed, by_definition(with_prompt=True)) > 1e-3
 
 
+@pytest.mark.law("PreferenceConfig.loss", "PreferenceConfig.beta", "PreferenceConfig.label_smoothing")
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["sigmoid", "smoothed", "ipo"])
 def test_means_are_those_of_the_definition_and_of_no_mutant(palm_of, objective):
     pairs, held_out, start = pairs_of(16), pairs_of(9, seed=1), palm_of()
@@ -296,6 +297,7 @@ def test_a_rule_is_learnt_from_pairs(palm_of, objective, seed):
     assert means["reward_margin"] > 0.1
 
 
+@pytest.mark.law("PreferenceConfig.max_seq_len")
 def test_long_pairs_lose_the_left_of_their_prompts_and_then_the_right_of_their_responses(palm_of):
     pairs = [*pairs_of(7), Preference(torch.tensor([1, 2]), torch.arange(11), torch.arange(11).flip(0))]
     cut = [Preference(pair.prompt, pair.chosen[:8], pair.rejected[:8]) for pair in pairs]

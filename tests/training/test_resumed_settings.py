@@ -4,33 +4,12 @@ import dataclasses
 import itertools
 import json
 
-import numpy as np
 import pytest
-import torch
 
-from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.training import (
-    LanguageModelTrainer,
-    LMConfig,
-    PPOConfig,
-    Preference,
-    PreferenceConfig,
-    PreferenceTrainer,
-    Ranking,
-    RewardConfig,
-    RewardModelTrainer,
-    RLHFTrainer,
-    SupervisedConfig,
-    SupervisedTrainer,
-    UnpairedPreference,
-)
-from palm_rlhf.training.examples import Example
+from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 
-SHORT = {"save_every": 1, "log_every": 1, "precision": "float32", "plot": False, "warmup_steps": 2}
-STEPS = {**SHORT, "num_steps": 4}
-SMALL = {**SHORT, "batch_size": 2, "grad_accum": 2, "num_epochs": 2}
-ROLLOUTS = {**STEPS, "rollouts_per_step": 8, "minibatch_size": 4, "max_new_tokens": 4, "eos_token": 5}
+from .laws.trainers import ROLLOUTS, SETTINGS, make
+
 GROUPS = {**ROLLOUTS, "algorithm": "grpo", "num_samples": 2}
 
 # What a checkpoint is of, which no later setting can change; a test below says it of each field that is not here.
@@ -45,11 +24,9 @@ REFUSED = {
     PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk"},
 }
 START = {
-    LMConfig: {**STEPS, "batch_size": 2, "seq_len": 8, "eval_context": 4, "ema_decay": 0.5},
-    SupervisedConfig: {**SMALL, "lora_r": 2},
-    RewardConfig: SMALL,
-    PreferenceConfig: SMALL,
-    PPOConfig: ROLLOUTS,
+    **SETTINGS,
+    LMConfig: {**SETTINGS[LMConfig], "ema_decay": 0.5},
+    SupervisedConfig: {**SETTINGS[SupervisedConfig], "lora_r": 2},
 }
 # Other values where half of a number or the other of two words will not do, with what they need beside them.
 OTHERS = {
@@ -81,11 +58,11 @@ NEEDED = {
     (PPOConfig, "kl_estimator"): GROUPS,
     (PPOConfig, "rloo_ratio"): {**GROUPS, "algorithm": "rloo"},
     (PPOConfig, "kl_horizon"): {**ROLLOUTS, "kl_target": 2.0},
-    (RewardConfig, "centering"): {**SMALL, "loss": "ranking"},
-    (PreferenceConfig, "desirable_weight"): {**SMALL, "loss": "kto"},
-    (PreferenceConfig, "undesirable_weight"): {**SMALL, "loss": "kto"},
-    (PreferenceConfig, "simpo_beta"): {**SMALL, "loss": "simpo"},
-    (PreferenceConfig, "simpo_gamma"): {**SMALL, "loss": "simpo"},
+    (RewardConfig, "centering"): {**SETTINGS[RewardConfig], "loss": "ranking"},
+    (PreferenceConfig, "desirable_weight"): {**SETTINGS[PreferenceConfig], "loss": "kto"},
+    (PreferenceConfig, "undesirable_weight"): {**SETTINGS[PreferenceConfig], "loss": "kto"},
+    (PreferenceConfig, "simpo_beta"): {**SETTINGS[PreferenceConfig], "loss": "simpo"},
+    (PreferenceConfig, "simpo_gamma"): {**SETTINGS[PreferenceConfig], "loss": "simpo"},
 }
 
 
@@ -97,41 +74,6 @@ def other_value(field: dataclasses.Field, value):
     if isinstance(value, str):
         return next(word for word in field.type.__args__ if word not in (value, "auto", "labels"))
     return value * 2 if isinstance(value, int) and value else value / 2 or 2
-
-
-def palm() -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(num_tokens=12, dim=16, depth=1, heads=2, dim_head=8)
-
-
-def rows(count: int, low: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(12, (low + index % 3,), generator=generator) for index in range(count)]
-
-
-def evens(prompts, completions) -> list[float]:
-    return [float((row % 2 == 0).double().mean()) for row in completions]
-
-
-def make(config, folder=None, resume=False):
-    """The trainer of a config, on data of its kind."""
-    run = {"config": config, "output_dir": folder, "resume": resume}
-    prompts, chosen, rejected = rows(24)[:8], rows(24)[8:16], rows(24)[16:]
-    triples = list(zip(prompts, chosen, rejected, strict=True))
-    if isinstance(config, LMConfig):
-        return LanguageModelTrainer(palm(), train_data=np.arange(200) % 12, **run)
-    if isinstance(config, SupervisedConfig):
-        return SupervisedTrainer(palm(), train_data=[Example(p, torch.ones(len(p))) for p in prompts], **run)
-    if isinstance(config, RewardConfig):
-        return RewardModelTrainer(RewardModel(palm()), train_data=[Ranking(p, (c, r)) for p, c, r in triples], **run)
-    if isinstance(config, PreferenceConfig) and config.loss == "kto":
-        liked = [UnpairedPreference(p, c, index % 2 == 0) for index, (p, c, _) in enumerate(triples)]
-        return PreferenceTrainer(palm(), train_data=liked, **run)
-    if isinstance(config, PreferenceConfig):
-        return PreferenceTrainer(palm(), train_data=[Preference(*triple) for triple in triples], **run)
-    if config.max_turns != 8 or config.max_turn_tokens is not None:  # which have a meaning where somebody answers
-        run["environment"] = lambda messages: None
-    return RLHFTrainer(palm=palm(), reward_model=evens, prompt_token_ids=prompts, **run)
 
 
 def held(trainer) -> dict:
@@ -248,11 +190,11 @@ def test_a_run_with_a_reference_may_leave_it(tmp_path):
 
 
 def test_a_checkpoint_that_is_older_than_a_field_had_its_default(tmp_path):
-    next(make(PreferenceConfig(**SMALL), tmp_path).steps())
+    next(make(PreferenceConfig(**SETTINGS[PreferenceConfig]), tmp_path).steps())
     file = tmp_path / "checkpoints/step_00000001/state.json"
     state = json.loads(file.read_text())
     del state["config"]["nll_coef"]
     file.write_text(json.dumps(state))
-    assert make(PreferenceConfig(**SMALL), tmp_path, resume=True).step == 1
+    assert make(PreferenceConfig(**SETTINGS[PreferenceConfig]), tmp_path, resume=True).step == 1
     with pytest.raises(ValueError, match=r"this run has \['nll_coef=0\.2'\], .* has \['nll_coef=0\.0'\]"):
-        make(PreferenceConfig(**SMALL, nll_coef=0.2), tmp_path, resume=True)
+        make(PreferenceConfig(**SETTINGS[PreferenceConfig], nll_coef=0.2), tmp_path, resume=True)

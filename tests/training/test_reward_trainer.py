@@ -112,6 +112,7 @@ def plackett_luce_by_hand(model: RewardModel, data: list[Ranking]) -> torch.Tens
 UNEVEN = [2, 4, 3, 2, 2, 5, 2, 3]
 
 
+@pytest.mark.law("RewardConfig.loss")
 @pytest.mark.parametrize(
     "loss, margins, by_hand",
     [
@@ -147,6 +148,7 @@ def test_normalisation_does_not_enter_the_loss(tiny_model, data):
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
+@pytest.mark.law("RewardConfig.centering")
 def test_centering_holds_the_scores_at_zero(tiny_model):
     data = rankings([2, 3])
     model = tiny_model()
@@ -231,6 +233,7 @@ def test_ratings_are_learnt_by_adapters_alone(tiny_palm):
 # ---- truncation and refusals
 
 
+@pytest.mark.law("RewardConfig.max_seq_len")
 def test_what_is_too_long_is_cut_prompts_on_the_left_and_responses_on_the_right(tiny_model):
     tokens = torch.arange(20)
     long = Ranking(tokens[:8], [tokens[8:12], tokens[12:14]])

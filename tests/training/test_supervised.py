@@ -266,6 +266,7 @@ def test_evaluation_is_the_definition_without_z_loss_and_dropout():
     assert trainer.train()["valid_loss"] == trainer.evaluate()
 
 
+@pytest.mark.law("SupervisedConfig.lora_embeddings")
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_adapters_alone_are_trained_or_the_embeddings_too(embeddings):
     palm = palm_of()

@@ -1,0 +1,99 @@
+"""No option is inert: each field of each trainer's config has a test that fails where the field does nothing."""
+
+import ast
+import dataclasses
+
+import pytest
+
+from palm_rlhf import training
+from palm_rlhf.training.config import RunConfig
+
+from .trainers import CONFIGS
+
+WHAT_TO_DO = """{names}: no law is found.
+A law is a test that gives the field another value than its default and asserts what differs: a loss, a gradient, an
+optimiser's group, a draw, a file or a refusal, by a value worked out by hand wherever there is one.
+1. Write it under tests/training/ beside the tests of its topic (tests/training/laws/ has the options' own), or take a
+   test that is there already, and put above it: @pytest.mark.law("{first}")
+   Where several configs share the field: @law_of_each_config("{field}"), of tests/training/laws/trainers.py.
+2. Take the field out where the package reads it, and see the test fail; then put it back."""
+
+
+def laws_of(function: ast.FunctionDef) -> list[tuple[str, ...]]:
+    """The (config, field) pairs that a test's decorators name; the config is "*" for those of every config."""
+    found = []
+    for decorator in function.decorator_list:
+        if isinstance(decorator, ast.Call):
+            names = [ast.literal_eval(argument) for argument in decorator.args if isinstance(argument, ast.Constant)]
+            match ast.unparse(decorator.func).rpartition(".")[2]:
+                case "law":
+                    found += [tuple(name.split(".")) for name in names]
+                case "law_of_each_config":
+                    found += [("*", name) for name in names]
+    return found
+
+
+def words_of(tree: ast.Module) -> set[str]:
+    """The keywords and texts of a file that can give a field its value, without the names of laws."""
+    words = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    return words | {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+
+
+@pytest.fixture(scope="module")
+def laws(root) -> dict[tuple[str, ...], list[str]]:
+    """(config, field) -> the tests that are its laws; read from the sources, so that no test has to be imported."""
+    found = {}
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for law in laws_of(node):
+                    found.setdefault(law, []).append(f"{path.relative_to(root)}::{node.name}")
+    return found
+
+
+def fields_of(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_field_has_its_law(kind, laws):
+    names = [name for name in fields_of(kind) if not {(kind.__name__, name), ("*", name)} & laws.keys()]
+    text = {"names": ", ".join(f"{kind.__name__}.{name}" for name in names)}
+    assert not names, WHAT_TO_DO.format(**text, first=f"{kind.__name__}.{names[0]}", field=names[0])
+
+
+def test_every_law_is_of_a_field_that_it_sets(laws, root):
+    known = {(kind.__name__, name) for kind in CONFIGS for name in fields_of(kind)}
+    known |= {("*", name) for _, name in known}
+    unknown = [f"{'.'.join(law)}: {tests}" for law, tests in laws.items() if law not in known]
+    assert not unknown, f"laws of fields that no config has: {unknown}"
+    for (_, field), tests in laws.items():
+        for test in tests:
+            tree = ast.parse((root / test.partition("::")[0]).read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef):
+                    node.decorator_list = [mark for mark in node.decorator_list if "law" not in ast.unparse(mark)]
+            assert field in words_of(tree), f"{test} is a law of {field}, but nothing in its file sets that field"
+
+
+def test_all_configs_are_walked():
+    def kinds(base):
+        return {base}.union(*map(kinds, base.__subclasses__()))
+
+    trainers = {kind for kind in kinds(RunConfig) - {RunConfig} if kind.__module__.startswith(training.__name__)}
+    assert set(CONFIGS) == trainers, "add the config to SETTINGS in tests/training/laws/trainers.py, and its trainer"
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ('@pytest.mark.law("PPOConfig.gamma", "PPOConfig.eps")', [("PPOConfig", "gamma"), ("PPOConfig", "eps")]),
+        ('@law_of_each_config("betas")', [("*", "betas")]),
+        ("@pytest.mark.slow", []),
+        ('@pytest.mark.parametrize("law", [1])', []),
+    ],
+)
+def test_the_walk_reads_marks(source, found):
+    function = ast.parse(f"{source}\ndef test_of_a_law():\n    pass\n").body[0]
+    assert laws_of(function) == found
