@@ -24,7 +24,7 @@ RUN = """
 import os, signal, sys
 import numpy as np, torch
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
+from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer, UnpairedPreference
 
 def pairs(count, seed):
     generator = np.random.default_rng(seed)
@@ -32,10 +32,15 @@ def pairs(count, seed):
     drawn = [Preference(draw(), draw(), draw()) for _ in range(2 * count)]
     return [pair for pair in drawn if not torch.equal(pair.chosen, pair.rejected)][:count]
 
+def liked(count, seed):
+    return [UnpairedPreference(p.prompt, p.chosen, number % 3 == 0) for number, p in enumerate(pairs(count, seed))]
+
 def trainer(folder, *, palm_seed=0, palm=None, train_data=None, valid_data=None, reference=None, resume=False,
             **options):
     torch.manual_seed(palm_seed)
     palm = palm or PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8, dropout=0.1)
+    if options.get("loss") == "kto":
+        train_data, valid_data = liked(14, 0), liked(5, 1)
     fields = {"batch_size": 2, "grad_accum": 2, "num_epochs": 3, "warmup_steps": 2, "learning_rate": 1e-2,
               "precision": "float32", "log_every": 1, "eval_every": 2, "save_every": 3, "plot": False}
     return PreferenceTrainer(
@@ -47,11 +52,20 @@ for metrics in trainer(sys.argv[1]).steps():
     if metrics["step"] == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 """
-TWO_PROCESSES = """
-for lora_r in (0, 2):
-    trainer(f"{sys.argv[1]}/two{lora_r}", lora_r=lora_r).train()
+RUNS = {
+    "whole": {},
+    "adapters": {"lora_r": 2},
+    "kto": {"loss": "kto", "undesirable_weight": 0.5},
+    "likelihood": {"loss": "simpo", "nll_coef": 0.3},
+}
+TWO_PROCESSES = (
+    f"RUNS = {RUNS}"
+    + """
+for name, options in RUNS.items():
+    trainer(f"{sys.argv[1]}/{name}", **options).train()
 torch.distributed.destroy_process_group()
 """
+)
 NAMES = {}
 exec(RUN, NAMES)
 make_trainer, pairs = NAMES["trainer"], NAMES["pairs"]
@@ -76,6 +90,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 def files(checkpoint: Path) -> dict[str, torch.Tensor]:
     names = ("model/model.safetensors", "reference.safetensors", "optimizer.safetensors")
+    names = [name for name in names if (checkpoint / name).exists()]
     return {f"{name}:{key}": value for name in names for key, value in load_file(checkpoint / name).items()}
 
 
@@ -125,18 +140,20 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-def test_two_processes_do_what_one_does(two_processes, tmp_path, lora_r):
-    one = make_trainer(tmp_path, lora_r=lora_r, batch_size=4)
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_do_what_one_does(two_processes, tmp_path, name):
+    one = make_trainer(tmp_path, **RUNS[name], batch_size=4)
     one.train()
-    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, two_processes / f"two{lora_r}"))
+    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, two_processes / name))
     assert len(mine) == len(theirs) == 7
     for first in (mine[0], theirs[0]):  # the policy is the reference: rounding decides which answer has the edge
         assert 0 <= first.pop("accuracy") < 1
     for line, other in zip(plain(mine), plain(theirs), strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    if name == "kto":
+        assert max(line["z_ref"] for line in mine if "z_ref" in line) > 1e-3
     last = "checkpoints/step_00000006"
-    here, there = (files(folder / last) for folder in (tmp_path, two_processes / f"two{lora_r}"))
+    here, there = (files(folder / last) for folder in (tmp_path, two_processes / name))
     assert here.keys() == there.keys()
     torch.testing.assert_close(here, there, rtol=0, atol=1e-4)
 
