@@ -53,7 +53,7 @@ COMMANDS = {
     "dpo": Command(
         "palm_rlhf.commands.dpo",
         "dpo",
-        "Train a model on pairs of a chosen and a rejected reply by DPO, or by IPO with --loss ipo; no reward model.",
+        "Train a model on pairs of a chosen and a rejected reply by DPO, or another --loss; no reward model.",
     ),
     "chat": Command(
         "palm_rlhf.serving.chat",

@@ -8,7 +8,7 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.records import preferences_of, read, split
+from palm_rlhf.commands.records import preferences_of, read, split, unpaired_preferences_of
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
 from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
@@ -26,13 +26,16 @@ def dpo(
     held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
     training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
-    """Train a model on pairs of a chosen and a rejected reply by DPO, or by IPO with --loss ipo; no reward model.
+    """Train a model on pairs of a chosen and a rejected reply by DPO, or another --loss; no reward model.
 
-    Adapters (--lora-r) are merged at the end. The last line on standard output is JSON: valid_accuracy and the other
-    measures of the held-out pairs, steps, seconds, output_dir and model.
+    The losses ipo, simpo and orpo learn from pairs too, kto from single replies, each with a label that says whether it
+    is wanted, or from the best and the worst reply of rankings. Adapters (--lora-r) are merged at the end. The last
+    line on standard output is JSON: valid_accuracy and the other measures of the held-out preferences, steps, seconds,
+    output_dir and model.
 
     Args:
-        data: A file of any form that `palm-rlhf data convert` reads as preferences: chosen and rejected, or rankings.
+        data: A file of any form that `palm-rlhf data convert` reads as preferences (chosen and rejected, or rankings),
+            for kto as unpaired (prompt, completion and label, or rankings).
         model: The model to start from, fine-tuned on conversations: its folder, that of a run, or a hub id.
         output_dir: Where model, tokenizer, template, checkpoints and metrics go; a new folder in runs/ by default.
         resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
@@ -43,9 +46,12 @@ def dpo(
     output_dir = run_folder("dpo", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
+    records = read(data, "preferences" if training.is_paired else "unpaired")
     train, valid = (
         preferences_of(side, chat_model, training.max_seq_len)
-        for side in split(read(data, "preferences"), held_out, training.seed)
+        if training.is_paired
+        else unpaired_preferences_of(side, chat_model)
+        for side in split(records, held_out, training.seed)
     )
     trainer = PreferenceTrainer(
         chat_model.palm,
@@ -55,12 +61,12 @@ def dpo(
         output_dir=output_dir,
         resume=resume,
     )
-    say(f"{len(train)} pairs, {len(valid)} held out; saved to {output_dir}")
+    kind = "pairs" if training.is_paired else "replies"
+    told = "prefers the chosen reply of" if training.is_paired else "tells wanted from unwanted in"
+    say(f"{len(train)} {kind}, {len(valid)} held out; saved to {output_dir}")
     for metrics in trainer.steps(progress_bar=True):
         if "valid_accuracy" in metrics:
-            say(
-                f"step {metrics['step']}: prefers the chosen reply of {metrics['valid_accuracy']:.1%} of held-out pairs"
-            )
+            say(f"step {metrics['step']}: {told} {metrics['valid_accuracy']:.1%} of held-out {kind}")
     result = trainer.finish()
     if training.lora_r:
         chat_model.palm.merge_finetune_params(SCOPE)

@@ -17,7 +17,7 @@ from palm_rlhf.data.preferences import fit_rankings
 from palm_rlhf.data.records import Record, is_held_out
 from palm_rlhf.data.splitting import fit_context
 from palm_rlhf.training.examples import Example
-from palm_rlhf.training.preference_data import Preference
+from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.rankings import Ranking
 from palm_rlhf.training.rlhf.prompts import read_lines
 
@@ -27,7 +27,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 
 
 @beartype
-def read(file: Path, to: Literal["sft", "rankings", "prompts", "preferences"]) -> list[Record]:
+def read(file: Path, to: Literal["sft", "rankings", "prompts", "preferences", "unpaired"]) -> list[Record]:
     """The records of a file, whose form is told by its content; what is left out is said, with its reasons.
 
     ValueError for a file that has none.
@@ -105,6 +105,17 @@ def preferences_of(records: Iterable[Record], model: ChatModel, max_seq_len: int
     """Pairs as tokens within `max_seq_len`; those that the cut makes equal are left out, and counted aloud."""
     pairs = [{**record, "responses": [record["chosen"], record["rejected"]]} for record in records]
     return [Preference(pair.prompt, *pair.responses) for pair in rankings_of(pairs, model, max_seq_len)]
+
+
+@beartype
+def unpaired_preferences_of(records: Iterable[Record], model: ChatModel) -> list[UnpairedPreference]:
+    """Labelled replies as tokens."""
+    return [
+        UnpairedPreference(
+            _prompt(record["prompt"], model), _reply(record, record["completion"], model), record["label"]
+        )
+        for record in records
+    ]
 
 
 @beartype

@@ -195,10 +195,12 @@ def convert(
 
     It reads Open-Assistant, ShareGPT, messages, Alpaca rows (instruction, input, output; question and answer),
     ChatGPT's conversations.json (the current branch of each conversation), and what compares replies: chosen and
-    rejected, HH's transcripts, Nectar's ranked answers, responses with ranks or scores.
+    rejected, HH's transcripts, Nectar's ranked answers, responses with ranks or scores; and single replies with a
+    label, true or false, that says whether people want them (prompt, completion, label, as TRL has them for KTO).
 
     sft writes lines {"messages": [{"role", "content"}]}, rankings {"prompt": [messages], "responses": [best first]},
-    prompts {"prompt": [messages]}, and preferences {"prompt": [messages], "chosen", "rejected"}; alpaca and sharegpt
+    prompts {"prompt": [messages]}, preferences {"prompt": [messages], "chosen", "rejected"}, and unpaired {"prompt":
+    [messages], "completion", "label"}, of rankings the best reply as wanted and the worst as not; alpaca and sharegpt
     write what sft does, in those forms.
 
     Args:

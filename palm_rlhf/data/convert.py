@@ -1,4 +1,4 @@
-"""Files of any form that is known, as what the trainers read: conversations, rankings, prompts or preferences."""
+"""Files of any known form as the trainers read them: conversations, prompts, rankings, pairs, labelled replies."""
 
 import os
 from collections import Counter
@@ -17,10 +17,11 @@ from palm_rlhf.data.oasst_messages import MessageFilter
 from palm_rlhf.data.preferences import is_preference, pairs_of, read_rankings
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.data.sharegpt import is_messages, is_page, is_sharegpt, read_conversations, to_sharegpt
+from palm_rlhf.data.unpaired import read_unpaired, unpaired_of
 
 Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt", "prompts"]
 Form = Literal["auto", Known]
-Target = Literal["sft", "rankings", "prompts", "preferences", "alpaca", "sharegpt"]
+Target = Literal["sft", "rankings", "prompts", "preferences", "unpaired", "alpaca", "sharegpt"]
 Path = str | os.PathLike[str]
 # Replies that are compared come first: they may stand beside a conversation that is their prompt.
 RECOGNISED = {
@@ -72,7 +73,7 @@ def converted(
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The records of a file as those of a trainer: sft, rankings, prompts, preferences, or sft as alpaca or sharegpt.
+    """The records of a file as those of a trainer: sft, rankings, prompts, preferences, unpaired; or sft in two forms.
 
     ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst.walk``.
     ``max_replies``: how many of a ranking to take, the best. ``html``: which messages of conversations to make Markdown
@@ -81,15 +82,19 @@ def converted(
     """
     compares = to in ("rankings", "preferences")
     if form not in ("oasst", "hh") and compares:
-        raise ValueError(f"got conversations to convert to {to}, expected sft or prompts: they compare no replies")
+        raise ValueError(
+            f"got conversations to convert to {to}, expected sft, prompts or unpaired: they compare no replies"
+        )
     if form == "prompts" and to != "prompts":
         raise ValueError(f"got prompts to convert to {to}, expected to convert them to prompts: they have no replies")
     if top_k is not None and form != "oasst":
         raise ValueError(f"got top_k={top_k} for the form {form}, but only messages of Open-Assistant have ranks")
     if max_replies is not None and (max_replies < 2 or not compares):
         raise ValueError(f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences")
-    if html == "always" and form in ("oasst", "hh"):
-        raise ValueError(f"got html='always' for the form {form}, expected conversations: its texts are not converted")
+    if html == "always" and (form in ("oasst", "hh") or to == "unpaired"):
+        raise ValueError(
+            f"got html='always' for the form {form} to {to}, expected conversations: its texts are not converted"
+        )
     rejected = Counter() if rejected is None else rejected
     if to in WRITERS:
         options = {"lang": lang, "top_k": top_k, "html": html, "skip_broken": skip_broken, "ignored": ignored}
@@ -102,6 +107,9 @@ def converted(
     options.update(mended=mended, ignored=ignored)
     if form == "hh":
         records = read_rankings(path, **options)
+    elif to == "unpaired":
+        records = read_unpaired(path, **options)
+        return keep_languages(records, lang, rejected=rejected) if lang else records
     else:
         records = read_conversations(path, prompts=to == "prompts", **options)
     if form == "sharegpt" or (form != "hh" and html == "always"):
@@ -138,6 +146,8 @@ def _of_rankings(rankings: Iterable[Record], to: Target, max_replies: int | None
             yield {"prompt": prompt}
         elif to == "rankings":
             yield {"prompt": prompt, "responses": responses}
+        elif to == "unpaired":
+            yield from unpaired_of({"prompt": prompt, "responses": responses})
         else:
             yield from pairs_of({"prompt": prompt, "responses": responses})
 

@@ -61,6 +61,8 @@ def _sizes(record: Record) -> dict[str, int]:
         return {"threads": 1, "assistant_turns": 1 + len(record["history"])}
     if "responses" in record:
         return {"rankings": 1, "pairs": math.comb(len(record["responses"]), 2)}
+    if "completion" in record:
+        return {"replies": 1, "desirable": int(record["label"])}
     return {"pairs": 1} if "chosen" in record else {"prompts": 1}
 
 

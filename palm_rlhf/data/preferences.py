@@ -102,7 +102,7 @@ def parse_ranking(
         known = (name,)
     else:
         raise ValueError("no preference")
-    _check_prompt(prompt)
+    check_prompt(prompt)
     written = [response for response in responses if response.strip()]
     different = list(dict.fromkeys(written))
     if len(different) < 2:
@@ -184,7 +184,9 @@ def _starts(turns: list[Turn], prompt: list[Turn]) -> bool:
     return [(turn["role"], turn["content"].strip()) for turn in turns[: len(prompt)]] == said
 
 
-def _check_prompt(prompt: list[Turn]) -> None:
+@beartype
+def check_prompt(prompt: list[Turn]) -> None:
+    """``ValueError`` for turns that do not lead from a user's to a user's, or of which one is blank."""
     if not prompt or not all(turn["content"].strip() for turn in prompt):
         raise ValueError("no prompt")
     roles = [turn["role"] for turn in prompt]

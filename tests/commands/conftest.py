@@ -50,6 +50,14 @@ def files(tmp_path_factory) -> dict[str, Path]:
                 for question, reply in zip(questions, replies, strict=True)
             ],
         ),
+        "unpaired": write_lines(
+            folder / "unpaired.jsonl",
+            [
+                {"prompt": question["content"], "completion": f"{reply} {word}", "label": word == "good"}
+                for question, reply in zip(questions, replies, strict=True)
+                for word in ("good", "bad")
+            ],
+        ),
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palm_rlhf.commands.models import ChatModel, open_chat_model
-from palm_rlhf.commands.records import fitted, rankings_of, read, read_prompts, split
+from palm_rlhf.commands.records import fitted, rankings_of, read, read_prompts, split, unpaired_preferences_of
 from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
@@ -70,6 +70,14 @@ def test_rankings_become_tokens_as_the_template_writes_them(model, capsys):
     (cut,) = rankings_of([record], model, 5)  # four bytes of "Because" are those of "Beca"
     assert [said.tolist()[:2] for said in cut.responses] == [list(b"Be"), list(b"So")]
     assert "left out 2 pairs of replies that are the same within max_seq_len=5" in capsys.readouterr().err
+
+
+def test_labelled_replies_become_tokens_as_the_template_writes_them(model):
+    records = [{"prompt": [question("Why?")], "completion": text, "label": text == "So"} for text in ("So", "No")]
+    for item, record in zip(unpaired_preferences_of(records, model), records, strict=True):
+        assert item.prompt.tolist() == encode_prompt([question("Why?")], *model[1:]).tolist()
+        said = encode_response([question("Why?")], record["completion"], *model[1:]).tolist()
+        assert (item.response.tolist(), item.desirable) == (said, record["label"])
 
 
 def test_prompts_come_from_lines_of_text_or_from_records(model, tmp_path):

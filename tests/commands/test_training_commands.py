@@ -150,6 +150,17 @@ def test_dpo_moves_the_model_towards_what_was_chosen(fine_tuned, files, tmp_path
     assert load_template(tmp_path / "run" / "model") == PRESETS["default"]
 
 
+@pytest.mark.parametrize(
+    "loss, data", [("kto", "unpaired"), ("kto", "rankings"), ("simpo", "rankings"), ("orpo", "preferences")]
+)
+def test_dpo_with_other_losses(fine_tuned, files, tmp_path, command, loss, data):
+    options = ["--model", fine_tuned[1], "--output-dir", tmp_path / "run", *ONE_EPOCH, "--grad-accum", "1"]
+    result, said = command("dpo", files[data], *options, "--loss", loss, "--num-epochs", "6", "--learning-rate", "1e-2")
+    assert result["valid_accuracy"] > 0.9
+    assert ("held-out replies" in said or " replies, " in said) == (loss == "kto")
+    assert ("valid_z_ref" in result) == (loss == "kto") and ("valid_nll" in result) == (loss == "orpo")
+
+
 def test_train_goes_on_with_a_model_of_another_tokenizer(files, tmp_path, command):
     tokenizer = HuggingFaceTokenizer.train(files["text"].read_text().splitlines(), num_tokens=300)
     start = PaLM(num_tokens=tokenizer.num_tokens, dim=32, depth=1, heads=2, dim_head=16)
@@ -194,6 +205,8 @@ def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewardin
         (["sft", files["prompts"], "--model", base], r"prompts\.txt, line 1"),
         (["sft", files["conversations"], "--model", tmp_path / "run"], "has not finished.*step_00000003/model"),
         (["dpo", files["conversations"], "--model", sft], "compare no replies"),
+        (["dpo", files["unpaired"], "--model", sft], "compare no replies"),
+        (["dpo", files["conversations"], "--model", sft, "--loss", "kto"], "has no unpaired to learn from"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             main([str(argument) for argument in [*arguments, "--output-dir", tmp_path / "new"]])

@@ -254,6 +254,7 @@ PAIR = {"prompt": [{"role": "user", "content": QUESTION}], "chosen": BETTER, "re
 SAID = [*PAIR["prompt"], {"role": "assistant", "content": BETTER}]
 HH = {key: f"\n\nHuman: {QUESTION}\n\nAssistant: {PAIR[key]}" for key in ("chosen", "rejected")}
 BOTH = {"prompt": PAIR["prompt"], "responses": [BETTER, WORSE]}
+LIKED = {"prompt": PAIR["prompt"], "completion": BETTER, "label": True}
 
 
 @pytest.mark.parametrize("record", [PAIR, HH, BOTH], ids=["pair", "hh", "ranking"])
@@ -264,6 +265,36 @@ def test_preferences_convert_to_all(tmp_path, data, record):
     for target, converted in expected.items():
         data("convert", source, "--to", target, "--out", out)
         assert lines(out) == [converted], target
+    counts = data("convert", source, "--to", "unpaired", "--out", out)
+    assert lines(out) == [LIKED, {**LIKED, "completion": WORSE, "label": False}]
+    assert (counts["replies"], counts["desirable"]) == (2, 1)
+
+
+def test_labelled_replies_are_read_back_and_those_that_people_want_are_learnt_from(tmp_path, data):
+    source, out, again = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    rows = [{"prompt": QUESTION, "completion": reply, "label": reply == BETTER} for reply in (BETTER, WORSE)]
+    write_records(source, [*rows, {"prompt": QUESTION, "completion": BETTER}])
+    counts = data("convert", source, "--to", "unpaired", "--out", out)
+    assert lines(out) == [LIKED, {**LIKED, "completion": WORSE, "label": False}]
+    assert counts["rejected"] == {"no label": 1}
+    data("convert", out, "--to", "unpaired", "--out", again)
+    assert again.read_bytes() == out.read_bytes()
+    table = tmp_path / "out.csv"
+    data("convert", out, "--to", "unpaired", "--out", table)
+    data("convert", table, "--to", "unpaired", "--out", again, "--overwrite")
+    assert again.read_bytes() == out.read_bytes()
+    counts = data("convert", out, "--to", "sft", "--out", again, "--overwrite")
+    assert lines(again) == [{"messages": SAID}] and counts["rejected"] == {"answer labelled as bad": 1}
+
+
+def test_open_assistant_converts_to_its_best_and_worst_replies(tmp_path, shared_data, data):
+    source, rankings, out = shared_data("oasst_en_100_tree.jsonl"), tmp_path / "rankings.jsonl", tmp_path / "out.jsonl"
+    data("convert", source, "--lang", "en", "--to", "rankings", "--out", rankings)
+    counts = data("convert", source, "--lang", "en", "--to", "unpaired", "--out", out)
+    assert (counts["replies"], counts["desirable"]) == (2 * 207, 207)
+    said = [(record["completion"], record["label"]) for record in lines(out)]
+    ranked = [record["responses"] for record in lines(rankings)]
+    assert said == [pair for replies in ranked for pair in ((replies[0], True), (replies[-1], False))]
 
 
 @pytest.mark.parametrize("record", [export(QUESTION, HTML, "And?", "Yes"), {"messages": [*SAID, *SAID]}])
@@ -281,6 +312,8 @@ def test_conversations_convert_to_threads_and_prompts(tmp_path, data, record):
     "record, options, message",
     [
         (RECORDS[0], ["--to", "rankings"], "they compare no replies"),
+        (PAIR, ["--to", "unpaired", "--form", "alpaca"], "expected a labelled reply"),
+        (RECORDS[0], ["--to", "unpaired", "--html", "always"], "its texts are not converted"),
         (RECORDS[0], ["--to", "sft", "--top-k", "1"], "only messages of Open-Assistant have ranks"),
         (PAIR, ["--to", "sft", "--max-replies", "3"], "for rankings or preferences"),
         (PAIR, ["--to", "rankings", "--max-replies", "1"], "expected at least 2"),
