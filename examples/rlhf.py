@@ -34,8 +34,8 @@ from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rollout import Sampling, collect, spoken
-from palm_rlhf.policy.sequences import join, response_logprobs
+from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.config import LMConfig, RunConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer

@@ -31,7 +31,8 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
-from palm_rlhf.policy.rollout import Sampling, collect, spoken
+from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
 

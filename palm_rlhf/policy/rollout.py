@@ -1,22 +1,19 @@
-"""What the policy says to prompts, and what a reward makes of it."""
+"""What the policy says to prompts, and the best of it by a reward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..model.generate import new_token_limits, read_prompts
 from ..model.palm import PaLM
-from .reward import RewardModel
+from .rewards import Rewards, score
 from .sequences import Sequences, join
 from .turns import Conversation, Message, Turns
-
-Reward = RewardModel | Callable[[Sequence, Sequence], Sequence[float | int | None]]
-LARGEST = torch.finfo(torch.float32).max  # what a score can be
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,13 @@ class Rollout:
     logprobs: Tensor  # b t, of each action under the distribution that it was drawn from; 0 where there is none
     truncated: Tensor  # b, True where an EOS was looked for and the room ended first, or a conversation was cut off
     messages: list[list[Message]] | None = None  # of each conversation, where an environment answered
+    columns: Mapping[str, list] = field(default_factory=dict)  # what else is known of each response's prompt
+
+    @property
+    def keywords(self) -> dict[str, list]:
+        """What reward functions can ask for of each response, beside its tokens."""
+        messages = {} if self.messages is None else {"messages": self.messages}
+        return {**self.columns, "truncated": self.truncated.tolist(), **messages}
 
 
 @torch.no_grad()
@@ -66,15 +70,17 @@ def collect(
     *,
     num_samples: int = 1,
     batch_size: int = 64,
+    columns: Mapping[str, Sequence] | None = None,
     finetune_scope: str | None = None,
     generator: torch.Generator | None = None,
     turns: Turns | None = None,
 ) -> Rollout:
     """Draw `num_samples` responses to each prompt (1-d tensors of any lengths), up to `batch_size` rows at once.
 
-    Every token is read once, through the cache; the responses to one prompt are drawn together, however many. What is
-    kept does not grow with the vocabulary. With `turns` a response is all that follows the prompt in a conversation
-    with an environment, whose every turn reads what came before anew; the room is that of the whole response.
+    `columns` have an entry for each prompt, which goes with its responses. Every token is read once, through the cache;
+    the responses to one prompt are drawn together, however many. What is kept does not grow with the vocabulary. With
+    `turns` a response is all that follows the prompt in a conversation with an environment, whose every turn reads what
+    came before anew; the room is that of the whole response.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"got num_samples={num_samples} and batch_size={batch_size}; expected at least 1 of each")
@@ -98,10 +104,11 @@ def collect(
             responses, logprobs = responses + said, logprobs + recorded
         return responses, logprobs
 
+    repeated_columns = {name: [v for v in values for _ in range(num_samples)] for name, values in (columns or {}).items()}
     if turns is not None:
         rooms = new_token_limits(read_prompts(palm, list(prompts), None), sampling.max_seq_len, sampling.max_new_tokens)
         options = {"num_samples": num_samples, "eos_token": sampling.eos_token}
-        return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options))
+        return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options), repeated_columns)
     responses, logprobs = draw(prompts, num_samples, None)
     repeated = [prompt.to(palm.device) for prompt in prompts for _ in range(num_samples)]
     truncated = [sampling.eos_token is not None and int(row[-1]) != sampling.eos_token for row in responses]
@@ -109,10 +116,11 @@ def collect(
         join(repeated, responses),
         pad_sequence(logprobs, batch_first=True),
         torch.tensor(truncated, device=palm.device),
+        columns=repeated_columns,
     )
 
 
-def _rollout_of(conversations: list[Conversation]) -> Rollout:
+def _rollout_of(conversations: list[Conversation], columns: Mapping[str, list]) -> Rollout:
     sequences = join(
         [talk.prompt for talk in conversations],
         [torch.cat(talk.parts) for talk in conversations],
@@ -123,120 +131,33 @@ def _rollout_of(conversations: list[Conversation]) -> Rollout:
         pad_sequence([torch.cat(talk.logprobs) for talk in conversations], batch_first=True),
         torch.tensor([talk.truncated for talk in conversations], device=sequences.tokens.device),
         [talk.messages for talk in conversations],
+        columns,
     )
 
 
-class Scores(NamedTuple):
-    """What a reward says of each response: `b` float32, and whether it could say (the score is 0 where not)."""
-
-    scores: Tensor
-    valid: Tensor
-
-
 @torch.no_grad()
-@beartype
-def score(
-    reward: Reward,
-    sequences: Sequences,
-    *,
-    tokenizer: Any = None,
-    eos_token: int | None = None,
-    batch_size: int = 64,
-) -> Scores:
-    """Score responses by a RewardModel, or by a function of prompts and completions.
-
-    The function gets two lists, of texts where there is a tokenizer (without the EOS), else of 1-d tensors, and returns
-    as many numbers, or None where it cannot say. ValueError where it returns something else; what it raises is raised
-    again as RuntimeError that names the prompt; FloatingPointError where a score is not finite, in float32.
-    """
-    if isinstance(reward, RewardModel):
-        scores = reward.score(sequences, batch_size=batch_size)
-        numbers = scores.tolist()
-    else:
-        numbers = _call(reward, *spoken(sequences, tokenizer, eos_token))
-    for row, number in enumerate(numbers):
-        if number is not None and not abs(number) <= LARGEST:
-            prompt, completion = (part[0] for part in spoken(sequences.select(slice(row, row + 1)), tokenizer))
-            raise FloatingPointError(
-                f"the reward is {number}, expected a finite number or None: for the prompt {_show(prompt)} "
-                f"and the completion {_show(completion)}"
-            )
-    device = sequences.tokens.device
-    return Scores(
-        torch.tensor([number or 0.0 for number in numbers], dtype=torch.float32, device=device),
-        torch.tensor([number is not None for number in numbers], device=device),
-    )
-
-
-def _call(reward: Callable, prompts: list, completions: list) -> list[float | int | None]:
-    """The function's answers, checked."""
-    try:
-        answers = reward(prompts, completions)
-    except Exception as error:
-        raise RuntimeError(
-            f"the reward function raised {error!r} {_culprit(error, reward, prompts, completions)}"
-        ) from error
-    try:
-        rows = answers.tolist() if isinstance(answers, Tensor) else answers
-        numbers = [None if row is None else float(row) for row in rows]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"the reward function returned {answers!r:.200}; expected a number, or None, for each completion"
-        ) from error
-    if len(numbers) != len(prompts):
-        raise ValueError(f"the reward function returned {len(numbers)} scores for {len(prompts)} completions")
-    return numbers
-
-
-def _culprit(error: Exception, reward: Callable, prompts: list, completions: list) -> str:
-    """Which prompt a function that raised stumbles over, found by asking again for each alone."""
-    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        try:
-            reward([prompt], [completion])
-        except Exception as alone:
-            differs = "" if repr(alone) == repr(error) else f", which alone raises {alone!r}"
-            return f"for prompt {index}, {_show(prompt)}, and the completion {_show(completion)}{differs}"
-    return f"for {len(prompts)} prompts together, from {_show(prompts[0])} on, though for none of them alone"
-
-
-def _show(part: str | Tensor) -> str:
-    return f"{part if isinstance(part, str) else part.tolist()!r:.200}"
-
-
-@beartype
-def spoken(sequences: Sequences, tokenizer: Any = None, eos_token: int | None = None) -> tuple[list, list]:
-    """Prompts and completions: texts by the tokenizer's `decode`, completions without the EOS; else 1-d tensors."""
-    prompts, completions = [], []
-    for row, prompt, response in zip(
-        sequences.tokens, sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True
-    ):
-        said = row[prompt : prompt + response]
-        if tokenizer is not None and eos_token is not None and int(said[-1]) == eos_token:
-            said = said[:-1]
-        # copies: who keeps one is not to keep the whole block
-        prompts.append(row[:prompt].clone() if tokenizer is None else tokenizer.decode(row[:prompt].tolist()))
-        completions.append(said.clone() if tokenizer is None else tokenizer.decode(said.tolist()))
-    return prompts, completions
-
-
-@torch.no_grad()
-@beartype
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
 def best_of_n(
     palm: PaLM,
-    reward: Reward,
+    reward: Rewards,
     prompt: Tensor,
     sampling: Sampling,
     *,
     num_samples: int,
     tokenizer: Any = None,
+    weights: Mapping[str, float] | None = None,
+    timeout: float | None = None,
+    columns: Mapping[str, Any] | None = None,
+    keywords: Mapping[str, Any] | None = None,
     finetune_scope: str | None = None,
     generator: torch.Generator | None = None,
     turns: Turns | None = None,
 ) -> Tensor:
     """The response of highest score among `num_samples`: prompt `n` -> `t`, its EOS included.
 
-    With `turns` it is all that follows the prompt, an environment's replies included. ValueError where the reward can
-    say of none.
+    With `turns` it is all that follows the prompt, an environment's replies included. Rewards, weights, timeout and
+    keywords are those of `score`; `columns` are the prompt's, a value each. ValueError where the rewards can say of
+    none.
     """
     rollout = collect(
         palm,
@@ -244,11 +165,20 @@ def best_of_n(
         sampling,
         num_samples=num_samples,
         batch_size=num_samples,
+        columns={name: [value] for name, value in (columns or {}).items()},
         finetune_scope=finetune_scope,
         generator=generator,
         turns=turns,
     )
-    scores, valid = score(reward, rollout.sequences, tokenizer=tokenizer, eos_token=sampling.eos_token)
+    scores, valid, _ = score(
+        reward,
+        rollout.sequences,
+        tokenizer=tokenizer,
+        eos_token=sampling.eos_token,
+        weights=weights,
+        timeout=timeout,
+        keywords={**(keywords or {}), **rollout.keywords},
+    )
     if not valid.any():
         raise ValueError(f"the reward returned None for all {num_samples} responses; expected a number for one of them")
     best = int(scores.masked_fill(~valid, -torch.inf).argmax())

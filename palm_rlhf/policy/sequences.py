@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from beartype import beartype
@@ -128,6 +128,22 @@ def join(
     )
     mask = None if policy_masks is None else pad_sequence([mask.to(device) for mask in policy_masks], batch_first=True)
     return Sequences(pad_sequence(rows, batch_first=True), prompt_lengths, response_lengths, mask)
+
+
+@beartype
+def spoken(sequences: Sequences, tokenizer: Any = None, eos_token: int | None = None) -> tuple[list, list]:
+    """Prompts and completions: texts by the tokenizer's `decode`, completions without the EOS; else 1-d tensors."""
+    prompts, completions = [], []
+    for row, prompt, response in zip(
+        sequences.tokens, sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True
+    ):
+        said = row[prompt : prompt + response]
+        if tokenizer is not None and eos_token is not None and int(said[-1]) == eos_token:
+            said = said[:-1]
+        # copies: who keeps one is not to keep the whole block
+        prompts.append(row[:prompt].clone() if tokenizer is None else tokenizer.decode(row[:prompt].tolist()))
+        completions.append(said.clone() if tokenizer is None else tokenizer.decode(said.tolist()))
+    return prompts, completions
 
 
 class ActionLogprobs(NamedTuple):

@@ -21,7 +21,7 @@ GAMED = "index,preference,std_delta_len,instruction_difficulty\n0,1,0.5,0.25\n"
 TEXT = "Hello thére, " * 20
 # For each reader: the file's name, its text, and what the reader makes of it.
 READERS = {
-    "prompts": ("prompts.txt", "Hi\nyou\n", lambda path: texts_of(read_prompts(256, **prompts_in(path)))),
+    "prompts": ("prompts.txt", "Hi\nyou\n", lambda path: texts_of(read_prompts(256, **prompts_in(path)).token_ids)),
     "keys": ("keys.txt", "secret\nother\n", lambda path: read_keys(path)),
     "regularizer": ("df_gamed.csv", GAMED, lambda path: read_regularizer(path).difficulties),
     "text to measure": ("held_out.txt", TEXT, lambda path: read_documents(path)),
@@ -79,4 +79,4 @@ def test_the_text_is_as_it_was_written(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_prompts_have_the_line_ends_of_any_system(tmp_path, end):
     (tmp_path / "p").write_bytes(end.join(["a", "", "b\u2028c", ""]).encode())
-    assert texts_of(read_prompts(256, **prompts_in(tmp_path / "p"))) == ["a", "b\u2028c"]
+    assert texts_of(read_prompts(256, **prompts_in(tmp_path / "p")).token_ids) == ["a", "b\u2028c"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from palm_rlhf.model.palm import PaLM
 
@@ -92,3 +93,13 @@ def said_by_hand(distribution):
         return logprobs, entropies
 
     return said
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """One token for each byte, and of the Hugging Face library."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

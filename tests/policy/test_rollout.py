@@ -1,21 +1,17 @@
-"""Sampler parity, how responses end, and what a reward makes of them."""
+"""Sampler parity, how responses end, and the best of several."""
 
 import functools
-import math
-import re
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect, score, spoken
-from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs
+from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
+from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs, spoken
 
 EOS = 4
 LENGTHS = (3, 1, 6, 2)
@@ -236,170 +232,6 @@ def test_bad_arguments_of_collect_are_refused(wandering_palm, options, message):
     options = {"prompts": [torch.tensor([1, 2, 3])], "sampling": Sampling(max_new_tokens=3), **options}
     with pytest.raises(ValueError, match=message):
         collect(wandering_palm(), options.pop("prompts"), options.pop("sampling"), **options)
-
-
-# what a reward makes of them
-
-
-@pytest.fixture(scope="module")
-def sequences() -> Sequences:
-    prompts, responses = ([7, 1], [5], [2, 0, 8]), ([3, 0, EOS], [EOS], [9, 9])
-    return join([torch.tensor(prompt) for prompt in prompts], [torch.tensor(response) for response in responses])
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    """One token for each byte, and of the Hugging Face library."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def test_a_function_gets_the_tokens_of_each_row(sequences):
-    def reward(prompts, completions):
-        assert [row.tolist() for row in prompts] == [[7, 1], [5], [2, 0, 8]]
-        assert [row.tolist() for row in completions] == [[3, 0, EOS], [EOS], [9, 9]]
-        return [0, -0.5, None]  # 0 is a number
-
-    scores, valid = score(reward, sequences, eos_token=EOS)
-    assert scores.dtype == torch.float32 and scores.tolist() == [0.0, -0.5, 0.0]
-    assert valid.dtype == torch.bool and valid.tolist() == [True, True, False]
-
-
-def test_a_function_gets_texts_without_the_eos_where_there_is_a_tokenizer(tokenizer):
-    texts = [("Grüß dich", " wie geht's? 你好\n"), ("a", "!"), ("sag nichts", "")]
-    encoded = [[torch.tensor(tokenizer.encode(part).ids, dtype=torch.long) for part in row] for row in texts]
-    eos = int(tokenizer.encode("!").ids[0])
-    closing = torch.tensor([eos])
-    rows = join([prompt for prompt, _ in encoded], [torch.cat((said, closing)) for _, said in encoded])
-    heard = []
-
-    def reward(prompts, completions):
-        heard.append((prompts, completions))
-        return [len(completion) for completion in completions]
-
-    prompts = [prompt for prompt, _ in texts]
-    scores, _ = score(reward, rows, tokenizer=tokenizer, eos_token=eos)
-    assert heard.pop() == (prompts, [said for _, said in texts])  # one EOS alone: "!" of its own stays
-    assert scores.tolist() == [len(said) for _, said in texts]
-    score(reward, rows, tokenizer=tokenizer)  # without an EOS to look for, it is a token like any other
-    assert heard.pop() == (prompts, [said + "!" for _, said in texts])
-    score(reward, join([torch.tensor([eos])], [torch.tensor([eos, eos + 1])]), tokenizer=tokenizer, eos_token=eos)
-    assert heard.pop() == (["!"], ['!"'])
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [
-        (2, True, -1.5),
-        torch.tensor([2.0, 1.0, -1.5], dtype=torch.float64),
-        [torch.tensor(2), torch.tensor(1.0), torch.tensor(-1.5)],
-        np.array([2, 1, -1.5]),
-        [np.float32(2), np.int64(1), np.float64(-1.5)],
-    ],
-    ids=lambda answers: type(answers).__name__,
-)
-def test_all_that_is_a_number_is_a_score(sequences, answers):
-    scores, valid = score(lambda prompts, completions: answers, sequences)
-    assert scores.tolist() == [2.0, 1.0, -1.5] and valid.all()
-
-
-@pytest.mark.parametrize(
-    "answers, message",
-    [
-        ([1.0, 2.0], "returned 2 scores for 3 completions"),
-        ([1.0] * 4, "returned 4 scores for 3 completions"),
-        ([], "returned 0 scores for 3 completions"),
-        (["good", "bad", "bad"], r"returned \['good', 'bad', 'bad'\]; expected a number, or None, for each completion"),
-        ([[1.0]] * 3, "expected a number, or None, for each"),
-        ([1.0, 2.0, 10**400], "expected a number, or None, for each"),
-        ([torch.zeros(2)] * 3, "expected a number, or None, for each"),
-        (torch.zeros(3, 1), "expected a number, or None, for each"),
-        (torch.tensor(1.0), "expected a number, or None, for each"),
-        (1.0, "returned 1.0; expected a number, or None, for each"),
-        (None, "returned None; expected a number, or None, for each"),
-    ],
-)
-def test_answers_that_are_no_scores_are_refused(sequences, answers, message):
-    with pytest.raises(ValueError, match=message):
-        score(lambda prompts, completions: answers, sequences)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])  # the last is infinite in float32
-def test_a_score_that_is_not_finite_names_the_prompt(sequences, tokenizer, bad):
-    reward, number = lambda prompts, completions: [None, 1.0, bad], re.escape(str(bad))
-    with pytest.raises(FloatingPointError, match=rf"is {number}, .* prompt \[2, 0, 8\] and the completion \[9, 9\]"):
-        score(reward, sequences)
-    with pytest.raises(FloatingPointError, match=rf"is {number}, .* prompt '#!\)' and the completion '\*\*'"):
-        score(reward, sequences, tokenizer=tokenizer)
-
-
-@torch.no_grad()
-def test_a_reward_model_that_is_not_finite_names_the_prompt(wandering_palm, sequences):
-    model = RewardModel(wandering_palm())
-    model.palm.token_emb.weight[8] = math.nan  # which the last prompt alone holds
-    with pytest.raises(FloatingPointError, match=r"reward is nan, .* prompt \[2, 0, 8\]"):
-        score(model, sequences)
-
-
-def test_a_function_that_raises_names_the_prompt(sequences, tokenizer):
-    def stumbles_over_one(prompts, completions):
-        for prompt in prompts:
-            if prompt[0] in (5, tokenizer.decode([5])):
-                raise KeyError("no entry")
-        return [0.0] * len(prompts)
-
-    with pytest.raises(
-        RuntimeError, match=r"KeyError\('no entry'\) for prompt 1, \[5\], and the completion \[4\]"
-    ) as e:
-        score(stumbles_over_one, sequences)
-    assert isinstance(e.value.__cause__, KeyError)
-    with pytest.raises(RuntimeError, match=r"for prompt 1, '&', and the completion ''$"):
-        score(stumbles_over_one, sequences, tokenizer=tokenizer, eos_token=EOS)
-
-    def stumbles_over_all(prompts, completions):
-        if len(prompts) > 1:
-            raise OSError("too much")
-        return [0.0]
-
-    def stumbles_otherwise_alone(prompts, completions):
-        raise OSError("too much") if len(prompts) > 1 else KeyError("no entry")
-
-    with pytest.raises(RuntimeError, match=r"'too much'\) for prompt 0, .* alone raises KeyError\('no entry'\)$"):
-        score(stumbles_otherwise_alone, sequences)
-
-    together = r"OSError\('too much'\) for 3 prompts together, from \[7, 1\] on, though for none of them alone"
-    with pytest.raises(RuntimeError, match=together):
-        score(stumbles_over_all, sequences)
-
-
-def test_an_interrupted_reward_is_no_error_of_the_reward(sequences):
-    interrupts = [KeyboardInterrupt]
-
-    def reward(prompts, completions):
-        if interrupts:
-            raise interrupts.pop()
-        return [0.0] * len(prompts)
-
-    with pytest.raises(KeyboardInterrupt):
-        score(reward, sequences)
-
-
-@pytest.mark.parametrize("bins", [0, 4])
-def test_the_scores_of_a_reward_model_are_those_of_each_row_alone(wandering_palm, draw_rows, stir, bins):
-    model = RewardModel(wandering_palm(dropout=0.5), num_binned_output=bins).train()
-    stir([model.prompt_embed, model.response_embed])
-    prompts, responses = draw_rows(*LENGTHS), draw_rows(2, 7, 1, 3, seed=1)
-    alone = [
-        float(model(torch.cat(pair)[None], prompt_lengths=torch.tensor([len(pair[0])])).detach())
-        for pair in zip(prompts, responses, strict=True)
-    ]
-    for batch_size in (1, 3, 64):
-        scores, valid = score(model, join(prompts, responses), batch_size=batch_size)
-        assert valid.all() and not scores.requires_grad
-        assert scores.tolist() == pytest.approx(alone, abs=1e-5)
 
 
 # the best of several

@@ -8,8 +8,8 @@ import torch
 from tokenizers import models, pre_tokenizers, processors
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
-from palm_rlhf.policy.rollout import Sampling, best_of_n, collect, spoken
-from palm_rlhf.policy.sequences import join, response_logprobs
+from palm_rlhf.policy.rollout import Sampling, best_of_n, collect
+from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.policy.turns import Turns
 
 EOS = 4

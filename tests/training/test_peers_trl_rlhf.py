@@ -12,7 +12,8 @@ import torch
 
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
-from palm_rlhf.policy.rollout import Rollout, Scores
+from palm_rlhf.policy.rewards import Scores
+from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join, response_logprobs
 
 SAMPLES, LONGEST, KL_COEF = 4, 6, 0.3

@@ -51,6 +51,8 @@ OTHERS = {
     "kl_coef": 0.3,
     "score_clip": 3.0,
     "kl_penalty": "loss",
+    "reward_timeout": 60.0,
+    "reward_weights": {"evens": 0.5},
 }
 NEEDED = {
     (PPOConfig, "grpo_variant"): GROUPS,

@@ -11,7 +11,8 @@ import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.algorithms import advantages as advantage_functions
-from palm_rlhf.policy.rollout import Rollout, Scores
+from palm_rlhf.policy.rewards import Scores
+from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
 

@@ -18,7 +18,8 @@ import dataclasses, itertools, sys
 import torch
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.algorithms.advantages import whiten
-from palm_rlhf.policy.rollout import Rollout, Scores
+from palm_rlhf.policy.rewards import Scores
+from palm_rlhf.policy.rollout import Rollout
 
 def evens(prompts, completions):
     return [float((row % 2 == 0).double().mean()) for row in completions]

@@ -43,11 +43,11 @@ def test_prompts_are_the_same_in_every_form(tmp_path):
     path.write_bytes("\r\n\n".join(texts).encode() + b"\n  \n")
     padded = torch.tensor([row + [0] * (7 - len(row)) for row in rows])
     for tokenizer in (Letters(), Encodings()):
-        assert as_lists(read_prompts(12, prompts=texts, tokenizer=tokenizer)) == rows
-        assert as_lists(read_prompts(12, prompts_path=path, tokenizer=tokenizer)) == rows
-    assert as_lists(read_prompts(12, [torch.tensor(row) for row in rows])) == rows
-    assert as_lists(read_prompts(12, padded, torch.tensor([2, 7, 1]))) == rows
-    assert as_lists(read_prompts(12, padded)) == padded.tolist()
+        assert as_lists(read_prompts(12, prompts=texts, tokenizer=tokenizer).token_ids) == rows
+        assert as_lists(read_prompts(12, prompts_path=path, tokenizer=tokenizer).token_ids) == rows
+    assert as_lists(read_prompts(12, [torch.tensor(row) for row in rows]).token_ids) == rows
+    assert as_lists(read_prompts(12, padded, torch.tensor([2, 7, 1])).token_ids) == rows
+    assert as_lists(read_prompts(12, padded).token_ids) == padded.tolist()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
-from palm_rlhf.policy.rollout import Rollout, Scores
+from palm_rlhf.policy.rewards import Scores
+from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.policy.turns import Turns
 from palm_rlhf.training.metrics import read_metrics

@@ -144,6 +144,12 @@ class PPOConfig(RunConfig):
     """What rloo's ratio of probabilities is of: the whole response, as in TRL and as the method has it, where a
     response is one action; or each token, as ppo's, with a mean over tokens."""
 
+    reward_weights: dict[str, float] | None = None
+    """Weights of named rewards in the score, 1 for those that are not listed; one of weight 0 is logged alone."""
+
+    reward_timeout: float | None = None
+    """Seconds that the reward functions may take for a step's responses, all at the same time; None: any time."""
+
     scale_scores: bool = False
     """Divide scores by their deviation so far (running, over the whole run)."""
 

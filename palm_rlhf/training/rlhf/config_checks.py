@@ -1,5 +1,6 @@
 """The rules of the settings of reinforcement learning: a wrong one is refused by name, and so is one without effect."""
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,13 +18,15 @@ def check_config(config: "PPOConfig") -> None:
     config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef",
                                "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
     for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
-                 "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens",
+                 "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens", "reward_timeout",
                  "eos_token"):  # fmt: skip
         value, least = getattr(config, name), 0 if name == "eos_token" else 1e-12
         config.expect(name, value is None or value >= least, "None or a number above 0")
     for name in ("gamma", "gae_lambda", "min_lr_ratio"):
         config.expect(name, 0 <= getattr(config, name) <= 1, "0 to 1")
     config.expect("kl_coef", config.kl_coef is None or config.kl_coef >= 0, "None or 0 or more")
+    weights = (config.reward_weights or {}).values()
+    config.expect("reward_weights", all(math.isfinite(weight) for weight in weights), "finite numbers")
     config.expect("betas", all(0 <= beta < 1 for beta in config.betas), "two numbers from 0 to below 1")
     config.expect("top_p", config.top_p is None or 0 < config.top_p <= 1, "None or a number above 0, up to 1")
     if config.max_seq_len is None:

@@ -2,6 +2,8 @@
 
 step, elapsed       its number, from 1; seconds of the run so far, all times of a resumed one together
 score, score_std    of the responses, by the reward, before any shaping; their standard deviation
+score/NAME, score_std/NAME  the same by each of several rewards, without its weight, over the responses that it could
+                    judge; score is their weighted sum
 kl                  to the reference, in nats per response: the mean sum of log-probability differences; not there
                     where kl_coef is 0 and no reference is given
 kl_coef             weight of that KL in this step
@@ -32,7 +34,9 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.policy.rollout import Rollout, Scores, spoken
+from palm_rlhf.policy.rewards import Scores
+from palm_rlhf.policy.rollout import Rollout
+from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.training.metrics import Metrics, read_metrics
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.state import write_text, writing
@@ -113,24 +117,30 @@ def rollout_metrics(
         "turns": torch.tensor(sum(said["role"] == "assistant" for talk in rollout.messages or () for said in talk)),
         "tokens": all_actions.sum(),
         "kl": masked_sum(experience.logprobs - experience.ref_logprobs, all_actions),
-        "scored": scores.valid.sum(),
-        "score": masked_sum(scores.scores.double(), scores.valid),
-        "score_squared": masked_sum(scores.scores.double().square(), scores.valid),
         "actions": mask.sum(),
         "returns": masked_sum(experience.returns.double(), mask),
         "returns_squared": masked_sum(experience.returns.double().square(), mask),
         "residuals": masked_sum(residuals.double(), mask),
         "residuals_squared": masked_sum(residuals.double().square(), mask),
     }
+    kinds = {"": scores, **{f"/{name}": part for name, part in scores.by_name.items()}}
+    for kind, part in kinds.items():
+        numbers = part.scores.double()
+        sums[f"scored{kind}"] = part.valid.sum()
+        sums[f"score{kind}"] = masked_sum(numbers, part.valid)
+        sums[f"score{kind}_squared"] = masked_sum(numbers.square(), part.valid)
     stacked = torch.stack([total.to(accelerator.device, torch.float64) for total in sums.values()])
     total = dict(zip(sums, accelerator.reduce(stacked, "sum").tolist(), strict=True))
 
     def variance(name: str, count: str) -> float:
         return max(total[f"{name}_squared"] / total[count] - (total[name] / total[count]) ** 2, 0.0)
 
-    metrics = {
-        "score": total["score"] / total["scored"],
-        "score_std": variance("score", "scored") ** 0.5,
+    metrics = {}
+    for kind in kinds:
+        if total[f"scored{kind}"]:
+            metrics[f"score{kind}"] = total[f"score{kind}"] / total[f"scored{kind}"]
+            metrics[f"score_std{kind}"] = variance(f"score{kind}", f"scored{kind}") ** 0.5
+    metrics |= {
         "response_length": total["tokens"] / total["responses"],
         "tokens_per_second": total["tokens"] / (time.perf_counter() - started),
     }
@@ -176,8 +186,10 @@ class SampleTable:
             parts |= zip(("prompt_tokens", "completion_tokens"), spoken(kept), strict=True)
         if rollout.messages is not None:
             parts["messages"] = rollout.messages[rows]
-        numbers = zip(scores.scores[rows].tolist(), scores.valid[rows].tolist(), strict=True)
+        numbers = scores.numbers()[rows]
+        named = {name: part.numbers()[rows] for name, part in scores.by_name.items()}
         with writing(f"the samples in {self.path}"), open(self.path, "a", encoding="utf-8") as file:
-            for (score, valid), *row in zip(numbers, *parts.values(), strict=True):
-                line = {"step": self.run.step, "score": score if valid else None, **dict(zip(parts, row))}
+            for place, (score, *row) in enumerate(zip(numbers, *parts.values(), strict=True)):
+                each = {"scores": {name: part[place] for name, part in named.items()}} if named else {}
+                line = {"step": self.run.step, "score": score, **each, **dict(zip(parts, row))}
                 file.write(json.dumps(line, ensure_ascii=False, default=Tensor.tolist) + "\n")

@@ -1,9 +1,10 @@
-"""The prompts of reinforcement learning, from whichever form they come in."""
+"""The prompts of reinforcement learning, in whichever form they come, and the columns that rewards may ask for."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from beartype import beartype
@@ -13,6 +14,15 @@ from palm_rlhf.model.generate import check_token_ids
 from palm_rlhf.model.interop.text_file import read_text
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028, which is part of a text
+PROMPT = "prompt"  # the column that is one
+Prompt = str | Tensor | Mapping[str, Any]
+
+
+class Prompts(NamedTuple):
+    """Prompts as 1-d tensors, and what else their rows hold: a list for each column, None where a row has it not."""
+
+    token_ids: list[Tensor]
+    columns: dict[str, list[Any]]
 
 
 @beartype
@@ -20,46 +30,85 @@ def read_prompts(
     num_tokens: int,
     prompt_token_ids: Tensor | Sequence[Tensor] | None = None,
     prompt_lengths: Tensor | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Prompt] | None = None,
     prompts_path: str | Path | None = None,
     tokenizer: Any = None,
-) -> list[Tensor]:
-    """Prompts as 1-d tensors, all ids checked against `num_tokens`.
+) -> Prompts:
+    """Prompts in one of several forms, all ids checked against `num_tokens`; texts need the tokenizer.
 
-    Exactly one of token ids (a list of 1-d tensors, or `b n` with lengths `b` where rows are padded on the right),
-    texts, and the path of a file with a text on each line that is not blank; texts need the tokenizer.
+    Exactly one of `prompt_token_ids` (a list of 1-d tensors, or `b n` with lengths `b` where rows are padded on the
+    right), `prompts` (texts, 1-d tensors, or rows: mappings with a text or token ids as their "prompt", and other
+    columns), and the path of a file: a text on each line that is not blank, or, where its name ends in .jsonl, a row.
     """
     given = {"prompt_token_ids": prompt_token_ids, "prompts": prompts, "prompts_path": prompts_path}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise ValueError(f"got {names or 'no prompts'}, expected exactly one of {list(given)}")
-    if prompts_path is not None:
-        prompts = read_lines(Path(prompts_path))
-    if prompts is not None:
-        if tokenizer is None:
-            raise ValueError(f"got {names[0]}, which are texts, without a tokenizer: pass one, or prompt_token_ids")
-        ids = (tokenizer.encode(text) for text in prompts)
-        rows = [torch.tensor(getattr(one, "ids", one), dtype=torch.long) for one in ids]  # Hugging Face wraps them
-    elif isinstance(prompt_token_ids, Tensor):
-        if prompt_token_ids.ndim != 2:
-            raise ValueError(f"prompt_token_ids has {prompt_token_ids.ndim} axes; expected `b n`, or a list of rows")
-        widths = [prompt_token_ids.shape[1]] * len(prompt_token_ids)
-        lengths = widths if prompt_lengths is None else prompt_lengths.tolist()
-        if len(lengths) != len(prompt_token_ids) or not all(0 <= length <= widths[0] for length in lengths):
-            raise ValueError(f"prompt_lengths is {lengths!r:.200}, expected {len(widths)} numbers up to {widths[:1]}")
-        rows = [row[:length] for row, length in zip(prompt_token_ids, lengths, strict=True)]
-    else:
-        rows = list(prompt_token_ids)
     if prompt_lengths is not None and not isinstance(prompt_token_ids, Tensor):
         raise ValueError("got prompt_lengths without padded prompt_token_ids: a list of rows has its own lengths")
-    if not rows:
+    if prompts_path is not None:
+        prompts = _read_file(Path(prompts_path))
+    if isinstance(prompt_token_ids, Tensor):
+        prompts = _without_padding(prompt_token_ids, prompt_lengths)
+    elif prompts is None:
+        prompts = prompt_token_ids
+    if not len(prompts):
         raise ValueError(f"{names[0]} holds no prompt, expected at least one")
-    for index, row in enumerate(rows):
+    rows = [prompt if isinstance(prompt, Mapping) else {PROMPT: prompt} for prompt in prompts]
+    token_ids = [_tokens(row, f"prompt {index}", names[0], tokenizer) for index, row in enumerate(rows)]
+    for index, row in enumerate(token_ids):
         if row.ndim != 1 or len(row) == 0:
             raise ValueError(
                 f"prompt {index} has the shape {tuple(row.shape)}, expected at least one token: leave it out"
             )
         check_token_ids(row, num_tokens)
+    columns = dict.fromkeys(name for row in rows for name in row if name != PROMPT)
+    return Prompts(token_ids, {name: [row.get(name) for row in rows] for name in columns})
+
+
+def _without_padding(padded: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    if padded.ndim != 2:
+        raise ValueError(f"prompt_token_ids has {padded.ndim} axes; expected `b n`, or a list of rows")
+    widths = [padded.shape[1]] * len(padded)
+    numbers = widths if lengths is None else lengths.tolist()
+    if len(numbers) != len(padded) or not all(0 <= number <= widths[0] for number in numbers):
+        raise ValueError(f"prompt_lengths is {numbers!r:.200}, expected {len(widths)} numbers up to {widths[:1]}")
+    return [row[:number] for row, number in zip(padded, numbers, strict=True)]
+
+
+def _tokens(row: Mapping[str, Any], place: str, source: str, tokenizer: Any) -> Tensor:
+    """The prompt of a row as ids."""
+    if PROMPT not in row:
+        raise ValueError(f"{place} has the keys {list(row)[:8]}, expected {PROMPT!r} among them")
+    prompt = row[PROMPT]
+    if isinstance(prompt, Tensor):
+        return prompt
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"got {source}, which are texts, without a tokenizer: pass one, or prompt_token_ids")
+        ids = tokenizer.encode(prompt)
+        return torch.tensor(getattr(ids, "ids", ids), dtype=torch.long)  # Hugging Face wraps them
+    if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
+        return torch.tensor(prompt, dtype=torch.long)
+    raise ValueError(
+        f"{place} is {prompt!r:.100}, expected a text or token ids; messages are made tokens by "
+        "palm_rlhf.data.conversation.encode_prompt, or by the command palm-rlhf rlhf"
+    )
+
+
+def _read_file(path: Path) -> list[Prompt]:
+    lines = read_lines(path)
+    if path.suffix != ".jsonl":
+        return lines
+    rows = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, row {place}: it is no JSON ({error}): mend or delete it") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {place}: got {line[:40]!r}, expected an object with a {PROMPT!r}")
+        rows.append(row)
     return rows
 
 

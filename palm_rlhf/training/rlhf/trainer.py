@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.kl import adapt_kl_coef
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
-from palm_rlhf.policy.actor_critic import ActorCritic, Reference, check_vocabulary
+from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rollout import Reward, Rollout, Sampling, Scores, best_of_n, collect, score
+from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, named, score
+from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.batches import EpochSampler
@@ -28,7 +29,8 @@ from palm_rlhf.training.rlhf.credit import assign_credit, shape_scores
 from palm_rlhf.training.rlhf.experience import Experience
 from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf.objective import objective
-from palm_rlhf.training.rlhf.prompts import check_room, read_prompts
+from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
+from palm_rlhf.training.rlhf.scoring import OF_CONVERSATIONS, OF_ROLLOUT, OF_RUN, run_keywords
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
 
@@ -37,10 +39,13 @@ class RLHFTrainer:
     """Improves a PaLM by a reward: PPO with a critic, or GRPO or RLOO without, on one process or several.
 
     `palm` is trained in place (with `config.actor_lora_r`, its adapters "actor" are). The reward is a RewardModel, or a
-    function of a list of prompts and a list of completions that returns a number for each, or None where it cannot say;
-    it gets texts where there is a `tokenizer` (anything with `encode` and `decode`), else 1-d tensors. Prompts are ids,
-    as a list of 1-d tensors or as `b n` with `prompt_lengths` where rows are padded on the right, or texts, or a file
-    with one a line. `critic` is what the critic starts from, `reference` what the KL is measured against: both the
+    function of a list of prompts and a list of completions that returns a number for each, or None where it cannot say,
+    or several by name, weighted by `config.reward_weights`. A function gets texts where there is a `tokenizer`
+    (anything with `encode` and `decode`), else 1-d tensors, and by name what else its signature asks for: the prompts'
+    other columns, and `prompt_ids`, `completion_ids`, `truncated` (lists), `step` (from 1) and `trainer_state`, as TRL
+    gives it, with an environment `messages` too. Prompts are ids, as a list of 1-d tensors or as `b n` with
+    `prompt_lengths` where rows are padded on the right, or texts, or rows with other columns, or a file of one of these
+    (`read_prompts`). `critic` is what the critic starts from, `reference` what the KL is measured against: both the
     given palm if None; with a `kl_coef` of 0 there is no reference unless one is given. `environment` answers between
     the policy's turns, see `palm_rlhf.policy.turns.Turns`; its replies are read, and not learnt. All that is saved goes
     to `output_dir`; `resume=True` goes on from the newest checkpoint there.
@@ -51,10 +56,10 @@ class RLHFTrainer:
         self,
         *,
         palm: PaLM,
-        reward_model: Reward,
+        reward_model: Rewards,
         prompt_token_ids: Tensor | Sequence[Tensor] | None = None,
         prompt_lengths: Tensor | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         prompts_path: str | Path | None = None,
         tokenizer: Any = None,
         critic: PaLM | RewardModel | None = None,
@@ -67,12 +72,13 @@ class RLHFTrainer:
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
         config.check_environment(environment)
         self.environment = environment
-        self.prompts = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
+        given = (prompt_token_ids, prompt_lengths, prompts, prompts_path)
+        self.prompts, self.columns = read_prompts(palm.num_tokens, *given, tokenizer)
         self._shortest_prompt = min(map(len, self.prompts))
         self.sampler = EpochSampler(len(self.prompts), config.seed)
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
-        if isinstance(reward_model, RewardModel):
-            check_vocabulary("reward model", reward_model, palm.num_tokens)
+        names = (*self.columns, *OF_ROLLOUT, *OF_RUN, *(() if environment is None else OF_CONVERSATIONS))
+        check_rewards(reward_model, num_tokens=palm.num_tokens, keywords=names, weights=config.reward_weights)
         torch.manual_seed(config.seed)  # for the adapters, which are drawn here: the run seeds all else
         self.actor_critic = ActorCritic(
             palm,
@@ -91,8 +97,9 @@ class RLHFTrainer:
         self.accelerator = self.run.accelerator
         if self.reference is not None:
             self.reference.palm.to(self.run.device)
-        if isinstance(reward_model, RewardModel):
-            reward_model.to(self.run.device)
+        for reward in named(reward_model).values():
+            if isinstance(reward, RewardModel):
+                reward.to(self.run.device)
         self.run.load_newest(self._read_checkpoint)
         self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, CURVES)
         self.samples = SampleTable(self.run, config.samples_kept, tokenizer)
@@ -179,11 +186,13 @@ class RLHFTrainer:
         drawn = self.sampler.draw(c.rollouts_per_step // c.num_samples)
         if len(drawn) % run.num_processes:
             raise ValueError(f"{len(drawn)} prompts a step for {run.num_processes} processes; expected a multiple")
+        mine = drawn[run.rank :: run.num_processes]
         with run.autocast(), whole(self.actor_critic):
             return collect(
                 self.palm,
-                [self.prompts[index] for index in drawn[run.rank :: run.num_processes]],
+                [self.prompts[index] for index in mine],
                 self.sampling,
+                columns={name: [values[index] for index in mine] for name, values in self.columns.items()},
                 num_samples=c.num_samples,
                 batch_size=c.rollout_batch_size,
                 finetune_scope=self.actor_critic.actor_scope,
@@ -192,7 +201,7 @@ class RLHFTrainer:
 
     @beartype
     def score(self, rollout: Rollout) -> Scores:
-        """What the reward says of the responses, before any shaping."""
+        """What the rewards say of the responses, before any shaping."""
         with self.run.autocast():
             scores = score(
                 self.reward_model,
@@ -200,6 +209,9 @@ class RLHFTrainer:
                 tokenizer=self.tokenizer,
                 eos_token=self.config.eos_token,
                 batch_size=self._forward_size,
+                weights=self.config.reward_weights,
+                timeout=self.config.reward_timeout,
+                keywords={**rollout.keywords, **run_keywords(self.run.step, self.config.num_steps)},
             )
         if not self.accelerator.reduce(scores.valid.sum(), "sum"):
             raise ValueError(
@@ -291,9 +303,18 @@ class RLHFTrainer:
     @torch.no_grad()
     @beartype
     def generate(
-        self, max_seq_len: int | None = None, *, prompt: Tensor, num_samples: int = 4, max_new_tokens: int | None = None
+        self,
+        max_seq_len: int | None = None,
+        *,
+        prompt: Tensor,
+        num_samples: int = 4,
+        max_new_tokens: int | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """The best of `num_samples` responses by the reward: `n -> t`, the prompt left out; sampled as in training."""
+        """The best of `num_samples` responses by the reward: `n -> t`, the prompt left out; sampled as in training.
+
+        `columns` are the prompt's, a value each, for reward functions that ask for them.
+        """
         if (max_seq_len is None) == (max_new_tokens is None):
             raise ValueError(f"got max_seq_len={max_seq_len} and max_new_tokens={max_new_tokens}; expected one of them")
         with whole(self.actor_critic):
@@ -304,6 +325,10 @@ class RLHFTrainer:
                 dataclasses.replace(self.sampling, max_seq_len=max_seq_len, max_new_tokens=max_new_tokens),
                 num_samples=num_samples,
                 tokenizer=self.tokenizer,
+                weights=self.config.reward_weights,
+                timeout=self.config.reward_timeout,
+                columns=columns,
+                keywords=run_keywords(self.run.step, self.config.num_steps),
                 finetune_scope=self.actor_critic.actor_scope,
                 turns=self.turns,
             )

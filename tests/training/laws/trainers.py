@@ -79,7 +79,8 @@ def make(config, folder=None, resume=False, *, palm=None, valid=False):
     if isinstance(config, PPOConfig):
         if config.max_turns != 8 or config.max_turn_tokens is not None:  # which have a meaning where somebody answers
             run["environment"] = lambda messages: None
-        return RLHFTrainer(palm=palm, reward_model=evens, prompt_token_ids=prompts, **run)
+        reward = evens if config.reward_weights is None else {"evens": evens}
+        return RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=prompts, **run)
     if isinstance(config, LMConfig):
         trainer, data = LanguageModelTrainer, np.arange(200) % 12
     elif isinstance(config, SupervisedConfig):

@@ -1,0 +1,181 @@
+"""Scores of responses: by reward models and functions, one or several by name, each of them asked once."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from time import monotonic
+from typing import Any, NamedTuple
+
+import torch
+from beartype import BeartypeConf, beartype
+from torch import Tensor
+
+from .actor_critic import check_vocabulary
+from .reward import RewardModel
+from .reward_functions import Numbers, arguments_of, call, shown, start
+from .sequences import Sequences, spoken
+
+Reward = RewardModel | Callable
+Rewards = Reward | Mapping[str, Reward]
+GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")  # to every function that asks for them
+LARGEST = torch.finfo(torch.float32).max  # of a score
+
+
+class Scores(NamedTuple):
+    """What the rewards say of each response: `b` float32, and whether they could say (the score is 0 where not).
+
+    Of named rewards it is the weighted sum over those that could say, and none where all of these have the weight 0;
+    `by_name` has each one's own, without its weight.
+    """
+
+    scores: Tensor
+    valid: Tensor
+    by_name: Mapping[str, "Scores"] = {}
+
+    def numbers(self) -> Numbers:
+        """The scores as a list, None where there is none."""
+        return [score if said else None for score, said in zip(self.scores.tolist(), self.valid.tolist(), strict=True)]
+
+
+@torch.no_grad()
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+def score(
+    reward: Rewards,
+    sequences: Sequences,
+    *,
+    tokenizer: Any = None,
+    eos_token: int | None = None,
+    batch_size: int = 64,
+    weights: Mapping[str, float] | None = None,
+    timeout: float | None = None,
+    keywords: Mapping[str, Any] | None = None,
+) -> Scores:
+    """Score responses by RewardModels and functions: one, or several by name with their `weights` (1 if not listed).
+
+    A function returns a number for each completion, or None where it cannot say. It gets two lists, `prompts` and
+    `completions`: texts where there is a tokenizer (completions without the EOS), else 1-d tensors. Further parameters
+    of its signature are passed by name: `prompt_ids` and `completion_ids` (lists of ids, with the EOS), and
+    `keywords`, such as the prompts' other columns; a function with `**kwargs` gets them all. It may be a coroutine
+    function. Several functions are called at the same time, each in a thread, for up to `timeout` seconds; a thread
+    cannot be stopped, so that one which takes longer goes on, unheard.
+
+    Raises:
+        ValueError: a function returns something else, or asks for a parameter that there is not.
+        RuntimeError: a function raised; it is not asked again, and its prompt is named if it was at one.
+        TimeoutError: a function takes too long.
+        FloatingPointError: a score is not finite, in float32.
+    """
+    rewards = named(reward)
+    prompts, completions = spoken(sequences, tokenizer, eos_token)
+    ids = (tuple(part.tolist() for part in parts) for parts in spoken(sequences))
+    given = {**(keywords or {}), **dict(zip(GIVEN, (prompts, completions, *map(list, ids)), strict=True))}
+    calls = {
+        name: functools.partial(call, label_of(name), function, given)
+        for name, function in rewards.items()
+        if not isinstance(function, RewardModel)
+    }
+    answers = _answers(calls, rewards, sequences, batch_size, timeout)
+    for name, numbers in answers.items():
+        _check_finite(label_of(name), numbers, sequences, tokenizer)
+    if not isinstance(reward, Mapping):
+        return _as_scores(answers[""], sequences)
+    total = weighted_sum(answers, weights or {})
+    _check_finite("the weighted sum of the rewards", total, sequences, tokenizer)
+    each = {name: _as_scores(numbers, sequences) for name, numbers in answers.items()}
+    return Scores(*_as_scores(total, sequences)[:2], each)
+
+
+def named(reward: Rewards) -> Mapping[str, Reward]:
+    """Rewards by name; one alone has an empty name."""
+    return reward if isinstance(reward, Mapping) else {"": reward}
+
+
+def label_of(name: str) -> str:
+    """How messages call a reward."""
+    return f"the reward {name!r}" if name else "the reward function"
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+def weighted_sum(answers: Mapping[str, Numbers], weights: Mapping[str, float]) -> Numbers:
+    """For each response, the sum of the rewards that could say, times their weights; None if none that counts could."""
+    counted = {name: weights.get(name, 1.0) for name in answers}
+    rows = zip(*([(counted[name], number) for number in numbers] for name, numbers in answers.items()), strict=True)
+    said = ([(weight, number) for weight, number in row if weight and number is not None] for row in rows)
+    return [math.fsum(weight * number for weight, number in row) if row else None for row in said]
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+def check_rewards(
+    reward: Rewards, *, num_tokens: int, keywords: Sequence[str] = (), weights: Mapping[str, float] | None = None
+) -> None:
+    """ValueError, before a run begins, for rewards that could not be asked, and weights that would reach nothing.
+
+    `num_tokens` are the policy's, `keywords` the names that functions can ask for beside GIVEN.
+    """
+    rewards = named(reward)
+    if not rewards:
+        raise ValueError("got no reward, expected at least one")
+    names = (*GIVEN, *keywords)
+    if taken := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the prompts have the columns {taken}, by which functions get something else: rename them")
+    for name, one in rewards.items():
+        if isinstance(one, RewardModel):
+            check_vocabulary(f"reward model {name!r}" if name else "reward model", one, num_tokens)
+        else:
+            arguments_of(label_of(name), one, dict.fromkeys(names))
+    if weights is None:
+        return
+    if not isinstance(reward, Mapping):
+        raise ValueError(f"got reward_weights={weights} for one reward without a name; expected rewards by name")
+    if unknown := weights.keys() - rewards.keys():
+        raise ValueError(f"reward_weights has {sorted(unknown)}, expected names among those of {sorted(rewards)}")
+    if not any(weights.get(name, 1.0) for name in rewards):
+        raise ValueError(f"got reward_weights={weights}, all of them 0; expected another weight of at least one")
+
+
+def _answers(
+    calls: Mapping[str, Callable[[], Numbers]],
+    rewards: Mapping[str, Reward],
+    sequences: Sequences,
+    batch_size: int,
+    timeout: float | None,
+) -> dict[str, Numbers]:
+    """Each reward's numbers: functions are heard while the models, which stay in this thread, compute."""
+    if len(rewards) == len(calls) == 1 and timeout is None:
+        return {name: ask() for name, ask in calls.items()}
+    end = None if timeout is None else monotonic() + timeout
+    device = sequences.tokens.device.type
+    futures = {name: start(ask, device) for name, ask in calls.items()}
+    answers = {
+        name: model.score(sequences, batch_size=batch_size).tolist()
+        for name, model in rewards.items()
+        if isinstance(model, RewardModel)
+    }
+    done, late = wait(futures.values(), None if end is None else max(end - monotonic(), 0), FIRST_EXCEPTION)
+    answers |= {name: future.result() for name, future in futures.items() if future in done}
+    if late:
+        names = " and ".join(label_of(name) for name, future in futures.items() if future in late)
+        raise TimeoutError(
+            f"{names} did not answer within reward_timeout={timeout:g} seconds for {len(sequences)} completions; "
+            "expected a number, or None, for each by then: raise reward_timeout, or return None for what takes too long"
+        )
+    return {name: answers[name] for name in rewards}
+
+
+def _check_finite(label: str, numbers: Numbers, sequences: Sequences, tokenizer: Any) -> None:
+    for row, number in enumerate(numbers):
+        if number is not None and not abs(number) <= LARGEST:
+            prompt, completion = (part[0] for part in spoken(sequences.select(slice(row, row + 1)), tokenizer))
+            raise FloatingPointError(
+                f"{label.removesuffix(' function')} is {number}, expected a finite number or None: for the prompt "
+                f"{shown(prompt)} and the completion {shown(completion)}"
+            )
+
+
+def _as_scores(numbers: Numbers, sequences: Sequences) -> Scores:
+    device = sequences.tokens.device
+    return Scores(
+        torch.tensor([number or 0.0 for number in numbers], dtype=torch.float32, device=device),
+        torch.tensor([number is not None for number in numbers], device=device),
+    )
