@@ -12,7 +12,7 @@ from torch import Tensor
 from palm_rlhf.commands.models import ChatModel
 from palm_rlhf.commands.runs import say
 from palm_rlhf.data.conversation import encode, encode_all, encode_prompt, encode_response, has_tools
-from palm_rlhf.data.convert import converted, form_of
+from palm_rlhf.data.convert import ROWS, converted, form_of, prompt_rows
 from palm_rlhf.data.preferences import fit_rankings
 from palm_rlhf.data.records import Record, is_held_out
 from palm_rlhf.data.splitting import fit_context
@@ -32,8 +32,12 @@ def read(file: Path, to: Literal["sft", "rankings", "prompts", "preferences", "u
 
     ValueError for a file that has none.
     """
+    return _counted_records(file, to, lambda rejected: converted(file, form_of(file), to, rejected=rejected))
+
+
+def _counted_records(file: Path, to: str, read_them: Callable[[Counter[str]], Iterable[Record]]) -> list[Record]:
     rejected: Counter[str] = Counter()
-    records = list(converted(file, form_of(file), to, rejected=rejected))
+    records = list(read_them(rejected))
     if left_out := +rejected:
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
         say(f"{file}: left out {reasons}")
@@ -121,27 +125,42 @@ def unpaired_preferences_of(records: Iterable[Record], model: ChatModel) -> list
 @beartype
 def read_prompts(file: Path, model: ChatModel) -> list[Tensor]:
     """Prompts as tokens up to where the assistant is to speak: those of a file's records, or of its lines of text."""
-    if file.suffix in TEXT_SUFFIXES:
-        records: Iterable[Record] = ({"prompt": [{"role": "user", "content": x.strip()}]} for x in read_lines(file))
-    else:
-        records = read(file, "prompts")
-    unique = {json.dumps(record): record for record in records}
+    return [row["prompt"] for row in read_prompt_rows(file, model)]
+
+
+@beartype
+def read_prompt_rows(file: Path, model: ChatModel, *, with_columns: bool = False) -> list[dict[str, Any]]:
+    """The same as rows, with the tokens as their "prompt"; a prompt that comes twice with the same fields is one.
+
+    `with_columns` keeps the other fields of records of a question, an answer to it among them.
+    """
+    unique = {json.dumps(record): record for record in _prompt_records(file, with_columns)}
     if not unique:
         raise ValueError(f"{file} has no prompt, expected one a line")
-    prompts, with_tools = [], 0
+    rows, with_tools = [], 0
     for record in unique.values():
         tools = record.get("tools") or ()
         try:
-            prompts.append(encode_prompt(record["prompt"], model.tokenizer, model.template, tools=tools))
+            tokens = encode_prompt(record["prompt"], model.tokenizer, model.template, tools=tools)
         except ValueError:
             if not has_tools(record["prompt"], tools):
                 raise
             with_tools += 1
+        else:
+            rows.append({**record.get("columns", {}), "prompt": tokens})
     if with_tools:
         say(f"{file}: left out {with_tools} prompts with tools that the template does not write")
-    if not prompts:
+    if not rows:
         raise ValueError(f"{file} has only prompts with tools, expected others: take a model whose template has them")
-    return prompts
+    return rows
+
+
+def _prompt_records(file: Path, with_columns: bool) -> Iterable[Record]:
+    if file.suffix in TEXT_SUFFIXES:
+        return ({"prompt": [{"role": "user", "content": x.strip()}]} for x in read_lines(file))
+    if with_columns and form_of(file) in ROWS:
+        return _counted_records(file, "prompts", lambda rejected: prompt_rows(file, rejected=rejected))
+    return read(file, "prompts")
 
 
 def _prompt(messages: Messages, model: ChatModel) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf rlhf``: a model improved by a reward model, with PPO, GRPO or RLOO."""
+"""The command ``palm-rlhf rlhf``: a model improved by rewards, with PPO, GRPO or RLOO."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,13 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model, open_reward_model
-from palm_rlhf.commands.records import read_prompts
+from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.records import read_prompt_rows
+from palm_rlhf.commands.rewards import MAIN, open_rewards
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
 from palm_rlhf.data.conversation import end_of_turn
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
+from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.sharding import full_state, plain_palm
@@ -23,22 +25,26 @@ def rlhf(
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
     *,
     model: ModelName,
-    reward_model: ModelName,
+    reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
+    rewards: Annotated[tuple[str, ...], arg(metavar="NAME=SOURCE ...")] = (),
     output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     resume: bool = False,
     template: TemplateName = "auto",
     training: OmitArgPrefixes[PPOConfig] = PPOConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
-    """Improve a model by reinforcement learning from a reward model: PPO, GRPO or RLOO (--algorithm).
+    """Improve a model by reinforcement learning from rewards, models or functions: PPO, GRPO or RLOO (--algorithm).
 
     With PPO the critic starts from the reward model, unless --shared-trunk reads values from the policy. Adapters
     (--actor-lora-r) are merged at the end. The last line on standard output is JSON: the metrics of the last step,
     such as score and kl, output_dir and model.
 
     Args:
-        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads.
+        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads;
+            where functions reward rows with a prompt or a question, they get the other fields.
         model: The model to improve, fine-tuned on conversations: its folder, that of a run, or a hub id.
-        reward_model: The reward model, of the same tokenizer: its folder, that of a run, or a hub id.
+        reward_model: A reward model, of the same tokenizer: its folder, that of a run, or a hub id.
+        rewards: Rewards with a name each, beside reward_model or in its place: functions as NAME=FILE.py:FUNCTION,
+            reward models as NAME=FOLDER. --reward-weights has their weights, and that of reward_model by this name.
         output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
             default.
         resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
@@ -48,22 +54,23 @@ def rlhf(
     output_dir = run_folder("rlhf", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    judge = open_reward_model(reward_model, chat_model, model)
+    judges = open_rewards(reward_model, rewards, chat_model, model)
     if training.eos_token is None:
         training = replace(training, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
-    tokens = read_prompts(prompts, chat_model)
+    asks_functions = any(not isinstance(judge, RewardModel) for judge in judges.values())
+    rows = read_prompt_rows(prompts, chat_model, with_columns=asks_functions)
     has_critic = training.algorithm == "ppo" and not training.shared_trunk and not training.critic_lora_r
     trainer = RLHFTrainer(
         palm=chat_model.palm,
-        reward_model=judge,
-        critic=judge if has_critic else None,
-        prompt_token_ids=tokens,
+        reward_model=judges[MAIN] if judges.keys() == {MAIN} else judges,
+        critic=judges.get(MAIN) if has_critic else None,
+        prompts=rows,
         tokenizer=chat_model.tokenizer,
         config=training,
         output_dir=output_dir,
         resume=resume,
     )
-    say(f"{len(tokens)} prompts; saved to {output_dir}")
+    say(f"{len(rows)} prompts; saved to {output_dir}")
     result = trainer.train()
     state = full_state(trainer.actor_critic.palm)
     if trainer.accelerator.is_main_process:
@@ -72,13 +79,8 @@ def rlhf(
             palm.merge_finetune_params(ACTOR_SCOPE)
         save_model(output_dir, palm, chat_model.tokenizer, chat_model.template)
         folder = quoted(output_dir)
-        sources = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
-        finish(
-            result,
-            output_dir,
-            [
-                ("talk with it", f"palm-rlhf chat {folder}"),
-                ("serve it", f"palm-rlhf serve {folder}"),
-                ("measure the run", f"palm-rlhf evaluate run {folder} {sources}"),
-            ],
-        )
+        next_commands = [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")]
+        if reward_model is not None:
+            sources = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
+            next_commands += [("measure the run", f"palm-rlhf evaluate run {folder} {sources}")]
+        finish(result, output_dir, next_commands)

@@ -14,9 +14,18 @@ from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown, whole_prompts
 from palm_rlhf.data.filters import keep_languages
 from palm_rlhf.data.instructions import is_instruction, is_prompt, to_instructions
 from palm_rlhf.data.oasst_messages import MessageFilter
+from palm_rlhf.data.openings import FIELDS
 from palm_rlhf.data.preferences import is_preference, pairs_of, read_rankings
 from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.data.sharegpt import is_messages, is_page, is_sharegpt, read_conversations, to_sharegpt
+from palm_rlhf.data.sharegpt import (
+    TOOLS,
+    is_messages,
+    is_page,
+    is_sharegpt,
+    parse_conversation,
+    read_conversations,
+    to_sharegpt,
+)
 from palm_rlhf.data.unpaired import read_unpaired, unpaired_of
 
 Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt", "prompts"]
@@ -33,7 +42,9 @@ RECOGNISED = {
     "alpaca": is_instruction,
     "prompts": is_prompt,
 }
+PARTS_OF_A_QUESTION = (*FIELDS, *TOOLS, "condition")
 WRITERS = {"alpaca": to_instructions, "sharegpt": to_sharegpt}
+ROWS = ("alpaca", "prompts")  # the forms whose records have one question each
 KEPT = ("tools", "condition")  # they are a part of what a reply answers to
 
 
@@ -125,6 +136,26 @@ def converted(
     if form == "prompts":
         return ({"prompt": record["messages"], **_kept(record)} for record in records)
     return _of_conversations(records, to)
+
+
+@beartype
+def prompt_rows(path: Path, *, rejected: Counter[str] | None = None) -> Iterator[Record]:
+    """The questions of a file of one of ROWS, as ``{"prompt": messages, "columns": {...}}``.
+
+    The columns are all fields but those of the question and what comes before it: an answer is one of them, and so is
+    what no form knows. What is no question is counted in ``rejected``.
+    """
+    rejected = Counter() if rejected is None else rejected
+    for _, record in read_records(path):
+        question = {key: value for key, value in record.items() if key in PARTS_OF_A_QUESTION}
+        try:
+            conversations = [parse_conversation(question, prompts=True)]
+        except ValueError as error:
+            rejected[str(error)] += 1
+            continue
+        columns = {key: value for key, value in record.items() if key not in question}
+        for conversation in whole_prompts(conversations, rejected=rejected):
+            yield {"prompt": conversation["messages"], **_kept(conversation), "columns": columns}
 
 
 def _of_tree(

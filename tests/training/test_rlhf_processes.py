@@ -27,13 +27,19 @@ def evens(prompts, completions):
 def picky(prompts, completions):
     return [None if len(row) == 6 else float(len(row)) for row in completions]
 
+def by_place(prompts, completions, place):
+    assert [int(prompt[-1]) for prompt in prompts] == [number % 4 for number in place]
+    return [None if number < 3 else float(number) for number in place]
+
+several = {"evens": evens, "place": by_place}
+
 def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", **options):
     torch.manual_seed(0)
     palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
     settings = {"num_steps": 4, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
                 "eos_token": 5, "grad_clip": 0.0, "save_every": 1, "plot": False, **options}
-    prompts = [torch.arange(1 + index % 4) for index in range(8)]
-    return RLHFTrainer(palm=palm, reward_model=globals()[reward], prompt_token_ids=prompts,
+    prompts = [{"prompt": torch.arange(1 + index % 4), "place": index} for index in range(8)]
+    return RLHFTrainer(palm=palm, reward_model=globals()[reward], prompts=prompts,
                        config=PPOConfig(**settings), output_dir=folder, resume=resume)
 
 def share(rollout, rows):
@@ -97,6 +103,7 @@ for index, options in enumerate(OPTIONS):
 list(trainer(f"{out}/whole").steps())
 list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
 list(trainer(f"{out}/cut", resume=True).steps())
+list(trainer(f"{out}/several", num_steps=2, reward="several", reward_weights={"place": 0.5}).steps())
 torch.distributed.destroy_process_group()
 """
 
@@ -147,6 +154,13 @@ def test_two_processes_resume_to_the_bit(runs):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     scores = [[line["score"] for line in read_metrics(runs / run / "metrics.jsonl")] for run in ("whole", "cut")]
     assert len(scores[0]) == 4 and scores[0] == scores[1]
+
+
+def test_named_rewards_of_two_processes_are_logged_as_means_over_both(runs):
+    """Each prompt comes once a step, so that the places are known: 3 to 7, and None for the rest."""
+    for line in read_metrics(runs / "several/metrics.jsonl"):
+        assert line["score/place"] == 5.0 and line["score_std/place"] == pytest.approx(2**0.5)
+        assert line["score"] == pytest.approx(line["score/evens"] + 0.5 * (3 + 4 + 5 + 6 + 7) / 8)
 
 
 def test_the_policy_that_they_save_opens_alone(runs):
