@@ -104,11 +104,13 @@ def collect(
             responses, logprobs = responses + said, logprobs + recorded
         return responses, logprobs
 
-    repeated_columns = {name: [v for v in values for _ in range(num_samples)] for name, values in (columns or {}).items()}
+    columns = {
+        name: [value for value in values for _ in range(num_samples)] for name, values in (columns or {}).items()
+    }
     if turns is not None:
         rooms = new_token_limits(read_prompts(palm, list(prompts), None), sampling.max_seq_len, sampling.max_new_tokens)
         options = {"num_samples": num_samples, "eos_token": sampling.eos_token}
-        return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options), repeated_columns)
+        return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options), columns)
     responses, logprobs = draw(prompts, num_samples, None)
     repeated = [prompt.to(palm.device) for prompt in prompts for _ in range(num_samples)]
     truncated = [sampling.eos_token is not None and int(row[-1]) != sampling.eos_token for row in responses]
@@ -116,7 +118,7 @@ def collect(
         join(repeated, responses),
         pad_sequence(logprobs, batch_first=True),
         torch.tensor(truncated, device=palm.device),
-        columns=repeated_columns,
+        columns=columns,
     )
 
 

@@ -43,8 +43,9 @@ def evens(prompts, completions) -> list[float]:
 def make_trainer(reward, folder=None, resume=False, prompts=ROWS, tokenizer=None, **options) -> RLHFTrainer:
     settings = {"num_steps": 3, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
                 "eos_token": EOS, "learning_rate": 1e-2, "save_every": 1, "sample_every": 1, "plot": False}  # fmt: skip
+    extra = {name: options.pop(name) for name in ("environment",) if name in options}
     return RLHFTrainer(palm=tiny_palm(), reward_model=reward, prompts=prompts, tokenizer=tokenizer, output_dir=folder,
-                       resume=resume, config=PPOConfig(**{**settings, **options}))  # fmt: skip
+                       resume=resume, **extra, config=PPOConfig(**{**settings, **options}))  # fmt: skip
 
 
 # rows
@@ -140,6 +141,18 @@ def test_texts_and_their_columns(tmp_path):
     assert next(trainer.steps())["score"] == 4.0
 
 
+def test_a_function_reads_the_messages_of_conversations():
+    def reward(prompts, completions, messages, id):
+        assert all(talk[-1]["role"] == "assistant" for talk in messages)
+        assert [talk[0]["content"].tolist() for talk in messages] == [ROWS[number]["prompt"] for number in id]
+        return [float(sum(message["role"] == "assistant" for message in talk)) for talk in messages]
+
+    metrics = next(make_trainer(reward, environment=lambda messages: torch.tensor([3]), max_turns=2).steps())
+    assert metrics["score"] == metrics["turns"]
+    with pytest.raises(ValueError, match="asks for 'messages'; expected names among"):
+        make_trainer(reward)
+
+
 def test_what_a_function_asks_for_in_vain_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="the reward function asks for 'label'; expected names among"):
         make_trainer(lambda prompts, completions, label: 0, tmp_path)
@@ -172,6 +185,7 @@ def picky(prompts, completions) -> list[float | None]:
     return [None if len(row) == 6 else 1.0 for row in completions]
 
 
+@pytest.mark.law("PPOConfig.reward_weights")
 def test_each_reward_is_logged_by_name_and_all_are_learnt_from_by_weight(tmp_path):
     heard = {"length": [], "evens": [], "picky": []}
 
@@ -226,6 +240,7 @@ def test_models_among_several_rewards():
     torch.testing.assert_close(trainer.score(rollout).scores.double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.law("PPOConfig.reward_timeout")
 def test_rewards_are_asked_for_as_long_as_the_config_says():
     end = threading.Event()
 

@@ -1,7 +1,10 @@
 """The rows that an update of reinforcement learning learns from."""
 
 import dataclasses
+from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf.policy.sequences import Sequences
@@ -25,3 +28,19 @@ class Experience:
         width = int(sequences.response_lengths.max())
         _, *rest = (getattr(self, field.name) for field in dataclasses.fields(self))
         return Experience(sequences, *(part[rows, :width] for part in rest))
+
+
+def in_batches(function: Callable[[Sequences], tuple], sequences: Sequences, size: int) -> list[Tensor | None]:
+    """`function` of up to `size` rows of like length at a time: `b t`, 0 where only longer responses of others reach.
+
+    `function` returns a tuple of tensors, or of None in the place of one.
+    """
+    width = int(sequences.response_lengths.max())
+    order = sequences.lengths.argsort(stable=True)
+    parts = [function(sequences.select(rows)) for rows in order.split(size)]
+    return [
+        None
+        if pieces[0] is None
+        else torch.cat([F.pad(piece, (0, width - piece.shape[1])) for piece in pieces])[order.argsort()]
+        for pieces in zip(*parts)
+    ]

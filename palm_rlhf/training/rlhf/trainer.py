@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
 from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.credit import assign_credit, shape_scores
-from palm_rlhf.training.rlhf.experience import Experience
+from palm_rlhf.training.rlhf.experience import Experience, in_batches
 from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
@@ -354,17 +353,8 @@ class RLHFTrainer:
         self.score_moments.load_state_dict(state["score_moments"])
 
     def _in_batches(self, function: Callable[[Sequences], tuple], sequences: Sequences) -> list[Tensor | None]:
-        """`function` of a few rows of like length at a time: `b t`, 0 where only longer responses of others reach."""
-        width = int(sequences.response_lengths.max())
-        order = sequences.lengths.argsort(stable=True)
         with self.run.autocast(), whole(self.actor_critic):
-            parts = [function(sequences.select(rows)) for rows in order.split(self._forward_size)]
-        return [
-            None
-            if pieces[0] is None
-            else torch.cat([F.pad(piece, (0, width - piece.shape[1])) for piece in pieces])[order.argsort()]
-            for pieces in zip(*parts)
-        ]
+            return in_batches(function, sequences, self._forward_size)
 
     @property
     def sampling(self) -> Sampling:
