@@ -90,7 +90,12 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["palm_rlhf", "palm_rlhf.*"]),
-    package_data={"palm_rlhf": ["py.typed"], "palm_rlhf.ops": ["csrc/*"], "palm_rlhf.serving": ["page/*"]},
+    package_data={
+        "palm_rlhf": ["py.typed"],
+        "palm_rlhf.evaluation": ["page/*"],
+        "palm_rlhf.ops": ["csrc/*"],
+        "palm_rlhf.serving": ["page/*"],
+    },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["palm-rlhf = palm_rlhf.cli:main"]},

@@ -50,6 +50,11 @@ COMMANDS = {
         "rlhf",
         "Improve a model by reinforcement learning from a reward model: PPO, GRPO or RLOO (--algorithm).",
     ),
+    "inspect": Command(
+        "palm_rlhf.commands.inspect",
+        "inspect",
+        "Write a page that shows a run of reinforcement learning token by token.",
+    ),
     "dpo": Command(
         "palm_rlhf.commands.dpo",
         "dpo",

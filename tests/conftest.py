@@ -7,6 +7,7 @@ that is missing.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,26 @@ MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, driven by selenium."""
+    from selenium import webdriver
+
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if not (chromium and driver):
+        raise RuntimeError("these tests need Chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1200,800"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_script_timeout(300)
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateSt
 from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
 from palm_rlhf.training.rlhf.scoring import OF_CONVERSATIONS, OF_ROLLOUT, OF_RUN, run_keywords
+from palm_rlhf.training.rlhf.token_table import TokenTable
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
 
@@ -102,6 +103,7 @@ class RLHFTrainer:
         self.run.load_newest(self._read_checkpoint)
         self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, CURVES)
         self.samples = SampleTable(self.run, config.samples_kept, tokenizer)
+        self.tokens = TokenTable(self.run, self.actor_critic, self.reference, config.samples_kept, tokenizer)
 
     @beartype
     def train(
@@ -177,6 +179,7 @@ class RLHFTrainer:
         self.run.step += 1
         if self.run.is_due(self.config.sample_every):
             self.samples.write(rollout, scores, self.config.eos_token)
+            self.tokens.write(experience, scores, self.config, self.sampling.truncation)
         return {"step": self.run.step, **metrics}
 
     def collect(self) -> Rollout:
