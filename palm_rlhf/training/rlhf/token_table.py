@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palm_rlhf.algorithms.kl import MAX_LOG_RATIO
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
-from palm_rlhf.policy.rollout import Scores
+from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.metrics import read_metrics
 from palm_rlhf.training.rlhf.config import PPOConfig
