@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,10 +75,11 @@ class FineTuning:
     """Peak learning rate, of Muon."""
 
 
-# The defaults, for about five minutes on two CPU cores that do nothing else.
+# The defaults, for five to eight minutes on two CPU cores that do nothing else.
 MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout=0.1)
 PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
-REWARD = RewardConfig(grad_accum=1, learning_rate=5e-4, max_seq_len=192)
+RANKED_TEMPERATURE = 1.0  # above that of PPO: the reward model is to have seen words that PPO will come to
+REWARD = RewardConfig(grad_accum=1, learning_rate=1e-3, max_seq_len=192)
 PPO = PPOConfig(
     num_steps=20,
     max_new_tokens=48,
@@ -86,9 +88,7 @@ PPO = PPOConfig(
     missing_eos_penalty=0.5,
     epochs=2,
     learning_rate=2e-4,
-    kl_coef=0.1,
-    kl_target=10.0,
-    kl_horizon=300,
+    kl_coef=0.1,  # fixed: steered to a target, it falls while the policy is still near, which then overshoots
 )
 
 
@@ -150,16 +150,27 @@ class Annotator:
     def score(self, answers: list[str]) -> list[float]:
         return [self.vader.polarity_scores(answer)["compound"] for answer in answers]
 
-    def rank(self, palm: PaLM, prompts: list[str], sampling: Sampling, num_samples: int) -> list[Ranking]:
-        """Answers to each prompt, best first: one of those that it likes the same, and no prompt with one left."""
-        rollout = collect(palm, [turn(prompt) for prompt in prompts], sampling, num_samples=num_samples, batch_size=512)
+    def rank(self, palm: PaLM, prompts: list[str], sampling: Sampling, num_samples: int, seed: int) -> list[Ranking]:
+        """Answers to each prompt, best first, without ties: of two that it likes the same, one is in a later ranking.
+
+        A prompt has as many rankings as that needs, and none where it likes all answers the same.
+        """
+        turns, generator = [turn(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
+        rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
         _, tokens = spoken(rollout.sequences)
         _, answers = spoken(rollout.sequences, ByteTokenizer(), END_OF_TURN)
-        rows, rankings = list(zip(self.score(answers), tokens, strict=True)), []
-        for prompt, first in zip(prompts, range(0, len(rows), num_samples), strict=True):
-            best_first = sorted(dict(rows[first : first + num_samples]).items(), key=lambda row: -row[0])
-            if len(best_first) > 1:
-                rankings.append(Ranking(turn(prompt), [answer for _, answer in best_first]))
+        rankings = []
+        for prompt, first in zip(turns, range(0, len(answers), num_samples), strict=True):
+            these = slice(first, first + num_samples)
+            distinct = dict(zip(answers[these], tokens[these], strict=True))
+            alike = defaultdict(list)  # the answers of each score
+            for score, answer in zip(self.score(list(distinct)), distinct.values(), strict=True):
+                alike[score].append(answer)
+            best_first = [alike[score] for score in sorted(alike, reverse=True)]
+            for row in itertools.zip_longest(*best_first):
+                responses = [answer for answer in row if answer is not None]
+                if len(responses) > 1:
+                    rankings.append(Ranking(prompt, responses))
         return rankings
 
 
@@ -210,11 +221,18 @@ def complete(stage: str, result: Result) -> None:
         raise OutOfTime(stage)
 
 
-def learn_reward(
-    palm: PaLM, train: list[Ranking], valid: list[Ranking], config: RewardConfig, folder: Path, resume: bool
-) -> RewardModel:
+def split(rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+    """Those to learn from, and a tenth to validate on, whose prompts the others do not have."""
+    valid = rankings[: len(rankings) // 10]
+    asked = {tuple(ranking.prompt.tolist()) for ranking in valid}
+    return [ranking for ranking in rankings if tuple(ranking.prompt.tolist()) not in asked], valid
+
+
+def learn_reward(palm: PaLM, rankings: list[Ranking], config: RewardConfig, folder: Path, resume: bool) -> RewardModel:
     """The reward model, of mean 0 and deviation 1 over the rankings; OutOfTime where its training was ended."""
+    train, valid = split(rankings)
     say(f"4. training the reward model on {len(train)} rankings")
+    torch.manual_seed(config.seed)  # for its head; a run that resumes draws the same
     model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not its end alone
     trainer = RewardModelTrainer(
         model, train_data=train, valid_data=valid, config=config, output_dir=folder, resume=resume
@@ -290,7 +308,7 @@ def main(
     max_seconds: float | None = None,
     held_out: int = 64,
     num_samples: int = 4,
-    num_ranked: int = 8,
+    num_ranked: int = 16,
     measure_every: int = 10,
     model: PaLMConfig = MODEL,
     pretraining: LMConfig = PRETRAINING,
@@ -334,12 +352,12 @@ def main(
         else:
             palm = answering(model, data, timed(pretraining), fine_tuning, output_dir, resume)
             say(f"3. ranking {num_ranked} answers to each of {len(prompts)} prompts")
-            rankings = annotator.rank(palm, prompts, ppo.sampling, num_ranked)
+            sampling = replace(ppo.sampling, temperature=RANKED_TEMPERATURE)
+            rankings = annotator.rank(palm, prompts, sampling, num_ranked, seed)
             palm.save_pretrained(folder)
             write_rankings(ranked, rankings)
         fine_tuned = copy.deepcopy(palm).eval()
-        valid, train = rankings[: len(rankings) // 10], rankings[len(rankings) // 10 :]
-        reward_model = learn_reward(palm, train, valid, timed(reward), output_dir / "reward", resume)
+        reward_model = learn_reward(palm, rankings, timed(reward), output_dir / "reward", resume)
     except OutOfTime as ended:
         say(f"{ended} is not complete: go on with --resume --output-dir {output_dir}")
         return print(json.dumps({"stopped_early": "max_seconds", "stage": str(ended), "output_dir": str(output_dir)}))

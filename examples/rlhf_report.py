@@ -53,9 +53,11 @@ def report(prompts: list[str], history: list[Measurement]) -> dict[str, float]:
     new, old = after.gold.unsqueeze(-1), before.gold.unsqueeze(-2)  # every answer against every one to the same prompt
     win_rate, error = mean_and_stderr((new > old) + 0.5 * (new == old))
     say(f"gain in gold score: {gain:.3f}, standard error {gold_stderr:.3f}")
-    say(f"win rate {win_rate:.1%}, 95% interval {win_rate - 1.96 * error:.1%} to {win_rate + 1.96 * error:.1%}")
+    low, high = win_rate - 1.96 * error, win_rate + 1.96 * error
+    say(f"win rate {win_rate:.1%}, 95% interval {low:.1%} to {high:.1%}")
     say(over_optimisation(history) or "the proxy is not over-optimised: the gold score has not fallen from its best")
     numbers = {"gold_stderr": gold_stderr, "kl": float(after.kl.mean()), "win_rate": win_rate}
+    numbers |= {"win_rate_low": low, "win_rate_high": high}
     for name, scores in (("before", before), ("after", after)):
         numbers |= {f"gold_{name}": float(scores.gold.mean()), f"proxy_{name}": float(scores.proxy.mean())}
     return {name: round(number, 4) for name, number in numbers.items()}

@@ -15,6 +15,7 @@ from palm_rlhf.cli import main
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rollout import Sampling
+from palm_rlhf.training.rankings import Ranking
 
 SMALL = [
     *("--held-out", "6", "--num-ranked", "4", "--measure-every", "2", "--model.dim", "48", "--model.depth", "1"),
@@ -31,7 +32,8 @@ SMALL = [
         "2",
     ),
 ]
-NUMBERS = {"gold_before", "gold_after", "gold_stderr", "proxy_before", "proxy_after", "kl", "win_rate", "seconds"}
+NUMBERS = {"gold_before", "gold_after", "gold_stderr", "proxy_before", "proxy_after", "kl", "seconds"}
+NUMBERS |= {"win_rate", "win_rate_low", "win_rate_high"}
 
 
 @pytest.fixture(scope="module")
@@ -142,23 +144,39 @@ def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(exa
     assert -1 <= hostile < plain == 0 < friendly <= 1
 
     palm = PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8)
-    with torch.no_grad():  # it says colons, brackets and ends of turns, all of them as likely
+    with torch.no_grad():  # it says colons, brackets, spaces and ends of turns, all of them as likely
         for parameter in palm.layers.parameters():
             parameter.zero_()
         palm.token_emb.weight.zero_()
-        palm.token_emb.weight[[*b":)(\n"]] = torch.linspace(-9, 9, 16)
-    torch.manual_seed(0)
-    sampling = Sampling(max_new_tokens=2, eos_token=example.END_OF_TURN)
-    rankings = annotator.rank(palm, ["hello", "bye"], sampling, 100)
-    assert len(rankings) == 2
-    for prompt, ranking in zip(("hello", "bye"), rankings, strict=True):
-        assert bytes(ranking.prompt.tolist()).decode() == f"{prompt}\n"
-        answers = [bytes(answer.tolist()).decode().strip() for answer in ranking.responses]
-        gold = annotator.score(answers)
-        assert gold == sorted(set(gold), reverse=True)
-        assert (answers[0], answers[-1]) == ("(:", ":(")
+        palm.token_emb.weight[[*b":)( \n"]] = torch.linspace(-9, 9, 16)
+    sampling = Sampling(max_new_tokens=3, eos_token=example.END_OF_TURN)
+    rankings = annotator.rank(palm, ["hello", "bye"], sampling, 300, 0)
+    for prompt in ("hello", "bye"):
+        rows = [ranking for ranking in rankings if bytes(ranking.prompt.tolist()).decode() == f"{prompt}\n"]
+        texts = [
+            [bytes(answer.tolist()).decode().removesuffix("\n") for answer in ranking.responses] for ranking in rows
+        ]
+        for answers in texts:
+            gold = annotator.score(answers)
+            assert gold == sorted(set(gold), reverse=True)
+        assert (texts[0][0].strip(), texts[0][-1].strip()) == ("(:", ":(")
+        gold = annotator.score(texts[0])
         assert set(gold) == set(annotator.score([":)", ":(", "(:", "):", "::"]))
-    assert annotator.rank(palm, ["hello"], Sampling(max_new_tokens=1, eos_token=example.END_OF_TURN), 100) == []
+        # an answer that it likes as another is in a later ranking, and each is in one
+        assert len(texts) > 1
+        said = [answer for answers in texts for answer in answers]
+        assert len(said) == len(set(said))
+        assert all(set(annotator.score(answers)) <= set(gold) for answers in texts)
+    short = Sampling(max_new_tokens=1, eos_token=example.END_OF_TURN)
+    assert annotator.rank(palm, ["hello"], short, 100, 0) == []
+
+
+def test_no_prompt_is_in_both_parts_of_the_rankings(example):
+    prompts = [0, 1, 1, 1, *range(2, 20)]  # the first tenth of the 22 ends between two rankings of the prompt 1
+    rankings = [Ranking(torch.tensor([prompt]), [torch.tensor([1]), torch.tensor([2])]) for prompt in prompts]
+    train, valid = example.split(rankings)
+    assert [int(ranking.prompt) for ranking in valid] == [0, 1]
+    assert [int(ranking.prompt) for ranking in train] == list(range(2, 20))
 
 
 def test_standard_errors_take_prompts_as_clusters(summary):
@@ -191,3 +209,23 @@ def test_the_report_gives_the_gain_its_standard_error_and_the_win_rate(summary, 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "a -> answer 0 -> answer 0" in captured.err
+
+
+def test_seeds_run_in_turn_make_a_table_and_one_that_was_run_is_only_read(root, tmp_path):
+    command = [sys.executable, str(root / "benchmarks/rlhf_seeds.py"), "--output-dir", str(tmp_path), "--seeds"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    numbers = {"gold_before": 0.05, "gold_stderr": 0.04, "kl": 7.26}
+    numbers |= {"win_rate": 0.7, "win_rate_low": 0.652, "win_rate_high": 0.748}
+    for seed, after in ((4, 0.25), (7, 0.12)):  # gains of 5 and of less than 2 standard errors
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "result.json").write_text(json.dumps({**numbers, "gold_after": after}))
+    done = subprocess.run([*command, "4", "7"], env=environment, capture_output=True, text=True, check=True)
+    assert "| 4 | 0.050 | 0.250 | 0.200 ± 0.040 | 7.3 | 70.0%, 65.2 to 74.8 |\n| 7 | 0.050 | 0.120 |" in done.stdout
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["seeds"], last["gained_2_standard_errors"]) == (2, 1)
+
+    options = [*SMALL, "--max-seconds", "0.001"]
+    ended = subprocess.run([*command, "4", "1", *options], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "1. pretraining" in ended.stderr and "seed 1 was ended early" in ended.stderr.splitlines()[-1]
+    assert (tmp_path / "1/pretraining").is_dir() and not (tmp_path / "1/result.json").exists()
