@@ -89,6 +89,19 @@ def encode_response(
 
 
 @beartype
+def encode_reply(text: str, tokenizer: Tokenizer, template: Template, *, role: str = "user") -> Tensor:
+    """What stands between the end of an assistant's turn and its next words, where somebody answers it: `n`.
+
+    An environment of reinforcement learning returns it, see `palm_rlhf.policy.turns`: after the tokens of
+    `encode_prompt` and `encode_response` come these, and the conversation is as `encode` has it.
+    """
+    opening = [{"role": "user", "content": "?"}]
+    before = len(encode_prompt(opening, tokenizer, template)) + len(encode_response(opening, "!", tokenizer, template))
+    messages = [*opening, {"role": "assistant", "content": "!"}, {"role": role, "content": text}]
+    return encode_prompt(messages, tokenizer, template)[before:]
+
+
+@beartype
 def end_of_turn(tokenizer: Tokenizer, template: Template) -> int:
     """The token with which the assistant ends its turn: the `eos_token` of generation."""
     return int(encode_response([{"role": "user", "content": "?"}], "!", tokenizer, template)[-1])

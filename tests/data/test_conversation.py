@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers
 
-from palm_rlhf.data.conversation import encode, encode_prompt, encode_response, end_of_turn
+from palm_rlhf.data.conversation import encode, encode_prompt, encode_reply, encode_response, end_of_turn
 from palm_rlhf.data.templates import PRESETS, ChatTemplate, JinjaTemplate, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 
@@ -171,6 +171,10 @@ def test_a_prefix_of_a_conversation_is_a_prefix_of_its_tokens(kind, name, messag
             assert together == tokens[: len(together)]
             assert weights[len(prompt) : len(together)] == [1.0] * len(response)
             assert response[-1] == end_of_turn(tokenizer, template)
+            if end + 1 < len(messages):  # and so it goes on after a reply
+                reply = encode_reply(messages[end + 1]["content"], tokenizer, template).tolist()
+                longer = encode_prompt(messages[: end + 2], tokenizer, template).tolist()
+                assert [*together, *reply] == longer == tokens[: len(longer)]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "unigram"])

@@ -33,21 +33,25 @@ def by_place(prompts, completions, place):
 
 several = {"evens": evens, "place": by_place}
 
-def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", **options):
+def echo(messages):  # and one token more
+    return torch.cat((messages[-1]["content"], torch.tensor([7])))
+
+def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", environment=None, **options):
     torch.manual_seed(0)
     palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
     settings = {"num_steps": 4, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
                 "eos_token": 5, "grad_clip": 0.0, "save_every": 1, "plot": False, **options}
     prompts = [{"prompt": torch.arange(1 + index % 4), "place": index} for index in range(8)]
     return RLHFTrainer(palm=palm, reward_model=globals()[reward], prompts=prompts,
-                       config=PPOConfig(**settings), output_dir=folder, resume=resume)
+                       environment=globals().get(environment), config=PPOConfig(**settings), output_dir=folder,
+                       resume=resume)
 
 def share(rollout, rows):
     return Rollout(rollout.sequences.select(rows), rollout.logprobs[rows], rollout.truncated[rows])
 
-def rollouts():
+def rollouts(**options):
     torch.manual_seed(1)
-    return trainer().collect()
+    return trainer(**options).collect()
 
 def gradients(mine, whole, rows):
     part = share(whole, rows)
@@ -78,18 +82,20 @@ def sharding_accelerator(**options):
 
 launch.Accelerator = sharding_accelerator
 """
+TALK = {"environment": "echo", "max_new_tokens": 20, "max_turns": 3, "max_turn_tokens": 6}
 OPTIONS = [
     {},
     {"algorithm": "grpo", "num_samples": 2},
     {"micro_batch_size": 3},
     {"actor_lora_r": 2},
+    TALK,
     {"reward": "picky", "scale_scores": True},  # which leaves the processes with different numbers of scores
 ]
 ROWS = [0, 1, 4, 5], [2, 3, 6, 7]  # of each process
 TWO_PROCESSES = """
 out = sys.argv[1]
-whole = torch.load(f"{out}/rollouts.pt", weights_only=False)
 for index, options in enumerate(OPTIONS):
+    whole = torch.load(f"{out}/{'talks' if 'environment' in options else 'rollouts'}.pt", weights_only=False)
     mine = trainer(**options)
     rank = mine.run.rank
     assert mine.run.num_processes == 2
@@ -100,6 +106,7 @@ for index, options in enumerate(OPTIONS):
     found, metrics = gradients(mine, whole, rows)
     if rank == 0:
         torch.save((found, metrics), f"{out}/two{index}.pt")
+list(trainer(f"{out}/talking", **{**OPTIONS[4], "num_steps": 1}).steps())
 list(trainer(f"{out}/whole").steps())
 list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
 list(trainer(f"{out}/cut", resume=True).steps())
@@ -121,6 +128,7 @@ def runs(request, names, tmp_path_factory, root) -> Path:
     """The folder that two processes have written to."""
     folder, sharded = tmp_path_factory.mktemp("runs"), request.param == "shards"
     torch.save(names["rollouts"](), folder / "rollouts.pt")
+    torch.save(names["rollouts"](**TALK), folder / "talks.pt")
     (folder / "script.py").write_text(RUN + f"OPTIONS = {OPTIONS!r}\n" + (SHARDS if sharded else "") + TWO_PROCESSES)
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
@@ -135,9 +143,13 @@ def runs(request, names, tmp_path_factory, root) -> Path:
 
 @pytest.mark.parametrize("index", range(len(OPTIONS)), ids=map(str, OPTIONS))
 def test_the_gradients_of_two_processes_are_those_of_one(runs, names, index):
-    whole = torch.load(runs / "rollouts.pt", weights_only=False)
-    judged = [names["share"](whole, torch.tensor(rows)).sequences.response_lengths < 6 for rows in ROWS]
-    assert judged[0].sum() != judged[1].sum() and all(part.any() for part in judged)
+    whole = torch.load(runs / ("talks.pt" if OPTIONS[index] is TALK else "rollouts.pt"), weights_only=False)
+    if OPTIONS[index] is TALK:
+        counts = [names["share"](whole, torch.tensor(rows)).sequences.num_actions for rows in ROWS]
+        assert counts[0] != counts[1] and sum(counts) < int(whole.sequences.response_lengths.sum())
+    else:
+        judged = [names["share"](whole, torch.tensor(rows)).sequences.response_lengths < 6 for rows in ROWS]
+        assert judged[0].sum() != judged[1].sum() and all(part.any() for part in judged)
     one, metrics = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.arange(8))
     two, their_metrics = torch.load(runs / f"two{index}.pt", weights_only=False)
     assert one.keys() == two.keys()
@@ -161,6 +173,11 @@ def test_named_rewards_of_two_processes_are_logged_as_means_over_both(runs):
     for line in read_metrics(runs / "several/metrics.jsonl"):
         assert line["score/place"] == 5.0 and line["score_std/place"] == pytest.approx(2**0.5)
         assert line["score"] == pytest.approx(line["score/evens"] + 0.5 * (3 + 4 + 5 + 6 + 7) / 8)
+
+
+def test_two_processes_hold_conversations_of_different_lengths(runs):
+    (line,) = read_metrics(runs / "talking" / "metrics.jsonl")
+    assert 1 < line["turns"] < 3 and line["response_length"] < 20
 
 
 def test_the_policy_that_they_save_opens_alone(runs):

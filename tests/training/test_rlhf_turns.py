@@ -337,6 +337,53 @@ def test_samples_have_their_messages(tmp_path):
         assert line["messages"][0] == {"role": "user", "content": line["prompt"]}
 
 
+@pytest.mark.parametrize("max_turns, max_turn_tokens", [(1, 3), (2, 3), (4, 2)])
+def test_turns_are_as_many_and_as_long_as_allowed(max_turns, max_turn_tokens):
+    """Nobody is ever done, and no EOS is looked for."""
+    options = {"max_turns": max_turns, "max_turn_tokens": max_turn_tokens, "eos_token": None, "max_new_tokens": 40}
+    metrics = next(make_trainer(**options).steps())
+    assert metrics["turns"] == max_turns and metrics["response_length"] == max_turns * max_turn_tokens
+
+
+class Letters:
+    """A token is a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return ["abcdefghijkl".index(letter) for letter in text]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join("abcdefghijkl"[token] for token in tokens)
+
+
+def test_the_environment_gets_texts_where_there_is_a_tokenizer(tmp_path):
+    heard, scored = [], []
+
+    def environment(messages):
+        heard.append(messages)
+        return "kk" if len(messages) == 2 else None
+
+    def reward(prompts, completions):
+        scored.extend(zip(prompts, completions))
+        return [0.0] * len(prompts)
+
+    trainer = RLHFTrainer(
+        palm=tiny_palm(),
+        reward_model=reward,
+        prompts=["ab", "c"],
+        tokenizer=Letters(),
+        environment=environment,
+        config=PPOConfig(
+            num_steps=1, rollouts_per_step=4, max_new_tokens=8, max_turn_tokens=2, max_turns=2, plot=False
+        ),
+    )
+    next(trainer.steps())
+    first, second = heard[:4], heard[4:]
+    assert {talk[0]["content"] for talk in heard} == {"ab", "c"} and len(second) == 4
+    assert all(len(talk) == 2 and talk[1]["role"] == "assistant" and len(talk[1]["content"]) == 2 for talk in first)
+    assert all(talk[2] == {"role": "user", "content": "kk"} and len(talk) == 4 for talk in second)
+    assert scored == [(talk[0]["content"], talk[1]["content"] + "kk" + talk[3]["content"]) for talk in second]
+
+
 # as without an environment
 
 
