@@ -1,13 +1,16 @@
-"""Rewards as the command line names them: the folders of reward models, and functions in files of Python."""
+"""Rewards and environments as the command line names them: folders of reward models, functions in Python files."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from beartype import beartype
 
 from palm_rlhf.commands.models import ChatModel, open_reward_model
+from palm_rlhf.data.conversation import encode_reply
 from palm_rlhf.policy.rewards import Reward
 
 MAIN = "reward_model"  # the name of the one that is given by --reward-model
@@ -41,6 +44,22 @@ def open_rewards(
             "is made by palm-rlhf reward"
         )
     return rewards
+
+
+@beartype
+def read_environment(source: str, policy: ChatModel) -> Callable:
+    """What answers a policy's turns, given as FILE.py:FUNCTION; the texts it returns become messages of the user."""
+    file, _, name = source.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"got the environment {source!r}, expected FILE.py:FUNCTION")
+    function = read_function(Path(file), name)
+
+    @functools.wraps(function)  # and with its signature, which tells what columns it asks for
+    def answer(messages: list, **columns: Any) -> Any:
+        reply = function(messages, **columns)
+        return encode_reply(reply, policy.tokenizer, policy.template) if isinstance(reply, str) else reply
+
+    return answer
 
 
 @beartype

@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
 from palm_rlhf.commands.records import read_prompt_rows
-from palm_rlhf.commands.rewards import MAIN, open_rewards
+from palm_rlhf.commands.rewards import MAIN, open_rewards, read_environment
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
 from palm_rlhf.data.conversation import end_of_turn
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
@@ -27,6 +27,7 @@ def rlhf(
     model: ModelName,
     reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
     rewards: Annotated[tuple[str, ...], arg(metavar="NAME=SOURCE ...")] = (),
+    environment: Annotated[str | None, arg(metavar="FILE.py:FUNCTION")] = None,
     output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     resume: bool = False,
     template: TemplateName = "auto",
@@ -45,6 +46,8 @@ def rlhf(
         reward_model: A reward model, of the same tokenizer: its folder, that of a run, or a hub id.
         rewards: Rewards with a name each, beside reward_model or in its place: functions as NAME=FILE.py:FUNCTION,
             reward models as NAME=FOLDER. --reward-weights has their weights, and that of reward_model by this name.
+        environment: A function that answers the model's turns, such as a tool: of the messages so far, and of what
+            other fields of a row it asks for by name. It returns the next message of the user, or None at the end.
         output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
             default.
         resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
@@ -57,8 +60,9 @@ def rlhf(
     judges = open_rewards(reward_model, rewards, chat_model, model)
     if training.eos_token is None:
         training = replace(training, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
+    answers = None if environment is None else read_environment(environment, chat_model)
     asks_functions = any(not isinstance(judge, RewardModel) for judge in judges.values())
-    rows = read_prompt_rows(prompts, chat_model, with_columns=asks_functions)
+    rows = read_prompt_rows(prompts, chat_model, with_columns=asks_functions or answers is not None)
     has_critic = training.algorithm == "ppo" and not training.shared_trunk and not training.critic_lora_r
     trainer = RLHFTrainer(
         palm=chat_model.palm,
@@ -66,6 +70,7 @@ def rlhf(
         critic=judges.get(MAIN) if has_critic else None,
         prompts=rows,
         tokenizer=chat_model.tokenizer,
+        environment=answers,
         config=training,
         output_dir=output_dir,
         resume=resume,

@@ -109,7 +109,7 @@ def collect(
     }
     if turns is not None:
         rooms = new_token_limits(read_prompts(palm, list(prompts), None), sampling.max_seq_len, sampling.max_new_tokens)
-        options = {"num_samples": num_samples, "eos_token": sampling.eos_token}
+        options = {"num_samples": num_samples, "eos_token": sampling.eos_token, "columns": columns}
         return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options), columns)
     responses, logprobs = draw(prompts, num_samples, None)
     repeated = [prompt.to(palm.device) for prompt in prompts for _ in range(num_samples)]

@@ -1,7 +1,7 @@
 """Conversations in which an environment answers between the policy's turns: a tool, a game, a model of a user."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..model.generate import check_token_ids
 from ..model.palm import PaLM
 
 Message = dict[str, Any]  # {"role": "user" or "assistant", "content": a text, or 1-d ids where there is no tokenizer}
-Environment = Callable[[list[Message]], str | Tensor | None]
+Environment = Callable[..., str | Tensor | None]
 Draw = Callable[[Sequence[Tensor], int, Tensor], tuple[list[Tensor], list[Tensor]]]
 
 
@@ -24,6 +24,7 @@ class Conversation:
     prompt: Tensor
     room: int  # tokens that may still follow
     messages: list[Message]
+    columns: dict[str, Any]  # of the prompt, that the environment asks for
     parts: list[Tensor] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)  # of each part; 0 where the environment wrote it
     policy_mask: list[Tensor] = field(default_factory=list)  # of each part, True where the policy said it
@@ -48,7 +49,8 @@ class Turns:
     """How a policy and an environment talk.
 
     The environment is called with the messages so far, the last of them the policy's, and returns its reply, or None
-    where the conversation is over. With a tokenizer the contents are texts, that of the prompt too, and a reply is a
+    where the conversation is over. Further parameters of its signature are passed by name: the prompt's other columns.
+    With a tokenizer the contents are texts, that of the prompt too, and a reply is a
     text, encoded as it stands, or 1-d ids, which can hold special tokens such as the marks of turns: see
     `palm_rlhf.data.conversation.encode_reply`. Without a tokenizer contents and replies are 1-d ids.
 
@@ -73,17 +75,27 @@ class Turns:
         *,
         num_samples: int,
         eos_token: int | None,
+        columns: Mapping[str, Sequence] | None = None,
     ) -> list[Conversation]:
         """`num_samples` conversations about each prompt, those of one next to each other.
 
         `draw` samples so many turns after each context, up to a limit of tokens each, and returns them with their
-        log-probabilities. `rooms` are the longest responses to the prompts, replies included: `b`. RuntimeError where
-        the environment raises an error, ValueError where it returns what is no reply to the palm.
+        log-probabilities. `rooms` are the longest responses to the prompts, replies included: `b`. `columns` have an
+        entry for each conversation. RuntimeError where the environment raises an error, ValueError where it returns
+        what is no reply to the palm, or asks for a column that there is not.
         """
+        rows = [
+            (prompt, room) for prompt, room in zip(prompts, rooms.tolist(), strict=True) for _ in range(num_samples)
+        ]
+        asked = {name: columns[name] for name in asked_columns(self.environment, columns or {})}
         conversations = [
-            Conversation(prompt.to(palm.device), room, [self._message("user", prompt)])
-            for prompt, room in zip(prompts, rooms.tolist(), strict=True)
-            for _ in range(num_samples)
+            Conversation(
+                prompt.to(palm.device),
+                room,
+                [self._message("user", prompt)],
+                {name: values[row] for name, values in asked.items()},
+            )
+            for row, (prompt, room) in enumerate(rows)
         ]
         running = conversations
         said = draw(prompts, num_samples, self._limits(rooms))  # the samples of a prompt read it together
@@ -115,7 +127,7 @@ class Turns:
     def _ask(self, talk: Conversation, eos_token: int | None, num_tokens: int) -> Tensor | None:
         """The tokens of the reply, or None at the end; the environment may change the messages that it gets."""
         try:
-            reply = self.environment([dict(message) for message in talk.messages])
+            reply = self.environment([dict(message) for message in talk.messages], **talk.columns)
         except Exception as error:
             raise RuntimeError(f"the environment raised {error!r} {_place(talk)}") from error
         if reply is None:
@@ -129,6 +141,24 @@ class Turns:
             )
         check_token_ids(reply, num_tokens)
         return reply
+
+
+@beartype
+def asked_columns(environment: Environment, names: Collection[str]) -> list[str]:
+    """The columns, among `names`, that an environment's signature asks for; ValueError for one that is not there."""
+    try:
+        parameters = list(inspect.signature(environment).parameters.values())
+    except (TypeError, ValueError):  # some of those written in C do not tell
+        return []
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return list(names)
+    by_name = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing := [p.name for p in by_name if p.default is p.empty and p.name not in names]:
+        raise ValueError(
+            f"the environment asks for {' and '.join(map(repr, missing))} beside the messages; expected columns of the "
+            f"prompts, which are {sorted(names)}: give the prompts such a column, or the parameter a default"
+        )
+    return [p.name for p in by_name if p.name in names]
 
 
 def _encode(tokenizer: Any, text: str, eos_token: int | None) -> list[int]:

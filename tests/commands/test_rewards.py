@@ -4,12 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 
 from palm_rlhf.cli import main
 from palm_rlhf.commands.models import open_chat_model
 from palm_rlhf.commands.records import read_prompt_rows
-from palm_rlhf.commands.rewards import open_rewards, read_function
-from palm_rlhf.data.conversation import encode_prompt
+from palm_rlhf.commands.rewards import open_rewards, read_environment, read_function
+from palm_rlhf.data.conversation import encode_prompt, encode_reply
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.training.metrics import read_metrics
@@ -117,3 +118,37 @@ def test_a_function_asks_in_vain_before_the_run_begins(model):
 
 def test_a_function_is_read_with_what_it_imports_beside_it(model):
     assert read_function(model.parent / "my_rewards.py", "length")([], ["ab"]) == [2]
+
+
+ENVIRONMENT = """
+def tell(messages, answer):
+    return f"It is {answer}." if len(messages) == 2 else None
+"""
+
+
+def test_a_run_talks_with_a_function_of_a_file(model, command):
+    """Its words become messages of the user. A model that reads its last token alone ends every turn at once."""
+    folder, palm = model.parent, PaLM.from_pretrained(model)
+    with torch.no_grad():
+        for layer in palm.layers:
+            layer.attn_out.weight.zero_()
+            layer.ff_out.weight.zero_()
+    palm.save_pretrained(model)
+    chat = open_chat_model(model)
+    prompt = encode_prompt([{"role": "user", "content": "?"}], *chat[1:])
+    eos = int(chat.palm.generate(prompt=prompt, max_new_tokens=1, temperature=0))
+    (folder / "talk.py").write_text(ENVIRONMENT)
+    options = ["--model", model, "--output-dir", folder / "run", *PPO, "--rewards", f"size={folder}/beside.py:length",
+               "--environment", f"{folder}/talk.py:tell", "--max-turns", "2", "--top-k", "1", "--eos-token", eos,
+               "--max-new-tokens", "80"]  # fmt: skip
+    result, _ = command("rlhf", folder / "rows.jsonl", *options)
+    assert result["turns"] == 2
+    for line in read_metrics(folder / "run/samples.jsonl"):
+        answer = {"1+1": "2", "2+2": "4"}.get(line["prompt"].rstrip()[-4:-1], "6")
+        assert [message["content"] for message in line["messages"][1:]] == ["", f"It is {answer}.", ""]
+        assert line["completion_tokens"] == [eos, *encode_reply(f"It is {answer}.", *chat[1:]).tolist(), eos]
+
+
+def test_an_environment_that_is_none_is_refused(model):
+    with pytest.raises(ValueError, match=r"got the environment 'tell', expected FILE\.py:FUNCTION"):
+        read_environment("tell", open_chat_model(model))

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, processors
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.policy.rollout import Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import join, response_logprobs, spoken
-from palm_rlhf.policy.turns import Turns
+from palm_rlhf.policy.turns import Turns, asked_columns
 
 EOS = 4
 LENGTHS = (3, 1, 6, 2)
@@ -280,6 +280,38 @@ def test_a_reply_goes_on_after_the_eos(wandering_palm):
         tokenizer=tokenizer,
     )
     assert torch.cat(talk.parts).tolist() == [97, tokenizer.eos_token, *b"ok", 98, tokenizer.eos_token]
+
+
+# columns
+
+
+def test_the_columns_that_an_environment_asks_for_go_with_the_conversation(palm):
+    heard = []
+
+    def environment(messages, goal, note="none", *, unknown=7):
+        heard.append((messages[0]["content"].tolist(), goal, note, unknown))
+        return torch.tensor([goal]) if len(messages) == 2 else None
+
+    script = Script(*([[1, EOS]] * 4 for _ in range(2)))
+    columns = {"goal": [5, 5, 6, 6], "note": list("aabb"), "other": [0] * 4}
+    options = {"num_samples": 2, "eos_token": EOS, "columns": columns}
+    turns, prompts = Turns(environment, max_turns=5), [torch.tensor([7]), torch.tensor([8])]
+    talks = turns.converse(palm, script, prompts, torch.tensor([20, 20]), **options)
+    expected = [([7], 5, "a", 7)] * 2 + [([8], 6, "b", 7)] * 2
+    assert heard == expected * 2
+    assert [torch.cat(talk.parts).tolist()[2] for talk in talks] == [5, 5, 6, 6]
+
+
+def test_what_columns_a_signature_asks_for():
+    names = {"goal": 0, "other": 0}
+    assert asked_columns(done, names) == []
+    assert asked_columns(lambda messages, **columns: None, names) == ["goal", "other"]
+    assert asked_columns(lambda messages, other: None, names) == ["other"]
+    assert asked_columns(type("Game", (), {"__call__": lambda self, messages, goal: None})(), names) == ["goal"]
+    with pytest.raises(
+        ValueError, match=r"asks for 'secret' beside the messages; expected columns .* \['goal', 'other'"
+    ):
+        asked_columns(lambda messages, secret, goal: None, names)
 
 
 # what is refused

@@ -384,6 +384,33 @@ def test_the_environment_gets_texts_where_there_is_a_tokenizer(tmp_path):
     assert scored == [(talk[0]["content"], talk[1]["content"] + "kk" + talk[3]["content"]) for talk in second]
 
 
+def test_the_environment_gets_the_columns_of_the_prompt():
+    """In training and for the best of n; what it asks for in vain is refused before the run."""
+    heard = []
+
+    def environment(messages, secret):
+        heard.append((messages[0]["content"].tolist(), secret))
+        return None
+
+    def make(environment):
+        return RLHFTrainer(
+            palm=tiny_palm(),
+            reward_model=lambda prompts, completions: [0.0] * len(prompts),
+            prompts=[{"prompt": [index], "secret": 10 + index} for index in range(4)],
+            environment=environment,
+            config=PPOConfig(num_steps=1, rollouts_per_step=8, num_samples=2, max_new_tokens=4, plot=False),
+        )
+
+    trainer = make(environment)
+    next(trainer.steps())
+    assert sorted(heard) == [([index], 10 + index) for index in range(4) for _ in range(2)]
+    heard.clear()
+    trainer.generate(prompt=torch.tensor([1, 2]), max_new_tokens=3, num_samples=2, columns={"secret": 5})
+    assert heard == [([1, 2], 5)] * 2
+    with pytest.raises(ValueError, match=r"asks for 'goal' beside the messages; .* which are \['secret'\]"):
+        make(lambda messages, goal: None)
+
+
 # as without an environment
 
 

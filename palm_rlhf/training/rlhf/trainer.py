@@ -18,7 +18,7 @@ from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, named, score
 from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import Sequences
-from palm_rlhf.policy.turns import Environment, Turns
+from palm_rlhf.policy.turns import Environment, Turns, asked_columns
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
@@ -70,10 +70,12 @@ class RLHFTrainer:
         resume: bool = False,
     ):
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
-        config.check_environment(environment)
         self.environment = environment
         given = (prompt_token_ids, prompt_lengths, prompts, prompts_path)
         self.prompts, self.columns = read_prompts(palm.num_tokens, *given, tokenizer)
+        config.check_environment(environment)
+        if environment is not None:
+            asked_columns(environment, self.columns)  # an error comes now, and not in a step
         self._shortest_prompt = min(map(len, self.prompts))
         self.sampler = EpochSampler(len(self.prompts), config.seed)
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
