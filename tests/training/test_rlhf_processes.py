@@ -32,17 +32,26 @@ def by_place(prompts, completions, place):
     return [None if number < 3 else float(number) for number in place]
 
 several = {"evens": evens, "place": by_place}
+heard = []
 
 def echo(messages):  # and one token more
     return torch.cat((messages[-1]["content"], torch.tensor([7])))
 
-def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", environment=None, **options):
-    torch.manual_seed(0)
-    palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
+def listening(prompts, completions, place):
+    said = (map(torch.Tensor.tolist, part) for part in (prompts, completions))
+    heard.append(list(zip(place, *said)))
+    return evens(prompts, completions)
+
+def palm_of(seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
+
+def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", environment=None, reference=None,
+            **options):
     settings = {"num_steps": 4, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
                 "eos_token": 5, "grad_clip": 0.0, "save_every": 1, "plot": False, **options}
     prompts = [{"prompt": torch.arange(1 + index % 4), "place": index} for index in range(8)]
-    return RLHFTrainer(palm=palm, reward_model=globals()[reward], prompts=prompts,
+    return RLHFTrainer(palm=palm_of(0, dtype), reward_model=globals()[reward], prompts=prompts, reference=reference,
                        environment=globals().get(environment), config=PPOConfig(**settings), output_dir=folder,
                        resume=resume)
 
@@ -92,6 +101,8 @@ OPTIONS = [
     {"reward": "picky", "scale_scores": True},  # which leaves the processes with different numbers of scores
 ]
 ROWS = [0, 1, 4, 5], [2, 3, 6, 7]  # of each process
+STEERED = {"rollouts_per_step": 4, "minibatch_size": 4, "learning_rate": 1e-12, "kl_coef": 0.5, "kl_target": 5.0,
+           "kl_horizon": 20, "eos_token": None, "max_new_tokens": 3}  # fmt: skip
 TWO_PROCESSES = """
 out = sys.argv[1]
 for index, options in enumerate(OPTIONS):
@@ -107,6 +118,9 @@ for index, options in enumerate(OPTIONS):
     if rank == 0:
         torch.save((found, metrics), f"{out}/two{index}.pt")
 list(trainer(f"{out}/talking", **{**OPTIONS[4], "num_steps": 1}).steps())
+steered = trainer(reward="listening", reference=palm_of(1), **STEERED)
+metrics = list(steered.steps())
+torch.save((heard, metrics, steered.kl_coef), f"{out}/heard{steered.run.rank}.pt")
 list(trainer(f"{out}/whole").steps())
 list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
 list(trainer(f"{out}/cut", resume=True).steps())
@@ -129,7 +143,9 @@ def runs(request, names, tmp_path_factory, root) -> Path:
     folder, sharded = tmp_path_factory.mktemp("runs"), request.param == "shards"
     torch.save(names["rollouts"](), folder / "rollouts.pt")
     torch.save(names["rollouts"](**TALK), folder / "talks.pt")
-    (folder / "script.py").write_text(RUN + f"OPTIONS = {OPTIONS!r}\n" + (SHARDS if sharded else "") + TWO_PROCESSES)
+    (folder / "script.py").write_text(
+        RUN + f"OPTIONS, STEERED = {OPTIONS!r}, {STEERED!r}\n" + (SHARDS if sharded else "") + TWO_PROCESSES
+    )
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -158,6 +174,36 @@ def test_the_gradients_of_two_processes_are_those_of_one(runs, names, index):
     # what one of them alone would have done is something else
     alone, _ = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.tensor(ROWS[0]))
     assert max(float((one[name] - alone[name]).abs().max()) for name in one) > 1e-4
+
+
+def test_each_prompt_is_answered_by_one_process_and_the_prompts_are_those_of_one_process(runs, names):
+    """Two epochs of eight prompts in four steps."""
+    order = names["trainer"]().sampler.draw(16)
+    assert sorted(order) == sorted([*range(8)] * 2)
+    for rank in (0, 1):
+        steps = torch.load(runs / f"heard{rank}.pt", weights_only=False)[0]
+        told = [[place for place, _, _ in step] for step in steps]
+        assert told == [order[4 * step + rank : 4 * step + 4 : 2] for step in range(4)]
+
+
+def test_the_kl_is_steered_by_the_responses_of_both_processes(runs, names):
+    """The mean over four responses, and four responses of the horizon; the policy stays where it is."""
+    palms = [names["palm_of"](seed) for seed in (0, 1)]
+    told = [torch.load(runs / f"heard{rank}.pt", weights_only=False) for rank in (0, 1)]
+    expected = 0.5
+    for mine, theirs, one, other in zip(told[0][0], told[1][0], told[0][1], told[1][1], strict=True):
+        kls = []
+        for _, prompt, completion in mine + theirs:
+            tokens = torch.tensor([prompt + completion])
+            with torch.no_grad():
+                policy, reference = (palm(tokens[:, :-1])[0].log_softmax(dim=-1) for palm in palms)
+            said = range(len(prompt) - 1, tokens.shape[1] - 1)
+            kls.append(sum(float((policy - reference)[t, tokens[0, t + 1]]) for t in said))
+        assert one["kl"] == other["kl"] == pytest.approx(sum(kls) / 4, rel=1e-6)
+        assert one["kl"] != pytest.approx(sum(kls[:2]) / 2, rel=1e-3)
+        assert one["kl_coef"] == other["kl_coef"] == pytest.approx(expected, rel=1e-9)
+        expected *= 1 + min(max(one["kl"] / 5.0 - 1, -0.2), 0.2) * 4 / 20
+    assert told[0][2] == told[1][2] == pytest.approx(expected, rel=1e-9)
 
 
 def test_two_processes_resume_to_the_bit(runs):
