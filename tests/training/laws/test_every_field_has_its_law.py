@@ -35,20 +35,33 @@ def laws_of(function: ast.FunctionDef) -> list[tuple[str, ...]]:
 
 def words_of(tree: ast.Module) -> set[str]:
     """The keywords and texts of a file that can give a field its value, without the names of laws."""
-    words = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
-    return words | {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    named = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("law", "law_of_each_config"))
+        for argument in node.args
+    }
+    nodes = [node for node in ast.walk(tree) if id(node) not in named]
+    words = {node.arg for node in nodes if isinstance(node, ast.keyword)}
+    return words | {node.value for node in nodes if isinstance(node, ast.Constant)}
 
 
 @pytest.fixture(scope="module")
-def laws(root) -> dict[tuple[str, ...], list[str]]:
-    """(config, field) -> the tests that are its laws; read from the sources, so that no test has to be imported."""
+def trees(root) -> dict[str, ast.Module]:
+    """The sources of the tests' files in which a law may stand; nothing has to be imported."""
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted((root / "tests").rglob("test_*.py"))}
+    return {str(path.relative_to(root)): ast.parse(text) for path, text in sources.items() if "law" in text}
+
+
+@pytest.fixture(scope="module")
+def laws(trees) -> dict[tuple[str, ...], list[tuple[str, str]]]:
+    """(config, field) -> the file and the name of each test that is its law."""
     found = {}
-    for path in sorted((root / "tests").rglob("test_*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for law in laws_of(node):
-                    found.setdefault(law, []).append(f"{path.relative_to(root)}::{node.name}")
+                    found.setdefault(law, []).append((path, node.name))
     return found
 
 
@@ -63,18 +76,15 @@ def test_every_field_has_its_law(kind, laws):
     assert not names, WHAT_TO_DO.format(**text, first=f"{kind.__name__}.{names[0]}", field=names[0])
 
 
-def test_every_law_is_of_a_field_that_it_sets(laws, root):
+def test_every_law_is_of_a_field_that_it_sets(laws, trees):
     known = {(kind.__name__, name) for kind in CONFIGS for name in fields_of(kind)}
     known |= {("*", name) for _, name in known}
     unknown = [f"{'.'.join(law)}: {tests}" for law, tests in laws.items() if law not in known]
     assert not unknown, f"laws of fields that no config has: {unknown}"
+    words = {path: words_of(tree) for path, tree in trees.items()}
     for (_, field), tests in laws.items():
-        for test in tests:
-            tree = ast.parse((root / test.partition("::")[0]).read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef):
-                    node.decorator_list = [mark for mark in node.decorator_list if "law" not in ast.unparse(mark)]
-            assert field in words_of(tree), f"{test} is a law of {field}, but nothing in its file sets that field"
+        for path, test in tests:
+            assert field in words[path], f"{path}::{test} is a law of {field}, but nothing in its file sets that field"
 
 
 def test_all_configs_are_walked():

@@ -55,7 +55,7 @@ def palm_for(kind):
 
 
 def steps_of(kind, **changes) -> list[dict]:
-    more = {"critic_learning_rate": CRITIC_RATE, "epochs": 1} if kind is PPOConfig else {}
+    more = {"critic_learning_rate": CRITIC_RATE} if kind is PPOConfig else {}
     trainer = build(kind, palm=palm_for(kind), **{**SETTINGS, **more, **changes})
     steps = record_steps(trainer)
     list(trainer.steps())

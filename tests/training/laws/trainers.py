@@ -32,7 +32,7 @@ from palm_rlhf.training.examples import Example
 SHORT = {"save_every": 1, "log_every": 1, "precision": "float32", "plot": False, "warmup_steps": 2}
 STEPS = {**SHORT, "num_steps": 4}
 EPOCHS = {**SHORT, "batch_size": 2, "grad_accum": 2, "num_epochs": 2}
-ROLLOUTS = {**STEPS, "rollouts_per_step": 8, "minibatch_size": 4, "max_new_tokens": 4, "eos_token": 5}
+ROLLOUTS = {**STEPS, "rollouts_per_step": 8, "minibatch_size": 4, "epochs": 1, "max_new_tokens": 4, "eos_token": 5}
 SETTINGS = {  # of runs of 4 steps
     LMConfig: {**STEPS, "batch_size": 2, "seq_len": 8, "eval_context": 4},
     SupervisedConfig: EPOCHS,
