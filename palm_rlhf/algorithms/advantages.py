@@ -1,6 +1,7 @@
 """From the scores of responses to the rewards of their tokens, and to advantages that need no critic."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from beartype import beartype
@@ -10,6 +11,7 @@ from ..ops.masked import masked_sum
 from . import Number, kept
 from .kl import kl_estimate
 
+AdvantageScale = Literal["group", "batch", "none"]
 EPS = 1e-8  # added to variances
 ROUNDING = 1e-6  # of the largest score of a group, in magnitude: what differs by less is taken to be equal
 
@@ -50,19 +52,47 @@ def whiten(
 
 @torch.no_grad()
 @beartype
-def group_advantages(scores: Tensor, num_samples: int, *, scale: bool = True, valid: Tensor | None = None) -> Tensor:
-    """Scores minus their group's mean, over its sample deviation (GRPO: Shao et al. 2024, section 4.1.2).
+def overlong_penalty(lengths: Tensor, max_lengths: Tensor | Number, *, buffer: Number) -> Tensor:
+    """From 0 to -1 over the last `buffer` tokens of the room for a response (DAPO: Yu et al. 2025, equation 13).
 
-    A group is a prompt's num_samples consecutive rows. `scale=False` does not divide (Dr. GRPO: Liu et al. 2025,
-    section 3.2). Rows that are not valid, and groups whose valid scores differ by no more than rounding, get 0.
+    lengths and max_lengths (or one for all): tokens of the responses, and that they may have, `b` -> `b`
+    """
+    if buffer <= 0:
+        raise ValueError(f"got buffer={buffer}; expected a number of tokens above 0")
+    return -((lengths - (max_lengths - buffer)) / buffer).clamp(0, 1)
+
+
+@torch.no_grad()
+@beartype
+def group_advantages(
+    scores: Tensor,
+    num_samples: int,
+    *,
+    scale: AdvantageScale = "group",
+    valid: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda total: total,
+) -> Tensor:
+    """Scores minus their group's mean, over a sample deviation (GRPO: Shao et al. 2024, section 4.1.2).
+
+    A group is a prompt's num_samples consecutive rows. The deviation is that of the "group"; that of the "batch", all
+    valid scores of all processes (Liu et al. 2025, "Tricks or Traps?", arXiv:2508.08221; TRL's scale_rewards="batch");
+    or "none", which does not divide (Dr. GRPO: Liu et al. 2025, section 3.2). Rows that are not valid, and groups whose
+    valid scores differ by no more than rounding, get 0. `reduce` returns the sum of a tensor over the processes.
 
     scores and valid: `b` -> `b`
     """
     scores, valid, varied = _groups(scores, num_samples, valid)
     count = valid.sum(dim=-1, keepdim=True)
     centred = torch.where(varied & valid, scores - scores.sum(dim=-1, keepdim=True) / count.clamp(min=1), 0.0)
-    variance = centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
-    return (centred * torch.rsqrt(variance + EPS) if scale else centred).flatten()
+    if scale == "none":
+        return centred.flatten()
+    if scale == "group":
+        variance = centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+    else:
+        total = reduce(valid.sum())
+        mean = reduce(masked_sum(scores, valid)) / total.clamp(min=1)
+        variance = reduce(masked_sum((scores - mean).square(), valid)) / (total - 1).clamp(min=1)
+    return (centred * torch.rsqrt(variance + EPS)).flatten()
 
 
 @torch.no_grad()

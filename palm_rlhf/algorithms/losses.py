@@ -10,13 +10,14 @@ from torch import Tensor
 from ..ops.masked import masked_mean
 from . import Denominator, Number, kept
 from .kl import MAX_LOG_RATIO, kl_estimate
+from .ratios import RatioLevel, log_ratio
 
 
 class PolicyLoss(NamedTuple):
     """Scalars; all but the loss have no gradient."""
 
     loss: Tensor
-    clip_fraction: Tensor  # of the actions, those whose gradient the clip takes away
+    clip_fraction: Tensor  # of the actions, those whose gradient the clip takes away; with CISPO, limits
     approx_kl: Tensor  # k3 estimate of KL(old, new), nats an action
     ratio_min: Tensor  # of new / old over the actions; 1 where there are none
     ratio_max: Tensor
@@ -38,7 +39,7 @@ def policy_loss(
     *,
     clip_eps: Number,
     clip_eps_high: Number | None = None,
-    sequence_ratio: bool = False,
+    ratio_level: RatioLevel = "token",
     denominator: Denominator = None,
     num_tokens: Denominator = None,
 ) -> PolicyLoss:
@@ -49,23 +50,68 @@ def policy_loss(
     parts of a step add up: metrics are means over tokens, whatever the loss is divided by. Log-ratios are bounded by
     MAX_LOG_RATIO on either side; beyond it they have no gradient.
 
-    With sequence_ratio the ratio of a row is of its whole response, and counts at each of its actions: the denominator
-    "sequence" of `step_denominator` then makes a response one action (RLOO: Ahmadian et al. 2024, section 3).
+    `ratio_level` is that of `log_ratio`. A ratio of a whole response counts at each of its actions: the denominator
+    "sequence" of `step_denominator` then makes a response one action, as RLOO ("sequence") and GSPO ("geometric":
+    Zheng et al. 2025, equation 5) have it.
 
     all: `b t` -> scalars
     """
     logprobs, old_logprobs, advantages = kept(
         action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
-    token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
-    log_ratio = logprobs - old_logprobs
-    if sequence_ratio:
-        log_ratio = log_ratio.sum(dim=-1, keepdim=True).expand_as(log_ratio)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = _ratio(logprobs, old_logprobs, action_mask, ratio_level)
     high = clip_eps if clip_eps_high is None else clip_eps_high
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + high)
     loss = masked_mean(torch.maximum(free, clipped), action_mask, denominator=denominator)
-    clip_fraction = token_mean((clipped > free).to(ratio.dtype))
+    return _reported(loss, clipped > free, ratio, logprobs, old_logprobs, action_mask, num_tokens)
+
+
+@beartype
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    *,
+    clip_eps: Number,
+    clip_eps_high: Number | None = None,
+    ratio_level: RatioLevel = "token",
+    denominator: Denominator = None,
+    num_tokens: Denominator = None,
+) -> PolicyLoss:
+    """The mean of `-w * A * logprob`, w the ratio clipped as in `policy_loss` (CISPO: MiniMax 2025, equations 4, 5).
+
+    The weight w has no gradient: clipping bounds what an action can do, and takes the gradient of none away. A clip_eps
+    of 1 is no lower bound, as in the paper. The other arguments are those of `policy_loss`.
+
+    all: `b t` -> scalars
+    """
+    logprobs, old_logprobs, advantages = kept(
+        action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+    )
+    ratio = _ratio(logprobs.detach(), old_logprobs, action_mask, ratio_level)
+    weight = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high))
+    loss = masked_mean(-weight * advantages * logprobs, action_mask, denominator=denominator)
+    return _reported(loss, weight != ratio, ratio, logprobs, old_logprobs, action_mask, num_tokens)
+
+
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, action_mask: Tensor, level: RatioLevel) -> Tensor:
+    """Of new to old probabilities, bounded."""
+    return log_ratio(logprobs, old_logprobs, action_mask, level=level).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _reported(
+    loss: Tensor,
+    is_clipped: Tensor,
+    ratio: Tensor,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    action_mask: Tensor,
+    num_tokens: Denominator,
+) -> PolicyLoss:
+    """The loss with its metrics."""
+    token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
+    clip_fraction = token_mean(is_clipped.to(ratio.dtype))
     approx_kl = token_mean(kl_estimate(old_logprobs, logprobs, kind="k3")).detach()
     extremes = (ratio.detach()[action_mask] if action_mask.any() else ratio.new_ones(1)).aminmax()
     return PolicyLoss(loss, clip_fraction, approx_kl, *extremes)

@@ -1,5 +1,6 @@
 """Rewards of tokens, whitening over a rollout, and advantages of groups: by hand and by their laws."""
 
+import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards, varied_groups, whiten
+from palm_rlhf.algorithms.advantages import (
+    group_advantages,
+    overlong_penalty,
+    rloo_advantages,
+    token_rewards,
+    varied_groups,
+    whiten,
+)
 
 NAN = float("nan")
 
@@ -151,7 +159,7 @@ def check_groups(advantages, kind, names=tuple(GROUPS)):
 
 
 def dr_grpo(scores, num_samples, *, valid=None):
-    return group_advantages(scores, num_samples, scale=False, valid=valid)
+    return group_advantages(scores, num_samples, scale="none", valid=valid)
 
 
 def over_the_whole_batch(scores, num_samples, *, valid):
@@ -168,7 +176,7 @@ def invalid_scores_count_as_0(scores, num_samples, *, valid):
 
 
 def baseline_with_itself(scores, num_samples, *, valid):
-    return group_advantages(scores, num_samples, scale=False, valid=valid)
+    return group_advantages(scores, num_samples, scale="none", valid=valid)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +271,7 @@ def test_scores_that_differ_by_rounding_are_equal(size):
     assert varied_groups(scores, 4).tolist() == [False] * 4 + [True] * 4
     for advantages in (
         group_advantages(scores, 4),
-        group_advantages(scores, 4, scale=False),
+        group_advantages(scores, 4, scale="none"),
         rloo_advantages(scores, 4),
     ):
         assert not advantages[:4].any() and advantages[4:].all()
@@ -272,3 +280,72 @@ def test_scores_that_differ_by_rounding_are_equal(size):
 def test_not_a_number_makes_a_varied_group():
     """So that it shows, and is not taken for nothing."""
     assert group_advantages(torch.tensor([NAN, 1.0]), 2).isnan().any()
+
+
+def check_batch_scale(advantages, num_processes=1):
+    """Each score less its group's mean, over the sample deviation of all valid scores of all processes."""
+    scores = [[1.0, 4.0, -2.0], [0.5, 0.5, 0.5], [NAN, 9.0, 3.0], [8.0, NAN, NAN]]
+    known = [score for group in scores for score in group if score == score]
+    expected = []
+    for group in scores:
+        valid = [score for score in group if score == score]
+        varied = len(set(valid)) > 1
+        expected += [
+            (score - statistics.mean(valid)) / statistics.stdev(known) if varied and score == score else 0.0
+            for score in group
+        ]
+    every = torch.tensor(scores, dtype=torch.float64).flatten()
+    shares = every.chunk(num_processes)
+    totals = [  # what the processes add up, in the order of the calls
+        torch.tensor(len(known)), torch.tensor(sum(known), dtype=torch.float64),
+        torch.tensor(sum((score - statistics.mean(known)) ** 2 for score in known), dtype=torch.float64),
+    ]  # fmt: skip
+    got = []
+    for share in shares:
+        sums = iter(totals)
+        reduce = (lambda part: part) if num_processes == 1 else (lambda part, sums=sums: next(sums))
+        got.append(advantages(share, 3, scale="batch", valid=~share.isnan(), reduce=reduce))
+    torch.testing.assert_close(torch.cat(got), torch.tensor(expected).double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_deviation_of_a_batch_by_hand(num_processes):
+    check_batch_scale(group_advantages, num_processes)
+
+
+@pytest.mark.parametrize(
+    "mutant, num_processes",
+    [
+        (lambda scores, n, scale, **rest: group_advantages(scores, n, scale="group", **rest), 1),
+        (lambda scores, n, scale, **rest: group_advantages(scores, n, scale="none", **rest), 1),
+        (lambda scores, n, valid, **rest: group_advantages(scores.nan_to_num(), n, **rest), 1),
+        (lambda scores, n, reduce, **rest: group_advantages(scores, n, **rest), 2),
+    ],
+    ids=["of the group", "not scaled", "missing scores are zeros", "of one process"],
+)
+def test_the_deviation_of_a_batch_sees_the_mutant(mutant, num_processes):
+    with pytest.raises(AssertionError):
+        check_batch_scale(mutant, num_processes)
+
+
+def test_scores_that_are_all_equal_are_nothing_to_a_batch():
+    assert not group_advantages(torch.full((6,), 0.1), 3, scale="batch").any()
+
+
+@pytest.mark.parametrize(
+    "lengths, room, buffer, expected",
+    [
+        ([1, 5, 6, 7, 8, 9, 10, 11], 10, 4, [0, 0, 0, -0.25, -0.5, -0.75, -1, -1]),
+        ([3, 3, 3, 8], torch.tensor([4, 3, 5, 9]), 2, [-0.5, -1, 0, -0.5]),
+    ],
+    ids=["one room", "a room for each"],
+)
+def test_the_overlong_penalty_by_hand(lengths, room, buffer, expected):
+    """0 up to room - buffer tokens, -1 from the room on, a line between."""
+    got = overlong_penalty(torch.tensor(lengths), room, buffer=buffer)
+    torch.testing.assert_close(got, torch.tensor(expected).float())
+
+
+def test_an_overlong_penalty_without_a_buffer_is_refused():
+    with pytest.raises(ValueError, match="got buffer=0; expected a number of tokens above 0"):
+        overlong_penalty(torch.ones(2), 4, buffer=0)

@@ -77,8 +77,8 @@ def by_the_functions(batch, variant, place, *, num_parts=1, **changed):
     rewards = token_rewards(
         scores, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef=0.0 if c.kl_in_loss else c.kl_coef
     )
-    advantages = group_advantages(rewards.sum(dim=-1), SAMPLES, scale=c.grpo_variant != "dr_grpo")
-    if c.grpo_variant == "dapo":
+    advantages = group_advantages(rewards.sum(dim=-1), SAMPLES, scale=c.variant.advantage_scale)
+    if c.variant.drops_equal_groups:
         mask = mask & varied_groups(scores, SAMPLES).unsqueeze(-1)
     advantages = advantages.unsqueeze(-1).expand(mask.shape)
     logprobs = batch.logprobs.clone().requires_grad_()
@@ -86,7 +86,7 @@ def by_the_functions(batch, variant, place, *, num_parts=1, **changed):
         part = mask[rows]
         denominator = step_denominator(
             part,
-            aggregation=c.aggregation,
+            aggregation=c.variant.loss_aggregation,
             num_tokens=mask.sum(),
             num_sequences=mask.any(dim=-1).sum(),
             max_length=LONGEST,
@@ -96,8 +96,8 @@ def by_the_functions(batch, variant, place, *, num_parts=1, **changed):
             batch.old_logprobs[rows],
             advantages[rows],
             part,
-            clip_eps=c.clip_eps,
-            clip_eps_high=c.upper_clip_eps,
+            clip_eps=c.variant.clip_eps,
+            clip_eps_high=c.variant.clip_eps_high,
             denominator=denominator,
         ).loss
         if c.kl_in_loss:

@@ -333,7 +333,7 @@ def test_with_the_ratio_of_a_sequence_a_response_is_one_action(num_parts):
         denominator = step_denominator(
             part[-1], aggregation="sequence", num_tokens=30, num_sequences=8, max_length=MAX_LENGTH
         )
-        options = {"clip_eps": 0.2, "sequence_ratio": True, "denominator": denominator, "num_tokens": 30}
+        options = {"clip_eps": 0.2, "ratio_level": "sequence", "denominator": denominator, "num_tokens": 30}
         results.append(policy_loss(*part, **options))
     got = sum(result.loss for result in results)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)

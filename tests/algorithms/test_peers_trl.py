@@ -1,4 +1,4 @@
-"""The losses of GRPO, DAPO, Dr. GRPO and PPO's policy beside TRL's own trainers, on the same log-probabilities.
+"""The losses of GRPO, its variants and PPO's policy beside TRL's own trainers, on the same log-probabilities.
 
 The trainers compute their losses in float64 from a model that is a table of log-probabilities, so that both sides agree
 to rounding, in value and in gradient. Every comparison refuses mutants of our side.
@@ -7,7 +7,8 @@ Where ours differs by definition: TRL's GRPO trainer starts without a KL (beta 0
 both get ours here. By its default TRL multiplies the KL by the ratio (DeepSeek-V3.2, arXiv:2512.02556); GRPO's paper
 does not, nor do we: `use_bias_correction_kl=False`. TRL counts a row without actions as a sequence, ours does not: rows
 here have at least one. TRL has no PPO since 1.13: its GRPO trainer takes one advantage for each token and the mean over
-tokens ("bnpo"), which is PPO's policy loss; what a critic learns has no counterpart.
+tokens ("bnpo"), which is PPO's policy loss; what a critic learns has no counterpart. The bound of CISPO's weight is
+epsilon_high in TRL, 1 + clip_eps_high in ours, as in its paper.
 """
 
 from functools import partial
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from palm_rlhf.algorithms.kl import kl_estimate
-from palm_rlhf.algorithms.losses import policy_loss, step_denominator
+from palm_rlhf.algorithms.losses import cispo_loss, policy_loss, step_denominator
+from palm_rlhf.algorithms.ratios import importance_weights
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_mean
 
@@ -65,7 +67,7 @@ def batch_of(seed):
     )
 
 
-def of_trl(trainer, batch, *, per_token=False, parts=1):
+def of_trl(trainer, batch, *, per_token=False, parts=1, weights=None):
     """TRL's loss and its gradient, summed over the parts of a step that are accumulated."""
     rows, width = batch.mask.shape
     table = Table(torch.cat([torch.zeros(rows, PROMPT - 1, dtype=torch.float64), batch.logprobs], dim=1))
@@ -85,6 +87,8 @@ def of_trl(trainer, batch, *, per_token=False, parts=1):
             "advantages": (batch.token_advantages if per_token else batch.advantages)[index],
             "num_items_in_batch": num_tokens,
         }
+        if weights is not None:
+            inputs["importance_sampling_ratio"] = weights[index]
         loss = trainer.compute_loss(part, inputs)
         loss.backward()
         total = total + loss.detach()
@@ -281,3 +285,103 @@ def test_the_comparison_sees_a_kl_times_the_ratio(trl_trainer, folder):
     settings, options = VARIANTS["grpo"]
     trainer = grpo_trainer(trl_trainer, folder, use_bias_correction_kl=True, **settings)
     sees(partial(of_ours, **options), partial(of_trl, trainer))
+
+
+NEWER = {
+    "gspo": (
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08},
+        {"aggregation": "sequence", "clip_eps": 0.05, "clip_eps_high": 0.08, "ratio_level": "geometric"},
+    ),
+    "cispo": (
+        {"loss_type": "cispo", "epsilon_high": 1.5},
+        {"aggregation": "token", "clip_eps": 1.0, "clip_eps_high": 0.5, "policy_loss": cispo_loss},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=NEWER)
+def newer(request, trl_trainer, folder):
+    """TRL's trainer, and our options."""
+    settings, options = NEWER[request.param]
+    return grpo_trainer(trl_trainer, folder, beta=BETA, **settings), {**options, "beta": BETA}
+
+
+def test_gspo_and_cispo_are_those_of_trl(newer):
+    check_losses(*newer)
+
+
+@pytest.mark.parametrize(
+    "newer, changed",
+    [
+        ("gspo", {"ratio_level": "token"}),
+        ("gspo", {"ratio_level": "sequence"}),
+        ("gspo", {"clip_eps": 0.08}),
+        ("gspo", {"clip_eps_high": 0.05}),
+        ("gspo", {"aggregation": "token"}),
+        ("gspo", {"policy_loss": cispo_loss}),
+        ("gspo", {"policy_loss": old_is_new}),
+        ("gspo", {"policy_loss": rewards_called_costs}),
+        ("cispo", {"policy_loss": policy_loss}),
+        ("cispo", {"clip_eps": 0.2}),
+        ("cispo", {"clip_eps_high": 1.5}),
+        ("cispo", {"aggregation": "sequence"}),
+        ("cispo", {"ratio_level": "geometric"}),
+    ],
+    indirect=["newer"],
+    ids=lambda x: x if isinstance(x, str) else str({key: getattr(v, "__name__", v) for key, v in x.items()}),
+)
+def test_gspo_and_cispo_see_the_mutant(newer, changed):
+    trainer, options = newer
+    sees(partial(of_ours, **{**options, **changed}), partial(of_trl, trainer))
+
+
+CAP = 1.2
+
+
+def weighed(batch, cap=CAP, aggregation="token", weights_of=importance_weights):
+    """Our loss of advantages times the weights of a sampler whose log-probabilities lie about the old ones."""
+    weights = weights_of(batch.old_logprobs, batch.sampler_logprobs, batch.mask, cap=cap)
+    advantages = batch.advantages.unsqueeze(-1) * weights
+    per_token = SimpleNamespace(**{**vars(batch), "token_advantages": advantages})
+    return of_ours(per_token, aggregation=aggregation, clip_eps=0.2, clip_eps_high=0.28, beta=BETA, per_token=True)
+
+
+def truncated_by_trl(trainer, batch):
+    """Its loss times the ratio clamped from above, which its trainer has where vLLM drew the responses."""
+    ratio = torch.exp((batch.old_logprobs - batch.sampler_logprobs) * batch.mask)
+    return of_trl(trainer, batch, weights=torch.clamp(ratio, max=CAP))
+
+
+def sampled(seed):
+    batch = batch_of(seed)
+    noise = torch.randn(batch.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + seed))
+    batch.sampler_logprobs = batch.old_logprobs + 0.3 * noise
+    return batch
+
+
+@pytest.fixture(scope="module")
+def truncating(trl_trainer, folder):
+    """TRL's trainer as it is where vLLM drew the responses, which is not installed here."""
+    trainer = grpo_trainer(trl_trainer, folder, **VARIANTS["dapo"][0])
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    return trainer
+
+
+def test_truncated_importance_sampling_is_that_of_trl(truncating):
+    for seed in SEEDS:
+        check(truncated_by_trl(truncating, sampled(seed)), weighed(sampled(seed)))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"cap": 1e9},
+        {"weights_of": lambda old, sampler, mask, cap: importance_weights(sampler, old, mask, cap=cap)},
+        {"weights_of": lambda old, sampler, mask, cap: torch.ones_like(old)},
+    ],
+    ids=["not truncated", "upside down", "ignored"],
+)
+def test_truncated_importance_sampling_sees_the_mutant(truncating, changed):
+    with pytest.raises(AssertionError):
+        for seed in SEEDS:
+            check(truncated_by_trl(truncating, sampled(seed)), weighed(sampled(seed), **changed))

@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from palm_rlhf.algorithms.advantages import group_advantages, rloo_advantages, token_rewards
+from palm_rlhf.algorithms.advantages import group_advantages, overlong_penalty, rloo_advantages, token_rewards
 from palm_rlhf.algorithms.losses import policy_loss, step_denominator
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
 from palm_rlhf.model.palm import PaLM
@@ -81,9 +81,9 @@ def as_tensors(scores):
     return torch.tensor([0.0 if score is None else score for score in scores], dtype=torch.float64), valid
 
 
-def deviations(scores):
-    """Of each row's group; 1 where there are no two scores."""
-    groups = [scores[:SAMPLES], scores[SAMPLES:]]
+def deviations(scores, scale):
+    """Of each row's group, or of all rows; 1 where there are no two scores."""
+    groups = [scores[:SAMPLES], scores[SAMPLES:]] if scale == "group" else [scores, scores]
     known = [[score for score in group if score is not None] for group in groups]
     return torch.tensor([statistics.stdev(group) if len(group) > 1 else 1.0 for group in known]).repeat_interleave(4)
 
@@ -91,8 +91,8 @@ def deviations(scores):
 def check_group(group_advantages, theirs, scores, *, scale):
     values, valid = as_tensors(scores)
     got = group_advantages(values, SAMPLES, scale=scale, valid=valid)
-    deviation = deviations(scores)
-    theirs = theirs.double() * ((deviation + 1e-4) / deviation.clamp(min=1e-4) if scale else 1)
+    deviation = deviations(scores, scale)
+    theirs = theirs.double() * (1 if scale == "none" else (deviation + 1e-4) / deviation.clamp(min=1e-4))
     torch.testing.assert_close(got, theirs, rtol=0, atol=2e-6)
 
 
@@ -100,8 +100,9 @@ def over_all_groups(scores, num_samples, **options):
     return group_advantages(scores, len(scores), **options)
 
 
-def scaling_switched(scores, num_samples, *, scale, **options):
-    return group_advantages(scores, num_samples, scale=not scale, **options)
+def another_scale(scores, num_samples, *, scale, **options):
+    other = {"group": "none", "none": "batch", "batch": "group"}[scale]
+    return group_advantages(scores, num_samples, scale=other, **options)
 
 
 def missing_scores_are_zeros(scores, num_samples, *, valid, **options):
@@ -110,18 +111,19 @@ def missing_scores_are_zeros(scores, num_samples, *, valid, **options):
 
 def deviation_of_the_population(scores, num_samples, *, scale, **options):
     advantages = group_advantages(scores, num_samples, scale=scale, **options)
-    return advantages * (num_samples / (num_samples - 1)) ** 0.5 if scale else advantages
+    count = num_samples if scale == "group" else int(options["valid"].sum())
+    return advantages * (count / (count - 1)) ** 0.5
 
 
 def leave_one_out(scores, num_samples, *, scale, **options):
     return rloo_advantages(scores, num_samples, **options)
 
 
-@pytest.fixture(scope="module", params=["group", "none"])
+@pytest.fixture(scope="module", params=["group", "batch", "none"])
 def theirs_of_grpo(request, build):
-    """Whether advantages are scaled, and TRL's for each of SCORES."""
+    """What advantages are scaled by, and TRL's for each of SCORES."""
     trainers = {name: build("GRPO", scores, beta=0.0, scale_rewards=request.param) for name, scores in SCORES.items()}
-    return request.param == "group", {name: experience_of(trainer)["advantages"] for name, trainer in trainers.items()}
+    return request.param, {name: experience_of(trainer)["advantages"] for name, trainer in trainers.items()}
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -131,7 +133,7 @@ def test_advantages_in_a_group_are_those_of_trl(theirs_of_grpo, name):
 
 
 @pytest.mark.parametrize(
-    "mutant", [over_all_groups, scaling_switched, missing_scores_are_zeros, leave_one_out], ids=lambda f: f.__name__
+    "mutant", [over_all_groups, another_scale, missing_scores_are_zeros, leave_one_out], ids=lambda f: f.__name__
 )
 def test_advantages_in_a_group_see_the_mutant(theirs_of_grpo, mutant):
     scale, theirs = theirs_of_grpo
@@ -140,7 +142,7 @@ def test_advantages_in_a_group_see_the_mutant(theirs_of_grpo, mutant):
             check_group(mutant, theirs[name], scores, scale=scale)
 
 
-@pytest.mark.parametrize("theirs_of_grpo", ["group"], indirect=True)
+@pytest.mark.parametrize("theirs_of_grpo", ["group", "batch"], indirect=True)
 def test_advantages_in_a_group_see_the_deviation_of_a_population(theirs_of_grpo):
     scale, theirs = theirs_of_grpo
     with pytest.raises(AssertionError):
@@ -187,7 +189,7 @@ def the_score_at_every_token(scores, logprobs, ref_logprobs, mask, *, kl_coef):
 
 
 def the_mean_with_oneself(totals, num_samples, *, valid):
-    return group_advantages(totals, num_samples, scale=False, valid=valid)
+    return group_advantages(totals, num_samples, scale="none", valid=valid)
 
 
 def missing_rewards_are_zeros(totals, num_samples, *, valid):
@@ -221,7 +223,7 @@ def test_rloos_advantages_see_the_sign_of_the_kl(rloo, policy, reference):
 def loss_of_a_response(logprobs, old_logprobs, advantages, mask):
     """One ratio for each response, and a mean over them."""
     denominator = step_denominator(mask, aggregation="sequence", num_tokens=0, num_sequences=len(mask), max_length=0)
-    options = {"clip_eps": 0.2, "sequence_ratio": True, "denominator": denominator}
+    options = {"clip_eps": 0.2, "ratio_level": "sequence", "denominator": denominator}
     return policy_loss(logprobs, old_logprobs, advantages, mask, **options).loss
 
 
@@ -251,7 +253,7 @@ def ratios_of_tokens(logprobs, old_logprobs, advantages, mask):
 
 
 def a_mean_over_tokens(logprobs, old_logprobs, advantages, mask):
-    return policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, sequence_ratio=True).loss
+    return policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps=0.2, ratio_level="sequence").loss
 
 
 def a_ratio_of_the_mean_logprob(logprobs, old_logprobs, advantages, mask):
@@ -276,3 +278,31 @@ def test_rloos_loss_and_its_gradient_are_those_of_trl(rloo, policy):
 def test_rloos_loss_sees_the_mutant(rloo, policy, mutant):
     with pytest.raises(AssertionError):
         check_rloo_loss(rloo, policy, mutant)
+
+
+def check_overlong(penalty):
+    rewards = pytest.importorskip("trl.rewards", reason="needs the extra peers", exc_type=ImportError)
+    lengths = torch.arange(1, 13)
+    for room, buffer in ((10, 4), (10, 1), (10, 10), (7, 3)):
+        theirs = rewards.get_soft_overlong_punishment(room, buffer)([[0] * int(length) for length in lengths])
+        got = penalty(lengths, room, buffer=buffer)
+        torch.testing.assert_close(got.double(), torch.tensor(theirs).double(), rtol=0, atol=1e-6)
+
+
+def test_the_soft_overlong_punishment_is_that_of_trl():
+    check_overlong(overlong_penalty)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        lambda lengths, room, buffer: overlong_penalty(lengths, room + 1, buffer=buffer),
+        lambda lengths, room, buffer: overlong_penalty(lengths, room, buffer=buffer + 1),
+        lambda lengths, room, buffer: -overlong_penalty(lengths, room, buffer=buffer),
+        lambda lengths, room, buffer: -(lengths > room).float(),
+    ],
+    ids=["one token late", "a longer buffer", "a reward", "not soft"],
+)
+def test_the_soft_overlong_punishment_sees_the_mutant(mutant):
+    with pytest.raises(AssertionError):
+        check_overlong(mutant)

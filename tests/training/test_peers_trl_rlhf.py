@@ -216,7 +216,7 @@ def test_a_step_of_the_trainer_is_that_of_trl(moved):
         ("dr_grpo", {"max_new_tokens": LONGEST + 1}),
         ("dr_grpo", {"grpo_variant": "grpo"}),
         ("dapo", {"clip_eps_high": 0.2}),
-        ("rloo", {"rloo_ratio": "token"}),
+        ("rloo", {"ratio_level": "token"}),
         ("rloo", {"clip_eps": 0.1}),
         ("dapo", {"grpo_variant": "grpo", "clip_eps_high": 0.28}),
     ],

@@ -6,10 +6,13 @@ from typing import Any, ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
+from palm_rlhf.algorithms.advantages import AdvantageScale
+from palm_rlhf.algorithms.ratios import RatioLevel
 from palm_rlhf.policy.rollout import Sampling
 from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.optimization import Precision
 from palm_rlhf.training.rlhf.config_checks import check_config
+from palm_rlhf.training.rlhf.variants import VARIANTS, Aggregation, Variant, variant_of
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -92,11 +95,24 @@ class PPOConfig(RunConfig):
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices."""
 
-    clip_eps: float = 0.2
-    """Ratios of probabilities beyond 1 - clip_eps and 1 + clip_eps earn nothing more (arXiv:1707.06347, equation 7)."""
+    clip_eps: float | None = None
+    """Ratios of probabilities beyond 1 - clip_eps and 1 + clip_eps earn nothing more (arXiv:1707.06347, equation 7).
+    None: 0.2, with gspo 0.0003, with cispo 1, which is no lower bound."""
 
     clip_eps_high: float | None = None
-    """An upper bound of its own (clip-higher, arXiv:2503.14476, equation 10); None: clip_eps, with dapo 0.28."""
+    """An upper bound of its own (clip-higher, arXiv:2503.14476, equation 10); None: clip_eps, with dapo 0.28, with gspo
+    0.0004, with cispo 4."""
+
+    ratio_level: RatioLevel | None = None
+    """Whose ratio of probabilities is clipped: each token's; the whole response's (sequence), where a response is one
+    action; or the mean of a response's tokens (geometric). None: sequence for rloo, as in TRL and as the method has it,
+    geometric for gspo, else token."""
+
+    loss_aggregation: Aggregation | None = None
+    """The mean that the loss is: over tokens; over responses, of the means over their tokens (sequence); or over
+    responses, of their sums over the longest response that there is room for (constant; with max_seq_len, after the
+    shortest prompt). None: token for ppo, dapo and cispo, and for rloo where ratio_level is token; constant for
+    dr_grpo; else sequence."""
 
     value_clip_eps: float | None = 0.2
     """How far a value may move from the one at collection before it earns nothing more; None: no clipping."""
@@ -121,7 +137,7 @@ class PPOConfig(RunConfig):
 
     kl_coef: float | None = None
     """Weight of the KL to the reference, its starting value where kl_target is given; None: 0.05 as in TRL's PPO, but 0
-    for dr_grpo and dapo, whose papers have no KL. With 0 no reference is copied, run or measured against."""
+    for dr_grpo, dapo, gspo and cispo, which have no KL. With 0 no reference is copied, run or measured against."""
 
     kl_target: float | None = None
     """The KL, in nats per response, that kl_coef is steered to; lm-human-preferences had 6. None: kl_coef is fixed."""
@@ -135,14 +151,29 @@ class PPOConfig(RunConfig):
     kl_estimator: Literal["k2", "k3"] = "k3"
     """The estimate of KL that a term of the loss is made of; one in the reward is k1, whose gradient is right there."""
 
-    grpo_variant: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor lengths, but by the longest response that there is
-    room for (with max_seq_len, after the shortest prompt); dapo (arXiv:2503.14476) takes the mean over tokens, clips
-    higher, and leaves out prompts whose responses score the same."""
+    grpo_variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor by lengths; dapo (arXiv:2503.14476) takes the mean
+    over tokens, clips higher, draws again where the responses to a prompt score the same, and leaves truncated ones
+    out; gspo (arXiv:2507.18071) clips a ratio of the whole response, the mean of its tokens'; cispo (arXiv:2506.13585)
+    clips the weight of a token's log-probability, so that none loses its gradient. Each is a set of values of the
+    settings beside it, and gives way to those given."""
 
-    rloo_ratio: Literal["sequence", "token"] = "sequence"
-    """What rloo's ratio of probabilities is of: the whole response, as in TRL and as the method has it, where a
-    response is one action; or each token, as ppo's, with a mean over tokens."""
+    advantage_scale: AdvantageScale | None = None
+    """The deviation that grpo's advantages are divided by: that of the prompt's responses (group), that of all scores
+    of the step (batch, arXiv:2508.08221), or none. None: group, with dr_grpo none."""
+
+    max_redraws: int | None = None
+    """Times that a step replaces the prompts whose responses all score the same by the next ones (dynamic sampling,
+    arXiv:2503.14476, section 3.2); the groups that are left so at the end do not count. None: 9 with dapo, else 0."""
+
+    mask_truncated: bool | None = None
+    """Leave responses that ended for lack of room out of the loss (overlong filtering, arXiv:2503.14476, section 3.4);
+    their scores count in their group's mean. None: with dapo, unless overlong_buffer or missing_eos_penalty is given,
+    which are for the loss to see."""
+
+    importance_cap: float | None = None
+    """Multiply each token's loss by the ratio of its recomputed probability to the one recorded in sampling, up to this
+    (truncated importance sampling; 2 is usual). None: do not."""
 
     reward_weights: dict[str, float] | None = None
     """Weights of named rewards in the score, 1 for those that are not listed; one of weight 0 is logged alone."""
@@ -158,6 +189,13 @@ class PPOConfig(RunConfig):
 
     missing_eos_penalty: float = 0.0
     """Taken from the score of a response that ended for lack of room."""
+
+    overlong_buffer: int = 0
+    """Tokens at the end of the room for a response over which a penalty rises from 0 to overlong_penalty (soft overlong
+    punishment, arXiv:2503.14476, equation 13, where it is a fifth of the room); 0: no penalty."""
+
+    overlong_penalty: float = 1.0
+    """Taken from the score of a response that fills its room, where overlong_buffer is given."""
 
     actor_lora_r: int = 0
     """Rank of the policy's adapters; its base is the reference then. 0 trains the whole policy, beside a copy."""
@@ -190,7 +228,9 @@ class PPOConfig(RunConfig):
     def check_end(self) -> None:
         """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
         if self.eos_token is None:
-            self.expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
+            why = "where eos_token is None and every response takes all the room there is"
+            self.expect_default(why, "missing_eos_penalty", "overlong_buffer")
+            self.expect("mask_truncated", not self.mask_truncated, f"None or False {why}")
 
     def check_environment(self, environment: Any) -> None:
         """ValueError for settings of conversations where nobody answers."""
@@ -212,7 +252,9 @@ class PPOConfig(RunConfig):
 
         `there` are the fields of the checkpoint's config.
         """
-        same_start = self.initial_kl_coef == _initial_kl_coef(there["kl_coef"], there["grpo_variant"])
+        given = there["kl_coef"]
+        start = VARIANTS[there["grpo_variant"]].kl_coef if given is None else given
+        same_start = self.initial_kl_coef == start
         return same_start and (self.kl_target is None) == (there["kl_target"] is None)
 
     @property
@@ -230,7 +272,7 @@ class PPOConfig(RunConfig):
     @property
     def initial_kl_coef(self) -> float:
         """The weight of the KL to the reference in the first step."""
-        return _initial_kl_coef(self.kl_coef, self.grpo_variant)
+        return self.variant.kl_coef
 
     @property
     def kl_in_loss(self) -> bool:
@@ -238,28 +280,6 @@ class PPOConfig(RunConfig):
         return self.kl_penalty == "loss" or (self.kl_penalty is None and self.algorithm == "grpo")
 
     @property
-    def upper_clip_eps(self) -> float:
-        """The bound above 1."""
-        if self.clip_eps_high is not None:
-            return self.clip_eps_high
-        return 0.28 if self.grpo_variant == "dapo" else self.clip_eps
-
-    @property
-    def has_sequence_ratio(self) -> bool:
-        """Whether a ratio is of a whole response."""
-        return self.algorithm == "rloo" and self.rloo_ratio == "sequence"
-
-    @property
-    def aggregation(self) -> Literal["token", "sequence", "constant"]:
-        """What a step's losses are divided by."""
-        if self.has_sequence_ratio:
-            return "sequence"
-        if self.algorithm != "grpo":
-            return "token"
-        return {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token"}[self.grpo_variant]
-
-
-def _initial_kl_coef(given: float | None, grpo_variant: str) -> float:
-    if given is not None:
-        return given
-    return 0.0 if grpo_variant in ("dr_grpo", "dapo") else 0.05
+    def variant(self) -> Variant:
+        """The settings that the algorithm and its variant decide where none are given."""
+        return variant_of(self)

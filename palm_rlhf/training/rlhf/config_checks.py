@@ -13,13 +13,13 @@ CRITIC_FIELDS = ("critic_learning_rate", "value_clip_eps", "value_coef", "gamma"
 def check_config(config: "PPOConfig") -> None:
     """ValueError for a field out of its range."""
     config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
-                           "minibatch_size", "epochs", "learning_rate", "eps", "clip_eps", "kl_horizon",
+                           "minibatch_size", "epochs", "learning_rate", "eps", "kl_horizon", "overlong_penalty",
                            "sample_every", "samples_kept", "max_turns")  # fmt: skip
-    config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef",
-                               "missing_eos_penalty", "actor_lora_r", "critic_lora_r")  # fmt: skip
+    config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef", "missing_eos_penalty",
+                               "overlong_buffer", "actor_lora_r", "critic_lora_r")  # fmt: skip
     for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
-                 "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens", "reward_timeout",
-                 "eos_token"):  # fmt: skip
+                 "clip_eps", "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens",
+                 "reward_timeout", "importance_cap", "eos_token"):  # fmt: skip
         value, least = getattr(config, name), 0 if name == "eos_token" else 1e-12
         config.expect(name, value is None or value >= least, "None or a number above 0")
     for name in ("gamma", "gae_lambda", "min_lr_ratio"):
@@ -45,7 +45,23 @@ def check_config(config: "PPOConfig") -> None:
         config.expect_default("where kl_target is None", "kl_horizon")
     if not config.kl_in_loss:
         config.expect_default("where the KL is in the reward, or give kl_penalty='loss'", "kl_estimator")
-    if config.grpo_variant != "grpo":
-        config.expect("grpo_variant", config.algorithm == "grpo", "'grpo' where the algorithm is not grpo")
-    if config.rloo_ratio != "sequence":
-        config.expect("rloo_ratio", config.algorithm == "rloo", "'sequence' where the algorithm is not rloo")
+    _check_variant(config)
+
+
+def _check_variant(config: "PPOConfig") -> None:
+    """ValueError for a setting that tells algorithms apart where it would reach nothing."""
+    if config.algorithm != "grpo":
+        config.expect("grpo_variant", config.grpo_variant == "grpo", "'grpo' where the algorithm is not grpo")
+        config.expect("advantage_scale", config.advantage_scale is None, "None where the algorithm is not grpo")
+    config.expect("max_redraws", (config.max_redraws or 0) >= 0, "None or 0 or more")
+    if config.algorithm == "ppo":
+        config.expect("ratio_level", config.ratio_level in (None, "token"),
+                      "None or 'token' for ppo, whose advantages differ from token to token")  # fmt: skip
+        config.expect("max_redraws", not config.max_redraws, "None or 0 for ppo, which compares no responses")
+    if not config.overlong_buffer:
+        config.expect_default("where overlong_buffer is 0", "overlong_penalty")
+    room = config.max_new_tokens if config.max_seq_len is None else config.max_seq_len
+    config.expect("overlong_buffer", config.overlong_buffer <= room, f"up to the {room} tokens that there is room for")
+    if config.precision == "float32":
+        why = "where precision is float32 and the probabilities recorded in sampling are those that are trained on"
+        config.expect_default(why, "importance_cap")

@@ -1,9 +1,12 @@
 """What is measured of a step of reinforcement learning, and tables of what the policy says.
 
 step, elapsed       its number, from 1; seconds of the run so far, all times of a resumed one together
-score, score_std    of the responses, by the reward, before any shaping; their standard deviation
+score, score_std    of the responses, by the reward, before any shaping; their standard deviation. Responses that
+                    dynamic sampling replaced are among them: without them, the score would be of hard prompts alone
 score/NAME, score_std/NAME  the same by each of several rewards, without its weight, over the responses that it could
                     judge; score is their weighted sum
+redrawn_groups      prompts whose responses all scored the same and were replaced, where max_redraws is above 0
+equal_groups        prompts of which that is so still, which count in no loss
 kl                  to the reference, in nats per response: the mean sum of log-probability differences; not there
                     where kl_coef is 0 and no reference is given
 kl_coef             weight of that KL in this step

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from palm_rlhf.algorithms.kl import kl_estimate
-from palm_rlhf.algorithms.losses import policy_loss, step_denominator, value_loss
+from palm_rlhf.algorithms.losses import cispo_loss, policy_loss, step_denominator, value_loss
 from palm_rlhf.ops.masked import masked_mean
 from palm_rlhf.policy.actor_critic import PolicyOutput
 from palm_rlhf.training.rlhf.config import PPOConfig
@@ -37,18 +37,23 @@ def objective(
     None: there is no such term. `num_tokens` and `num_sequences` are those of the whole step, over all processes, and
     `max_length` is the longest response that there is room for.
     """
-    c, mask = config, part.action_mask
+    c, variant, mask = config, config.variant, part.action_mask
     denominator = step_denominator(
-        mask, aggregation=c.aggregation, num_tokens=num_tokens, num_sequences=num_sequences, max_length=max_length
+        mask,
+        aggregation=variant.loss_aggregation,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        max_length=max_length,
     )
-    policy = policy_loss(
+    loss_of = cispo_loss if c.grpo_variant == "cispo" else policy_loss
+    policy = loss_of(
         output.logprobs,
         part.logprobs,
         part.advantages,
         mask,
-        clip_eps=c.clip_eps,
-        clip_eps_high=c.upper_clip_eps,
-        sequence_ratio=c.has_sequence_ratio,
+        clip_eps=variant.clip_eps,
+        clip_eps_high=variant.clip_eps_high,
+        ratio_level=variant.ratio_level,
         denominator=denominator,
         num_tokens=num_tokens,
     )

@@ -24,7 +24,8 @@ from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
 from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.rlhf.config import PPOConfig
-from palm_rlhf.training.rlhf.credit import assign_credit, shape_scores
+from palm_rlhf.training.rlhf.credit import assign_credit, counted_responses, shape_scores
+from palm_rlhf.training.rlhf.dynamic_sampling import Sampled, replace_equal_groups
 from palm_rlhf.training.rlhf.experience import Experience, in_batches
 from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf.objective import objective
@@ -160,12 +161,11 @@ class RLHFTrainer:
 
     def _step(self) -> Metrics:
         started = time.perf_counter()
-        rollout = self.collect()
-        scores = self.score(rollout)
+        rollout, scores, all_scores, sampling_metrics = self.sample()
         experience = self.estimate_advantages(rollout, scores)
-        metrics = self.update(experience)
+        metrics = {**sampling_metrics, **self.update(experience)}
         seen = {"looks_for_eos": self.config.eos_token is not None, "measures_kl": self.reference is not None}
-        metrics |= rollout_metrics(self.accelerator, rollout, scores, experience, started, **seen)
+        metrics |= rollout_metrics(self.accelerator, rollout, all_scores, experience, started, **seen)
         groups = self.run.optimizer.param_groups  # those of the policy, then those of the critic
         metrics |= {"kl_coef": self.kl_coef, "learning_rate": groups[0]["lr"]}
         if self.actor_critic.value_head is not None:
@@ -184,19 +184,38 @@ class RLHFTrainer:
             self.tokens.write(experience, scores, self.config, self.sampling.truncation)
         return {"step": self.run.step, **metrics}
 
+    def sample(self) -> Sampled:
+        """A step's responses with their scores; with `max_redraws`, without groups whose scores are all equal."""
+        rollout = self.collect()
+        return replace_equal_groups(
+            self.config,
+            self.run,
+            rollout,
+            self.score(rollout),
+            draw=self.sampler.draw,
+            respond=self._respond,
+            score=self._score,
+        )
+
     def collect(self) -> Rollout:
         """Draw this process's share of a step's responses to the next prompts."""
         c, run = self.config, self.run
         drawn = self.sampler.draw(c.rollouts_per_step // c.num_samples)
         if len(drawn) % run.num_processes:
             raise ValueError(f"{len(drawn)} prompts a step for {run.num_processes} processes; expected a multiple")
-        mine = drawn[run.rank :: run.num_processes]
-        with run.autocast(), whole(self.actor_critic):
+        return self._respond(drawn[run.rank :: run.num_processes])
+
+    def _respond(self, prompts: list[int]) -> Rollout | None:
+        """The responses to prompts, by their numbers; None to none. Other processes may have some: all must call."""
+        c = self.config
+        with self.run.autocast(), whole(self.actor_critic):
+            if not prompts:
+                return None
             return collect(
                 self.palm,
-                [self.prompts[index] for index in mine],
+                [self.prompts[index] for index in prompts],
                 self.sampling,
-                columns={name: [values[index] for index in mine] for name, values in self.columns.items()},
+                columns={name: [values[index] for index in prompts] for name, values in self.columns.items()},
                 num_samples=c.num_samples,
                 batch_size=c.rollout_batch_size,
                 finetune_scope=self.actor_critic.actor_scope,
@@ -206,8 +225,16 @@ class RLHFTrainer:
     @beartype
     def score(self, rollout: Rollout) -> Scores:
         """What the rewards say of the responses, before any shaping."""
+        scores = self._score(rollout)
+        if not self.accelerator.reduce(scores.valid.sum(), "sum"):
+            raise ValueError(
+                f"the reward returned None for all responses of step {self.run.step + 1}; expected numbers"
+            )
+        return scores
+
+    def _score(self, rollout: Rollout) -> Scores:
         with self.run.autocast():
-            scores = score(
+            return score(
                 self.reward_model,
                 rollout.sequences,
                 tokenizer=self.tokenizer,
@@ -217,11 +244,6 @@ class RLHFTrainer:
                 timeout=self.config.reward_timeout,
                 keywords={**rollout.keywords, **run_keywords(self.run.step, self.config.num_steps)},
             )
-        if not self.accelerator.reduce(scores.valid.sum(), "sum"):
-            raise ValueError(
-                f"the reward returned None for all responses of step {self.run.step + 1}; expected numbers"
-            )
-        return scores
 
     @torch.no_grad()
     @beartype
@@ -241,26 +263,28 @@ class RLHFTrainer:
             raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
         credit = assign_credit(
             c,
-            self._shape(scores, rollout.truncated),
+            self._shape(scores, rollout),
             scores.valid,
             logprobs=logprobs,
+            sampler_logprobs=rollout.logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
             action_mask=sequences.action_mask & scores.valid.unsqueeze(-1),
             kl_coef=self.kl_coef,
+            counted=counted_responses(c, scores, rollout),
             reduce=lambda total: self.accelerator.reduce(total, "sum"),
         )
         return Experience(
             sequences, credit.action_mask, logprobs, ref_logprobs, credit.values, credit.advantages, credit.returns
         )
 
-    def _shape(self, scores: Scores, truncated: Tensor) -> Tensor:
+    def _shape(self, scores: Scores, rollout: Rollout) -> Tensor:
         """Scores as they are learnt from, `b`; those of all processes count in the deviation so far."""
         if not self.config.scale_scores:
-            return shape_scores(self.config, scores.scores, truncated)
+            return shape_scores(self.config, scores.scores, rollout)
         everyone, valid = self.accelerator.gather((scores.scores, scores.valid))
         self.score_moments.update(everyone[valid])
-        return shape_scores(self.config, scores.scores, truncated, deviation=self.score_moments.deviation)
+        return shape_scores(self.config, scores.scores, rollout, deviation=self.score_moments.deviation)
 
     @beartype
     def update(self, experience: Experience) -> Metrics:
