@@ -45,6 +45,7 @@ def first_tokens(rollout) -> list[int]:
     return rollout.sequences.tokens[:, 0].tolist()
 
 
+@pytest.mark.law("PPOConfig.max_redraws")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("max_redraws", [0, 1, 2, 9])
 def test_equal_groups_give_their_places_to_the_next_prompts(max_redraws, seed):

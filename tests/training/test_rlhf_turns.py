@@ -24,7 +24,7 @@ ALGORITHMS = [
     {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dr_grpo", "kl_coef": 0.1},
     {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dapo", "entropy_coef": 0.05},
     {"algorithm": "rloo", "num_samples": 4},
-    {"algorithm": "rloo", "num_samples": 4, "rloo_ratio": "token"},
+    {"algorithm": "rloo", "num_samples": 4, "ratio_level": "token"},
 ]
 
 

@@ -64,12 +64,30 @@ def kl_in_loss(c) -> bool:
     return c.kl_penalty == "loss" or (c.kl_penalty is None and c.algorithm == "grpo")
 
 
-def shape(c, scores: list[float], truncated: list[bool]) -> list[float]:
-    """Over the deviation of all scores so far, cut off, and less where the response did not end."""
+def shape(c, scores: list[float], truncated: list[bool], lengths: list[int]) -> list[float]:
+    """Over the deviation of all scores so far, cut off, and less where the response is long or did not end."""
     scores = [score / pstdev(scores) for score in scores] if c.scale_scores else scores
     if c.score_clip is not None:
         scores = [min(max(score, -c.score_clip), c.score_clip) for score in scores]
+    if c.overlong_buffer:  # DAPO, equation 13
+        start = c.max_new_tokens - c.overlong_buffer
+        rises = [max(length - start, 0) / c.overlong_buffer for length in lengths]
+        scores = [score - c.overlong_penalty * rise for score, rise in zip(scores, rises)]
     return [score - c.missing_eos_penalty * cut for score, cut in zip(scores, truncated)]
+
+
+def counts(c, scores: list[float], truncated: list[bool]) -> list[bool]:
+    """The rows that the losses count, by the reward's own scores."""
+    dapo = c.grpo_variant == "dapo"
+    masks = c.mask_truncated
+    if masks is None:
+        masks = dapo and not c.missing_eos_penalty and not c.overlong_buffer
+    counted = []
+    for row, cut in enumerate(truncated):
+        first = row - row % c.num_samples
+        equal = len(set(scores[first : first + c.num_samples])) == 1
+        counted.append(not (masks and cut) and not (equal and (dapo or c.max_redraws)))
+    return counted
 
 
 class Credit(NamedTuple):
@@ -80,30 +98,30 @@ class Credit(NamedTuple):
     counted: list[bool]
 
 
-def credit(c, scores, logprobs, ref_logprobs, values) -> Credit:
+def credit(c, scores, counted, logprobs, ref_logprobs, values) -> Credit:
     """From shaped scores to advantages; the others are lists of lists of numbers."""
     beta = 0.0 if kl_in_loss(c) else c.kl_coef
     rewards = [[-beta * (new - ref) for new, ref in zip(*pair)] for pair in zip(logprobs, ref_logprobs)]
     for row, score in zip(rewards, scores):
         row[-1] += score
     if c.algorithm == "ppo":
-        return ppo_credit(c, rewards, values)
-    totals, advantages, counted = list(map(sum, rewards)), [], []
+        return ppo_credit(c, rewards, counted, values)
+    totals, advantages = list(map(sum, rewards)), []
+    scale = c.advantage_scale or ("none" if c.grpo_variant == "dr_grpo" else "group")
     for first in range(0, len(totals), c.num_samples):
-        group, given = (x[first : first + c.num_samples] for x in (totals, scores))
+        group = totals[first : first + c.num_samples]
         for place, total in enumerate(group):
             others = group[:place] + group[place + 1 :]
             advantage = total - mean(others if c.algorithm == "rloo" else group)
-            if c.algorithm == "grpo" and c.grpo_variant != "dr_grpo":
-                advantage /= stdev(group) or 1.0
+            if c.algorithm == "grpo" and scale != "none":
+                advantage /= stdev(group if scale == "group" else totals) or 1.0
             advantages.append(advantage)
-            counted.append(c.grpo_variant != "dapo" or len(set(given)) > 1)
     spread = [[advantage] * len(row) for advantage, row in zip(advantages, rewards)]
     return Credit(spread, [[0.0] * len(row) for row in rewards], counted)
 
 
-def ppo_credit(c, rewards, values) -> Credit:
-    """Schulman et al. 2015, equation 16, as the sum that it is; whitened over all tokens."""
+def ppo_credit(c, rewards, counted, values) -> Credit:
+    """Schulman et al. 2015, equation 16, as the sum that it is; whitened over all tokens that count."""
     advantages = []
     for row, value in zip(rewards, values):
         following = [*value[1:], 0.0]
@@ -116,25 +134,45 @@ def ppo_credit(c, rewards, values) -> Credit:
         )
     returns = [[a + v for a, v in zip(*pair)] for pair in zip(advantages, values)]
     if c.whiten_advantages:
-        every = [advantage for row in advantages for advantage in row]
+        every = [advantage for row, counts in zip(advantages, counted) if counts for advantage in row]
         advantages = [[(advantage - mean(every)) / pstdev(every) for advantage in row] for row in advantages]
-    return Credit(advantages, returns, [True] * len(rewards))
+    return Credit(advantages, returns, counted)
+
+
+def ratio_level(c) -> str:
+    """Whose ratio is clipped."""
+    return c.ratio_level or {"rloo": "sequence"}.get(c.algorithm, "geometric" if c.grpo_variant == "gspo" else "token")
+
+
+def aggregation(c) -> str:
+    """What the losses of policy and KL are a mean over."""
+    if c.loss_aggregation:
+        return c.loss_aggregation
+    if c.algorithm == "ppo" or (c.algorithm == "rloo" and ratio_level(c) == "token"):
+        return "token"
+    return {"dr_grpo": "constant", "dapo": "token", "cispo": "token"}.get(c.grpo_variant, "sequence")
+
+
+def clip_bounds(c) -> tuple[float, float]:
+    """The lowest and the highest ratio that is not clipped."""
+    low = {"gspo": 3e-4, "cispo": 1.0}.get(c.grpo_variant, 0.2) if c.clip_eps is None else c.clip_eps
+    high = {"dapo": 0.28, "gspo": 4e-4, "cispo": 4.0}.get(c.grpo_variant, low)
+    return 1 - low, 1 + (high if c.clip_eps_high is None else c.clip_eps_high)
 
 
 def token_weight(c, lengths: list[int], row: int, longest: int) -> float:
     """What a token of a row counts in the losses of policy and KL; `lengths` are of the rows that count."""
-    if c.algorithm == "ppo" or (c.algorithm == "rloo" and c.rloo_ratio == "token") or c.grpo_variant == "dapo":
-        return 1 / sum(lengths)  # a mean over tokens
-    if c.grpo_variant == "dr_grpo":
-        return 1 / (len(lengths) * longest)
-    return 1 / (len(lengths) * row)  # a mean over the tokens of a response, then over responses
+    kind = aggregation(c)
+    if kind == "token":
+        return 1 / sum(lengths)
+    return 1 / (len(lengths) * (longest if kind == "constant" else row))
 
 
 def step_loss(c, told: Credit, old, said, ref, old_values, values) -> tuple[Tensor, dict[str, float]]:
     """The loss of a step on all rows at once, and what is reported of it; `said` is a list of rows of Said."""
     rows = [index for index, counts in enumerate(told.counted) if counts]
     lengths, longest = [len(said[index]) for index in rows], c.max_new_tokens
-    num_tokens, high = sum(lengths), c.clip_eps_high or (0.28 if c.grpo_variant == "dapo" else c.clip_eps)
+    num_tokens, bounds, level = sum(lengths), clip_bounds(c), ratio_level(c)
     parts = {"policy_loss": [], "entropy": [], "clip_fraction": [], "approx_kl": [], "ratios": []}
     parts |= {"kl_loss": [], "value_loss": [], "value_clip_fraction": []}
     for index in rows:
@@ -142,12 +180,15 @@ def step_loss(c, told: Credit, old, said, ref, old_values, values) -> tuple[Tens
         whole = sum(now.logprob - then for now, then in zip(said[index], old[index]))
         for t, now in enumerate(said[index]):
             moved = now.logprob - old[index][t]
-            sequence_ratio = c.algorithm == "rloo" and c.rloo_ratio == "sequence"
-            ratio = (whole if sequence_ratio else moved).exp()
+            ratio = {"token": moved, "sequence": whole, "geometric": whole / len(said[index])}[level].exp()
             advantage = told.advantages[index][t]
-            free, cut = -advantage * ratio, -advantage * ratio.clamp(1 - c.clip_eps, 1 + high)
-            parts["policy_loss"].append(weight * torch.maximum(free, cut))
-            parts["clip_fraction"].append(float(cut.detach() > free.detach()) / num_tokens)
+            free, cut = -advantage * ratio, -advantage * ratio.clamp(*bounds)
+            loss, is_clipped = torch.maximum(free, cut), cut.item() > free.item()
+            if c.grpo_variant == "cispo":  # the weight is clipped, and a number
+                loss = -min(max(ratio.item(), bounds[0]), bounds[1]) * advantage * now.logprob
+                is_clipped = not bounds[0] <= ratio.item() <= bounds[1]
+            parts["policy_loss"].append(weight * loss)
+            parts["clip_fraction"].append(is_clipped / num_tokens)
             parts["approx_kl"].append((moved.exp() - 1 - moved).item() / num_tokens)
             parts["ratios"].append(ratio.item())
             parts["entropy"].append(now.entropy / num_tokens)

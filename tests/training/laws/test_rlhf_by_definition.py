@@ -12,7 +12,7 @@ import torch
 
 from palm_rlhf import PPOConfig, RLHFTrainer
 
-from .rlhf_definition import credit, critic_says, policy_says, shape, step_loss
+from .rlhf_definition import counts, credit, critic_says, policy_says, shape, step_loss
 from .trainers import palm_of
 
 EOS, SCORES = 5, [1.0, -0.5, 3.0, 0.5, 2.0, 2.0, -4.0, 0.5]  # of eight responses; two to a prompt score the same
@@ -30,7 +30,33 @@ CASES = {
     "dr_grpo": {**GROUPS, "algorithm": "grpo", "grpo_variant": "dr_grpo", "top_k": 6, "top_p": 0.7},
     "dapo": {**GROUPS, "algorithm": "grpo", "grpo_variant": "dapo", "clip_eps_high": None, "kl_estimator": "k2"},
     "rloo": {**GROUPS, "algorithm": "rloo", "num_samples": 4},
-    "rloo of tokens": {**GROUPS, "algorithm": "rloo", "rloo_ratio": "token"},
+    "rloo of tokens": {**GROUPS, "algorithm": "rloo", "ratio_level": "token"},
+    "gspo": {**GROUPS, "algorithm": "grpo", "grpo_variant": "gspo", "clip_eps": 0.01, "clip_eps_high": 0.02},
+    "cispo": {**GROUPS, "algorithm": "grpo", "grpo_variant": "cispo", "clip_eps": None, "clip_eps_high": 0.03},
+    "dapo that leaves out": {
+        **GROUPS,
+        "algorithm": "grpo",
+        "grpo_variant": "dapo",
+        "missing_eos_penalty": 0.0,
+        "advantage_scale": "batch",
+    },
+    "grpo of responses": {
+        **GROUPS,
+        "algorithm": "grpo",
+        "ratio_level": "sequence",
+        "loss_aggregation": "constant",
+        "overlong_buffer": 4,
+        "overlong_penalty": 0.7,
+        "advantage_scale": "none",
+        "max_redraws": 3,
+    },
+    "ppo that leaves out": {
+        **PPO,
+        "mask_truncated": True,
+        "loss_aggregation": "sequence",
+        "clip_eps": 0.04,
+        "clip_eps_high": 0.04,
+    },
     "rloo, its KL in the loss": {**GROUPS, "algorithm": "rloo", "kl_penalty": "loss"},
 }
 
@@ -93,8 +119,14 @@ def close(got: list[list[float]], expected: list[list[float]]) -> None:
         assert one == pytest.approx(other, abs=2e-7)  # scores are float32
 
 
+def told_of(step, c) -> tuple[list[float], list[bool]]:
+    """The scores that are learnt from, and which rows count."""
+    lengths = [len(response) for _, response in step.pairs]
+    return shape(c, SCORES, step.truncated, lengths), counts(c, SCORES, step.truncated)
+
+
 def check_credit(step, c) -> None:
-    expected = credit(c, shape(c, SCORES, step.truncated), step.old, step.ref, step.old_values)
+    expected = credit(c, *told_of(step, c), step.old, step.ref, step.old_values)
     counted = step.experience.action_mask.any(dim=-1).tolist()
     assert counted == expected.counted
     rows = [index for index, counts in enumerate(counted) if counts]
@@ -105,7 +137,7 @@ def check_credit(step, c) -> None:
 
 def check_update(step, c) -> None:
     ac = step.trainer.actor_critic
-    told = credit(c, shape(c, SCORES, step.truncated), step.old, step.ref, step.old_values)
+    told = credit(c, *told_of(step, c), step.old, step.ref, step.old_values)
     said = [policy_says(c, ac.palm, *pair, ac.actor_scope) for pair in step.pairs]
     values = [critic_says(ac, *pair) if c.algorithm == "ppo" else [] for pair in step.pairs]
     loss, metrics = step_loss(c, told, step.old, said, step.ref, step.old_values, values)
@@ -141,13 +173,16 @@ def test_the_recorded_log_probabilities_are_those_of_the_definition(step):
 
 @pytest.mark.law("PPOConfig.algorithm", "PPOConfig.grpo_variant", "PPOConfig.gamma", "PPOConfig.gae_lambda")
 @pytest.mark.law("PPOConfig.whiten_advantages", "PPOConfig.scale_scores", "PPOConfig.score_clip")
+@pytest.mark.law("PPOConfig.overlong_buffer", "PPOConfig.overlong_penalty", "PPOConfig.mask_truncated")
+@pytest.mark.law("PPOConfig.advantage_scale")
 @pytest.mark.law("PPOConfig.missing_eos_penalty", "PPOConfig.kl_coef", "PPOConfig.kl_penalty", "PPOConfig.num_samples")
 def test_advantages_and_returns_are_those_of_the_definition(step):
     check_credit(step, step.trainer.config)
 
 
 @pytest.mark.law("PPOConfig.clip_eps", "PPOConfig.clip_eps_high", "PPOConfig.value_clip_eps", "PPOConfig.value_coef")
-@pytest.mark.law("PPOConfig.entropy_coef", "PPOConfig.kl_estimator", "PPOConfig.rloo_ratio", "PPOConfig.temperature")
+@pytest.mark.law("PPOConfig.entropy_coef", "PPOConfig.kl_estimator", "PPOConfig.temperature")
+@pytest.mark.law("PPOConfig.ratio_level", "PPOConfig.loss_aggregation")
 @pytest.mark.law("PPOConfig.top_k", "PPOConfig.top_p", "PPOConfig.shared_trunk", "PPOConfig.actor_lora_r")
 @pytest.mark.law("PPOConfig.critic_lora_r")
 def test_gradients_and_metrics_are_those_of_the_definition(step):
@@ -181,8 +216,25 @@ OTHERS = {
     "grpo, its KL in the reward": [{"kl_penalty": None}, {"algorithm": "rloo"}],
     "dr_grpo": [{"grpo_variant": "grpo"}, {"grpo_variant": "dapo"}, {"max_new_tokens": 7}],
     "dapo": [{"grpo_variant": "grpo"}, {"kl_estimator": "k3"}, {"clip_eps_high": 0.15}],
-    "rloo": [{"rloo_ratio": "token"}, {"algorithm": "grpo"}, {"num_samples": 2}],
-    "rloo of tokens": [{"rloo_ratio": "sequence"}, {"kl_penalty": "loss"}],
+    "rloo": [{"ratio_level": "token"}, {"ratio_level": "geometric"}, {"algorithm": "grpo"}, {"num_samples": 2}],
+    "rloo of tokens": [{"ratio_level": "sequence"}, {"loss_aggregation": "sequence"}, {"kl_penalty": "loss"}],
+    "gspo": [
+        *({"ratio_level": "sequence"}, {"ratio_level": "token"}, {"loss_aggregation": "token"}),
+        *({"grpo_variant": "grpo"}, {"grpo_variant": "cispo"}, {"clip_eps": None}, {"clip_eps_high": None}),
+    ],
+    "cispo": [
+        *({"grpo_variant": "gspo"}, {"grpo_variant": "dapo"}, {"loss_aggregation": "sequence"}),
+        *({"ratio_level": "geometric"}, {"clip_eps": 0.03}, {"clip_eps_high": None}),
+    ],
+    "dapo that leaves out": [
+        *({"mask_truncated": False}, {"missing_eos_penalty": 0.4}, {"overlong_buffer": 4}),
+        *({"advantage_scale": None}, {"advantage_scale": "none"}, {"grpo_variant": "grpo"}),
+    ],
+    "grpo of responses": [
+        *({"ratio_level": None}, {"ratio_level": "geometric"}, {"loss_aggregation": None}, {"max_redraws": None}),
+        *({"overlong_buffer": 0}, {"overlong_buffer": 6}, {"overlong_penalty": 1.0}, {"mask_truncated": True}),
+    ],
+    "ppo that leaves out": [{"mask_truncated": None}, {"loss_aggregation": None}, {"loss_aggregation": "constant"}],
     "rloo, its KL in the loss": [{"kl_penalty": "reward"}],
 }
 
