@@ -86,6 +86,41 @@ def test_what_was_recorded_of_a_response_goes_with_it():
         trainer.estimate_advantages(rollout, sampled.scores)
 
 
+def test_columns_and_named_rewards_go_with_their_responses():
+    """The columns of a prompt that was drawn again are its own, and so is what each reward says by its name."""
+
+    def answers(prompts, completions, answer) -> list[float]:
+        return [float(number) for number in answer]
+
+    torch.manual_seed(0)
+    palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8)
+    rows = [{"prompt": str(first), "answer": 100 + first} for first in range(NUM_PROMPTS)]
+    trainer = RLHFTrainer(
+        palm=palm,
+        reward_model={"by prompt": lambda prompts, completions: by_prompt([[p] for p in prompts], completions),
+                      "answers": answers},
+        prompts=rows,
+        tokenizer=Digits(),
+        config=PPOConfig(**{**SETTINGS, "max_redraws": 2, "reward_weights": {"answers": 1e-9}}),
+    )  # fmt: skip
+    rollout, scores, all_scores, metrics = trainer.sample()
+    firsts = first_tokens(rollout)
+    assert firsts == [prompt for prompt in by_hand(2)[0] for _ in range(2)]
+    assert rollout.columns["answer"] == [100 + first for first in firsts]
+    assert scores.by_name["answers"].scores.tolist() == [100.0 + first for first in firsts]
+    assert len(all_scores.by_name["answers"].scores) == 2 * (GROUPS + metrics["redrawn_groups"]) > 2 * GROUPS
+
+
+class Digits:
+    """A tokenizer of numbers."""
+
+    def encode(self, text):
+        return [int(text)]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
 def test_the_bound_ends_it_and_what_is_left_is_not_learnt():
     trainer = make_trainer(reward=lambda prompts, completions: [1.0] * len(prompts), max_redraws=3)
     before = {name: weight.clone() for name, weight in trainer.palm.state_dict().items()}
@@ -174,7 +209,7 @@ def test_redraws_that_cannot_be_are_refused(changes, message):
 
 def test_a_run_that_was_cut_off_resumes_to_the_bit(tmp_path):
     """With as many prompts drawn, which the number of steps no longer says."""
-    options = {"num_steps": 4, "save_every": 1, "grpo_variant": "dapo", "mask_truncated": False}
+    options = {"num_steps": 4, "save_every": 1, "grpo_variant": "dapo"}
     whole = list(make_trainer(tmp_path / "whole", **options).steps())
     cut = list(itertools.islice(make_trainer(tmp_path / "cut", **options).steps(), 2))
     cut += make_trainer(tmp_path / "cut", resume=True, **options).steps()

@@ -563,7 +563,7 @@ def test_groups_that_score_the_same_teach_grpo_nothing():
     assert all(not gradient.any() for gradient in gradients(trainer, experience).values())
     dapo = make_trainer(
         reward=lambda prompts, completions: [3.0] * 4 + [0.0, 1.0, 2.0, 3.0],
-        algorithm="grpo", grpo_variant="dapo", num_samples=4, mask_truncated=False,
+        algorithm="grpo", grpo_variant="dapo", num_samples=4,
     )  # fmt: skip
     kept = experience_of(dapo).action_mask.any(dim=-1)
     assert kept.tolist() == [False] * 4 + [True] * 4

@@ -153,8 +153,8 @@ class PPOConfig(RunConfig):
 
     grpo_variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
     """dr_grpo (arXiv:2503.20783) divides neither by deviations nor by lengths; dapo (arXiv:2503.14476) takes the mean
-    over tokens, clips higher, draws again where the responses to a prompt score the same, and leaves truncated ones
-    out; gspo (arXiv:2507.18071) clips a ratio of the whole response, the mean of its tokens'; cispo (arXiv:2506.13585)
+    over tokens, clips higher, and draws again where the responses to a prompt score the same (its penalty for length
+    is overlong_buffer, in units of the task); gspo (arXiv:2507.18071) clips a ratio of the whole response, the mean of its tokens'; cispo (arXiv:2506.13585)
     clips the weight of a token's log-probability, so that none loses its gradient. Each is a set of values of the
     settings beside it, and gives way to those given."""
 
@@ -166,10 +166,9 @@ class PPOConfig(RunConfig):
     """Times that a step replaces the prompts whose responses all score the same by the next ones (dynamic sampling,
     arXiv:2503.14476, section 3.2); the groups that are left so at the end do not count. None: 9 with dapo, else 0."""
 
-    mask_truncated: bool | None = None
+    mask_truncated: bool = False
     """Leave responses that ended for lack of room out of the loss (overlong filtering, arXiv:2503.14476, section 3.4);
-    their scores count in their group's mean. None: with dapo, unless overlong_buffer or missing_eos_penalty is given,
-    which are for the loss to see."""
+    their scores count in their group's mean."""
 
     importance_cap: float | None = None
     """Multiply each token's loss by the ratio of its recomputed probability to the one recorded in sampling, up to this
@@ -229,8 +228,7 @@ class PPOConfig(RunConfig):
         """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
         if self.eos_token is None:
             why = "where eos_token is None and every response takes all the room there is"
-            self.expect_default(why, "missing_eos_penalty", "overlong_buffer")
-            self.expect("mask_truncated", not self.mask_truncated, f"None or False {why}")
+            self.expect_default(why, "missing_eos_penalty", "overlong_buffer", "mask_truncated")
 
     def check_environment(self, environment: Any) -> None:
         """ValueError for settings of conversations where nobody answers."""

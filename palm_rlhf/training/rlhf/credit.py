@@ -55,7 +55,7 @@ def counted_responses(config: PPOConfig, scores: Scores, rollout: Rollout) -> Te
     nothing to teach but its lengths (DAPO: Yu et al. 2025, equation 11).
     """
     counted = scores.valid
-    if config.variant.mask_truncated:
+    if config.mask_truncated:
         counted = counted & ~rollout.truncated
     if config.variant.drops_equal_groups:
         counted = counted & varied_groups(scores.scores, config.num_samples, valid=scores.valid)

@@ -30,7 +30,6 @@ def replace_equal_groups(
     run: Run,
     rollout: Rollout,
     scores: Scores,
-    *,
     draw: Callable[[int], list[int]],
     respond: Callable[[list[int]], Rollout | None],
     score: Callable[[Rollout], Scores],

@@ -171,13 +171,9 @@ class RLHFTrainer:
         if self.actor_critic.value_head is not None:
             metrics["critic_learning_rate"] = groups[-1]["lr"]
         if self.config.kl_target is not None:
-            self.kl_coef = adapt_kl_coef(
-                self.kl_coef,
-                metrics["kl"],
-                target=self.config.kl_target,
-                horizon=self.config.kl_horizon,
-                num_samples=self.config.rollouts_per_step,
-            )
+            c, kl = self.config, metrics["kl"]
+            steer = {"target": c.kl_target, "horizon": c.kl_horizon, "num_samples": c.rollouts_per_step}
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, **steer)
         self.run.step += 1
         if self.run.is_due(self.config.sample_every):
             self.samples.write(rollout, scores, self.config.eos_token)
@@ -188,13 +184,7 @@ class RLHFTrainer:
         """A step's responses with their scores; with `max_redraws`, without groups whose scores are all equal."""
         rollout = self.collect()
         return replace_equal_groups(
-            self.config,
-            self.run,
-            rollout,
-            self.score(rollout),
-            draw=self.sampler.draw,
-            respond=self._respond,
-            score=self._score,
+            self.config, self.run, rollout, self.score(rollout), self.sampler.draw, self._respond, self._score
         )
 
     def collect(self) -> Rollout:

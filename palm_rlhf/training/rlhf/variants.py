@@ -21,7 +21,6 @@ class Variant(NamedTuple):
     advantage_scale: AdvantageScale = "group"
     kl_coef: float = 0.05
     max_redraws: int = 0
-    mask_truncated: bool = False
     drops_equal_groups: bool = False  # from the losses, and from what they are divided by
 
 
@@ -36,7 +35,6 @@ VARIANTS = {
         clip_eps_high=0.28,
         kl_coef=0.0,
         max_redraws=9,
-        mask_truncated=True,
         drops_equal_groups=True,
     ),
     "gspo": Variant(ratio_level="geometric", clip_eps=3e-4, clip_eps_high=4e-4, kl_coef=0.0),
@@ -48,8 +46,6 @@ VARIANTS = {
 def variant_of(config: "PPOConfig") -> Variant:
     """The settings of the algorithm and its variant, but for those that the config gives."""
     variant = VARIANTS[config.grpo_variant if config.algorithm == "grpo" else config.algorithm]
-    if config.overlong_buffer or config.missing_eos_penalty:  # a penalty does not reach what the loss leaves out
-        variant = variant._replace(mask_truncated=False)
     if config.algorithm == "rloo" and config.ratio_level == "token":
         variant = variant._replace(loss_aggregation="token")
     given = {name: getattr(config, name) for name in Variant._fields if hasattr(config, name)}

@@ -79,14 +79,11 @@ def shape(c, scores: list[float], truncated: list[bool], lengths: list[int]) -> 
 def counts(c, scores: list[float], truncated: list[bool]) -> list[bool]:
     """The rows that the losses count, by the reward's own scores."""
     dapo = c.grpo_variant == "dapo"
-    masks = c.mask_truncated
-    if masks is None:
-        masks = dapo and not c.missing_eos_penalty and not c.overlong_buffer
     counted = []
     for row, cut in enumerate(truncated):
         first = row - row % c.num_samples
         equal = len(set(scores[first : first + c.num_samples])) == 1
-        counted.append(not (masks and cut) and not (equal and (dapo or c.max_redraws)))
+        counted.append(not (c.mask_truncated and cut) and not (equal and (dapo or c.max_redraws)))
     return counted
 
 

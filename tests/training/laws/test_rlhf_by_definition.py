@@ -38,6 +38,7 @@ CASES = {
         "algorithm": "grpo",
         "grpo_variant": "dapo",
         "missing_eos_penalty": 0.0,
+        "mask_truncated": True,
         "advantage_scale": "batch",
     },
     "grpo of responses": {
@@ -234,7 +235,7 @@ OTHERS = {
         *({"ratio_level": None}, {"ratio_level": "geometric"}, {"loss_aggregation": None}, {"max_redraws": None}),
         *({"overlong_buffer": 0}, {"overlong_buffer": 6}, {"overlong_penalty": 1.0}, {"mask_truncated": True}),
     ],
-    "ppo that leaves out": [{"mask_truncated": None}, {"loss_aggregation": None}, {"loss_aggregation": "constant"}],
+    "ppo that leaves out": [{"mask_truncated": False}, {"loss_aggregation": None}, {"loss_aggregation": "constant"}],
     "rloo, its KL in the loss": [{"kl_penalty": "reward"}],
 }
 
