@@ -9,6 +9,7 @@ import torch
 
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.policy.sequences import response_logprobs
+from palm_rlhf.training.rlhf.credit import shape_scores
 
 EOS, NUM_PROMPTS, GROUPS = 5, 12, 4
 EQUAL = {0, 2, 3, 5, 6, 7, 9, 10, 11}  # the first tokens of the prompts whose responses all score the same
@@ -168,7 +169,7 @@ def test_equal_is_by_the_reward_and_not_by_penalties():
     options = {"overlong_buffer": 6, "missing_eos_penalty": 0.5, "max_redraws": 2}
     trainer = make_trainer(reward=lambda prompts, completions: [1.0] * len(prompts), **options)
     rollout, scores, _, metrics = trainer.sample()
-    shaped = trainer._shape(scores, rollout).view(GROUPS, 2)
+    shaped = shape_scores(trainer.config, scores, rollout, trainer.score_moments).view(GROUPS, 2)
     assert (shaped[:, 0] != shaped[:, 1]).any()
     assert metrics == {"redrawn_groups": 2 * GROUPS, "equal_groups": GROUPS}
     assert not trainer.estimate_advantages(rollout, scores).action_mask.any()

@@ -15,6 +15,7 @@ from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
+from palm_rlhf.training.rlhf.credit import shape_scores
 
 EOS = 5
 GROUPS = {"algorithm": "grpo", "num_samples": 4}
@@ -397,7 +398,9 @@ def test_scores_are_shaped_as_asked():
     sequences = Sequences(torch.zeros(4, 3), torch.ones(4), torch.ones(4))
     deviation = torch.tensor([4.0, -8.0, 0.5]).std(correction=0)
     expected = torch.tensor([4.0 / deviation, -1.0 - 0.25, 0.5 / deviation, -0.25])
-    torch.testing.assert_close(trainer._shape(scores, Rollout(sequences, torch.zeros(4, 1), truncated)), expected)
+    rollout = Rollout(sequences, torch.zeros(4, 1), truncated)
+    got = shape_scores(trainer.config, scores, rollout, trainer.score_moments)
+    torch.testing.assert_close(got, expected)
 
 
 def test_optimisation_stops_early_where_the_policy_has_moved_enough():

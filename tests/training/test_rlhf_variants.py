@@ -9,6 +9,7 @@ from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join
+from palm_rlhf.training.rlhf.credit import shape_scores
 from palm_rlhf.training.rlhf.variants import VARIANTS
 
 EOS = 5
@@ -73,7 +74,9 @@ def test_long_responses_lose_what_the_buffer_says(room, rooms):
         score - 0.8 * min(max(length - (longest - 4), 0) / 4, 1)
         for score, length, longest in zip(SCORES, LENGTHS, rooms, strict=True)
     ]
-    torch.testing.assert_close(trainer._shape(scores, rollout), torch.tensor(expected))
+    torch.testing.assert_close(
+        shape_scores(trainer.config, scores, rollout, trainer.score_moments), torch.tensor(expected)
+    )
     advantages = trainer.estimate_advantages(rollout, scores).advantages[:, 0]
     others = [sum(expected[row - row % 4 : row - row % 4 + 4]) - own for row, own in enumerate(expected)]
     torch.testing.assert_close(
@@ -84,7 +87,9 @@ def test_long_responses_lose_what_the_buffer_says(room, rooms):
 def test_the_penalty_counts_in_full_unless_it_is_said():
     trainer = make_trainer(overlong_buffer=6, **RLOO)
     rollout, scores = rollout_of(trainer)
-    assert (scores.scores - trainer._shape(scores, rollout)).tolist() == pytest.approx([x / 6 for x in LENGTHS])
+    assert (
+        scores.scores - shape_scores(trainer.config, scores, rollout, trainer.score_moments)
+    ).tolist() == pytest.approx([x / 6 for x in LENGTHS])
 
 
 @pytest.mark.law("PPOConfig.importance_cap")

@@ -112,6 +112,28 @@ def test_the_ratio_of_a_response_is_that_of_all_its_tokens(tmp_path):
         assert "value" not in line and "return" not in line
 
 
+def test_the_ratio_of_gspo_is_the_mean_of_a_response(tmp_path):
+    list(make_trainer(tmp_path, algorithm="grpo", grpo_variant="gspo", num_samples=2, kl_coef=0.0).steps())
+    for line in lines_of(tmp_path):
+        moves = [b - a for a, b in zip(line["logprob"], line["new_logprob"])]
+        mean = math.exp(sum(moves) / len(moves))
+        assert line["ratio"] == pytest.approx([mean] * len(moves), rel=1e-3)
+        beyond = mean > 1 + 4e-4 if line["advantage"][0] > 0 else mean < 1 - 3e-4
+        assert set(line["clipped"]) == {int(beyond and line["advantage"][0] != 0)}
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("options, cut", [({}, (5.1, 9.0)), ({"clip_eps": 0.4}, (0.5, 5.1, 9.0))], ids=str)
+def test_the_weight_of_cispo_is_cut_whatever_the_advantage(tmp_path, advantage, options, cut):
+    trainer = make_trainer(tmp_path, algorithm="grpo", grpo_variant="cispo", num_samples=2, kl_coef=0.0, **options)
+    experience = experience_of(trainer)
+    object.__setattr__(experience, "advantages", torch.full_like(experience.advantages, advantage))
+    for ratio in (0.5, 0.7, 1.0, 4.9, 5.1, 9.0):
+        new_logprobs = experience.logprobs + math.log(ratio)
+        columns = token_columns(experience, new_logprobs, trainer.config, has_reference=False)
+        assert torch.equal(columns["clipped"].bool(), experience.action_mask & (ratio in cut))
+
+
 def test_without_a_reference_there_is_none(tmp_path):
     list(make_trainer(tmp_path, kl_coef=0.0).steps())
     assert all("ref_logprob" not in line and "value" in line for line in lines_of(tmp_path))

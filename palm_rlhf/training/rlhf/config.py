@@ -153,10 +153,11 @@ class PPOConfig(RunConfig):
 
     grpo_variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
     """dr_grpo (arXiv:2503.20783) divides neither by deviations nor by lengths; dapo (arXiv:2503.14476) takes the mean
-    over tokens, clips higher, and draws again where the responses to a prompt score the same (its penalty for length
-    is overlong_buffer, in units of the task); gspo (arXiv:2507.18071) clips a ratio of the whole response, the mean of its tokens'; cispo (arXiv:2506.13585)
-    clips the weight of a token's log-probability, so that none loses its gradient. Each is a set of values of the
-    settings beside it, and gives way to those given."""
+    over tokens, clips higher, and draws again where the responses to a prompt score the same; its penalty of long
+    responses is in units of the task: give overlong_buffer. gspo (arXiv:2507.18071) clips one ratio for a whole
+    response, the geometric mean of its tokens'. cispo (arXiv:2506.13585) clips the weight of a token's log-probability,
+    and no token loses its gradient. A variant is made of values for the settings around this one; a setting that is
+    given goes before."""
 
     advantage_scale: AdvantageScale | None = None
     """The deviation that grpo's advantages are divided by: that of the prompt's responses (group), that of all scores

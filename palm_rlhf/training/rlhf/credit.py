@@ -19,6 +19,7 @@ from palm_rlhf.algorithms.ratios import importance_weights
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
+from palm_rlhf.training.rlhf.checkpoint import RunningMoments
 from palm_rlhf.training.rlhf.config import PPOConfig
 
 
@@ -31,12 +32,23 @@ class Credit(NamedTuple):
     returns: Tensor
 
 
-def shape_scores(config: PPOConfig, scores: Tensor, rollout: Rollout, *, deviation: float = 1.0) -> Tensor:
-    """Scores as they are learnt from: over their deviation, clipped, less where a response is long or did not end.
+def shape_scores(
+    config: PPOConfig,
+    scores: Scores,
+    rollout: Rollout,
+    moments: RunningMoments,
+    gather: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda tensors: tensors,
+) -> Tensor:
+    """Scores as they are learnt from, `b`: over their deviation, clipped, less where a response is long or did not end.
 
-    scores: `b` -> `b`
+    The deviation is that of `moments`, in which these scores count from now on; `gather` returns tensors of all
+    processes for those of this one.
     """
-    shaped = scores / deviation
+    shaped = scores.scores
+    if config.scale_scores:
+        everyone, valid = gather((scores.scores, scores.valid))
+        moments.update(everyone[valid])
+        shaped = shaped / moments.deviation
     if config.score_clip is not None:
         shaped = shaped.clamp(-config.score_clip, config.score_clip)
     if config.overlong_buffer:

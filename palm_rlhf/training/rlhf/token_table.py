@@ -9,6 +9,7 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.algorithms.kl import MAX_LOG_RATIO
+from palm_rlhf.algorithms.ratios import log_ratio
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.sequences import Sequences
@@ -34,16 +35,15 @@ class TokenTable:
     advantage          that the update learnt from
     value, return      of the critic, left out where there is none
     ratio              of the probabilities after and before the update; of the whole response where the loss has it so
-    clipped            1 where the loss no longer moves the token, because its ratio is beyond the clip range
+    clipped            1 where the loss no longer moves the token, because its ratio is beyond the clip range; with
+                       CISPO, where the ratio that weighs the token is cut to that range
     in_loss            0 for a token that the loss leaves out
 
     Lines of steps after the one that the run is at, left by a run that was cut off, are dropped.
     """
 
     @beartype
-    def __init__(
-        self, run: Run, actor_critic: ActorCritic, reference: Reference | None, num_kept: int, tokenizer: Any
-    ):
+    def __init__(self, run: Run, actor_critic: ActorCritic, reference: Reference | None, num_kept: int, tokenizer: Any):
         self.run, self.actor_critic, self.reference = run, actor_critic, reference
         self.num_kept, self.tokenizer = num_kept, tokenizer
         self.path: Path | None = None
@@ -92,12 +92,12 @@ def token_columns(
     kept: Experience, new_logprobs: Tensor, config: PPOConfig, *, has_reference: bool
 ) -> dict[str, Tensor]:
     """The numbers of each token, by their names in tokens.jsonl: `b t` each."""
-    log_ratio = torch.where(kept.action_mask, new_logprobs - kept.logprobs, 0.0)
-    if config.has_sequence_ratio:
-        log_ratio = log_ratio.sum(dim=-1, keepdim=True).expand_as(log_ratio)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    above, below = ratio > 1 + config.upper_clip_eps, ratio < 1 - config.clip_eps
-    clipped = (above & (kept.advantages > 0)) | (below & (kept.advantages < 0))
+    variant = config.variant
+    moved = log_ratio(new_logprobs, kept.logprobs, kept.action_mask, level=variant.ratio_level)
+    ratio = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    above, below = ratio > 1 + variant.clip_eps_high, ratio < 1 - variant.clip_eps
+    is_cispo = config.grpo_variant == "cispo"
+    clipped = (above & ((kept.advantages > 0) | is_cispo)) | (below & ((kept.advantages < 0) | is_cispo))
     columns = {
         "logprob": kept.logprobs,
         "new_logprob": new_logprobs,

@@ -253,7 +253,7 @@ class RLHFTrainer:
             raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
         credit = assign_credit(
             c,
-            self._shape(scores, rollout),
+            shape_scores(c, scores, rollout, self.score_moments, self.accelerator.gather),
             scores.valid,
             logprobs=logprobs,
             sampler_logprobs=rollout.logprobs,
@@ -267,14 +267,6 @@ class RLHFTrainer:
         return Experience(
             sequences, credit.action_mask, logprobs, ref_logprobs, credit.values, credit.advantages, credit.returns
         )
-
-    def _shape(self, scores: Scores, rollout: Rollout) -> Tensor:
-        """Scores as they are learnt from, `b`; those of all processes count in the deviation so far."""
-        if not self.config.scale_scores:
-            return shape_scores(self.config, scores.scores, rollout)
-        everyone, valid = self.accelerator.gather((scores.scores, scores.valid))
-        self.score_moments.update(everyone[valid])
-        return shape_scores(self.config, scores.scores, rollout, deviation=self.score_moments.deviation)
 
     @beartype
     def update(self, experience: Experience) -> Metrics:
