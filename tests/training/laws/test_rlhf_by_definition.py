@@ -184,8 +184,7 @@ def test_advantages_and_returns_are_those_of_the_definition(step):
 @pytest.mark.law("PPOConfig.clip_eps", "PPOConfig.clip_eps_high", "PPOConfig.value_clip_eps", "PPOConfig.value_coef")
 @pytest.mark.law("PPOConfig.entropy_coef", "PPOConfig.kl_estimator", "PPOConfig.temperature")
 @pytest.mark.law("PPOConfig.ratio_level", "PPOConfig.loss_aggregation")
-@pytest.mark.law("PPOConfig.top_k", "PPOConfig.top_p", "PPOConfig.shared_trunk", "PPOConfig.actor_lora_r")
-@pytest.mark.law("PPOConfig.critic_lora_r")
+@pytest.mark.law("PPOConfig.top_k", "PPOConfig.top_p")
 def test_gradients_and_metrics_are_those_of_the_definition(step):
     check_update(step, step.trainer.config)
 
@@ -251,3 +250,28 @@ def test_the_definition_of_another_value_is_another_one(step, changed):
     with pytest.raises(AssertionError):
         check_credit(step, other)
         check_update(step, other)
+
+
+@pytest.mark.law("PPOConfig.shared_trunk", "PPOConfig.actor_lora_r", "PPOConfig.critic_lora_r")
+def test_policy_and_critic_are_trained_in_the_parts_asked_for():
+    """All of both; their adapters, of a rank each, and the value head; or one trunk, and the value head."""
+
+    def trained(**options):
+        trainer = make_trainer(**options)
+        names = {id(p): name for name, p in trainer.actor_critic.named_parameters()}
+        groups = trainer.run.optimizer.param_groups
+        return trainer.actor_critic, {names[id(p)] for group in groups for p in group["params"]}
+
+    head = {"value_head.weight", "value_head.bias"}
+    both, names = trained()
+    assert names == {name for name, _ in both.named_parameters()} > head
+    assert {name.partition(".")[0] for name in names} == {"palm", "critic", "value_head"}
+    low, names = trained(actor_lora_r=2, critic_lora_r=3)
+    ranks = {"palm.finetune_modules.actor": 2, "critic.finetune_modules.critic": 3}
+    assert {name[: name.rindex(".0.")] for name in names - head} == set(ranks)
+    for scope, rank in ranks.items():
+        assert {
+            low.get_parameter(name).shape[1] for name in names if name.startswith(scope) and name.endswith(".A")
+        } == {rank}
+    _, names = trained(shared_trunk=True)
+    assert names - head == {f"palm.{name}" for name, _ in palm_of().named_parameters()} and names > head
