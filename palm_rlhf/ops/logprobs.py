@@ -35,3 +35,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def distribution_entropy(logits: Tensor, *, needs_grad: bool = False) -> Tensor:
+    """The entropy in nats of the distribution of logits, some of them -inf; with a gradient only where asked.
+
+    logits: `... v` -> `...`
+    """
+    with torch.set_grad_enabled(needs_grad and torch.is_grad_enabled()):
+        logprobs = logits.log_softmax(dim=-1)
+        logprobs = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 is 0, and its gradient must not be NaN
+        return -(logprobs.exp() * logprobs).sum(dim=-1)

@@ -2,7 +2,8 @@
 
 The logits of a whole batch are never held. How far a log-probability counts is known only in the backward, which
 computes the logits of a chunk again. Not so where the weight is frozen, as beside adapters: the gradient by x is then
-made on the way, up to a factor for each token.
+made on the way, up to a factor for each token. What top-k and top-p leave out is found once: the backward knows where
+each token's distribution was cut off.
 """
 
 import torch
@@ -11,26 +12,33 @@ from torch import Tensor
 
 from .cross_entropy_chunked import CHUNK, product_dtype
 from .dispatch import uses_triton
-from .logprobs import token_logprobs
+from .logprobs import distribution_entropy, token_logprobs
+from .nucleus import Cut, find_cut, truncates
+from .sampling import truncated_logits
 
+HIDDEN = -1e30  # the logit of what is left out: its exponential is 0, also times itself
 MAX_REPEATED_DIM = 768  # above, a logit takes longer to compute again on a CPU than to hold
 
 
 def linear_logprobs_reference(
-    x: Tensor, weight: Tensor, tokens: Tensor, *, scale: float = 1.0, entropy_needs_grad: bool = False
+    x: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    entropy_needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The log-probability of each token and the entropy in nats, of the logits `x @ weight.T * scale`, all at once.
 
-    The entropy carries a gradient only where asked.
+    Top-k and top-p leave tokens out, but never the token whose log-probability is asked for. The entropy carries a
+    gradient only where asked.
 
     x: `... e`, weight: `v e`, tokens: `...` -> `...`, twice, float32 or wider
     """
-    logits = F.linear(x, weight) * scale
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    with torch.set_grad_enabled(entropy_needs_grad and torch.is_grad_enabled()):
-        logprobs = logits.log_softmax(dim=-1)
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return token_logprobs(logits, tokens), entropy
+    logits = truncated_logits(F.linear(x, weight) * scale, top_k=top_k, top_p=top_p, always=tokens)
+    return token_logprobs(logits, tokens), distribution_entropy(logits, needs_grad=entropy_needs_grad)
 
 
 def chunks_pay(x: Tensor, weight: Tensor, *, entropy_needs_grad: bool = False) -> bool:
@@ -47,22 +55,30 @@ def chunks_pay(x: Tensor, weight: Tensor, *, entropy_needs_grad: bool = False) -
 
 
 def linear_logprobs(
-    x: Tensor, weight: Tensor, tokens: Tensor, *, scale: float = 1.0, entropy_needs_grad: bool = False
+    x: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    entropy_needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same, chunk by chunk; without Triton `torch.compile` gets the reference, which it fuses itself.
 
     x: `... e`, weight: `v e`, tokens: `...` -> `...`, twice
     """
-    triton = uses_triton(x, weight)
+    triton = uses_triton(x, weight) and not truncates(top_k, top_p)
     if torch.compiler.is_compiling() and not triton:
-        return linear_logprobs_reference(x, weight, tokens, scale=scale, entropy_needs_grad=entropy_needs_grad)
+        options = {"top_k": top_k, "top_p": top_p, "entropy_needs_grad": entropy_needs_grad}
+        return linear_logprobs_reference(x, weight, tokens, scale=scale, **options)
     rows = x.flatten(0, -2), weight, tokens.flatten(), scale, product_dtype(x, weight), entropy_needs_grad
     if triton:
         from .logprobs_triton import linear_logprobs_triton
 
         logprobs, entropy = linear_logprobs_triton(*rows)
     else:
-        logprobs, entropy = _LinearLogprobs.apply(*rows, torch.is_grad_enabled())
+        logprobs, entropy = _LinearLogprobs.apply(*rows, top_k, top_p, torch.is_grad_enabled())
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
 
@@ -70,13 +86,17 @@ class _LinearLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies; x: `n e`, weight: `v e`, tokens: `n`."""
 
     @staticmethod
-    def forward(ctx, x, weight, tokens, scale, dtype, entropy_needs_grad, with_gradients):
+    def forward(ctx, x, weight, tokens, scale, dtype, entropy_needs_grad, top_k, top_p, with_gradients):
         wide = torch.promote_types(dtype, torch.float32)
+        cuts = []
         logprobs, entropy, log_z = (x.new_empty(len(x), dtype=wide) for _ in range(3))
         ctx.ahead = with_gradients and ctx.needs_input_grad[:2] == (True, False) and not entropy_needs_grad
         d_x = torch.empty_like(x) if ctx.ahead else None
         matrix = weight.to(dtype)
         for rows, token, logits in _chunks(x, matrix, tokens, scale, wide):
+            if truncates(top_k, top_p):
+                cuts.append(find_cut(logits, top_k=top_k, top_p=top_p))
+                _hide_(logits, cuts[-1], token)
             log_z[rows] = logits.logsumexp(dim=-1)
             all_logprobs = logits.sub_(log_z[rows, None])
             logprobs[rows] = all_logprobs.gather(-1, token).squeeze(-1)
@@ -89,7 +109,8 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.dtype = scale, dtype
-        ctx.save_for_backward(*((d_x,) if ctx.ahead else (x, weight, tokens, log_z, entropy)))
+        cut = map(torch.cat, zip(*cuts))
+        ctx.save_for_backward(*((d_x,) if ctx.ahead else (x, weight, tokens, log_z, entropy, *cut)))
         return logprobs, entropy
 
     @staticmethod
@@ -97,14 +118,16 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, d_logprobs, d_entropy):
         if ctx.ahead:
             (d_x,) = ctx.saved_tensors
-            return d_x * d_logprobs.unsqueeze(-1).to(d_x.dtype), None, None, None, None, None, None
-        x, weight, tokens, log_z, entropy = ctx.saved_tensors
+            return d_x * d_logprobs.unsqueeze(-1).to(d_x.dtype), *(None,) * 8
+        x, weight, tokens, log_z, entropy, *cut = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         d_x = torch.empty_like(x) if needs_x else None
         d_weight = torch.zeros_like(weight, dtype=log_z.dtype) if needs_weight else None
         d_logprobs = torch.zeros_like(log_z) if d_logprobs is None else d_logprobs
         matrix = weight.to(ctx.dtype)
         for rows, token, logits in _chunks(x, matrix, tokens, ctx.scale, log_z.dtype):
+            if cut:
+                _hide_(logits, Cut(*(part[rows] for part in cut)), token)
             slope = (d_logprobs[rows] * ctx.scale).unsqueeze(-1)
             all_logprobs = logits.sub_(log_z[rows, None])
             if d_entropy is None:
@@ -121,7 +144,12 @@ class _LinearLogprobs(torch.autograd.Function):
                     d_weight.addmm_(d_logits.mT, part)
                 else:
                     d_weight += _product(d_logits.mT, part)
-        return d_x, d_weight.to(weight.dtype) if needs_weight else None, None, None, None, None, None
+        return d_x, d_weight.to(weight.dtype) if needs_weight else None, *(None,) * 7
+
+
+def _hide_(logits: Tensor, cut: Cut, token: Tensor) -> None:
+    """Take what was cut off out of a distribution, but for the token itself: logits `n v`, token `n 1`."""
+    logits.masked_fill_(cut.keeps(logits).scatter_(-1, token, True).logical_not_(), HIDDEN)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

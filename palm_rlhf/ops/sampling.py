@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .nucleus import nucleus_cut, top_k_cut
+
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive logits of seen tokens by the penalty, multiply negative ones (Keskar et al. 2019, section 4.1).
@@ -14,21 +16,17 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Leave the k largest logits, and those equal to the k-th (Fan et al. 2018): `... v -> ... v`."""
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < kth, -torch.inf)
+    return torch.where(top_k_cut(logits, k).keeps(logits), logits, -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Leave the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
 
+    It has one token at least; of equally likely tokens, those with the smaller ids come first.
+
     logits: `... v` -> `... v`
     """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    drop = before >= p
-    drop[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    return torch.where(nucleus_cut(logits, p).keeps(logits), logits, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

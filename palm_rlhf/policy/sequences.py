@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..model.palm import PaLM
-from ..ops.logprobs import token_logprobs
+from ..ops.logprobs import distribution_entropy, token_logprobs
 from ..ops.logprobs_chunked import chunks_pay, linear_logprobs
 from ..ops.sampling import truncated_logits
 
@@ -170,23 +170,22 @@ def action_logprobs(
 
     embeds: `b t e` where the actions are about to be said, actions: `b t`, allowed_tokens: `v` bool
     """
-    weight, whole = palm.token_emb.weight, temperature > 0 and top_k is None and (top_p is None or top_p >= 1.0)
+    weight, in_chunks = palm.token_emb.weight, temperature > 0
     if allowed_tokens is not None:  # the padding of a vocabulary stands at its end, and is cut off
         num_allowed = int(allowed_tokens.sum())
-        whole = whole and bool(allowed_tokens[:num_allowed].all())
+        in_chunks = in_chunks and bool(allowed_tokens[:num_allowed].all())
         weight = weight[:num_allowed]
-    if whole and chunks_pay(embeds, weight, entropy_needs_grad=entropy_needs_grad):
-        options = {"scale": palm.config.output_scale / temperature, "entropy_needs_grad": entropy_needs_grad}
-        return ActionLogprobs(*linear_logprobs(embeds, weight, actions, **options))
+    if in_chunks and chunks_pay(embeds, weight, entropy_needs_grad=entropy_needs_grad):
+        options = {"top_k": top_k, "top_p": top_p, "entropy_needs_grad": entropy_needs_grad}
+        scale = palm.config.output_scale / temperature
+        return ActionLogprobs(*linear_logprobs(embeds, weight, actions, scale=scale, **options))
     logits = palm.to_logits(embeds)
     logits = truncated_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, allowed_tokens=allowed_tokens, always=actions
     )
-    with torch.set_grad_enabled(entropy_needs_grad and torch.is_grad_enabled()):
-        logprobs = logits.log_softmax(dim=-1)
-        logprobs = logprobs.masked_fill(logprobs == -torch.inf, 0.0)  # 0 log 0 is 0, and its gradient must not be NaN
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return ActionLogprobs(token_logprobs(logits, actions), entropy)
+    return ActionLogprobs(
+        token_logprobs(logits, actions), distribution_entropy(logits, needs_grad=entropy_needs_grad)
+    )
 
 
 def response_logprobs(

@@ -50,6 +50,12 @@ def test_loss(bench):
         assert rates["gb_per_second"] * 1e9 * seconds["median"] == pytest.approx(2 * 4 * (32 * 16 + 100 * 16))
 
 
+def test_top_p(bench):
+    result = bench("top_p.py", "--num-tokens", "2100", "--dim", "16", "--rows", "5", "--rounds", "2")
+    assert len(result["seconds"]) == len(result["peak_megabytes"]) == 8 and len(result["cost"]) == 4
+    assert set(result["memory"]) == set(result["cost"])
+
+
 def test_busy(root):
     sizes = ["--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "16", "--rounds", "2", "--loops", "0", "1"]
     command = [sys.executable, str(root / "benchmarks/busy.py"), *sizes, "--no-peer", "--pin"]

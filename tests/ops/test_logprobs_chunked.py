@@ -1,5 +1,6 @@
 """Log-probabilities and entropies in chunks are those of all logits, their gradients too, and those are never held."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +28,17 @@ def inputs(n=15, dim=8, num_tokens=11, dtype=torch.float64):
     return x, weight, tokens, torch.randn(2, n, dtype=dtype, generator=generator)
 
 
-def by_definition(x, weight, tokens, scale):
+def by_definition(x, weight, tokens, scale, top_k=None, top_p=None):
     """Token by token, with sums over the vocabulary in the open."""
     said, entropies = [], []
     for row, token in zip(x, tokens, strict=True):
         weights = (weight @ row * scale).exp()
+        order = weights.tolist()
+        kept = sorted(range(len(order)), key=lambda one: -order[one])[:top_k]
+        shares = (weights[kept] / weights[kept].sum()).detach()
+        num_kept = int((shares.cumsum(dim=0) - shares < (top_p or 2)).sum())
+        left = sorted({*kept[:num_kept], int(token)})  # what was said is never left out
+        weights, token = weights[left], left.index(token)
         probs = weights / weights.sum()
         said.append(probs[token].log())
         entropies.append(-sum(p * p.log() for p in probs))
@@ -43,14 +50,15 @@ def assert_all_close(got, expected, atol=1e-12):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
-def check_gradients(function, frozen=False):
+def check_gradients(function, frozen=False, **truncation):
     """Of log-probabilities alone, of entropies alone, and of both, by the embeddings and by the weight, or not that."""
     x, weight, tokens, (count, pull) = inputs()
-    exact = by_definition(x, weight, tokens, 0.3)
+    exact = by_definition(x, weight, tokens, 0.3, **truncation)
     for counts, pulls in ((count, 0 * pull), (0 * count, pull), (count, pull)):
         needs, inputs_ = bool(pulls.any()), [x] if frozen else [x, weight]
         matrix = weight.detach() if frozen else weight
-        got = function(x, matrix, tokens, scale=0.3, entropy_needs_grad=needs)
+        got = function(x, matrix, tokens, scale=0.3, entropy_needs_grad=needs, **truncation)
+        assert_all_close(got, exact)
         totals = [(counts * said).sum() + (pulls * entropy).sum() for said, entropy in (got, exact)]
         assert_all_close(*(torch.autograd.grad(total, inputs_, retain_graph=True) for total in totals))
 
@@ -70,9 +78,25 @@ def test_they_are_those_of_the_definition(n, scale, chunk, shape):
     assert_all_close([t[0] if shape else t for t in got], by_definition(x, weight, tokens, scale))
 
 
+CUTS = [{}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.8}]
+
+
+@pytest.mark.parametrize("truncation", CUTS, ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_gradients_are_those_of_the_definition(small_chunks, frozen):
-    check_gradients(linear_logprobs, frozen)
+def test_gradients_are_those_of_the_definition(small_chunks, frozen, truncation):
+    check_gradients(linear_logprobs, frozen, **truncation)
+    check_gradients(linear_logprobs_reference, frozen, **truncation)
+
+
+def test_equal_tokens_are_cut_off_alike_in_both_directions(small_chunks):
+    """Of tokens of one logit some are kept: the backward knows which."""
+    x, weight, tokens, (count, _) = inputs()
+    weight = weight.detach()[[0, 1, 2, 3, 4, 5, 2, 2, 2, 2, 1]].requires_grad_()
+    gradients = []
+    for function in (linear_logprobs, linear_logprobs_reference):
+        total = (count * function(x, weight, tokens, top_p=0.6)[0]).sum()
+        gradients.append(torch.autograd.grad(total, (x, weight)))
+    assert_all_close(*gradients)
 
 
 MUTANTS = {
@@ -81,6 +105,9 @@ MUTANTS = {
     "the token is not added": ("d_logits.scatter_add_(-1, token, slope)", "d_logits"),
     "the chunks overlap": ("range(0, len(x), size)", "range(0, len(x), max(size - 1, 1))"),
     "the sign of what is made on the way": ("probs.mul_(-scale)", "probs.mul_(scale)"),
+    "the backward forgets the cut": ("            if cut:\n", "            if False:\n"),
+    "what was said may be left out": (".scatter_(-1, token, True)", ""),
+    "the cut is that of other rows": ("part[rows] for part in cut", "part[: len(token)] for part in cut"),
     "no factor for a token": ("return d_x * d_logprobs.unsqueeze(-1).to(d_x.dtype)", "return d_x"),
 }
 
@@ -94,8 +121,8 @@ def test_mutants_are_rejected(mutant):
     exec(source.replace(old, new), names)
     names["CHUNK"] = 33
     with pytest.raises(AssertionError):
-        for frozen in (False, True):
-            check_gradients(names["linear_logprobs"], frozen)
+        for frozen, truncation in itertools.product((False, True), CUTS):
+            check_gradients(names["linear_logprobs"], frozen, **truncation)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])

@@ -205,19 +205,18 @@ def test_responses_of_a_padded_batch_by_hand(wandering_palm, draw_rows, said_by_
         assert found.entropy[row, : len(response)].tolist() == pytest.approx(entropies, abs=1e-5)
 
 
-def test_responses_in_chunks_by_hand(wandering_palm, draw_rows, said_by_hand, monkeypatch):
-    """With a large vocabulary the logits are never held all at once, unless some are cut off."""
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 30}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9}])
+def test_responses_in_chunks_by_hand(truncation, wandering_palm, draw_rows, said_by_hand, monkeypatch):
+    """With a large vocabulary the logits are never held all at once."""
     monkeypatch.setattr(logprobs_chunked, "CHUNK", 200)
     palm = wandering_palm(num_tokens=70)
     prompts, responses = draw_rows(3, 1, 5), draw_rows(6, 2, 1, seed=1)
     sequences, held = join(prompts, responses), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(tuple(t.shape)) or t, lambda t: t):
-        found = response_logprobs(palm, sequences, temperature=0.7)
+        found = response_logprobs(palm, sequences, temperature=0.7, **truncation)
         assert not any(shape[-1:] == (70,) for shape in held)
-        response_logprobs(palm, sequences, temperature=0.7, top_k=69)
-        assert any(shape[-1:] == (70,) for shape in held)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        logprobs, entropies = said_by_hand(palm, prompt, response, temperature=0.7)
+        logprobs, entropies = said_by_hand(palm, prompt, response, temperature=0.7, **truncation)
         assert found.logprobs[row, : len(response)].tolist() == pytest.approx(logprobs, abs=1e-5)
         assert found.entropy[row, : len(response)].tolist() == pytest.approx(entropies, abs=1e-5)
 

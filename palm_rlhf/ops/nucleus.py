@@ -1,0 +1,113 @@
+"""Where top-k and top-p cut a distribution off, found without sorting a large vocabulary."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SORTED = 2048  # tokens that are sorted as fast as they are counted
+BINS = 1024
+NATS = 32.0  # below the likeliest token: what lies further down holds no mass to speak of, and shares the last bin
+CHUNK = 1 << 18  # logits at hand at once: they stay in a CPU's cache
+
+
+class Cut(NamedTuple):
+    """Where a distribution is cut off; both `... 1`.
+
+    Tokens stay down to the logit `floor`, and of the tokens that have exactly this logit, those up to the id `last`.
+    """
+
+    floor: Tensor
+    last: Tensor
+
+    def keeps(self, logits: Tensor) -> Tensor:
+        """True for the tokens that stay, and for NaN: `... v` -> `... v` bool."""
+        kept = (logits < self.floor).logical_not_()
+        final = logits.shape[-1] - 1
+        if torch.compiler.is_compiling() or (self.last < final).any():
+            kept &= (logits != self.floor) | (torch.arange(final + 1, device=logits.device) <= self.last)
+        return kept
+
+
+@torch.no_grad()
+def top_k_cut(logits: Tensor, k: int) -> Cut:
+    """Below the k-th largest logit; all tokens that equal it stay: `... v`."""
+    floor = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return Cut(floor, torch.full_like(floor, logits.shape[-1] - 1, dtype=torch.int64))
+
+
+def truncates(top_k: int | None, top_p: float | None) -> bool:
+    """Whether top-k or top-p cuts anything off."""
+    return top_k is not None or (top_p is not None and top_p < 1.0)
+
+
+def find_cut(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Cut:
+    """The cut of top-k, and then that of top-p in what is left; one of them `truncates`: `... v`."""
+    if not truncates(None, top_p):
+        return top_k_cut(logits, top_k)
+    if top_k is not None:
+        logits = torch.where(top_k_cut(logits, top_k).keeps(logits), logits, -torch.inf)
+    return nucleus_cut(logits, top_p)
+
+
+@torch.no_grad()
+def nucleus_cut(logits: Tensor, p: float) -> Cut:
+    """Below the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
+
+    It has one token at least; of tokens of one logit, those with the smaller ids come first. A large vocabulary is
+    sorted on a GPU alone. On a CPU its masses are counted in bins, and only the tokens of a single bin are sorted.
+
+    logits: `... v`
+    """
+    rows = logits.flatten(0, -2) if logits.ndim > 1 else logits.unsqueeze(0)
+    sorts = rows.shape[-1] < SORTED or rows.device.type != "cpu" or torch.compiler.is_compiling()
+    find = _by_sorting if sorts else _by_counting
+    parts = [find(part, p) for part in rows.split(max(CHUNK // rows.shape[-1], 1))]
+    return Cut(*(torch.cat(column).view(*logits.shape[:-1], 1) for column in zip(*parts, strict=True)))
+
+
+def _by_sorting(logits: Tensor, p: float) -> Cut:
+    """The definition: `b v`."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = ordered.softmax(dim=-1)
+    num_kept = (probs.cumsum(dim=-1) - probs < p).sum(dim=-1, keepdim=True).clamp_(min=1)
+    return _after(num_kept, ordered, order, logits.shape[-1])
+
+
+def _by_counting(logits: Tensor, p: float) -> Cut:
+    """The bin of logits in which the share is reached, and the place in it: `b v`.
+
+    Masses are added in float64, where their order hardly matters.
+    """
+    largest, smallest = logits.amax(dim=-1, keepdim=True), logits.amin(dim=-1, keepdim=True)
+    below = largest - logits
+    masses = below.neg().exp_().double()
+    width = (largest - smallest).clamp_(max=NATS) / BINS
+    bins = below.div_(width).nan_to_num_(nan=0.0).clamp_(max=BINS - 1).long()  # NaN where all are equal
+    held = masses.new_zeros(len(logits), BINS).scatter_add_(-1, bins, masses)
+    reached = held.cumsum(dim=-1)
+    share = p * reached[:, -1:]
+    decisive = torch.searchsorted(reached, share).clamp_(max=BINS - 1)
+    in_bin = bins == decisive
+    counts = in_bin.sum(dim=-1)
+    most = int(counts.max())
+    if most > logits.shape[-1] // 8:  # as where many tokens are equal
+        return _by_sorting(logits, p)
+
+    row, token = in_bin.nonzero(as_tuple=True)
+    place = torch.arange(len(row)) - (counts.cumsum(dim=0) - counts)[row]
+    candidates, tokens = logits.new_full((len(logits), most), -torch.inf), counts.new_zeros(len(logits), most)
+    candidates[row, place], tokens[row, place] = logits[row, token], token
+    ordered, order = candidates.sort(dim=-1, descending=True, stable=True)
+    masses = (ordered - largest).exp_().double()
+    inside = (reached - held).gather(-1, decisive) + masses.cumsum(dim=-1) - masses < share
+    num_kept = torch.minimum(inside.sum(dim=-1), counts).clamp_(min=1).unsqueeze(-1)
+    return _after(num_kept, ordered, tokens.gather(-1, order), logits.shape[-1])
+
+
+def _after(num_kept: Tensor, ordered: Tensor, tokens: Tensor, num_tokens: int) -> Cut:
+    """The cut after so many, `b 1`, of ordered logits, whose tokens these are: `b n`, twice."""
+    floor = ordered.gather(-1, num_kept - 1)
+    follower = ordered.gather(-1, num_kept.clamp(max=ordered.shape[-1] - 1))
+    last = tokens.gather(-1, num_kept - 1).masked_fill_(follower != floor, num_tokens - 1)
+    return Cut(floor, last)
