@@ -73,3 +73,30 @@ class KVCache:
         self.values = [t.index_select(0, rows) for t in self.values]
         if self.left_padding is not None:
             self.left_padding = self.left_padding.index_select(0, rows)
+
+
+class PromptCache(KVCache):
+    """Keys and values of prompts that several rows each go on from, with their gradients.
+
+    The prompts are read first, padded on the left; then, once after `select`, what follows them in each row.
+    """
+
+    def __init__(self, depth: int, left_padding: Tensor):
+        self.keys: list[Tensor | None] = [None] * depth
+        self.values: list[Tensor | None] = [None] * depth
+        self.length, self.rows = 0, None
+        self.left_padding = left_padding if bool(left_padding.any()) else None
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what a layer makes of the prompts, or put it before what it makes of rows: `b hk i d -> b hk j d`."""
+        if self.rows is None:
+            self.keys[layer], self.values[layer] = k, v
+            return k, v
+        before = (kept[layer].index_select(0, self.rows) for kept in (self.keys, self.values))
+        return tuple(torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))
+
+    def select(self, rows: Tensor) -> None:
+        """Say which prompt each of the rows to come goes on from: `b'`, integer."""
+        self.rows = rows
+        if self.left_padding is not None:
+            self.left_padding = self.left_padding.index_select(0, rows)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops.decode_native import BlockTensors, NativeDecoder, fit, max_rows
 from ..ops.native import library
 from .block import ParallelBlock, position_tables
+from .cache import PromptCache
 from .config import PaLMConfig
 from .lora import BlockLoRA
 
@@ -27,6 +28,7 @@ def native_step(palm, tokens: Tensor, cache, adapters: Sequence[BlockLoRA] | Non
         dtype = torch.get_autocast_dtype(kind)
     few = tokens.shape[1] == 1 and len(tokens) <= max_rows(dtype) and kind == "cpu"
     plain = c.flash_attn and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    plain = plain and not isinstance(cache, PromptCache)  # which has no room to write to
     if not few or not plain or library() is None or _is_special(palm.layers, adapters or ()):
         return None
     keys, values, first, lengths = cache.window()

@@ -11,6 +11,7 @@ from ..model.generate import switch_off_dropout
 from ..model.palm import PaLM
 from .reward import RewardModel, read_wide
 from .sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
+from .shared_prompts import embeds_before_actions
 
 ACTOR_SCOPE, CRITIC_SCOPE = "actor", "critic"
 
@@ -126,7 +127,7 @@ class ActorCritic(nn.Module):
         """Log-probabilities, entropies and values of all actions, or with `policy=False` the values alone."""
         logprobs = entropy = said_values = None
         if policy or (values and self.critic is None):
-            embeds = sequences.before_actions(self._trunk(self.palm, sequences, self.actor_scope))
+            embeds = embeds_before_actions(self.palm, sequences, self.actor_scope)
         if policy:
             logprobs, entropy = action_logprobs(
                 self.palm,
@@ -140,16 +141,16 @@ class ActorCritic(nn.Module):
             )
         if values and self.value_head is not None:
             if self.critic is not None:
-                embeds = sequences.before_actions(self._trunk(self.critic, sequences, self.critic_scope))
+                embeds = self._critic_embeds(sequences)
             said_values = read_wide(self.value_head, embeds).squeeze(-1)
         return PolicyOutput(logprobs, entropy, said_values)
 
-    @staticmethod
-    def _trunk(trunk: PaLM | RewardModel, sequences: Sequences, scope: str | None) -> Tensor:
-        """The final embeddings, `b n e`."""
-        if isinstance(trunk, RewardModel):
-            return trunk.embed(sequences.tokens, sequences.key_mask, prompt_mask=sequences.prompt_mask)
-        return trunk(sequences.tokens, key_mask=sequences.key_mask, return_only_embedding=True, finetune_scope=scope)
+    def _critic_embeds(self, sequences: Sequences) -> Tensor:
+        """The final embeddings of a critic of its own where the actions are about to be said, `b t e`."""
+        if isinstance(self.critic, PaLM):
+            return embeds_before_actions(self.critic, sequences, self.critic_scope)
+        embeds = self.critic.embed(sequences.tokens, sequences.key_mask, prompt_mask=sequences.prompt_mask)
+        return sequences.before_actions(embeds)
 
 
 class Reference:

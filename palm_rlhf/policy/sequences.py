@@ -13,6 +13,7 @@ from ..model.palm import PaLM
 from ..ops.logprobs import distribution_entropy, token_logprobs
 from ..ops.logprobs_chunked import chunks_pay, linear_logprobs
 from ..ops.sampling import truncated_logits
+from .shared_prompts import embeds_before_actions
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,12 @@ class Sequences:
     @property
     def actions(self) -> Tensor:
         """The responses, each from column 0; 0 after their end, and where a token is no action: `b t`."""
-        actions = self.tokens.gather(-1, self._action_columns)
-        return actions.masked_fill(~self.action_mask, 0)
+        return self.responses.masked_fill(~self.action_mask, 0)
+
+    @property
+    def responses(self) -> Tensor:
+        """The responses, each from column 0, an environment's tokens included; after their end, any token: `b t`."""
+        return self.tokens.gather(-1, self._action_columns)
 
     @property
     def num_actions(self) -> int:
@@ -183,19 +188,12 @@ def action_logprobs(
     logits = truncated_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, allowed_tokens=allowed_tokens, always=actions
     )
-    return ActionLogprobs(
-        token_logprobs(logits, actions), distribution_entropy(logits, needs_grad=entropy_needs_grad)
-    )
+    return ActionLogprobs(token_logprobs(logits, actions), distribution_entropy(logits, needs_grad=entropy_needs_grad))
 
 
 def response_logprobs(
     palm: PaLM, sequences: Sequences, *, finetune_scope: str | None = None, **sampling
 ) -> ActionLogprobs:
-    """What `action_logprobs` gives the responses, by one forward; `sampling` are its options."""
-    embeds = palm(
-        sequences.tokens,
-        key_mask=sequences.key_mask,
-        return_only_embedding=True,
-        finetune_scope=finetune_scope,
-    )
-    return action_logprobs(palm, sequences.before_actions(embeds), sequences.actions, **sampling)
+    """What `action_logprobs` gives the responses; `sampling` are its options."""
+    embeds = embeds_before_actions(palm, sequences, finetune_scope)
+    return action_logprobs(palm, embeds, sequences.actions, **sampling)
