@@ -60,6 +60,11 @@ COMMANDS = {
         "dpo",
         "Train a model on pairs of a chosen and a rejected reply by DPO, or another --loss; no reward model.",
     ),
+    "online-dpo": Command(
+        "palm_rlhf.commands.online_dpo",
+        "online_dpo",
+        "Improve a model by DPO, or another --loss of pairs, on its own replies, compared by a reward model.",
+    ),
     "chat": Command(
         "palm_rlhf.serving.chat",
         "chat",

@@ -117,6 +117,19 @@ def varied_groups(scores: Tensor, num_samples: int, *, valid: Tensor | None = No
     return _groups(scores, num_samples, valid)[2].expand(-1, num_samples).flatten()
 
 
+@beartype
+def best_and_worst(scores: Tensor, num_samples: int, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The rows of the best and of the worst response in each of the `g` groups of `varied_groups`, the first of equals.
+
+    scores and valid: `b` -> `g` and `g`
+    """
+    scores, valid, varied = _groups(scores, num_samples, valid)
+    first, varied = torch.arange(len(scores), device=scores.device) * num_samples, varied.squeeze(-1)
+    best = scores.masked_fill(~valid, -torch.inf).argmax(dim=-1)
+    worst = scores.masked_fill(~valid, torch.inf).argmin(dim=-1)
+    return (first + best)[varied], (first + worst)[varied]
+
+
 def _groups(scores: Tensor, num_samples: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and which are valid, `g s`, and whose valid scores differ, `g 1`."""
     if scores.ndim != 1 or num_samples < 1 or len(scores) % num_samples:

@@ -57,12 +57,26 @@ def split(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[R
         opening_ = record["prompt"] if "prompt" in record else opening(record["messages"])
         key = json.dumps([message["content"] for message in opening_])
         sides[is_held_out(key, held_out, seed)].append(record)
+    _check_sides(sides, held_out)
+    return sides
+
+
+@beartype
+def split_prompts(prompts: list[Tensor], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The prompts to learn from, and those to measure with; ValueError as of `split`."""
+    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    for prompt in prompts:
+        sides[is_held_out(json.dumps(prompt.tolist()), held_out, seed)].append(prompt)
+    _check_sides(sides, held_out)
+    return sides
+
+
+def _check_sides(sides: tuple[list, list], held_out: float) -> None:
     if not sides[0] or (held_out and not sides[1]):
         raise ValueError(
             f"got {len(sides[0])} records to train on and {len(sides[1])} held out, expected some of each: give more "
             "data, or another --held-out (0 holds out none)"
         )
-    return sides
 
 
 @beartype

@@ -3,6 +3,7 @@
 from palm_rlhf.training.config import LMConfig
 from palm_rlhf.training.examples import Example
 from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.online_preference import OnlinePreferenceTrainer
 from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
@@ -11,6 +12,7 @@ from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
+from palm_rlhf.training.rollout_config import RolloutConfig
 from palm_rlhf.training.supervised import SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
@@ -18,6 +20,7 @@ __all__ = [
     "Example",
     "LMConfig",
     "LanguageModelTrainer",
+    "OnlinePreferenceTrainer",
     "PPOConfig",
     "Preference",
     "PreferenceConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "Rating",
     "RewardConfig",
     "RewardModelTrainer",
+    "RolloutConfig",
     "SupervisedConfig",
     "SupervisedTrainer",
     "UnpairedPreference",

@@ -8,9 +8,34 @@ from beartype import BeartypeConf, beartype
 from palm_rlhf.training.optimization import Precision
 
 
+class Settings:
+    """What refuses a field of a config by its name."""
+
+    def expect(self, name: str, holds: bool, expected: str) -> None:
+        """ValueError that names a field and what it was expected to be, where that does not hold."""
+        if not holds:
+            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, expected {expected}")
+
+    def expect_positive(self, *names: str) -> None:
+        """ValueError for a field that is not above 0."""
+        for name in names:
+            self.expect(name, getattr(self, name) > 0, "a number above 0")
+
+    def expect_not_negative(self, *names: str) -> None:
+        """ValueError for a field below 0."""
+        for name in names:
+            self.expect(name, getattr(self, name) >= 0, "0 or more")
+
+    def expect_default(self, why: str, *names: str) -> None:
+        """A setting that would reach nothing is refused, where it is not left as it is."""
+        for field in fields(self):
+            if field.name in names:
+                self.expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
+
+
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """What the runs of every trainer have in common."""
 
     fixed: ClassVar[tuple[str, ...]] = ("seed",)  # a resumed run must have these as it had; the others may change
@@ -46,27 +71,6 @@ class RunConfig:
         self.expect_positive("save_every", "keep_checkpoints", "log_every")
         self.expect_not_negative("seed", "grad_clip")
         self.expect("max_seconds", self.max_seconds is None or self.max_seconds > 0, "None or a number above 0")
-
-    def expect(self, name: str, holds: bool, expected: str) -> None:
-        """ValueError that names a field and what it was expected to be, where that does not hold."""
-        if not holds:
-            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}, expected {expected}")
-
-    def expect_positive(self, *names: str) -> None:
-        """ValueError for a field that is not above 0."""
-        for name in names:
-            self.expect(name, getattr(self, name) > 0, "a number above 0")
-
-    def expect_not_negative(self, *names: str) -> None:
-        """ValueError for a field below 0."""
-        for name in names:
-            self.expect(name, getattr(self, name) >= 0, "0 or more")
-
-    def expect_default(self, why: str, *names: str) -> None:
-        """A setting that would reach nothing is refused, where it is not left as it is."""
-        for field in fields(self):
-            if field.name in names:
-                self.expect(field.name, getattr(self, field.name) == field.default, f"{field.default}, {why}")
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))

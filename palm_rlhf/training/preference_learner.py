@@ -116,13 +116,15 @@ class PreferenceLearner:
         totals = torch.zeros(len(names), device=run.device)
 
         def loss_of(batch: Sequence[int]) -> Tensor:
+            if not batch:  # of fewer items than processes: this one adds nothing, but the others wait for it
+                return run.model(as_rows(items[:1]).to(run.device)).sum() * 0.0
             rows = [items[index] for index in batch]
             logprobs = run.model(as_rows(rows).to(run.device)).unflatten(0, (-1, len(rows)))
             loss, metrics = objective(config, rows, logprobs, self._columns(ref_logprobs, batch), counts, z_ref)
             totals.add_(metrics)
             return loss
 
-        batches = micro_batches(list(range(len(items))), config.batch_size, (run.rank, run.num_processes))
+        batches = micro_batches(list(range(len(items))), config.batch_size, (run.rank, run.num_processes)) or [[]]
         loss, (norm,) = run.optimizer_step(batches, loss_of, rate_factor=rate_factor)
         run.step += 1
         return {

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palm_rlhf.algorithms.advantages import (
+    best_and_worst,
     group_advantages,
     overlong_penalty,
     rloo_advantages,
@@ -222,6 +223,47 @@ def test_a_shift_of_a_prompts_scores_is_nothing_and_a_scale_is_divided_out(group
 @pytest.mark.parametrize("advantages", [group_advantages, rloo_advantages], ids=lambda f: f.__name__)
 def test_equal_scores_are_exactly_nothing_even_in_float32(advantages, constant):
     assert not advantages(torch.full((14,), constant), 7).any()
+
+
+def check_best_and_worst(best_and_worst):
+    rows = {  # places in the row, of the first of equals
+        (1.0, 2.0, 2.0): (1, 0),
+        (3.0, 3.0, 3.0): None,
+        (4.0, NAN, 5.0): (2, 0),
+        (-4.0, NAN, -4.0): None,
+        (NAN, -2.0, -5.0): (1, 2),
+        (NAN, NAN, 5.0): None,
+        (7.0, 7.0 * (1 + 1e-8), 7.0): None,  # as float32 rounds
+        (-1.0, -9.0, 0.0): (2, 1),
+    }
+    scores = torch.tensor(list(rows)).flatten()
+    best, worst = best_and_worst(scores, 3, valid=~scores.isnan())
+    expected = [(3 * row + best, 3 * row + worst) for row, places in enumerate(rows.values()) if places
+                for best, worst in [places]]  # fmt: skip
+    assert list(zip(best.tolist(), worst.tolist(), strict=True)) == expected
+    assert [rows.tolist() for rows in best_and_worst(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2)] == [[0], [1]]
+
+
+def worst_first(scores, num_samples, **options):
+    return best_and_worst(-scores, num_samples, **options)
+
+
+def places_for_rows(scores, num_samples, **options):
+    return tuple(rows % num_samples for rows in best_and_worst(scores, num_samples, **options))
+
+
+def missing_scores_are_worst(scores, num_samples, *, valid=None):
+    return best_and_worst(scores.nan_to_num(-99.0), num_samples)
+
+
+def test_the_best_and_the_worst_of_a_group_by_hand():
+    check_best_and_worst(best_and_worst)
+
+
+@pytest.mark.parametrize("mutant", [worst_first, places_for_rows, missing_scores_are_worst], ids=lambda f: f.__name__)
+def test_the_best_and_the_worst_of_a_group_see_the_mutant(mutant):
+    with pytest.raises(AssertionError):
+        check_best_and_worst(mutant)
 
 
 def test_varied_groups_by_hand():

@@ -131,6 +131,30 @@ def test_rlhf_improves_the_model_that_can_be_measured_and_talked_with(
     assert served.name == "rlhf" and served.template == PRESETS["default"]
 
 
+def test_online_dpo_learns_from_its_own_replies(fine_tuned, rewarding, files, tmp_path, command):
+    options = ["--model", fine_tuned[1], "--reward-model", rewarding, "--output-dir", tmp_path / "run", *ONE_EPOCH]
+    options += ["--batch-size", "1", "--grad-accum", "1", "--num-epochs", "2", "--learning-rate", "1e-2"]
+    drawing = ["--num-samples", "3", "--max-new-tokens", "6", "--missing-eos-penalty", "0.1", "--sample-every", "1"]
+    result, said = command("online-dpo", files["prompts"], *options, *drawing, "--held-out", "0")
+    assert result["steps"] == 4 and "2 prompts, 0 held out" in said and "valid_score" not in result
+    before = weights(fine_tuned[1])
+    assert not all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "run").items())
+    tokenizer, template = load_tokenizer(tmp_path / "run/model"), load_template(tmp_path / "run/model")
+    end, samples = end_of_turn(tokenizer, template), read_metrics(tmp_path / "run/samples.jsonl")
+    assert len(samples) == 4 * 3
+    assert all(len(line["completion_tokens"]) == 6 or line["completion_tokens"][-1] == end for line in samples)
+
+
+def test_online_dpo_measures_replies_to_held_out_prompts(fine_tuned, rewarding, files, tmp_path, command):
+    options = ["--model", fine_tuned[1], "--reward-model", rewarding, "--output-dir", tmp_path / "run", *ONE_EPOCH]
+    options += ["--lora-r", "2", "--loss", "ipo", "--eval-every", "2", "--max-new-tokens", "6"]
+    result, said = command("online-dpo", files["preferences"], *options)
+    held_out = int(re.search(r"(\d+) prompts, (\d+) held out", said)[2])
+    assert 0 < held_out < 12
+    assert {"valid_score", "valid_kl", "valid_eos_rate", "valid_response_length"} <= result.keys()
+    assert not PaLM.from_pretrained(tmp_path / "run").finetune_modules
+
+
 @pytest.mark.parametrize("algorithm", [["--algorithm", "grpo", "--num-samples", "4"], ["--shared-trunk"]])
 def test_rlhf_without_a_critic_of_its_own_by_adapters(fine_tuned, rewarding, tmp_path, files, command, algorithm):
     options = ["--model", fine_tuned[1], "--reward-model", rewarding, "--output-dir", tmp_path / "run", *PPO]
@@ -205,6 +229,9 @@ def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewardin
         (["sft", files["prompts"], "--model", base], r"prompts\.txt, line 1"),
         (["sft", files["conversations"], "--model", tmp_path / "run"], "has not finished.*step_00000003/model"),
         (["dpo", files["conversations"], "--model", sft], "compare no replies"),
+        (["online-dpo", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "has 256 tokens and"),
+        (["online-dpo", files["prompts"], "--model", sft, "--reward-model", rewarding, "--held-out", "1e-9"],
+         "2 records to train on and 0 held out"),
         (["dpo", files["unpaired"], "--model", sft], "compare no replies"),
         (["dpo", files["conversations"], "--model", sft, "--loss", "kto"], "has no unpaired to learn from"),
     ):  # fmt: skip

@@ -1,0 +1,84 @@
+"""The command ``palm-rlhf online-dpo``: a model trained on preferences between its own replies, by a reward model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model, open_reward_model
+from palm_rlhf.commands.records import read_prompts, split_prompts
+from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.data.conversation import end_of_turn
+from palm_rlhf.training.online_preference import OnlinePreferenceTrainer
+from palm_rlhf.training.preference_config import PreferenceConfig
+from palm_rlhf.training.preference_learner import SCOPE
+from palm_rlhf.training.rollout_config import RolloutConfig
+
+
+@beartype
+def online_dpo(
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
+    *,
+    model: ModelName,
+    reward_model: ModelName,
+    output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    resume: bool = False,
+    template: TemplateName = "auto",
+    held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
+    rollouts: OmitArgPrefixes[RolloutConfig] = RolloutConfig(),  # noqa: B008 (it is frozen)
+    training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008
+) -> None:
+    """Improve a model by DPO, or another --loss of pairs, on its own replies, compared by a reward model.
+
+    In each step the model replies --num-samples times to each prompt, and the best and the worst reply make a pair.
+    Adapters (--lora-r) are merged at the end. The last line on standard output is JSON: valid_score and the other
+    measures of the replies to held-out prompts, steps, seconds, output_dir and model.
+
+    Args:
+        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads.
+        model: The model to improve, fine-tuned on conversations: its folder, that of a run, or a hub id.
+        reward_model: The reward model, of the same tokenizer: its folder, that of a run, or a hub id.
+        output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
+            default.
+        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
+        template: How conversations are written; auto is the model's own, or default.
+        held_out: The share of prompts that is kept to measure with; 0 keeps none.
+        rollouts: How replies are drawn; where --eos-token is None it is the end of the assistant's turn.
+        training: How the model is trained; a pair is of a prompt, and kto is no loss of pairs.
+    """
+    output_dir = run_folder("online-dpo", output_dir, resume)
+    torch.manual_seed(training.seed)
+    chat_model = open_chat_model(model, template)
+    judge = open_reward_model(reward_model, chat_model, model)
+    if rollouts.eos_token is None:
+        rollouts = replace(rollouts, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
+    train, valid = split_prompts(read_prompts(prompts, chat_model), held_out, training.seed)
+    trainer = OnlinePreferenceTrainer(
+        chat_model.palm,
+        reward_model=judge,
+        prompt_token_ids=train,
+        valid_prompt_ids=valid or None,
+        tokenizer=chat_model.tokenizer,
+        config=training,
+        rollouts=rollouts,
+        output_dir=output_dir,
+        resume=resume,
+    )
+    say(f"{len(train)} prompts, {len(valid)} held out; saved to {output_dir}")
+    for metrics in trainer.steps(progress_bar=True):
+        if "valid_score" in metrics:
+            say(f"step {metrics['step']}: replies to held-out prompts score {metrics['valid_score']:.3f}")
+    result = trainer.finish()
+    if training.lora_r:
+        chat_model.palm.merge_finetune_params(SCOPE)
+    if trainer.accelerator.is_main_process:
+        save_model(output_dir, *chat_model)
+        folder = quoted(output_dir)
+        finish(
+            result,
+            output_dir,
+            [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")],
+        )

@@ -1,0 +1,68 @@
+"""How a trainer on preferences draws the responses that it compares; the command line's help is made of the texts."""
+
+from dataclasses import dataclass
+
+from beartype import BeartypeConf, beartype
+
+from palm_rlhf.policy.rollout import Sampling
+from palm_rlhf.training.config import Settings
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+@dataclass(frozen=True)
+class RolloutConfig(Settings):
+    """How responses are drawn and what is made of their scores."""
+
+    num_samples: int = 2
+    """Responses to each prompt, of which the best and the worst become a pair; 2 in arXiv:2402.04792."""
+
+    max_new_tokens: int = 64
+    """Longest response, in tokens; of a prompt the last tokens count, so that max_seq_len holds both."""
+
+    temperature: float = 1.0
+    """Divides the logits in sampling."""
+
+    top_k: int | None = None
+    """Draw from the k likeliest tokens alone."""
+
+    top_p: float | None = None
+    """Draw from the smallest set of tokens that holds this mass."""
+
+    eos_token: int | None = None
+    """Ends a response, which keeps it; None: every response takes all the room there is."""
+
+    missing_eos_penalty: float = 0.0
+    """Taken from the score of a response that ended for lack of room."""
+
+    rollout_batch_size: int = 64
+    """Responses that one process draws at once."""
+
+    sample_every: int = 10
+    """Steps between tables of responses in samples.jsonl."""
+
+    samples_kept: int = 8
+    """Responses in such a table."""
+
+    def __post_init__(self):
+        self.expect("num_samples", self.num_samples > 1, "at least 2, the best and the worst of which are compared")
+        self.expect_positive("max_new_tokens", "temperature", "rollout_batch_size", "sample_every", "samples_kept")
+        self.expect_not_negative("missing_eos_penalty")
+        self.expect("top_k", self.top_k is None or self.top_k > 0, "None or a number above 0")
+        self.expect("top_p", self.top_p is None or 0 < self.top_p <= 1, "None or a number above 0, up to 1")
+        self.expect("eos_token", self.eos_token is None or self.eos_token >= 0, "None or the id of a token")
+
+    def check_end(self) -> None:
+        """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
+        if self.eos_token is None:
+            self.expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
+
+    @property
+    def sampling(self) -> Sampling:
+        """The distribution that responses are drawn from."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            eos_token=self.eos_token,
+        )
