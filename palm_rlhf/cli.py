@@ -63,7 +63,7 @@ COMMANDS = {
     "online-dpo": Command(
         "palm_rlhf.commands.online_dpo",
         "online_dpo",
-        "Improve a model by DPO, or another --loss of pairs, on its own replies, compared by a reward model.",
+        "Improve a model by DPO, or another --loss of pairs, on its own replies, which rewards compare.",
     ),
     "chat": Command(
         "palm_rlhf.serving.chat",

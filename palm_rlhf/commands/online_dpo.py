@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf online-dpo``: a model trained on preferences between its own replies, by a reward model."""
+"""The command ``palm-rlhf online-dpo``: a model trained on preferences between its own replies, told by rewards."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,12 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model, open_reward_model
-from palm_rlhf.commands.records import read_prompts, split_prompts
+from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.records import read_prompt_rows, split_prompts
+from palm_rlhf.commands.rewards import MAIN, open_rewards
 from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
 from palm_rlhf.data.conversation import end_of_turn
+from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.training.online_preference import OnlinePreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_learner import SCOPE
@@ -23,7 +25,8 @@ def online_dpo(
     prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")],
     *,
     model: ModelName,
-    reward_model: ModelName,
+    reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
+    rewards: Annotated[tuple[str, ...], arg(metavar="NAME=SOURCE ...")] = (),
     output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     resume: bool = False,
     template: TemplateName = "auto",
@@ -31,16 +34,19 @@ def online_dpo(
     rollouts: OmitArgPrefixes[RolloutConfig] = RolloutConfig(),  # noqa: B008 (it is frozen)
     training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008
 ) -> None:
-    """Improve a model by DPO, or another --loss of pairs, on its own replies, compared by a reward model.
+    """Improve a model by DPO, or another --loss of pairs, on its own replies, which rewards compare.
 
     In each step the model replies --num-samples times to each prompt, and the best and the worst reply make a pair.
     Adapters (--lora-r) are merged at the end. The last line on standard output is JSON: valid_score and the other
     measures of the replies to held-out prompts, steps, seconds, output_dir and model.
 
     Args:
-        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads.
+        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads;
+            where functions reward rows with a prompt or a question, they get the other fields.
         model: The model to improve, fine-tuned on conversations: its folder, that of a run, or a hub id.
-        reward_model: The reward model, of the same tokenizer: its folder, that of a run, or a hub id.
+        reward_model: A reward model, of the same tokenizer: its folder, that of a run, or a hub id.
+        rewards: Rewards with a name each, beside reward_model or in its place: functions as NAME=FILE.py:FUNCTION,
+            reward models as NAME=FOLDER. --reward-weights has their weights, and that of reward_model by this name.
         output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
             default.
         resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
@@ -52,15 +58,17 @@ def online_dpo(
     output_dir = run_folder("online-dpo", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    judge = open_reward_model(reward_model, chat_model, model)
+    judges = open_rewards(reward_model, rewards, chat_model, model)
     if rollouts.eos_token is None:
         rollouts = replace(rollouts, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
-    train, valid = split_prompts(read_prompts(prompts, chat_model), held_out, training.seed)
+    asks_functions = any(not isinstance(judge, RewardModel) for judge in judges.values())
+    rows = read_prompt_rows(prompts, chat_model, with_columns=asks_functions)
+    train, valid = split_prompts(rows, held_out, training.seed)
     trainer = OnlinePreferenceTrainer(
         chat_model.palm,
-        reward_model=judge,
-        prompt_token_ids=train,
-        valid_prompt_ids=valid or None,
+        reward_model=judges[MAIN] if judges.keys() == {MAIN} else judges,
+        prompts=train,
+        valid_prompts=valid or None,
         tokenizer=chat_model.tokenizer,
         config=training,
         rollouts=rollouts,

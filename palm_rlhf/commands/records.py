@@ -62,11 +62,13 @@ def split(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[R
 
 
 @beartype
-def split_prompts(prompts: list[Tensor], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The prompts to learn from, and those to measure with; ValueError as of `split`."""
-    sides: tuple[list[Tensor], list[Tensor]] = [], []
-    for prompt in prompts:
-        sides[is_held_out(json.dumps(prompt.tolist()), held_out, seed)].append(prompt)
+def split_prompts(
+    rows: list[dict[str, Any]], held_out: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of `read_prompt_rows` to learn from, and those to measure with; ValueError as of `split`."""
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for row in rows:
+        sides[is_held_out(json.dumps(row["prompt"].tolist()), held_out, seed)].append(row)
     _check_sides(sides, held_out)
     return sides
 

@@ -15,9 +15,10 @@ from palm_rlhf.algorithms.advantages import best_and_worst
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.policy.actor_critic import check_vocabulary
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rollout import Reward, Rollout, Scores, collect, score, spoken
+from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, named, score
+from palm_rlhf.policy.rollout import Rollout, collect
+from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import warmup_cosine
@@ -25,7 +26,8 @@ from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.preference_learner import PreferenceLearner
 from palm_rlhf.training.rlhf.metrics import SampleTable
-from palm_rlhf.training.rlhf.prompts import read_prompts
+from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, read_prompts
+from palm_rlhf.training.rlhf.scoring import OF_ROLLOUT, OF_RUN, run_keywords
 from palm_rlhf.training.rollout_config import RolloutConfig
 
 CURVES = {
@@ -43,10 +45,10 @@ class OnlinePreferenceTrainer:
     """Trains a PaLM by DPO, or another loss of pairs, on its own responses (online DPO: Guo et al. 2024).
 
     A step draws `rollouts.num_samples` responses to each of batch_size * grad_accum prompts of every process, scores
-    them, makes a pair of the best and the worst response to a prompt, and takes one optimiser step on the pairs. The
-    reward is a RewardModel, or a function as `RLHFTrainer` takes it; prompts come in the same forms. The reference is
-    `palm` as it is given, frozen in a copy, or with `lora_r` the base below the adapters, or another model. With
-    `valid_prompt_ids`, evaluations score responses to prompts that are not learnt from. All that is saved goes to
+    them, makes a pair of the best and the worst response to a prompt, and takes one optimiser step on the pairs.
+    Rewards and prompts come in the forms that `RLHFTrainer` takes. The reference is `palm` as it is given, frozen in a
+    copy, or with `lora_r` the base below the adapters, or another model. With `valid_prompts` (texts, 1-d tensors or
+    rows), evaluations score responses to prompts that are not learnt from. All that is saved goes to
     `output_dir`; `resume=True` goes on from the newest checkpoint there, to the bit.
     """
 
@@ -55,12 +57,12 @@ class OnlinePreferenceTrainer:
         self,
         palm: PaLM,
         *,
-        reward_model: Reward,
+        reward_model: Rewards,
         prompt_token_ids: Tensor | Sequence[Tensor] | None = None,
         prompt_lengths: Tensor | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         prompts_path: str | Path | None = None,
-        valid_prompt_ids: Sequence[Tensor] | None = None,
+        valid_prompts: Sequence[Prompt] | None = None,
         tokenizer: Any = None,
         reference: PaLM | None = None,
         config: PreferenceConfig = PreferenceConfig(),  # noqa: B008 (it is frozen)
@@ -73,41 +75,43 @@ class OnlinePreferenceTrainer:
         rollouts.check_end()
         if not config.is_paired:
             raise ValueError(f"got the loss {config.loss}, expected one of pairs: the best against the worst response")
-        read = read_prompts(palm.num_tokens, prompt_token_ids, prompt_lengths, prompts, prompts_path, tokenizer)
-        self.prompts = {"train": self._cut(read)}
-        if isinstance(reward_model, RewardModel):
-            check_vocabulary("reward model", reward_model, palm.num_tokens)
-        self.sampler = EpochSampler(len(read), config.seed)
+        given = (prompt_token_ids, prompt_lengths, prompts, prompts_path)
+        train = self._cut(read_prompts(palm.num_tokens, *given, tokenizer))
+        names = (*train.columns, *OF_ROLLOUT, *OF_RUN)
+        check_rewards(reward_model, num_tokens=palm.num_tokens, keywords=names, weights=rollouts.reward_weights)
+        self.sampler = EpochSampler(len(train.token_ids), config.seed)
         self.learner = PreferenceLearner(
             palm, reference, config, asks_reference=True, output_dir=output_dir, resume=resume
         )
         self.run, self.accelerator = self.learner.run, self.learner.run.accelerator
-        if valid_prompt_ids is not None:
-            self.prompts["valid"] = self._held_out(valid_prompt_ids)
-        if isinstance(reward_model, RewardModel):
-            reward_model.to(self.run.device)
+        self.prompts = {"train": train}
+        if valid_prompts is not None:
+            self.prompts["valid"] = self._held_out(valid_prompts)
+        for reward in named(reward_model).values():
+            if isinstance(reward, RewardModel):
+                reward.to(self.run.device)
         self.sampling = rollouts.sampling.restricted_to(known_tokens(tokenizer, palm.num_tokens))
         self.run.load_newest(self._read_checkpoint)
         settings = (dataclasses.asdict(part) for part in (palm.config, config, rollouts))
         self.run.open_log({name: value for part in settings for name, value in part.items()}, CURVES)
         self.samples = SampleTable(self.run, rollouts.samples_kept, tokenizer)
 
-    def _cut(self, prompts: list[Tensor]) -> list[Tensor]:
+    def _cut(self, prompts: Prompts) -> Prompts:
         room = self.config.max_seq_len - self.rollouts.max_new_tokens
         if room < 1:
             raise ValueError(
                 f"got max_new_tokens={self.rollouts.max_new_tokens} with max_seq_len={self.config.max_seq_len}, "
                 "expected room for a prompt before the longest response: raise max_seq_len"
             )
-        return [prompt[-room:].cpu() for prompt in prompts]
+        return prompts._replace(token_ids=[prompt[-room:].cpu() for prompt in prompts.token_ids])
 
-    def _held_out(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+    def _held_out(self, prompts: Sequence[Prompt]) -> Prompts:
         if len(prompts) < self.run.num_processes:
             raise ValueError(
                 f"got {len(prompts)} prompts to evaluate on, expected one or more for each of {self.run.num_processes} "
                 "processes"
             )
-        return self._cut(read_prompts(self.palm.num_tokens, prompts))
+        return self._cut(read_prompts(self.palm.num_tokens, prompts=prompts, tokenizer=self.tokenizer))
 
     @property
     def step(self) -> int:
@@ -128,10 +132,11 @@ class OnlinePreferenceTrainer:
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
         """The metrics of one step after another until the schedule ends; evaluates and saves when due.
 
-        `score`, of the responses by the reward; `score_margin`, of the best over the worst in a pair; `pair_rate`, the
-        share of prompts whose responses score differently, for the others make no pair; `response_length` in tokens,
-        `eos_rate`, the share that ended by themselves; and over the pairs, where there is one, those of
-        `PreferenceTrainer.steps`. After evaluations those of `evaluate` are there too, as `valid_score` and so on.
+        `score`, of the responses by the reward, and `score/NAME` by each of several; `score_margin`, of the best over
+        the worst in a pair; `pair_rate`, the share of prompts whose responses score differently, for the others make
+        no pair; `response_length` in tokens; `eos_rate`, the share of responses that ended by themselves; and over the
+        pairs, where there is one, those of `PreferenceTrainer.steps`. After evaluations those of `evaluate` are there
+        too, as `valid_score` and so on.
         FloatingPointError where a loss, a gradient or a reward is not finite, RuntimeError where the reward raises.
         """
         self.palm.train()
@@ -172,16 +177,17 @@ class OnlinePreferenceTrainer:
 
     def collect(self) -> Rollout:
         """Draw this process's share of a step's responses to the next prompts."""
-        drawn = self.sampler.draw(self.learner.items_per_step)
-        return self._drawn([self.prompts["train"][index] for index in drawn])
+        return self._drawn(self.prompts["train"], self.sampler.draw(self.learner.items_per_step))
 
-    def _drawn(self, prompts: Sequence[Tensor], generator: torch.Generator | None = None) -> Rollout:
-        """Responses to this process's share of the prompts."""
+    def _drawn(self, prompts: Prompts, places: Sequence[int], generator: torch.Generator | None = None) -> Rollout:
+        """Responses to this process's share of the prompts in some places."""
+        mine = places[self.run.rank :: self.run.num_processes]
         with self.run.autocast():
             return collect(
                 self.palm,
-                prompts[self.run.rank :: self.run.num_processes],
+                [prompts.token_ids[place] for place in mine],
                 self.sampling,
+                columns={name: [values[place] for place in mine] for name, values in prompts.columns.items()},
                 num_samples=self.rollouts.num_samples,
                 batch_size=self.rollouts.rollout_batch_size,
                 finetune_scope=self.learner.policy.scope,
@@ -190,7 +196,7 @@ class OnlinePreferenceTrainer:
 
     @beartype
     def score(self, rollout: Rollout) -> Scores:
-        """What the reward says of the responses, before any penalty."""
+        """What the rewards say of the responses, before any penalty."""
         with self.run.autocast():
             scores = score(
                 self.reward_model,
@@ -198,6 +204,9 @@ class OnlinePreferenceTrainer:
                 tokenizer=self.tokenizer,
                 eos_token=self.rollouts.eos_token,
                 batch_size=2 * self.config.batch_size,  # the rows of a forward with gradients
+                weights=self.rollouts.reward_weights,
+                timeout=self.rollouts.reward_timeout,
+                keywords={**rollout.keywords, **run_keywords(self.step, self.num_steps)},
             )
         if not self.accelerator.reduce(scores.valid.sum(), "sum"):
             raise ValueError(f"the reward returned None for all responses of step {self.step + 1}; expected numbers")
@@ -236,30 +245,29 @@ class OnlinePreferenceTrainer:
 
     def _measured(self, rollout: Rollout, scores: Scores) -> Metrics:
         """Means over the responses of all processes, and the number of their tokens."""
-        sums = (
-            masked_sum(scores.scores.double(), scores.valid),
-            scores.valid.sum(),
-            rollout.sequences.num_actions,
-            len(rollout.sequences),
-            rollout.truncated.sum(),
-        )
+        kinds = {"score": scores, **{f"score/{name}": part for name, part in scores.by_name.items()}}
+        sums = [rollout.sequences.num_actions, len(rollout.sequences), rollout.truncated.sum()]
+        for part in kinds.values():
+            sums += [masked_sum(part.scores.double(), part.valid), part.valid.sum()]
         totals = torch.tensor([float(total) for total in sums], dtype=torch.float64, device=self.run.device)
-        total, valid, num_tokens, count, truncated = self.accelerator.reduce(totals, "sum").tolist()
-        metrics = {"score": total / max(valid, 1.0), "response_length": num_tokens / count, "num_tokens": num_tokens}
+        num_tokens, count, truncated, *scored = self.accelerator.reduce(totals, "sum").tolist()
+        means = {kind: total / number for kind, total, number in zip(kinds, scored[::2], scored[1::2]) if number}
+        metrics = {**means, "response_length": num_tokens / count, "num_tokens": num_tokens}
         return metrics if self.rollouts.eos_token is None else {**metrics, "eos_rate": 1 - truncated / count}
 
     @beartype
-    def evaluate(self, prompts: Sequence[Tensor] | None = None) -> Metrics:
+    def evaluate(self, prompts: Sequence[Prompt] | None = None) -> Metrics:
         """`score`, `response_length` and `eos_rate` of responses to the held-out prompts or others, and the `kl` of the
         policy to the reference, where there is one, in nats per response.
 
         The responses are drawn from the same random numbers each time.
         """
         if prompts is None and "valid" not in self.prompts:
-            raise ValueError("there is nothing to evaluate on: give the trainer valid_prompt_ids, or evaluate(prompts)")
-        prompts = self.prompts["valid"] if prompts is None else self._held_out(prompts)
+            raise ValueError("there is nothing to evaluate on: give the trainer valid_prompts, or evaluate(prompts)")
+        held_out = self.prompts["valid"] if prompts is None else self._held_out(prompts)
         seed = self.config.seed + self.run.rank
-        rollout = self._drawn(prompts, torch.Generator(self.run.device).manual_seed(seed))
+        generator = torch.Generator(self.run.device).manual_seed(seed)
+        rollout = self._drawn(held_out, range(len(held_out.token_ids)), generator)
         metrics = self._measured(rollout, self.score(rollout))
         del metrics["num_tokens"]
         if self.learner.reference is not None:

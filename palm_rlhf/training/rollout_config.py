@@ -1,5 +1,6 @@
 """How a trainer on preferences draws the responses that it compares; the command line's help is made of the texts."""
 
+import math
 from dataclasses import dataclass
 
 from beartype import BeartypeConf, beartype
@@ -34,6 +35,12 @@ class RolloutConfig(Settings):
     missing_eos_penalty: float = 0.0
     """Taken from the score of a response that ended for lack of room."""
 
+    reward_weights: dict[str, float] | None = None
+    """Weights of named rewards in the score, 1 for those that are not listed; one of weight 0 is logged alone."""
+
+    reward_timeout: float | None = None
+    """Seconds that the reward functions may take for a step's responses, all at the same time; None: any time."""
+
     rollout_batch_size: int = 64
     """Responses that one process draws at once."""
 
@@ -47,6 +54,9 @@ class RolloutConfig(Settings):
         self.expect("num_samples", self.num_samples > 1, "at least 2, the best and the worst of which are compared")
         self.expect_positive("max_new_tokens", "temperature", "rollout_batch_size", "sample_every", "samples_kept")
         self.expect_not_negative("missing_eos_penalty")
+        self.expect("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "None or more than 0")
+        weights = (self.reward_weights or {}).values()
+        self.expect("reward_weights", all(map(math.isfinite, weights)), "finite numbers")
         self.expect("top_k", self.top_k is None or self.top_k > 0, "None or a number above 0")
         self.expect("top_p", self.top_p is None or 0 < self.top_p <= 1, "None or a number above 0, up to 1")
         self.expect("eos_token", self.eos_token is None or self.eos_token >= 0, "None or the id of a token")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rollout import Rollout, Scores
+from palm_rlhf.policy.rewards import Scores
+from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join, response_logprobs
 from palm_rlhf.training import OnlinePreferenceTrainer, PreferenceConfig, PreferenceTrainer, RolloutConfig
 from palm_rlhf.training.metrics import read_metrics
@@ -50,7 +52,7 @@ def make(folder=None, resume=False, *, palm=None, reward=counting, prompts=None,
     short = {"batch_size": 8, "grad_accum": 2, "num_epochs": 2, "warmup_steps": 0, "learning_rate": 5e-3,
              "log_every": 1, "save_every": 2, "eval_every": 2, "max_seq_len": 16, "precision": "float32", "plot": False}
     return OnlinePreferenceTrainer(
-        palm or palm_of(), reward_model=reward, prompt_token_ids=prompts or prompts_of(), valid_prompt_ids=valid,
+        palm or palm_of(), reward_model=reward, prompt_token_ids=prompts or prompts_of(), valid_prompts=valid,
         reference=reference, config=PreferenceConfig(**{**short, **fields}),
         rollouts=RolloutConfig(**{"num_samples": 4, "max_new_tokens": 4, **rollouts}), output_dir=folder, resume=resume)
 
@@ -156,7 +158,7 @@ def test_a_step_draws_scores_pairs_and_learns_in_this_order():
     torch.manual_seed(5)
     rollout = by_hand.collect()
     assert [tuple(said) for said in rollout.sequences.actions.tolist()] == asked[0]
-    prompts = [by_hand.prompts["train"][index].tolist() for index in copy.deepcopy(by_hand.sampler).draw(16)]
+    prompts = [by_hand.prompts["train"].token_ids[index].tolist() for index in copy.deepcopy(by_hand.sampler).draw(16)]
     assert len(asked) == 1 and len(prompts) == 16 and len(asked[0]) == 64
     scores = counting(
         [row[:length] for row, length in zip(rollout.sequences.tokens, rollout.sequences.prompt_lengths)],
@@ -248,7 +250,7 @@ def test_evaluation_is_of_the_held_out_prompts_and_draws_nothing_from_training()
     other = make(reward=lambda prompts, completions: asked.extend(prompts) or counting(prompts, completions))
     other.evaluate(prompts_of(3))
     assert [prompt.tolist() for prompt in asked] == [p.tolist() for p in prompts_of(3) for _ in range(4)]
-    with pytest.raises(ValueError, match="nothing to evaluate on: give the trainer valid_prompt_ids"):
+    with pytest.raises(ValueError, match="nothing to evaluate on: give the trainer valid_prompts"):
         make().evaluate()
     with pytest.raises(ValueError, match="got 0 prompts to evaluate on, expected one or more for each of 1 processes"):
         make().evaluate([])
@@ -286,6 +288,38 @@ def test_a_reward_model_scores_and_texts_go_to_a_function():
     metrics = next(trainer.steps())
     assert {prompt for prompt, _ in asked} == {"abc", "cab"} and len(asked) == 4
     assert not any(said.endswith("a") for _, said in asked) and 0 <= metrics["eos_rate"] <= 1
+
+
+def test_several_rewards_count_by_their_weights_and_get_the_columns_of_their_prompts():
+    asked, counts = [], {"reward_weights": {"low": 2.0, "seen": 0.0}}
+
+    def low(completions, wanted, step):
+        asked.extend(zip(wanted, [step] * len(wanted), strict=True))
+        return [-float(said.double().mean()) for said in completions]
+
+    def seen(completions):
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": prompt, "wanted": number} for number, prompt in enumerate(prompts_of())]
+    names = {"low": low, "seen": seen, "count": counting}
+    trainer = OnlinePreferenceTrainer(
+        palm_of(),
+        reward_model=names,
+        prompts=rows,
+        config=make().config,
+        rollouts=RolloutConfig(num_samples=4, max_new_tokens=4, **counts),
+    )
+    metrics = next(trainer.steps())
+    drawn = make().sampler.draw(16)
+    assert asked == [(index, 1) for index in drawn for _ in range(4)]
+    assert metrics["score/seen"] == 1
+    assert metrics["score"] == pytest.approx(2 * metrics["score/low"] + metrics["score/count"], rel=1e-5)
+    with pytest.raises(ValueError, match="reward_weights"):
+        make(rollouts={"reward_weights": {"low": 2.0}})
+    with pytest.raises(ValueError, match="asks for"):
+        make(reward=low)
+    with pytest.raises(TimeoutError):
+        make(reward=lambda prompts, completions: time.sleep(0.5), rollouts={"reward_timeout": 0.02}).train()
 
 
 def test_a_run_goes_on_to_the_bit(tmp_path):
@@ -338,7 +372,7 @@ def test_how_responses_are_drawn():
 def test_long_prompts_lose_their_left():
     prompts = [torch.arange(8).repeat(3), torch.tensor([5])]
     trainer = make(prompts=prompts, max_seq_len=9)
-    assert [prompt.tolist() for prompt in trainer.prompts["train"]] == [[3, 4, 5, 6, 7], [5]]
+    assert [prompt.tolist() for prompt in trainer.prompts["train"].token_ids] == [[3, 4, 5, 6, 7], [5]]
 
 
 @pytest.mark.parametrize(
