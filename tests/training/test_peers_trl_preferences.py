@@ -17,9 +17,17 @@ from palm_rlhf.algorithms import preferences
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer, Ranking
+from palm_rlhf.training import (
+    Preference,
+    PreferenceConfig,
+    PreferenceTrainer,
+    Ranking,
+    UnpairedPreference,
+    preference_learner,
+)
 from palm_rlhf.training import preference_objective as preference_module
 from palm_rlhf.training import reward as reward_module
+from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 
@@ -75,6 +83,11 @@ def dpo_trainer(trl_trainer, tmp_path_factory):
 KINDS = {  # TRL's settings, ours, and pairs in a batch
     "sigmoid": ({"loss_type": ["sigmoid"], "beta": 0.2}, {"loss": "sigmoid", "beta": 0.2}, 5),
     "ipo": ({"loss_type": ["ipo"], "beta": 0.3}, {"loss": "ipo", "beta": 0.3}, 5),
+    "likelihood": (  # TRL's is a mean over all tokens of a batch, ours over those of a response
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "beta": 0.2},
+        {"loss": "sigmoid", "beta": 0.2, "nll_coef": 0.3},
+        1,
+    ),
     "label smoothing": (
         {"loss_type": ["aot"], "beta": 0.2, "label_smoothing": 0.1},
         {"loss": "sigmoid", "beta": 0.2, "label_smoothing": 0.1},
@@ -148,9 +161,94 @@ def test_a_step_of_dpo_sees_the_mutant(theirs_of_dpo, monkeypatch, name):
 
 def test_a_step_of_dpo_sees_an_option_that_is_ignored(theirs_of_dpo):
     options = theirs_of_dpo[0]
-    ignored = {"label_smoothing": 0.0} if "label_smoothing" in options else {"beta": 0.1}
+    for name in options.keys() - {"loss"}:
+        with pytest.raises(AssertionError):
+            check_dpo(theirs_of_dpo, **{name: getattr(PreferenceConfig(), name)})
+
+
+KTO = {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.8}
+
+
+@pytest.fixture(scope="module")
+def theirs_of_kto(trl_trainer, tmp_path_factory):
+    """Two models, responses, and TRL's numbers of one batch of them in our order; each pair of models both ways round.
+
+    One way the estimate of the KL is above 0, the other way it is clamped there.
+    """
+    found = []
+    for seed in SEEDS:
+        pairs = enumerate(pairs_of(seed, 6))
+        items = [UnpairedPreference(pair.prompt, pair.chosen, index % 3 != 1) for index, pair in pairs]
+        drawn = [items[index] for index in EpochSampler(6, 0).draw(6)]
+        rows = [
+            {
+                "prompt_ids": item.prompt.tolist(),
+                "completion_ids": item.response.tolist(),
+                "KL_completion_ids": drawn[place - 1].response.tolist(),
+                "label": item.desirable,
+            }
+            for place, item in enumerate(drawn)
+        ]
+        for models in ((10 * seed, 10 * seed + 1), (10 * seed + 1, 10 * seed)):
+            folder = tmp_path_factory.mktemp("cohere")
+            policy, reference = map(palm_of, models)
+            policy.save_pretrained(folder, format="cohere")
+            trainer = trl_trainer("KTO", folder, **KTO)
+            weights = to_cohere_tensors(reference.config, reference.state_dict())
+            trainer.ref_model.load_state_dict(weights, strict=False)
+            trainer.model.eval()
+            loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+            loss.backward()
+            metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+            found.append((models, items, {"loss": loss.item(), "grad_norm": gradient_norm(trainer.model), **metrics}))
+    assert min(theirs["kl"] for *_, theirs in found) == 0 and max(theirs["kl"] for *_, theirs in found) > 0.1
+    return found
+
+
+OF_TRL = {
+    "z_ref": "kl",
+    "reward_margin": "rewards/margins",
+    "chosen_rewards": "rewards/chosen",
+    "rejected_rewards": "rewards/rejected",
+    "chosen_logprobs": "logps/chosen",
+    "rejected_logprobs": "logps/rejected",
+}
+
+
+def check_kto(theirs_of_kto, **changed):
+    for models, items, theirs in theirs_of_kto:
+        config = PreferenceConfig(**QUIET, loss="kto", **{**KTO, **changed}, batch_size=6)
+        policy, reference = map(palm_of, models)
+        ours = next(PreferenceTrainer(policy, train_data=items, reference=reference, config=config).steps())
+        assert theirs["grad_norm"] > 1e-3
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+        for name, other in OF_TRL.items():
+            assert ours[name] == pytest.approx(theirs[other], rel=1e-4, abs=1e-5), name
+
+
+def test_a_step_of_kto_is_that_of_trl(theirs_of_kto):
+    check_kto(theirs_of_kto)
+
+
+KTO_MUTANTS = {
+    "responses to their own prompts": ("mismatched", list),
+    "a sum": ("kto_baseline", lambda logprobs, ref_logprobs: (logprobs - ref_logprobs).sum().clamp(min=0)),
+    "not clamped": ("kto_baseline", lambda logprobs, ref_logprobs: (logprobs - ref_logprobs).mean()),
+}
+
+
+@pytest.mark.parametrize("mutant", KTO_MUTANTS.values(), ids=KTO_MUTANTS)
+def test_a_step_of_kto_sees_the_mutant(theirs_of_kto, monkeypatch, mutant):
+    monkeypatch.setattr(preference_learner, *mutant)
     with pytest.raises(AssertionError):
-        check_dpo(theirs_of_dpo, **ignored)
+        check_kto(theirs_of_kto)
+
+
+@pytest.mark.parametrize("name", KTO)
+def test_a_step_of_kto_sees_an_option_that_is_ignored(theirs_of_kto, name):
+    with pytest.raises(AssertionError):
+        check_kto(theirs_of_kto, **{name: getattr(PreferenceConfig(), name)})
 
 
 class Scorer(nn.Module):
