@@ -18,13 +18,15 @@ PROMPTS = [torch.tensor([token, 0]) for token in range(4, 12)]  # told apart by 
 GROUPS = {"algorithm": "grpo", "num_samples": 2}
 
 
-def make_trainer(folder=None, palm=None, reward=evens, reference=None, environment=None, **options) -> RLHFTrainer:
+def make_trainer(
+    folder=None, palm=None, reward=evens, reference=None, environment=None, prompts=PROMPTS, **options
+) -> RLHFTrainer:
     settings = {"rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 4, "eos_token": EOS,
                 "plot": False}  # fmt: skip
     return RLHFTrainer(
         palm=palm_of().double() if palm is None else palm,
         reward_model=reward,
-        prompt_token_ids=PROMPTS,
+        prompt_token_ids=prompts,
         reference=reference,
         environment=environment,
         config=PPOConfig(**{**settings, **options}),
@@ -57,6 +59,20 @@ def test_prompts_come_in_a_new_order_each_epoch_each_once():
     epochs = [[*steps[first], *steps[first + 1]] for first in (0, 2, 4)]
     assert all(sorted(epoch) == list(range(4, 12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_order_of_prompts_is_of_the_seed_and_so_are_the_responses_to_one():
+    def drawn(seed, drawn_before, prompts):
+        palm = palm_of().double()
+        torch.manual_seed(drawn_before)
+        num_samples = 8 // len(prompts)
+        return make_trainer(palm=palm, prompts=prompts, seed=seed, num_samples=num_samples).collect().sequences.tokens
+
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        first, again, other = (drawn(*seeds, prompts).tolist() for seeds in ((3, 0), (3, 1), (4, 0)))
+        assert first == again != other
+        starts, other_starts = ([row[0] for row in rows] for rows in (first, other))
+        assert sorted(starts) == sorted(other_starts) and (starts != other_starts) == (prompts is PROMPTS)
 
 
 @pytest.mark.law("PPOConfig.rollout_batch_size")
@@ -158,6 +174,8 @@ def test_optimisation_ends_after_the_step_that_sees_the_policy_far_away(micro_ba
         order = [firsts(tokens)[0] for tokens in seen]
         place = order.index(firsts(experience.sequences.tokens)[3]) + 1
         assert metrics["optimizer_steps"] == len(order) == (place if stops else 8)
+        assert metrics["approx_kl"] == pytest.approx((math.exp(0.2) - 1.2) / len(order), rel=1e-5)  # the steps' mean
+        assert metrics["ratio_max"] == pytest.approx(math.exp(0.2), rel=1e-6) and metrics["ratio_min"] < 1.0001
         assert 1 < place < 8
 
 

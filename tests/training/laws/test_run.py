@@ -110,7 +110,7 @@ def test_checkpoints_and_metrics_are_written_when_due_and_the_newest_kept(kind, 
 
     assert saved_and_logged("each") == ([3, 4], [1, 2, 3, 4])  # 2 are kept where nothing else is said
     assert saved_and_logged("three", keep_checkpoints=3, log_every=3) == ([2, 3, 4], [3])
-    assert saved_and_logged("some", save_every=3, log_every=2) == ([3, 4], [2, 4])
+    assert saved_and_logged("some", save_every=3, keep_checkpoints=4, log_every=2) == ([3, 4], [2, 4])
 
 
 @law_of_each_config("plot")
