@@ -6,8 +6,8 @@ python benchmarks/top_p.py --num-tokens 50257 --rows 512
 
 import itertools
 import json
-import subprocess
-import sys
+import os
+import resource
 from collections.abc import Callable
 
 import torch
@@ -58,15 +58,20 @@ def check_parity(num_tokens: int) -> None:
 
 def peak_megabytes(name: tuple[str, ...], sizes: tuple[int, ...]) -> int:
     """What one run needs beyond its inputs, as the system counts it, in a process of its own."""
-    code = (
-        "import resource, top_p\n"
-        f"run = top_p.make_run(*{name}, *{sizes})\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "run()\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+    readable, writable = os.pipe()
+    if os.fork() == 0:
+        try:
+            run = make_run(*name, *sizes)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            run()
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            os.write(writable, str(grown // 1024).encode())
+        finally:
+            os._exit(0)
+    os.wait()
+    os.close(writable)
+    with os.fdopen(readable) as answer:
+        return int(answer.read())
 
 
 def main(num_tokens: int = 32768, dim: int = 512, rows: int = 64, rounds: int = 5) -> None:
@@ -79,7 +84,7 @@ def main(num_tokens: int = 32768, dim: int = 512, rows: int = 64, rounds: int = 
         rounds: Timed rounds.
     """
     sizes = (num_tokens, dim, rows)
-    # first, since a process takes over the high-water mark of the one that starts it
+    # first: a process that has computed with several threads cannot be forked
     names = {", ".join(name): name for name in itertools.product(("draw", "update"), SPREADS, WAYS)}
     peaks = {label: peak_megabytes(name, sizes) for label, name in names.items()}
     check_parity(num_tokens)
