@@ -91,6 +91,13 @@ def named(reward: Rewards) -> Mapping[str, Reward]:
     return reward if isinstance(reward, Mapping) else {"": reward}
 
 
+def move(reward: Rewards, device: torch.device) -> None:
+    """Bring the models among rewards to a device."""
+    for model in named(reward).values():
+        if isinstance(model, RewardModel):
+            model.to(device)
+
+
 def label_of(name: str) -> str:
     """How messages call a reward."""
     return f"the reward {name!r}" if name else "the reward function"

@@ -159,10 +159,16 @@ class Run:
         )
 
     @beartype
-    def save(self, write_models: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        write_models: Callable[[Path], None],
+        state: Mapping[str, Any],
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes the checkpoint of this step, whole or not at all, and removes all but the newest `keep_checkpoints`.
 
-        `state` is what else the trainer has to find again, as JSON. OSError where the disk is full; what was saved
+        `state` is what else the trainer has to find again, as JSON. `best` says, by its "step", which checkpoint is the
+        best so far: best.json has it, and that checkpoint is kept. OSError where the disk is full; what was saved
         before stays.
         """
         if self.output_dir is None:
@@ -170,7 +176,7 @@ class Run:
         random_states = gather_object([rng_state()])
         moments = optimizer_tensors(self.optimizer, self._parameter_names())
         if self.is_main:
-            with new_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints) as folder:
+            with new_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints, best) as folder:
                 write_models(folder)
                 save_file(moments, folder / "optimizer.safetensors")
                 own = {"step": self.step, "elapsed": self.elapsed, "config": dataclasses.asdict(self.config)}
@@ -227,7 +233,8 @@ class Run:
     ) -> Iterator[Metrics]:
         """Yields the metrics of one step after another until `is_done`, or for `max_seconds`; logs and saves when due.
 
-        A step that evaluates or wants to be logged for another reason has `"log"` among its metrics. `num_steps` is
+        A step that evaluates or wants to be logged for another reason has `"log"` among its metrics, one that wants to
+        be saved `"save"`. `num_steps` is
         how many the run has, or seems to have (None: unknown), `show` makes what stands behind the progress bar.
         """
         limit, before, started = self.config.max_seconds, self.elapsed, time.perf_counter() - self.elapsed
@@ -235,13 +242,13 @@ class Run:
         with self.progress_bar(num_steps(), progress_bar) as bar:
             while not is_done() and not self.ending:
                 metrics = one_step()
-                must_log = bool(metrics.pop("log", False))
+                must_log, must_save = bool(metrics.pop("log", False)), bool(metrics.pop("save", False))
                 self.elapsed = metrics["elapsed"] = self._agreed(time.perf_counter() - started)
                 if limit is not None and self.elapsed - before >= limit and not is_done():
                     self.ending = {"stopped_early": "max_seconds"}
                 if must_log or self.is_due(self.config.log_every):
                     self.log.write(metrics, draw=must_log)
-                if self.is_due(self.config.save_every) or is_done() or self.ending:
+                if must_save or self.is_due(self.config.save_every) or is_done() or self.ending:
                     save()
                     self.log.draw()
                 bar.total = num_steps()

@@ -23,7 +23,12 @@ from palm_rlhf.model.interop.folder import sync
 from palm_rlhf.training.config import RunConfig
 from palm_rlhf.training.sharding import full_tensor, sharded_like
 
-METRICS_FILE, STATE_FILE = "metrics.jsonl", "state.json"
+METRICS_FILE, STATE_FILE, BEST_FILE = "metrics.jsonl", "state.json", "best.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step_{step:08d}"
 
 
 @beartype
@@ -56,14 +61,23 @@ def writing(what: str) -> Iterator[None]:
         ) from error
 
 
+@beartype
+def best_checkpoint(root: Path) -> Path | None:
+    """The checkpoint under `root` that best.json names, where there is one."""
+    path = root / BEST_FILE
+    folder = root / json.loads(path.read_text(encoding="utf-8"))["checkpoint"] if path.is_file() else None
+    return folder if folder is not None and (folder / STATE_FILE).is_file() else None
+
+
 @contextmanager
 @beartype
-def new_checkpoint(root: Path, step: int, keep: int) -> Iterator[Path]:
+def new_checkpoint(root: Path, step: int, keep: int, best: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """A folder to fill, which becomes the checkpoint of `step` when the block ends; then all but the newest `keep` go.
 
-    The folder has a temporary name until everything in it is on the disk. OSError where it cannot be written.
+    The best one stays, which best.json names from then on: that of `best["step"]`, or if None the one of before. The
+    folder has a temporary name until everything in it is on the disk. OSError where it cannot be written.
     """
-    final = root / f"step_{step:08d}"
+    final = root / checkpoint_name(step)
     partial = root / f".{final.name}.partial"
     with writing(f"the checkpoint {final}"):
         root.mkdir(parents=True, exist_ok=True)
@@ -78,9 +92,13 @@ def new_checkpoint(root: Path, step: int, keep: int) -> Iterator[Path]:
             os.replace(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        if best is not None:
+            write_text(root / BEST_FILE, json.dumps({"checkpoint": checkpoint_name(best["step"]), **best}) + "\n")
         sync(root)
+        kept = best_checkpoint(root)
         for old in complete_checkpoints(root)[:-keep]:
-            _retire(old)
+            if old != kept:
+                _retire(old)
         _remove_leftovers(root)
 
 

@@ -206,6 +206,15 @@ class PPOConfig(RunConfig):
     shared_trunk: bool = False
     """Read values from the policy's own embeddings, instead of a critic beside it."""
 
+    eval_every: int = 10
+    """Steps between evaluations on eval_prompts, where there are some; the last step has one in any case."""
+
+    eval_samples: int = 1
+    """Responses to each of eval_prompts in an evaluation, and of the reference's that they are compared with."""
+
+    eval_temperature: float | None = None
+    """Temperature of these responses, 0 for the likeliest tokens; None: that of the training."""
+
     sample_every: int = 10
     """Steps between tables of responses in samples.jsonl."""
 

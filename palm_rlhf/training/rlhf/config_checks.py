@@ -14,7 +14,7 @@ def check_config(config: "PPOConfig") -> None:
     """ValueError for a field out of its range."""
     config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
                            "minibatch_size", "epochs", "learning_rate", "eps", "kl_horizon", "overlong_penalty",
-                           "sample_every", "samples_kept", "max_turns")  # fmt: skip
+                           "sample_every", "samples_kept", "max_turns", "eval_every", "eval_samples")  # fmt: skip
     config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef", "missing_eos_penalty",
                                "overlong_buffer", "actor_lora_r", "critic_lora_r")  # fmt: skip
     for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
@@ -25,6 +25,10 @@ def check_config(config: "PPOConfig") -> None:
     for name in ("gamma", "gae_lambda", "min_lr_ratio"):
         config.expect(name, 0 <= getattr(config, name) <= 1, "0 to 1")
     config.expect("kl_coef", config.kl_coef is None or config.kl_coef >= 0, "None or 0 or more")
+    temperature = config.eval_temperature
+    config.expect("eval_temperature", temperature is None or temperature >= 0, "None or 0 or more")
+    if temperature == 0:
+        config.expect("eval_samples", config.eval_samples == 1, "1 where eval_temperature is 0: all would be the same")
     weights = (config.reward_weights or {}).values()
     config.expect("reward_weights", all(math.isfinite(weight) for weight in weights), "finite numbers")
     config.expect("betas", all(0 <= beta < 1 for beta in config.betas), "two numbers from 0 to below 1")

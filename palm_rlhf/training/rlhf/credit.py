@@ -15,6 +15,7 @@ from palm_rlhf.algorithms.advantages import (
     whiten,
 )
 from palm_rlhf.algorithms.gae import gae
+from palm_rlhf.algorithms.kl import adapt_kl_coef
 from palm_rlhf.algorithms.ratios import importance_weights
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.rewards import Scores
@@ -72,6 +73,13 @@ def counted_responses(config: PPOConfig, scores: Scores, rollout: Rollout) -> Te
     if config.variant.drops_equal_groups:
         counted = counted & varied_groups(scores.scores, config.num_samples, valid=scores.valid)
     return counted
+
+
+def steered_kl_coef(config: PPOConfig, kl_coef: float, kl: float) -> float:
+    """The next step's weight of the KL, after a step of so many nats per response, on its way to `config.kl_target`."""
+    return adapt_kl_coef(
+        kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_samples=config.rollouts_per_step
+    )
 
 
 @torch.no_grad()

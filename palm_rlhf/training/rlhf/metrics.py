@@ -24,6 +24,15 @@ ratio_min, ratio_max  extremes of the ratio of their probabilities
 grad_norm, critic_grad_norm  before clipping
 optimizer_steps     made in this step; fewer where `early_stop_kl` ended it
 tokens_per_second   response tokens over the time of the whole step
+
+An evaluation, before which the step's optimisation is done, adds these of the responses to eval_prompts:
+
+eval_score, eval_score/NAME  means of the score, and of each named reward, those of eval_reward among them
+eval_kl, eval_response_length, eval_eos_rate  as above; KL by the training's temperature
+eval_win_rate       share of wins over the reference's responses to the same prompts by the score, ties half; without a
+                    reference, over those of the policy when the run began
+eval_win_rate_low, eval_win_rate_high  ends of its interval of 95 percent (Wilson)
+eval_overoptimized  1 where the score has risen and a held-out reward fallen, beyond chance
 """
 
 import json

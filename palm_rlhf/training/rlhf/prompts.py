@@ -33,17 +33,20 @@ def read_prompts(
     prompts: Sequence[Prompt] | None = None,
     prompts_path: str | Path | None = None,
     tokenizer: Any = None,
+    name: str | None = None,
 ) -> Prompts:
     """Prompts in one of several forms, all ids checked against `num_tokens`; texts need the tokenizer.
 
     Exactly one of `prompt_token_ids` (a list of 1-d tensors, or `b n` with lengths `b` where rows are padded on the
     right), `prompts` (texts, 1-d tensors, or rows: mappings with a text or token ids as their "prompt", and other
     columns), and the path of a file: a text on each line that is not blank, or, where its name ends in .jsonl, a row.
+    `name` is what messages call them, by default the one of these names.
     """
     given = {"prompt_token_ids": prompt_token_ids, "prompts": prompts, "prompts_path": prompts_path}
-    names = [name for name, value in given.items() if value is not None]
+    names = [key for key, value in given.items() if value is not None]
     if len(names) != 1:
         raise ValueError(f"got {names or 'no prompts'}, expected exactly one of {list(given)}")
+    source = name or names[0]
     if prompt_lengths is not None and not isinstance(prompt_token_ids, Tensor):
         raise ValueError("got prompt_lengths without padded prompt_token_ids: a list of rows has its own lengths")
     if prompts_path is not None:
@@ -53,9 +56,9 @@ def read_prompts(
     elif prompts is None:
         prompts = prompt_token_ids
     if not len(prompts):
-        raise ValueError(f"{names[0]} holds no prompt, expected at least one")
+        raise ValueError(f"{source} holds no prompt, expected at least one")
     rows = [prompt if isinstance(prompt, Mapping) else {PROMPT: prompt} for prompt in prompts]
-    token_ids = [_tokens(row, f"prompt {index}", names[0], tokenizer) for index, row in enumerate(rows)]
+    token_ids = [_tokens(row, f"prompt {index}", source, tokenizer) for index, row in enumerate(rows)]
     for index, row in enumerate(token_ids):
         if row.ndim != 1 or len(row) == 0:
             raise ValueError(

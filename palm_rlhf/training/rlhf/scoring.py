@@ -1,5 +1,6 @@
 """What reward functions can ask for of the run and its rollouts, by name."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from beartype import beartype
@@ -12,6 +13,12 @@ class TrainerState(NamedTuple):
 
     global_step: int
     max_steps: int
+
+
+@beartype
+def keyword_names(columns: Iterable[str], environment: Any) -> tuple[str, ...]:
+    """All that functions can ask for beside prompts and completions: with an environment the messages too."""
+    return (*columns, *OF_ROLLOUT, *OF_RUN, *(() if environment is None else OF_CONVERSATIONS))
 
 
 @beartype

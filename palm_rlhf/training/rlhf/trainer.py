@@ -10,12 +10,11 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.kl import adapt_kl_coef
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, named, score
+from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, move, score
 from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.policy.turns import Environment, Turns, asked_columns
@@ -24,13 +23,14 @@ from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
 from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.rlhf.config import PPOConfig
-from palm_rlhf.training.rlhf.credit import assign_credit, counted_responses, shape_scores
+from palm_rlhf.training.rlhf.credit import assign_credit, counted_responses, shape_scores, steered_kl_coef
 from palm_rlhf.training.rlhf.dynamic_sampling import Sampled, replace_equal_groups
+from palm_rlhf.training.rlhf.evaluation import PANELS, make_evaluator
 from palm_rlhf.training.rlhf.experience import Experience, in_batches
 from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
-from palm_rlhf.training.rlhf.scoring import OF_CONVERSATIONS, OF_ROLLOUT, OF_RUN, run_keywords
+from palm_rlhf.training.rlhf.scoring import keyword_names, run_keywords
 from palm_rlhf.training.rlhf.token_table import TokenTable
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
@@ -48,8 +48,9 @@ class RLHFTrainer:
     `prompt_lengths` where rows are padded on the right, or texts, or rows with other columns, or a file of one of these
     (`read_prompts`). `critic` is what the critic starts from, `reference` what the KL is measured against: both the
     given palm if None; with a `kl_coef` of 0 there is no reference unless one is given. `environment` answers between
-    the policy's turns, see `palm_rlhf.policy.turns.Turns`; its replies are read, and not learnt. All that is saved goes
-    to `output_dir`; `resume=True` goes on from the newest checkpoint there.
+    the policy's turns, see `palm_rlhf.policy.turns.Turns`; its replies are read, and not learnt. `eval_prompts`, in the
+    forms of `prompts` or a file, are evaluated on every `config.eval_every` steps, also by `eval_reward`, which is not
+    learnt from. All that is saved goes to `output_dir`; `resume=True` goes on from the newest checkpoint there.
     """
 
     @beartype
@@ -66,6 +67,8 @@ class RLHFTrainer:
         critic: PaLM | RewardModel | None = None,
         reference: PaLM | None = None,
         environment: Environment | None = None,
+        eval_prompts: Sequence[Prompt] | str | Path | None = None,
+        eval_reward: Rewards | None = None,
         config: PPOConfig = PPOConfig(),  # noqa: B008 (it is frozen)
         output_dir: str | Path | None = None,
         resume: bool = False,
@@ -80,8 +83,9 @@ class RLHFTrainer:
         self._shortest_prompt = min(map(len, self.prompts))
         self.sampler = EpochSampler(len(self.prompts), config.seed)
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
-        names = (*self.columns, *OF_ROLLOUT, *OF_RUN, *(() if environment is None else OF_CONVERSATIONS))
+        names = keyword_names(self.columns, environment)
         check_rewards(reward_model, num_tokens=palm.num_tokens, keywords=names, weights=config.reward_weights)
+        self.evaluator = make_evaluator(self, eval_prompts, eval_reward)
         torch.manual_seed(config.seed)  # for the adapters, which are drawn here: the run seeds all else
         self.actor_critic = ActorCritic(
             palm,
@@ -100,11 +104,11 @@ class RLHFTrainer:
         self.accelerator = self.run.accelerator
         if self.reference is not None:
             self.reference.palm.to(self.run.device)
-        for reward in named(reward_model).values():
-            if isinstance(reward, RewardModel):
-                reward.to(self.run.device)
+        for rewards in (reward_model, eval_reward or {}):
+            move(rewards, self.run.device)
         self.run.load_newest(self._read_checkpoint)
-        self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, CURVES)
+        panels = {**CURVES, **(PANELS if self.evaluator else {})}
+        self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, panels)
         self.samples = SampleTable(self.run, config.samples_kept, tokenizer)
         self.tokens = TokenTable(self.run, self.actor_critic, self.reference, config.samples_kept, tokenizer)
 
@@ -150,6 +154,8 @@ class RLHFTrainer:
         """
         check_room(self.prompts, self.config.max_seq_len)
         self.config.check_end()
+        if self.evaluator:
+            self.evaluator.begin(self)
         return self.run.drive(
             self._step,
             lambda: self.run.step >= self.config.num_steps,
@@ -171,12 +177,12 @@ class RLHFTrainer:
         if self.actor_critic.value_head is not None:
             metrics["critic_learning_rate"] = groups[-1]["lr"]
         if self.config.kl_target is not None:
-            c, kl = self.config, metrics["kl"]
-            steer = {"target": c.kl_target, "horizon": c.kl_horizon, "num_samples": c.rollouts_per_step}
-            self.kl_coef = adapt_kl_coef(self.kl_coef, kl, **steer)
+            self.kl_coef = steered_kl_coef(self.config, self.kl_coef, metrics["kl"])
         self.run.step += 1
         if self.run.is_due(self.config.sample_every):
             self.samples.write(rollout, scores, self.config.eos_token)
+        if self.evaluator and (self.run.is_due(self.config.eval_every) or self.run.step >= self.config.num_steps):
+            metrics |= self.evaluator.evaluate(self)
             self.tokens.write(experience, scores, self.config, self.sampling.truncation)
         return {"step": self.run.step, **metrics}
 
@@ -229,7 +235,7 @@ class RLHFTrainer:
                 rollout.sequences,
                 tokenizer=self.tokenizer,
                 eos_token=self.config.eos_token,
-                batch_size=self._forward_size,
+                batch_size=self.forward_size,
                 weights=self.config.reward_weights,
                 timeout=self.config.reward_timeout,
                 keywords={**rollout.keywords, **run_keywords(self.run.step, self.config.num_steps)},
@@ -352,9 +358,11 @@ class RLHFTrainer:
             "sampler": self.sampler.state_dict(),
             "kl_coef": self.kl_coef,
             "score_moments": self.score_moments.state_dict(),
+            "evaluation": self.evaluator and self.evaluator.state_dict(),
         }
         tensors = full_state(self.actor_critic)
-        self.run.save(lambda folder: write_policy(folder, self.actor_critic, self.reference, tensors), state)
+        best = self.evaluator and self.evaluator.best
+        self.run.save(lambda folder: write_policy(folder, self.actor_critic, self.reference, tensors), state, best)
 
     def _read_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
@@ -362,10 +370,12 @@ class RLHFTrainer:
         if self.config.continues_kl_coef(state["config"]):
             self.kl_coef = state["kl_coef"]
         self.score_moments.load_state_dict(state["score_moments"])
+        if self.evaluator and state.get("evaluation"):
+            self.evaluator.load_state_dict(state["evaluation"])
 
     def _in_batches(self, function: Callable[[Sequences], tuple], sequences: Sequences) -> list[Tensor | None]:
         with self.run.autocast(), whole(self.actor_critic):
-            return in_batches(function, sequences, self._forward_size)
+            return in_batches(function, sequences, self.forward_size)
 
     @property
     def sampling(self) -> Sampling:
@@ -386,7 +396,7 @@ class RLHFTrainer:
         return max(min(self.config.minibatch_size, self.config.rollouts_per_step) // self.run.num_processes, 1)
 
     @property
-    def _forward_size(self) -> int:
+    def forward_size(self) -> int:
         """Responses in one forward of one process: what the update has room for with gradients, there is without."""
         return self.config.micro_batch_size or self._minibatch_rows
 
