@@ -18,6 +18,7 @@ from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.sharding import full_state, plain_palm
+from palm_rlhf.training.state import best_checkpoint
 
 
 @beartype
@@ -28,6 +29,8 @@ def rlhf(
     reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
     rewards: Annotated[tuple[str, ...], arg(metavar="NAME=SOURCE ...")] = (),
     environment: Annotated[str | None, arg(metavar="FILE.py:FUNCTION")] = None,
+    eval_prompts: Annotated[Path | None, arg(metavar="FILE")] = None,
+    eval_rewards: Annotated[tuple[str, ...], arg(metavar="NAME=SOURCE ...")] = (),
     output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     resume: bool = False,
     template: TemplateName = "auto",
@@ -48,6 +51,9 @@ def rlhf(
             reward models as NAME=FOLDER. --reward-weights has their weights, and that of reward_model by this name.
         environment: A function that answers the model's turns, such as a tool: of the messages so far, and of what
             other fields of a row it asks for by name. It returns the next message of the user, or None at the end.
+        eval_prompts: Prompts to evaluate on every --eval-every steps, as PROMPTS; the best checkpoint is kept by it.
+        eval_rewards: Rewards that only evaluations ask, as --rewards: the first of them tells the best checkpoint, and
+            one that falls while the score rises is a reason for a warning.
         output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
             default.
         resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
@@ -61,8 +67,12 @@ def rlhf(
     if training.eos_token is None:
         training = replace(training, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
     answers = None if environment is None else read_environment(environment, chat_model)
-    asks_functions = any(not isinstance(judge, RewardModel) for judge in judges.values())
-    rows = read_prompt_rows(prompts, chat_model, with_columns=asks_functions or answers is not None)
+    eval_judges = open_rewards(None, eval_rewards, chat_model, model) if eval_rewards else {}
+    asks_functions = any(not isinstance(judge, RewardModel) for judge in (*judges.values(), *eval_judges.values()))
+    rows, eval_rows = (
+        file and read_prompt_rows(file, chat_model, with_columns=asks_functions or answers is not None)
+        for file in (prompts, eval_prompts)
+    )
     has_critic = training.algorithm == "ppo" and not training.shared_trunk and not training.critic_lora_r
     trainer = RLHFTrainer(
         palm=chat_model.palm,
@@ -71,6 +81,8 @@ def rlhf(
         prompts=rows,
         tokenizer=chat_model.tokenizer,
         environment=answers,
+        eval_prompts=eval_rows,
+        eval_reward=eval_judges or None,
         config=training,
         output_dir=output_dir,
         resume=resume,
@@ -88,4 +100,6 @@ def rlhf(
         if reward_model is not None:
             sources = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
             next_commands += [("measure the run", f"palm-rlhf evaluate run {folder} {sources}")]
+        if best := trainer.evaluator and best_checkpoint(trainer.run.checkpoints):
+            say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
         finish(result, output_dir, next_commands)

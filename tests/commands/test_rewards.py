@@ -57,6 +57,33 @@ def test_a_run_is_rewarded_by_functions_of_a_file(model, command):
         assert line["score"] == line["scores"]["correct"] - 0.5 * len(line["completion"])
 
 
+def test_a_run_is_evaluated_on_prompts_of_its_own(model, command):
+    """By rewards of the training and by one that only evaluations ask; what is best is kept and said."""
+    folder = model.parent
+    (folder / "more.jsonl").write_text('{"prompt": "4+4?", "answer": "8"}\n{"prompt": "5+5?", "answer": "0"}\n')
+    (folder / "gold.py").write_text(
+        "def right(completions, answer):\n    assert answer == ['8', '0']\n    return [len(c) for c in completions]\n"
+    )
+    options = [
+        "--model",
+        model,
+        "--output-dir",
+        folder / "run",
+        *PPO,
+        "--rewards",
+        f"length={folder}/my_rewards.py:length",
+    ]
+    held_out = ["--eval-prompts", folder / "more.jsonl", "--eval-rewards", f"gold={folder}/gold.py:right"]
+    every = ["--eval-every", "1", "--eval-temperature", "0", "--save-every", "9", "--keep-checkpoints", "1"]
+    result, said = command("rlhf", folder / "rows.jsonl", *options, *held_out, *every)
+    assert result["eval_score"] == result["eval_score/gold"] == result["eval_score/length"]
+    assert 0 <= result["eval_win_rate_low"] <= result["eval_win_rate"] <= result["eval_win_rate_high"] <= 1
+    best = json.loads((folder / "run/checkpoints/best.json").read_text())
+    assert best["metric"] == "eval_score/gold"
+    policy = folder / "run/checkpoints" / best["checkpoint"] / "policy"
+    assert f"the best by eval_score/gold is {policy}" in said and PaLM.from_pretrained(policy).num_tokens == 261
+
+
 def test_rows_carry_what_is_not_of_their_question(model):
     chat = open_chat_model(model)
     rows = read_prompt_rows(model.parent / "rows.jsonl", chat, with_columns=True)

@@ -52,6 +52,7 @@ OTHERS = {
     "score_clip": 3.0,
     "kl_penalty": "loss",
     "reward_timeout": 60.0,
+    "eval_temperature": 0.5,
     "reward_weights": {"evens": 0.5},
     "clip_eps": 0.1,
     "ratio_level": "sequence",

@@ -47,13 +47,24 @@ def palm_of(seed, dtype=torch.float64):
     return PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
 
 def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", environment=None, reference=None,
-            **options):
+            eval_prompts=None, eval_reward=None, **options):
     settings = {"num_steps": 4, "rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6,
                 "eos_token": 5, "grad_clip": 0.0, "save_every": 1, "plot": False, **options}
     prompts = [{"prompt": torch.arange(1 + index % 4), "place": index} for index in range(8)]
     return RLHFTrainer(palm=palm_of(0, dtype), reward_model=globals()[reward], prompts=prompts, reference=reference,
-                       environment=globals().get(environment), config=PPOConfig(**settings), output_dir=folder,
+                       environment=globals().get(environment), eval_prompts=eval_prompts,
+                       eval_reward=eval_reward, config=PPOConfig(**settings), output_dir=folder,
                        resume=resume)
+
+def evaluated(folder=None):
+    # a policy that stays where it is, and the likeliest tokens, so that evaluations draw nothing
+    prompts = [{"prompt": torch.arange(1 + index % 3), "place": index % 3} for index in range(7)]
+
+    def by_row(prompts, completions, prompt_ids, truncated):
+        return [float(len(row) + 10 * len(ids) + cut) for row, ids, cut in zip(completions, prompt_ids, truncated)]
+
+    return trainer(folder, num_steps=2, eval_every=1, eval_temperature=0.0, learning_rate=1e-12, kl_coef=0.5,
+                   reward="evens", reference=palm_of(1, torch.float64), eval_prompts=prompts, eval_reward=by_row)
 
 def share(rollout, rows):
     return Rollout(rollout.sequences.select(rows), rollout.logprobs[rows], rollout.truncated[rows])
@@ -125,6 +136,8 @@ list(trainer(f"{out}/whole").steps())
 list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
 list(trainer(f"{out}/cut", resume=True).steps())
 list(trainer(f"{out}/several", num_steps=2, reward="several", reward_weights={"place": 0.5}).steps())
+mine = evaluated(f"{out}/evaluated")
+torch.save([metrics for metrics in mine.steps()], f"{out}/evaluated{mine.run.rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -219,6 +232,19 @@ def test_named_rewards_of_two_processes_are_logged_as_means_over_both(runs):
     for line in read_metrics(runs / "several/metrics.jsonl"):
         assert line["score/place"] == 5.0 and line["score_std/place"] == pytest.approx(2**0.5)
         assert line["score"] == pytest.approx(line["score/evens"] + 0.5 * (3 + 4 + 5 + 6 + 7) / 8)
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(runs, names):
+    """Seven prompts, of which one process has four; both know all that is found, and one checkpoint is the best."""
+    found = [torch.load(runs / f"evaluated{rank}.pt", weights_only=False) for rank in (0, 1)]
+    expected = list(names["evaluated"]().steps())
+    for one, *both in zip(expected, *found, strict=True):
+        measured = {name: value for name, value in one.items() if name.startswith("eval_")}
+        assert measured.keys() >= {"eval_score", "eval_score/held_out", "eval_kl", "eval_win_rate", "eval_eos_rate"}
+        assert abs(measured["eval_kl"]) > 1e-3 and measured["eval_score/held_out"] > 10
+        for metrics in both:
+            assert {name: metrics[name] for name in measured} == pytest.approx(measured, abs=1e-9)
+    assert json.loads((runs / "evaluated/checkpoints/best.json").read_text())["step"] == 1
 
 
 def test_two_processes_hold_conversations_of_different_lengths(runs):

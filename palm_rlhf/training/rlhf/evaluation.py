@@ -18,12 +18,12 @@ from palm_rlhf.algorithms.overoptimization import Overoptimization, overoptimiza
 from palm_rlhf.algorithms.win_rate import win_rate
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.policy.rewards import Rewards, check_rewards, named, score
+from palm_rlhf.policy.rewards import Rewards, check_rewards, named
 from palm_rlhf.policy.rollout import Rollout, collect
 from palm_rlhf.training.metrics import Metrics
 from palm_rlhf.training.rlhf.experience import in_batches
 from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, check_room, read_prompts
-from palm_rlhf.training.rlhf.scoring import keyword_names, run_keywords
+from palm_rlhf.training.rlhf.scoring import keyword_names, score_rollout
 from palm_rlhf.training.sharding import whole
 from palm_rlhf.training.state import rng_state, set_rng_state
 
@@ -150,17 +150,10 @@ class Evaluator:
     def _scored(self, trainer: "RLHFTrainer", rollout: Rollout) -> list[dict[str, Any]]:
         """For each prompt of this process its place, and each reward's scores of its responses."""
         config, run = trainer.config, trainer.run
-        options = {
-            "tokenizer": trainer.tokenizer,
-            "eos_token": config.eos_token,
-            "batch_size": trainer.forward_size,
-            "timeout": config.reward_timeout,
-            "keywords": {**rollout.keywords, **run_keywords(run.step, config.num_steps)},
-        }
-        said = score(self.reward, rollout.sequences, weights=config.reward_weights, **options)
+        said = score_rollout(trainer, self.reward, rollout, config.reward_weights)
         numbers = {SCORE: said.numbers(), **{name: part.numbers() for name, part in said.by_name.items()}}
         if self.eval_reward is not None:
-            more = score(self.eval_reward, rollout.sequences, **options).by_name
+            more = score_rollout(trainer, self.eval_reward, rollout).by_name
             numbers |= {name: part.numbers() for name, part in more.items()}
         size = config.eval_samples
         return [

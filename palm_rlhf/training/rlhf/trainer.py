@@ -14,10 +14,10 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.vocabulary import known_tokens
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, move, score
+from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, move
 from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import Sequences
-from palm_rlhf.policy.turns import Environment, Turns, asked_columns
+from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics, Result
 from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
@@ -30,7 +30,7 @@ from palm_rlhf.training.rlhf.experience import Experience, in_batches
 from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
-from palm_rlhf.training.rlhf.scoring import keyword_names, run_keywords
+from palm_rlhf.training.rlhf.scoring import keyword_names, run_keywords, score_rollout
 from palm_rlhf.training.rlhf.token_table import TokenTable
 from palm_rlhf.training.run import Run
 from palm_rlhf.training.sharding import full_state, whole
@@ -78,8 +78,6 @@ class RLHFTrainer:
         given = (prompt_token_ids, prompt_lengths, prompts, prompts_path)
         self.prompts, self.columns = read_prompts(palm.num_tokens, *given, tokenizer)
         config.check_environment(environment)
-        if environment is not None:
-            asked_columns(environment, self.columns)  # an error comes now, and not in a step
         self._shortest_prompt = min(map(len, self.prompts))
         self.sampler = EpochSampler(len(self.prompts), config.seed)
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
@@ -181,9 +179,9 @@ class RLHFTrainer:
         self.run.step += 1
         if self.run.is_due(self.config.sample_every):
             self.samples.write(rollout, scores, self.config.eos_token)
+            self.tokens.write(experience, scores, self.config, self.sampling.truncation)
         if self.evaluator and (self.run.is_due(self.config.eval_every) or self.run.step >= self.config.num_steps):
             metrics |= self.evaluator.evaluate(self)
-            self.tokens.write(experience, scores, self.config, self.sampling.truncation)
         return {"step": self.run.step, **metrics}
 
     def sample(self) -> Sampled:
@@ -230,16 +228,7 @@ class RLHFTrainer:
 
     def _score(self, rollout: Rollout) -> Scores:
         with self.run.autocast():
-            return score(
-                self.reward_model,
-                rollout.sequences,
-                tokenizer=self.tokenizer,
-                eos_token=self.config.eos_token,
-                batch_size=self.forward_size,
-                weights=self.config.reward_weights,
-                timeout=self.config.reward_timeout,
-                keywords={**rollout.keywords, **run_keywords(self.run.step, self.config.num_steps)},
-            )
+            return score_rollout(self, self.reward_model, rollout, self.config.reward_weights)
 
     @torch.no_grad()
     @beartype

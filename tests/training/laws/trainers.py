@@ -79,6 +79,8 @@ def make(config, folder=None, resume=False, *, palm=None, valid=False):
     if isinstance(config, PPOConfig):
         if config.max_turns != 8 or config.max_turn_tokens is not None:  # which have a meaning where somebody answers
             run["environment"] = lambda messages: None
+        if (config.eval_every, config.eval_samples, config.eval_temperature) != (10, 1, None):
+            run["eval_prompts"] = prompts
         reward = evens if config.reward_weights is None else {"evens": evens}
         return RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=prompts, **run)
     if isinstance(config, LMConfig):
