@@ -27,7 +27,7 @@ FLOORS = {
 }
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
 CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")
-MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 4350, 400, 80
+MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 4650, 400, 80
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORT_NAMES = {"beautifulsoup4": "bs4", "lingua_language_detector": "lingua", "PyYAML": "yaml"}
 KERNELS = ("_triton.py", "_chunked.py", "native.py")  # with a backward of their own, or in C

@@ -95,11 +95,16 @@ def rlhf(
         if training.actor_lora_r:
             palm.merge_finetune_params(ACTOR_SCOPE)
         save_model(output_dir, palm, chat_model.tokenizer, chat_model.template)
-        folder = quoted(output_dir)
-        next_commands = [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")]
-        if reward_model is not None:
-            sources = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
-            next_commands += [("measure the run", f"palm-rlhf evaluate run {folder} {sources}")]
-        if best := trainer.evaluator and best_checkpoint(trainer.run.checkpoints):
-            say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
-        finish(result, output_dir, next_commands)
+        sources = [] if reward_model is None else ["--reference", model, "--reward-model", reward_model]
+        finish(result, output_dir, _next_commands(trainer, output_dir, sources))
+
+
+def _next_commands(trainer: RLHFTrainer, output_dir: Path, sources: list[str]) -> list[tuple[str, str]]:
+    """What can be done with what was made, (words, command) each; says where the best checkpoint is."""
+    if best := trainer.evaluator and best_checkpoint(trainer.run.checkpoints):
+        say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
+    folder = quoted(output_dir)
+    commands = [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")]
+    if sources:
+        commands += [("measure the run", f"palm-rlhf evaluate run {folder} {' '.join(map(quoted, sources))}")]
+    return commands
