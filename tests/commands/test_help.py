@@ -12,7 +12,7 @@ from palm_rlhf.cli import COMMANDS
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 
-EXAMPLES = ("sft", "rlhf", "serve_and_ask")  # train.py is the command
+EXAMPLES = ("sft", "rlhf", "guessing_game", "serve_and_ask")  # train.py is the command
 
 
 def functions() -> dict[str, tuple[str, str | None]]:

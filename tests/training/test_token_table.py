@@ -28,7 +28,7 @@ def make_trainer(output_dir, **options) -> RLHFTrainer:
     settings = {"rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 5, "eos_token": EOS,
                 "learning_rate": 1e-2, "samples_kept": 3, "sample_every": 1, "num_steps": 1, "plot": False,
                 "whiten_advantages": False, "kl_coef": 0.1}  # fmt: skip
-    extra = {name: options.pop(name) for name in ("tokenizer", "resume", "reward") if name in options}
+    extra = {name: options.pop(name) for name in ("tokenizer", "resume", "reward", "environment") if name in options}
     if options.get("algorithm", "ppo") != "ppo":
         del settings["whiten_advantages"]
     return RLHFTrainer(
@@ -144,6 +144,17 @@ def test_a_response_without_a_score_is_not_in_the_loss(tmp_path):
     first, second, _ = lines_of(tmp_path)
     assert first["score"] is None and set(first["in_loss"]) == {0} and set(first["clipped"]) == {0}
     assert second["score"] == 1.0 and set(second["in_loss"]) == {1}
+
+
+def test_what_an_environment_wrote_is_not_in_the_loss(tmp_path):
+    """It has no log-probability of the policy's either, and a ratio of 1."""
+    options = {"environment": lambda messages: torch.tensor([9, 10]), "max_turns": 2, "max_turn_tokens": 2}
+    list(make_trainer(tmp_path, eos_token=None, max_new_tokens=6, **options).steps())
+    for line in lines_of(tmp_path):
+        assert line["in_loss"] == [1, 1, 0, 0, 1, 1] and line["tokens"][2:4] == [9, 10]
+        assert all(line[name][2:4] == [0, 0] for name in ("logprob", "new_logprob", "ref_logprob", "advantage"))
+        assert all(line["logprob"][place] and line["new_logprob"][place] for place in (0, 1, 4, 5))
+        assert line["ratio"][2:4] == [1, 1]
 
 
 def test_recording_leaves_the_bits_of_a_run(tmp_path):

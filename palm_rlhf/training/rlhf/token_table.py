@@ -37,7 +37,7 @@ class TokenTable:
     ratio              of the probabilities after and before the update; of the whole response where the loss has it so
     clipped            1 where the loss no longer moves the token, because its ratio is beyond the clip range; with
                        CISPO, where the ratio that weighs the token is cut to that range
-    in_loss            0 for a token that the loss leaves out
+    in_loss            0 for a token that the loss leaves out; an environment's have log-probabilities of 0
 
     Lines of steps after the one that the run is at, left by a run that was cut off, are dropped.
     """
@@ -93,13 +93,17 @@ def token_columns(
 ) -> dict[str, Tensor]:
     """The numbers of each token, by their names in tokens.jsonl: `b t` each."""
     variant = config.variant
-    moved = log_ratio(new_logprobs, kept.logprobs, kept.action_mask, level=variant.ratio_level)
+    logprobs, new_logprobs, ref_logprobs = (
+        numbers.masked_fill(~kept.sequences.action_mask, 0.0)
+        for numbers in (kept.logprobs, new_logprobs, kept.ref_logprobs)
+    )
+    moved = log_ratio(new_logprobs, logprobs, kept.action_mask, level=variant.ratio_level)
     ratio = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     above, below = ratio > 1 + variant.clip_eps_high, ratio < 1 - variant.clip_eps
     is_cispo = config.grpo_variant == "cispo"
     clipped = (above & ((kept.advantages > 0) | is_cispo)) | (below & ((kept.advantages < 0) | is_cispo))
     columns = {
-        "logprob": kept.logprobs,
+        "logprob": logprobs,
         "new_logprob": new_logprobs,
         "advantage": kept.advantages,
         "ratio": ratio,
@@ -107,7 +111,7 @@ def token_columns(
         "in_loss": kept.action_mask.int(),
     }
     if has_reference:
-        columns["ref_logprob"] = kept.ref_logprobs
+        columns["ref_logprob"] = ref_logprobs
     if config.algorithm == "ppo":
         columns |= {"value": kept.values, "return": kept.returns}
     return columns
