@@ -23,6 +23,8 @@ ALGORITHMS = [
     {"algorithm": "grpo", "num_samples": 4},
     {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dr_grpo", "kl_coef": 0.1},
     {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dapo", "entropy_coef": 0.05},
+    {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "gspo", "clip_eps": 0.3, "clip_eps_high": 0.3},
+    {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "cispo"},
     {"algorithm": "rloo", "num_samples": 4},
     {"algorithm": "rloo", "num_samples": 4, "ratio_level": "token"},
 ]
@@ -284,6 +286,31 @@ def test_the_gradient_over_all_games_is_that_of_the_expected_reward():
     num_moves = sum(len(moves) for moves, _ in GAMES)  # that the loss is divided by
     for (name, _), gradient in zip(palm.named_parameters(), expected, strict=True):
         torch.testing.assert_close(-num_moves * found[f"palm.{name}"], gradient, rtol=0, atol=1e-12)
+
+
+def test_conversations_that_are_drawn_again_stay_whole():
+    """Dynamic sampling puts longer ones in the place of shorter ones: each keeps its tokens, mask and messages."""
+
+    def sometimes(messages):
+        said = messages[-1]["content"]
+        return None if int(said[0]) % 3 == 0 else said[: 1 + int(said[1]) % 3]
+
+    def reward(prompts, completions):
+        return [float(len(row) > 9) for row in completions]
+
+    options = {"algorithm": "grpo", "num_samples": 2, "grpo_variant": "dapo", "max_redraws": 4, "eos_token": None}
+    trainer = make_trainer(environment=sometimes, reward=reward, max_turns=4, max_turn_tokens=3, **options)
+    sampled = trainer.sample()
+    rollout = sampled.rollout
+    assert sampled.metrics["redrawn_groups"] > 4
+    for row, messages in enumerate(rollout.messages):
+        prompt, *parts = (message["content"].tolist() for message in messages)
+        own = [message["role"] == "assistant" for message in messages[1:] for _ in message["content"]]
+        length = int(rollout.sequences.lengths[row])
+        assert rollout.sequences.tokens[row, :length].tolist() == [*prompt, *itertools.chain(*parts)]
+        assert rollout.sequences.action_mask[row, : len(own)].tolist() == own
+        assert (rollout.logprobs[row, : len(own)] != 0).tolist() == own
+    assert trainer.update(trainer.estimate_advantages(rollout, sampled.scores))["optimizer_steps"] == 1
 
 
 # what is told
