@@ -117,6 +117,7 @@ def test_the_best_stands_against_the_worst_response_to_the_same_prompt():
     assert margins == [3.0, 1.0]
 
 
+@pytest.mark.law("RolloutConfig.missing_eos_penalty")
 def test_a_response_that_is_cut_off_pays_its_penalty():
     rollout = rollout_of([[1]] * 2, [[2, 3], [4, 0]], truncated=[True, False])
     for penalty, chosen in ((0.0, [2, 3]), (0.4, [2, 3]), (0.6, [4, 0])):
@@ -290,6 +291,7 @@ def test_a_reward_model_scores_and_texts_go_to_a_function():
     assert not any(said.endswith("a") for _, said in asked) and 0 <= metrics["eos_rate"] <= 1
 
 
+@pytest.mark.law("RolloutConfig.reward_weights", "RolloutConfig.reward_timeout")
 def test_several_rewards_count_by_their_weights_and_get_the_columns_of_their_prompts():
     asked, counts = [], {"reward_weights": {"low": 2.0, "seen": 0.0}}
 
@@ -335,6 +337,7 @@ def test_a_run_goes_on_to_the_bit(tmp_path):
         assert (tmp_path / name / "part/checkpoints/step_00000002/reference").is_dir() == (name == "copy")
 
 
+@pytest.mark.law("RolloutConfig.sample_every", "RolloutConfig.samples_kept")
 def test_samples_metrics_and_curves_are_written(tmp_path):
     trainer = make(tmp_path, valid=prompts_of(4), plot=True, rollouts={"sample_every": 2, "samples_kept": 3})
     result = trainer.train()
@@ -347,6 +350,10 @@ def test_samples_metrics_and_curves_are_written(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.law("RolloutConfig.num_samples", "RolloutConfig.max_new_tokens", "RolloutConfig.temperature")
+@pytest.mark.law(
+    "RolloutConfig.top_k", "RolloutConfig.top_p", "RolloutConfig.eos_token", "RolloutConfig.rollout_batch_size"
+)
 def test_how_responses_are_drawn():
     def said(**rollouts):
         trainer = make(rollouts=rollouts)

@@ -6,9 +6,12 @@ import dataclasses
 import pytest
 
 from palm_rlhf import training
-from palm_rlhf.training.config import RunConfig
+from palm_rlhf.training.config import RunConfig, Settings
+from palm_rlhf.training.rollout_config import RolloutConfig
 
 from .trainers import CONFIGS
+
+WALKED = (*CONFIGS, RolloutConfig)
 
 WHAT_TO_DO = """{names}: no law is found.
 A law is a test that gives the field another value than its default and asserts what differs: a loss, a gradient, an
@@ -69,7 +72,7 @@ def fields_of(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", WALKED, ids=lambda kind: kind.__name__)
 def test_every_field_has_its_law(kind, laws):
     names = [name for name in fields_of(kind) if not {(kind.__name__, name), ("*", name)} & laws.keys()]
     text = {"names": ", ".join(f"{kind.__name__}.{name}" for name in names)}
@@ -77,7 +80,7 @@ def test_every_field_has_its_law(kind, laws):
 
 
 def test_every_law_is_of_a_field_that_it_sets(laws, trees):
-    known = {(kind.__name__, name) for kind in CONFIGS for name in fields_of(kind)}
+    known = {(kind.__name__, name) for kind in WALKED for name in fields_of(kind)}
     known |= {("*", name) for _, name in known}
     unknown = [f"{'.'.join(law)}: {tests}" for law, tests in laws.items() if law not in known]
     assert not unknown, f"laws of fields that no config has: {unknown}"
@@ -91,8 +94,12 @@ def test_all_configs_are_walked():
     def kinds(base):
         return {base}.union(*map(kinds, base.__subclasses__()))
 
-    trainers = {kind for kind in kinds(RunConfig) - {RunConfig} if kind.__module__.startswith(training.__name__)}
-    assert set(CONFIGS) == trainers, "add the config to SETTINGS in tests/training/laws/trainers.py, and its trainer"
+    configs = {
+        kind for kind in kinds(Settings) - {Settings, RunConfig} if kind.__module__.startswith(training.__name__)
+    }
+    of_runs = {kind for kind in configs if issubclass(kind, RunConfig)}
+    assert set(CONFIGS) == of_runs, "add the config to SETTINGS in tests/training/laws/trainers.py, and its trainer"
+    assert set(WALKED) == configs, "add the config to WALKED, which is walked here"
 
 
 @pytest.mark.parametrize(
