@@ -25,6 +25,18 @@ TRL = {  # the trainer, and its settings
     "dapo": ("GRPO", {"loss_type": "dapo", "epsilon_high": 0.28, "use_bias_correction_kl": False}),
     "entropy": ("GRPO", {"loss_type": "grpo", "entropy_coef": 0.1, "use_bias_correction_kl": False}),
     "rloo": ("RLOO", {}),
+    "gspo": (
+        "GRPO",
+        {
+            "loss_type": "grpo",
+            "importance_sampling_level": "sequence",
+            "epsilon": 0.05,
+            "epsilon_high": 0.08,
+            "use_bias_correction_kl": False,
+        },
+    ),
+    "cispo": ("GRPO", {"loss_type": "cispo", "epsilon_high": 1.5, "use_bias_correction_kl": False}),
+    "batch": ("GRPO", {"loss_type": "grpo", "scale_rewards": "batch", "use_bias_correction_kl": False}),
 }
 ALGORITHMS = {
     "grpo": {"algorithm": "grpo"},
@@ -32,6 +44,9 @@ ALGORITHMS = {
     "dapo": {"algorithm": "grpo", "grpo_variant": "dapo"},
     "entropy": {"algorithm": "grpo", "entropy_coef": 0.1},
     "rloo": {"algorithm": "rloo"},
+    "gspo": {"algorithm": "grpo", "grpo_variant": "gspo", "clip_eps": 0.05, "clip_eps_high": 0.08},
+    "cispo": {"algorithm": "grpo", "grpo_variant": "cispo", "clip_eps_high": 0.5},
+    "batch": {"algorithm": "grpo", "advantage_scale": "batch"},
 }
 
 
@@ -138,6 +153,9 @@ def test_advantages_of_the_trainer_are_those_of_trl(rollout):
         ("grpo", {"grpo_variant": "dr_grpo"}),
         ("dr_grpo", {"grpo_variant": "grpo"}),
         ("dapo", {"grpo_variant": "dr_grpo"}),
+        ("batch", {"advantage_scale": "group"}),
+        ("batch", {"advantage_scale": "none"}),
+        ("grpo", {"advantage_scale": "batch"}),
     ],
     indirect=["rollout"],
 )
@@ -146,7 +164,7 @@ def test_advantages_of_the_trainer_see_another_option(rollout, changed):
         check_advantages(rollout, **changed)
 
 
-@pytest.fixture(scope="module", params=["grpo", "dr_grpo", "dapo", "entropy", "rloo"])
+@pytest.fixture(scope="module", params=["grpo", "dr_grpo", "dapo", "entropy", "rloo", "gspo", "cispo", "batch"])
 def moved(request, rollout_of):
     """The variant, TRL's numbers of a step on responses of a policy that has moved since, and how far it has."""
     trainer, theirs = rollout_of(request.param)
@@ -170,7 +188,7 @@ def moved(request, rollout_of):
         "loss": loss.item(),
         "grad_norm": torch.stack(norms).norm().item(),
         "kl": metrics["kl"][-1] if "kl" in metrics else None,
-        "clip_fraction": metrics["clip_ratio/region_mean"][-1],
+        "clip_fraction": metrics["cispo_clip_ratio" if request.param == "cispo" else "clip_ratio/region_mean"][-1],
         "entropy": metrics["entropy"][-1],
     }
     return request.param, theirs, noise, numbers
@@ -192,7 +210,7 @@ def check_step(moved, **changed):
     assert loss - trainer.config.entropy_coef * metrics["entropy"] == expected
     assert metrics["grad_norm"] == pytest.approx(numbers["grad_norm"], rel=1e-4)
     assert metrics["entropy"] == pytest.approx(numbers["entropy"], rel=1e-4)
-    if name != "rloo":  # where TRL counts responses, ours tokens
+    if name not in ("rloo", "gspo", "cispo"):  # where TRL counts responses, or good ones alone; ours all tokens
         assert metrics["clip_fraction"] == pytest.approx(numbers["clip_fraction"], rel=1e-4)
     if name == "dapo":  # the others' is divided as their loss is
         assert metrics["kl_loss"] == pytest.approx(numbers["kl"], rel=1e-4)
@@ -219,6 +237,13 @@ def test_a_step_of_the_trainer_is_that_of_trl(moved):
         ("rloo", {"ratio_level": "token"}),
         ("rloo", {"clip_eps": 0.1}),
         ("dapo", {"grpo_variant": "grpo", "clip_eps_high": 0.28}),
+        ("gspo", {"ratio_level": "token"}),
+        ("gspo", {"ratio_level": "sequence"}),
+        ("gspo", {"clip_eps_high": 0.05}),
+        ("gspo", {"grpo_variant": "cispo", "ratio_level": "geometric", "loss_aggregation": "sequence"}),
+        ("cispo", {"grpo_variant": "dapo", "clip_eps": 1.0}),
+        ("cispo", {"clip_eps_high": 1.5}),
+        ("cispo", {"loss_aggregation": "sequence"}),
     ],
     indirect=["moved"],
 )

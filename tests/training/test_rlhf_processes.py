@@ -31,6 +31,13 @@ def by_place(prompts, completions, place):
     assert [int(prompt[-1]) for prompt in prompts] == [number % 4 for number in place]
     return [None if number < 3 else float(number) for number in place]
 
+def equal_for(*numbers):
+    def reward(prompts, completions, place):
+        return [3.0 if number in numbers else float(row % 2) for row, number in enumerate(place)]
+    return reward
+
+redrawn_by_one, redrawn_by_both = equal_for(4, 6, 5, 1), equal_for(2, 4, 5)
+
 several = {"evens": evens, "place": by_place}
 heard = []
 
@@ -110,10 +117,12 @@ OPTIONS = [
     {"actor_lora_r": 2},
     TALK,
     {"reward": "picky", "scale_scores": True},  # which leaves the processes with different numbers of scores
+    {"algorithm": "grpo", "grpo_variant": "gspo", "num_samples": 2, "advantage_scale": "batch", "mask_truncated": True},
 ]
 ROWS = [0, 1, 4, 5], [2, 3, 6, 7]  # of each process
 STEERED = {"rollouts_per_step": 4, "minibatch_size": 4, "learning_rate": 1e-12, "kl_coef": 0.5, "kl_target": 5.0,
            "kl_horizon": 20, "eos_token": None, "max_new_tokens": 3}  # fmt: skip
+REDRAWN = {"algorithm": "grpo", "grpo_variant": "dapo", "num_samples": 2, "max_redraws": 2, "num_steps": 1}
 TWO_PROCESSES = """
 out = sys.argv[1]
 for index, options in enumerate(OPTIONS):
@@ -132,6 +141,12 @@ list(trainer(f"{out}/talking", **{**OPTIONS[4], "num_steps": 1}).steps())
 steered = trainer(reward="listening", reference=palm_of(1), **STEERED)
 metrics = list(steered.steps())
 torch.save((heard, metrics, steered.kl_coef), f"{out}/heard{steered.run.rank}.pt")
+for reward in ("redrawn_by_one", "redrawn_by_both"):
+    redrawing = trainer(reward=reward, **REDRAWN)
+    rollout, scores, _, counts = redrawing.sample()
+    told = rollout.columns["place"], scores.scores.tolist(), counts, redrawing.sampler.num_drawn
+    torch.save(told, f"{out}/{reward}{redrawing.run.rank}.pt")
+    list(trainer(f"{out}/{reward}", reward=reward, **REDRAWN).steps())
 list(trainer(f"{out}/whole").steps())
 list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
 list(trainer(f"{out}/cut", resume=True).steps())
@@ -157,7 +172,10 @@ def runs(request, names, tmp_path_factory, root) -> Path:
     torch.save(names["rollouts"](), folder / "rollouts.pt")
     torch.save(names["rollouts"](**TALK), folder / "talks.pt")
     (folder / "script.py").write_text(
-        RUN + f"OPTIONS, STEERED = {OPTIONS!r}, {STEERED!r}\n" + (SHARDS if sharded else "") + TWO_PROCESSES
+        RUN
+        + f"OPTIONS, STEERED, REDRAWN = {OPTIONS!r}, {STEERED!r}, {REDRAWN!r}\n"
+        + (SHARDS if sharded else "")
+        + TWO_PROCESSES
     )
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
@@ -197,6 +215,29 @@ def test_each_prompt_is_answered_by_one_process_and_the_prompts_are_those_of_one
         steps = torch.load(runs / f"heard{rank}.pt", weights_only=False)[0]
         told = [[place for place, _, _ in step] for step in steps]
         assert told == [order[4 * step + rank : 4 * step + 4 : 2] for step in range(4)]
+
+
+@pytest.mark.parametrize(
+    "reward, places, num_redrawn, num_left",
+    [("redrawn_by_one", [2, 1, 3, 0], 3, 1), ("redrawn_by_both", [1, 0, 3, 6], 3, 0)],
+)
+def test_prompts_that_are_drawn_again_are_those_of_one_process(runs, names, reward, places, num_redrawn, num_left):
+    """After 2, 4, 3 and 6 come 5, 0 and 1; in some round one process has nothing to draw again."""
+    assert names["trainer"]().sampler.draw(7) == [2, 4, 3, 6, 5, 0, 1]
+    alone = names["trainer"](reward=reward, **REDRAWN)
+    one = alone.sample()
+    assert one.rollout.columns["place"] == [place for place in places for _ in range(2)]
+    assert one.metrics == {"redrawn_groups": num_redrawn, "equal_groups": num_left}
+    of_prompt = dict(zip(places, one.scores.scores.view(4, 2).tolist(), strict=True))
+    for rank in (0, 1):
+        mine, scores, counts, num_drawn = torch.load(runs / f"{reward}{rank}.pt", weights_only=False)
+        assert mine == [place for place in places[rank::2] for _ in range(2)]
+        assert scores == [score for place in places[rank::2] for score in of_prompt[place]]
+        assert (counts, num_drawn) == (one.metrics, alone.sampler.num_drawn) and num_drawn == 4 + num_redrawn
+    (line,) = read_metrics(runs / reward / "metrics.jsonl")
+    assert (line["redrawn_groups"], line["equal_groups"]) == (num_redrawn, num_left)
+    drawn = [3.0, 3.0] * (num_redrawn + num_left) + [0.0, 1.0] * (4 - num_left)
+    assert line["score"] == pytest.approx(sum(drawn) / len(drawn))
 
 
 def test_the_kl_is_steered_by_the_responses_of_both_processes(runs, names):

@@ -15,7 +15,7 @@ class Experience:
     """Responses, and the numbers of the rollout that the losses compare with; `b t` each."""
 
     sequences: Sequences
-    action_mask: Tensor  # of the responses that have a score
+    action_mask: Tensor  # of the responses that the losses are of
     logprobs: Tensor
     ref_logprobs: Tensor  # where there is no reference, the policy's own
     values: Tensor

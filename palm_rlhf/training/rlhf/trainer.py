@@ -278,7 +278,7 @@ class RLHFTrainer:
         """One optimiser step on a minibatch of every process, each loss divided by what all of them hold."""
         c, run, mask = self.config, self.run, batch.action_mask
         num_tokens, num_sequences = self.accelerator.reduce(torch.stack([mask.sum(), mask.any(dim=-1).sum()]), "sum")
-        if not num_tokens:  # no response of this minibatch has a score
+        if not num_tokens:  # no response of this minibatch counts
             return
 
         def loss_of(rows: Tensor) -> Tensor:
