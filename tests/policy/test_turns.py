@@ -8,6 +8,7 @@ import torch
 from tokenizers import models, pre_tokenizers, processors
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from palm_rlhf.policy import shared_prompts
 from palm_rlhf.policy.rollout import Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.policy.turns import Turns, asked_columns
@@ -183,6 +184,19 @@ def test_changing_what_the_environment_said_changes_what_comes_after_it_alone(pa
     assert later.sum() > 10
     assert torch.equal(before[earlier], after[earlier])
     assert ((before - after)[later].abs() > 1e-4).float().mean() > 0.9
+
+
+def test_replies_are_read_after_a_prompt_that_several_conversations_share(palm, draw_rows, monkeypatch):
+    sampling, turns = Sampling(max_new_tokens=16, eos_token=EOS), Turns(echo, 3, max_turn_tokens=5)
+    sequences = collect(palm, draw_rows(30, 25), sampling, num_samples=6, generator=seeded(), turns=turns).sequences
+    assert not shared_prompts.pays(sequences, groups := shared_prompts.find_groups(sequences))
+    with torch.no_grad():
+        alone = response_logprobs(palm, sequences).logprobs
+        monkeypatch.setattr(shared_prompts, "MIN_SAVED", 1)
+        together = response_logprobs(palm, sequences).logprobs
+    assert shared_prompts.pays(sequences, groups) and sequences.num_actions < int(sequences.response_lengths.sum())
+    mask = sequences.action_mask
+    torch.testing.assert_close(together[mask], alone[mask], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 9}, {"max_seq_len": 11}], ids=str)
