@@ -50,9 +50,9 @@ class Turns:
 
     The environment is called with the messages so far, the last of them the policy's, and returns its reply, or None
     where the conversation is over. Further parameters of its signature are passed by name: the prompt's other columns.
-    With a tokenizer the contents are texts, that of the prompt too, and a reply is a
-    text, encoded as it stands, or 1-d ids, which can hold special tokens such as the marks of turns: see
-    `palm_rlhf.data.conversation.encode_reply`. Without a tokenizer contents and replies are 1-d ids.
+    With a tokenizer the contents are texts, that of the prompt too, and a reply is a text, encoded as it stands, or 1-d
+    ids, which can hold special tokens such as the marks of turns: see `palm_rlhf.data.conversation.encode_reply`.
+    Without a tokenizer contents and replies are 1-d ids. One conversation is asked after another, turn by turn.
 
     A turn of the policy ends with its EOS, or, where no EOS is looked for, after `max_turn_tokens`. A conversation is
     cut off, and counts as truncated, where a turn ends without the EOS, and where the environment replies after
