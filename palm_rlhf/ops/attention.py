@@ -9,7 +9,6 @@ from beartype import beartype
 from torch import Tensor
 
 from .attention_chunked import attention_chunked
-from .attention_native import takes
 from .attention_reference import attention_reference, visibility
 
 Implementation = Literal["auto", "eager", "fused", "chunked", "triton"]
@@ -92,7 +91,7 @@ def _triton_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 def choose(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, key_mask: Tensor | None = None, document_ids: Tensor | None = None
 ) -> str:
-    """The implementation that `auto` takes for a call.
+    """The implementation that `auto` takes for a call; by shapes and types, so the same with and without gradients.
 
     q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j`
     """
@@ -100,13 +99,10 @@ def choose(
         return "triton"
     if torch.compiler.is_compiling():
         return "fused"
-    masked = key_mask is not None or document_ids is not None
     if q.shape[-2] == 1 or q.device.type == "meta":
         return "fused"
-    if masked or (causal and q.shape[-2] != k.shape[-2]):
-        return "chunked"
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return "chunked" if (needs_grad and q.device.type == "cpu") or takes(q, k, v) else "fused"
+    masked = key_mask is not None or document_ids is not None
+    return "chunked" if masked or q.device.type == "cpu" or (causal and q.shape[-2] != k.shape[-2]) else "fused"
 
 
 def attention_fused(

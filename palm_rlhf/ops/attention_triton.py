@@ -97,7 +97,9 @@ def attention_triton(
     key_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """The attention of `attention_reference` in fused kernels; a few new queries that need no gradient are decoded.
+    """The attention of `attention_reference` in fused kernels; a few queries over a longer cache are decoded.
+
+    Whole sequences, however short, take the kernel of training also where they need no gradient.
 
     q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j` -> `b (hk g) i d`
     """
@@ -105,7 +107,7 @@ def attention_triton(
     key_mask = None if key_mask is None else key_mask.contiguous()
     document_ids = None if document_ids is None else document_ids.contiguous()
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    few = q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS[q.dtype]
+    few = q.shape[2] < k.shape[2] and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS[q.dtype]
     if few and document_ids is None and not needs_grad:
         return _decode(q, k, v, causal, key_mask)
     return _forward(q, k, v, causal, key_mask, document_ids)[0]

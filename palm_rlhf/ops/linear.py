@@ -74,7 +74,7 @@ def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, .
 
     x: `... i`, weight: `sum(sizes) i` -> one `... size` for each size
     """
-    if not _trains_on_cpu(x, weight):
+    if not _has_kernels(x):
         return linear(x, weight).split_with_sizes(sizes, dim=-1)
     return _SplitLinear.apply(*_autocast(x, weight), sizes)
 
@@ -84,7 +84,7 @@ def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hi
 
     x: `... i`, weight: `o i`, gate and value: `... j`, hidden_weight: `o j` -> `... o`
     """
-    if not _trains_on_cpu(x, weight, gate, value, hidden_weight) or uses_triton(gate, value):
+    if not _has_kernels(x) or uses_triton(gate, value):
         return linear(x, weight) + linear(swiglu(gate, value), hidden_weight)
     return _SwiGLUSumLinear.apply(*_autocast(x, weight, gate, value, hidden_weight))
 
@@ -102,10 +102,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _trains_on_cpu(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or tensors[0].device.type != "cpu":
-        return False
-    return any(t.requires_grad for t in tensors)
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the functions above compute a call, with gradients or without: on a CPU, of more than one new token.
+
+    A gradient must not decide: a policy's probabilities, recorded without one, are compared with those of training.
+    """
+    one_token = x.ndim < 2 or x.shape[-2] == 1
+    return x.device.type == "cpu" and not one_token and not torch.compiler.is_compiling()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

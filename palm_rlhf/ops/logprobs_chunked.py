@@ -44,13 +44,15 @@ def linear_logprobs_reference(
 def chunks_pay(x: Tensor, weight: Tensor, *, entropy_needs_grad: bool = False) -> bool:
     """Whether `linear_logprobs` saves memory at no loss of speed, against all logits at once.
 
+    The answer is the same with and without gradients, so that the log-probabilities are.
+
     x: `... e`, weight: `v e`
     """
     if uses_triton(x, weight):
         return True
     num_tokens, dim = weight.shape
     many = num_tokens >= 4 * dim and x.numel() // dim * num_tokens > CHUNK
-    repeats = torch.is_grad_enabled() and (weight.requires_grad or entropy_needs_grad)
+    repeats = weight.requires_grad or entropy_needs_grad
     return many and not (repeats and dim > MAX_REPEATED_DIM) and not torch.compiler.is_compiling()
 
 

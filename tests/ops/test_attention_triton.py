@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf.ops.attention import attention, available_implementations, choose
 
@@ -55,6 +56,30 @@ def test_auto_takes_it_in_a_compiled_graph_too(num_queries, operator):
     with FakeTensorMode():
         compiled(*fakes(num_queries=num_queries))
     assert [name for name in calls if "palm_rlhf" in name] == [f"palm_rlhf.{operator}.default"]
+
+
+class Operators(TorchDispatchMode):
+    """Writes down which of our operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "palm_rlhf":
+            self.names.append(function.name().removeprefix("palm_rlhf::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_queries, num_keys", [(50, 50), (4, 4), (1, 1), (1, 50), (4, 50)])
+def test_without_gradients_whole_sequences_take_the_kernel_of_training(num_queries, num_keys):
+    """However short they are: what a policy said is compared bit by bit with what it says in training."""
+    with FakeTensorMode():
+        lengths = num_queries, num_keys, num_keys
+        q, k, v = (torch.empty(2, 4, length, 32, device="cuda", dtype=torch.bfloat16) for length in lengths)
+        with Operators() as operators:
+            attention(q, k, v, causal=True)
+    assert operators.names == ["attention_decode" if num_queries < num_keys else "attention_forward"]
 
 
 @pytest.mark.parametrize("num_queries", [50, 1])
