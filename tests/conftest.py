@@ -209,6 +209,23 @@ def compile_native(tmp_path, monkeypatch):
     return compile_
 
 
+@pytest.fixture(params=["kernels in C", "operations of PyTorch"])
+def kernels(request, monkeypatch):
+    """A test with the kernels in C, where there is a compiler for them, and once more without them."""
+    from palm_rlhf.ops import attention_native, native
+
+    def forget():
+        native._load.cache_clear()
+        attention_native._runs.cache_clear()
+
+    with monkeypatch.context() as patch:
+        if request.param == "operations of PyTorch":
+            patch.setenv("PALM_RLHF_NATIVE", "0")
+        forget()
+        yield
+    forget()
+
+
 def available_memory() -> int:
     """Bytes that new processes can have, those of the system's caches included; no limit where it does not say."""
     try:

@@ -189,9 +189,12 @@ class PaLM(nn.Module):
                 generation.check_token_ids(given, self.num_tokens)
             raise
 
-    def to_logits(self, embeds: Tensor) -> Tensor:
-        """The tied output layer: `... e -> ... v`."""
-        return F.linear(embeds, self.token_emb.weight) * self.config.output_scale
+    def to_logits(self, embeds: Tensor, *, wide: bool = False) -> Tensor:
+        """The tied output layer: `... e -> ... v`; `wide` scales in float32, where bfloat16 would round once more."""
+        logits = F.linear(embeds, self.token_emb.weight)
+        if wide:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits * self.config.output_scale
 
     def _embed(self, tokens, key_mask, positions, document_ids, cache, extra_embed, scope) -> Tensor:
         """Tokens to final embeddings, `b n -> b n e`."""

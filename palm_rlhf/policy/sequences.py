@@ -184,7 +184,7 @@ def action_logprobs(
         options = {"top_k": top_k, "top_p": top_p, "entropy_needs_grad": entropy_needs_grad}
         scale = palm.config.output_scale / temperature
         return ActionLogprobs(*linear_logprobs(embeds, weight, actions, scale=scale, **options))
-    logits = palm.to_logits(embeds)
+    logits = palm.to_logits(embeds, wide=True)  # as those of chunks are
     logits = truncated_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, allowed_tokens=allowed_tokens, always=actions
     )

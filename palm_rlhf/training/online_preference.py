@@ -240,7 +240,7 @@ class OnlinePreferenceTrainer:
             self.run.step += 1
             return {"learning_rate": self.config.learning_rate * factor}
         reference = self.learner.reference
-        ref_logprobs = None if reference is None else self.learner.logprobs(reference, pairs)
+        ref_logprobs = None if reference is None else self.learner.logprobs(reference, pairs, as_in_steps=True)
         return self.learner.optimizer_step(pairs, ref_logprobs, factor)
 
     def _measured(self, rollout: Rollout, scores: Scores) -> Metrics:

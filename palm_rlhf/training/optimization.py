@@ -72,6 +72,17 @@ def forward_precision(precision: Precision, device: torch.device) -> Callable[[]
 
 
 @beartype
+def computes_below_float32(precision: Precision, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of weights of this type are rounded to less than float32: by autocast, their type, or TF32."""
+    if forward_precision(precision, device) is not nullcontext or torch.finfo(dtype).bits < 32:
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # PyTorch's answer where a precision was set for a single backend
+        return True
+
+
+@beartype
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 arithmetic of its own; elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from beartype import beartype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import warmup_cosine
+from palm_rlhf.training.optimization import computes_below_float32, warmup_cosine
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, checked_preferences
 from palm_rlhf.training.preference_learner import PreferenceLearner
@@ -62,8 +63,7 @@ class PreferenceTrainer:
         self.ref_logprobs: dict[str, Tensor] = {}
         self.run.load_newest(self._read_checkpoint)
         if config.has_reference and not self.ref_logprobs:
-            start = self.learner.policy if self.reference is None else self.reference
-            self.ref_logprobs = {name: self.learner.logprobs(start, items) for name, items in self.items.items()}
+            self.ref_logprobs = {name: self._reference_logprobs(name) for name in self.items}
         panels = {
             key if name == "train" else f"valid_{key}": f"{name}: {CURVES[key]}" for name in data for key in CURVES
         }
@@ -72,6 +72,22 @@ class PreferenceTrainer:
     def _checked(self, items: Preferences, name: str) -> Preferences:
         limits = {"num_tokens": self.palm.num_tokens, "max_seq_len": self.config.max_seq_len}
         return checked_preferences(items, name, paired=self.config.is_paired, **limits)
+
+    def _reference_logprobs(self, name: str) -> Tensor:
+        """What the reference gives the responses of the data so called, before the first step.
+
+        Below float32 what it says of a row depends on the batch. It reads the training data in those of the first
+        epoch, so that a policy that starts as its reference has log-ratios of exactly 0.
+        """
+        items = self.items[name]
+        start = self.learner.policy if self.reference is None else self.reference
+        if name != "train" or not computes_below_float32(self.config.precision, self.palm.dtype, self.run.device):
+            return self.learner.logprobs(start, items)
+        num_steps = -(-len(items) // self.items_per_step)
+        drawn = EpochSampler(len(items), self.config.seed).draw(num_steps * self.items_per_step)
+        said = self.learner.logprobs(start, [items[index] for index in drawn], as_in_steps=True)
+        places = torch.tensor(drawn[: len(items)]).argsort()
+        return said[:, places]
 
     @property
     def step(self) -> int:

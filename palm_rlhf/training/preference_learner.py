@@ -46,7 +46,7 @@ class ResponseLogprobs(nn.Module):
         if chunks_pay(embeds, weight):
             logprobs, _ = linear_logprobs(embeds, weight, sequences.actions, scale=self.palm.config.output_scale)
         else:
-            logprobs = token_logprobs(self.palm.to_logits(embeds), sequences.actions)
+            logprobs = token_logprobs(self.palm.to_logits(embeds, wide=True), sequences.actions)
         return masked_sum(logprobs, sequences.action_mask, dim=-1)
 
 
@@ -159,14 +159,20 @@ class PreferenceLearner:
 
     @torch.no_grad()
     @beartype
-    def logprobs(self, model: ResponseLogprobs, items: Preferences) -> Tensor:
-        """What a model gives the responses, every process asking for its share: `2 p`, or `1 p` of unpaired ones."""
+    def logprobs(self, model: ResponseLogprobs, items: Preferences, *, as_in_steps: bool = False) -> Tensor:
+        """What a model gives the responses, every process asking for its share: `2 p`, or `1 p` of unpaired ones.
+
+        Items of like length share a batch; `as_in_steps`, those that do in optimiser steps on the items in their order.
+        """
+        config, shard = self.config, (self.run.rank, self.run.num_processes)
         result = torch.zeros(len(items[0].responses), len(items), device=self.run.device)
-        by_length = sorted(range(len(items)), key=lambda index: items[index].num_tokens)  # so that few pads are read
-        for batch in micro_batches(by_length, self.config.batch_size, (self.run.rank, self.run.num_processes)):
-            rows = as_rows([items[index] for index in batch]).to(self.run.device)
-            with evaluating(model), self.run.autocast():
-                result[:, batch] = model(rows).unflatten(0, (-1, len(batch)))
+        places = range(len(items))
+        by_length = sorted(places, key=lambda place: items[place].num_tokens)  # so that few pads are read
+        for step in micro_batches(places, self.items_per_step) if as_in_steps else [by_length]:
+            for batch in micro_batches(step, config.batch_size, shard):
+                rows = as_rows([items[place] for place in batch]).to(self.run.device)
+                with evaluating(model), self.run.autocast():
+                    result[:, batch] = model(rows).unflatten(0, (-1, len(batch)))
         return self.run.accelerator.reduce(result, "sum").cpu()
 
     @beartype

@@ -147,6 +147,10 @@ for reward in ("redrawn_by_one", "redrawn_by_both"):
     told = rollout.columns["place"], scores.scores.tolist(), counts, redrawing.sampler.num_drawn
     torch.save(told, f"{out}/{reward}{redrawing.run.rank}.pt")
     list(trainer(f"{out}/{reward}", reward=reward, **REDRAWN).steps())
+still = trainer(dtype=torch.float32, precision="bf16", minibatch_size=4, micro_batch_size=1, learning_rate=1e-30)
+first = next(still.steps())
+if still.run.is_main:
+    torch.save(first, f"{out}/bf16.pt")
 list(trainer(f"{out}/whole").steps())
 list(itertools.islice(trainer(f"{out}/cut").steps(), 2))
 list(trainer(f"{out}/cut", resume=True).steps())
@@ -258,6 +262,12 @@ def test_the_kl_is_steered_by_the_responses_of_both_processes(runs, names):
         assert one["kl_coef"] == other["kl_coef"] == pytest.approx(expected, rel=1e-9)
         expected *= 1 + min(max(one["kl"] / 5.0 - 1, -0.2), 0.2) * 4 / 20
     assert told[0][2] == told[1][2] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_first_ratios_of_two_processes_in_bfloat16_are_exactly_1(runs):
+    metrics = torch.load(runs / "bf16.pt", weights_only=False)
+    assert metrics["optimizer_steps"] == 2
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["kl"] == 0
 
 
 def test_two_processes_resume_to_the_bit(runs):

@@ -100,8 +100,8 @@ def gradient_of_logits(trainer: RLHFTrainer, experience) -> torch.Tensor:
     """Of the whole objective, where each token of the responses is about to be said: `b t v`."""
     kept, to_logits = [], trainer.palm.to_logits
 
-    def keeping(embeds):
-        kept.append(to_logits(embeds))
+    def keeping(embeds, **options):
+        kept.append(to_logits(embeds, **options))
         kept[-1].retain_grad()
         return kept[-1]
 

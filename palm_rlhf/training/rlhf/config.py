@@ -222,7 +222,8 @@ class PPOConfig(RunConfig):
     """Responses in such a table."""
 
     precision: Precision = "float32"
-    """Arithmetic of sampling and training; in bf16 the recorded probabilities are computed again before training."""
+    """Arithmetic of sampling and training; in bf16, or with weights in bfloat16, the probabilities of the responses are
+    computed again before training, in the batches of its first epoch, so that its ratios begin at exactly 1."""
 
     save_every: int = 50
     """Steps between checkpoints."""

@@ -21,7 +21,7 @@ from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.rewards import Rewards, check_rewards, named
 from palm_rlhf.policy.rollout import Rollout, collect
 from palm_rlhf.training.metrics import Metrics
-from palm_rlhf.training.rlhf.experience import in_batches
+from palm_rlhf.training.rlhf.experience import by_length, in_batches
 from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, check_room, read_prompts
 from palm_rlhf.training.rlhf.scoring import keyword_names, score_rollout
 from palm_rlhf.training.sharding import whole
@@ -169,10 +169,10 @@ class Evaluator:
         if trainer.config.eos_token is not None:
             found["eos_rate"] = ~rollout.truncated
         if trainer.reference is not None:
-            options, size = trainer.sampling.truncation, trainer.forward_size
+            options, batches = trainer.sampling.truncation, by_length(sequences, trainer.forward_size)
             policy, reference = trainer.actor_critic, trainer.reference
-            (ours,) = in_batches(lambda part: policy(part, values=False, **options)[:1], sequences, size)
-            (theirs,) = in_batches(lambda part: reference.logprobs(part, **options)[:1], sequences, size)
+            (ours,) = in_batches(lambda part: policy(part, values=False, **options)[:1], sequences, batches)
+            (theirs,) = in_batches(lambda part: reference.logprobs(part, **options)[:1], sequences, batches)
             found["kl"] = masked_sum(ours - theirs, mask, dim=-1)
         columns = {name: numbers.double().tolist() for name, numbers in found.items()}
         return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]

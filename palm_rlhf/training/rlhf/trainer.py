@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,16 @@ from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, move
 from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
-from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.batches import EpochSampler
 from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import adamw_groups, warmup_cosine
+from palm_rlhf.training.optimization import adamw_groups, computes_below_float32, warmup_cosine
 from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.credit import assign_credit, counted_responses, shape_scores, steered_kl_coef
 from palm_rlhf.training.rlhf.dynamic_sampling import Sampled, replace_equal_groups
 from palm_rlhf.training.rlhf.evaluation import PANELS, make_evaluator
-from palm_rlhf.training.rlhf.experience import Experience, in_batches
+from palm_rlhf.training.rlhf.experience import Experience, by_length, first_forwards, in_batches
 from palm_rlhf.training.rlhf.metrics import CURVES, SHOWN, SampleTable, UpdateStatistics, rollout_metrics
 from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
@@ -234,17 +233,22 @@ class RLHFTrainer:
     @beartype
     def estimate_advantages(self, rollout: Rollout, scores: Scores) -> Experience:
         """How much better each action was than expected, by the critic or by the other responses to the prompt."""
-        c, sequences = self.config, rollout.sequences
-        truncation = self.sampling.truncation
-        # in less than float32, one token at a time rounds otherwise than all at once: the ratio is to begin at 1
-        again, with_values = c.precision != "float32", c.algorithm == "ppo"
-        logprobs, _, values = self._in_batches(
-            lambda part: self.actor_critic(part, policy=again, values=with_values, **truncation), sequences
-        )
-        logprobs = ref_logprobs = rollout.logprobs if logprobs is None else logprobs
-        if self.reference is not None:
-            (ref_logprobs,) = self._in_batches(lambda part: self.reference.logprobs(part, **truncation)[:1], sequences)
-        elif self.kl_coef:
+        c, sequences, reference = self.config, rollout.sequences, self.reference
+        order = torch.randperm(len(sequences))
+        options = {**self.sampling.truncation, "entropy_needs_grad": c.entropy_coef > 0}
+        # Below float32 what is said of a row depends on how it is read, token by token or at once and in which batch.
+        # It is read again in the batches of the first epoch, whose ratios are to be 1 until the policy moves.
+        again = computes_below_float32(c.precision, self.palm.dtype, self.run.device)
+        batches = by_length(sequences, self.forward_size)
+        if again:
+            batches = first_forwards(order.to(self.run.device), self._minibatch_rows, self.forward_size)
+        with self.run.autocast(), whole(self.actor_critic):
+            asked = {"policy": again, "values": c.algorithm == "ppo", **options}
+            logprobs, _, values = in_batches(lambda part: self.actor_critic(part, **asked), sequences, batches)
+            logprobs = ref_logprobs = rollout.logprobs if logprobs is None else logprobs
+            if reference is not None:
+                (ref_logprobs,) = in_batches(lambda part: reference.logprobs(part, **options)[:1], sequences, batches)
+        if self.kl_coef and reference is None:
             raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
         credit = assign_credit(
             c,
@@ -259,16 +263,15 @@ class RLHFTrainer:
             counted=counted_responses(c, scores, rollout),
             reduce=lambda total: self.accelerator.reduce(total, "sum"),
         )
-        return Experience(
-            sequences, credit.action_mask, logprobs, ref_logprobs, credit.values, credit.advantages, credit.returns
-        )
+        said = credit.action_mask, logprobs, ref_logprobs, credit.values, credit.advantages, credit.returns
+        return Experience(sequences, *said, first_order=order)
 
     @beartype
     def update(self, experience: Experience) -> Metrics:
         """Optimise on the responses, `epochs` times, in minibatches; returns the means of what the losses report."""
         c, statistics = self.config, UpdateStatistics(self.accelerator)
-        for _ in range(c.epochs):
-            for rows in torch.randperm(len(experience.sequences)).split(self._minibatch_rows):
+        for epoch in range(c.epochs):
+            for rows in experience.order(epoch).split(self._minibatch_rows):
                 self._optimizer_step(experience.select(rows.to(self.run.device)), statistics)
                 if c.early_stop_kl is not None and statistics.last("approx_kl") > c.early_stop_kl:
                     return statistics.means()
@@ -298,7 +301,7 @@ class RLHFTrainer:
 
         progress = run.step / c.num_steps
         _, norms = run.optimizer_step(
-            torch.arange(len(batch.sequences), device=run.device).split(c.micro_batch_size or len(batch.sequences)),
+            torch.arange(len(batch.sequences), device=run.device).split(self.forward_size),
             loss_of,
             rate_factor=warmup_cosine(run.step, progress, c.warmup_steps, c.min_lr_ratio),
             clip=[group for group in self._parameter_groups() if group],
@@ -361,10 +364,6 @@ class RLHFTrainer:
         self.score_moments.load_state_dict(state["score_moments"])
         if self.evaluator and state.get("evaluation"):
             self.evaluator.load_state_dict(state["evaluation"])
-
-    def _in_batches(self, function: Callable[[Sequences], tuple], sequences: Sequences) -> list[Tensor | None]:
-        with self.run.autocast(), whole(self.actor_critic):
-            return in_batches(function, sequences, self.forward_size)
 
     @property
     def sampling(self) -> Sampling:
