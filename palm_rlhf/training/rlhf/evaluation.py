@@ -14,7 +14,7 @@ from beartype import beartype
 from torch import Tensor
 from tqdm import tqdm
 
-from palm_rlhf.algorithms.overoptimization import Overoptimization, overoptimization
+from palm_rlhf.algorithms.overoptimization import LEVEL, Overoptimization, overoptimization
 from palm_rlhf.algorithms.win_rate import win_rate
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
@@ -183,8 +183,8 @@ class Evaluator:
 
     def _watch(self, trainer: "RLHFTrainer") -> int:
         """Whether the score has just been found to rise at the cost of a held-out reward; says so once in a run."""
-        proxy, level = _tensor(self.history[SCORE]), {"level": 0.05 / len(self.held_out)}
-        found = {name: overoptimization(proxy, _tensor(self.history[name]), **level) for name in self.held_out}
+        proxy, level = _tensor(self.history[SCORE]), LEVEL / len(self.held_out)
+        found = {name: overoptimization(proxy, _tensor(self.history[name]), level=level) for name in self.held_out}
         alarms = {name: alarm for name, alarm in found.items() if alarm is not None}
         if alarms and not self.has_warned:
             self.has_warned = True
