@@ -1,4 +1,4 @@
-"""The mutants of a module: cosmic-ray's, without those of annotations, which no test can see."""
+"""The mutants of a module: cosmic-ray's, without those of annotations and decorators, which change no value."""
 
 import ast
 import random
@@ -100,13 +100,14 @@ def gaps(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where annotations, type aliases and what only type checkers read begin and end."""
+    """Where annotations, decorators, type aliases and what only type checkers read begin and end."""
     for node in ast.walk(tree):
         match node:
             case ast.arg(annotation=ast.expr() as hidden) | ast.AnnAssign(annotation=hidden):
                 yield span(hidden)
-            case ast.FunctionDef(returns=ast.expr() as hidden):
-                yield span(hidden)
+            case ast.FunctionDef() | ast.ClassDef():
+                returns = node.returns if isinstance(node, ast.FunctionDef) else None
+                yield from map(span, [*node.decorator_list, *filter(None, [returns])])
             case ast.Assign(value=ast.BinOp(op=ast.BitOr()) as hidden, targets=[ast.Name(id=name)]) if name.istitle():
                 yield span(hidden)
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):

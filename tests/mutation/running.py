@@ -1,8 +1,8 @@
 """Runs the tests of a mutant, in a process forked from one that has loaded torch: seconds a mutant, not tens."""
 
-import importlib
+import compileall
+import importlib.util
 import os
-import shutil
 import signal
 import sys
 import time
@@ -24,6 +24,11 @@ LOADED_BEFORE = (
     "transformers",
 )
 
+# A test that hangs is one that fails: most mutants of a loop's end hang.
+OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "120",
+           "--hypothesis-profile", "mutation")  # fmt: skip
+LONGEST_RUN = 1200.0  # seconds of one run of pytest
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,11 +43,36 @@ def preload() -> None:
     """Import what every test imports, but nothing of this project: the copies are to be imported."""
     for name in LOADED_BEFORE:
         importlib.import_module(name)
+    import hypothesis
     import torch
 
     torch.set_num_threads(1)
-    sys.dont_write_bytecode = True  # a mutant as long as the original, of the same second, would pass for it
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # that an example fails is enough: none smaller is looked for
+    hypothesis.settings.register_profile(
+        "mutation",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+    )
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+class FirstFailure:
+    """A plugin of pytest that keeps the id of the first test that fails, or of the file that cannot be imported."""
+
+    path = Path("first_failure.txt")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.keep(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.keep(report)
+
+    def keep(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed and not self.path.exists():
+            self.path.write_text(report.nodeid, encoding="utf-8")
 
 
 class Runner:
@@ -50,50 +80,62 @@ class Runner:
 
     place: Path
     deadline: float
+    sound: set[str]  # tests that were seen to pass without a mutant
 
     @classmethod
-    def start(cls, places: Queue, deadline: float) -> None:
-        """Take a copy for this worker."""
-        cls.place, cls.deadline = places.get(), deadline
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def start(cls, places: Queue, deadline: float, tests: list[str]) -> None:
+        """Take a copy for this worker, and compile it and its tests, so that no run has to."""
+        cls.place, cls.deadline, cls.sound = places.get(), deadline, set()
+        compileall.compile_dir(cls.place / "palm_rlhf", quiet=2)
+        cls.run(["--collect-only", *tests], writes_bytecode=True)
 
     @classmethod
-    def baseline(cls, tests: tuple[str, ...]) -> float:
-        """Seconds that a mutant's tests may take: several times those of the code as it is, where all must pass."""
-        started = time.monotonic()
-        status = cls.run(list(tests), 900.0)
-        if status != 0:
-            text = (cls.place / "output.txt").read_text(errors="replace")
-            raise RuntimeError(
-                f"pytest ended with {status} without a mutant, expected 0, for these tests are to judge mutants; mend "
-                f"them, or name others in targets.py:\n{text[-3000:]}"
-            )
-        return 20.0 + 4 * (time.monotonic() - started)
+    def outcome(cls, job: tuple[Mutant, list[str]]) -> Outcome | None:
+        """Plant a mutant, run its tests, and take it back; None past the deadline.
 
-    @classmethod
-    def outcome(cls, job: tuple[Mutant, list[str], float]) -> Outcome | None:
-        """Plant a mutant, run its tests, and take it back; None past the deadline."""
-        mutant, tests, limit = job
+        RuntimeError where the test that killed it fails without it as well.
+        """
+        mutant, tests = job
         if time.monotonic() > cls.deadline:
             return None
         path, started = cls.place / mutant.module, time.monotonic()
         source = path.read_text(encoding="utf-8")
         mutant = mutant.described(source)
         path.write_text(mutant.plant(source), encoding="utf-8")
-        shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
         try:
-            status = cls.run(tests, limit)
+            status = cls.run(tests)
         finally:
             path.write_text(source, encoding="utf-8")
+        failure = cls.place / FirstFailure.path
+        if failure.exists():
+            cls.check(failure.read_text(encoding="utf-8"))
         return Outcome(mutant, status != 0, time.monotonic() - started)
 
     @classmethod
-    def run(cls, tests: list[str], limit: float) -> int:
-        """The exit status of pytest on these tests, -1 where it did not end in time."""
+    def check(cls, test: str) -> None:
+        """RuntimeError where a test, or the import of a file of tests, fails without a mutant."""
+        if test in cls.sound:
+            return
+        status = cls.run([test] if "::" in test else ["--collect-only", test])
+        if status != 0:
+            text = (cls.place / "output.txt").read_text(errors="replace")
+            raise RuntimeError(
+                f"{test} fails without a mutant (pytest ended with {status}), so it can judge none; mend it, or name "
+                f"other tests in targets.py:\n{text[-3000:]}"
+            )
+        cls.sound.add(test)
+
+    @classmethod
+    def run(cls, arguments: list[str], *, writes_bytecode: bool = False) -> int:
+        """The exit status of pytest; -1 where it did not end within LONGEST_RUN."""
         child = os.fork()
         if child == 0:
-            cls.be_pytest(tests)
-        ends = time.monotonic() + limit
+            # a mutant as long as the original, and of the same second, would pass for it
+            sys.dont_write_bytecode = not writes_bytecode
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "" if writes_bytecode else "1"
+            cls.be_pytest(arguments)
+        ends = time.monotonic() + LONGEST_RUN
         while time.monotonic() < ends:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -104,19 +146,19 @@ class Runner:
         return -1
 
     @classmethod
-    def be_pytest(cls, tests: list[str]) -> None:
+    def be_pytest(cls, arguments: list[str]) -> None:
         """Become a run of pytest in the copy, whose output is kept in output.txt; does not return."""
         status = 3
         try:
             os.setsid()
             os.chdir(cls.place)
+            FirstFailure.path.unlink(missing_ok=True)
             os.environ["PYTHONPATH"] = str(cls.place)  # for the processes that tests start
             sys.path.insert(0, str(cls.place))
             output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow"]
-            status = int(pytest.main([*options, *tests]))
+            status = int(pytest.main([*OPTIONS, *arguments], plugins=[FirstFailure()]))
         finally:
             sys.stdout.flush()
             os._exit(status)

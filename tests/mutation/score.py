@@ -41,8 +41,16 @@ def targets(only: str) -> dict[Path, list[str]]:
         missing = [test for test in tests if not (ROOT / test).exists()] if modules else [pattern]
         if missing:
             raise SystemExit(f"targets.py names {missing}, which the checkout lacks: name what it has")
-        found |= {module: tests for module in modules if module not in found and fnmatch(str(module), only)}
+        wanted = (module for module in modules if module not in found and fnmatch(str(module), only))
+        found |= {module: own_tests_first(module, tests) for module in wanted}
     return found
+
+
+def own_tests_first(module: Path, tests: list[str]) -> list[str]:
+    """The tests of a module, first those that are named after it: pytest runs a file that is named twice once."""
+    folders = [Path(test) if (ROOT / test).is_dir() else Path(test).parent for test in tests]
+    own = dict.fromkeys(str(folder / f"test_{module.stem}.py") for folder in folders)
+    return [*(test for test in own if (ROOT / test).exists()), *(test for test in tests if test not in own)]
 
 
 def copies(number: int, folder: Path) -> list[Path]:
@@ -62,11 +70,10 @@ def run(planted: list[Mutant], tests: dict[Path, list[str]], processes: int, max
         for path in copies(processes, Path(folder)):
             places.put(path)
         deadline = time.monotonic() + max_seconds
+        used = sorted({test for mutant in planted for test in tests[mutant.module]})
         preload()
-        with multiprocessing.get_context("fork").Pool(processes, Runner.start, (places, deadline)) as pool:
-            wanted = list(dict.fromkeys(tuple(tests[mutant.module]) for mutant in planted))
-            limits = dict(zip(wanted, pool.imap(Runner.baseline, wanted)))
-            jobs = [(mutant, tests[mutant.module], limits[tuple(tests[mutant.module])]) for mutant in planted]
+        with multiprocessing.get_context("fork").Pool(processes, Runner.start, (places, deadline, used)) as pool:
+            jobs = [(mutant, tests[mutant.module]) for mutant in planted]
             for outcome in pool.imap_unordered(Runner.outcome, jobs):
                 if outcome is None:
                     continue

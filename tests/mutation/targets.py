@@ -3,27 +3,90 @@
 # A module belongs to the first pattern that it matches; the tests that are the likeliest to fail come first.
 TESTS = {
     "palm_rlhf/algorithms/*.py": ["tests/algorithms"],
+    "palm_rlhf/policy/reward*.py": ["tests/policy/test_reward.py", "tests/policy/test_rewards.py"],
+    "palm_rlhf/policy/turns.py": ["tests/policy/test_turns.py", "tests/training/test_rlhf_turns.py"],
     "palm_rlhf/policy/*.py": ["tests/policy", "tests/training/test_rlhf.py"],
-    "palm_rlhf/ops/sampling.py": ["tests/ops/test_sampling.py", "tests/policy/test_rollout.py"],
+    "palm_rlhf/ops/nucleus.py": ["tests/ops/test_nucleus.py"],
+    "palm_rlhf/ops/sampling.py": ["tests/ops/test_sampling.py", "tests/ops/test_nucleus.py", "tests/policy"],
     "palm_rlhf/ops/logprobs.py": ["tests/ops/test_losses.py", "tests/policy/test_sequences.py"],
-    "palm_rlhf/training/rlhf/*.py": [
+    "palm_rlhf/training/rlhf/token_table.py": ["tests/training/test_token_table.py"],
+    "palm_rlhf/training/rlhf/prompts.py": ["tests/training/test_rlhf_text.py", "tests/training/test_rlhf_rewards.py"],
+    "palm_rlhf/training/rlhf/evaluation.py": ["tests/training/test_rlhf_evaluation.py"],
+    "palm_rlhf/training/rlhf/dynamic_sampling.py": ["tests/training/test_dynamic_sampling.py"],
+    "palm_rlhf/training/rlhf/config.py": [
+        "tests/training/test_defaults.py",
         "tests/training/test_rlhf.py",
+        "tests/training/test_rlhf_variants.py",
+        "tests/training/laws/test_rlhf_by_definition.py",
+        "tests/training/laws/test_rlhf_loop.py",
+        "tests/training/test_resumed_settings.py",
+    ],
+    "palm_rlhf/training/rlhf/*.py": [
+        "tests/training/laws/test_rlhf_by_definition.py",
+        "tests/training/laws/test_rlhf_loop.py",
+        "tests/training/laws/test_optimiser.py",
+        "tests/training/test_rlhf.py",
+        "tests/training/test_rlhf_variants.py",
         "tests/training/test_rlhf_text.py",
+        "tests/training/test_rlhf_rewards.py",
+        "tests/training/test_rlhf_turns.py",
         "tests/training/test_rlhf_resume.py",
         "tests/training/test_resumed_settings.py",
     ],
+    "palm_rlhf/training/online_preference.py": ["tests/training/test_online_preference.py"],
     "palm_rlhf/training/preference*.py": [
+        "tests/training/test_defaults.py",
+        "tests/training/laws/test_fields_without_rollouts.py",
+        "tests/training/test_preference_losses.py",
         "tests/training/test_preference.py",
         "tests/training/test_preference_runs.py",
     ],
     "palm_rlhf/training/reward*.py": [
+        "tests/training/test_defaults.py",
+        "tests/training/laws/test_fields_without_rollouts.py",
         "tests/training/test_reward_metrics.py",
         "tests/training/test_reward_trainer.py",
         "tests/training/test_reward_runs.py",
     ],
-    "palm_rlhf/training/supervised*.py": ["tests/training/test_supervised.py"],
+    "palm_rlhf/training/supervised*.py": [
+        "tests/training/test_defaults.py",
+        "tests/training/laws/test_fields_without_rollouts.py",
+        "tests/training/test_supervised.py",
+    ],
+    "palm_rlhf/training/rollout_config.py": [
+        "tests/training/test_defaults.py",
+        "tests/training/test_online_preference.py",
+    ],
+    "palm_rlhf/training/config.py": [
+        "tests/training/test_defaults.py",
+        "tests/training/test_config.py",
+        "tests/training/laws/test_fields_without_rollouts.py",
+        "tests/training/laws/test_run.py",
+    ],
+    "palm_rlhf/training/language_model.py": [
+        "tests/training/test_language_model.py",
+        "tests/training/laws/test_fields_without_rollouts.py",
+    ],
+    "palm_rlhf/training/optimization.py": [
+        "tests/training/test_optimization.py",
+        "tests/training/laws/test_optimiser.py",
+    ],
+    "palm_rlhf/training/batches.py": ["tests/training/test_batches.py"],
     "palm_rlhf/training/windows.py": ["tests/training/test_windows.py"],
 }
 
 # Mutants that change nothing a test could observe: file, the line before, the line after, and the reason.
-EQUIVALENT: list[tuple[str, str, str, str]] = []
+EQUIVALENT = [
+    (
+        "palm_rlhf/training/rlhf/token_table.py",
+        "above, below = ratio > 1 + variant.clip_eps_high, ratio < 1 - variant.clip_eps",
+        "above, below = ratio >= 1 + variant.clip_eps_high, ratio < 1 - variant.clip_eps",
+        "at the bound itself the clipped and the free ratio are the same",
+    ),
+    (
+        "palm_rlhf/policy/reward.py",
+        "scores = scores.sum(dim=-1)",
+        "scores = scores.sum(dim=1)",
+        "the last axis of `b k` is axis 1",
+    ),
+]
