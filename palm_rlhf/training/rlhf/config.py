@@ -241,6 +241,12 @@ class PPOConfig(RunConfig):
             why = "where eos_token is None and every response takes all the room there is"
             self.expect_default(why, "missing_eos_penalty", "overlong_buffer", "mask_truncated")
 
+    def check_arithmetic(self, *, below_float32: bool) -> None:
+        """ValueError for a setting that corrects recorded probabilities where they are those that are trained on."""
+        if not below_float32:
+            why = "in float32, where the probabilities recorded in sampling are those that are trained on"
+            self.expect_default(why, "importance_cap")
+
     def check_environment(self, environment: Any) -> None:
         """ValueError for settings of conversations where nobody answers."""
         if environment is None:

@@ -66,6 +66,3 @@ def _check_variant(config: "PPOConfig") -> None:
         config.expect_default("where overlong_buffer is 0", "overlong_penalty")
     room = config.max_new_tokens if config.max_seq_len is None else config.max_seq_len
     config.expect("overlong_buffer", config.overlong_buffer <= room, f"up to the {room} tokens that there is room for")
-    if config.precision == "float32":
-        why = "where precision is float32 and the probabilities recorded in sampling are those that are trained on"
-        config.expect_default(why, "importance_cap")

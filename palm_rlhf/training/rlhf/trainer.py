@@ -151,6 +151,8 @@ class RLHFTrainer:
         """
         check_room(self.prompts, self.config.max_seq_len)
         self.config.check_end()
+        below_float32 = computes_below_float32(self.config.precision, self.palm.dtype, self.run.device)
+        self.config.check_arithmetic(below_float32=below_float32)
         if self.evaluator:
             self.evaluator.begin(self)
         return self.run.drive(
