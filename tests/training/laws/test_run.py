@@ -1,6 +1,7 @@
 """What every trainer does around its steps: seeds, arithmetic, sizes and lengths of runs, files and evaluations."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -149,3 +150,12 @@ def test_evaluations_come_when_due(kind):
 
 def test_every_setting_here_is_of_a_run_of_four_steps():
     assert all(len(list(build(kind).steps())) == 4 for kind in CONFIGS) and set(SETTINGS) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_the_time_of_a_rate_is_that_of_its_step(kind):
+    """The tokens, or responses, of a step over its rate are no more seconds than the step took."""
+    fewest = {LMConfig: 2 * 8, SupervisedConfig: 4 * 3, RewardConfig: 4 * 2, PreferenceConfig: 4 * 6, PPOConfig: 8}
+    rate = "responses_per_second" if kind is RewardConfig else "tokens_per_second"
+    steps, before = build(kind).steps(), time.perf_counter()
+    assert next(steps)[rate] * (time.perf_counter() - before) >= fewest[kind]
