@@ -100,7 +100,7 @@ def gaps(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where annotations, decorators, type aliases and what only type checkers read begin and end."""
+    """Where annotations, decorators, type aliases, assertions and what only type checkers read begin and end."""
     for node in ast.walk(tree):
         match node:
             case ast.arg(annotation=ast.expr() as hidden) | ast.AnnAssign(annotation=hidden):
@@ -110,7 +110,7 @@ def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 yield from map(span, [*node.decorator_list, *filter(None, [returns])])
             case ast.Assign(value=ast.BinOp(op=ast.BitOr()) as hidden, targets=[ast.Name(id=name)]) if name.istitle():
                 yield span(hidden)
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.keyword(arg="strict"):  # zip's, an assertion
                 yield span(node)
 
 

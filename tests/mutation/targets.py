@@ -15,6 +15,7 @@ TESTS = {
     "palm_rlhf/training/rlhf/dynamic_sampling.py": ["tests/training/test_dynamic_sampling.py"],
     "palm_rlhf/training/rlhf/config.py": [
         "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
         "tests/training/test_rlhf.py",
         "tests/training/test_rlhf_variants.py",
         "tests/training/laws/test_rlhf_by_definition.py",
@@ -36,6 +37,7 @@ TESTS = {
     "palm_rlhf/training/online_preference.py": ["tests/training/test_online_preference.py"],
     "palm_rlhf/training/preference*.py": [
         "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
         "tests/training/laws/test_fields_without_rollouts.py",
         "tests/training/test_preference_losses.py",
         "tests/training/test_preference.py",
@@ -43,6 +45,7 @@ TESTS = {
     ],
     "palm_rlhf/training/reward*.py": [
         "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
         "tests/training/laws/test_fields_without_rollouts.py",
         "tests/training/test_reward_metrics.py",
         "tests/training/test_reward_trainer.py",
@@ -50,15 +53,18 @@ TESTS = {
     ],
     "palm_rlhf/training/supervised*.py": [
         "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
         "tests/training/laws/test_fields_without_rollouts.py",
         "tests/training/test_supervised.py",
     ],
     "palm_rlhf/training/rollout_config.py": [
         "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
         "tests/training/test_online_preference.py",
     ],
     "palm_rlhf/training/config.py": [
         "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
         "tests/training/test_config.py",
         "tests/training/laws/test_fields_without_rollouts.py",
         "tests/training/laws/test_run.py",
@@ -88,5 +94,29 @@ EQUIVALENT = [
         "scores = scores.sum(dim=-1)",
         "scores = scores.sum(dim=1)",
         "the last axis of `b k` is axis 1",
+    ),
+    (
+        "palm_rlhf/policy/turns.py",
+        "truncated: bool = False",
+        "truncated: bool = True",
+        "it is set at the end of every turn, and every conversation has one",
+    ),
+    (
+        "palm_rlhf/training/rlhf/metrics.py",
+        "return self.finished[-1][name] if self.finished else 0.0",
+        "return self.finished[-1][name] if self.finished else -1.0",
+        "it is compared with early_stop_kl, which is above 0",
+    ),
+    (
+        "palm_rlhf/ops/nucleus.py",
+        "return Cut(floor, torch.full_like(floor, logits.shape[-1] - 1, dtype=torch.int64))",
+        "return Cut(floor, torch.full_like(floor, logits.shape[-1] - 0, dtype=torch.int64))",
+        "no token has an id above the last one",
+    ),
+    (
+        "palm_rlhf/ops/nucleus.py",
+        "BINS = 1024",
+        "BINS = 1025",
+        "the number of bins is a matter of speed",
     ),
 ]

@@ -159,3 +159,11 @@ def test_the_time_of_a_rate_is_that_of_its_step(kind):
     rate = "responses_per_second" if kind is RewardConfig else "tokens_per_second"
     steps, before = build(kind).steps(), time.perf_counter()
     assert next(steps)[rate] * (time.perf_counter() - before) >= fewest[kind]
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_train_shows_a_progress_bar_and_steps_does_not(kind, capsys):
+    list(build(kind).steps())
+    assert "step" not in capsys.readouterr().err
+    build(kind).train()
+    assert "4 of 4 steps" in capsys.readouterr().err
