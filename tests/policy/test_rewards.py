@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_functions import arguments_of
 from palm_rlhf.policy.rewards import check_rewards, score, weighted_sum
 from palm_rlhf.policy.sequences import Sequences, join
 
@@ -252,6 +253,12 @@ def test_what_a_function_asks_for_in_vain_is_refused_before_it_is_called(sequenc
 
 
 # several rewards
+
+
+def test_a_function_that_does_not_tell_its_signature_gets_prompts_and_completions():
+    """As `max`, which is written in C."""
+    given = {"prompts": ["a"], "completions": ["b"], "answer": ["c"]}
+    assert arguments_of("the reward function", max, given) == ((["a"], ["b"]), {})
 
 
 def test_named_rewards_are_weighed_and_each_keeps_its_own_scores(wandering_palm, sequences):

@@ -1,6 +1,8 @@
 """The schedule's known values, decay on matrices only, and the forward's precision."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,15 @@ def test_auto_takes_bfloat16_where_the_hardware_has_it():
     with forward_precision("auto", torch.device("cpu"))():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype is expected
     assert not computes_bfloat16(torch.device("meta"))
+
+
+def test_the_hardware_is_asked_which_bfloat16_it_has():
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+    if flags is None:  # not Linux on x86
+        assert computes_bfloat16(torch.device("cpu")) in (True, False)
+    else:
+        assert computes_bfloat16(torch.device("cpu")) == bool({"avx512_bf16", "amx_tile"} & set(flags[1].split()))
 
 
 def test_auto_takes_bfloat16_on_a_gpu(gpu):

@@ -302,6 +302,15 @@ def test_evaluation_measures_the_models_own_scores(tiny_model):
     assert measured == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_single_ranking_and_a_single_rating_can_be_evaluated(tiny_model):
+    data = rankings([2, 3])
+    trainer = RewardModelTrainer(tiny_model(), train_data=data, config=config())
+    alone = [trainer.evaluate([ranking]) for ranking in data]
+    pairs = [1, 3]
+    total = sum(n * metrics.accuracy for n, metrics in zip(pairs, alone, strict=True)) / sum(pairs)
+    assert trainer.evaluate(data).accuracy == pytest.approx(total)
+
+
 def test_normalisation_is_set_on_data_and_saved(tiny_model, tmp_path):
     data = rankings(UNEVEN)
     trainer = RewardModelTrainer(tiny_model(), train_data=data, config=config(), output_dir=tmp_path)
