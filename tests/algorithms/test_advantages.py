@@ -85,6 +85,11 @@ def row_by_row(advantages, action_mask):
     return torch.cat([whiten(*row) for row in zip(advantages.split(1), action_mask.split(1), strict=True)])
 
 
+@pytest.mark.parametrize("mask", [[False, False], [True, False]], ids=str)
+def test_whitening_of_one_action_or_none_is_zero(mask):
+    assert whiten(torch.tensor([[3.0, 5.0]]), torch.tensor([mask])).tolist() == [[0.0, 0.0]]
+
+
 def test_whiten_by_hand():
     check_whiten(whiten)
 

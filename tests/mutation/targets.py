@@ -114,6 +114,12 @@ EQUIVALENT = [
         "no token has an id above the last one",
     ),
     (
+        "palm_rlhf/ops/sampling.py",
+        "return certain.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)",
+        "return certain.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)",
+        "softmax is the same for any finite logit beside minus infinities",
+    ),
+    (
         "palm_rlhf/ops/nucleus.py",
         "BINS = 1024",
         "BINS = 1025",

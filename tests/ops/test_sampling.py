@@ -199,6 +199,11 @@ def test_what_has_no_probability_never_comes():
     assert set(sample(logprobs).tolist()) == {0, 1, 2}
 
 
+def test_a_draw_without_data_has_the_shape_of_one_with_data():
+    """On the meta device, as in a dry run of a model."""
+    assert sample(torch.empty(3, 5, device="meta")).shape == (3,)
+
+
 def test_the_same_generator_gives_the_same_draws():
     logprobs = torch.randn(100, 50).log_softmax(dim=-1)
     first, second, other = (sample(logprobs, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
