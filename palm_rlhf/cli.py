@@ -48,7 +48,7 @@ COMMANDS = {
     "rlhf": Command(
         "palm_rlhf.commands.rlhf",
         "rlhf",
-        "Improve a model by reinforcement learning from a reward model: PPO, GRPO or RLOO (--algorithm).",
+        "Improve a model by reinforcement learning from rewards, models or functions: PPO, GRPO or RLOO (--algorithm).",
     ),
     "inspect": Command(
         "palm_rlhf.commands.inspect",

@@ -51,7 +51,8 @@ def archives(root, tmp_path_factory) -> tuple[Path, Path]:
 
 def shipped_files(root: Path) -> set[str]:
     package = root / "palm_rlhf"
-    files = [*package.rglob("*.py"), *(package / "ops/csrc").iterdir(), *(package / "serving/page").iterdir()]
+    folders = ("ops/csrc", "serving/page", "evaluation/page")
+    files = [*package.rglob("*.py"), *(file for folder in folders for file in (package / folder).iterdir())]
     return {path.relative_to(root).as_posix() for path in files} | {"palm_rlhf/py.typed"}
 
 

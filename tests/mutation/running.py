@@ -25,9 +25,9 @@ LOADED_BEFORE = (
 )
 
 # A test that hangs is one that fails: most mutants of a loop's end hang.
-OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "120",
+OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "60",
            "--hypothesis-profile", "mutation")  # fmt: skip
-LONGEST_RUN = 1200.0  # seconds of one run of pytest
+LONGEST_RUN = 300.0  # seconds of one run of pytest
 
 
 @dataclass(frozen=True)
