@@ -121,6 +121,36 @@ EQUIVALENT = [
     ),
     (
         "palm_rlhf/ops/nucleus.py",
+        "return Cut(floor, torch.full_like(floor, logits.shape[-1] - 1, dtype=torch.int64))",
+        "return Cut(floor, torch.full_like(floor, logits.shape[-1] + 1, dtype=torch.int64))",
+        "no token has an id above the last one",
+    ),
+    (
+        "palm_rlhf/ops/nucleus.py",
+        "floor = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]",
+        "floor = logits.topk(min(k, logits.shape[-1]), dim=1).values[..., -1:]",
+        "the last axis of `b v` is axis 1",
+    ),
+    (
+        "palm_rlhf/algorithms/advantages.py",
+        "magnitude = scores.abs().amax(dim=-1, keepdim=True)",
+        "magnitude = scores.abs().amax(dim=+1, keepdim=True)",
+        "the last axis of `g s` is axis 1",
+    ),
+    (
+        "palm_rlhf/algorithms/advantages.py",
+        "centred = torch.where(varied & valid, scores - scores.sum(dim=-1, keepdim=True) / count.clamp(min=1), 0.0)",
+        "centred = torch.where(varied & valid, scores - scores.sum(dim=-1, keepdim=True) / count.clamp(min= 2), 0.0)",
+        "a group of fewer than two valid scores does not vary",
+    ),
+    (
+        "palm_rlhf/policy/sequences.py",
+        "device = rows[0].device",
+        "device = rows[ -1].device",
+        "all rows are on one device",
+    ),
+    (
+        "palm_rlhf/ops/nucleus.py",
         "BINS = 1024",
         "BINS = 1025",
         "the number of bins is a matter of speed",
