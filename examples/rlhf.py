@@ -75,7 +75,7 @@ class FineTuning:
     """Peak learning rate, of Muon."""
 
 
-# The defaults, for five to eight minutes on two CPU cores that do nothing else.
+# The defaults, for some eight minutes of one CPU core.
 MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout=0.1)
 PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
 RANKED_TEMPERATURE = 1.0  # above that of PPO: the reward model is to have seen words that PPO will come to
