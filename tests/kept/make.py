@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from safetensors.torch import save_file
 
 from palm_rlhf import RewardModel
-from tests.kept import stores
+from tests.kept import chats, stores
 from tests.kept.runs import KEPT_STEP, NUM_STEPS, RUNS, checkpoint, outcome, palm_of, read, tensors, trained, trainer_of
 
 
@@ -58,6 +58,14 @@ def keep_models(kept: Path) -> None:
     write(kept / "expected.json", {name: read(model) for name, model in {**models, "cohere": plain}.items()})
 
 
+def keep_chats(kept: Path) -> None:
+    """Keeps tokenizers with templates: bytes with our own, and words of Hugging Face with one in Jinja."""
+    for name, (tokenizer, template) in chats.makers().items():
+        tokenizer.save_pretrained(kept / name)
+        template.save_pretrained(kept / name)
+    write(kept / "expected.json", {name: chats.tokens_of(kept / name) for name in chats.makers()})
+
+
 def write(path: Path, content: dict) -> None:
     """Writes JSON, a line for each value."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -71,6 +79,7 @@ def main() -> None:
         (folder / name).mkdir()
         keep_run(name, folder / name)
     keep_models(folder / "models")
+    keep_chats(folder / "chats")
     (folder / "store").mkdir()
     os.chdir(folder / "store")
     stores.write()

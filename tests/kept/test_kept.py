@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from palm_rlhf import PaLM, RewardModel
 
-from . import stores
+from . import chats, stores
 from .runs import KEPT_STEP, NUM_STEPS, RUNS, checkpoint, lines, outcome, read, tensors, trained, trainer_of
 
 FILES = Path(__file__).parent / "files"
@@ -120,6 +120,11 @@ def test_the_model_of_a_checkpoint_opens(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_before_gives_the_outputs_that_it_gave(name):
     assert_close(read(MODELS[name].from_pretrained(FILES / "models" / name)), expected_of("models")[name])
+
+
+@pytest.mark.parametrize("name", ["bytes", "words"])
+def test_a_tokenizer_and_template_of_before_make_the_same_tokens(name):
+    assert chats.tokens_of(FILES / "chats" / name) == expected_of("chats")[name]
 
 
 def test_a_store_of_before_is_read_and_not_written_again(tmp_path, monkeypatch):
