@@ -94,7 +94,7 @@ setup(
     package_data={
         "palm_rlhf": ["py.typed"],
         "palm_rlhf.evaluation": ["page/*"],
-        "palm_rlhf.ops": ["csrc/*"],
+        "palm_rlhf.ops.cpu": ["csrc/*"],
         "palm_rlhf.serving": ["page/*"],
     },
     install_requires=DEPENDENCIES,

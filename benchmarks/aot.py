@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from palm_rlhf.ops import tiles_triton
+from palm_rlhf.ops.triton import tiles as tiles_triton
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}

@@ -21,7 +21,7 @@ LOOP = "while True: pass"
 def worker(way: str, dim: int, depth: int, batch: int, seq_len: int) -> None:
     """Computes a step or some tokens for each line on standard input, and answers with the seconds that one took."""
     if way == OURS:
-        from palm_rlhf.ops.threads import share_the_machine
+        from palm_rlhf.ops.cpu.threads import share_the_machine
 
         share_the_machine()
     import time
@@ -45,7 +45,7 @@ def worker(way: str, dim: int, depth: int, batch: int, seq_len: int) -> None:
 
     def step() -> None:
         if way == OURS:
-            from palm_rlhf.ops.threads import adapt
+            from palm_rlhf.ops.cpu.threads import adapt
 
             adapt()  # as the trainers do
         train()

@@ -25,13 +25,13 @@ except ImportError:
 from aot import ARCHITECTURES, Compiled, Launch, build, record
 from machine_code import MULTIPROCESSORS, Report, analyse, model_tflops
 
-from palm_rlhf.ops.attention_backward_triton import backward
-from palm_rlhf.ops.attention_decode_triton import decode
-from palm_rlhf.ops.attention_forward_triton import forward
-from palm_rlhf.ops.cross_entropy_triton import linear_cross_entropy_triton
-from palm_rlhf.ops.logprobs_triton import linear_logprobs_triton
-from palm_rlhf.ops.rotary_triton import rotary_split_triton
-from palm_rlhf.ops.swiglu_triton import swiglu_triton
+from palm_rlhf.ops.triton.attention_backward import backward
+from palm_rlhf.ops.triton.attention_decode import decode
+from palm_rlhf.ops.triton.attention_forward import forward
+from palm_rlhf.ops.triton.fused_cross_entropy import linear_cross_entropy_triton
+from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
+from palm_rlhf.ops.triton.fused_rotary import rotary_split_triton
+from palm_rlhf.ops.triton.fused_swiglu import swiglu_triton
 
 FIGURES = Path(__file__).with_suffix(".json")
 VERSION = ".".join(triton.__version__.split(".")[:2])

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from palm_rlhf import PaLM
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.serving.background import running
+from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.served import Served
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.run_server import running
 
 GREEDY = {"temperature": 0, "logprobs": 0, "stream": True, "stream_options": {"include_usage": True}}
 

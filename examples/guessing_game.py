@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf.ops.threads import share_the_machine
+from palm_rlhf.ops.cpu.threads import share_the_machine
 
 share_the_machine()  # before torch is imported
 
@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from palm_rlhf.cli import replace_what_cannot_be_written
-from palm_rlhf.commands.runs import say
+from palm_rlhf.commands.run_folder import say
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.rollout import Rollout, collect
 from palm_rlhf.training.rlhf.config import PPOConfig

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from palm_rlhf.ops.threads import share_the_machine
+from palm_rlhf.ops.cpu.threads import share_the_machine
 
 share_the_machine()  # before torch is imported
 
@@ -23,11 +23,11 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.background import running
+from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine
-from palm_rlhf.serving.extras import fastapi_module
-from palm_rlhf.serving.served import load
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.fastapi_import import fastapi_module
+from palm_rlhf.serving.http.run_server import running
 
 DIALOGUES = [
     ("Hello", "Hello! What would you like to know?"),

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from palm_rlhf.ops.threads import share_the_machine
+from palm_rlhf.ops.cpu.threads import share_the_machine
 
 share_the_machine()  # before torch is imported
 
@@ -21,16 +21,16 @@ from sft_data import dialogues
 from torch import Tensor
 
 from palm_rlhf.cli import replace_what_cannot_be_written
-from palm_rlhf.commands.models import ChatModel, TemplateName, open_chat_model
-from palm_rlhf.commands.records import Messages, fitted, opening, read, split
-from palm_rlhf.commands.runs import finish, quoted, run_folder, say
+from palm_rlhf.commands.run_folder import finish, quoted, run_folder, say
 from palm_rlhf.commands.sft import make_trainer, save
+from palm_rlhf.commands.start_models import ChatModel, TemplateName, open_chat_model
+from palm_rlhf.commands.training_data import Messages, fitted, opening, read, split
 from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn, has_tools
-from palm_rlhf.data.streaming import StreamDecoder
 from palm_rlhf.data.templates import PRESETS
+from palm_rlhf.data.text_stream import StreamDecoder
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import known_tokens
+from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.rollout import Sampling, collect
 from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.training.supervised_config import SupervisedConfig

@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model.config import PaLMConfig
-    from .model.palm import PaLM
-    from .policy.actor_critic import ActorCritic
-    from .policy.reward import RewardModel
-    from .training.rlhf.config import PPOConfig
-    from .training.rlhf.trainer import RLHFTrainer
+    from palm_rlhf.model.config import PaLMConfig
+    from palm_rlhf.model.palm import PaLM
+    from palm_rlhf.policy.actor_critic import ActorCritic
+    from palm_rlhf.policy.reward_model import RewardModel
+    from palm_rlhf.training.rlhf.config import PPOConfig
+    from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 
 __all__ = ["ActorCritic", "PPOConfig", "PaLM", "PaLMConfig", "RLHFTrainer", "RewardModel", "__version__"]
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ _MODULES = {
     "PaLM": "model.palm",
     "PaLMConfig": "model.config",
     "RLHFTrainer": "training.rlhf.trainer",
-    "RewardModel": "policy.reward",
+    "RewardModel": "policy.reward_model",
 }
 
 

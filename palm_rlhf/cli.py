@@ -8,7 +8,7 @@ import sys
 from typing import NamedTuple
 
 import palm_rlhf
-from palm_rlhf.ops.threads import share_the_machine
+from palm_rlhf.ops.cpu.threads import share_the_machine
 
 
 class Command(NamedTuple):
@@ -71,17 +71,17 @@ COMMANDS = {
         "Talk with a model in the terminal: it remembers what was said, and its replies come word by word.",
     ),
     "serve": Command(
-        "palm_rlhf.serving.commands",
+        "palm_rlhf.serving.serve_command",
         "serve",
         "Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.",
     ),
     "data": Command(
-        "palm_rlhf.data.commands",
+        "palm_rlhf.data.data_command",
         "data",
         "Clean, filter and convert conversations and preferences, whatever the size of the file.",
     ),
     "evaluate": Command(
-        "palm_rlhf.evaluation.commands",
+        "palm_rlhf.evaluation.evaluate_command",
         "evaluate",
         "Judge answers, count preferences and win rates, measure models and runs, and write reports.",
     ),

@@ -193,7 +193,7 @@ def trl_trainer(tmp_path_factory):
 @pytest.fixture
 def compile_native(tmp_path, monkeypatch):
     """`compile_native({name: text})` is the library of these sources in C, which are compiled as the package's own."""
-    from palm_rlhf.ops import native
+    from palm_rlhf.ops.cpu import native_library as native
 
     def compile_(sources, optimize=True, more=()):
         folder = tmp_path / "csrc"
@@ -212,7 +212,8 @@ def compile_native(tmp_path, monkeypatch):
 @pytest.fixture(params=["kernels in C", "operations of PyTorch"])
 def kernels(request, monkeypatch):
     """A test with the kernels in C, where there is a compiler for them, and once more without them."""
-    from palm_rlhf.ops import attention_native, native
+    from palm_rlhf.ops.cpu import native_attention as attention_native
+    from palm_rlhf.ops.cpu import native_library as native
 
     def forget():
         native._load.cache_clear()

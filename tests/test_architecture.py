@@ -27,10 +27,10 @@ FLOORS = {
 }
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
 CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")
-MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 4650, 400, 80
+MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 4900, 400, 80
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORT_NAMES = {"beautifulsoup4": "bs4", "lingua_language_detector": "lingua", "PyYAML": "yaml"}
-KERNELS = ("_triton.py", "_chunked.py", "native.py")  # with a backward of their own, or in C
+KERNELS = ("ops/triton/", "ops/cpu/", "ops/attention_chunked", "ops/logprobs_chunked", "ops/cross_entropy_chunked")
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -101,8 +101,8 @@ def import_violations(path: Path, tree: ast.AST, source: Path, core: set[str], e
                 if folder == "algorithms" and target not in ("ops", "algorithms"):
                     yield f"{where}: algorithms are pure functions and import ops only"
             elif distribution == "triton":
-                if not path.stem.endswith("_triton"):
-                    yield f"{where}: Triton is imported in *_triton.py files only"
+                if not module.startswith(f"{PACKAGE}.ops.triton."):
+                    yield f"{where}: Triton is imported in ops/triton only"
             elif distribution in sys.stdlib_module_names or distribution in core:
                 pass
             elif distribution not in extras:
@@ -162,7 +162,7 @@ def core_lines(source: Path) -> int:
     return sum(
         code_lines(path.read_text(encoding="utf-8"))
         for path, name in files
-        if name.startswith(CORE) and not name.endswith(KERNELS) and not name.startswith("model/interop")
+        if name.startswith(CORE) and not name.startswith(KERNELS) and not name.startswith("model/interop")
     )
 
 
@@ -194,7 +194,7 @@ LAWFUL = {
     "__init__.py": "from palm_rlhf.model.palm import PaLM\n",
     "ops/rotary.py": "import math\nimport torch\nfrom .masked import mean\n",
     "ops/masked.py": "import importlib.util\n\ndef mean():\n    'Mean.'\n    importlib.util.find_spec('triton')\n",
-    "ops/attention_triton.py": "import triton\n",
+    "ops/triton/attention.py": "import triton\n",
     "model/palm.py": "from ..ops import rotary\n\nclass PaLM:\n    'A model.'\n    def forward(self): ...\n",
     "model/cache.py": "class KVCache:\n    'A cache.'\n    @property\n    def device(self): ...\n",
     "algorithms/kl.py": "from palm_rlhf.ops.masked import mean\n",
@@ -235,9 +235,9 @@ LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * (MAX_FUNCTION_LIN
         ("training/rlhf/trainer.py", "from palm_rlhf.data import text\n", "floor 4"),
         ("serving/server.py", "from palm_rlhf.feedback import app\n", "own folder"),
         ("algorithms/kl.py", "from palm_rlhf.model.palm import PaLM\n", "import ops only"),
-        ("ops/attention.py", "def f():\n    'Late.'\n    import triton.language as tl\n", "*_triton.py files only"),
-        ("ops/attention.py", "try:\n    from triton import jit\nfinally:\n    pass\n", "*_triton.py files only"),
-        ("ops/attention.py", "import importlib\nimportlib.import_module('triton')\n", "*_triton.py files only"),
+        ("ops/attention.py", "def f():\n    'Late.'\n    import triton.language as tl\n", "in ops/triton only"),
+        ("ops/attention.py", "try:\n    from triton import jit\nfinally:\n    pass\n", "in ops/triton only"),
+        ("ops/attention.py", "import importlib\nimportlib.import_module('triton')\n", "in ops/triton only"),
         ("training/plot.py", "import matplotlib.pyplot as plt\n", "inside the function"),
         ("training/plot.py", "class Plot:\n    'A plot.'\n    from matplotlib import pyplot\n", "inside the function"),
         ("training/plot.py", "def plot():\n    'Late.'\n    import wandb\n", "neither required nor in an extra"),
@@ -263,7 +263,7 @@ def test_blank_lines_comments_and_docstrings_are_no_code():
 
 def test_kernels_and_interop_do_not_count_as_core(tmp_path):
     many = "x = 1\n" * MAX_CORE_LINES
-    names = ("ops/gemm_triton.py", "ops/gemm_chunked.py", "model/interop/cohere.py", "training/language_model.py")
+    names = ("ops/triton/gemm.py", "ops/attention_chunked.py", "model/interop/cohere.py", "training/language_model.py")
     files = dict.fromkeys(names, many)
     assert core_lines(project(tmp_path, files) / PACKAGE) == 0
     assert core_lines(project(tmp_path, {"training/rlhf/trainer.py": many}) / PACKAGE) == MAX_CORE_LINES

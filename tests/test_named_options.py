@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 
 from palm_rlhf import cli
-from palm_rlhf.data.commands import COMMANDS as DATA
-from palm_rlhf.evaluation.commands import COMMANDS as EVALUATE
+from palm_rlhf.data.data_command import COMMANDS as DATA
+from palm_rlhf.evaluation.evaluate_command import COMMANDS as EVALUATE
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*\b")
 OFFERED = re.compile(

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 import palm_rlhf
 from palm_rlhf import PaLM
 from palm_rlhf.cli import COMMANDS, main
-from palm_rlhf.ops.native import refusal
+from palm_rlhf.ops.cpu.native_library import refusal
 
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -51,7 +51,7 @@ def archives(root, tmp_path_factory) -> tuple[Path, Path]:
 
 def shipped_files(root: Path) -> set[str]:
     package = root / "palm_rlhf"
-    folders = ("ops/csrc", "serving/page", "evaluation/page")
+    folders = ("ops/cpu/csrc", "serving/page", "evaluation/page")
     files = [*package.rglob("*.py"), *(file for folder in folders for file in (package / folder).iterdir())]
     return {path.relative_to(root).as_posix() for path in files} | {"palm_rlhf/py.typed"}
 
@@ -124,7 +124,7 @@ import importlib, pkgutil, torch, palm_rlhf
 from palm_rlhf.ops.attention import available_implementations
 
 for module in pkgutil.walk_packages(palm_rlhf.__path__, "palm_rlhf."):
-    if not module.name.endswith("_triton"):
+    if ".ops.triton." not in module.name:
         importlib.import_module(module.name)
 palm = palm_rlhf.PaLM(num_tokens=8, dim=16, depth=1, heads=2, dim_head=8)
 palm(torch.randint(8, (1, 4)), return_loss=True).backward()
@@ -181,7 +181,7 @@ def test_public_names_are_seen_before_they_are_loaded(root):
     tree = ast.parse((root / "palm_rlhf/__init__.py").read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     checked = {alias.name: node.module for node in block.body for alias in node.names}
-    assert {name: getattr(palm_rlhf, name).__module__.removeprefix("palm_rlhf.") for name in checked} == checked
+    assert {name: getattr(palm_rlhf, name).__module__ for name in checked} == checked
     assert {*checked, "__version__"} == set(palm_rlhf.__all__)
     with pytest.raises(AttributeError, match="'palm_rlhf' has no attribute 'PaLm'"):
         _ = palm_rlhf.PaLm

@@ -7,9 +7,9 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from ..ops.masked import masked_sum
-from . import Number, kept
-from .kl import kl_estimate
+from palm_rlhf.algorithms import Number, kept
+from palm_rlhf.algorithms.kl import kl_estimate
+from palm_rlhf.ops.masked import masked_sum
 
 AdvantageScale = Literal["group", "batch", "none"]
 EPS = 1e-8  # added to variances

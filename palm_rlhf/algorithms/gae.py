@@ -6,7 +6,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from . import Number, kept
+from palm_rlhf.algorithms import Number, kept
 
 
 class GAE(NamedTuple):

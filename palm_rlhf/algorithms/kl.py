@@ -6,7 +6,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from . import Number, kept
+from palm_rlhf.algorithms import Number, kept
 
 # As in verl (core_algos.py: compute_policy_loss, kl_penalty), the second in OpenRLHF (compute_approx_kl) as well: one
 # token far from where it was makes neither infinities nor, times an advantage of 0, NaN.

@@ -7,10 +7,10 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from ..ops.masked import masked_mean
-from . import Denominator, Number, kept
-from .kl import MAX_LOG_RATIO, kl_estimate
-from .ratios import RatioLevel, log_ratio
+from palm_rlhf.algorithms import Denominator, Number, kept
+from palm_rlhf.algorithms.kl import MAX_LOG_RATIO, kl_estimate
+from palm_rlhf.algorithms.ratios import RatioLevel, log_ratio
+from palm_rlhf.ops.masked import masked_mean
 
 
 class PolicyLoss(NamedTuple):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor
 
-from ..ops.masked import masked_mean
-from . import Denominator, Number, kept
+from palm_rlhf.algorithms import Denominator, Number, kept
+from palm_rlhf.ops.masked import masked_mean
 
 
 class PreferenceLoss(NamedTuple):

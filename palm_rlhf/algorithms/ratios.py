@@ -6,8 +6,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from . import Number, kept
-from .kl import MAX_LOG_RATIO
+from palm_rlhf.algorithms import Number, kept
+from palm_rlhf.algorithms.kl import MAX_LOG_RATIO
 
 RatioLevel = Literal["token", "sequence", "geometric"]
 

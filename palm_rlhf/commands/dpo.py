@@ -7,9 +7,9 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.records import preferences_of, read, split, unpaired_preferences_of
-from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.training_data import preferences_of, read, split, unpaired_preferences_of
 from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_learner import SCOPE

@@ -6,8 +6,8 @@ import platform
 import torch
 
 from palm_rlhf import __version__
-from palm_rlhf.ops import native
 from palm_rlhf.ops.attention import available_implementations
+from palm_rlhf.ops.cpu import native_library as native
 
 
 def triton_version() -> str:

@@ -8,12 +8,12 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.records import read_prompt_rows, split_prompts
-from palm_rlhf.commands.rewards import MAIN, open_rewards
-from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.reward_arguments import MAIN, open_rewards
+from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.training_data import read_prompt_rows, split_prompts
 from palm_rlhf.data.conversation import end_of_turn
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.online_preference import OnlinePreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_learner import SCOPE

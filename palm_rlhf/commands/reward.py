@@ -7,10 +7,10 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.records import rankings_of, read, split
-from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
-from palm_rlhf.policy.reward import Pooling, RewardModel
+from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.training_data import rankings_of, read, split
+from palm_rlhf.policy.reward_model import Pooling, RewardModel
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 

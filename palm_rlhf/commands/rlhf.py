@@ -8,17 +8,17 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.models import ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.records import read_prompt_rows
-from palm_rlhf.commands.rewards import MAIN, open_rewards, read_environment
-from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.reward_arguments import MAIN, open_rewards, read_environment
+from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.training_data import read_prompt_rows
 from palm_rlhf.data.conversation import end_of_turn
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
-from palm_rlhf.training.sharding import full_state, plain_palm
-from palm_rlhf.training.state import best_checkpoint
+from palm_rlhf.training.run.checkpoints import best_checkpoint
+from palm_rlhf.training.run.sharding import full_state, plain_palm
 
 
 @beartype

@@ -11,18 +11,18 @@ import tyro
 from beartype import beartype
 from tyro.conf import arg
 
-from palm_rlhf.commands.models import open_tokenizer
-from palm_rlhf.commands.runs import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.start_models import open_tokenizer
 from palm_rlhf.data.conversation import Template
 from palm_rlhf.data.templates import load_template
 from palm_rlhf.data.text import load_corpus
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop.folder import local_folder
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import known_tokens
-from palm_rlhf.training.config import LMConfig
+from palm_rlhf.model.token_ids import known_tokens
+from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.run.config import LMConfig
 
 # The defaults, for about ten minutes on two CPU cores that do nothing else.
 MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)

@@ -7,8 +7,8 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.fields import shown
+from palm_rlhf.data.message_forms import ROLE_OF, Turn, one_system
 from palm_rlhf.data.records import Record
-from palm_rlhf.data.turns import ROLE_OF, Turn, one_system
 
 # What a person reads of the model's thinking is no part of its reply.
 REASONING = ("thoughts", "reasoning_recap")

@@ -13,7 +13,7 @@ from torch import Tensor
 from palm_rlhf.data.special_names import SpecialNames, guarded_value, strings, unused_character
 from palm_rlhf.data.templates import ChatTemplate, JinjaTemplate, Messages
 from palm_rlhf.data.tokenizer import Tokenizer
-from palm_rlhf.training.examples import Example
+from palm_rlhf.training.weighted_examples import Example
 
 Template = ChatTemplate | JinjaTemplate
 Tools = Sequence[Mapping[str, Any]]

@@ -15,7 +15,7 @@ from palm_rlhf.data.filters import keep_languages
 from palm_rlhf.data.instructions import is_instruction, is_prompt, to_instructions
 from palm_rlhf.data.oasst_messages import MessageFilter
 from palm_rlhf.data.openings import FIELDS
-from palm_rlhf.data.preferences import is_preference, pairs_of, read_rankings
+from palm_rlhf.data.preference_files import is_preference, pairs_of, read_rankings
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.data.sharegpt import (
     TOOLS,

@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.extras import missing
+from palm_rlhf.data.extra_packages import missing
 from palm_rlhf.data.records import Record
 
 # A sign of a script that does not part its words counts as a word.

@@ -8,7 +8,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.extras import missing
+from palm_rlhf.data.extra_packages import missing
 from palm_rlhf.data.records import Record
 from palm_rlhf.data.splitting import num_bytes, num_tokens_of
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Iterator
 from beartype import beartype
 
 from palm_rlhf.data.fields import shown, unknown_field
+from palm_rlhf.data.message_forms import Turn, content_text, parse_turn
 from palm_rlhf.data.openings import CONTEXTS, QUESTIONS, Opening
 from palm_rlhf.data.records import Record
 from palm_rlhf.data.transcripts import parse_transcript
-from palm_rlhf.data.turns import Turn, content_text, parse_turn
 
 ANSWERS = ("output", "response", "answer", "completion", "solution", "reply", "assistant")
 

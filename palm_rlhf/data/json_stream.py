@@ -7,7 +7,7 @@ from typing import Any
 from palm_rlhf.data.json_array import json_array
 from palm_rlhf.data.json_lines import json_lines
 from palm_rlhf.data.json_record import CHUNK, GZIP_ERRORS, Broken, Record, damaged_gzip
-from palm_rlhf.model.interop.text_file import HOW_TO_CONVERT, is_utf16
+from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
 
 
 def pieces(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.extras import missing
+from palm_rlhf.data.extra_packages import missing
 
 # Most tags of an export: parts that nobody reads, and marks that Markdown has no use for (but formulas need theirs).
 UNREAD = re.compile(r"<(/?)(button|svg|script(?![^<>]*\bmath/tex\b)|style)\b[^<>]*>", re.IGNORECASE)

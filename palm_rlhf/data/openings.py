@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from beartype import beartype
 
 from palm_rlhf.data.fields import shown, unknown_field
+from palm_rlhf.data.message_forms import Turn, content_text, one_system, parse_turn
 from palm_rlhf.data.records import Record
 from palm_rlhf.data.transcripts import is_transcript, parse_transcript
-from palm_rlhf.data.turns import Turn, content_text, one_system, parse_turn
 
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 CONVERSATIONS = ("conversations", "items", "messages", "conversation")

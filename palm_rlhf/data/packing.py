@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.training.batches import EpochSampler, require_identity
+from palm_rlhf.training.epoch_sampler import EpochSampler, require_identity
 
 
 class _Waiting(NamedTuple):

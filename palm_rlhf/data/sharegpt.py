@@ -12,7 +12,7 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.chatgpt_export import is_chatgpt, parse_chatgpt
-from palm_rlhf.data.extras import missing
+from palm_rlhf.data.extra_packages import missing
 from palm_rlhf.data.fields import check_fields, unknown_field
 from palm_rlhf.data.instructions import ANSWERS, is_instruction, is_prompt, parse_answer, without_place
 from palm_rlhf.data.openings import FIELDS, parse_opening

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from palm_rlhf.data.records import read_records
 from palm_rlhf.data.tabular import is_csv
-from palm_rlhf.model.interop.text_file import HOW_TO_CONVERT, UTF16, is_utf16
+from palm_rlhf.model.text_file import HOW_TO_CONVERT, UTF16, is_utf16
 
 CHUNK = 1 << 20
 

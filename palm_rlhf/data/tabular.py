@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from palm_rlhf.data.extras import missing
+from palm_rlhf.data.extra_packages import missing
 from palm_rlhf.data.json_record import GZIP_ERRORS, Broken, Record, damaged_gzip, too_long
-from palm_rlhf.model.interop.text_file import HOW_TO_CONVERT, is_utf16
+from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
 
 PARQUET_MAGIC = b"PAR1"
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}

@@ -24,7 +24,7 @@ from palm_rlhf.data.store import (
     text_of_file,
     tokens_of,
 )
-from palm_rlhf.ops.native import default_cache_dir
+from palm_rlhf.ops.cpu.native_library import default_cache_dir
 
 NUM_BYTES = 256
 

@@ -17,9 +17,9 @@ from palm_rlhf.data.tokenizer_base import (
     Tokenizer,
 )
 from palm_rlhf.data.tokenizer_hugging_face import TOKENIZER_FILE, HuggingFaceTokenizer
-from palm_rlhf.model.interop.folder import read_json
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import resize_token_embeddings
+from palm_rlhf.model.token_ids import resize_token_embeddings
+from palm_rlhf.model.weights_folder import read_json
 
 __all__ = [
     "CONFIG_FILE",

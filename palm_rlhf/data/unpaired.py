@@ -7,9 +7,9 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.preferences import check_prompt
+from palm_rlhf.data.candidate_replies import plain_turns
+from palm_rlhf.data.preference_files import check_prompt
 from palm_rlhf.data.records import MAX_RECORD_BYTES, Record, read_records
-from palm_rlhf.data.replies import plain_turns
 from palm_rlhf.data.sharegpt import is_conversation, parse_conversation
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}  # as text in the cells of a table, else in JSON

@@ -26,6 +26,7 @@ from palm_rlhf.evaluation.command_line import (
 )
 from palm_rlhf.evaluation.comparisons import Comparison, most_doubtful, summarise
 from palm_rlhf.evaluation.journal import Journal
+from palm_rlhf.evaluation.judge_prompts import Method
 from palm_rlhf.evaluation.judges import ChatJudge, Judge, LocalJudge, RewardJudge
 from palm_rlhf.evaluation.judging import (
     annotations_of,
@@ -35,13 +36,12 @@ from palm_rlhf.evaluation.judging import (
     rate,
     rating_requests,
 )
-from palm_rlhf.evaluation.models import is_reward_model, name_of, open_chat_model, version_of
-from palm_rlhf.evaluation.prompts import Method
+from palm_rlhf.evaluation.model_folders import is_reward_model, name_of, open_chat_model, version_of
 from palm_rlhf.evaluation.report import Report
 from palm_rlhf.evaluation.study import Person, run_study, vote_key
 from palm_rlhf.evaluation.verdicts import Scores
-from palm_rlhf.model.interop.folder import local_folder
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.policy.reward_model import RewardModel
 
 PERSON = "person"
 SCHEMES = ("http://", "https://")

@@ -21,11 +21,11 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.evaluation.answers import Question, Turns
-from palm_rlhf.evaluation.prompts import Messages, Method, judge_messages
+from palm_rlhf.evaluation.judge_prompts import Messages, Method, judge_messages
 from palm_rlhf.evaluation.texts import text_of
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import known_tokens
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.model.token_ids import known_tokens
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 
 MAX_RESPONSE_BYTES = 1 << 24

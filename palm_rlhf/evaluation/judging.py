@@ -12,8 +12,8 @@ from tqdm import tqdm
 from palm_rlhf.evaluation.answers import Answers, Pair, Question, answer_to
 from palm_rlhf.evaluation.comparisons import Comparison, UnparsedText
 from palm_rlhf.evaluation.journal import Entry, Journal
+from palm_rlhf.evaluation.judge_prompts import Method
 from palm_rlhf.evaluation.judges import Judge, Request
-from palm_rlhf.evaluation.prompts import Method
 from palm_rlhf.evaluation.texts import finite_numbers
 from palm_rlhf.evaluation.verdicts import Scores, parse_rating, parse_scores, parse_verdict
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.model.interop.text_file import read_text
+from palm_rlhf.model.text_file import read_text
 
 STRENGTHS = np.logspace(-4, 4, 10)  # of the data against the penalty: what cross-validation chooses from
 NUM_FOLDS = 5

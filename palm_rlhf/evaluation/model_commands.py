@@ -19,13 +19,13 @@ from palm_rlhf.evaluation.command_line import (
     Preset,
     finish,
 )
-from palm_rlhf.evaluation.language_model import ALL, measure_text, read_documents
-from palm_rlhf.evaluation.models import default_device, is_reward_model, name_of, open_chat_model, open_palm
+from palm_rlhf.evaluation.model_folders import default_device, is_reward_model, name_of, open_chat_model, open_palm
 from palm_rlhf.evaluation.report import Report
 from palm_rlhf.evaluation.reward_bench import read_trios, score_trios
-from palm_rlhf.evaluation.runs import read_run, read_settings, reference_scores, wins_by_step
-from palm_rlhf.model.interop.folder import local_folder
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.evaluation.rlhf_runs import read_run, read_settings, reference_scores, wins_by_step
+from palm_rlhf.evaluation.text_prediction import ALL, measure_text, read_documents
+from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.policy.reward_model import RewardModel
 
 
 @beartype

@@ -11,7 +11,7 @@ import numpy as np
 from beartype import beartype
 
 from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.evaluation.language_model import ALL, Document
+from palm_rlhf.evaluation.text_prediction import ALL, Document
 from palm_rlhf.evaluation.texts import text_of, texts_of_choice
 
 WORD = re.compile(r"\w+|[^\w\s]")

@@ -11,10 +11,10 @@ import torch
 from beartype import beartype
 
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response
-from palm_rlhf.data.preferences import parse_ranking
+from palm_rlhf.data.preference_files import parse_ranking
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.data.tokenizer import Tokenizer
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.training.reward_metrics import correctness, wilson_interval
 

@@ -13,9 +13,9 @@ from palm_rlhf.evaluation.plots import BarPlot, Line, LinePlot, Plot
 from palm_rlhf.evaluation.ratings import Rating
 from palm_rlhf.evaluation.report import Table
 from palm_rlhf.evaluation.reward_bench import RewardBenchResult
-from palm_rlhf.evaluation.runs import StepResult
+from palm_rlhf.evaluation.rlhf_runs import StepResult
 from palm_rlhf.evaluation.study import StudyResult
-from palm_rlhf.training.metrics import Metrics
+from palm_rlhf.training.run.log import Metrics
 
 Sections = tuple[Table | Plot, ...]
 MAX_SHOWN = 50

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.attention import attention
-from ..ops.linear import split_linear, swiglu_sum_linear
-from ..ops.rotary import rotary_split, rotary_tables, xpos_scales
-from .cache import KVCache
-from .config import PaLMConfig
-from .lora import BlockLoRA
+from palm_rlhf.model.cache import KVCache
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.lora import BlockLoRA
+from palm_rlhf.ops.attention import attention
+from palm_rlhf.ops.linear import split_linear, swiglu_sum_linear
+from palm_rlhf.ops.rotary import rotary_split, rotary_tables, xpos_scales
 
 
 class LayerNorm(nn.Module):

@@ -14,9 +14,9 @@ from beartype.roar import BeartypeCallHintViolation
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import PaLMConfig
-from .interop import cohere, palm_rlhf_pytorch
-from .interop.folder import CONFIG, WeightsFolder, check_shapes, local_folder, parse_size, write_folder
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.interop import cohere, palm_rlhf_pytorch
+from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes, local_folder, parse_size, write_folder
 
 # Tensors by name, each in parts that lie row under row; not copied until they are asked for.
 Parts = Iterator[tuple[str, Iterable[Tensor]]]

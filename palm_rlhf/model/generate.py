@@ -9,9 +9,9 @@ from beartype import beartype
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ops.sampling import sample, sampling_logprobs
-from ..ops.threads import adapt
-from .cache import KVCache
+from palm_rlhf.model.cache import KVCache
+from palm_rlhf.ops.cpu.threads import adapt
+from palm_rlhf.ops.sampling import sample, sampling_logprobs
 
 
 @dataclass
@@ -59,7 +59,7 @@ def generate(
         repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely.
         eos_token: ends a row, and is kept; looked for in new tokens only.
         allowed_tokens: `v` bool, False for ids that are never sampled, such as those that the tokenizer lacks; see
-            `palm_rlhf.model.vocabulary.known_tokens`.
+            `palm_rlhf.model.token_ids.known_tokens`.
         num_samples: rows drawn for each prompt, next to each other.
         return_logprobs: also the log-probability of each token under the distribution it was sampled from.
 

@@ -11,15 +11,15 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.cross_entropy_chunked import linear_cross_entropy
-from ..ops.logprobs import next_token_pairs, target_mask
-from . import checkpoint as storage
-from . import generate as generation
-from .block import LayerNorm, ParallelBlock, position_tables
-from .cache import KVCache
-from .config import PRESET_COMMON, PRESETS, PaLMConfig
-from .lora import BlockLoRA
-from .step import native_step, step_tables
+from palm_rlhf.model import checkpoint as storage
+from palm_rlhf.model import generate as generation
+from palm_rlhf.model.block import LayerNorm, ParallelBlock, position_tables
+from palm_rlhf.model.cache import KVCache
+from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
+from palm_rlhf.model.lora import BlockLoRA
+from palm_rlhf.model.native_decode import native_step, step_tables
+from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy
+from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
 
 
 class PaLM(nn.Module):

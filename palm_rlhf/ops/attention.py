@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor
 
-from .attention_chunked import attention_chunked
-from .attention_reference import attention_reference, visibility
+from palm_rlhf.ops.attention_chunked import attention_chunked
+from palm_rlhf.ops.attention_reference import attention_reference, visibility
 
 Implementation = Literal["auto", "eager", "fused", "chunked", "triton"]
 
@@ -48,7 +48,7 @@ def attention(
     if implementation == "auto":
         implementation = choose(q, k, v, **masks)
     if implementation == "triton":
-        from .attention_triton import attention_triton
+        from palm_rlhf.ops.triton.fused_attention import attention_triton
 
         return attention_triton(q, k, v, **masks)
     run = {"eager": attention_reference, "fused": attention_fused, "chunked": attention_chunked}[implementation]
@@ -73,7 +73,7 @@ _device_refusal._dynamo_marked_constant = True
 def _find_device_refusal(device_type: str) -> str | None:
     """Why Triton cannot run on such a device, or None; found out when it is first asked for, not at import."""
     try:
-        from .tiles_triton import refusal
+        from palm_rlhf.ops.triton.tiles import refusal
     except ImportError as error:
         return str(error)
     return refusal(device_type)
@@ -82,7 +82,7 @@ def _find_device_refusal(device_type: str) -> str | None:
 def _triton_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     reason = _device_refusal(q.device.type)
     if reason is None:
-        from .attention_triton import cannot_run
+        from palm_rlhf.ops.triton.fused_attention import cannot_run
 
         reason = cannot_run(q, k, v)
     return reason

@@ -13,8 +13,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .attention_native import backward_native, forward_native, key_spans, takes
-from .attention_reference import full_precision, visibility
+from palm_rlhf.ops.attention_reference import full_precision, visibility
+from palm_rlhf.ops.cpu.native_attention import backward_native, forward_native, key_spans, takes
 
 # Scores of one chunk: few enough to stay in a CPU's cache, many enough for efficient products.
 CHUNK_ELEMENTS = 1 << 21

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .masked import masked_mean, weighted_mean
+from palm_rlhf.ops.masked import masked_mean, weighted_mean
 
 
 def cross_entropy(

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import cross_entropy
-from .dispatch import uses_triton
-from .masked import shares
+from palm_rlhf.ops.cross_entropy import cross_entropy
+from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.masked import shares
 
 CHUNK = 1 << 23  # logits at hand at once
 
@@ -45,7 +45,7 @@ def linear_cross_entropy(
     dtype = product_dtype(x, weight)
     rows = x.flatten(0, -2), weight, targets.flatten(), counts.flatten()
     if triton:
-        from .cross_entropy_triton import linear_cross_entropy_triton
+        from palm_rlhf.ops.triton.fused_cross_entropy import linear_cross_entropy_triton
 
         return linear_cross_entropy_triton(*rows, scale, z_loss, dtype)
     return _LinearCrossEntropy.apply(*rows, scale, z_loss, dtype, torch.is_grad_enabled())

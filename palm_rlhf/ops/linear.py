@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import uses_triton
-from .swiglu import swiglu, swiglu_backward_, swiglu_forward
+from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
 
 
 class _SplitLinear(torch.autograd.Function):

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy_chunked import CHUNK, product_dtype
-from .dispatch import uses_triton
-from .logprobs import distribution_entropy, token_logprobs
-from .nucleus import Cut, find_cut, truncates
-from .sampling import truncated_logits
+from palm_rlhf.ops.cross_entropy_chunked import CHUNK, product_dtype
+from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.logprobs import distribution_entropy, token_logprobs
+from palm_rlhf.ops.nucleus import Cut, find_cut, truncates
+from palm_rlhf.ops.sampling import truncated_logits
 
 HIDDEN = -1e30  # the logit of what is left out: its exponential is 0, also times itself
 MAX_REPEATED_DIM = 768  # above, a logit takes longer to compute again on a CPU than to hold
@@ -76,7 +76,7 @@ def linear_logprobs(
         return linear_logprobs_reference(x, weight, tokens, scale=scale, **options)
     rows = x.flatten(0, -2), weight, tokens.flatten(), scale, product_dtype(x, weight), entropy_needs_grad
     if triton:
-        from .logprobs_triton import linear_logprobs_triton
+        from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
 
         logprobs, entropy = linear_logprobs_triton(*rows)
     else:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .dispatch import uses_triton
-from .elementwise_native import can_rotate, rotate_native
+from palm_rlhf.ops.cpu.native_elementwise import can_rotate, rotate_native
+from palm_rlhf.ops.devices import uses_triton
 
 XPOS_SCALE_BASE = 512
 
@@ -85,7 +85,7 @@ def rotary_split(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads:
     -> `b n heads d`, `b n kv_heads d`, `b n kv_heads d`
     """
     if not torch.compiler.is_compiling() and uses_triton(qkv, cos, sin):
-        from .rotary_triton import rotary_split_triton
+        from palm_rlhf.ops.triton.fused_rotary import rotary_split_triton
 
         return rotary_split_triton(qkv, cos, sin, heads=heads, kv_heads=kv_heads)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and qkv.requires_grad):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .nucleus import nucleus_cut, top_k_cut
+from palm_rlhf.ops.nucleus import nucleus_cut, top_k_cut
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

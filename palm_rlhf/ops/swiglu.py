@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import uses_triton
-from .elementwise_native import swiglu_backward_native_, swiglu_native, takes
+from palm_rlhf.ops.cpu.native_elementwise import swiglu_backward_native_, swiglu_native, takes
+from palm_rlhf.ops.devices import uses_triton
 
 
 def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return swiglu_reference(gate, value)
     if uses_triton(gate, value):
-        from .swiglu_triton import swiglu_triton
+        from palm_rlhf.ops.triton.fused_swiglu import swiglu_triton
 
         return swiglu_triton(gate, value)
     if not torch.is_grad_enabled():

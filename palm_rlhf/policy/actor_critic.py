@@ -7,11 +7,11 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from ..model.generate import switch_off_dropout
-from ..model.palm import PaLM
-from .reward import RewardModel, read_wide
-from .sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
-from .shared_prompts import embeds_before_actions
+from palm_rlhf.model.generate import switch_off_dropout
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.reward_model import RewardModel, read_wide
+from palm_rlhf.policy.sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
+from palm_rlhf.policy.shared_prompts import embeds_before_actions
 
 ACTOR_SCOPE, CRITIC_SCOPE = "actor", "critic"
 

@@ -11,10 +11,10 @@ import torch
 from beartype import BeartypeConf, beartype
 from torch import Tensor
 
-from .actor_critic import check_vocabulary
-from .reward import RewardModel
-from .reward_functions import Numbers, arguments_of, call, shown, start
-from .sequences import Sequences, spoken
+from palm_rlhf.policy.actor_critic import check_vocabulary
+from palm_rlhf.policy.reward_functions import Numbers, arguments_of, call, shown, start
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.policy.sequences import Sequences, spoken
 
 Reward = RewardModel | Callable
 Rewards = Reward | Mapping[str, Reward]

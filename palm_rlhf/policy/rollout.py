@@ -9,11 +9,11 @@ from beartype import BeartypeConf, beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..model.generate import new_token_limits, read_prompts
-from ..model.palm import PaLM
-from .rewards import Rewards, score
-from .sequences import Sequences, join
-from .turns import Conversation, Message, Turns
+from palm_rlhf.model.generate import new_token_limits, read_prompts
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.rewards import Rewards, score
+from palm_rlhf.policy.sequences import Sequences, join
+from palm_rlhf.policy.turns import Conversation, Message, Turns
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..model.palm import PaLM
-from ..ops.logprobs import distribution_entropy, token_logprobs
-from ..ops.logprobs_chunked import chunks_pay, linear_logprobs
-from ..ops.sampling import truncated_logits
-from .shared_prompts import embeds_before_actions
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.logprobs import distribution_entropy, token_logprobs
+from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
+from palm_rlhf.ops.sampling import truncated_logits
+from palm_rlhf.policy.shared_prompts import embeds_before_actions
 
 
 @dataclass(frozen=True)

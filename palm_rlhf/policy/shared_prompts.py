@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model.cache import PromptCache
-from ..model.palm import PaLM
+from palm_rlhf.model.cache import PromptCache
+from palm_rlhf.model.palm import PaLM
 
 if TYPE_CHECKING:
-    from .sequences import Sequences
+    from palm_rlhf.policy.sequences import Sequences
 
 MAX_PART = 0.75  # of the tokens left to read, above which the second pass costs what the first saves
 MIN_SAVED = 1024  # tokens

@@ -9,8 +9,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from ..model.generate import check_token_ids
-from ..model.palm import PaLM
+from palm_rlhf.model.generate import check_token_ids
+from palm_rlhf.model.palm import PaLM
 
 Message = dict[str, Any]  # {"role": "user" or "assistant", "content": a text, or 1-d ids where there is no tokenizer}
 Environment = Callable[..., str | Tensor | None]

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 from beartype import beartype
 from tyro.conf import Positional, arg
 
+from palm_rlhf.serving.chat_model import Served, load
 from palm_rlhf.serving.engine import Engine, EngineConfig
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import Request
-from palm_rlhf.serving.served import Served, load
-from palm_rlhf.serving.slots import SlotCache
-from palm_rlhf.training.state import write_text
+from palm_rlhf.training.run.checkpoints import write_text
 
 PROMPT, MORE = "> ", ". "
 QUOTES = '"""'

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from beartype import beartype
 
 from palm_rlhf.serving.structured import Grammar
-from palm_rlhf.serving.text import TextStream
+from palm_rlhf.serving.token_text import TextStream
 
 logger = logging.getLogger(__name__)
 FINISH_REASONS = ("stop", "length", "cancelled", "timeout", "error")

@@ -11,8 +11,8 @@ from beartype import beartype
 from torch import nn
 
 from palm_rlhf.model.generate import evaluating
-from palm_rlhf.ops.threads import adapt
-from palm_rlhf.training.windows import Window, read_windows
+from palm_rlhf.ops.cpu.threads import adapt
+from palm_rlhf.training.token_windows import Window, read_windows
 
 
 @beartype

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.bits_per_byte import total_nats
-from palm_rlhf.training.config import LMConfig
-from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.muon import muon
-from palm_rlhf.training.optimization import adamw, warmup_cosine
-from palm_rlhf.training.run import Run
-from palm_rlhf.training.windows import Tokens, WindowSampler, token_arrays
+from palm_rlhf.training.run.config import LMConfig
+from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.muon import muon
+from palm_rlhf.training.run.optimizer import adamw, warmup_cosine
+from palm_rlhf.training.run.run import Run
+from palm_rlhf.training.token_windows import Tokens, WindowSampler, token_arrays
 
 CURVES = {
     "loss": "training loss (nats per token)",

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from palm_rlhf.algorithms.advantages import best_and_worst
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import known_tokens
+from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, named, score
 from palm_rlhf.policy.rollout import Rollout, collect
 from palm_rlhf.policy.sequences import spoken
-from palm_rlhf.training.batches import EpochSampler
-from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import warmup_cosine
+from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.preference_learner import PreferenceLearner
@@ -29,6 +27,8 @@ from palm_rlhf.training.rlhf.metrics import SampleTable
 from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, read_prompts
 from palm_rlhf.training.rlhf.scoring import OF_ROLLOUT, OF_RUN, run_keywords
 from palm_rlhf.training.rollout_config import RolloutConfig
+from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.optimizer import warmup_cosine
 
 CURVES = {
     "score": "score",

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.training.batches import EpochSampler
-from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import computes_below_float32, warmup_cosine
+from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, checked_preferences
 from palm_rlhf.training.preference_learner import PreferenceLearner
-from palm_rlhf.training.rankings import fingerprint
+from palm_rlhf.training.ranked_data import fingerprint
+from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.optimizer import computes_below_float32, warmup_cosine
 
 CURVES = {"loss": "loss", "accuracy": "accuracy", "reward_margin": "reward of the chosen minus the rejected"}
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.training.config import RunConfig
+from palm_rlhf.training.run.config import RunConfig
 
 # Which losses a setting reaches: it is refused with all others.
 LOSSES_WITH = {

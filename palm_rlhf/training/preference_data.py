@@ -7,7 +7,7 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.policy.sequences import Sequences, join
-from palm_rlhf.training.rankings import Ranking, Rating, checked
+from palm_rlhf.training.ranked_data import Ranking, Rating, checked
 
 
 @beartype

@@ -17,13 +17,13 @@ from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.actor_critic import check_model
 from palm_rlhf.policy.sequences import Sequences
-from palm_rlhf.training.batches import micro_batches
-from palm_rlhf.training.metrics import Metrics
-from palm_rlhf.training.optimization import adamw
+from palm_rlhf.training.epoch_sampler import micro_batches
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, UnpairedPreference, as_rows, mismatched
 from palm_rlhf.training.preference_objective import Counts, metric_names, objective
-from palm_rlhf.training.run import Run
+from palm_rlhf.training.run.log import Metrics
+from palm_rlhf.training.run.optimizer import adamw
+from palm_rlhf.training.run.run import Run
 
 SCOPE = "policy"
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.algorithms.preferences import bradley_terry_loss, plackett_luce_loss, ranking_loss
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences, join
-from palm_rlhf.training.batches import EpochSampler, micro_batches
-from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import adamw, warmup_cosine
-from palm_rlhf.training.rankings import Ranking, Rating, checked, fingerprint
+from palm_rlhf.training.epoch_sampler import EpochSampler, micro_batches
+from palm_rlhf.training.ranked_data import Ranking, Rating, checked, fingerprint
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.reward_metrics import RatingMetrics, RewardMetrics, correlation, ranking_metrics
-from palm_rlhf.training.run import Run
+from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.optimizer import adamw, warmup_cosine
+from palm_rlhf.training.run.run import Run
 
 Data = Sequence[Ranking] | Sequence[Rating]
 

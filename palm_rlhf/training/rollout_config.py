@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from beartype import BeartypeConf, beartype
 
 from palm_rlhf.policy.rollout import Sampling
-from palm_rlhf.training.config import Settings
+from palm_rlhf.training.run.config import Settings
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -15,12 +15,20 @@ from palm_rlhf.model.generate import evaluating
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
-from palm_rlhf.training.batches import micro_batches
-from palm_rlhf.training.examples import Example, OneInARow, Rows, RowSampler, check_examples, digest_of, lay_out
-from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import adamw, warmup_cosine
-from palm_rlhf.training.run import Run
+from palm_rlhf.training.epoch_sampler import micro_batches
+from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.optimizer import adamw, warmup_cosine
+from palm_rlhf.training.run.run import Run
 from palm_rlhf.training.supervised_config import SupervisedConfig
+from palm_rlhf.training.weighted_examples import (
+    Example,
+    OneInARow,
+    Rows,
+    RowSampler,
+    check_examples,
+    digest_of,
+    lay_out,
+)
 
 CURVES = {"loss": "training loss (nats per token)", "learning_rate": "learning rate"}
 SCOPE = "supervised"

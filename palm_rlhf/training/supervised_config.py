@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.training.config import RunConfig
+from palm_rlhf.training.run.config import RunConfig
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))

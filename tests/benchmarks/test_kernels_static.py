@@ -81,7 +81,8 @@ def static(root, monkeypatch):
 
 def test_any_mask_takes_the_tiles_of_masked_calls(static):
     """Of every kernel that has them, and without a mask none does."""
-    from palm_rlhf.ops import attention_backward_triton, attention_forward_triton
+    from palm_rlhf.ops.triton import attention_backward as attention_backward_triton
+    from palm_rlhf.ops.triton import attention_forward as attention_forward_triton
 
     tables = {
         "forward_kernel": attention_forward_triton.MASKED_TILES,
@@ -103,7 +104,7 @@ def compile_forward(static):
     """The forward kernel for sm_80, with other options or tensors: its report."""
     from machine_code import analyse
 
-    from palm_rlhf.ops.attention_forward_triton import forward
+    from palm_rlhf.ops.triton.attention_forward import forward
 
     def report(dtype=torch.bfloat16, dim=64, offset=0, **options):
         q, k = (torch.empty(1, h, 256, dim + offset, dtype=dtype)[..., offset:] for h in (8, 1))

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from palm_rlhf.commands.models import ChatModel, open_chat_model
-from palm_rlhf.commands.records import fitted, rankings_of, read, read_prompts, split, unpaired_preferences_of
+from palm_rlhf.commands.start_models import ChatModel, open_chat_model
+from palm_rlhf.commands.training_data import fitted, rankings_of, read, read_prompts, split, unpaired_preferences_of
 from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from palm_rlhf.cli import main
-from palm_rlhf.commands.models import open_chat_model
-from palm_rlhf.commands.records import read_prompt_rows
-from palm_rlhf.commands.rewards import open_rewards, read_environment, read_function
+from palm_rlhf.commands.reward_arguments import open_rewards, read_environment, read_function
+from palm_rlhf.commands.start_models import open_chat_model
+from palm_rlhf.commands.training_data import read_prompt_rows
 from palm_rlhf.data.conversation import encode_prompt, encode_reply
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.training.run.log import read_metrics
 
 SMALL = {"dim": 16, "depth": 1, "heads": 1, "dim_head": 8}
 ROWS = [

@@ -18,9 +18,9 @@ from palm_rlhf.data.conversation import encode_prompt, end_of_turn
 from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.serving.served import load
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.serving.chat_model import load
+from palm_rlhf.training.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--plot", "False", "--warmup-steps", "1"]

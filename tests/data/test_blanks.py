@@ -15,8 +15,8 @@ from palm_rlhf.data.store import Text, tokens_of
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.requests import score_tokens
-from palm_rlhf.serving.served import Served
+from palm_rlhf.serving.chat_model import Served
+from palm_rlhf.serving.http.engine_requests import score_tokens
 
 NAMES = ["<s>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|prompter|>", "<|end_of_turn|>"]
 TEXTS = ["USER: Where is Rome? ASSISTANT: In Italy. [INST] hello [/INST] hi", "GPT4 Correct User: Name a colour, red"]

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from palm_rlhf.data.fields import SPOKEN, check_fields, is_metadata
 from palm_rlhf.data.instructions import ANSWERS
+from palm_rlhf.data.message_forms import TEXTS
 from palm_rlhf.data.openings import FIELDS
-from palm_rlhf.data.preferences import LISTS, PAIRS
-from palm_rlhf.data.turns import TEXTS
+from palm_rlhf.data.preference_files import LISTS, PAIRS
 
 SAID = ["What is the capital\nof France?", "Paris, of course."]
 

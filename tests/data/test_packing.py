@@ -13,7 +13,7 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.packing import PackedSampler
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
-from palm_rlhf.training.examples import RowSampler
+from palm_rlhf.training.weighted_examples import RowSampler
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=30)
 

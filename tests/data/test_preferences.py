@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data.preferences import fit_rankings, is_preference, pairs_of, parse_ranking, read_rankings
-from palm_rlhf.training.rankings import Ranking
+from palm_rlhf.data.preference_files import fit_rankings, is_preference, pairs_of, parse_ranking, read_rankings
+from palm_rlhf.training.ranked_data import Ranking
 
 
 def user(content):

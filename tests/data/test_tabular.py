@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from palm_rlhf.cli import main
-from palm_rlhf.data.preferences import read_rankings
+from palm_rlhf.data.preference_files import read_rankings
 from palm_rlhf.data.records import read_records, write_records
 from palm_rlhf.data.sharegpt import read_conversations
 

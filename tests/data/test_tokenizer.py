@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from palm_rlhf.data import store
-from palm_rlhf.data.streaming import StreamDecoder
+from palm_rlhf.data.text_stream import StreamDecoder
 from palm_rlhf.data.tokenizer import (
     DEFAULT_SPECIAL_TOKENS,
     ByteTokenizer,
@@ -21,7 +21,7 @@ from palm_rlhf.data.tokenizer import (
     load_tokenizer,
 )
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import resize_token_embeddings
+from palm_rlhf.model.token_ids import resize_token_embeddings
 
 TEXTS = [
     f"the <|user|> said {word}, and the cat sat on the mat {number} times" for number in range(30) for word in "äb日"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_rlhf.data.turns import content_text, one_system, parse_turn
+from palm_rlhf.data.message_forms import content_text, one_system, parse_turn
 
 CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
 CALLS = [{"type": "function", "function": CALL}]

@@ -9,7 +9,7 @@ import tyro
 
 COMMAND_LINE = """
 import sys, tyro
-from palm_rlhf.evaluation.commands import evaluate
+from palm_rlhf.evaluation.evaluate_command import evaluate
 
 tyro.extras.subcommand_cli_from_dict({"evaluate": evaluate, "nothing": lambda: None}, prog="palm-rlhf")
 """
@@ -83,7 +83,7 @@ def judge_server(run_server):
 @pytest.fixture
 def evaluate(capsys):
     """Runs a command in this process: its last line of JSON, and all that it printed."""
-    from palm_rlhf.evaluation.commands import evaluate as command
+    from palm_rlhf.evaluation.evaluate_command import evaluate as command
 
     def call(*arguments):
         subcommands = {"evaluate": command, "nothing": lambda: None}

@@ -3,7 +3,7 @@
 import pytest
 
 from palm_rlhf.evaluation.answers import Question, read_answers, read_questions
-from palm_rlhf.evaluation.prompts import judge_messages
+from palm_rlhf.evaluation.judge_prompts import judge_messages
 
 
 def test_the_bench_of_vicuna(shared_data):

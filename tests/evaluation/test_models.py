@@ -15,10 +15,10 @@ from palm_rlhf.evaluation.answers import Question
 from palm_rlhf.evaluation.journal import Journal
 from palm_rlhf.evaluation.judges import LocalJudge, Request, RewardJudge
 from palm_rlhf.evaluation.judging import collect_judgments, pairwise_requests, scores_of
-from palm_rlhf.evaluation.language_model import Document, measure_text, read_documents
 from palm_rlhf.evaluation.outputs import distinct_n, read_output_texts, statistics_by_language, text_statistics
 from palm_rlhf.evaluation.reward_bench import SECTIONS, accuracies, read_trios, score_trios
-from palm_rlhf.evaluation.runs import Sample, StepResult, read_run, reference_scores, wins_by_step
+from palm_rlhf.evaluation.rlhf_runs import Sample, StepResult, read_run, reference_scores, wins_by_step
+from palm_rlhf.evaluation.text_prediction import Document, measure_text, read_documents
 from palm_rlhf.policy.sequences import join
 
 TEMPLATE = PRESETS["default"]

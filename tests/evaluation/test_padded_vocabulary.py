@@ -7,9 +7,9 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.evaluation.answers import Question
 from palm_rlhf.evaluation.judges import LocalJudge, Request
-from palm_rlhf.evaluation.runs import Sample, reference_scores
+from palm_rlhf.evaluation.rlhf_runs import Sample, reference_scores
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import Sampling, collect
 
 BYTES = ByteTokenizer()

@@ -14,17 +14,17 @@ from palm_rlhf.evaluation.alpaca import evaluate_annotations, read_annotations, 
 from palm_rlhf.evaluation.answers import read_answers, read_questions
 from palm_rlhf.evaluation.comparisons import summarise
 from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.language_model import read_documents
 from palm_rlhf.evaluation.outputs import read_output_texts, statistics_by_language
 from palm_rlhf.evaluation.ratings import elo, read_battles
 from palm_rlhf.evaluation.report import read_report, render
 from palm_rlhf.evaluation.reviews import compare_reviews, read_reviews
 from palm_rlhf.evaluation.reward_bench import read_trios
-from palm_rlhf.evaluation.runs import read_run
+from palm_rlhf.evaluation.rlhf_runs import read_run
 from palm_rlhf.evaluation.study import count_votes, read_votes
+from palm_rlhf.evaluation.text_prediction import read_documents
 from palm_rlhf.evaluation.texts import text_of, without_thoughts
 from palm_rlhf.evaluation.verdicts import parse_rating, parse_scores, parse_verdict
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 PARTS = [{"type": "text", "text": "An "}, {"type": "image_url", "image_url": {"url": "a"}}, {"text": "answer"}]
 

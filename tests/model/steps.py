@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from palm_rlhf import PaLM
 from palm_rlhf.model.cache import KVCache
-from palm_rlhf.ops import native
 from palm_rlhf.ops.attention import attention
+from palm_rlhf.ops.cpu import native_library as native
 
 VOCABULARY = 17
 SIZES = {"dim": 10, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 6, "ff_inner_dim": 7}
@@ -75,7 +75,7 @@ def read_at_once(palm, rows, steps=4, order=None, **options):
 @contextmanager
 def without_kernel():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("palm_rlhf.model.step.library", lambda: None)
+        patch.setattr("palm_rlhf.model.native_decode.library", lambda: None)
         yield
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop.folder import parse_size, shards
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.weights_folder import parse_size, shards
 
 SIZES = {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2}
 OTHER = {**SIZES, "depth": 3, "rotary_theta": 500.0, "logit_scale": 0.5}

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from palm_rlhf.model.interop.folder import WeightsFolder
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.weights_folder import WeightsFolder
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX processes")
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops import native
-from palm_rlhf.ops.decode_native import MAX_ROWS, max_rows
+from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu.native_decoding import MAX_ROWS, max_rows
 
 from .steps import (
     WAYS,
@@ -93,7 +93,7 @@ def test_a_row_among_others_is_the_row_alone_bit_for_bit(dtype, amx, monkeypatch
     """Among as many as the kernel takes at once, which are fewer of bfloat16 where the processor has AMX."""
     if native.refusal() is not None:
         return
-    monkeypatch.setattr("palm_rlhf.ops.decode_native.has_amx", lambda: amx)
+    monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.has_amx", lambda: amx)
     palm = palm_of(dim=70, dim_head=34, ff_inner_dim=37).to(dtype)
     rows = rows_of([9, 4, 6, 1, 9, 2, 7, 7, 3, 9, 5])[: max_rows(dtype)]
     assert len(rows) > 4  # more than are multiplied together

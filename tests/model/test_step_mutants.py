@@ -5,7 +5,7 @@ import platform
 
 import pytest
 
-from palm_rlhf.ops import native
+from palm_rlhf.ops.cpu import native_library as native
 
 from .steps import EXACT, add_scope, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
 
@@ -73,7 +73,7 @@ def use_mutant(compile_native, monkeypatch):
         sources = {name: (native.SOURCES / name).read_text() for name in SOURCES}
         assert sum(text.count(line) for text in sources.values()) == 1
         mutant = compile_native({name: text.replace(line, wrong) for name, text in sources.items()}, optimize=False)
-        monkeypatch.setattr("palm_rlhf.ops.decode_native.library", lambda: mutant)
+        monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.library", lambda: mutant)
 
     return use
 
@@ -86,7 +86,7 @@ def test_the_kernel_is_right_where_its_mutants_are_wrong():
 def test_the_kernel_is_right_on_older_processors(without, compile_native, monkeypatch):
     if native.refusal() is None and platform.machine() == "x86_64":
         older = compile_native({name: (native.SOURCES / name).read_text() for name in SOURCES}, more=[without])
-        monkeypatch.setattr("palm_rlhf.ops.decode_native.library", lambda: older)
+        monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.library", lambda: older)
         assert error() < EXACT
         assert bfloat16_error(pairs=False) < 2e-6
 

@@ -62,7 +62,7 @@ TESTS = {
         "tests/training/test_config_bounds.py",
         "tests/training/test_online_preference.py",
     ],
-    "palm_rlhf/training/config.py": [
+    "palm_rlhf/training/run/config.py": [
         "tests/training/test_defaults.py",
         "tests/training/test_config_bounds.py",
         "tests/training/test_config.py",
@@ -73,12 +73,12 @@ TESTS = {
         "tests/training/test_language_model.py",
         "tests/training/laws/test_fields_without_rollouts.py",
     ],
-    "palm_rlhf/training/optimization.py": [
+    "palm_rlhf/training/run/optimizer.py": [
         "tests/training/test_optimization.py",
         "tests/training/laws/test_optimiser.py",
     ],
-    "palm_rlhf/training/batches.py": ["tests/training/test_batches.py"],
-    "palm_rlhf/training/windows.py": ["tests/training/test_windows.py"],
+    "palm_rlhf/training/epoch_sampler.py": ["tests/training/test_batches.py"],
+    "palm_rlhf/training/token_windows.py": ["tests/training/test_windows.py"],
 }
 
 # Mutants that change nothing a test could observe: file, the line before, the line after, and the reason.
@@ -90,7 +90,7 @@ EQUIVALENT = [
         "at the bound itself the clipped and the free ratio are the same",
     ),
     (
-        "palm_rlhf/policy/reward.py",
+        "palm_rlhf/policy/reward_model.py",
         "scores = scores.sum(dim=-1)",
         "scores = scores.sum(dim=1)",
         "the last axis of `b k` is axis 1",

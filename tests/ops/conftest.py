@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from palm_rlhf.ops import attention_native, elementwise_native, native
+from palm_rlhf.ops.cpu import native_attention as attention_native
+from palm_rlhf.ops.cpu import native_elementwise as elementwise_native
+from palm_rlhf.ops.cpu import native_library as native
 
 
 @pytest.fixture(scope="module")

@@ -111,8 +111,8 @@ def test_a_named_one_is_refused_with_the_reason():
 
 
 def test_programs_are_split_until_they_fill_the_machine():
-    from palm_rlhf.ops.attention_backward_triton import shares
-    from palm_rlhf.ops.attention_decode_triton import choose_splits
+    from palm_rlhf.ops.triton.attention_backward import shares
+    from palm_rlhf.ops.triton.attention_decode import choose_splits
 
     splits = [
         choose_splits(programs, num_keys, 108) for programs, num_keys in ((4, 16384), (4, 1024), (4, 7), (300, 16384))

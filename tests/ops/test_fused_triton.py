@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
-from palm_rlhf.ops.dispatch import uses_triton
+from palm_rlhf.ops.devices import uses_triton
 from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs, linear_logprobs_reference
 from palm_rlhf.ops.rotary import rotary_split, rotary_tables
 from palm_rlhf.ops.swiglu import swiglu
@@ -75,7 +75,7 @@ def test_without_triton_a_gpu_takes_what_it_took_before():
 import sys
 sys.modules["triton"] = None  # what an import finds where Triton is not installed
 import torch
-from palm_rlhf.ops.dispatch import uses_triton
+from palm_rlhf.ops.devices import uses_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 with FakeTensorMode():
     print(uses_triton(torch.empty(2, device="cuda")))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from palm_rlhf.ops import native
+from palm_rlhf.ops.cpu import native_library as native
 
 COMPILER = sys.platform == "linux" and any(shutil.which(name) for name in native.COMPILERS if name)
 NO_COMPILER = "no C compiler was found|compiled on Linux only"
@@ -22,7 +22,7 @@ import importlib, json, os, sys
 before = os.listdir(os.environ["PALM_RLHF_CACHE"])
 import torch
 from palm_rlhf import PaLM
-from palm_rlhf.ops import native
+from palm_rlhf.ops.cpu import native_library as native
 
 assert os.listdir(os.environ["PALM_RLHF_CACHE"]) == before
 print("ready", flush=True)

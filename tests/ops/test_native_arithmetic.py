@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf.ops import native
+from palm_rlhf.ops.cpu import native_library as native
 
 LOOPS = """
 #include "native.h"

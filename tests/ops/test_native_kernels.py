@@ -7,10 +7,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops import attention_native, elementwise_native
 from palm_rlhf.ops.attention import attention
-from palm_rlhf.ops.attention_native import backward_native, forward_native, key_spans
-from palm_rlhf.ops.native import library
+from palm_rlhf.ops.cpu import native_attention as attention_native
+from palm_rlhf.ops.cpu import native_elementwise as elementwise_native
+from palm_rlhf.ops.cpu.native_attention import backward_native, forward_native, key_spans
+from palm_rlhf.ops.cpu.native_library import library
 from palm_rlhf.ops.rotary import rotary_tables
 
 HAS_ATTENTION = hasattr(library(), "attention_forward") and not torch.cpu._is_amx_tile_supported()

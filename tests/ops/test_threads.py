@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from palm_rlhf.ops import threads
+from palm_rlhf.ops.cpu import threads
 
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SETTLED = """
 import json, os, sys
-from palm_rlhf.ops import threads
+from palm_rlhf.ops.cpu import threads
 threads.share_the_machine()
 settings = {name: os.environ.get(name) for name in sys.argv[1:]}
 print(json.dumps({**settings, "adapts": threads._State.adapts, "heavy": "torch" in sys.modules}))
 """
 CALLERS = """
 import json, sys
-from palm_rlhf.ops import threads
+from palm_rlhf.ops.cpu import threads
 threads.share_the_machine()
 import numpy as np, torch
 from palm_rlhf import PaLM
@@ -102,7 +102,7 @@ def test_every_example_settles_it_before_it_imports_torch(root, example):
     before = {lines[number].split()[1].partition(".")[0] for number in imports if number < settled}
     assert before <= sys.stdlib_module_names | {"palm_rlhf"}
     assert [line for line in lines[:settled] if "palm_rlhf" in line and "import" in line] == [
-        "from palm_rlhf.ops.threads import share_the_machine"
+        "from palm_rlhf.ops.cpu.threads import share_the_machine"
     ]
 
 

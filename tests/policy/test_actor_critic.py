@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences, join, response_logprobs
 
 KINDS = ("separate", "shared", "none", "another palm", "reward model", "reward model with lora", "lora", "shared lora")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf.policy.reward import RewardModel
 from palm_rlhf.policy.reward_functions import arguments_of
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rewards import check_rewards, score, weighted_sum
 from palm_rlhf.policy.sequences import Sequences, join
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
 from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs, spoken
 

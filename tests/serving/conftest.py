@@ -11,11 +11,11 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.serving.background import running
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.served import load
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.run_server import running
 
 DIALOGUES = {
     "Hello": "Hi there! How are you?",

@@ -10,9 +10,9 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.generation import Request
-from palm_rlhf.serving.served import load
 
 MAX_NEW_TOKENS = 100
 

@@ -13,9 +13,9 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
-from palm_rlhf.serving.background import running
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.run_server import running
 
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),

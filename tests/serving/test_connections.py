@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from palm_rlhf.serving.bodies import Limits
-from palm_rlhf.serving.connections import ConnectionLimits, most_connections
+from palm_rlhf.serving.http.connections import ConnectionLimits, most_connections
+from palm_rlhf.serving.http.request_bodies import Limits
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 PING = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -109,7 +109,7 @@ def test_what_is_no_http_is_told_so(server, connect, lines, eventually):
 
 def test_a_body_nobody_waits_for_has_to_come_too(start_server, connect, lines, eventually, monkeypatch):
     """Its request was refused at once; the rest of the body does not keep the connection."""
-    monkeypatch.setattr("palm_rlhf.serving.connections.LATE", 0.0)
+    monkeypatch.setattr("palm_rlhf.serving.http.connections.LATE", 0.0)
     url, _ = start_server(connections=ConnectionLimits(body_timeout=0.2), api_keys=["secret"])
     connection = connect(url, HEAD + b"Content-Length: 1000\r\n\r\n{")
     data = b""
@@ -193,7 +193,7 @@ def test_open_files_bound_the_connections():
     """In a process that may open 100 files, and one that may open 40."""
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)\n"
-        "from palm_rlhf.serving.connections import most_connections; print(most_connections(1000))"
+        "from palm_rlhf.serving.http.connections import most_connections; print(most_connections(1000))"
     )
     few, none = (
         subprocess.run([sys.executable, "-c", script, number], capture_output=True, text=True)

@@ -9,7 +9,7 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.served import Served
+from palm_rlhf.serving.chat_model import Served
 
 CHATS = "/v1/chat/completions"
 CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}

@@ -7,9 +7,9 @@ import torch
 
 from palm_rlhf.data.tokenizer import EOS, ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.serving.chat_model import load
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineError, EngineFull, Request
-from palm_rlhf.serving.served import load
-from palm_rlhf.serving.slots import SlotCache
 
 CLEAR_GAP = 1e-3  # far above what adding in another order can change of a logit
 

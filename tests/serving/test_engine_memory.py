@@ -7,8 +7,8 @@ import torch
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import Generation, Request
-from palm_rlhf.serving.slots import SlotCache
 
 
 def ask(prompt, num_tokens, **options) -> Request:

@@ -7,8 +7,8 @@ import httpx
 import openai
 import pytest
 
-from palm_rlhf.serving.bodies import Limits
-from palm_rlhf.serving.parameters import CHAT, COMPLETION
+from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION
+from palm_rlhf.serving.http.request_bodies import Limits
 
 HELLO = [{"role": "user", "content": "Hello"}]
 JSON = {"Content-Type": "application/json"}
@@ -286,7 +286,7 @@ def test_a_reply_that_takes_too_long(start_server):
 
 
 def test_without_a_reward_model_nothing_is_scored(start_server, checkpoint):
-    from palm_rlhf.serving.served import load
+    from palm_rlhf.serving.chat_model import load
 
     url, _ = start_server(load(checkpoint, device="cpu"))
     reply = httpx.post(url + CHATS, json={"model": "parrot", "messages": HELLO, "n": 1, "best_of": 2})

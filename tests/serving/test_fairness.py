@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine import Engine, EngineConfig
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineFull, Request
-from palm_rlhf.serving.slots import SlotCache
 
 NEVER_ENDS = {"logit_bias": {256: -100}}  # the end of the text
 

@@ -8,10 +8,10 @@ import socket
 import httpx
 import pytest
 
-from palm_rlhf.serving.access import Access
-from palm_rlhf.serving.front import CLIENT, Front
-from palm_rlhf.serving.keys import Keys
-from palm_rlhf.serving.metrics import Metrics
+from palm_rlhf.serving.http.access import Access
+from palm_rlhf.serving.http.api_keys import Keys
+from palm_rlhf.serving.http.middleware import CLIENT, Front
+from palm_rlhf.serving.http.prometheus import Metrics
 
 CHATS = "/v1/chat/completions"
 HELLO = {"model": "parrot", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from palm_rlhf.serving.keys import Keys, keys_of_environment, read_keys
+from palm_rlhf.serving.http.api_keys import Keys, keys_of_environment, read_keys
 
 
 def test_lines_have_names_or_are_keys_alone(tmp_path):

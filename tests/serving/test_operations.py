@@ -6,8 +6,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from palm_rlhf.serving.keys import Keys
-from palm_rlhf.serving.server import PAGE
+from palm_rlhf.serving.http.api_keys import Keys
+from palm_rlhf.serving.http.app import PAGE
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

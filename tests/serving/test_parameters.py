@@ -9,8 +9,8 @@ import torch
 
 from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import JinjaTemplate
-from palm_rlhf.serving.parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
-from palm_rlhf.serving.served import load
+from palm_rlhf.serving.chat_model import load
+from palm_rlhf.serving.http.openai_parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"

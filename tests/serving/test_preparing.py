@@ -10,11 +10,11 @@ import pytest
 from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.serving.bodies import Limits
-from palm_rlhf.serving.errors import ApiError
-from palm_rlhf.serving.preparing import LONG, MANY, Gone, Preparation, checkpoint
-from palm_rlhf.serving.protocol import read_chat
-from palm_rlhf.serving.requests import score_tokens
+from palm_rlhf.serving.http.engine_requests import score_tokens
+from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.http.openai_requests import read_chat
+from palm_rlhf.serving.http.preparation import LONG, MANY, Gone, Preparation, checkpoint
+from palm_rlhf.serving.http.request_bodies import Limits
 
 EMPTY = {"role": "user", "content": ""}
 CHATS = "/v1/chat/completions"

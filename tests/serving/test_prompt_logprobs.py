@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy_chunked import CHUNK
-from palm_rlhf.serving.batch import Batch
+from palm_rlhf.serving.engine.batch import Batch
+from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
+from palm_rlhf.serving.engine.sampler import Sampler
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import Generation, Request
-from palm_rlhf.serving.prompt_logprobs import score_prompt
-from palm_rlhf.serving.sampler import Sampler
-from palm_rlhf.serving.slots import SlotCache
-from palm_rlhf.serving.text import TextStream, spelled
+from palm_rlhf.serving.token_text import TextStream, spelled
 
 TEXT = "What is the capital of France?"
 TEXTS = "/v1/completions"

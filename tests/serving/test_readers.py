@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.serving.background import running
-from palm_rlhf.serving.bodies import Limits
-from palm_rlhf.serving.connections import ConnectionLimits
-from palm_rlhf.serving.door import Door
+from palm_rlhf.serving.access_options import Door
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.replies import ENCODED_LEVELS, json_pieces
-from palm_rlhf.serving.server import create_app
-from palm_rlhf.serving.streaming import PATIENCE
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.connections import ConnectionLimits
+from palm_rlhf.serving.http.event_stream import PATIENCE
+from palm_rlhf.serving.http.openai_replies import ENCODED_LEVELS, json_pieces
+from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.run_server import running
 
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
 ENDLESS = {"model": "parrot", "prompt": "a", "temperature": 0, "logit_bias": {"256": -100}}

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.batch import FORWARD, Batch
 from palm_rlhf.serving.engine import Engine, EngineConfig
+from palm_rlhf.serving.engine.batch import FORWARD, Batch
 from palm_rlhf.serving.generation import Request
 
 CHUNK = 128

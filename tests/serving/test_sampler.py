@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.sampling import sampling_logprobs
+from palm_rlhf.serving.engine.sampler import Sampler, adjust, choose, token_logprobs
 from palm_rlhf.serving.generation import Generation, Request
-from palm_rlhf.serving.sampler import Sampler, adjust, choose, token_logprobs
-from palm_rlhf.serving.text import TextStream
+from palm_rlhf.serving.token_text import TextStream
 
 
 def row(index: int = 0, **options) -> Generation:

@@ -13,7 +13,7 @@ from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.serving.served import load
+from palm_rlhf.serving.chat_model import load
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

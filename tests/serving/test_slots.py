@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.native import refusal
-from palm_rlhf.serving.prefix import MAX_ENTRIES, PrefixCache, common_prefix
-from palm_rlhf.serving.slots import Rows, SlotCache
+from palm_rlhf.ops.cpu.native_library import refusal
+from palm_rlhf.serving.engine.prefix_cache import MAX_ENTRIES, PrefixCache, common_prefix
+from palm_rlhf.serving.engine.slot_cache import Rows, SlotCache
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ class Overlong(Rows):
 def test_a_wrong_cache_is_noticed(palm, monkeypatch, mutant):
     monkeypatch.setattr(SlotCache, "rows", lambda slots, lengths: mutant(slots, lengths))
     if mutant is Unmasked or refusal() is not None:  # the kernel needs no mask
-        monkeypatch.setattr("palm_rlhf.model.step.library", lambda: None)
+        monkeypatch.setattr("palm_rlhf.model.native_decode.library", lambda: None)
     if mutant is Overlong and refusal() is not None:
         return
     with pytest.raises(AssertionError):

@@ -16,10 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import DEFAULT_SPECIAL_TOKENS, ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.generation import Request
-from palm_rlhf.serving.served import Served
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, MAX_SCHEMA_DEPTH, Grammars
 
 PERSON = {

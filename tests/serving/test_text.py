@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import EOS, ByteTokenizer, HuggingFaceTokenizer
-from palm_rlhf.serving.text import TextStream
-from palm_rlhf.serving.vocabulary import token_text
+from palm_rlhf.serving.http.token_display import token_text
+from palm_rlhf.serving.token_text import TextStream
 
 BYTES = ByteTokenizer()
 SOME_TEXT = st.text(alphabet="abé🙂", max_size=30)

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import DEFAULT_SPECIAL_TOKENS, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.served import load
+from palm_rlhf.serving.chat_model import load
 
 HELLO = [{"role": "user", "content": "Hello"}]
 BOS = "<|start|>"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.training.config import LMConfig
+from palm_rlhf.training.run.config import LMConfig
 
 
 @pytest.fixture

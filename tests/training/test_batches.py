@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.training.batches import EpochSampler, micro_batches
+from palm_rlhf.training.epoch_sampler import EpochSampler, micro_batches
 
 SIZES = st.integers(1, 60)
 

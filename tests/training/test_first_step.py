@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
-from palm_rlhf.training.optimization import computes_below_float32
 from palm_rlhf.training.preference import PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
+from palm_rlhf.training.run.optimizer import computes_below_float32
 
 NUM_TOKENS, EOS = 96, 5
 ARITHMETIC = {  # the type of the weights, and the precision of the run
@@ -105,7 +105,7 @@ def test_products_are_below_float32_by_autocast_by_their_type_or_as_pytorch_is_t
     assert computes_below_float32("float32", torch.bfloat16, cpu) and computes_below_float32("float32", torch.half, cpu)
     assert not computes_below_float32("float32", torch.float32, cpu)
     assert not computes_below_float32("float32", torch.float64, cpu)
-    monkeypatch.setattr("palm_rlhf.training.optimization.computes_bfloat16", lambda device: device.type == "cuda")
+    monkeypatch.setattr("palm_rlhf.training.run.optimizer.computes_bfloat16", lambda device: device.type == "cuda")
     assert computes_below_float32("auto", torch.float32, torch.device("cuda"))
     assert not computes_below_float32("auto", torch.float32, cpu)
 

@@ -4,7 +4,7 @@ import sys
 
 FAULTS = """
 import resource, sys, torch
-from palm_rlhf.training.launch import build_accelerator, keep_freed_memory
+from palm_rlhf.training.run.launch import build_accelerator, keep_freed_memory
 
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from palm_rlhf.training.muon import muon, orthogonalise
-from palm_rlhf.training.optimization import adamw
+from palm_rlhf.training.run.muon import muon, orthogonalise
+from palm_rlhf.training.run.optimizer import adamw
 
 SETTINGS = (0.01, (0.9, 0.95), 1e-8, 0.0)
 

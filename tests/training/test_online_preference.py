@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join, response_logprobs
 from palm_rlhf.training import OnlinePreferenceTrainer, PreferenceConfig, PreferenceTrainer, RolloutConfig
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 # With an eps this large AdamW's first step is the gradient itself, so that weights show what gradients were.
@@ -63,7 +63,7 @@ def pairs_of(count):
             for _ in range(count)]
 """
 TWO_PROCESSES = """
-from palm_rlhf.training.state import write_text
+from palm_rlhf.training.run.checkpoints import write_text
 from pathlib import Path
 import json
 

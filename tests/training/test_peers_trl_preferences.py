@@ -16,7 +16,7 @@ from torch import nn
 from palm_rlhf.algorithms import preferences
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training import (
     Preference,
     PreferenceConfig,
@@ -27,7 +27,7 @@ from palm_rlhf.training import (
 )
 from palm_rlhf.training import preference_objective as preference_module
 from palm_rlhf.training import reward as reward_module
-from palm_rlhf.training.batches import EpochSampler
+from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops import logprobs_chunked
 from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 # With an eps this large AdamW's first step is the gradient itself, so that weights show what gradients were.
 GRADIENT_DESCENT = {"learning_rate": 1e6, "eps": 1e6, "warmup_steps": 0, "grad_clip": 0.0}

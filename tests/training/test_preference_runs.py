@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
-from palm_rlhf.training.metrics import read_metrics
-from palm_rlhf.training.state import complete_checkpoints
+from palm_rlhf.training.run.checkpoints import complete_checkpoints
+from palm_rlhf.training.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

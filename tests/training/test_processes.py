@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 # Run by the test itself, and by each of two processes.
 RUN = """
@@ -33,7 +33,7 @@ def trainer(folder, batch_size, dropout=0.0, **options):
 """
 TWO_PROCESSES = """
 import os, pathlib, sys
-from palm_rlhf.training.launch import leave_the_others
+from palm_rlhf.training.run.launch import leave_the_others
 out = sys.argv[1]
 trainer(f"{out}/two", batch_size=2).train()
 list(trainer(f"{out}/whole", batch_size=2, dropout=0.2).steps())

@@ -19,8 +19,14 @@ from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.language_model import LanguageModelTrainer
-from palm_rlhf.training.metrics import read_metrics
-from palm_rlhf.training.state import complete_checkpoints, new_checkpoint, rng_state, set_rng_state, write_state
+from palm_rlhf.training.run.checkpoints import (
+    complete_checkpoints,
+    new_checkpoint,
+    rng_state,
+    set_rng_state,
+    write_state,
+)
+from palm_rlhf.training.run.log import read_metrics
 
 
 @pytest.fixture
@@ -176,7 +182,7 @@ def test_without_an_output_dir_nothing_is_written(make_trainer, tmp_path, monkey
 KILLED_WRITE = """
 import os, signal, sys
 from pathlib import Path
-from palm_rlhf.training.state import new_checkpoint, write_state
+from palm_rlhf.training.run.checkpoints import new_checkpoint, write_state
 
 for step in (1, 2):
     with new_checkpoint(Path(sys.argv[1]), step, keep=1) as folder:

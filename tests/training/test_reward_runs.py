@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.training.metrics import read_metrics
-from palm_rlhf.training.rankings import Ranking
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.reward import RewardConfig, RewardModelTrainer
-from palm_rlhf.training.state import complete_checkpoints
+from palm_rlhf.training.run.checkpoints import complete_checkpoints
+from palm_rlhf.training.run.log import read_metrics
 
 # Run by the tests themselves, and by processes that they start.
 RUN = """
 import numpy as np, torch
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
-from palm_rlhf.training.rankings import Ranking
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.reward import RewardConfig, RewardModelTrainer
 
 def rankings(count, seed=0):

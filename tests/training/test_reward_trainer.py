@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.training.metrics import read_metrics
-from palm_rlhf.training.rankings import Ranking, Rating, fingerprint
+from palm_rlhf.training.ranked_data import Ranking, Rating, fingerprint
 from palm_rlhf.training.reward import RewardConfig, RewardModelTrainer
 from palm_rlhf.training.reward_metrics import ranking_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 # With an eps this large AdamW's first step is the gradient itself, so that weights show what gradients were.
 GRADIENT_DESCENT = {"learning_rate": 1e6, "eps": 1e6, "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": 0.0}

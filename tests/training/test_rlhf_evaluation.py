@@ -10,9 +10,9 @@ import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.algorithms.win_rate import wilson_interval
-from palm_rlhf.training.metrics import read_metrics
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
-from palm_rlhf.training.state import best_checkpoint
+from palm_rlhf.training.run.checkpoints import best_checkpoint
+from palm_rlhf.training.run.log import read_metrics
 
 EOS = 5
 PROMPTS = [torch.arange(1 + index % 3) for index in range(8)]

@@ -13,9 +13,9 @@ import tyro
 
 from palm_rlhf.cli import main
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import Sampling
-from palm_rlhf.training.rankings import Ranking
+from palm_rlhf.training.ranked_data import Ranking
 
 SMALL = [
     *("--held-out", "6", "--num-ranked", "4", "--measure-every", "2", "--model.dim", "48", "--model.depth", "1"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from palm_rlhf import PaLM
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 RUN = """
 import dataclasses, itertools, sys
@@ -95,7 +95,7 @@ SHARDS = """
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from palm_rlhf.training import launch
+from palm_rlhf.training.run import launch
 
 def sharding_accelerator(**options):
     accelerator = Accelerator(**options)

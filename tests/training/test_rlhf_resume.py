@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 # Run by the tests themselves, and by processes that they kill.
 RUN = """

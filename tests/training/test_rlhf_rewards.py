@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
-from palm_rlhf.training.metrics import read_metrics
 from palm_rlhf.training.rlhf.prompts import read_prompts
+from palm_rlhf.training.run.log import read_metrics
 
 EOS = 5
 ROWS = [{"prompt": [1 + index] * (1 + index % 3), "answer": f"answer {index}", "id": index} for index in range(7)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
-from palm_rlhf.training.metrics import read_metrics
 from palm_rlhf.training.rlhf.prompts import read_prompts
+from palm_rlhf.training.run.log import read_metrics
 
 EOS = 11
 

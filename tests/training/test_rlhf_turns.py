@@ -12,8 +12,8 @@ from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.policy.turns import Turns
-from palm_rlhf.training.metrics import read_metrics
 from palm_rlhf.training.rlhf.objective import objective
+from palm_rlhf.training.run.log import read_metrics
 
 EOS = 5
 ALGORITHMS = [

@@ -19,11 +19,11 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.masked import weighted_mean
 from palm_rlhf.training import supervised
-from palm_rlhf.training.examples import Example, lay_out
-from palm_rlhf.training.metrics import read_metrics
-from palm_rlhf.training.state import complete_checkpoints
+from palm_rlhf.training.run.checkpoints import complete_checkpoints
+from palm_rlhf.training.run.log import read_metrics
 from palm_rlhf.training.supervised import SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
+from palm_rlhf.training.weighted_examples import Example, lay_out
 
 ROOT = Path(__file__).resolve().parents[2]
 # With an eps this large AdamW's first step is the gradient itself, so that weights show what gradients were.
@@ -35,7 +35,7 @@ import os, signal, sys
 import numpy as np, torch
 from palm_rlhf.data.packing import PackedSampler
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.training.examples import Example
+from palm_rlhf.training.weighted_examples import Example
 from palm_rlhf.training.supervised import SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.training.windows import Window, WindowSampler, token_arrays
+from palm_rlhf.training.token_windows import Window, WindowSampler, token_arrays
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=4)
 

@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..config import PaLMConfig
-from .folder import WeightsFolder, check_shapes
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.weights_folder import WeightsFolder, check_shapes
 
 ARCHITECTURE = "CohereForCausalLM"
 EMBEDDINGS, UNTIED = "model.embed_tokens.weight", "lm_head.weight"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PaLMConfig
-from .folder import check_shapes
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.weights_folder import check_shapes
 
 EMBEDDINGS, TIED = "token_emb.weight", "to_logits.weight"
 FUSED, FREQUENCIES = "fn.fused_attn_ff_proj.weight", "fn.rotary_emb.inv_freq"

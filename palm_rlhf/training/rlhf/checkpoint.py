@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palm_rlhf.model.checkpoint import require_same_mathematics, shapes_of
-from palm_rlhf.model.interop.folder import check_shapes
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.weights_folder import check_shapes
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
-from palm_rlhf.training.sharding import load_full, plain_palm
+from palm_rlhf.training.run.sharding import load_full, plain_palm
 
 CRITIC_FILE = "critic.safetensors"
 

@@ -9,10 +9,10 @@ from beartype import BeartypeConf, beartype
 from palm_rlhf.algorithms.advantages import AdvantageScale
 from palm_rlhf.algorithms.ratios import RatioLevel
 from palm_rlhf.policy.rollout import Sampling
-from palm_rlhf.training.config import RunConfig
-from palm_rlhf.training.optimization import Precision
 from palm_rlhf.training.rlhf.config_checks import check_config
 from palm_rlhf.training.rlhf.variants import VARIANTS, Aggregation, Variant, variant_of
+from palm_rlhf.training.run.config import RunConfig
+from palm_rlhf.training.run.optimizer import Precision
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -11,9 +11,9 @@ from torch import Tensor
 from palm_rlhf.algorithms.advantages import varied_groups
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
-from palm_rlhf.training.metrics import Metrics
 from palm_rlhf.training.rlhf.config import PPOConfig
-from palm_rlhf.training.run import Run
+from palm_rlhf.training.run.log import Metrics
+from palm_rlhf.training.run.run import Run
 
 
 class Sampled(NamedTuple):

@@ -20,12 +20,12 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.rewards import Rewards, check_rewards, named
 from palm_rlhf.policy.rollout import Rollout, collect
-from palm_rlhf.training.metrics import Metrics
 from palm_rlhf.training.rlhf.experience import by_length, in_batches
 from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, check_room, read_prompts
 from palm_rlhf.training.rlhf.scoring import keyword_names, score_rollout
-from palm_rlhf.training.sharding import whole
-from palm_rlhf.training.state import rng_state, set_rng_state
+from palm_rlhf.training.run.checkpoints import rng_state, set_rng_state
+from palm_rlhf.training.run.log import Metrics
+from palm_rlhf.training.run.sharding import whole
 
 if TYPE_CHECKING:
     from palm_rlhf.training.rlhf.trainer import RLHFTrainer

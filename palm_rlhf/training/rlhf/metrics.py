@@ -49,9 +49,9 @@ from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import spoken
-from palm_rlhf.training.metrics import Metrics, read_metrics
-from palm_rlhf.training.run import Run
-from palm_rlhf.training.state import write_text, writing
+from palm_rlhf.training.run.checkpoints import write_text, writing
+from palm_rlhf.training.run.log import Metrics, read_metrics
+from palm_rlhf.training.run.run import Run
 
 CURVES = {
     "score": "score",

@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.model.generate import check_token_ids
-from palm_rlhf.model.interop.text_file import read_text
+from palm_rlhf.model.text_file import read_text
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028, which is part of a text
 PROMPT = "prompt"  # the column that is one

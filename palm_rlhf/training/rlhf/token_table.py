@@ -13,12 +13,12 @@ from palm_rlhf.algorithms.ratios import log_ratio
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.sequences import Sequences
-from palm_rlhf.training.metrics import read_metrics
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.experience import Experience
-from palm_rlhf.training.run import Run
-from palm_rlhf.training.sharding import whole
-from palm_rlhf.training.state import write_text, writing
+from palm_rlhf.training.run.checkpoints import write_text, writing
+from palm_rlhf.training.run.log import read_metrics
+from palm_rlhf.training.run.run import Run
+from palm_rlhf.training.run.sharding import whole
 
 TOKENS_FILE = "tokens.jsonl"
 

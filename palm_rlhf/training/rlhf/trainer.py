@@ -11,15 +11,13 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.vocabulary import known_tokens
+from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, move
 from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
 from palm_rlhf.policy.turns import Environment, Turns
-from palm_rlhf.training.batches import EpochSampler
-from palm_rlhf.training.metrics import Metrics, Result
-from palm_rlhf.training.optimization import adamw_groups, computes_below_float32, warmup_cosine
+from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.credit import assign_credit, counted_responses, shape_scores, steered_kl_coef
@@ -31,8 +29,10 @@ from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.rlhf.prompts import Prompt, check_room, read_prompts
 from palm_rlhf.training.rlhf.scoring import keyword_names, run_keywords, score_rollout
 from palm_rlhf.training.rlhf.token_table import TokenTable
-from palm_rlhf.training.run import Run
-from palm_rlhf.training.sharding import full_state, whole
+from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.optimizer import adamw_groups, computes_below_float32, warmup_cosine
+from palm_rlhf.training.run.run import Run
+from palm_rlhf.training.run.sharding import full_state, whole
 
 
 class RLHFTrainer:

@@ -125,21 +125,25 @@ def mutate(root, tmp_path, monkeypatch):
     def attention_of(file: str, old: str, new: str):
         package = tmp_path / "mutant_ops"
         package.mkdir()
-        for path in (root / "palm_rlhf" / "ops").glob("*_triton.py"):
-            text = path.read_text(encoding="utf-8").replace("palm_rlhf::", "mutant_ops::")
+        for path in (root / "palm_rlhf/ops/triton").glob("*.py"):
+            text = (
+                path.read_text(encoding="utf-8")
+                .replace("palm_rlhf::", "mutant_ops::")
+                .replace("palm_rlhf.ops.triton", "mutant_ops")
+            )
             if path.name == file:
                 assert text.count(old) == 1, f"{text.count(old)} times {old!r} in {file}"
                 text = text.replace(old, new)
             (package / path.name).write_text(text, encoding="utf-8")
         monkeypatch.syspath_prepend(tmp_path)
-        return importlib.import_module("mutant_ops.attention_triton").attention_triton
+        return importlib.import_module("mutant_ops.fused_attention").attention_triton
 
     yield attention_of
     for name in [name for name in sys.modules if name.split(".")[0] == "mutant_ops"]:
         del sys.modules[name]
 
 
-FORWARD, BACKWARD = "attention_forward_triton.py", "attention_backward_triton.py"
+FORWARD, BACKWARD = "attention_forward.py", "attention_backward.py"
 MUTANTS = {
     "the unchanged copy": (FORWARD, "at[:, None] >= keys[None, :]", "at[:, None] >= keys[None, :]"),
     "the diagonal is hidden": (FORWARD, "at[:, None] >= keys[None, :]", "at[:, None] > keys[None, :]"),

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from palm_rlhf.ops import attention_backward_triton, attention_forward_triton, tiles_triton
-from palm_rlhf.ops.attention_backward_triton import backward
-from palm_rlhf.ops.attention_forward_triton import forward
-from palm_rlhf.ops.tiles_triton import Tile, describe
+from palm_rlhf.ops.triton import attention_backward as attention_backward_triton
+from palm_rlhf.ops.triton import attention_forward as attention_forward_triton
+from palm_rlhf.ops.triton import tiles as tiles_triton
+from palm_rlhf.ops.triton.attention_backward import backward
+from palm_rlhf.ops.triton.attention_forward import forward
+from palm_rlhf.ops.triton.tiles import Tile, describe
 
 
 @pytest.fixture

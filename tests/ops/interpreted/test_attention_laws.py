@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops import attention_backward_triton, attention_forward_triton, tiles_triton
 from palm_rlhf.ops.attention import attention, available_implementations
-from palm_rlhf.ops.attention_backward_triton import backward
-from palm_rlhf.ops.attention_decode_triton import decode
-from palm_rlhf.ops.attention_forward_triton import forward
-from palm_rlhf.ops.tiles_triton import Tile
+from palm_rlhf.ops.triton import attention_backward as attention_backward_triton
+from palm_rlhf.ops.triton import attention_forward as attention_forward_triton
+from palm_rlhf.ops.triton import tiles as tiles_triton
+from palm_rlhf.ops.triton.attention_backward import backward
+from palm_rlhf.ops.triton.attention_decode import decode
+from palm_rlhf.ops.triton.attention_forward import forward
+from palm_rlhf.ops.triton.tiles import Tile
 
 triton = functools.partial(attention, implementation="triton")
 eager = functools.partial(attention, implementation="eager")

@@ -182,9 +182,9 @@ def assert_accurate(function: Function, case: Case, dtype: torch.dtype) -> None:
 class Operations:
     """The public functions of the kernels, of the package or of a mutant of it."""
 
-    def __init__(self, package: str = "palm_rlhf.ops"):
+    def __init__(self, package: str = "palm_rlhf.ops.triton"):
         for name in ("cross_entropy", "logprobs", "swiglu", "rotary"):
-            vars(self).update(vars(importlib.import_module(f"{package}.{name}_triton")))
+            vars(self).update(vars(importlib.import_module(f"{package}.fused_{name}")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,9 +201,13 @@ def mutate(root, tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], Op
     def operations_of(file: str, old: str, new: str) -> Operations:
         package = tmp_path / "mutant_ops"
         package.mkdir()
-        for path in (root / "palm_rlhf" / "ops").glob("*_triton.py"):
-            text = path.read_text(encoding="utf-8").replace("palm_rlhf::", "mutant_ops::")
-            if path.name == f"{file}_triton.py":
+        for path in (root / "palm_rlhf/ops/triton").glob("*.py"):
+            text = (
+                path.read_text(encoding="utf-8")
+                .replace("palm_rlhf::", "mutant_ops::")
+                .replace("palm_rlhf.ops.triton", "mutant_ops")
+            )
+            if path.name == f"fused_{file}.py":
                 assert text.count(old) == 1, f"{text.count(old)} times {old!r} in {file}"
                 text = text.replace(old, new)
             (package / path.name).write_text(text, encoding="utf-8")

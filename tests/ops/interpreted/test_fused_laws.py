@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops import cross_entropy_triton, dispatch
+from palm_rlhf.ops import devices as dispatch
 from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
-from palm_rlhf.ops.cross_entropy_triton import chunks, linear_cross_entropy_triton
 from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
-from palm_rlhf.ops.logprobs_triton import linear_logprobs_triton
 from palm_rlhf.ops.rotary import rotary_tables
-from palm_rlhf.ops.rotary_triton import rotary_split_triton
-from palm_rlhf.ops.swiglu_triton import swiglu_triton
+from palm_rlhf.ops.triton import fused_cross_entropy as cross_entropy_triton
+from palm_rlhf.ops.triton.fused_cross_entropy import chunks, linear_cross_entropy_triton
+from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
+from palm_rlhf.ops.triton.fused_rotary import rotary_split_triton
+from palm_rlhf.ops.triton.fused_swiglu import swiglu_triton
 from palm_rlhf.policy.sequences import join, response_logprobs
 
 F32 = torch.float32

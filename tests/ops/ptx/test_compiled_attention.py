@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from palm_rlhf.ops.attention_backward_triton import backward
-from palm_rlhf.ops.attention_decode_triton import decode
-from palm_rlhf.ops.attention_forward_triton import forward
+from palm_rlhf.ops.triton.attention_backward import backward
+from palm_rlhf.ops.triton.attention_decode import decode
+from palm_rlhf.ops.triton.attention_forward import forward
 
 from .driver import emulated
 from .memory import NotLanded, OutOfBounds, Race, Uninitialised
@@ -180,21 +180,25 @@ def mutate(root, tmp_path, monkeypatch):
     def mutant(file: str, old: str, new: str):
         package = tmp_path / "mutant_ops"
         package.mkdir()
-        for path in (root / "palm_rlhf" / "ops").glob("*_triton.py"):
-            text = path.read_text(encoding="utf-8").replace("palm_rlhf::", "mutant_ops::")
+        for path in (root / "palm_rlhf/ops/triton").glob("*.py"):
+            text = (
+                path.read_text(encoding="utf-8")
+                .replace("palm_rlhf::", "mutant_ops::")
+                .replace("palm_rlhf.ops.triton", "mutant_ops")
+            )
             if path.name == file:
                 assert text.count(old) == 1, f"{text.count(old)} times {old!r} in {file}"
                 text = text.replace(old, new)
             (package / path.name).write_text(text, encoding="utf-8")
         monkeypatch.syspath_prepend(tmp_path)
-        return importlib.import_module("mutant_ops.attention_forward_triton").forward
+        return importlib.import_module("mutant_ops.attention_forward").forward
 
     yield mutant
     for name in [name for name in sys.modules if name.split(".")[0] == "mutant_ops"]:
         del sys.modules[name]
 
 
-FORWARD, TILES = "attention_forward_triton.py", "tiles_triton.py"
+FORWARD, TILES = "attention_forward.py", "tiles.py"
 LESS, SUMS = "rows * stride, rows < count", "rows, lse, mask=inside)"
 MUTANTS = {
     "a key too many is read": (OutOfBounds, TILES, LESS, LESS.replace("<", "<=")),

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf.ops.cross_entropy_triton import linear_cross_entropy_triton
-from palm_rlhf.ops.logprobs_triton import linear_logprobs_triton
-from palm_rlhf.ops.rotary_triton import rotary_split_triton
-from palm_rlhf.ops.swiglu_triton import swiglu_triton
+from palm_rlhf.ops.triton.fused_cross_entropy import linear_cross_entropy_triton
+from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
+from palm_rlhf.ops.triton.fused_rotary import rotary_split_triton
+from palm_rlhf.ops.triton.fused_swiglu import swiglu_triton
 
 from .driver import emulated
 

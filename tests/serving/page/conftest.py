@@ -20,10 +20,10 @@ import palm_rlhf.serving
 from palm_rlhf.data.templates import ChatTemplate
 from palm_rlhf.data.tokenizer import EOS, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.background import running
+from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.served import Served
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.run_server import running
 
 FILES = Path(palm_rlhf.serving.__file__).with_name("page")
 USER, SYSTEM = "<|user|>", "<|system|>"

@@ -5,10 +5,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from palm_rlhf.serving.access import Access
-from palm_rlhf.serving.background import running
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.server import create_app
+from palm_rlhf.serving.http.access import Access
+from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.http.run_server import running
 
 ASK = """
     const [url, kind, stream, done] = arguments;

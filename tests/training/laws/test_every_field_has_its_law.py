@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from palm_rlhf import training
-from palm_rlhf.training.config import RunConfig, Settings
 from palm_rlhf.training.rollout_config import RolloutConfig
+from palm_rlhf.training.run.config import RunConfig, Settings
 
 from .trainers import CONFIGS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
-from palm_rlhf.training.metrics import read_metrics
+from palm_rlhf.training.run.log import read_metrics
 
 from .trainers import CONFIGS, SETTINGS, build, law_of_each_config, record_tokens
 

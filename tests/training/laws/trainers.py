@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.reward import RewardModel
+from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training import (
     LanguageModelTrainer,
     LMConfig,
@@ -27,7 +27,7 @@ from palm_rlhf.training import (
     SupervisedTrainer,
     UnpairedPreference,
 )
-from palm_rlhf.training.examples import Example
+from palm_rlhf.training.weighted_examples import Example
 
 SHORT = {"save_every": 1, "log_every": 1, "precision": "float32", "plot": False, "warmup_steps": 2}
 STEPS = {**SHORT, "num_steps": 4}

@@ -1,0 +1,292 @@
+"""The commands of ``palm-rlhf data``: files of conversations and preferences, cleaned, chosen from and converted."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Annotated, Any, Literal, Union
+
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown
+from palm_rlhf.data.convert import Form, Target, converted, form_of
+from palm_rlhf.data.counts import Counts
+from palm_rlhf.data.deduplicate import drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.filters import (
+    drop_blocked_words,
+    drop_provider_errors,
+    drop_repeated_digits,
+    drop_short,
+    keep_languages,
+    keep_model,
+)
+from palm_rlhf.data.json_record import Broken
+from palm_rlhf.data.records import STANDARD, Record, write_records
+from palm_rlhf.data.splitting import fit_context, is_held_out, num_bytes
+
+File = Annotated[Positional[str], arg(metavar="FILE")]
+Out = Annotated[str, arg(metavar="OUT.jsonl|.csv|.parquet")]
+Number = Annotated[int | None, arg(metavar="INT")]
+Share = Annotated[float | None, arg(metavar="0..1")]
+Name = Annotated[str | None, arg(metavar="NAME")]
+Words = Annotated[tuple[str, ...], arg(metavar="WORD ...", help_behavior_hint="(default: none)")]
+Codes = Annotated[tuple[str, ...], arg(metavar="CODE ...", help_behavior_hint="(default: all)")]
+
+
+def offers_to_skip(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose error for a broken record names the option that leaves such records out."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except ValueError as error:
+            if isinstance(error.__cause__, Broken):
+                raise ValueError(f"{error}, or leave out what is broken with --skip-broken") from error
+            raise
+
+    return run
+
+
+@offers_to_skip
+@beartype
+def clean(
+    file: File,
+    *,
+    out: Out,
+    html: Html = "auto",
+    keep_duplicates: bool = False,
+    ignore_fields: Words = (),
+    skip_broken: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Mend conversations: HTML to Markdown, turns in order, no debris of buttons, errors of providers or duplicates.
+
+    Each is written as {"messages": [{"role", "content"}]}, with the id, model, condition and tools that it names.
+
+    Args:
+        file: Conversations of any form (ShareGPT, a web page, messages, Alpaca, ChatGPT); a folder of such; - is stdin.
+        out: Where to write; - is stdout, and the summary then goes to stderr.
+        html: Which messages to make Markdown of; auto takes those of a chat's page, and leaves HTML that was asked for.
+        keep_duplicates: Keep conversations that say the same as an earlier one.
+        ignore_fields: Fields to leave out though they hold text that the form has no place for.
+        skip_broken: Count and name records that cannot be read, and go on.
+        overwrite: Write over a file that is there already.
+    """
+    refuse_existing(overwrite, out)
+    counts = Counts()
+    records = to_markdown(
+        counts.read(file, skip_broken, ignore_fields), html, rejected=counts.rejected, mended=counts.mended
+    )
+    records = mend_turns(records, rejected=counts.rejected, mended=counts.mended)
+    records = drop_provider_errors(records, rejected=counts.rejected)
+    if not keep_duplicates:
+        records = drop_duplicates(records, rejected=counts.rejected)
+    write_records(out, counts.written(records))
+    counts.report(out)
+
+
+@offers_to_skip
+@beartype
+def filter_conversations(
+    file: File,
+    *,
+    out: Out,
+    model: Name = None,
+    lang: Codes = (),
+    blocked_words: Words = (),
+    repeated_digits: Number = None,
+    min_tokens: Number = None,
+    near_duplicates: Share = None,
+    context: Number = None,
+    overlong: Literal["split", "truncate"] = "split",
+    tokenizer: Annotated[str | None, arg(metavar="FOLDER")] = None,
+    overhead: Annotated[int, arg(metavar="INT")] = 0,
+    eval_fraction: Annotated[float, arg(metavar="0..1")] = 0.0,
+    eval_out: Annotated[str | None, arg(metavar="EVAL.jsonl")] = None,
+    ignore_fields: Words = (),
+    skip_broken: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Choose conversations by model, language, words and length; fit them to a context; hold some out.
+
+    It takes the files that clean takes (best cleaned before) and writes the same lines. The steps asked for follow in
+    the order of the options.
+
+    Args:
+        file: What clean writes or reads; - is stdin.
+        out: Where to write; - is stdout, and the summary then goes to stderr.
+        model: Keep the conversations of this model only, such as gpt-4.
+        lang: Keep those in one of these languages only (ISO 639-1), such as en de.
+        blocked_words: Leave out those with one of these words, in any case, also inside of other words.
+        repeated_digits: Leave out those that repeat a digit so often in a row (Vicuna took 9).
+        min_tokens: Leave out those that are shorter.
+        near_duplicates: Leave out those that share so much of their text with an earlier one, such as 0.8.
+        context: Tokens that a conversation may have.
+        overlong: Split longer ones between exchanges so that none is lost, or keep the exchanges that fit.
+        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained, a run's, or a hub id; bytes
+            by default.
+        overhead: Tokens that the chat template adds to each message.
+        eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
+        eval_out: Where to write those held out.
+        ignore_fields: Fields to leave out though they hold text that the form has no place for.
+        skip_broken: Count and name records that cannot be read, and go on.
+        overwrite: Write over a file that is there already.
+    """
+    refuse_existing(overwrite, out, eval_out)
+    if (eval_fraction > 0) != (eval_out is not None) or out == eval_out:
+        raise ValueError(
+            f"got eval_fraction={eval_fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 "
+            "together with another file to write to: give both --eval-fraction and --eval-out"
+        )
+    counts = Counts()
+    rejected = counts.rejected
+    count_tokens = _counter(tokenizer)
+    records = counts.read(file, skip_broken, ignore_fields)
+    if model is not None:
+        records = keep_model(records, model, rejected=rejected)
+    if lang:
+        records = keep_languages(records, lang, rejected=rejected)
+    if blocked_words:
+        records = drop_blocked_words(records, blocked_words, rejected=rejected)
+    if repeated_digits is not None:
+        records = drop_repeated_digits(records, repeated_digits, rejected=rejected)
+    if min_tokens is not None:
+        records = drop_short(records, min_tokens, count_tokens=count_tokens, rejected=rejected)
+    if near_duplicates is not None:
+        records = drop_near_duplicates(records, near_duplicates, rejected=rejected)
+
+    def fitted(conversations: Iterator[Record]) -> Iterator[Record]:
+        if context is None:
+            return conversations
+        options = {"overlong": overlong, "count_tokens": count_tokens, "overhead": overhead}
+        return fit_context(conversations, context, **options, rejected=rejected, mended=counts.mended)
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as held_out:
+        write_records(out, counts.written(fitted(_hold_out(records, eval_fraction, held_out))))
+        if eval_out is not None:
+            held_out.seek(0)
+            write_records(eval_out, counts.written(fitted(map(json.loads, held_out)), "eval_"))
+    counts.report(out, eval_out)
+
+
+@offers_to_skip
+@beartype
+def convert(
+    file: File,
+    *,
+    to: Target,
+    out: Out,
+    form: Form = "auto",
+    lang: Codes = (),
+    top_k: Number = None,
+    max_replies: Number = None,
+    html: Html = "auto",
+    ignore_fields: Words = (),
+    skip_broken: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Turn a file of the ecosystem into what a trainer reads.
+
+    It reads Open-Assistant, ShareGPT, messages, Alpaca rows (instruction, input, output; question and answer),
+    ChatGPT's conversations.json (the current branch of each conversation), and what compares replies: chosen and
+    rejected, HH's transcripts, Nectar's ranked answers, responses with ranks or scores; and single replies with a
+    label, true or false, that says whether people want them (prompt, completion, label, as TRL has them for KTO).
+
+    sft writes lines {"messages": [{"role", "content"}]}, rankings {"prompt": [messages], "responses": [best first]},
+    prompts {"prompt": [messages]}, preferences {"prompt": [messages], "chosen", "rejected"}, and unpaired {"prompt":
+    [messages], "completion", "label"}, of rankings the best reply as wanted and the worst as not; alpaca and sharegpt
+    write what sft does, in those forms.
+
+    Args:
+        file: JSON, CSV, parquet or a web page; - is stdin, which is no CSV.
+        to: What to write.
+        out: Where to write; - is stdout, and the summary then goes to stderr.
+        form: What the file holds; auto tells by its first record. hh is whatever compares replies.
+        lang: Keep what is in one of these languages only, such as en de; pt-BR names a region of Open-Assistant.
+        top_k: Of Open-Assistant's replies, take those ranked above this (counted from 0) only.
+        max_replies: Take so many replies of a ranking, the best.
+        html: Which messages to make Markdown of; auto takes those of a chat's page, in ShareGPT's export only.
+        ignore_fields: Fields to leave out though they hold text that the form has no place for.
+        skip_broken: Count and name records that cannot be read, and go on.
+        overwrite: Write over a file that is there already.
+    """
+    refuse_existing(overwrite, out)
+    counts = Counts()
+    with _seekable(file) if form == "auto" else nullcontext(file) as path:
+        form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
+        options = {"lang": lang, "top_k": top_k, "max_replies": max_replies, "skip_broken": skip_broken}
+        options |= {"html": html, "ignored": ignore_fields}
+        records = converted(path, form, to, **options, rejected=counts.rejected, mended=counts.mended)
+        write_records(out, counts.written(records))
+    counts.report(out)
+
+
+@beartype
+def refuse_existing(overwrite: bool, *outs: str | None) -> None:
+    """FileExistsError for a file that would be written over unasked; pipes and devices are none."""
+    for out in outs:
+        if out not in (None, STANDARD) and os.path.isfile(out) and not overwrite:
+            raise FileExistsError(f"{out} is there already: choose another name, or write over it with --overwrite")
+
+
+def _counter(tokenizer: str | None) -> Callable[[str], int]:
+    if tokenizer is None:
+        return num_bytes
+    from palm_rlhf.data.tokenizer import load_tokenizer
+    from palm_rlhf.model.weights_folder import TOKENIZER_FILES, local_folder
+
+    folder = tokenizer if os.path.isfile(tokenizer) else local_folder(tokenizer, files=TOKENIZER_FILES)
+    encode = load_tokenizer(folder).encode
+    return lambda text: len(encode(text))
+
+
+def _hold_out(records: Iterable[Record], fraction: float, held_out: Any) -> Iterator[Record]:
+    """The records to train on; the others are written to the file ``held_out``."""
+    for record in records:
+        if is_held_out(record, fraction):
+            held_out.write(json.dumps(record) + "\n")
+        else:
+            yield record
+
+
+@contextmanager
+def _seekable(file: str) -> Iterator[str]:
+    """A file that can be read twice: standard input is written to a temporary one."""
+    if file != STANDARD:
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="palm-rlhf-") as folder:
+        path = os.path.join(folder, "standard-input")
+        with open(path, "wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+        yield path
+
+
+COMMANDS = {"clean": clean, "filter": filter_conversations, "convert": convert}
+Command = Union[  # noqa: UP007
+    tuple(Annotated[Any, subcommand(name=name, constructor=run)] for name, run in COMMANDS.items())
+]
+
+
+def data(command: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:
+    """Clean, filter and convert conversations and preferences, whatever the size of the file.
+
+    Forms, told by their content: Open-Assistant trees and messages; ShareGPT (conversations or items, or a saved web
+    page); messages of OpenAI and the hub; Alpaca, Dolly, Orca and other rows of a question with its answer; ChatGPT's
+    conversations.json; prompts; and what compares replies: chosen and rejected (of HH, UltraFeedback, LlamaFactory,
+    Stack Exchange), ranked answers (Nectar), and responses with ranks or scores.
+
+    Files, packed with gzip or not: JSON in lines, one array or objects over several lines; CSV and TSV; parquet. The
+    name of the file to write chooses among lines of JSON, .csv, .tsv and .parquet, and .gz packs it.
+
+    No text is dropped unsaid: a record whose field holds text that its form does not know is rejected by the name of
+    the field; a field of single words is left out and counted, and only metadata such as source or score is not
+    mentioned. Every command ends with a summary on stdout: a table, and then one line of JSON that counts what was
+    written, what was mended, and what was rejected by the reason.
+    """

@@ -1,0 +1,132 @@
+"""How well a model predicts text: bits per byte, which no tokenizer can flatter, and perplexity per token."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from beartype import beartype
+
+from palm_rlhf.data.records import read_records
+from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.text_file import read_text
+from palm_rlhf.training.bits_per_byte import total_nats
+from palm_rlhf.training.token_windows import token_arrays
+
+RECORDS = (".jsonl", ".jsonl.gz", ".json", ".ndjson", ".csv", ".csv.gz", ".tsv", ".parquet")
+ALL = "all"
+
+
+class Document(NamedTuple):
+    """A text, and the language that the file names for it."""
+
+    text: str
+    language: str | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model spends on texts."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+    """Of the texts in UTF-8."""
+    num_documents: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.num_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: of models with the same tokenizer only can it be compared."""
+        return math.exp(min(self.nats / self.num_tokens, 700.0))  # beyond, a float has no room
+
+    def numbers(self) -> dict[str, Any]:
+        """All that goes into a report."""
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "tokens_per_byte": self.num_tokens / self.num_bytes,
+            "tokens": self.num_tokens,
+            "bytes": self.num_bytes,
+            "documents": self.num_documents,
+        }
+
+
+@beartype
+def read_documents(
+    path: str | os.PathLike[str], *, text_key: str = "text", language_key: str = "lang"
+) -> list[Document]:
+    """The texts of a file that have something in them: a record's each where its name says JSON, CSV or parquet.
+
+    Every other file is one text in UTF-8. ValueError for a record without a text, or a file without any.
+    """
+    documents = []
+    if os.fspath(path).endswith(RECORDS):
+        for line, record in read_records(path):
+            if not isinstance(record.get(text_key), str):
+                raise ValueError(
+                    f"{path}, line {line}: got the keys {sorted(record)[:8]}, expected a text under {text_key!r}"
+                )
+            language = record.get(language_key)
+            documents.append(Document(record[text_key], None if language is None else str(language)))
+    else:
+        documents.append(Document(read_text(Path(path))))
+    documents = [document for document in documents if document.text]
+    if not documents:
+        raise ValueError(f"{path} holds no text, expected at least one character")
+    return documents
+
+
+@beartype
+def measure_text(
+    palm: PaLM,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    *,
+    seq_len: int = 1024,
+    context: int | None = None,
+    batch_size: int = 4,
+) -> dict[str, Prediction]:
+    """What the model spends on texts of each language, and under "all" on all of them.
+
+    Every token is predicted once, from at least `context` tokens before it (half of `seq_len` if None) or all that
+    there are; a text's first token, which has nothing before it, costs as much as by a uniform guess. The nats are
+    those of a code from which the texts could be decoded, so bits per byte compare models of any tokenizers.
+    """
+    context = seq_len // 2 if context is None else context
+    if not 1 <= context <= seq_len or batch_size < 1:
+        raise ValueError(
+            f"got seq_len={seq_len}, context={context} and batch_size={batch_size}, expected a context from 1 to "
+            "seq_len, and a batch of at least 1"
+        )
+    groups: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        groups[document.language or "unknown"].append(document)
+    parts = {}
+    for language, group in sorted(groups.items()):
+        ids = [_ids(tokenizer, document.text) for document in group]
+        arrays = token_arrays(ids, palm.num_tokens, "the text", min_length=1)
+        nats = total_nats(palm, arrays, seq_len=seq_len, context=context, batch_size=batch_size, autocast=nullcontext)
+        num_bytes = sum(len(document.text.encode()) for document in group)
+        parts[language] = Prediction(nats, sum(map(len, arrays)), num_bytes, len(group))
+    return {ALL: _sum(parts.values())} | (parts if len(parts) > 1 else {})
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    if isinstance(tokenizer, ByteTokenizer):  # a list would take eight times the room
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+    return np.array(tokenizer.encode(text), dtype=np.int64)
+
+
+def _sum(parts: Iterable[Prediction]) -> Prediction:
+    rows = ((part.nats, part.num_tokens, part.num_bytes, part.num_documents) for part in parts)
+    return Prediction(*map(sum, zip(*rows)))

@@ -1,0 +1,113 @@
+"""Fused attention for GPUs, forward and backward, in memory linear in the length (Dao 2023, FlashAttention-2).
+
+The query heads that share a key head are packed into the rows of a tile, row = query * group + head: keys and values
+are never expanded, and the gradient of a shared key is summed in registers, always in the same order. Blocks of keys
+that a tile of rows sees whole go through a loop without a mask, those on its diagonal through one with it, and those
+that no row sees are left out. Exponentials are powers of 2, so that the scale of the scores costs nothing: it is
+folded into the subtraction of the maximum.
+
+Here are the operators that autograd and torch.compile see; the kernels, each with its launcher, are in
+`attention_forward.py`, `attention_backward.py` and `attention_decode.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from palm_rlhf.ops.triton.attention_backward import backward
+from palm_rlhf.ops.triton.attention_decode import MAX_ROWS, decode
+from palm_rlhf.ops.triton.attention_forward import forward
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_DIM = 256
+MASKS = "bool causal, Tensor? key_mask, Tensor? document_ids"
+
+
+def cannot_run(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None where the kernels take these tensors, else the reason why not."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; it takes one of {DTYPES} for all three"
+    if q.shape[-1] > MAX_DIM:
+        return f"heads have {q.shape[-1]} dimensions; it takes up to {MAX_DIM}"
+    return None
+
+
+@torch.library.custom_op(
+    "palm_rlhf::attention_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {MASKS}) -> (Tensor, Tensor)",
+)
+def _forward(q, k, v, causal, key_mask, document_ids):
+    return forward(q, k, v, causal, key_mask, document_ids)
+
+
+@_forward.register_fake
+def _(q, k, v, causal, key_mask, document_ids):
+    batch, heads, num_queries, dim = q.shape
+    out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+    return out, q.new_empty(batch, k.shape[1], num_queries * (heads // k.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "palm_rlhf::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {MASKS}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(d_out, q, k, v, out, lse, causal, key_mask, document_ids):
+    return backward(d_out, q, k, v, out, lse, causal, key_mask, document_ids)
+
+
+@_backward.register_fake
+def _(d_out, q, k, v, out, lse, causal, key_mask, document_ids):
+    return tuple(t.new_empty(*t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.causal, key_mask, document_ids = inputs
+    ctx.save_for_backward(q, k, v, *output, key_mask, document_ids)
+
+
+def _gradients(ctx, d_out, d_lse):
+    q, k, v, out, lse, key_mask, document_ids = ctx.saved_tensors
+    return *_backward(d_out, q, k, v, out, lse, ctx.causal, key_mask, document_ids), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "palm_rlhf::attention_decode",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, bool causal, Tensor? key_mask) -> Tensor",
+)
+def _decode(q, k, v, causal, key_mask):
+    return decode(q, k, v, causal, key_mask)
+
+
+@_decode.register_fake
+def _(q, k, v, causal, key_mask):
+    return q.new_empty(*q.transpose(1, 2).shape).transpose(1, 2)
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """The attention of `attention_reference` in fused kernels; a few queries over a longer cache are decoded.
+
+    Whole sequences, however short, take the kernel of training also where they need no gradient.
+
+    q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j` -> `b (hk g) i d`
+    """
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    document_ids = None if document_ids is None else document_ids.contiguous()
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    few = q.shape[2] < k.shape[2] and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS[q.dtype]
+    if few and document_ids is None and not needs_grad:
+        return _decode(q, k, v, causal, key_mask)
+    return _forward(q, k, v, causal, key_mask, document_ids)[0]

@@ -1,0 +1,96 @@
+"""The options of the command that say who may connect, and how much of the server they may hold."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from beartype import beartype
+
+from palm_rlhf.model.weights_folder import parse_size
+from palm_rlhf.serving.http.access import LOOPBACK, Access
+from palm_rlhf.serving.http.api_keys import KEYS_VARIABLE, Keys, keys_of_environment
+from palm_rlhf.serving.http.connections import ConnectionLimits, most_connections
+from palm_rlhf.serving.http.request_bodies import Limits
+
+
+@beartype
+@dataclass(frozen=True)
+class Door:
+    """Who may connect, and how much they may hold."""
+
+    api_key_file: Path | None = None
+    """A file of lines NAME: KEY, or of keys alone. It is read again when it changes; the names go to the log."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that clients reach the server by (the Host header), with or without a port; *.NAME is all below one, and *
+    any. On a loopback address those of this machine are allowed too; on others all are, unless some are named."""
+    cors_origin: tuple[str, ...] = ()
+    """Web pages of other sites that may ask, such as https://chat.example.org; * is any."""
+    forwarded_allow_ips: str = ""
+    """Addresses or networks of proxies in front, separated by commas, whose X-Forwarded-For and X-Forwarded-Proto are
+    believed; * is any."""
+    max_connections: int = 1000
+    """Connections at once, as far as the limit of open files allows."""
+    max_connections_per_client: int = 256
+    """Those from one address, but for proxies."""
+    header_timeout: float = 20.0
+    """Seconds in which the header of a request has to come."""
+    body_timeout: float = 30.0
+    """Seconds in which its body has to come."""
+    max_body: str = "4MB"
+    """What a body may hold."""
+    body_memory: str = "64MB"
+    """Memory of all bodies that are being read, of which one client may have half."""
+    write_timeout: float = 30.0
+    """Seconds after which a client that reads nothing of its reply is hung up on."""
+    max_n: int = 128
+    """Replies that one request may ask for; one client may also have at most half of all places."""
+    max_output: int = 131072
+    """Tokens and log-probabilities that the replies to one request may hold together."""
+    grace: float = 5.0
+    """Seconds that replies have to end when the server is told to stop."""
+
+    def __post_init__(self):
+        for name in ("max_connections", "max_connections_per_client"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("header_timeout", "body_timeout", "write_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
+        if self.grace < 0:
+            raise ValueError(f"grace is {self.grace}; expected seconds of at least 0")
+
+    def access(self, host: str, *, loopback: bool) -> Access:
+        """Which hosts and origins may ask a server that listens on `host`."""
+        own = (*LOOPBACK, f"[{host}]" if ":" in host else host)
+        hosts = (*own, *self.allowed_hosts) if loopback or self.allowed_hosts else ("*",)
+        return Access(hosts, self.cors_origin)
+
+    def keys(self) -> Keys:
+        """The keys of the file, and of the environment."""
+        return Keys(keys_of_environment(os.environ.get(KEYS_VARIABLE, "")), self.api_key_file)
+
+    def limits(self) -> Limits:
+        """What requests may hold, and ask for."""
+        sizes = {name: num_bytes(name, getattr(self, name)) for name in ("max_body", "body_memory")}
+        return Limits(**sizes, body_timeout=self.body_timeout, max_n=self.max_n, max_output=self.max_output)
+
+    def connections(self) -> ConnectionLimits:
+        """Of how many connections, and how long each may take to ask."""
+        return ConnectionLimits(
+            total=most_connections(self.max_connections),
+            each=self.max_connections_per_client,
+            proxies=tuple(filter(None, map(str.strip, self.forwarded_allow_ips.split(",")))),
+            header_timeout=self.header_timeout,
+            body_timeout=self.body_timeout,
+            write_timeout=self.write_timeout,
+        )
+
+
+def num_bytes(name: str, size: str) -> int:
+    """Bytes in a size such as "2GB" or "4096"; ValueError that names the option."""
+    if size.isascii() and size.isdigit():
+        return int(size)
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise ValueError(f'{name} is {size!r}; expected bytes, or a size such as "2GB" or "512MiB"') from error

@@ -1,0 +1,237 @@
+"""A checkpoint with all that a conversation with it needs: tokenizer, chat template, reward model."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from beartype import beartype
+
+from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn, has_tools
+from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_template
+from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.policy.sequences import join
+from palm_rlhf.serving.http.preparation import checkpoint
+from palm_rlhf.serving.http.tool_calls import CallForm, call_form
+from palm_rlhf.serving.structured import Grammars
+
+logger = logging.getLogger(__name__)
+OWN_TEMPLATES = ("default", "oasst")  # whose names of special tokens no one else uses
+ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, and how it is talked to.
+
+    Without a `template` (a model of bytes has no special tokens to write one with) a conversation is a transcript, with
+    roles as words: the model has to have seen such texts, and a user can forge the roles.
+    """
+
+    name: str
+    palm: PaLM
+    tokenizer: Tokenizer
+    template: Template | None = None
+    reward_model: RewardModel | None = None
+
+    @cached_property
+    def eos_tokens(self) -> frozenset[int]:
+        """The ids that end a text, among those of the model."""
+        return frozenset({self.tokenizer.eos_token} & set(range(self.palm.num_tokens)))
+
+    @cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """The ids that end the assistant's turn."""
+        if self.template is None:
+            return self.eos_tokens
+        return self.eos_tokens | {end_of_turn(self.tokenizer, self.template)}
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what the assistant's replies have to follow; ValueError where the tokenizer does not allow it."""
+        return Grammars(self.tokenizer, self.palm.num_tokens, self.turn_ends)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters that one token can stand for."""
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return max(map(len, self.tokenizer.backend.get_vocab(with_added_tokens=True)))
+        return 1
+
+    @property
+    def turn_end_strings(self) -> tuple[str, ...]:
+        """The strings that end it, where roles are words."""
+        return () if self.template is not None else (f"\n\n{ROLE_NAMES['user']}:\n",)
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the model writes calls of tools; None where its template knows none, or another form."""
+        knows_tools = isinstance(self.template, JinjaTemplate) and self.template.knows_tools
+        return call_form(self.template.source) if knows_tools else None
+
+    @beartype
+    def encode_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """The tokens of a conversation, up to where the assistant is to speak; ValueError where it has none."""
+        if has_tools(messages, tools) and self.call_form is None:
+            raise ValueError("its chat template writes no tools, or in a form that is not read here")
+        if self.template is not None:
+            return encode_prompt(messages, self.tokenizer, self.template, tools=tools, checkpoint=checkpoint).tolist()
+        turns = [f"{ROLE_NAMES[message['role']]}:\n{message['content']}\n\n" for message in messages]
+        return self.tokenizer.encode("".join(turns) + f"{ROLE_NAMES['assistant']}:\n")
+
+    @beartype
+    def encode_continued(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation up to the last words of the assistant, whose turn goes on; see `encode_chat`."""
+        *before, last = messages
+        words = last["content"]
+        tokens = self.encode_reply(before, words)
+        if self.template is not None:  # the end of the turn is left out, with the blanks that the template puts there
+            tokens.pop()
+            while tokens and words == words.rstrip() and not self.tokenizer.decode(tokens[-1:]).strip():
+                tokens.pop()
+        return self.encode_chat(before) + tokens
+
+    @beartype
+    def encode_reply(self, messages: Messages, reply: str) -> list[int]:
+        """The tokens of what the assistant says to a conversation, with the end of its turn."""
+        if self.template is not None:
+            return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
+        return self.tokenizer.encode_continuation(reply)
+
+    @cached_property
+    def text_start(self) -> list[int]:
+        """The special tokens that the tokenizer itself puts before a text, such as that of its beginning."""
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return []
+        encoding = self.tokenizer.backend.encode("a", add_special_tokens=True)
+        return [token for token, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask))]
+
+    @beartype
+    def encode_text(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The tokens of a text; the end of the text before it stands for none."""
+        start = self.text_start if add_special_tokens else []
+        return [*start, *self.tokenizer.encode(text)] or sorted(self.eos_tokens)
+
+    @torch.inference_mode()
+    def score(self, prompt: list[int], replies: Sequence[list[int]]) -> list[float]:
+        """What the reward model makes of replies to a prompt, one forward for all."""
+        rows = [torch.tensor(reply, device=self.reward_model.palm.device) for reply in replies]
+        prompts = [torch.tensor(prompt, device=self.reward_model.palm.device)] * len(rows)
+        return self.reward_model.score(join(prompts, rows)).tolist()
+
+
+@beartype
+def load(
+    checkpoint: str | Path,
+    *,
+    name: str | None = None,
+    template: str = "auto",
+    lora_scope: str | None = None,
+    reward_model: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Served:
+    """Opens a checkpoint with the tokenizer and template beside it: a folder, that of a run, or a hub id.
+
+    `name` is the folder's by default. `template` is one of PRESETS, "plain" for a transcript, or "auto". `lora_scope`
+    is merged into the weights. `reward_model` is a folder of RewardModel, of the same tokenizer. ValueError for what
+    does not fit together.
+    """
+    folder = local_folder(checkpoint)
+    device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    palm = PaLM.from_pretrained(folder, dtype=dtype, device=device)
+    if lora_scope is not None:
+        palm.merge_finetune_params(lora_scope)
+    elif palm.finetune_modules:
+        logger.warning("%s has the LoRA scopes %s, and none is used", folder, sorted(palm.finetune_modules))
+    tokenizer = _tokenizer_of(folder, palm)
+    served = Served(
+        name=name or Path(checkpoint).resolve().name,
+        palm=palm,
+        tokenizer=tokenizer,
+        template=_template_of(folder, tokenizer, palm, template),
+        reward_model=None
+        if reward_model is None
+        else _reward_model_of(local_folder(reward_model), folder, palm, device),
+    )
+    _ = served.turn_ends  # a template that does not fit is told now, and not to the first who asks
+    return served
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """A device of this machine; ValueError for one that torch does not know or see."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected one such as cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {str(name)!r}; expected another, since torch sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
+    """The tokenizer beside a model, or bytes where there is none and the vocabulary has them."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError:
+        if palm.num_tokens < NUM_BYTES:
+            raise ValueError(
+                f"{folder} has no tokenizer, and {palm.num_tokens} tokens are too few for bytes, {NUM_BYTES}: save its "
+                "tokenizer there, by tokenizer.save_pretrained"
+            ) from None
+        tokenizer = ByteTokenizer()
+        if palm.num_tokens not in (NUM_BYTES, tokenizer.num_tokens):
+            logger.warning("%s has no tokenizer: its first %d ids are taken for bytes", folder, NUM_BYTES)
+        return tokenizer
+    if tokenizer.num_tokens > palm.num_tokens:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.num_tokens} tokens, and the model {palm.num_tokens}; expected "
+            "at most as many: are they of different models? Else give the model room by resize_token_embeddings"
+        )
+    return tokenizer
+
+
+def _template_of(folder: Path, tokenizer: Tokenizer, palm: PaLM, name: str) -> Template | None:
+    """The template beside a model; one of ours whose special tokens it has; or None."""
+    if name == "plain":
+        return None
+    if name != "auto":
+        if name not in PRESETS:
+            raise ValueError(f"template is {name!r}; expected auto, plain or one of {sorted(PRESETS)}")
+        return PRESETS[name]
+    try:
+        template = load_template(folder)
+    except FileNotFoundError:
+        usable = {token for token, index in tokenizer.special_tokens.items() if index < palm.num_tokens}
+        found = (PRESETS[own] for own in OWN_TEMPLATES if usable.issuperset(PRESETS[own].special_tokens))
+        template = next(found, None)
+        if template is None:
+            logger.warning("%s has no chat template: conversations are written as transcripts", folder)
+    return template
+
+
+def _reward_model_of(folder: Path, served: Path, palm: PaLM, device: str | torch.device) -> RewardModel:
+    """A reward model of the same tokens."""
+    reward_model = RewardModel.from_pretrained(folder, device=device).eval()
+    if reward_model.palm.num_tokens != palm.num_tokens:
+        raise ValueError(
+            f"the reward model {folder} has {reward_model.palm.num_tokens} tokens, and the model {palm.num_tokens}; "
+            "expected as many: both have to be of one tokenizer"
+        )
+    try:
+        same = load_tokenizer(folder).fingerprint == load_tokenizer(served).fingerprint
+    except FileNotFoundError:
+        same = True  # one of them says nothing about it
+    if not same:
+        raise ValueError(f"the reward model {folder} and the model {served} have different tokenizers; expected one")
+    return reward_model

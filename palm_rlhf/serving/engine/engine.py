@@ -1,0 +1,313 @@
+"""Continuous batching: requests join and leave between tokens, and one thread computes for all of them."""
+
+import logging
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from beartype import beartype
+
+from palm_rlhf.data.tokenizer import Tokenizer
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.token_ids import known_tokens
+from palm_rlhf.ops.cpu.threads import adapt
+from palm_rlhf.serving.engine.batch import COLUMN_STEP, Batch
+from palm_rlhf.serving.engine.sampler import Sampler
+from palm_rlhf.serving.engine.scheduler import Scheduler
+from palm_rlhf.serving.engine.slot_cache import SlotCache
+from palm_rlhf.serving.generation import FINISH_REASONS, EngineError, EngineFull, Generation, Piece, Request
+from palm_rlhf.serving.token_text import TextStream
+
+logger = logging.getLogger(__name__)
+LONGEST_RETRY = 60
+IDLE_STEP = 1.0  # seconds between two looks at replies that all wait for their readers
+# what is counted where something has been done for a client, of all that `counts` has
+PROGRESS = ("tokens", "prompt_tokens_computed", "tasks", *(f"finished_{reason}" for reason in FINISH_REASONS))
+
+
+@beartype
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine takes on at once.
+
+    `context`: tokens of a prompt with its reply; None is the model's `max_seq_len`. `max_batch`: replies computed
+    together. `queue`: replies that may wait beyond them. `prefill_chunk`: tokens of prompts read between two tokens of
+    the others. `cache_memory` and `prefix_memory`: bytes for running sequences, and for what prompts may begin with.
+    Where the first is short, those who came last wait again, and go on when there is room.
+    `timeout`: seconds for each reply, its time in the queue included. `stall_timeout`: seconds without a token, a part
+    of a prompt or an end, with work to do, after which the engine counts as stalled.
+    """
+
+    context: int | None = None
+    max_batch: int = 16
+    queue: int = 64
+    prefill_chunk: int = 256
+    cache_memory: int = 2**31
+    prefix_memory: int = 2**28
+    timeout: float | int = 600.0
+    stall_timeout: float | int = 120.0
+
+    def __post_init__(self):
+        for name, least in (("context", 2), ("max_batch", 1), ("queue", 0), ("prefill_chunk", 1), ("prefix_memory", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        for name in ("timeout", "stall_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
+
+
+class Engine:
+    """Replies to many at once; use it as a context manager, or `close` it.
+
+    A greedy reply is that of `PaLM.generate`, and a seeded one the same at every time, whatever the others ask: their
+    rows are only computed beside it. That is exact but for rounding, since products over more rows add in another
+    order: it could tip a choice between two tokens whose logits are equal to the last digits.
+
+    Clients, who are named by their requests, take turns: a row, a place in the queue or the memory of one of them goes
+    to another that has less, and each has prefixes of its own. What breaks a reply ends that reply alone.
+
+    The model is put into eval mode, and all that is computed with it is computed in the engine's thread.
+    """
+
+    @beartype
+    def __init__(self, palm: PaLM, tokenizer: Tokenizer, config: EngineConfig | None = None):
+        self.config = config = config or EngineConfig()
+        self.palm, self.tokenizer = palm.eval(), tokenizer
+        self.context = palm.config.max_seq_len if config.context is None else config.context
+        self.counts: Counter[str] = Counter()  # what has happened since the start, for whoever watches
+        self.limit = config.max_batch + config.queue  # replies that may run or wait
+        batch = self._make_batch()
+        self._scheduler = Scheduler(
+            batch, chunk=config.prefill_chunk, timeout=config.timeout, counts=self.counts, ended=self._ended
+        )
+        self._inbox: deque[Generation] = deque()
+        self._jobs: dict[str, deque[tuple[Callable[[], Any], Future]]] = {}  # of clients, who take turns
+        self._changed = threading.Condition()
+        self._open: Counter[str] = Counter()  # replies of each client that run or wait
+        self._mean_seconds, self._closed = 1.0, False
+        self._busy, self._done, self._progressed = False, 0, time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="palm-rlhf-engine", daemon=True)
+        self._thread.start()
+
+    def _make_batch(self) -> Batch:
+        config, per_token = self.config, SlotCache.bytes_per_token(self.palm)
+        if not self.palm.config.causal:
+            raise ValueError("a bidirectional PaLM cannot be sampled from; expected one with causal=True")
+        least = -(-self.context // COLUMN_STEP) * COLUMN_STEP
+        if config.cache_memory < least * per_token:
+            raise ValueError(
+                f"cache_memory is {config.cache_memory:,} bytes; expected at least {least * per_token:,}, for one "
+                f"sequence of the context of {self.context} tokens: raise it, or lower the context"
+            )
+        slots = SlotCache(self.palm, max_tokens=config.cache_memory // per_token, max_rows=config.max_batch)
+        allowed = known_tokens(self.tokenizer, self.palm.num_tokens)
+        allowed = None if allowed is None else allowed.to(self.palm.device)
+        return Batch(self.palm, Sampler(allowed), slots, prefix_bytes=config.prefix_memory)
+
+    @property
+    def num_running(self) -> int:
+        """Replies that have a row in the cache."""
+        return len(self._scheduler.batch.members)
+
+    @property
+    def num_waiting(self) -> int:
+        """Replies that wait for one."""
+        with self._changed:
+            return len(self._scheduler.waiting) + len(self._inbox)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache of those that run."""
+        slots = self._scheduler.batch.slots
+        return slots.num_rows * slots.num_columns * SlotCache.bytes_per_token(self.palm)
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Memory of what prompts may begin with."""
+        return self._scheduler.batch.prefixes.num_bytes
+
+    @property
+    def alive(self) -> bool:
+        """Whether it computes."""
+        return self._thread.is_alive() and not self._closed
+
+    @property
+    def stalled(self) -> bool:
+        """Whether there is something to do and nothing has been done for longer than `stall_timeout`."""
+        return self._busy and time.monotonic() - self._progressed > self.config.stall_timeout
+
+    def most_of(self, client: str) -> int:
+        """Replies that a client may ask for at once while no one else does."""
+        return max(self.config.max_batch, self.limit // 2) if client else self.limit
+
+    @beartype
+    def submit(self, request: Request, deliver: Callable[[Generation, Piece], None] | None = None) -> Generation:
+        """Asks for a reply: iterate over it, or give a function that the engine's thread calls with each piece.
+
+        Raises:
+            ValueError: a prompt that does not fit the context, or ids outside of the vocabulary.
+            EngineFull: the queue is at its limit, or the client at its share of it.
+        """
+        return self.submit_all([request], deliver)[0]
+
+    @beartype
+    def submit_all(
+        self, requests: Sequence[Request], deliver: Callable[[Generation, Piece], None] | None = None
+    ) -> list[Generation]:
+        """Asks for several replies, all or none; see `submit`."""
+        for request in requests:
+            self._check(request)
+        if len(requests) > self.limit:
+            raise ValueError(f"got {len(requests)} requests at once; expected at most {self.limit}, rows and queue")
+        generations = [
+            Generation(request, TextStream(self.tokenizer, request.stop), deliver, self._wake) for request in requests
+        ]
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            wanted = Counter(request.client for request in requests)
+            for client, count in wanted.items():
+                self._check_room(client, count, len(requests))
+            self._open += wanted
+            self._inbox.extend(generations)
+            self._changed.notify()
+        return generations
+
+    def _check(self, request: Request) -> None:
+        length, size = len(request.prompt), self.palm.num_tokens
+        if length + request.max_new_tokens > self.context:
+            raise ValueError(
+                f"the prompt has {length} tokens and asks for {request.max_new_tokens} more; the context is "
+                f"{self.context} tokens for both"
+            )
+        for name, ids in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
+            if ids and not 0 <= min(ids) <= max(ids) < size:
+                bad = min(ids) if min(ids) < 0 else max(ids)
+                raise ValueError(f"{name} has the token id {bad}; expected 0 to {size - 1}")
+
+    def _check_room(self, client: str, count: int, total: int) -> None:
+        """EngineFull where so many replies of a client, of so many asked for in all, have no room.
+
+        A named client has to leave as many places free as it takes (the dynamic thresholds of Choudhury and Hahne,
+        1998), so that there are always some for those who come; whoever is alone may take all rows.
+        """
+        used, own = self._open.total(), self._open[client]
+        share = max(self.limit - used - total, self.config.max_batch if own == used else 0) if client else self.limit
+        if used + total > self.limit:
+            reason = f"{used} replies run or wait, and {total} more would be above the limit of {self.limit}"
+        elif own + count > share:
+            reason = f"{own} of your replies run or wait, and {count} more would be above your share of {share}"
+        else:
+            return
+        self.counts["refused"] += 1
+        raise EngineFull(f"{reason}; try again later", self._retry_after())
+
+    @beartype
+    def call(self, function: Callable[[], Any], client: str = "") -> Future:
+        """Runs a function for a client in the engine's thread, between two tokens, without gradients.
+
+        Raises:
+            EngineFull: as many of the client's functions wait as there may be replies.
+        """
+        future: Future = Future()
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            jobs = self._jobs.setdefault(client, deque())
+            if len(jobs) >= self.limit:
+                raise EngineFull(f"{len(jobs)} of your other tasks wait; try again later", self._retry_after())
+            jobs.append((function, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Ends the thread, and every reply with an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _retry_after(self) -> int:
+        """Seconds until a reply has probably ended: how long one takes, by how many are computed at once."""
+        seconds = self._mean_seconds / self.config.max_batch * max(1, self.config.queue / 2)
+        return min(max(math.ceil(seconds), 1), LONGEST_RETRY)
+
+    # From here on, the engine's thread.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._has_work():
+            try:
+                adapt(self.palm.device.type)
+                self._run_job()
+                self._scheduler.step()
+            except Exception as error:
+                logger.exception("a step of the engine failed; its replies are lost")
+                self._scheduler.end_all(error, waiting=False)
+            self._note_progress()
+        closed = EngineError("the engine was closed before the reply had ended")
+        self._scheduler.end_all(closed, waiting=True)
+        for _, future in chain.from_iterable(self._jobs.values()):
+            future.set_exception(closed)
+
+    def _has_work(self) -> bool:
+        """Waits for something to do; False when the engine is closed."""
+        with self._changed:
+            while not (self._closed or self._inbox or self._jobs or self._scheduler.has_work):
+                self._busy = False
+                # whoever waits for its reader may leave, or take too long
+                if not self._changed.wait(IDLE_STEP if len(self._scheduler.waiting) else None):
+                    break
+            while self._inbox:
+                self._scheduler.waiting.enter(self._inbox.popleft())
+            if not self._busy:
+                self._progressed, self._busy = time.monotonic(), True
+            return not self._closed
+
+    def _note_progress(self) -> None:
+        """Notes when something has last been done, which a loop that only turns does not."""
+        done = sum(self.counts[name] for name in PROGRESS)
+        if done != self._done:
+            self._done, self._progressed = done, time.monotonic()
+
+    def _run_job(self) -> None:
+        with self._changed:
+            if not self._jobs:
+                return
+            client = next(iter(self._jobs))
+            jobs = self._jobs.pop(client)
+            function, future = jobs.popleft()
+            if jobs:
+                self._jobs[client] = jobs  # behind the other clients
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+        self.counts["tasks"] += 1
+
+    def _ended(self, generation: Generation) -> None:
+        """Makes room in the queue, before whoever waits for the end hears of it and asks for more."""
+        seconds = time.monotonic() - generation.submitted
+        self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+        with self._changed:
+            self._open -= Counter((generation.request.client,))

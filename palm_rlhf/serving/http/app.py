@@ -1,0 +1,221 @@
+"""The OpenAI-compatible server as a FastAPI application."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from palm_rlhf import __version__
+from palm_rlhf.serving.chat_model import Served
+from palm_rlhf.serving.engine import Engine
+from palm_rlhf.serving.http.access import Access
+from palm_rlhf.serving.http.api_keys import Keys
+from palm_rlhf.serving.http.errors import ERROR_SCHEMA, ApiError
+from palm_rlhf.serving.http.fastapi_import import fastapi_module
+from palm_rlhf.serving.http.handlers import Answers
+from palm_rlhf.serving.http.middleware import Front, error_response, json_response
+from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION, SCORE
+from palm_rlhf.serving.http.prometheus import Metrics
+from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.responses_parameters import RESPONSE
+from palm_rlhf.serving.http.tokenize_api import DETOKENIZE, TOKENIZE
+
+PAGE = Path(__file__).parents[1] / "page"
+# What the page may reach: this server alone, so that no reply of a model can make it call others.
+PAGE_POLICY = "default-src 'self'; frame-ancestors 'none'"
+ERRORS = {
+    400: "What was sent cannot be answered.",
+    401: "The key is missing or wrong.",
+    403: "The Host or the Origin may not ask.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is not said to be JSON.",
+    429: "The queue is full, or too much of it is yours: try again after Retry-After seconds.",
+    499: "The client went away.",
+    500: "The server failed.",
+    503: "The engine has stopped, or the server is full.",
+    504: "The reply took too long.",
+}
+
+
+def create_app(
+    served: Served,
+    engine: Engine,
+    *,
+    api_keys: Sequence[str] | Keys = (),
+    limits: Limits | None = None,
+    access: Access | None = None,
+) -> Any:
+    """The application; whoever makes it closes the engine after it.
+
+    With `api_keys`, all paths under /v1 ask for one of them. `access` is by default for this machine alone.
+    """
+    fastapi = fastapi_module()
+    from fastapi import Response
+
+    keys = (
+        api_keys if isinstance(api_keys, Keys) else Keys((f"key {i}", key) for i, key in enumerate(api_keys, start=1))
+    )
+    metrics, access = Metrics(engine), access or Access()
+
+    class App(fastapi.FastAPI):
+        """The application behind the door, which sees also what FastAPI's own layers answer."""
+
+        def build_middleware_stack(self) -> Callable:
+            return Front(super().build_middleware_stack(), keys, access, metrics)
+
+    answers = Answers(served, engine, metrics, limits or Limits())
+    # FastAPI's pages about the API would need a CDN
+    app = App(title="palm-rlhf", version=__version__, docs_url=None, redoc_url=None)
+    add_protocol(app, answers, secured=keys.secured)
+    add_operations(app, answers, metrics)
+    add_errors(app)
+    if PAGE.is_dir():
+        from fastapi.staticfiles import StaticFiles
+
+        class PageFiles(StaticFiles):
+            """Files that a browser asks for again, so that it never mixes those of two versions."""
+
+            def file_response(self, *args: Any, **kwargs: Any) -> Response:
+                response = super().file_response(*args, **kwargs)
+                response.headers["Cache-Control"] = "no-cache"
+                return response
+
+        app.mount("/page", PageFiles(directory=PAGE), name="page")
+    return app
+
+
+def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
+    """The paths of OpenAI's protocol, and that of the reward model."""
+    from fastapi import Depends, Request, Response
+    from fastapi.security import HTTPBearer
+
+    # for the description: Front has asked for the key by then
+    keyed = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if secured else []}
+
+    class Streamed(Response):
+        """A response that is an ASGI application."""
+
+        def __init__(self, stream: Callable[..., Awaitable[None]]):
+            super().__init__()
+            self.stream = stream
+
+        async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+            await self.stream(scope, receive, send)
+
+    async def generate(request: Request, kind: str) -> Response:
+        return Streamed(await answers.generate(request, kind))
+
+    @app.post("/v1/chat/completions", **described(CHAT, stream=True), **keyed)
+    async def create_chat_completion(request: Request) -> Response:
+        """Answer a conversation."""
+        return await generate(request, "chat")
+
+    @app.post("/v1/completions", **described(COMPLETION, stream=True), **keyed)
+    async def create_completion(request: Request) -> Response:
+        """Continue a text."""
+        return await generate(request, "completion")
+
+    @app.post("/v1/responses", **described(RESPONSE, stream=True), **keyed)
+    async def create_response(request: Request) -> Response:
+        """Answer a text or a conversation, in the form of OpenAI's Responses API."""
+        return await generate(request, "response")
+
+    @app.post("/v1/score", **described(SCORE), **keyed)
+    async def score(request: Request) -> Response:
+        """Score replies by the reward model."""
+        return json_response(await answers.score(request))
+
+    @app.post("/tokenize", **described(TOKENIZE), **keyed)
+    async def tokenize(request: Request) -> Response:
+        """Tell the tokens of a text or of a conversation."""
+        return json_response(await answers.tokenize(request))
+
+    @app.post("/detokenize", **described(DETOKENIZE), **keyed)
+    async def detokenize(request: Request) -> Response:
+        """Tell the text of tokens."""
+        return json_response(await answers.detokenize(request))
+
+    @app.get("/v1/models", **described(None), **keyed)
+    async def list_models() -> Response:
+        """The model that is served."""
+        return json_response(answers.models())
+
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+
+    @app.get("/v1/models/{model:path}", **described(None, parameters=[name]), **keyed)
+    async def retrieve_model(request: Request) -> Response:
+        """The entry of a model."""
+        return json_response(answers.model(request.path_params["model"]))
+
+
+def add_operations(app: Any, answers: Answers, metrics: Metrics) -> None:
+    """The page, and what watches over a server asks."""
+    from fastapi import Response
+
+    @app.get("/health", operation_id="health", **described(None))
+    @app.get("/healthz", **described(None))
+    async def health() -> Response:
+        """Whether the engine computes: where it does not, the server has to be started anew."""
+        return json_response(answers.health())
+
+    @app.get("/readyz", **described(None))
+    async def ready() -> Response:
+        """Whether it takes more requests now: where it does not, they had better go to another server."""
+        return json_response(answers.ready())
+
+    @app.get("/metrics", include_in_schema=False)
+    async def read_metrics() -> Response:
+        text, content_type = metrics.page()
+        return Response(text, media_type=content_type)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        file = PAGE / "index.html"
+        if not file.is_file():
+            raise ApiError(404, "there is no page here; the API is under /v1")
+        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+        return Response(file.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+
+def add_errors(app: Any) -> None:
+    """Every error in OpenAI's form."""
+
+    @app.exception_handler(ApiError)
+    async def refused(_, error: ApiError) -> Any:
+        return error_response(error)
+
+    @app.exception_handler(404)
+    async def unknown_path(request: Any, _) -> Any:
+        return error_response(ApiError(404, f"there is nothing at {request.url.path!a}"))
+
+    @app.exception_handler(405)
+    async def unknown_method(request: Any, error: Any) -> Any:
+        message = f"{request.method} is not for {request.url.path!a}"
+        return error_response(ApiError(405, message, headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def failed(_, error: Exception) -> Any:
+        return error_response(ApiError(500, "the server failed on this request; its log says why"))
+
+
+def described(
+    body: dict[str, Any] | None,
+    *,
+    stream: bool = False,
+    parameters: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """What FastAPI is told of a path for its description."""
+    content = {"application/json": {"schema": {"type": "object"}}}
+    if stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    extra: dict[str, Any] = {}
+    if body is not None:
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if parameters:
+        extra["parameters"] = list(parameters)
+    errors = {
+        status: {"description": text, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+        for status, text in ERRORS.items()
+    }
+    return {"responses": {200: {"description": "The reply.", "content": content}, **errors}, "openapi_extra": extra}

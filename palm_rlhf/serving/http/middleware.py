@@ -1,0 +1,129 @@
+"""The door of the server, before every route: who asks, whether they may, and what the log says of it."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from palm_rlhf.serving.http.access import Access
+from palm_rlhf.serving.http.api_keys import Keys, Owner
+from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.http.prometheus import Metrics
+from palm_rlhf.serving.http.request_log import Record, begin, note_reason
+
+# for these, and the page's files, no key is asked
+OPEN_PATHS = ("/", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")
+CLIENT = "palm_rlhf.client"  # where the ASGI scope names who asks
+WITH_BODY = ("POST", "PUT", "PATCH")
+logger = logging.getLogger(__name__)
+
+
+class Front:
+    """An ASGI middleware around all others: it lets in who may ask, names them, and logs what was refused or failed.
+
+    `scope["palm_rlhf.client"]` is a short string, the same for all requests with one key, or from one address where no
+    key was sent. A key cannot be found from it. Every reply has an `x-request-id`, by which the log knows it. A HEAD is
+    answered as a GET without its body.
+    """
+
+    def __init__(self, app: Callable, keys: Keys, access: Access, metrics: Metrics):
+        self.app, self.keys, self.access, self.metrics = app, keys, access, metrics
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        record = Record(client=scope["client"][0] if scope.get("client") else "unknown")
+        begin(record)
+        started = time.monotonic()
+        method = scope["method"]
+        scope = {**scope, "method": "GET" if method == "HEAD" else method, CLIENT: f"address {record.client}"}
+        sending = self._sending(scope, headers, record, send, with_body=method != "HEAD")
+        try:
+            await self._answering(scope, headers, record)(scope, receive, sending)
+        except Exception as error:
+            record.reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._log(method, scope["path"], record, time.monotonic() - started)
+
+    def _answering(self, scope: dict, headers: Mapping[str, str], record: Record) -> Callable:
+        """The application for those who may ask, or the reply to those who may not."""
+        if error := self.access.refusal(headers):
+            return error_response(error)
+        if (found := self.access.preflight(scope["method"], headers)) is not None:
+            return empty_response(found)
+        if owner := self._owner(headers):
+            record.key, scope[CLIENT] = owner.name, f"key {owner.id}"
+        elif self.keys.secured and self._needs_key(scope["path"]):
+            return error_response(unauthorized(headers))
+        if scope["method"] in WITH_BODY:
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":  # a page of another site may send any other without asking the browser
+                got = f"is {kind!a:.80}" if kind else "is missing"
+                message = f"the Content-Type {got}; expected application/json"
+                return error_response(ApiError(415, message, code="invalid_content_type"))
+        return self.app
+
+    def _sending(
+        self, scope: dict, headers: Mapping[str, str], record: Record, send: Callable, *, with_body: bool
+    ) -> Callable:
+        """`send`, with more headers for each reply, whose status goes to the record and the metrics."""
+        more = {"x-request-id": record.id, **self.access.cors(headers)}
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in more.items()]
+
+        async def sending(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                self.metrics.observe_request(getattr(scope.get("route"), "path", "other"), message["status"])
+                message = {**message, "headers": [*message.get("headers", ()), *encoded]}
+            elif not with_body:
+                message = {**message, "body": b""}
+            await send(message)
+
+        return sending
+
+    def _needs_key(self, path: str) -> bool:
+        return path not in OPEN_PATHS and not path.startswith("/page/")
+
+    def _owner(self, headers: Mapping[str, str]) -> Owner | None:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        return self.keys.owner(given.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+
+    def _log(self, method: str, path: str, record: Record, seconds: float) -> None:
+        """A line for what was refused or failed, also while it was being sent."""
+        if record.reason is None and record.status is not None and record.status < 400:
+            return
+        level = logging.WARNING if record.status is None or record.status >= 500 else logging.INFO
+        line = "%s status=%s method=%s path=%s seconds=%.3f reason=%s"
+        path, reason = ascii(path[:200]), ascii(record.reason or "")
+        logger.log(level, line, record.who, record.status or "-", method, path, seconds, reason)
+
+
+def unauthorized(headers: Mapping[str, str]) -> ApiError:
+    """Asks for a key, as RFC 6750 has it."""
+    challenge = 'Bearer realm="palm-rlhf"' + (', error="invalid_token"' if "authorization" in headers else "")
+    message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
+    """A reply of JSON, in ASCII, so that no text that a client sent can break it."""
+    from fastapi import Response
+
+    return Response(json.dumps(value), status, headers=headers, media_type="application/json")
+
+
+def empty_response(headers: dict[str, str]) -> Any:
+    """A reply that has headers only."""
+    from fastapi import Response
+
+    return Response(status_code=204, headers=headers)
+
+
+def error_response(error: ApiError) -> Any:
+    """The reply that says an error, as the log does."""
+    note_reason(str(error))
+    return json_response(error.body, error.status, error.headers)

@@ -1,0 +1,221 @@
+"""Replies in OpenAI's protocol: the objects of chats and completions, whole and in chunks."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from palm_rlhf import __version__
+from palm_rlhf.data.tokenizer import Tokenizer
+from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogprob, ToolCall
+from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.http.token_display import token_text
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+ENCODED_LEVELS = 5  # down to what is told of one token: reply, choices, choice, logprobs, content
+FINGERPRINT = f"palm-rlhf-{__version__}"
+
+
+def usage(generations: Sequence[Generation], completion_tokens: int | None = None) -> dict[str, Any]:
+    """Tokens read and sampled, or so many sampled so far; a prompt that is answered several times counts once."""
+    prompts = {id(generation.request.prompt): generation for generation in generations}.values()
+    prompt_tokens = sum(len(generation.request.prompt) for generation in prompts)
+    if completion_tokens is None:
+        completion_tokens = sum(len(generation.tokens) for generation in generations)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(generation.num_cached for generation in prompts)},
+    }
+
+
+@dataclass(frozen=True)
+class Form:
+    """One reply's objects, of a chat or of a completion.
+
+    The chunks of a stream have a place for the usage where it is asked for; `continuous_usage` fills it in every one.
+    `prompt_logprobs` is how many alternatives are told of each token of the prompt, in vLLM's form.
+    """
+
+    kind: Literal["chat", "completion"]
+    model: str
+    tokenizer: Tokenizer
+    include_usage: bool = False
+    continuous_usage: bool = False
+    prompt_logprobs: int | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    num_tokens: dict[int, int] = field(default_factory=dict)  # sampled so far, by the number of the choice
+
+    def _envelope(self, choices: list[dict[str, Any]], chunk: bool, **more: Any) -> dict[str, Any]:
+        chat = self.kind == "chat"
+        kind = f"chat.completion{'.chunk' if chunk else ''}" if chat else "text_completion"
+        return {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+            **more,
+        }
+
+    def whole(self, replies: Sequence[tuple[Generation, list[Piece]]], everything: Sequence[Generation]) -> dict:
+        """The object of a reply that was not streamed; `everything` is what it cost."""
+        choices = []
+        for index, (generation, pieces) in enumerate(replies):
+            text = "".join(piece.text for piece in pieces)
+            logprobs = self._logprobs([one for piece in pieces for one in piece.logprobs], generation.request)
+            calls = [call_object(call) for piece in pieces for call in piece.calls]
+            said = {"message": message(text, calls)} if self.kind == "chat" else {"text": text}
+            choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
+            if self.prompt_logprobs is not None and self.kind == "completion":
+                choice["prompt_logprobs"] = self._prompt_logprobs(generation)
+            choices.append(choice)
+        more = {"usage": usage(everything)}
+        if self.prompt_logprobs is not None and self.kind == "chat":
+            more["prompt_logprobs"] = self._prompt_logprobs(replies[0][0])
+        return self._envelope(choices, chunk=False, **more)
+
+    def first(self, index: int, generations: Sequence[Generation]) -> dict[str, Any]:
+        """The chunk that opens a choice of a chat."""
+        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}}, generations, 0)
+
+    def chunks(
+        self, index: int, piece: Piece, generations: Sequence[Generation], num_tokens: int
+    ) -> list[dict[str, Any]]:
+        """What one piece adds to a choice: its text, and why the choice ends. `num_tokens` were sampled so far."""
+        found, logprobs = [], self._logprobs(piece.logprobs, generations[index].request)
+        if piece.text or logprobs is not None:
+            said = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
+            found.append(self._chunk({"index": index, **said, "logprobs": logprobs}, generations, num_tokens))
+        if piece.calls:
+            delta = {"tool_calls": [{"index": call.index, **call_object(call)} for call in piece.calls]}
+            found.append(self._chunk({"index": index, "delta": delta}, generations, num_tokens))
+        if piece.finish_reason is not None:
+            said = {"delta": {}} if self.kind == "chat" else {"text": ""}
+            end = {"index": index, **said, "finish_reason": piece.finish_reason}
+            found.append(self._chunk(end, generations, num_tokens))
+        return found
+
+    def _chunk(self, choice: dict[str, Any], generations: Sequence[Generation], num_tokens: int) -> dict[str, Any]:
+        choice = {"logprobs": None, "finish_reason": None, **choice}
+        so_far = usage(generations, num_tokens) if self.continuous_usage else None
+        return self._envelope([choice], chunk=True, **({"usage": so_far} if self.include_usage else {}))
+
+    def opening(self, generations: Sequence[Generation]) -> bytes:
+        """What a stream begins with: the chunks that open the choices of a chat."""
+        if self.kind == "completion":
+            return b""
+        return b"".join(event(self.first(index, generations)) for index in range(len(generations)))
+
+    def block(self, found: Sequence[tuple[int, Piece]], generations: Sequence[Generation]) -> bytes:
+        """The chunks of the pieces that have come."""
+        chunks = []
+        for number, piece in found:
+            self.num_tokens[number] = piece.num_tokens
+            chunks += self.chunks(number, piece, generations, sum(self.num_tokens.values()))
+        return b"".join(map(event, chunks))
+
+    def closing(self, generations: Sequence[Generation]) -> bytes:
+        """What a stream ends with: the chunk with the usage, where it is asked for."""
+        return event(self._envelope([], chunk=True, usage=usage(generations))) if self.include_usage else b""
+
+    def failure(self, error: ApiError) -> bytes:
+        """What a stream ends with that an error has broken, since the status has been sent."""
+        return event(error.body)
+
+    @property
+    def end(self) -> bytes:
+        return event("[DONE]")
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], request: Request) -> dict[str, Any] | None:
+        """In OpenAI's forms, where a completion tells of the token that ends it, and a chat does not."""
+        if self.kind == "chat":
+            logprobs = [one for one in logprobs if one.token not in request.stop_tokens]
+        if not logprobs:
+            return None
+        if self.kind == "chat":
+            return {"content": [self._entry(one) for one in logprobs], "refusal": None}
+        return {
+            "tokens": [self._name(one.token) for one in logprobs],
+            "token_logprobs": [None if one.logprob is None else finite(one.logprob) for one in logprobs],
+            "top_logprobs": [None if one.logprob is None else self._named(one) for one in logprobs],
+            "text_offset": [one.offset for one in logprobs],
+        }
+
+    def _named(self, one: TokenLogprob) -> dict[str, float]:
+        """The alternatives, and the token itself; of those that look alike the likeliest."""
+        found: dict[str, float] = {}
+        for token, value in (*one.alternatives, (one.token, one.logprob)):
+            found.setdefault(self._name(token), finite(value))
+        return found
+
+    def _prompt_logprobs(self, generation: Generation) -> list[dict[str, Any] | None]:
+        """By ids, each token of the prompt and its alternatives; None for the first, which nothing precedes."""
+        found: list[dict[str, Any] | None] = [None]
+        for one in generation.prompt_logprobs:
+            best = enumerate(one.alternatives[: self.prompt_logprobs], start=1)
+            ranked = ((one.rank, one.token, one.logprob), *((rank, *alternative) for rank, alternative in best))
+            entries: dict[str, Any] = {}
+            for rank, token, value in ranked:
+                entry = {"logprob": finite(value), "rank": rank, "decoded_token": self._name(token)}
+                entries.setdefault(str(token), entry)
+            found.append(entries)
+        return found
+
+    def _entry(self, one: TokenLogprob) -> dict[str, Any]:
+        return {
+            **self._one(one.token, one.logprob),
+            "top_logprobs": [self._one(token, value) for token, value in one.alternatives],
+        }
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text, octets = token_text(self.tokenizer, token)
+        return {"token": text, "logprob": finite(logprob), "bytes": octets}
+
+    def _name(self, token: int) -> str:
+        return token_text(self.tokenizer, token)[0]
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can have it."""
+    return max(logprob, LEAST_LOGPROB)
+
+
+def message(text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the assistant says, and which functions it wants called."""
+    said = {"role": "assistant", "content": text}
+    return {**said, "content": text or None, "tool_calls": list(calls)} if calls else said
+
+
+def call_object(call: ToolCall) -> dict[str, Any]:
+    """A call of a function."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def encoded(value: Any) -> bytes:
+    """A large reply as JSON, by many calls of the encoder, which holds up every other thread while it is at work."""
+    return "".join(json_pieces(value, ENCODED_LEVELS)).encode()
+
+
+def json_pieces(value: Any, levels: int) -> Iterator[str]:
+    """JSON in pieces: entry by entry in the objects and lists of so many levels."""
+    if not levels or not value or not isinstance(value, (dict, list)):
+        yield json.dumps(value)
+        return
+    named = isinstance(value, dict)
+    for number, item in enumerate(value):
+        yield ", " if number else "{" if named else "["
+        if named:
+            yield f"{json.dumps(item)}: "
+        yield from json_pieces(value[item] if named else item, levels - 1)
+    yield "}" if named else "]"
+
+
+def event(data: dict[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()

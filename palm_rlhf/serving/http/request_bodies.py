@@ -1,0 +1,96 @@
+"""The bodies of requests as they come: each within a size and a time, and all together within an amount of memory."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from palm_rlhf.serving.http.errors import ApiError
+
+DRAINED = 16  # a body above the limit is read to its end, up to so many times the limit, so that the client hears why
+SHARE = 0.5  # of the memory for bodies, which one client may have
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests may hold, and ask for.
+
+    `max_body`: bytes of one. `body_timeout`: seconds in which they have to come. `body_memory`: bytes of all that are
+    being read, of which one client may have half. The first `small_body` bytes of each do not count, so that those who
+    send large ones keep no ordinary request out. `prepare_timeout`: seconds to make tokens of one. `max_n`: replies
+    that one request may ask for; `max_output`: tokens and log-probabilities that these may hold together.
+    """
+
+    max_body: int = 4 * 2**20
+    body_timeout: float = 30.0
+    body_memory: int = 64 * 2**20
+    small_body: int = 2**16
+    prepare_timeout: float = 10.0
+    max_n: int = 128
+    max_output: int = 2**17
+
+    def __post_init__(self):
+        for name in ("max_n", "max_output"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.body_memory * SHARE < self.max_body:
+            raise ValueError(
+                f"body_memory is {self.body_memory:,} bytes, of which one client may have half; expected at least "
+                f"{int(self.max_body / SHARE):,}, for one body of max_body, {self.max_body:,} bytes"
+            )
+
+
+class Bodies:
+    """The bodies that are being read and worked on."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.held: Counter[str] = Counter()  # bytes, by client
+
+    @asynccontextmanager
+    async def read(self, client: str, receive: Callable[[], Awaitable[dict[str, Any]]]) -> AsyncIterator[bytearray]:
+        """The body of a request; its memory counts until the context is left. ApiError where it breaks a limit."""
+        body = bytearray()
+        try:
+            try:
+                await asyncio.wait_for(self._fill(body, client, receive), self.limits.body_timeout)
+            except asyncio.TimeoutError as error:
+                message = f"the body did not come within {self.limits.body_timeout:g} seconds"
+                raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from error
+            yield body
+        finally:
+            self._resize(client, len(body), 0)
+
+    async def _fill(self, body: bytearray, client: str, receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        limit, size, more = self.limits.max_body, 0, True
+        while more and size <= limit * DRAINED:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(499, "the client went away before its body had come")
+            part, more = message.get("body", b""), message.get("more_body", False)
+            size += len(part)
+            if size <= limit:
+                self._resize(client, len(body), size)
+                body += part
+            elif body:  # the rest is read, and not kept
+                self._resize(client, len(body), 0)
+                body.clear()
+        if size > limit:
+            message = f"the body is above the limit of {limit} bytes"
+            raise ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+    def _resize(self, client: str, before: int, after: int) -> None:
+        """Counts that a body of a client has changed its size; ApiError where there is no room for it."""
+        small, most = self.limits.small_body, self.limits.body_memory
+        more = max(after - small, 0) - max(before - small, 0)
+        own = self.held[client] + more > most * SHARE
+        if more > 0 and (own or self.held.total() + more > most):
+            whose = "this client's requests" if own else "all requests together"
+            message = f"the bodies of {whose} hold as much memory as they may; send fewer at once, or later"
+            headers = {"Retry-After": "1", "Connection": "close"}
+            raise ApiError(429 if own else 503, message, code="too_many_bodies", headers=headers)
+        self.held[client] += more
+        if not self.held[client]:
+            del self.held[client]

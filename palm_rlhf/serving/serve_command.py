@@ -1,0 +1,119 @@
+"""The command ``palm-rlhf serve``."""
+
+import ipaddress
+import logging
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from beartype import beartype
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from palm_rlhf.serving.access_options import Door, num_bytes
+
+if TYPE_CHECKING:
+    from palm_rlhf.serving.engine import EngineConfig
+
+DEFAULT_DOOR = Door()
+logger = logging.getLogger(__name__)
+
+
+@beartype
+def serve(
+    checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 18888,
+    name: Annotated[str | None, arg(metavar="NAME")] = None,
+    context: Annotated[int | None, arg(metavar="TOKENS")] = None,
+    template: Literal["auto", "plain", "default", "oasst", "vicuna", "openchat"] = "auto",
+    lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
+    reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    max_batch: int = 16,
+    queue: int = 64,
+    timeout: float = 600.0,
+    prefill_chunk: int = 256,
+    cache_memory: str = "2GB",
+    prefix_memory: str = "256MB",
+    device: Annotated[str | None, arg(metavar="DEVICE")] = None,
+    door: OmitArgPrefixes[Door] = DEFAULT_DOOR,
+) -> None:
+    """Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.
+
+    Keys that clients have to send are read from --api-key-file, and from the environment variable PALM_RLHF_API_KEYS,
+    separated by commas. Without any, everyone who reaches the port is answered.
+
+    Args:
+        checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
+            a tokenizer the tokens are bytes.
+        host: The address to listen on; 0.0.0.0 is every network that the machine is in.
+        port: The port; 0 takes any that is free.
+        name: What clients call the model; the folder's name by default.
+        context: Tokens of a prompt with its reply; the model's max_seq_len by default.
+        template: How conversations are written; auto is the model's own, plain has roles as words.
+        lora_scope: A LoRA scope to merge into the weights.
+        reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
+        dtype: The numbers to compute with; auto is those of the file.
+        max_batch: Replies that are computed together.
+        queue: Replies that may wait beyond them; more are refused with status 429.
+        timeout: Seconds that a reply may take, the time in the queue included.
+        prefill_chunk: Tokens of prompts that are read between two tokens of the running replies.
+        cache_memory: Memory of the keys and values of running replies.
+        prefix_memory: Memory of those of what prompts may begin with; 0 keeps none.
+        device: Where to compute, such as cpu or cuda:1; by default the first GPU where there is one.
+        door: Who may connect, and how much they may hold.
+    """
+    from palm_rlhf.serving.engine import EngineConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    config = EngineConfig(
+        context=context,
+        max_batch=max_batch,
+        queue=queue,
+        prefill_chunk=prefill_chunk,
+        cache_memory=num_bytes("cache_memory", cache_memory),
+        prefix_memory=num_bytes("prefix_memory", prefix_memory),
+        timeout=timeout,
+    )
+    dtype = None if dtype == "auto" else getattr(torch, dtype)
+    options = {"name": name, "template": template, "lora_scope": lora_scope, "reward_model": reward_model}
+    answer(host, port, checkpoint, {**options, "dtype": dtype, "device": device}, config, door)
+
+
+def answer(host: str, port: int, checkpoint: str, options: dict[str, Any], config: "EngineConfig", door: Door) -> None:
+    """Loads a checkpoint with its options, and answers until it is interrupted."""
+    from palm_rlhf.serving.chat_model import load
+    from palm_rlhf.serving.engine import Engine
+    from palm_rlhf.serving.http.app import create_app
+    from palm_rlhf.serving.http.fastapi_import import fastapi_module
+    from palm_rlhf.serving.http.run_server import listen, make_server, url_of
+
+    fastapi_module()  # a package that is missing should not cost the time to load a model either
+    keys, limits, connections = door.keys(), door.limits(), door.connections()
+    access = door.access(host, loopback=is_loopback(host))
+    if not keys.secured and not is_loopback(host):
+        logger.warning("%s is not this machine alone, and there are no API keys: everyone who reaches it may ask", host)
+    with closing(listen(host, port)) as listener:  # first: a port in use should not cost the time to load a model
+        served = load(checkpoint, **options)
+        with Engine(served.palm, served.tokenizer, config) as engine:
+            app = create_app(served, engine, api_keys=keys, limits=limits, access=access)
+            server = make_server(
+                app,
+                grace=door.grace,
+                connections=connections,
+                when_ready=lambda: print(f"{served.name} answers at {url_of(listener)}", flush=True),
+                when_late=engine.close,
+            )
+            with suppress(KeyboardInterrupt):  # which is how it is stopped
+                server.run([listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

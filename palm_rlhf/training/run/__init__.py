@@ -1,0 +1,1 @@
+"""The tools of a training run: processes, precision, optimisers, metrics and checkpoints."""
