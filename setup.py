@@ -46,7 +46,7 @@ EXTRAS = {
     ],
     "clients": ["lm_eval[api]==0.4.13"],  # that tests run against the server
     "examples": ["chatterbot-corpus>=1.3.3", "matplotlib>=3.8", "PyYAML>=6.0", "vaderSentiment>=3.3.2"],
-    "dev": ["ruff>=0.9"],
+    "dev": ["mypy>=1.13", "ruff>=0.9"],
     "mutation": ["cosmic-ray>=8.7", "pytest-timeout>=2.3"],
 }
 EXTRAS["test"] = [
