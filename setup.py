@@ -93,7 +93,7 @@ setup(
     packages=find_packages(include=["palm_rlhf", "palm_rlhf.*"]),
     package_data={
         "palm_rlhf": ["py.typed"],
-        "palm_rlhf.evaluation": ["page/*"],
+        "palm_rlhf.evaluation.reports": ["page/*"],
         "palm_rlhf.ops.cpu": ["csrc/*"],
         "palm_rlhf.serving": ["page/*"],
     },

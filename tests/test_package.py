@@ -51,7 +51,7 @@ def archives(root, tmp_path_factory) -> tuple[Path, Path]:
 
 def shipped_files(root: Path) -> set[str]:
     package = root / "palm_rlhf"
-    folders = ("ops/cpu/csrc", "serving/page", "evaluation/page")
+    folders = ("ops/cpu/csrc", "serving/page", "evaluation/reports/page")
     files = [*package.rglob("*.py"), *(file for folder in folders for file in (package / folder).iterdir())]
     return {path.relative_to(root).as_posix() for path in files} | {"palm_rlhf/py.typed"}
 

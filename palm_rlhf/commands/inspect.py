@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from palm_rlhf.evaluation.inspection import write_inspection
+from palm_rlhf.evaluation.reports.inspection import write_inspection
 
 
 def inspect(run: Annotated[Positional[Path], arg(metavar="RUN")], output: Path | None = None) -> None:

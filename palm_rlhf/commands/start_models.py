@@ -10,7 +10,7 @@ from tyro.conf import arg
 from palm_rlhf.data.conversation import Template
 from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, add_special_tokens, load_tokenizer
-from palm_rlhf.evaluation.model_folders import is_reward_model
+from palm_rlhf.evaluation.measures.model_folders import is_reward_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
 from palm_rlhf.model.weights_folder import local_folder

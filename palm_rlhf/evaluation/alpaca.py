@@ -14,7 +14,7 @@ from beartype import beartype
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.evaluation.intervals import Interval, bootstrap_interval, exact_interval, standard_error
 from palm_rlhf.evaluation.length_control import LengthEffect, Regularizer, fit_length_effect
-from palm_rlhf.evaluation.texts import finite_numbers
+from palm_rlhf.evaluation.message_text import finite_numbers
 from palm_rlhf.training.run.checkpoints import write_text
 
 DRAW = 1.5

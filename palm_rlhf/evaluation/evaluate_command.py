@@ -7,10 +7,8 @@ from typing import Annotated, Any, Union
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from palm_rlhf.evaluation import tables
 from palm_rlhf.evaluation.alpaca import evaluate_annotations, read_annotations
-from palm_rlhf.evaluation.answers import pair_answers, read_answers, read_questions
-from palm_rlhf.evaluation.command_line import (
+from palm_rlhf.evaluation.commands.evaluate_arguments import (
     File,
     Files,
     Name,
@@ -24,17 +22,19 @@ from palm_rlhf.evaluation.command_line import (
     finish,
     require_files,
 )
+from palm_rlhf.evaluation.commands.judge_command import judge
+from palm_rlhf.evaluation.commands.model_commands import lm, reward, run
 from palm_rlhf.evaluation.comparisons import summarise
-from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.judge_command import judge
+from palm_rlhf.evaluation.judging.answers import pair_answers, read_answers, read_questions
+from palm_rlhf.evaluation.judging.journal import Journal
+from palm_rlhf.evaluation.judging.reviews import compare_reviews, read_reviews
+from palm_rlhf.evaluation.judging.study import Person, count_votes, read_votes, run_study
 from palm_rlhf.evaluation.length_control import read_regularizer
-from palm_rlhf.evaluation.model_commands import lm, reward, run
-from palm_rlhf.evaluation.outputs import read_output_texts, statistics_by_language
+from palm_rlhf.evaluation.measures.answer_statistics import read_output_texts, statistics_by_language
+from palm_rlhf.evaluation.measures.text_prediction import ALL
 from palm_rlhf.evaluation.ratings import rating_table, read_battles
-from palm_rlhf.evaluation.report import Report, merge_reports, read_report
-from palm_rlhf.evaluation.reviews import compare_reviews, read_reviews
-from palm_rlhf.evaluation.study import Person, count_votes, read_votes, run_study
-from palm_rlhf.evaluation.text_prediction import ALL
+from palm_rlhf.evaluation.reports import tables
+from palm_rlhf.evaluation.reports.report import Report, merge_reports, read_report
 
 
 @beartype

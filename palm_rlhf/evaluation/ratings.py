@@ -13,7 +13,7 @@ from beartype import beartype
 from palm_rlhf.data.records import Record, read_records
 from palm_rlhf.evaluation.alpaca import GENERATORS, preference_of
 from palm_rlhf.evaluation.intervals import LEVEL, Interval
-from palm_rlhf.evaluation.texts import name_of
+from palm_rlhf.evaluation.message_text import name_of
 
 START = 1000.0
 SCALE = 400 / math.log(10)  # of Elo: ten to one are 400 points
@@ -184,7 +184,7 @@ def _fit(wins: np.ndarray, prior_draws: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Rating:
+class RatingRow:
     """A row of the table."""
 
     model: str
@@ -210,7 +210,7 @@ def rating_table(
     num_shuffles: int = 20,
     level: float = LEVEL,
     seed: int = 0,
-) -> list[Rating]:
+) -> list[RatingRow]:
     """All models, the best first, with percentile intervals over battles that are drawn again with replacement.
 
     Of those, some leave a model without a defeat; it then gets a thousandth of a draw against an average one, which
@@ -223,7 +223,7 @@ def rating_table(
     num_battles = (wins + wins.T).sum(axis=1)
     intervals = _bootstrap(battles, models, prior_draws, num_resamples, level, seed)
     rows = [
-        Rating(model, ratings[model], intervals.get(model), averages[model], round(played), won / played)
+        RatingRow(model, ratings[model], intervals.get(model), averages[model], round(played), won / played)
         for model, played, won in zip(models, num_battles.tolist(), wins.sum(axis=1).tolist())
     ]
     return sorted(rows, key=lambda row: -row.rating)

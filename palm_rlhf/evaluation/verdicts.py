@@ -6,7 +6,7 @@ from typing import Literal
 
 from beartype import beartype
 
-from palm_rlhf.evaluation.texts import finite_numbers, without_thoughts
+from palm_rlhf.evaluation.message_text import finite_numbers, without_thoughts
 
 Scores = tuple[float, float]
 LOWEST, HIGHEST = 1.0, 10.0

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.evaluation.alpaca import evaluate_annotations, read_annotations, read_outputs
-from palm_rlhf.evaluation.answers import read_answers, read_questions
 from palm_rlhf.evaluation.comparisons import summarise
-from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.outputs import read_output_texts, statistics_by_language
+from palm_rlhf.evaluation.judging.answers import read_answers, read_questions
+from palm_rlhf.evaluation.judging.journal import Journal
+from palm_rlhf.evaluation.judging.reviews import compare_reviews, read_reviews
+from palm_rlhf.evaluation.judging.study import count_votes, read_votes
+from palm_rlhf.evaluation.measures.answer_statistics import read_output_texts, statistics_by_language
+from palm_rlhf.evaluation.measures.reward_bench import read_trios
+from palm_rlhf.evaluation.measures.rlhf_runs import read_run
+from palm_rlhf.evaluation.measures.text_prediction import read_documents
+from palm_rlhf.evaluation.message_text import text_of, without_thoughts
 from palm_rlhf.evaluation.ratings import elo, read_battles
-from palm_rlhf.evaluation.report import read_report, render
-from palm_rlhf.evaluation.reviews import compare_reviews, read_reviews
-from palm_rlhf.evaluation.reward_bench import read_trios
-from palm_rlhf.evaluation.rlhf_runs import read_run
-from palm_rlhf.evaluation.study import count_votes, read_votes
-from palm_rlhf.evaluation.text_prediction import read_documents
-from palm_rlhf.evaluation.texts import text_of, without_thoughts
+from palm_rlhf.evaluation.reports.report import read_report, render
 from palm_rlhf.evaluation.verdicts import parse_rating, parse_scores, parse_verdict
 from palm_rlhf.training.run.log import read_metrics
 

@@ -6,11 +6,11 @@ import pytest
 
 from palm_rlhf.data.records import read_records, write_records
 from palm_rlhf.evaluation.alpaca import evaluate_annotations, read_annotations, read_outputs
-from palm_rlhf.evaluation.answers import read_answers, read_questions
-from palm_rlhf.evaluation.outputs import read_output_texts
+from palm_rlhf.evaluation.judging.answers import read_answers, read_questions
+from palm_rlhf.evaluation.judging.reviews import read_reviews
+from palm_rlhf.evaluation.measures.answer_statistics import read_output_texts
+from palm_rlhf.evaluation.measures.reward_bench import read_trios
 from palm_rlhf.evaluation.ratings import read_battles
-from palm_rlhf.evaluation.reviews import read_reviews
-from palm_rlhf.evaluation.reward_bench import read_trios
 
 KINDS = ["csv", "csv.gz", "parquet", "printed"]
 USER = [{"role": "user", "content": "Which colour has the sky?"}]

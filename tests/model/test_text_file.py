@@ -9,9 +9,9 @@ import torch
 from palm_rlhf.data.templates import load_template
 from palm_rlhf.data.text import load_corpus
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.evaluation.answers import read_questions
+from palm_rlhf.evaluation.judging.answers import read_questions
 from palm_rlhf.evaluation.length_control import read_regularizer
-from palm_rlhf.evaluation.text_prediction import read_documents
+from palm_rlhf.evaluation.measures.text_prediction import read_documents
 from palm_rlhf.model.text_file import read_text
 from palm_rlhf.model.weights_folder import read_json
 from palm_rlhf.serving.http.api_keys import read_keys

@@ -11,8 +11,8 @@ import numpy as np
 from beartype import beartype
 
 from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.evaluation.text_prediction import ALL, Document
-from palm_rlhf.evaluation.texts import text_of, texts_of_choice
+from palm_rlhf.evaluation.measures.text_prediction import ALL, Document
+from palm_rlhf.evaluation.message_text import text_of, texts_of_choice
 
 WORD = re.compile(r"\w+|[^\w\s]")
 TEXT_KEYS = ("output", "completion", "text", "response")

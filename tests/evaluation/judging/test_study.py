@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from palm_rlhf.evaluation.answers import pair_answers, read_answers, read_questions
-from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.study import Person, Vote, count_votes, read_votes, run_study
+from palm_rlhf.evaluation.judging.answers import pair_answers, read_answers, read_questions
+from palm_rlhf.evaluation.judging.journal import Journal
+from palm_rlhf.evaluation.judging.study import Person, Vote, count_votes, read_votes, run_study
 
 MODELS = ("alpha", "beta")
 

@@ -11,10 +11,8 @@ from beartype import beartype
 from tyro.conf import arg
 
 from palm_rlhf.data.records import read_records
-from palm_rlhf.evaluation import tables
 from palm_rlhf.evaluation.alpaca import write_alpaca
-from palm_rlhf.evaluation.answers import Answers, Pair, Question, pair_answers, read_answers, read_questions
-from palm_rlhf.evaluation.command_line import (
+from palm_rlhf.evaluation.commands.evaluate_arguments import (
     Name,
     NamedFile,
     Number,
@@ -25,10 +23,18 @@ from palm_rlhf.evaluation.command_line import (
     finish,
 )
 from palm_rlhf.evaluation.comparisons import Comparison, most_doubtful, summarise
-from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.judge_prompts import Method
-from palm_rlhf.evaluation.judges import ChatJudge, Judge, LocalJudge, RewardJudge
-from palm_rlhf.evaluation.judging import (
+from palm_rlhf.evaluation.judging.answers import (
+    ModelAnswers,
+    Pair,
+    Question,
+    pair_answers,
+    read_answers,
+    read_questions,
+)
+from palm_rlhf.evaluation.judging.journal import Journal
+from palm_rlhf.evaluation.judging.judge_prompts import Method
+from palm_rlhf.evaluation.judging.judges import ChatJudge, Judge, LocalJudge, RewardJudge
+from palm_rlhf.evaluation.judging.judgments import (
     annotations_of,
     collect_judgments,
     compare,
@@ -36,9 +42,10 @@ from palm_rlhf.evaluation.judging import (
     rate,
     rating_requests,
 )
-from palm_rlhf.evaluation.model_folders import is_reward_model, name_of, open_chat_model, version_of
-from palm_rlhf.evaluation.report import Report
-from palm_rlhf.evaluation.study import Person, run_study, vote_key
+from palm_rlhf.evaluation.judging.study import Person, run_study, vote_key
+from palm_rlhf.evaluation.measures.model_folders import is_reward_model, name_of, open_chat_model, version_of
+from palm_rlhf.evaluation.reports import tables
+from palm_rlhf.evaluation.reports.report import Report
 from palm_rlhf.evaluation.verdicts import Scores
 from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.policy.reward_model import RewardModel
@@ -250,7 +257,7 @@ def _ask(pairs: Sequence[Pair], models: tuple[str, str], journal: Journal) -> di
 
 
 def _rate(
-    answers: Sequence[Answers],
+    answers: Sequence[ModelAnswers],
     questions: Sequence[Question],
     judging: Judge,
     journal: Journal,

@@ -5,7 +5,7 @@ from typing import Literal
 
 from beartype import beartype
 
-from palm_rlhf.evaluation.answers import Question, Turns
+from palm_rlhf.evaluation.judging.answers import Question, Turns
 
 Method = Literal["scores", "evidence", "verdict", "rating"]
 Messages = list[dict[str, str]]

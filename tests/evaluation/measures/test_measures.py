@@ -11,14 +11,19 @@ from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.records import write_records
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
-from palm_rlhf.evaluation.answers import Question
-from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.judges import LocalJudge, Request, RewardJudge
-from palm_rlhf.evaluation.judging import collect_judgments, pairwise_requests, scores_of
-from palm_rlhf.evaluation.outputs import distinct_n, read_output_texts, statistics_by_language, text_statistics
-from palm_rlhf.evaluation.reward_bench import SECTIONS, accuracies, read_trios, score_trios
-from palm_rlhf.evaluation.rlhf_runs import Sample, StepResult, read_run, reference_scores, wins_by_step
-from palm_rlhf.evaluation.text_prediction import Document, measure_text, read_documents
+from palm_rlhf.evaluation.judging.answers import Question
+from palm_rlhf.evaluation.judging.journal import Journal
+from palm_rlhf.evaluation.judging.judges import JudgeRequest, LocalJudge, RewardJudge
+from palm_rlhf.evaluation.judging.judgments import collect_judgments, pairwise_requests, scores_of
+from palm_rlhf.evaluation.measures.answer_statistics import (
+    distinct_n,
+    read_output_texts,
+    statistics_by_language,
+    text_statistics,
+)
+from palm_rlhf.evaluation.measures.reward_bench import SECTIONS, accuracies, read_trios, score_trios
+from palm_rlhf.evaluation.measures.rlhf_runs import Sample, StepResult, read_run, reference_scores, wins_by_step
+from palm_rlhf.evaluation.measures.text_prediction import Document, measure_text, read_documents
 from palm_rlhf.policy.sequences import join
 
 TEMPLATE = PRESETS["default"]
@@ -241,11 +246,11 @@ def test_a_model_of_ones_own_as_the_judge(tmp_path, bench, evaluate):
     tokenizer = ByteTokenizer()
     palm = tiny_palm()
     judge = LocalJudge(palm, tokenizer, TEMPLATE, temperature=1.0, max_tokens=6)
-    request = Request(Question("1", ("a?",)), 1, ("x", "y"), (("b",), ("c",)), "verdict")
+    request = JudgeRequest(Question("1", ("a?",)), 1, ("x", "y"), (("b",), ("c",)), "verdict")
     prompt = encode_prompt(request.messages, tokenizer, TEMPLATE)
     reply = judge(request)
     assert reply == judge(request)  # the same in every run
-    other = judge(Request(request.question, 1, request.models, request.replies, "verdict", sample=1))
+    other = judge(JudgeRequest(request.question, 1, request.models, request.replies, "verdict", sample=1))
     assert reply.text != other.text and reply.usage["prompt_tokens"] == len(prompt)
 
     palm.save_pretrained(tmp_path / "palm")
@@ -259,14 +264,14 @@ def test_a_model_of_ones_own_as_the_judge(tmp_path, bench, evaluate):
 
 
 def test_a_local_judge_is_any_callable_with_an_identity(bench, tmp_path):
-    from palm_rlhf.evaluation.answers import Pair
-    from palm_rlhf.evaluation.judges import Judge, Reply
+    from palm_rlhf.evaluation.judging.answers import Pair
+    from palm_rlhf.evaluation.judging.judges import Judge, JudgeReply
 
     class Longest(Judge):
         name, identity = "longest", {"rule": "longest"}
 
         def __call__(self, request):
-            return Reply(scores=[float(len(reply[request.turn - 1])) for reply in request.replies])
+            return JudgeReply(scores=[float(len(reply[request.turn - 1])) for reply in request.replies])
 
     pair = Pair(Question("1", ("?",)), ("long answer",), ("short",))
     requests = pairwise_requests([pair], ("a", "b"), "scores")

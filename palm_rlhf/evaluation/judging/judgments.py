@@ -9,19 +9,19 @@ from typing import NamedTuple
 from beartype import beartype
 from tqdm import tqdm
 
-from palm_rlhf.evaluation.answers import Answers, Pair, Question, answer_to
 from palm_rlhf.evaluation.comparisons import Comparison, UnparsedText
-from palm_rlhf.evaluation.journal import Entry, Journal
-from palm_rlhf.evaluation.judge_prompts import Method
-from palm_rlhf.evaluation.judges import Judge, Request
-from palm_rlhf.evaluation.texts import finite_numbers
+from palm_rlhf.evaluation.judging.answers import ModelAnswers, Pair, Question, answer_to
+from palm_rlhf.evaluation.judging.journal import Entry, Journal
+from palm_rlhf.evaluation.judging.judge_prompts import Method
+from palm_rlhf.evaluation.judging.judges import Judge, JudgeRequest
+from palm_rlhf.evaluation.message_text import finite_numbers
 from palm_rlhf.evaluation.verdicts import Scores, parse_rating, parse_scores, parse_verdict
 
 
 @beartype
 def pairwise_requests(
     pairs: Sequence[Pair], models: tuple[str, str], method: Method, *, samples: int = 1, sees_order: bool = True
-) -> list[Request]:
+) -> list[JudgeRequest]:
     """All judgments of two models: of every turn, in both orders, `samples` each; one order where it cannot matter.
 
     ValueError for several samples of a judge that sees no order, as they would be the same.
@@ -30,7 +30,7 @@ def pairwise_requests(
         raise ValueError("the method is 'rating', which is for answers alone; expected scores, evidence or verdict")
     _check_samples(samples, sees_order)
     return [
-        Request(
+        JudgeRequest(
             question,
             turn,
             models[::-1] if swapped else models,
@@ -48,12 +48,12 @@ def pairwise_requests(
 
 @beartype
 def rating_requests(
-    questions: Sequence[Question], answers: Answers, *, samples: int = 1, sees_order: bool = True
-) -> list[Request]:
+    questions: Sequence[Question], answers: ModelAnswers, *, samples: int = 1, sees_order: bool = True
+) -> list[JudgeRequest]:
     """All single-answer ratings of a model: of every turn, `samples` each; ValueError as of `pairwise_requests`."""
     _check_samples(samples, sees_order)
     return [
-        Request(question, turn, (answers.model,), (answer_to(question, answers),), "rating", sample=sample)
+        JudgeRequest(question, turn, (answers.model,), (answer_to(question, answers),), "rating", sample=sample)
         for question in questions
         for turn in range(1, len(question.turns) + 1)
         for sample in range(samples)
@@ -68,7 +68,7 @@ def _check_samples(samples: int, sees_order: bool) -> None:
 
 @beartype
 def collect_judgments(
-    requests: Sequence[Request], judge: Judge, journal: Journal, *, concurrency: int = 1
+    requests: Sequence[JudgeRequest], judge: Judge, journal: Journal, *, concurrency: int = 1
 ) -> list[Entry]:
     """An entry for each request, in their order: those that the journal has, and all others asked for and stored.
 
@@ -86,7 +86,7 @@ def collect_judgments(
 
     failed = threading.Event()
 
-    def ask(key: str, request: Request) -> None:
+    def ask(key: str, request: JudgeRequest) -> None:
         if failed.is_set():
             return
         try:
@@ -123,7 +123,7 @@ def _check_entry(journal: Journal, key: str) -> None:
         )
 
 
-def _entry(key: str, request: Request, judge: Judge) -> Entry:
+def _entry(key: str, request: JudgeRequest, judge: Judge) -> Entry:
     reply = judge(request)
     return {
         "key": key,
@@ -154,7 +154,7 @@ def scores_of(entry: Entry) -> Scores | None:
 
 
 @beartype
-def compare(requests: Sequence[Request], entries: Sequence[Entry]) -> tuple[list[Comparison], list[UnparsedText]]:
+def compare(requests: Sequence[JudgeRequest], entries: Sequence[Entry]) -> tuple[list[Comparison], list[UnparsedText]]:
     """What pairwise judgments come to for each turn of each question, and those that were not understood."""
     groups: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     categories = {}
@@ -177,7 +177,7 @@ def compare(requests: Sequence[Request], entries: Sequence[Entry]) -> tuple[list
     return comparisons, unparsed
 
 
-class Ratings(NamedTuple):
+class SingleAnswerRatings(NamedTuple):
     """Single-answer ratings of a model: the mean of each turn of each question, and what was not understood."""
 
     model: str
@@ -194,7 +194,7 @@ class Ratings(NamedTuple):
 
 
 @beartype
-def rate(model: str, requests: Sequence[Request], entries: Sequence[Entry]) -> Ratings:
+def rate(model: str, requests: Sequence[JudgeRequest], entries: Sequence[Entry]) -> SingleAnswerRatings:
     """The ratings of a model; the mean over samples is over those that were parsed."""
     numbers: dict[tuple[str, int], list[float]] = defaultdict(list)
     unparsed = []
@@ -206,7 +206,7 @@ def rate(model: str, requests: Sequence[Request], entries: Sequence[Entry]) -> R
         else:
             numbers[place].append(float(rating))
     means = {place: sum(values) / len(values) for place, values in numbers.items()}
-    return Ratings(model, means, sum(map(len, numbers.values())), unparsed)
+    return SingleAnswerRatings(model, means, sum(map(len, numbers.values())), unparsed)
 
 
 @beartype

@@ -11,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.cli import main
-from palm_rlhf.evaluation.inspection import inspection_page, write_inspection
+from palm_rlhf.evaluation.reports.inspection import inspection_page, write_inspection
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror='document.title=1'>$title"
 METRICS = [{"step": step, "score": step / 10, "kl": 1.0 + step, "grad_norm": 2.0} for step in (1, 2, 3, 4)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from palm_rlhf.evaluation.answers import Question, read_answers, read_questions
-from palm_rlhf.evaluation.judge_prompts import judge_messages
+from palm_rlhf.evaluation.judging.answers import Question, read_answers, read_questions
+from palm_rlhf.evaluation.judging.judge_prompts import judge_messages
 
 
 def test_the_bench_of_vicuna(shared_data):

@@ -20,9 +20,9 @@ from beartype import beartype
 
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn
 from palm_rlhf.data.tokenizer import Tokenizer
-from palm_rlhf.evaluation.answers import Question, Turns
-from palm_rlhf.evaluation.judge_prompts import Messages, Method, judge_messages
-from palm_rlhf.evaluation.texts import text_of
+from palm_rlhf.evaluation.judging.answers import Question, Turns
+from palm_rlhf.evaluation.judging.judge_prompts import Messages, Method, judge_messages
+from palm_rlhf.evaluation.message_text import text_of
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.reward_model import RewardModel
@@ -34,7 +34,7 @@ TRANSIENT = {408, 409, 425, 429, *range(500, 600)}
 
 
 @dataclass(frozen=True)
-class Request:
+class JudgeRequest:
     """One judgment to be made: of the answers to a question's turn, in the order in which they are shown."""
 
     question: Question
@@ -56,7 +56,7 @@ class Request:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-class Reply(NamedTuple):
+class JudgeReply(NamedTuple):
     """What a judge says: a text to parse, or scores of the answers as they were shown."""
 
     text: str | None = None
@@ -72,7 +72,7 @@ class Judge:
     sees_order = True
     max_concurrency: int | None = None
 
-    def __call__(self, request: Request) -> Reply:
+    def __call__(self, request: JudgeRequest) -> JudgeReply:
         """The judgment; an OSError where there is none to be had."""
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class ChatJudge(Judge):
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._stopped = threading.Event()
 
-    def __call__(self, request: Request) -> Reply:
+    def __call__(self, request: JudgeRequest) -> JudgeReply:
         for attempt in range(self.retries + 1):
             try:
                 return self._ask(request)
@@ -138,7 +138,7 @@ class ChatJudge(Judge):
         """Asks no more: who waits for a retry gives up."""
         self._stopped.set()
 
-    def _ask(self, request: Request) -> Reply:
+    def _ask(self, request: JudgeRequest) -> JudgeReply:
         body = {name: value for name, value in self.identity.items() if value is not None}
         body |= {"messages": request.messages}
         if request.sample:
@@ -204,7 +204,7 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
         return None
 
 
-def _read_completion(content: bytes) -> Reply:
+def _read_completion(content: bytes) -> JudgeReply:
     try:
         completion = json.loads(content)
         text = text_of(completion["choices"][0]["message"]["content"]) or ""
@@ -212,7 +212,7 @@ def _read_completion(content: bytes) -> Reply:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _Transient(f"no completion ({type(error).__name__}: {error}): {content[:200]!r}") from error
     text = text.encode(errors="replace").decode()  # half of a surrogate pair could not be shown
-    return Reply(text, usage=usage if isinstance(usage, dict) else None)
+    return JudgeReply(text, usage=usage if isinstance(usage, dict) else None)
 
 
 class LocalJudge(Judge):
@@ -239,7 +239,7 @@ class LocalJudge(Judge):
         self.identity = {"model": name, "temperature": float(temperature), "max_tokens": max_tokens, "version": version}
         self._allowed_tokens = known_tokens(tokenizer, palm.num_tokens)
 
-    def __call__(self, request: Request) -> Reply:
+    def __call__(self, request: JudgeRequest) -> JudgeReply:
         end = end_of_turn(self.tokenizer, self.template)
         prompt = encode_prompt(request.messages, self.tokenizer, self.template).to(self.palm.device)
         seed = int(request.key(self)[:15], 16)
@@ -253,7 +253,7 @@ class LocalJudge(Judge):
         ).tolist()
         said = said[: said.index(end)] if end in said else said
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(said)}
-        return Reply(self.tokenizer.decode(said), usage=usage)
+        return JudgeReply(self.tokenizer.decode(said), usage=usage)
 
 
 class RewardJudge(Judge):
@@ -278,8 +278,8 @@ class RewardJudge(Judge):
         self.reward_model, self.tokenizer, self.template, self.name = reward_model, tokenizer, template, name
         self.identity = {"reward_model": name, "version": version}
 
-    def __call__(self, request: Request) -> Reply:
-        return Reply(scores=[self.score(request.question, reply, request.turn) for reply in request.replies])
+    def __call__(self, request: JudgeRequest) -> JudgeReply:
+        return JudgeReply(scores=[self.score(request.question, reply, request.turn) for reply in request.replies])
 
     @beartype
     def score(self, question: Question, reply: Turns, turn: int = 1) -> float:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.evaluation.journal import Journal
+from palm_rlhf.evaluation.judging.journal import Journal
 
 ENTRIES = [{"key": f"k{place}", "text": f"ü\n{place}"} for place in range(4)]
 
@@ -81,7 +81,7 @@ def test_threads_write_whole_lines(tmp_path):
 def test_what_add_returned_from_survives_a_kill(tmp_path):
     code = """
 import sys
-from palm_rlhf.evaluation.journal import Journal
+from palm_rlhf.evaluation.judging.journal import Journal
 with Journal(sys.argv[1]) as journal:
     for place in range(10**6):
         journal.add({"key": str(place)})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from beartype import beartype
 from tyro.conf import Positional, arg
 
-from palm_rlhf.evaluation.report import Report, Table, as_text, finite, write_report
+from palm_rlhf.evaluation.reports.report import Report, Table, as_text, finite, write_report
 
 File = Annotated[Positional[Path], arg(metavar="FILE")]
 Files = Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE ...")]

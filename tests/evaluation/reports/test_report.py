@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.evaluation.plots import BarPlot, Line, LinePlot, draw, nice_ticks
-from palm_rlhf.evaluation.report import Report, Table, as_text, merge_reports, read_report, render, shown, write_report
+from palm_rlhf.evaluation.reports.plots import BarPlot, Line, LinePlot, draw, nice_ticks
+from palm_rlhf.evaluation.reports.report import (
+    Report,
+    Table,
+    as_text,
+    merge_reports,
+    read_report,
+    render,
+    shown,
+    write_report,
+)
 
 TABLE = Table("A <table>", ("name", "value"), (("<script>alert(1)</script>", 1.5), ("none", None)), "A & note")
 LINES = LinePlot("Lines", "step", "KL", (Line("kl", ((1.0, 0.5), (2.0, 0.75)), ((0.4, 0.6), (0.7, 0.8))),))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from beartype import beartype
 
 from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.evaluation.texts import name_of, text_of, texts_of_choice, texts_of_turns
+from palm_rlhf.evaluation.message_text import name_of, text_of, texts_of_choice, texts_of_turns
 
 Turns = tuple[str, ...]
 
@@ -25,7 +25,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelAnswers:
     """A model's answers, one for each turn, by the ids of the questions."""
 
     model: str
@@ -67,7 +67,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
 
 @beartype
-def read_answers(path: str | os.PathLike[str], model: str | None = None) -> Answers:
+def read_answers(path: str | os.PathLike[str], model: str | None = None) -> ModelAnswers:
     """A model's answers; ValueError for another form, several models, or a question that is answered twice.
 
     Vicuna's are {"question_id", "model_id", "text"}, MT-bench's {"question_id", "model_id", "choices": [{"turns"}]},
@@ -91,17 +91,17 @@ def read_answers(path: str | os.PathLike[str], model: str | None = None) -> Answ
     if len(set(names)) != 1:
         raise ValueError(f"{path} has answers of {sorted(set(names))}, expected those of one model: cut the file")
     _require_unique([question_id for question_id, _ in answers], path, "answers")
-    return Answers(names[0] if model is None else model, dict(answers))
+    return ModelAnswers(names[0] if model is None else model, dict(answers))
 
 
 @beartype
-def pair_answers(questions: Sequence[Question], first: Answers, second: Answers) -> list[Pair]:
+def pair_answers(questions: Sequence[Question], first: ModelAnswers, second: ModelAnswers) -> list[Pair]:
     """The questions with both models' answers; ValueError where one lacks an answer to a turn."""
     return [Pair(question, *(answer_to(question, answers) for answers in (first, second))) for question in questions]
 
 
 @beartype
-def answer_to(question: Question, answers: Answers) -> Turns:
+def answer_to(question: Question, answers: ModelAnswers) -> Turns:
     """A model's answers to all turns of a question; ValueError where they are missing."""
     turns = answers.turns.get(question.question_id, ())
     if len(turns) < len(question.turns):

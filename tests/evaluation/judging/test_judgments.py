@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from palm_rlhf.evaluation.answers import Pair, Question, pair_answers, read_answers, read_questions
 from palm_rlhf.evaluation.comparisons import summarise
-from palm_rlhf.evaluation.journal import Journal
-from palm_rlhf.evaluation.judges import ChatJudge, completions_url, parse_retry_after, retry_delay
-from palm_rlhf.evaluation.judging import collect_judgments, compare, pairwise_requests, rate, rating_requests
+from palm_rlhf.evaluation.judging.answers import Pair, Question, pair_answers, read_answers, read_questions
+from palm_rlhf.evaluation.judging.journal import Journal
+from palm_rlhf.evaluation.judging.judges import ChatJudge, completions_url, parse_retry_after, retry_delay
+from palm_rlhf.evaluation.judging.judgments import collect_judgments, compare, pairwise_requests, rate, rating_requests
 
 PATIENCE = 300  # seconds: on a busy machine a process may take a minute to start
 QUALITY = {"alpha": 9, "beta": 6}
@@ -385,9 +385,9 @@ def test_pairs_need_all_answers():
 
 
 def answers(model, turns):
-    from palm_rlhf.evaluation.answers import Answers
+    from palm_rlhf.evaluation.judging.answers import ModelAnswers
 
-    return Answers(model, {"1": turns})
+    return ModelAnswers(model, {"1": turns})
 
 
 def test_the_options_reach_the_server(judge_server, bench, tmp_path, evaluate, monkeypatch):

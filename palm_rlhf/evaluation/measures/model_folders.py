@@ -19,7 +19,7 @@ from palm_rlhf.policy.reward_model_folder import MODEL_TYPE
 log = logging.getLogger(__name__)
 
 
-class ChatModel(NamedTuple):
+class OpenedModel(NamedTuple):
     """A PaLM or a RewardModel, and what makes tokens of conversations for it."""
 
     model: PaLM | RewardModel
@@ -66,7 +66,7 @@ def open_palm(model: str | Path) -> tuple[PaLM, Tokenizer]:
 
 
 @beartype
-def open_chat_model(model: str | Path, template: str | None = None) -> ChatModel:
+def open_chat_model(model: str | Path, template: str | None = None) -> OpenedModel:
     """A PaLM or RewardModel that reads conversations; `template` names a preset where the folder has none.
 
     `model` is its folder, that of a run, or a hub id. ValueError where it has no room for the special tokens of the
@@ -91,7 +91,7 @@ def open_chat_model(model: str | Path, template: str | None = None) -> ChatModel
             f"the model in {folder} has {num_tokens} tokens, and its tokenizer {tokenizer.num_tokens} with the special "
             "ones of chat templates: fine-tune it on conversations first, with both saved beside it"
         )
-    return ChatModel(opened, tokenizer, chosen)
+    return OpenedModel(opened, tokenizer, chosen)
 
 
 @beartype

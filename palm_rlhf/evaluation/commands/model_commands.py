@@ -8,8 +8,7 @@ from beartype import beartype
 from tyro.conf import Positional, arg
 
 from palm_rlhf.data.templates import PRESETS
-from palm_rlhf.evaluation import tables
-from palm_rlhf.evaluation.command_line import (
+from palm_rlhf.evaluation.commands.evaluate_arguments import (
     File,
     Integer,
     Model,
@@ -19,11 +18,18 @@ from palm_rlhf.evaluation.command_line import (
     Preset,
     finish,
 )
-from palm_rlhf.evaluation.model_folders import default_device, is_reward_model, name_of, open_chat_model, open_palm
-from palm_rlhf.evaluation.report import Report
-from palm_rlhf.evaluation.reward_bench import read_trios, score_trios
-from palm_rlhf.evaluation.rlhf_runs import read_run, read_settings, reference_scores, wins_by_step
-from palm_rlhf.evaluation.text_prediction import ALL, measure_text, read_documents
+from palm_rlhf.evaluation.measures.model_folders import (
+    default_device,
+    is_reward_model,
+    name_of,
+    open_chat_model,
+    open_palm,
+)
+from palm_rlhf.evaluation.measures.reward_bench import read_trios, score_trios
+from palm_rlhf.evaluation.measures.rlhf_runs import read_run, read_settings, reference_scores, wins_by_step
+from palm_rlhf.evaluation.measures.text_prediction import ALL, measure_text, read_documents
+from palm_rlhf.evaluation.reports import tables
+from palm_rlhf.evaluation.reports.report import Report
 from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.policy.reward_model import RewardModel
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.evaluation.answers import Pair, Question, Turns
 from palm_rlhf.evaluation.intervals import Interval, bootstrap_interval, exact_interval
-from palm_rlhf.evaluation.journal import Entry, Journal
+from palm_rlhf.evaluation.judging.answers import Pair, Question, Turns
+from palm_rlhf.evaluation.judging.journal import Entry, Journal
 
 CHOICES = {"a": "first", "b": "second", "t": "tie", "s": "skip", "q": "quit"}
 HELP = "[a] the first is better   [b] the second is better   [t] a tie   [s] skip   [q] stop here"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from palm_rlhf.evaluation.comparisons import summarise
-from palm_rlhf.evaluation.reviews import compare_reviews, read_reviews
+from palm_rlhf.evaluation.judging.reviews import compare_reviews, read_reviews
 
 REVIEWS = "vicuna_bench/review_bard_vicuna-13b.jsonl"
 

@@ -5,9 +5,9 @@ import torch
 
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.evaluation.answers import Question
-from palm_rlhf.evaluation.judges import LocalJudge, Request
-from palm_rlhf.evaluation.rlhf_runs import Sample, reference_scores
+from palm_rlhf.evaluation.judging.answers import Question
+from palm_rlhf.evaluation.judging.judges import JudgeRequest, LocalJudge
+from palm_rlhf.evaluation.measures.rlhf_runs import Sample, reference_scores
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import Sampling, collect
@@ -27,7 +27,7 @@ def palm() -> PaLM:
 
 def test_a_judge_says_nothing_but_text(palm):
     judge = LocalJudge(palm, BYTES, PRESETS["default"], temperature=1.0, max_tokens=20)
-    reply = judge(Request(Question("1", ("a?",)), 1, ("x", "y"), (("b",), ("c",)), "verdict"))
+    reply = judge(JudgeRequest(Question("1", ("a?",)), 1, ("x", "y"), (("b",), ("c",)), "verdict"))
     assert isinstance(reply.text, str) and reply.usage["completion_tokens"] > 0
 
 

@@ -6,15 +6,15 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.evaluation.alpaca import AlpacaResult
-from palm_rlhf.evaluation.answers import Pair
 from palm_rlhf.evaluation.comparisons import Comparison, Summary, UnparsedText, by_category, summarise
-from palm_rlhf.evaluation.judging import Ratings
-from palm_rlhf.evaluation.plots import BarPlot, Line, LinePlot, Plot
-from palm_rlhf.evaluation.ratings import Rating
-from palm_rlhf.evaluation.report import Table
-from palm_rlhf.evaluation.reward_bench import RewardBenchResult
-from palm_rlhf.evaluation.rlhf_runs import StepResult
-from palm_rlhf.evaluation.study import StudyResult
+from palm_rlhf.evaluation.judging.answers import Pair
+from palm_rlhf.evaluation.judging.judgments import SingleAnswerRatings
+from palm_rlhf.evaluation.judging.study import StudyResult
+from palm_rlhf.evaluation.measures.reward_bench import RewardBenchResult
+from palm_rlhf.evaluation.measures.rlhf_runs import StepResult
+from palm_rlhf.evaluation.ratings import RatingRow
+from palm_rlhf.evaluation.reports.plots import BarPlot, Line, LinePlot, Plot
+from palm_rlhf.evaluation.reports.report import Table
 from palm_rlhf.training.run.log import Metrics
 
 Sections = tuple[Table | Plot, ...]
@@ -100,7 +100,7 @@ def not_understood(unparsed: Sequence[UnparsedText]) -> Sections:
 
 
 @beartype
-def ratings_of_models(ratings: Sequence[Ratings]) -> Sections:
+def ratings_of_models(ratings: Sequence[SingleAnswerRatings]) -> Sections:
     """Single-answer ratings: the mean of all turns and of each."""
     turns = sorted({turn for rating in ratings for turn in rating.by_turn()})
     rows = []
@@ -169,7 +169,7 @@ def study(result: StudyResult, pairs: Sequence[Pair], models: tuple[str, str]) -
 
 
 @beartype
-def ratings(rows: Sequence[Rating]) -> Sections:
+def ratings(rows: Sequence[RatingRow]) -> Sections:
     """The table of many models."""
     cells = tuple((row.model, row.rating, span(row.interval), row.elo, row.battles, row.win_rate) for row in rows)
     columns = ("model", "Bradley-Terry", "95% interval", "Elo", "battles", "win rate")

@@ -1,0 +1,1 @@
+"""Measurements of models: text prediction, accuracy on preferences, answer statistics, and runs of RLHF."""
