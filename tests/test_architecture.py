@@ -6,6 +6,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +26,13 @@ FLOORS = {
     "commands": 7,
     "cli": 7,
 }
+SERVING = (  # the rooms of serving, lowest first
+    {"call_form", "deadline", "generation", "structured", "token_text"},
+    {"engine"},
+    {"chat_model"},
+    {"http"},
+    {"access_options", "chat", "serve_command"},
+)
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
 CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")
 MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 4900, 400, 80
@@ -68,6 +76,14 @@ def modules(target: ast.AST, package: str) -> Iterator[str]:
             yield name
 
 
+def candidates(node: ast.AST, package: str) -> Iterator[str]:
+    """What one node may import, to be compared with the modules there are: of `from a import b`, both a and a.b."""
+    for base in modules(node, package):
+        yield base
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that run when the module is imported."""
     for node in ast.iter_child_nodes(tree):
@@ -84,6 +100,49 @@ def floor_of(module: str) -> tuple[str, int]:
     """The folder that a dotted module of the package lies in, and its floor."""
     _, folder, *_ = [*module.split("."), ""]
     return folder, FLOORS.get(folder, TOP)
+
+
+def serving_level(module: str) -> int:
+    """The level of a dotted module in `SERVING`; its package, which imports nothing, is the lowest."""
+    room = module.removeprefix(f"{PACKAGE}.serving").lstrip(".").split(".")[0]
+    return next((level for level, rooms in enumerate(SERVING) if room in rooms), -1)
+
+
+def serving_violations(path: Path, tree: ast.AST, source: Path) -> Iterator[str]:
+    """Imports of one file of serving that go up; a file that lies in no room of it."""
+    module, prefix = module_name(path, source), f"{PACKAGE}.serving."
+    if not module.startswith(prefix) or module == f"{prefix}__init__":
+        return
+    level = serving_level(module)
+    if level < 0:
+        yield f"{path.name} lies in no room of serving: add it to SERVING"
+    for node in ast.walk(tree):
+        for name in candidates(node, package=module.rpartition(".")[0]):
+            if name.startswith(prefix) and serving_level(name) > level:
+                yield f"{path.name}:{node.lineno} imports {name}, which lies above it in serving"
+
+
+def circle(trees: dict[str, ast.AST]) -> list[str]:
+    """Modules of the package that import each other, the first one again at the end; none where there is no circle.
+
+    Imports inside functions count, those for a type checker alone do not.
+    """
+
+    def imported(module: str, node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        parents = module.removesuffix(".__init__") if module.endswith(".__init__") else module.rpartition(".")[0]
+        for name in candidates(node, package=parents):
+            yield from {name, f"{name}.__init__"} & trees.keys()
+        for child in ast.iter_child_nodes(node):
+            yield from imported(module, child)
+
+    graph = {module: set(imported(module, tree)) for module, tree in trees.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]  # graphlib lists who is imported first
+    return []
 
 
 def import_violations(path: Path, tree: ast.AST, source: Path, core: set[str], extras: set[str]) -> Iterator[str]:
@@ -170,15 +229,18 @@ def violations(root: Path) -> list[str]:
     """Every broken law of the project in `root`, one sentence each."""
     source = root / PACKAGE
     core, extras = requirements(root / "setup.py")
-    found = []
+    found, trees = [], {}
     for path in sorted(source.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text, filename=str(path))
+        trees[module_name(path, source)] = tree = ast.parse(text, filename=str(path))
         found += import_violations(path, tree, source, core, extras)
+        found += serving_violations(path, tree, source)
         found += documentation_violations(path, tree)
         found += size_violations(path, text, tree)
         if floor_of(module_name(path, source))[0] not in (*FLOORS, "__init__"):
             found.append(f"{path.relative_to(root)} lies on no floor")
+    if modules_in_circle := circle(trees):
+        found.append(f"modules import each other: {' imports '.join(modules_in_circle)}")
     if (lines := core_lines(source)) > MAX_CORE_LINES:
         found.append(f"the core has {lines} lines, above {MAX_CORE_LINES}")
     return found
@@ -199,9 +261,11 @@ LAWFUL = {
     "model/cache.py": "class KVCache:\n    'A cache.'\n    @property\n    def device(self): ...\n",
     "algorithms/kl.py": "from palm_rlhf.ops.masked import mean\n",
     "training/plot.py": "def plot():\n    'Curves.'\n    import matplotlib.pyplot\n",
-    "serving/server.py": "from palm_rlhf import model\n\ndef _private(): ...\n",
-    "cli.py": "from palm_rlhf import PaLM\nfrom palm_rlhf.serving import server\n",
-    "serving/replies.py": "from palm_rlhf import __version__\n",
+    "serving/chat.py": "from palm_rlhf import model\nfrom palm_rlhf.serving.http import app\n\ndef _private(): ...\n",
+    "cli.py": "from palm_rlhf import PaLM\nfrom palm_rlhf.serving import chat\n",
+    "serving/http/replies.py": "from palm_rlhf import __version__\nfrom palm_rlhf.serving.engine import Engine\n",
+    "serving/engine/__init__.py": "from palm_rlhf.serving.engine.engine import Engine\n",
+    "serving/engine/engine.py": "if TYPE_CHECKING:\n    import palm_rlhf.serving.engine\n",
 }
 
 
@@ -233,7 +297,16 @@ LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * (MAX_FUNCTION_LIN
         ("ops/rotary.py", "import importlib\nimportlib.import_module('palm_rlhf.model.palm')\n", "floor 0"),
         ("model/interop/cohere.py", "from ...policy import reward\n", "floor 1"),
         ("training/rlhf/trainer.py", "from palm_rlhf.data import text\n", "floor 4"),
-        ("serving/server.py", "from palm_rlhf.feedback import app\n", "own folder"),
+        ("serving/chat.py", "from palm_rlhf.feedback import app\n", "own folder"),
+        ("serving/engine/batch.py", "from palm_rlhf.serving.http.app import x\n", "lies above it in serving"),
+        (
+            "serving/generation.py",
+            "def f():\n    'Late.'\n    from ..serving import engine\n",
+            "lies above it in serving",
+        ),
+        ("serving/replies.py", "", "in no room of serving"),
+        ("ops/masked.py", "def mean():\n    'Late.'\n    from palm_rlhf.ops.rotary import turn\n", "import each other"),
+        ("serving/engine/engine.py", "import palm_rlhf.serving.engine\n", "import each other"),
         ("algorithms/kl.py", "from palm_rlhf.model.palm import PaLM\n", "import ops only"),
         ("ops/attention.py", "def f():\n    'Late.'\n    import triton.language as tl\n", "in ops/triton only"),
         ("ops/attention.py", "try:\n    from triton import jit\nfinally:\n    pass\n", "in ops/triton only"),

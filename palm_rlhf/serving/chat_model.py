@@ -19,8 +19,8 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.serving.http.preparation import checkpoint
-from palm_rlhf.serving.http.tool_calls import CallForm, call_form
+from palm_rlhf.serving.call_form import CallForm, call_form
+from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.structured import Grammars
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class Served:
         if has_tools(messages, tools) and self.call_form is None:
             raise ValueError("its chat template writes no tools, or in a form that is not read here")
         if self.template is not None:
-            return encode_prompt(messages, self.tokenizer, self.template, tools=tools, checkpoint=checkpoint).tolist()
+            tokens = encode_prompt(messages, self.tokenizer, self.template, tools=tools, checkpoint=check_deadline)
+            return tokens.tolist()
         turns = [f"{ROLE_NAMES[message['role']]}:\n{message['content']}\n\n" for message in messages]
         return self.tokenizer.encode("".join(turns) + f"{ROLE_NAMES['assistant']}:\n")
 
@@ -103,7 +104,7 @@ class Served:
     def encode_reply(self, messages: Messages, reply: str) -> list[int]:
         """The tokens of what the assistant says to a conversation, with the end of its turn."""
         if self.template is not None:
-            return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=checkpoint).tolist()
+            return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=check_deadline).tolist()
         return self.tokenizer.encode_continuation(reply)
 
     @cached_property

@@ -10,10 +10,11 @@ import pytest
 from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
+from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.http.engine_requests import score_tokens
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.openai_requests import read_chat
-from palm_rlhf.serving.http.preparation import LONG, MANY, Gone, Preparation, checkpoint
+from palm_rlhf.serving.http.preparation import LONG, MANY, Gone, Preparation
 from palm_rlhf.serving.http.request_bodies import Limits
 
 EMPTY = {"role": "user", "content": ""}
@@ -67,7 +68,7 @@ def test_work_that_takes_too_long_is_ended(served):
     jinja = JinjaTemplate(PRESETS["default"].to_jinja())
     works = {
         "a template of ours": lambda _: served.encode_chat([EMPTY]),
-        "a template in Jinja": lambda _: encode_prompt([EMPTY], served.tokenizer, jinja, checkpoint=checkpoint),
+        "a template in Jinja": lambda _: encode_prompt([EMPTY], served.tokenizer, jinja, checkpoint=check_deadline),
         "replies to be scored": lambda _: score_tokens(served, 256, "a", ["b"]),
         "the replies to a chat": lambda _: served.encode_reply([EMPTY], "b"),
         "the check of values": lambda _: read_chat({"model": "parrot", "messages": [EMPTY]}),
@@ -76,7 +77,7 @@ def test_work_that_takes_too_long_is_ended(served):
         with pytest.raises(ApiError, match="took longer than") as caught:
             asyncio.run(preparation.run("me", never, bytearray(), work))
         assert caught.value.code == "too_complex", name
-    checkpoint()  # here nothing has ended
+    check_deadline()  # here nothing has ended
 
 
 def test_a_server_takes_its_limit_for_such_work(start_server):
@@ -92,7 +93,7 @@ def test_work_ends_when_the_client_has_gone():
         try:
             while True:
                 began.set()
-                checkpoint()
+                check_deadline()
         except Gone:
             ended.set()
 

@@ -12,9 +12,10 @@ import torch
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.serving.call_form import call_form
 from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.generation import Piece, TokenLogprob
-from palm_rlhf.serving.http.tool_calls import MOST_CALLS, CallReader, call_form
+from palm_rlhf.serving.http.tool_calls import MOST_CALLS, CallReader
 
 TEMPLATE = JinjaTemplate(Path(__file__).with_name("tools.jinja").read_text())
 LLAMA = JinjaTemplate(

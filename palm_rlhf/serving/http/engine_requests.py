@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from palm_rlhf.data.special_names import strings
 from palm_rlhf.serving.chat_model import Served
+from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.openai_requests import Ask
-from palm_rlhf.serving.http.preparation import checkpoint
 from palm_rlhf.serving.http.tool_calls import call_grammar
 from palm_rlhf.serving.structured import Grammar
 
@@ -155,7 +155,7 @@ def score_tokens(
     found = []
     for index, reply in enumerate(replies):
         name = f"replies[{index}]"
-        checkpoint()
+        check_deadline()
         try:
             continued = served.tokenizer.encode_continuation
             ids = continued(reply) if isinstance(prompt, str) else served.encode_reply(prompt, reply)

@@ -1,7 +1,7 @@
 """What is done to a request before the engine gets it: in threads of its own, up to a deadline, while its client waits.
 
 Reading JSON, rendering a conversation and cutting it into tokens are a millisecond's work for an ordinary request, and
-seconds' for a hostile one. A thread cannot be ended from outside: long work calls `checkpoint` between its pieces.
+seconds' for a hostile one. A thread cannot be ended from outside: long work calls `check_deadline` between its pieces.
 """
 
 import asyncio
@@ -10,27 +10,19 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from contextvars import ContextVar
 from typing import Any
 from weakref import WeakValueDictionary
 
+from palm_rlhf.serving.deadline import limited_by
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.event_stream import unless_gone
 
 LONG, MANY = 2**16, 128  # a body of more bytes or more objects is large
 NUM_THREADS = 4  # for ordinary bodies; large ones share one
-_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
 
 
 class Gone(Exception):
     """Ends work whose client has left; no one is told."""
-
-
-def checkpoint() -> None:
-    """Raises where the work of this thread is to stop: its time is over, or its client has gone."""
-    check = _check.get()
-    if check is not None:
-        check()
 
 
 class Preparation:
@@ -65,18 +57,15 @@ class Preparation:
         def within_limits() -> Any:
             late = time.monotonic() + self.seconds
 
-            def check() -> None:
+            def stop_work() -> None:
                 if stopped.is_set():
                     raise Gone
                 if time.monotonic() > late:
                     message = f"the request took longer than {self.seconds:g} seconds to read; send a shorter one"
                     raise ApiError(400, message, code="too_complex")
 
-            _check.set(check)
-            try:
+            with limited_by(stop_work):
                 return work(body)
-            finally:
-                _check.set(None)
 
         async def in_turn() -> Any:
             async with turn:

@@ -5,8 +5,8 @@ import re
 from itertools import chain
 from typing import Any
 
+from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.preparation import checkpoint
 
 TAGS = ("type", "role")
 KINDS = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
@@ -20,7 +20,7 @@ def check(value: Any, schema: dict[str, Any], name: str) -> Any:
     length, and anyOf of several types. An enum without a type lists the values at which a parameter changes nothing;
     others are not supported.
     """
-    checkpoint()
+    check_deadline()
     if "anyOf" in schema:
         return _check_any(value, schema, name)
     if "type" not in schema:

@@ -8,16 +8,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from palm_rlhf.serving.call_form import ARGUMENTS, CLOSE, OPEN, CallForm
+from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Generation, Piece, ToolCall
 from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.preparation import checkpoint
 from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, WHITESPACE, Grammar, Grammars, parts
 
 MOST_CALLS = 16  # that a reply is made to hold: a model that has to call may otherwise never stop
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-CallForm = Literal["tags", "json"]
 ANY = {"type": "object"}
-ARGUMENTS: dict[CallForm, str] = {"tags": "arguments", "json": "parameters"}
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,6 @@ class Tools:
         """Whether the model may say what it wants."""
         strict = any(tool["function"].get("strict", False) for tool in self.definitions)
         return self.choice == "auto" and self.parallel and not strict
-
-
-def call_form(source: str) -> CallForm | None:
-    """How the model of a chat template writes calls, as far as this server reads them.
-
-    "tags" is <tool_call>{"name", "arguments"}</tool_call> among text (Hermes, Qwen); "json" a reply that is one object
-    {"name", "parameters"} (Llama 3).
-    """
-    if OPEN in source:
-        return "tags"
-    return "json" if '"parameters"' in source and ("python_tag" in source or "ipython" in source) else None
 
 
 def read_tools(values: dict[str, Any]) -> Tools | None:
@@ -108,7 +95,7 @@ def call_grammar(tools: Tools, form: CallForm, grammars: Grammars) -> Grammar:
         raise ApiError(400, message, param="tools")
     calls = []
     for number, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
-        checkpoint()
+        check_deadline()
         try:
             grammars.json(schema)  # for an error that names the function
         except ValueError as error:
