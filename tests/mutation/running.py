@@ -1,6 +1,7 @@
 """Runs the tests of a mutant, in a process forked from one that has loaded torch: seconds a mutant, not tens."""
 
 import compileall
+import gc
 import importlib.util
 import os
 import signal
@@ -14,19 +15,22 @@ import pytest
 from planting import Mutant
 
 LOADED_BEFORE = (
-    "torch",
+    "torch._dynamo",  # which torch imports at the first step of an optimiser
     "accelerate",
     "beartype",
     "einops",
     "hypothesis",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "numpy",
     "safetensors.torch",
+    "tokenizers",
     "transformers",
 )
 
 # A test that hangs is one that fails: most mutants of a loop's end hang.
-OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "60",
-           "--hypothesis-profile", "mutation")  # fmt: skip
+OPTIONS = ("-x", "-q", "-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider",
+           "-m", "not slow", "--timeout", "60", "--hypothesis-profile", "mutation")  # fmt: skip
 LONGEST_RUN = 300.0  # seconds of one run of pytest
 
 
@@ -57,6 +61,8 @@ def preload() -> None:
         phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
     )
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to load than most tests
+    gc.freeze()  # no collection in a fork is to walk through, and copy, what is loaded
 
 
 class FirstFailure:

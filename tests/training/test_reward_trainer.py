@@ -230,6 +230,26 @@ def test_ratings_are_learnt_by_adapters_alone(tiny_palm):
         assert torch.equal(dict(model.palm.named_parameters())[name], parameter)
 
 
+def test_ratings_are_measured_by_hand(tiny_palm):
+    """Scores are those of the model, minus its mean and over its deviation; theirs is that of a population."""
+    model = RewardModel(tiny_palm(num_tokens=16, depth=1))
+    generator = np.random.default_rng(0)
+    rows = [torch.from_numpy(generator.integers(0, 16, length)) for length in (3, 5, 4)]
+    labels = [0.5, -1.0, 2.0]
+    data = [Rating(torch.tensor([1]), row, label) for row, label in zip(rows, labels)]
+    model.score_mean.fill_(0.25)
+    model.score_std.fill_(2.0)
+    with torch.no_grad():
+        tokens = [torch.cat([torch.tensor([1]), row])[None] for row in rows]
+        scores = np.array([float(model.eval()(row)) for row in tokens])
+    measured = RewardModelTrainer(model, train_data=data, config=config()).evaluate(data)
+    assert measured.num_ratings == 3
+    assert measured.score_mean == pytest.approx(scores.mean(), abs=1e-5)
+    assert measured.score_std == pytest.approx(np.sqrt(((scores - scores.mean()) ** 2).sum() / 3), abs=1e-5)
+    assert measured.label_correlation == pytest.approx(np.corrcoef(scores, labels)[0, 1], abs=1e-4)
+    assert measured.length_correlation == pytest.approx(np.corrcoef(scores, [3, 5, 4])[0, 1], abs=1e-4)
+
+
 # ---- truncation and refusals
 
 

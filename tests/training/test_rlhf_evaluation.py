@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import statistics
 
@@ -345,8 +346,17 @@ def test_overoptimisation_is_warned_of_once_in_plain_words(tmp_path, capsys):
     assert [metrics["eval_overoptimized"] for metrics in trainer.steps()] == [1, 1, 1]
     said = capsys.readouterr().err
     assert said.count("over-optimisation") == 1
-    assert "over-optimisation at step 1" in said and "the score, which is learnt from, is 1 higher" in said
-    assert "'gold', which is not, 2 lower" in said
+    first, _, rest = said.partition(" (standard scores ")
+    assert first == (
+        "over-optimisation at step 1: on the held-out prompts the score, which is learnt from, is 1 higher than that of "
+        "the reference, and 'gold', which is not, 2 lower"
+    )
+    numbers = re.fullmatch(r"(\S+) and (\S+), beyond the (\S+) that chance stays below\)\. (.*)\n", rest)
+    assert min(float(numbers[1]), float(numbers[2])) > float(numbers[3]) > 0
+    assert numbers[4] == (
+        "The policy seems to please the reward rather than what it stands for: stop here, take the best checkpoint, or "
+        "give more kl_coef or a better reward"
+    )
     resumed = make_trainer(tmp_path, reward=proxy, eval_reward={"gold": gold}, resume=True,
                            **{**options, "num_steps": 4})  # fmt: skip
     assert next(resumed.steps())["eval_overoptimized"] == 1
@@ -354,6 +364,24 @@ def test_overoptimisation_is_warned_of_once_in_plain_words(tmp_path, capsys):
     fair = make_trainer(reward=lambda prompts, completions: [0.0] * len(prompts),
                         eval_reward={"gold": scripted([9, 7, 5, 3])}, **options)  # fmt: skip
     assert [metrics["eval_overoptimized"] for metrics in fair.steps()] == [0, 0, 0]
+
+
+def test_the_warning_names_the_evaluation_that_was_the_best(capsys):
+    """The held-out reward is 1 at first, 9 after 2 steps and 5 after 4, while the score rises."""
+    gold = {0: 1.0, 2: 9.0, 4: 5.0}
+    trainer = make_trainer(
+        reward=lambda prompts, completions: [float(trainer.run.step) + 0.01 * index for index, _ in enumerate(prompts)],
+        eval_reward={
+            "gold": lambda prompts, completions, goal: [
+                gold[trainer.run.step] + 0.02 * (index % 3) for index, _ in enumerate(prompts)
+            ]
+        },
+        eval_prompts=HELD_OUT, eval_every=2, num_steps=4,
+    )  # fmt: skip
+    assert [metrics.get("eval_overoptimized") for metrics in trainer.steps()] == [None, 0, None, 1]
+    said = capsys.readouterr().err
+    assert "at step 4: " in said and "the score, which is learnt from, is 2 higher than that of evaluation 1, of " in said
+    assert "of every 2 steps, and 'gold', which is not, 4 lower" in said
 
 
 def test_a_reward_model_is_a_held_out_reward_as_well():

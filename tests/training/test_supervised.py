@@ -266,6 +266,26 @@ def test_evaluation_is_the_definition_without_z_loss_and_dropout():
     assert trainer.train()["valid_loss"] == trainer.evaluate()
 
 
+def test_validation_comes_when_it_is_due_and_at_the_end_where_there_is_data_for_it(tmp_path):
+    held_out = examples_of(5, seed=1)
+    trainer = trainer_of(tmp_path / "with", valid_data=held_out, eval_every=3, log_every=100)
+    seen = {}
+    for metrics in trainer.steps():
+        if "valid_loss" in metrics:
+            seen[metrics["step"]] = metrics["valid_loss"]
+            with torch.no_grad():
+                expected = loss_by_definition(trainer.palm, held_out, z_loss=0.0).item()
+            assert metrics["valid_loss"] == pytest.approx(expected, abs=1e-5)
+    assert list(seen) == [3, 6] and trainer.step == 8
+    end = trainer.finish()
+    logged = {line["step"]: line["valid_loss"] for line in read_metrics(tmp_path / "with/metrics.jsonl")}
+    assert logged == {**seen, 8: end["valid_loss"]}  # a step with validation is logged whatever log_every is
+    assert end["valid_loss"] == trainer.evaluate()
+    trainer = trainer_of(tmp_path / "without", eval_every=3, log_every=100)
+    assert "valid_loss" not in trainer.train()
+    assert read_metrics(tmp_path / "without/metrics.jsonl") == []
+
+
 @pytest.mark.law("SupervisedConfig.lora_embeddings")
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_adapters_alone_are_trained_or_the_embeddings_too(embeddings):
