@@ -251,6 +251,7 @@ def test_evaluation_is_of_the_held_out_prompts_and_draws_nothing_from_training()
     other = make(reward=lambda prompts, completions: asked.extend(prompts) or counting(prompts, completions))
     other.evaluate(prompts_of(3))
     assert [prompt.tolist() for prompt in asked] == [p.tolist() for p in prompts_of(3) for _ in range(4)]
+    assert list(make(valid=prompts_of(1)).evaluate()) == ["score", "response_length", "kl"]  # one prompt is enough
     with pytest.raises(ValueError, match="nothing to evaluate on: give the trainer valid_prompts"):
         make().evaluate()
     with pytest.raises(ValueError, match="got 0 prompts to evaluate on, expected one or more for each of 1 processes"):

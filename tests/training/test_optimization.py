@@ -80,6 +80,15 @@ def test_the_hardware_is_asked_which_bfloat16_it_has():
         assert computes_bfloat16(torch.device("cpu")) == bool({"avx512_bf16", "amx_tile"} & set(flags[1].split()))
 
 
+@pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_either_kind_of_bfloat16_is_enough_for_a_cpu(monkeypatch, probe):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == probe, raising=False)
+    assert computes_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, probe, lambda: False)
+    assert not computes_bfloat16(torch.device("cpu"))
+
+
 def test_auto_takes_bfloat16_on_a_gpu(gpu):
     with forward_precision("auto", gpu)():
         product = torch.mm(torch.ones(2, 2, device=gpu), torch.ones(2, 2, device=gpu))

@@ -84,6 +84,7 @@ def test_adapters_have_the_rank_and_the_weight_asked_for(kind, scope):
             tokens = torch.tensor([[1, 2, 3, 4]])
             got = palm.eval()(tokens, finetune_scope=scope)
             torch.testing.assert_close(got, plain.eval()(tokens), rtol=0, atol=1e-5)
+    assert build(kind, lora_r=1).palm.finetune_modules[scope][0].q.A.shape == (16, 1)  # the lowest rank there is
     assert not build(kind).palm.finetune_modules
 
 

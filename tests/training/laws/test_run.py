@@ -18,6 +18,18 @@ VALIDATION = {LMConfig: "bits_per_byte", SupervisedConfig: "valid_loss", RewardC
               PreferenceConfig: "valid_loss"}  # fmt: skip
 
 
+CURVES_DRAWN = {  # the metrics in curves.png: of a run without validation, and what validation adds
+    LMConfig: ({"loss", "bits_per_byte", "learning_rate"}, set()),
+    SupervisedConfig: ({"loss", "learning_rate"}, {"valid_loss"}),
+    RewardConfig: ({"loss", "learning_rate", "accuracy", "valid_accuracy"}, set()),
+    PreferenceConfig: (
+        {"loss", "accuracy", "reward_margin"},
+        {"valid_loss", "valid_accuracy", "valid_reward_margin"},
+    ),
+    PPOConfig: ({"score", "kl", "entropy", "response_length", "explained_variance", "clip_fraction"}, set()),
+}
+
+
 def palm_in(trainer):
     """The PaLM that a trainer trains."""
     return trainer.palm if hasattr(trainer, "palm") else trainer.reward_model.palm
@@ -167,3 +179,16 @@ def test_train_shows_a_progress_bar_and_steps_does_not(kind, capsys):
     assert "step" not in capsys.readouterr().err
     build(kind).train()
     assert "4 of 4 steps" in capsys.readouterr().err
+
+
+@law_of_each_config("plot")
+def test_the_curves_are_those_of_the_run_and_of_its_validation(kind):
+    drawn, of_validation = CURVES_DRAWN[kind]
+    for valid in (False, True):
+        trainer = build(kind, valid=valid)
+        panels = trainer.run.log.panels
+        assert set(panels) == (drawn | of_validation if valid else drawn)
+        assert len(set(panels.values())) == len(panels)
+    if kind is PreferenceConfig:
+        assert panels["loss"] == "train: loss" and panels["valid_loss"] == "valid: loss"
+        assert panels["valid_reward_margin"] == "valid: reward of the chosen minus the rejected"
