@@ -110,6 +110,8 @@ def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 yield from map(span, [*node.decorator_list, *filter(None, [returns])])
             case ast.Assign(value=ast.BinOp(op=ast.BitOr()) as hidden, targets=[ast.Name(id=name)]) if name.istitle():
                 yield span(hidden)
+            case ast.keyword(arg="dim", value=ast.UnaryOp(op=ast.USub())):  # the last axis of a matrix is also axis 1
+                yield span(node)[0], (node.value.lineno, node.value.col_offset + 1)
             case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.keyword(arg="strict"):  # zip's, an assertion
                 yield span(node)
 

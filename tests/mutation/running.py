@@ -13,6 +13,7 @@ from queue import Queue
 
 import pytest
 from planting import Mutant
+from targets import EQUIVALENT
 
 LOADED_BEFORE = (
     "torch._dynamo",  # which torch imports at the first step of an optimiser
@@ -34,13 +35,17 @@ OPTIONS = ("-x", "-q", "-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin",
 LONGEST_RUN = 300.0  # seconds of one run of pytest
 
 
+KNOWN = {tuple(key): why for *key, why in EQUIVALENT}
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a test failed (or none ended in time), and how long that took, in seconds."""
+    """Whether a test failed, or none ended in time, and how long that took."""
 
     mutant: Mutant
     killed: bool
-    seconds: float
+    seconds: float = 0.0
+    killer: str = ""  # the test that failed first
 
 
 def preload() -> None:
@@ -92,12 +97,14 @@ class Runner:
     def start(cls, places: Queue, deadline: float, tests: list[str]) -> None:
         """Take a copy for this worker, and compile it and its tests, so that no run has to."""
         cls.place, cls.deadline, cls.sound = places.get(), deadline, set()
+        preload()
         compileall.compile_dir(cls.place / "palm_rlhf", quiet=2)
         cls.run(["--collect-only", *tests], writes_bytecode=True)
 
     @classmethod
     def outcome(cls, job: tuple[Mutant, list[str]]) -> Outcome | None:
-        """Plant a mutant, run its tests, and take it back; None past the deadline.
+        """Plant a mutant, run its tests, and take it back; None past the deadline. One that is known to change nothing
+        is not run.
 
         RuntimeError where the test that killed it fails without it as well.
         """
@@ -107,6 +114,8 @@ class Runner:
         path, started = cls.place / mutant.module, time.monotonic()
         source = path.read_text(encoding="utf-8")
         mutant = mutant.described(source)
+        if mutant.key in KNOWN:
+            return Outcome(mutant, killed=False)
         path.write_text(mutant.plant(source), encoding="utf-8")
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
         try:
@@ -114,16 +123,17 @@ class Runner:
         finally:
             path.write_text(source, encoding="utf-8")
         failure = cls.place / FirstFailure.path
-        if failure.exists():
-            cls.check(failure.read_text(encoding="utf-8"))
-        return Outcome(mutant, status != 0, time.monotonic() - started)
+        killer = failure.read_text(encoding="utf-8") if failure.exists() else ""
+        if status > 0:
+            cls.check(killer)
+        return Outcome(mutant, status != 0, time.monotonic() - started, killer)
 
     @classmethod
     def check(cls, test: str) -> None:
-        """RuntimeError where a test, or the import of a file of tests, fails without a mutant."""
+        """RuntimeError where a test, or the import of a file of tests or of all of them, fails without a mutant."""
         if test in cls.sound:
             return
-        status = cls.run([test] if "::" in test else ["--collect-only", test])
+        status = cls.run([test] if "::" in test else ["--collect-only", *filter(None, [test])])
         if status != 0:
             text = (cls.place / "output.txt").read_text(errors="replace")
             raise RuntimeError(

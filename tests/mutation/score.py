@@ -5,8 +5,8 @@
     python tests/mutation/score.py --only 'palm_rlhf/algorithms/*.py'
 
 The mutants are cosmic-ray's (pip install "palm-rlhf[mutation]"). Each is written into a copy of the checkout, where the
-tests of its module run until one fails. Survivors that change nothing that can be observed are listed, with the reason,
-in targets.py; they are not counted. Exit status 1 where the share that was killed is below --expect.
+tests of its module run until one fails. Those that change nothing that can be observed are listed, with the reason, in
+targets.py; they are neither run nor counted. Exit status 1 where the share that was killed is below --expect.
 """
 
 import argparse
@@ -16,13 +16,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
 
 from planting import Mutant, draw, mutants_of
-from running import Outcome, Runner, preload
-from targets import EQUIVALENT, TESTS
+from running import KNOWN, Outcome, Runner
+from targets import TESTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,25 +72,30 @@ def run(planted: list[Mutant], tests: dict[Path, list[str]], processes: int, max
             places.put(path)
         deadline = time.monotonic() + max_seconds
         used = sorted({test for mutant in planted for test in tests[mutant.module]})
-        preload()
         with multiprocessing.get_context("fork").Pool(processes, Runner.start, (places, deadline, used)) as pool:
             jobs = [(mutant, tests[mutant.module]) for mutant in planted]
             for outcome in pool.imap_unordered(Runner.outcome, jobs):
                 if outcome is None:
                     continue
                 outcomes.append(outcome)
-                word = "killed  " if outcome.killed else "SURVIVED"
-                print(f"{word} {outcome.seconds:5.1f} s  {outcome.mutant}", flush=True)
+                word = "killed  " if outcome.killed else "known   " if outcome.mutant.key in KNOWN else "SURVIVED"
+                print(f"{word} {outcome.seconds:5.1f} s  {outcome.mutant}  {outcome.killer}", flush=True)
     return outcomes
+
+
+def stale(known: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """Modules and lines of listed mutants that the checkout has no longer."""
+    lines = {module: (ROOT / module).read_text().splitlines() for module, *_ in known if (ROOT / module).exists()}
+    found = {module: set(map(str.strip, text)) for module, text in lines.items()}
+    return [(module, before) for module, before, _ in known if before not in found.get(module, ())]
 
 
 def report(outcomes: list[Outcome], num_planted: int) -> float:
     """Prints the survivors and the score, and returns the score: the killed share of those not equivalent."""
-    known = {tuple(key): why for *key, why in EQUIVALENT}
     survivors = [outcome.mutant for outcome in outcomes if not outcome.killed]
-    equivalent = [mutant for mutant in survivors if mutant.key in known]
+    equivalent = [mutant for mutant in survivors if mutant.key in KNOWN]
     for mutant in survivors:
-        print(f"\n{mutant}\n  - {mutant.before}\n  + {mutant.after}\n  {known.get(mutant.key, 'SURVIVED')}")
+        print(f"\n{mutant}\n  - {mutant.before}\n  + {mutant.after}\n  {KNOWN.get(mutant.key, 'SURVIVED')}")
     counted = len(outcomes) - len(equivalent)
     killed = len(outcomes) - len(survivors)
     score = killed / counted if counted else 1.0
@@ -112,6 +118,8 @@ def main() -> int:
     tests = targets(arguments.only)
     places = [mutant for module in tests for mutant in mutants_of(ROOT, module)]
     planted = draw(places, arguments.sample, arguments.seed)
+    for module, line in stale(KNOWN):
+        print(f"targets.py lists a mutant of {module} that is not there any more: {line}")
     print(f"{len(planted)} mutants of {len(places)} in {len(tests)} modules, seed {arguments.seed}", flush=True)
     score = report(run(planted, tests, arguments.processes, arguments.max_seconds), len(planted))
     return 0 if score >= arguments.expect else 1
