@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.model.cache import KVCache
+from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.lora import BlockLoRA
 from palm_rlhf.ops.attention import attention
@@ -17,6 +17,8 @@ class LayerNorm(nn.Module):
 
     `shape` may hold more than the axis that is normalised, for a scale of its own in every head.
     """
+
+    weight: nn.Parameter
 
     def __init__(self, *shape: int, eps: float):
         super().__init__()
@@ -34,6 +36,13 @@ class ParallelBlock(nn.Module):
 
     `in_proj` holds, row under row: queries, keys, values, the feed-forward's gate, its value.
     """
+
+    norm: LayerNorm
+    in_proj: nn.Linear
+    attn_out: nn.Linear
+    ff_out: nn.Linear
+    q_norm: LayerNorm  # where config.qk_norm
+    k_norm: LayerNorm
 
     def __init__(self, config: PaLMConfig):
         super().__init__()
@@ -55,7 +64,7 @@ class ParallelBlock(nn.Module):
         tables: tuple[Tensor, Tensor],
         key_mask: Tensor | None,
         document_ids: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
         lora: BlockLoRA | None,
     ) -> Tensor:

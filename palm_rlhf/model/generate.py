@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor
 from tqdm import tqdm
 
-from palm_rlhf.model.cache import KVCache
+from palm_rlhf.model.cache import Cache
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.ops.sampling import sample, sampling_logprobs
 
@@ -183,7 +183,7 @@ def stream(
         logits = next_logits(palm, new.unsqueeze(-1), cache, finetune_scope)
 
 
-def next_logits(palm, tokens: Tensor, cache: KVCache, finetune_scope: str | None) -> Tensor:
+def next_logits(palm, tokens: Tensor, cache: Cache, finetune_scope: str | None) -> Tensor:
     """Read tokens into the cache and return what follows the last of each row: `b i -> b v`."""
     embeds = palm(tokens, cache=cache, return_only_embedding=True, finetune_scope=finetune_scope)
     return palm.to_logits(embeds[:, -1])

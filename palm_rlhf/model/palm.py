@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from palm_rlhf.model import checkpoint as storage
 from palm_rlhf.model import generate as generation
 from palm_rlhf.model.block import LayerNorm, ParallelBlock, position_tables
-from palm_rlhf.model.cache import KVCache
+from palm_rlhf.model.cache import Cache, KVCache
 from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
 from palm_rlhf.model.lora import BlockLoRA
 from palm_rlhf.model.native_decode import native_step, step_tables
@@ -126,7 +126,7 @@ class PaLM(nn.Module):
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         extra_embed: Tensor | None = None,
         return_only_embedding: bool = False,
         return_logits_with_embedding: bool = False,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cpu.native_library import refusal
 from palm_rlhf.serving.engine.prefix_cache import MAX_ENTRIES, PrefixCache, common_prefix
-from palm_rlhf.serving.engine.slot_cache import Rows, SlotCache
+from palm_rlhf.serving.engine.slot_cache import RaggedRows, SlotCache
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,21 @@ def read(palm, slots, row, tokens, chunks=(100,)):
     return logits[0, -1]
 
 
-class Unmasked(Rows):
+class Unmasked(RaggedRows):
     """A wrong cache: short rows see what lies behind their end."""
 
     def key_mask(self, num_new):
         return None
 
 
-class Shifted(Rows):
+class Shifted(RaggedRows):
     """A wrong cache: short rows stand where the longest does."""
 
     def positions(self, num_new, device):
         return torch.full_like(self.lengths, self.longest).unsqueeze(-1)
 
 
-class Overlong(Rows):
+class Overlong(RaggedRows):
     """A wrong cache: the kernel takes short rows to be as long as the longest."""
 
     def window(self):

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine.prefix_cache import PrefixCache, common_prefix
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
 from palm_rlhf.serving.engine.sampler import Sampled, Sampler
-from palm_rlhf.serving.engine.slot_cache import Row, Rows, SlotCache
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineError, Generation
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class Batch:
                 results.append((member, error))
         return results
 
-    def _embed(self, tokens: list[list[int]], cache: Row | Rows) -> Tensor:
+    def _embed(self, tokens: list[list[int]], cache: Cache) -> Tensor:
         """The final embeddings: `b i -> b i e`."""
         return self.palm(torch.tensor(tokens, device=self.palm.device), cache=cache, return_only_embedding=True)
 

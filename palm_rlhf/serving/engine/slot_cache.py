@@ -1,9 +1,15 @@
 """Keys and values of many sequences of different lengths, in one block of memory that stays within a budget."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from palm_rlhf.model.cache import DecodingWindow
 from palm_rlhf.model.palm import PaLM
+
+if TYPE_CHECKING:
+    from palm_rlhf.ops.cpu.native_decoding import NativeDecoder
 
 
 class SlotCache:
@@ -29,7 +35,7 @@ class SlotCache:
     def clear(self) -> None:
         """Forgets everything, and gives the memory back."""
         self.num_rows = self.num_columns = 0
-        self.kernels = {}
+        self.kernels: dict[str, NativeDecoder] = {}
         self.keys, self.values = ([self._block(0, 0) for _ in range(self.depth)] for _ in range(2))
 
     def _block(self, rows: int, columns: int) -> Tensor:
@@ -92,35 +98,36 @@ class SlotCache:
         """The keys and the values of some rows, by layers."""
         return [block[rows] for block in self.keys], [block[rows] for block in self.values]
 
-    def row(self, row: int, length: int, count: int = 1) -> "Row":
-        """A row, or so many from it on that are all as long, to be extended by any number of tokens."""
-        return Row(self, row, length, count)
+    def row(self, row: int, length: int, count: int = 1) -> "AlignedRows":
+        """Return the cache of a row, or of `count` rows of one length from it on, for any number of new tokens."""
+        return AlignedRows(self, row, length, count)
 
-    def rows(self, lengths: list[int]) -> "Row | Rows":
-        """The first rows, of these lengths, to be extended by one token each."""
-        return Row(self, 0, lengths[0]) if len(lengths) == 1 else Rows(self, lengths)
+    def rows(self, lengths: list[int]) -> "AlignedRows | RaggedRows":
+        """Return the cache of the first rows, which have these lengths, for one new token each."""
+        return AlignedRows(self, 0, lengths[0]) if len(lengths) == 1 else RaggedRows(self, lengths)
 
 
-class Row:
-    """A row, or some of one length, as the cache of a forward over `b i` tokens."""
+class AlignedRows:
+    """Neighbouring rows of one length, as the `Cache` of a forward over `b i` tokens."""
 
     def __init__(self, slots: SlotCache, row: int, length: int, count: int = 1):
         self.slots, self.index, self.length, self.kernels = slots, slice(row, row + count), length, slots.kernels
 
-    def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What the next tokens read: keys, values, and the columns from the first up to their own, `b`, `b`."""
+    def window(self) -> DecodingWindow:
+        """Return the keys and values of these rows, and the columns that each row reads from and writes to."""
         count, like = self.index.stop - self.index.start, self.slots.like["device"]
-        return *self.slots.views(self.index), *torch.tensor([[0] * count, [self.length] * count], device=like)
+        first, lengths = torch.tensor([[0] * count, [self.length] * count], device=like)
+        return *self.slots.views(self.index), first, lengths
 
     def key_mask(self, num_new: int) -> None:
-        """Every key is a token."""
+        """Return None, since every key is a token."""
 
     def positions(self, num_new: int, device: torch.device) -> Tensor:
-        """Positions of the next tokens: `1 i`."""
+        """Return the positions of the next tokens: `1 i`."""
         return torch.arange(self.length, self.length + num_new, device=device).unsqueeze(0)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values, and returns all of them: `b hk i d -> b hk j d`, twice."""
+        """Store the new keys and values of a layer, and return all of them: `b hk i d -> b hk j d`, twice."""
         stop = self.length + k.shape[2]
         keys, values = self.slots.keys[layer][self.index], self.slots.values[layer][self.index]
         keys[:, :, self.length : stop] = k
@@ -128,12 +135,12 @@ class Row:
         return keys[:, :, :stop], values[:, :, :stop]
 
     def advance(self, num_new: int) -> None:
-        """Counts tokens that every layer has appended."""
+        """Count tokens that every layer has appended."""
         self.length += num_new
 
 
-class Rows:
-    """The first rows as the cache of a forward over `b 1` tokens, each row at its own position."""
+class RaggedRows:
+    """The first rows, each at its own length, as the `Cache` of a forward over `b 1` tokens."""
 
     def __init__(self, slots: SlotCache, lengths: list[int]):
         self.slots, self.longest, self.kernels = slots, max(lengths), slots.kernels
@@ -141,23 +148,23 @@ class Rows:
         self.index = torch.arange(len(lengths), device=slots.like["device"])
         self.ragged = min(lengths) < self.longest
 
-    def window(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What each row's next token reads: keys, values, and the columns from the first up to its own, `b`, `b`."""
+    def window(self) -> DecodingWindow:
+        """Return the keys and values of these rows, and the columns that each row reads from and writes to."""
         return *self.slots.views(slice(len(self.lengths))), torch.zeros_like(self.lengths), self.lengths
 
     def key_mask(self, num_new: int) -> Tensor | None:
-        """Which of the keys, the new ones included, are tokens: `b j`, or None where all are."""
+        """Return True for the keys, the new ones included, that are tokens: `b j`, or None where all are."""
         if not self.ragged:
             return None
         columns = torch.arange(self.longest + num_new, device=self.lengths.device)
         return columns <= self.lengths.unsqueeze(-1)
 
     def positions(self, num_new: int, device: torch.device) -> Tensor:
-        """Positions of the next tokens: `b 1`."""
+        """Return the positions of the next tokens: `b 1`."""
         return self.lengths.unsqueeze(-1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values, and returns those of all columns: `b hk 1 d -> b hk j d`, twice."""
+        """Store the new keys and values of a layer, and return those of all columns: `b hk 1 d -> b hk j d`, twice."""
         keys, values = self.slots.keys[layer], self.slots.values[layer]
         keys[self.index, :, self.lengths] = k.squeeze(2)
         values[self.index, :, self.lengths] = v.squeeze(2)
@@ -165,4 +172,4 @@ class Rows:
         return keys[window], values[window]
 
     def advance(self, num_new: int) -> None:
-        """Lengths are counted by who made the rows."""
+        """Do nothing: each step makes new rows from the lengths of its sequences."""
