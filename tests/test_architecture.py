@@ -35,7 +35,7 @@ SERVING = (  # the rooms of serving, lowest first
 )
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
 CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")
-MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 4900, 400, 80
+MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 5300, 400, 80
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORT_NAMES = {"beautifulsoup4": "bs4", "lingua_language_detector": "lingua", "PyYAML": "yaml"}
 KERNELS = ("ops/triton/", "ops/cpu/", "ops/attention_chunked", "ops/logprobs_chunked", "ops/cross_entropy_chunked")
