@@ -26,8 +26,8 @@ from palm_rlhf.commands.sft import make_trainer, save
 from palm_rlhf.commands.start_models import ChatModel, TemplateName, open_chat_model
 from palm_rlhf.commands.training_data import Messages, fitted, opening, read, split
 from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn, has_tools
+from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.templates import PRESETS
-from palm_rlhf.data.text_stream import StreamDecoder
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens

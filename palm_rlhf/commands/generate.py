@@ -7,7 +7,7 @@ import torch
 from beartype import beartype
 from tyro.conf import Positional, arg
 
-from palm_rlhf.data.text_stream import StreamDecoder
+from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens

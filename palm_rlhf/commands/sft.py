@@ -10,8 +10,8 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
 from palm_rlhf.commands.start_models import ChatModel, ModelName, TemplateName, open_chat_model
 from palm_rlhf.commands.training_data import examples_of, fitted, read, split
+from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.packing import PackedSampler
-from palm_rlhf.data.records import Record
 from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 

@@ -13,9 +13,10 @@ from palm_rlhf.commands.run_folder import say
 from palm_rlhf.commands.start_models import ChatModel
 from palm_rlhf.data.conversation import encode, encode_all, encode_prompt, encode_response, has_tools
 from palm_rlhf.data.convert import ROWS, converted, form_of, prompt_rows
-from palm_rlhf.data.preference_files import fit_rankings
-from palm_rlhf.data.records import Record, is_held_out
-from palm_rlhf.data.splitting import fit_context
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import is_held_out
+from palm_rlhf.data.preferences.ranking_files import fit_rankings
+from palm_rlhf.data.steps.context_length import fit_context
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.rlhf.prompts import read_lines

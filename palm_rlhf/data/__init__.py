@@ -1,1 +1,1 @@
-"""Text on its way to the model: corpora, and the stores of tokens behind them."""
+"""Data on its way to the model: corpora, conversations and preferences from files, tokenizers and chat templates."""

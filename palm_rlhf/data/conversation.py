@@ -10,7 +10,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from palm_rlhf.data.special_names import SpecialNames, guarded_value, strings, unused_character
+from palm_rlhf.data.special_token_guard import SpecialNames, guarded_value, strings, unused_character
 from palm_rlhf.data.templates import ChatTemplate, JinjaTemplate, Messages
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.training.weighted_examples import Example

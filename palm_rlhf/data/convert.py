@@ -8,25 +8,21 @@ from typing import Literal
 
 from beartype import beartype
 
-from palm_rlhf.data import oasst
-from palm_rlhf.data.chatgpt_export import is_chatgpt
-from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown, whole_prompts
-from palm_rlhf.data.filters import keep_languages
-from palm_rlhf.data.instructions import is_instruction, is_prompt, to_instructions
-from palm_rlhf.data.oasst_messages import MessageFilter
-from palm_rlhf.data.openings import FIELDS
-from palm_rlhf.data.preference_files import is_preference, pairs_of, read_rankings
-from palm_rlhf.data.records import Record, read_records
-from palm_rlhf.data.sharegpt import (
-    TOOLS,
-    is_messages,
-    is_page,
-    is_sharegpt,
-    parse_conversation,
-    read_conversations,
-    to_sharegpt,
-)
-from palm_rlhf.data.unpaired import read_unpaired, unpaired_of
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import read_records
+from palm_rlhf.data.formats import oasst_trees
+from palm_rlhf.data.formats.chatgpt_export import is_chatgpt
+from palm_rlhf.data.formats.conversation_files import read_conversations
+from palm_rlhf.data.formats.conversation_records import TOOLS, is_messages, is_sharegpt, parse_conversation
+from palm_rlhf.data.formats.conversation_writers import to_instructions, to_sharegpt
+from palm_rlhf.data.formats.instructions import is_instruction, is_prompt
+from palm_rlhf.data.formats.oasst_messages import Message, MessageFilter
+from palm_rlhf.data.formats.prompt_fields import FIELDS
+from palm_rlhf.data.formats.saved_pages import is_page
+from palm_rlhf.data.preferences.ranking_files import is_preference, pairs_of, read_rankings
+from palm_rlhf.data.preferences.unpaired_files import read_unpaired, unpaired_of
+from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown, whole_prompts
+from palm_rlhf.data.steps.filters import keep_languages
 
 Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt", "prompts"]
 Form = Literal["auto", Known]
@@ -34,7 +30,7 @@ Target = Literal["sft", "rankings", "prompts", "preferences", "unpaired", "alpac
 Path = str | os.PathLike[str]
 # Replies that are compared come first: they may stand beside a conversation that is their prompt.
 RECOGNISED = {
-    "oasst": oasst.is_oasst,
+    "oasst": oasst_trees.is_oasst,
     "hh": is_preference,
     "chatgpt": is_chatgpt,
     "sharegpt": is_sharegpt,
@@ -86,7 +82,7 @@ def converted(
 ) -> Iterator[Record]:
     """The records of a file as those of a trainer: sft, rankings, prompts, preferences, unpaired; or sft in two forms.
 
-    ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst.walk``.
+    ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst_trees.walk``.
     ``max_replies``: how many of a ranking to take, the best. ``html``: which messages of conversations to make Markdown
     of, see ``to_markdown``; ``auto`` looks at ShareGPT's only. ``ignored``: fields to leave out though they hold text.
     What is left out is counted in ``rejected``, turns that are dropped at the ends of a conversation in ``mended``.
@@ -113,7 +109,7 @@ def converted(
         return WRITERS[to](conversations, rejected=rejected)
     options = {"skip_broken": skip_broken, "rejected": rejected}
     if form == "oasst":
-        trees = oasst.read_trees(path, MessageFilter(languages=list(lang) or None), **options)
+        trees = oasst_trees.read_trees(path, MessageFilter(languages=list(lang) or None), **options)
         return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
     options.update(mended=mended, ignored=ignored)
     if form == "hh":
@@ -159,13 +155,13 @@ def prompt_rows(path: Path, *, rejected: Counter[str] | None = None) -> Iterator
 
 
 def _of_tree(
-    tree: oasst.Message, to: Target, top_k: int | None, max_replies: int | None, rejected: Counter[str]
+    tree: Message, to: Target, top_k: int | None, max_replies: int | None, rejected: Counter[str]
 ) -> Iterator[Record]:
     if to == "sft":
-        return oasst.threads(tree, top_k)
+        return oasst_trees.threads(tree, top_k)
     if to == "prompts":
-        return oasst.prompts(tree)
-    return _of_rankings(oasst.rankings(tree, top_k, max_replies=max_replies, rejected=rejected), to, None)
+        return oasst_trees.prompts(tree)
+    return _of_rankings(oasst_trees.rankings(tree, top_k, max_replies=max_replies, rejected=rejected), to, None)
 
 
 def _of_rankings(rankings: Iterable[Record], to: Target, max_replies: int | None) -> Iterator[Record]:

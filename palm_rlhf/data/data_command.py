@@ -13,11 +13,14 @@ from typing import Annotated, Any, Literal, Union
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from palm_rlhf.data.cleaning import Html, mend_turns, to_markdown
+from palm_rlhf.data.command_summary import Counts
 from palm_rlhf.data.convert import Form, Target, converted, form_of
-from palm_rlhf.data.counts import Counts
-from palm_rlhf.data.deduplicate import drop_duplicates, drop_near_duplicates
-from palm_rlhf.data.filters import (
+from palm_rlhf.data.files.json_record import Broken, Record
+from palm_rlhf.data.files.records import STANDARD, write_records
+from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown
+from palm_rlhf.data.steps.context_length import fit_context, is_held_out, num_bytes
+from palm_rlhf.data.steps.deduplicate import drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.steps.filters import (
     drop_blocked_words,
     drop_provider_errors,
     drop_repeated_digits,
@@ -25,9 +28,6 @@ from palm_rlhf.data.filters import (
     keep_languages,
     keep_model,
 )
-from palm_rlhf.data.json_record import Broken
-from palm_rlhf.data.records import STANDARD, Record, write_records
-from palm_rlhf.data.splitting import fit_context, is_held_out, num_bytes
 
 File = Annotated[Positional[str], arg(metavar="FILE")]
 Out = Annotated[str, arg(metavar="OUT.jsonl|.csv|.parquet")]

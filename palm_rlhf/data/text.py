@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.download import ENWIK8, Archive, cached, fetch
-from palm_rlhf.data.sources import find_files, is_plain, python_docs, read_documents
-from palm_rlhf.data.store import (
+from palm_rlhf.data.corpora.documents import find_files, is_plain, python_docs, read_documents
+from palm_rlhf.data.corpora.download import ENWIK8, Archive, cached, fetch
+from palm_rlhf.data.corpora.token_store import (
     Text,
     Tokenizer,
     Tokens,

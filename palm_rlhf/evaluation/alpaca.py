@@ -11,7 +11,8 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.intervals import Interval, bootstrap_interval, exact_interval, standard_error
 from palm_rlhf.evaluation.length_control import LengthEffect, Regularizer, fit_length_effect
 from palm_rlhf.evaluation.message_text import finite_numbers

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.alpaca import GENERATORS, preference_of
 from palm_rlhf.evaluation.intervals import LEVEL, Interval
 from palm_rlhf.evaluation.message_text import name_of

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from palm_rlhf.data.text_stream import StreamDecoder
+from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import Tokenizer
 
 

@@ -6,7 +6,7 @@ from palm_rlhf.cli import main
 from palm_rlhf.commands.start_models import ChatModel
 from palm_rlhf.commands.training_data import examples_of, fitted, read, read_prompts
 from palm_rlhf.data.conversation import encode, encode_prompt
-from palm_rlhf.data.records import write_records
+from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from palm_rlhf.data.conversation import encode, encode_prompt, encode_response
-from palm_rlhf.data.store import Text, tokens_of
+from palm_rlhf.data.corpora.token_store import Text, tokens_of
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM

@@ -15,7 +15,7 @@ from beartype.roar import BeartypeException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data.records import write_records
+from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.text import load_corpus, split_weight
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from palm_rlhf.data import store
-from palm_rlhf.data.text_stream import StreamDecoder
+from palm_rlhf.data.corpora import token_store as store
+from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import (
     DEFAULT_SPECIAL_TOKENS,
     ByteTokenizer,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from palm_rlhf.data.records import read_records, write_records
+from palm_rlhf.data.files.records import read_records, write_records
 from palm_rlhf.evaluation.alpaca import evaluate_annotations, read_annotations, read_outputs
 from palm_rlhf.evaluation.judging.answers import read_answers, read_questions
 from palm_rlhf.evaluation.judging.reviews import read_reviews

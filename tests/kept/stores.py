@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from palm_rlhf.data.store import Text, Tokens, text_of_documents, tokens_of
+from palm_rlhf.data.corpora.token_store import Text, Tokens, text_of_documents, tokens_of
 
 DOCUMENTS = [
     ("one.jsonl", [b"a short text"]), ("one.jsonl", [b"and a second"]), ("two.txt", ["ein kürzerer".encode()])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from beartype import beartype
 from tyro.conf import arg
 
-from palm_rlhf.data.records import read_records
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.alpaca import write_alpaca
 from palm_rlhf.evaluation.commands.evaluate_arguments import (
     Name,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from beartype import beartype
 
-from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.message_text import name_of, text_of, texts_of_choice, texts_of_turns
 
 Turns = tuple[str, ...]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from beartype import beartype
 
-from palm_rlhf.data.records import read_records
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.comparisons import Comparison, UnparsedText
 from palm_rlhf.evaluation.message_text import name_of, text_of
 from palm_rlhf.evaluation.verdicts import Scores, parse_scores, stored_scores

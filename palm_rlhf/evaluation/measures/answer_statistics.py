@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.measures.text_prediction import ALL, Document
 from palm_rlhf.evaluation.message_text import text_of, texts_of_choice
 

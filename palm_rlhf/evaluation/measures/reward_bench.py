@@ -11,8 +11,9 @@ import torch
 from beartype import beartype
 
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response
-from palm_rlhf.data.preference_files import parse_ranking
-from palm_rlhf.data.records import Record, read_records
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import read_records
+from palm_rlhf.data.preferences.ranking_files import parse_ranking
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join

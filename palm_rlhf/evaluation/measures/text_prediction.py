@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.records import read_records
+from palm_rlhf.data.files.records import read_records
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.text_file import read_text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from palm_rlhf.data.special_names import strings
+from palm_rlhf.data.special_token_guard import strings
 from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Request

@@ -8,7 +8,7 @@ import torch
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.data.conversation import encode_prompt, encode_response
-from palm_rlhf.data.records import write_records
+from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.evaluation.judging.answers import Question

@@ -1,0 +1,1 @@
+"""The formats of human preferences in the ecosystem: rankings, pairs and labelled replies."""
