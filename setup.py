@@ -46,7 +46,8 @@ EXTRAS = {
     ],
     "clients": ["lm_eval[api]==0.4.13"],  # that tests run against the server
     "examples": ["chatterbot-corpus>=1.3.3", "matplotlib>=3.8", "PyYAML>=6.0", "vaderSentiment>=3.3.2"],
-    "dev": ["mypy>=1.13", "ruff>=0.9"],
+    "dev": ["mypy>=1.13", "pre-commit>=4.0", "ruff>=0.9"],
+    "docs": ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings-python>=1.16"],
     "mutation": ["cosmic-ray>=8.7", "pytest-timeout>=2.3"],
 }
 EXTRAS["test"] = [
