@@ -1,4 +1,4 @@
-"""Floor 3: the formulas of learning from feedback, pure functions in float32, or float64 where they are given it."""
+"""The formulas of learning from feedback: pure functions in float32, or in float64 where their inputs are."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,10 @@ Denominator = Tensor | Number | None
 
 
 def kept(mask: Tensor | None = None, **tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape in float32 or wider, 0 at pads: what stood there reaches neither value nor gradient.
+    """Return tensors of one shape in float32 or wider, with 0 at padding.
 
-    mask and each of the tensors: `...` -> `...`. ValueError where shapes differ: nothing is broadcast unseen.
+    Padding thus reaches neither value nor gradient. Shapes: mask and each of the tensors `...`; returns tensors of
+    `...`. Raises ValueError if the shapes differ: nothing is broadcast silently.
     """
     shapes = {name: tuple(x.shape) for name, x in (tensors if mask is None else {**tensors, "mask": mask}).items()}
     if len(set(shapes.values())) > 1:

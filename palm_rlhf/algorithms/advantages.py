@@ -1,7 +1,7 @@
-"""From the scores of responses to the rewards of their tokens, and to advantages that need no critic."""
+"""From the scores of responses to rewards of their tokens, and to advantages, with a critic (GAE) or without one."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from beartype import beartype
@@ -13,7 +13,7 @@ from palm_rlhf.ops.masked import masked_sum
 
 AdvantageScale = Literal["group", "batch", "none"]
 EPS = 1e-8  # added to variances
-ROUNDING = 1e-6  # of the largest score of a group, in magnitude: what differs by less is taken to be equal
+ROUNDING = 1e-6  # scores that differ by less than this part of their group's largest magnitude count as equal
 
 
 @torch.no_grad()
@@ -21,9 +21,9 @@ ROUNDING = 1e-6  # of the largest score of a group, in magnitude: what differs b
 def token_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor, *, kl_coef: Number
 ) -> Tensor:
-    """The KL penalty (k1) of every action, and the score at the last one (Ziegler et al. 2019, equation 2).
+    """Return the reward of each action: its KL penalty (k1), plus the score at the last action.
 
-    scores: `b`, the others: `b t` -> `b t`, 0 at pads
+    This is equation 2 of Ziegler et al. 2019. Shapes: scores `b`, the others `b t`; returns `b t`, 0 at padding.
     """
     (scores,) = kept(action_mask.any(dim=-1), scores=scores)
     is_last = action_mask & (action_mask.flip(-1).cumsum(dim=-1).flip(-1) == 1)
@@ -31,20 +31,49 @@ def token_rewards(
     return torch.where(is_last, scores.unsqueeze(-1), 0.0) - kl_coef * kl
 
 
+class GAE(NamedTuple):
+    """How much better each action was than its value, and the value it should have had: `b t` each."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+@torch.no_grad()
+@beartype
+def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, *, gamma: Number, gae_lambda: Number) -> GAE:
+    """Return generalised advantage estimates (Schulman et al. 2015, equation 16); a return is advantage + value.
+
+    The value after the last action of a row is 0. Padding is skipped, wherever it stands in a row, and its results are
+    0.
+
+    Shapes: all `b t`; returns `b t` twice.
+    """
+    rewards, values = kept(action_mask, rewards=rewards, values=values)
+    advantages = torch.zeros_like(values)
+    next_advantage = next_value = values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        is_action, value = action_mask[:, t], values[:, t]
+        advantage = rewards[:, t] + gamma * next_value - value + gamma * gae_lambda * next_advantage
+        advantages[:, t] = torch.where(is_action, advantage, 0.0)
+        next_advantage = torch.where(is_action, advantage, next_advantage)
+        next_value = torch.where(is_action, value, next_value)
+    return GAE(advantages, advantages + values)
+
+
 @torch.no_grad()
 @beartype
 def whiten(
     advantages: Tensor, action_mask: Tensor, *, reduce: Callable[[Tensor], Tensor] = lambda total: total
 ) -> Tensor:
-    """Advantages of mean 0 and deviation 1 over the actions of all processes; 0 at pads, and where all are equal.
+    """Return advantages of mean 0 and standard deviation 1 over the actions of all processes.
 
-    `reduce` gives the sum of a tensor over the processes.
+    They are 0 at padding, and everywhere if all are equal. `reduce` returns the sum of a tensor over the processes.
 
-    advantages and action_mask: `b t` -> `b t`
+    Shapes: advantages and action_mask `b t`; returns `b t`.
     """
     (centred,) = kept(action_mask, advantages=advantages)
     count = reduce(action_mask.sum()).clamp(min=1)
-    for _ in range(2):  # the second mean is what rounding left of the first
+    for _ in range(2):  # the second pass removes the rounding error of the first
         centred = torch.where(action_mask, centred - reduce(masked_sum(centred, action_mask)) / count, 0.0)
     variance = reduce(masked_sum(centred.square(), action_mask)) / count
     return centred * torch.rsqrt(variance + EPS)
@@ -53,9 +82,11 @@ def whiten(
 @torch.no_grad()
 @beartype
 def overlong_penalty(lengths: Tensor, max_lengths: Tensor | Number, *, buffer: Number) -> Tensor:
-    """From 0 to -1 over the last `buffer` tokens of the room for a response (DAPO: Yu et al. 2025, equation 13).
+    """Return a penalty from 0 to -1 over the last `buffer` tokens allowed (DAPO: Yu et al. 2025, equation 13).
 
-    lengths and max_lengths (or one for all): tokens of the responses, and that they may have, `b` -> `b`
+    `max_lengths` are the longest responses allowed, in tokens, or one number for all.
+
+    Shapes: lengths and max_lengths `b`; returns `b`.
     """
     if buffer <= 0:
         raise ValueError(f"got buffer={buffer}; expected a number of tokens above 0")
@@ -72,14 +103,18 @@ def group_advantages(
     valid: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Tensor:
-    """Scores minus their group's mean, over a sample deviation (GRPO: Shao et al. 2024, section 4.1.2).
+    """Return scores minus the mean of their group, over a sample deviation (GRPO: Shao et al. 2024, section 4.1.2).
 
-    A group is a prompt's num_samples consecutive rows. The deviation is that of the "group"; that of the "batch", all
-    valid scores of all processes (Liu et al. 2025, "Tricks or Traps?", arXiv:2508.08221; TRL's scale_rewards="batch");
-    or "none", which does not divide (Dr. GRPO: Liu et al. 2025, section 3.2). Rows that are not valid, and groups whose
-    valid scores differ by no more than rounding, get 0. `reduce` returns the sum of a tensor over the processes.
+    A group is the num_samples consecutive rows of one prompt. Rows that are not valid get 0, and so do groups whose
+    valid scores differ by no more than rounding.
 
-    scores and valid: `b` -> `b`
+    Args:
+        scale: the deviation to divide by: of the group, or of the batch, which is all valid scores of all processes
+            (Liu et al. 2025, "Tricks or Traps?", arXiv:2508.08221; TRL's scale_rewards="batch"). "none" does not divide
+            (Dr. GRPO: Liu et al. 2025, section 3.2).
+        reduce: returns the sum of a tensor over the processes.
+
+    Shapes: scores and valid `b`; returns `b`.
     """
     scores, valid, varied = _groups(scores, num_samples, valid)
     count = valid.sum(dim=-1, keepdim=True)
@@ -98,9 +133,9 @@ def group_advantages(
 @torch.no_grad()
 @beartype
 def rloo_advantages(scores: Tensor, num_samples: int, *, valid: Tensor | None = None) -> Tensor:
-    """Scores minus the mean of the others in their group (Ahmadian et al. 2024), 0 as in `group_advantages`.
+    """Return scores minus the mean of the other scores in their group (RLOO: Ahmadian et al. 2024).
 
-    scores and valid: `b` -> `b`
+    Groups, valid rows and zeros are as in `group_advantages`. Shapes: scores and valid `b`; returns `b`.
     """
     scores, valid, varied = _groups(scores, num_samples, valid)
     others = scores.sum(dim=-1, keepdim=True) - scores
@@ -110,18 +145,19 @@ def rloo_advantages(scores: Tensor, num_samples: int, *, valid: Tensor | None = 
 
 @beartype
 def varied_groups(scores: Tensor, num_samples: int, *, valid: Tensor | None = None) -> Tensor:
-    """All rows of the groups whose valid scores differ; the others teach nothing (DAPO: Yu et al. 2025, section 3.2).
+    """Return which rows belong to groups whose valid scores differ (DAPO: Yu et al. 2025, section 3.2).
 
-    scores and valid: `b` -> `b` bool
+    Groups of equal scores have no advantages, so nothing is learnt from them. Shapes: scores and valid `b`; returns `b`
+    bool.
     """
     return _groups(scores, num_samples, valid)[2].expand(-1, num_samples).flatten()
 
 
 @beartype
 def best_and_worst(scores: Tensor, num_samples: int, *, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The rows of the best and of the worst response in each of the `g` groups of `varied_groups`, the first of equals.
+    """Return the rows of the best and of the worst response of each varied group; of equal scores, the first row.
 
-    scores and valid: `b` -> `g` and `g`
+    Shapes: scores and valid `b`; returns `g` twice, for the `g` groups of `varied_groups`.
     """
     scores, valid, varied = _groups(scores, num_samples, valid)
     first, varied = torch.arange(len(scores), device=scores.device) * num_samples, varied.squeeze(-1)
@@ -131,7 +167,7 @@ def best_and_worst(scores: Tensor, num_samples: int, *, valid: Tensor | None = N
 
 
 def _groups(scores: Tensor, num_samples: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and which are valid, `g s`, and whose valid scores differ, `g 1`."""
+    """Return scores `g s`, which of them are valid `g s`, and which groups have valid scores that differ `g 1`."""
     if scores.ndim != 1 or num_samples < 1 or len(scores) % num_samples:
         raise ValueError(
             f"got scores of shape {tuple(scores.shape)} for groups of {num_samples}; expected one score a row, and "
@@ -143,4 +179,4 @@ def _groups(scores: Tensor, num_samples: int, valid: Tensor | None) -> tuple[Ten
     highest = scores.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
     lowest = scores.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
     magnitude = scores.abs().amax(dim=-1, keepdim=True)
-    return scores, valid, ~(highest - lowest <= ROUNDING * magnitude)  # True for NaN, which must show
+    return scores, valid, ~(highest - lowest <= ROUNDING * magnitude)  # True for NaN, which must not be hidden

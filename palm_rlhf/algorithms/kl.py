@@ -1,4 +1,4 @@
-"""How far a policy has moved from its reference, in nats, and the controller of what that costs."""
+"""Estimates of the KL divergence of a policy from its reference, in nats, and the controller of the KL's weight."""
 
 from typing import Literal
 
@@ -8,23 +8,24 @@ from torch import Tensor
 
 from palm_rlhf.algorithms import Number, kept
 
-# As in verl (core_algos.py: compute_policy_loss, kl_penalty), the second in OpenRLHF (compute_approx_kl) as well: one
-# token far from where it was makes neither infinities nor, times an advantage of 0, NaN.
-MAX_LOG_RATIO = 20.0  # nats; beyond it on either side a log-ratio is taken to be this, before its exponential
-MAX_K3 = 10.0  # nats; what a token's estimate is at most
+# Bounds as in verl (core_algos.py: compute_policy_loss, kl_penalty); OpenRLHF's compute_approx_kl has the second, too.
+# Without them a token whose probability has changed by far makes an infinity, or NaN if its advantage is 0.
+MAX_LOG_RATIO = 20.0  # nats; log-ratios are clamped to this on either side before their exponential is taken
+MAX_K3 = 10.0  # nats, the largest estimate of a token
 
 
 @beartype
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, *, kind: Literal["k1", "k2", "k3"] = "k1", action_mask: Tensor | None = None
 ) -> Tensor:
-    """Estimates of KL(policy, reference) from the policy's actions (Schulman 2020, "Approximating KL divergence").
+    """Return estimates of KL(policy, reference) from the policy's actions.
 
-    With d = logprob - ref_logprob: k1 is d, unbiased, but its gradient is 0 in the mean, so it is no loss; k2 is d^2/2,
-    biased, with the gradient of the KL in the mean; k3 is exp(-d) - 1 + d, unbiased and never negative.
-    k3 is bounded by MAX_K3, and above that bound has no gradient; k1 and k2 do not grow exponentially and are not.
+    They are those of Schulman 2020, "Approximating KL divergence". With d = logprob - ref_logprob: k1 is d; it is
+    unbiased, but its gradient is 0 on average, so it is no loss. k2 is d^2/2; it is biased, but its gradient is that of
+    the KL on average. k3 is exp(-d) - 1 + d; it is unbiased and never negative. k3 is at most MAX_K3 and has no
+    gradient beyond that; k1 and k2 do not grow exponentially and have no bound.
 
-    all: `b t` -> `b t`, 0 where action_mask is False
+    Shapes: all `b t`; returns `b t`, 0 where action_mask is False.
     """
     logprobs, ref_logprobs = kept(action_mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     d = logprobs - ref_logprobs
@@ -38,9 +39,13 @@ def kl_estimate(
 
 @beartype
 def adapt_kl_coef(kl_coef: Number, kl: Number, *, target: Number, horizon: Number, num_samples: int) -> float:
-    """The coefficient that draws the KL to its target (Ziegler et al. 2019, section 2.2).
+    """Return the next weight of the KL, which steers the KL to its target (Ziegler et al. 2019, section 2.2).
 
-    kl and target: nats a sequence; horizon: sequences; num_samples: sequences seen since the last change
+    Args:
+        kl: nats a response.
+        target: nats a response.
+        horizon: responses over which the weight can change by a fifth.
+        num_samples: responses since the last change.
     """
     if target <= 0 or horizon <= num_samples / 5:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The clipped losses of policy and critic, and what an optimiser step divides them by."""
+"""The clipped losses of the policy and the critic, and the denominator of an optimiser step's loss."""
 
 from functools import partial
 from typing import Literal, NamedTuple
@@ -14,20 +14,20 @@ from palm_rlhf.ops.masked import masked_mean
 
 
 class PolicyLoss(NamedTuple):
-    """Scalars; all but the loss have no gradient."""
+    """The policy's loss and its metrics, scalars; the metrics have no gradient."""
 
     loss: Tensor
-    clip_fraction: Tensor  # of the actions, those whose gradient the clip takes away; with CISPO, limits
-    approx_kl: Tensor  # k3 estimate of KL(old, new), nats an action
-    ratio_min: Tensor  # of new / old over the actions; 1 where there are none
+    clip_fraction: Tensor  # share of actions whose gradient the clip removes; for CISPO, whose weight it limits
+    approx_kl: Tensor  # k3 estimate of KL(old, new), in nats an action
+    ratio_min: Tensor  # smallest new / old probability of an action; 1 if there is no action
     ratio_max: Tensor
 
 
 class ValueLoss(NamedTuple):
-    """Scalars; the fraction has no gradient."""
+    """The critic's loss and its clipped fraction, scalars; the fraction has no gradient."""
 
     loss: Tensor
-    clip_fraction: Tensor  # of the actions, those whose loss the clip raises
+    clip_fraction: Tensor  # share of actions whose loss the clip raises
 
 
 @beartype
@@ -43,18 +43,22 @@ def policy_loss(
     denominator: Denominator = None,
     num_tokens: Denominator = None,
 ) -> PolicyLoss:
-    """The mean of `max(-A * r, -A * clip(r, 1 - clip_eps, 1 + clip_eps_high))` (Schulman et al. 2017, equation 7).
+    """Return the mean of `max(-A * r, -A * clip(r, 1 - clip_eps, 1 + clip_eps_high))`.
 
-    Without clip_eps_high, clip_eps is on both sides; a higher one lets unlikely actions grow (DAPO: Yu et al. 2025,
-    section 3.1). `denominator` replaces the number of actions in the loss, and `num_tokens` in the two metrics, so that
-    parts of a step add up: metrics are means over tokens, whatever the loss is divided by. Log-ratios are bounded by
-    MAX_LOG_RATIO on either side; beyond it they have no gradient.
+    This is PPO's clipped loss (Schulman et al. 2017, equation 7). r is the ratio of the action's probabilities under
+    the new and the old policy, A its advantage. Log-ratios beyond MAX_LOG_RATIO are clamped and have no gradient.
 
-    `ratio_level` is that of `log_ratio`. A ratio of a whole response counts at each of its actions: the denominator
-    "sequence" of `step_denominator` then makes a response one action, as RLOO ("sequence") and GSPO ("geometric":
-    Zheng et al. 2025, equation 5) have it.
+    Args:
+        clip_eps_high: an upper bound of its own, clip_eps if None; a higher one lets unlikely actions grow (DAPO: Yu et
+            al. 2025, section 3.1).
+        ratio_level: see `log_ratio`. The ratio of a whole response counts at each of its actions. With the denominator
+            "sequence" of `step_denominator` a response is then one action, as in RLOO ("sequence") and GSPO
+            ("geometric": Zheng et al. 2025, equation 5).
+        denominator: divides the summed loss, instead of the number of actions.
+        num_tokens: divides the summed metrics, instead of the number of actions. With both, the parts of an optimiser
+            step add up, and metrics are means over tokens whatever the loss is divided by.
 
-    all: `b t` -> scalars
+    Shapes: all tensors `b t`; returns scalars.
     """
     logprobs, old_logprobs, advantages = kept(
         action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
@@ -79,12 +83,11 @@ def cispo_loss(
     denominator: Denominator = None,
     num_tokens: Denominator = None,
 ) -> PolicyLoss:
-    """The mean of `-w * A * logprob`, w the ratio clipped as in `policy_loss` (CISPO: MiniMax 2025, equations 4, 5).
+    """Return the mean of `-w * A * logprob`, w the ratio clipped as in `policy_loss`.
 
-    The weight w has no gradient: clipping bounds what an action can do, and takes the gradient of none away. A clip_eps
-    of 1 is no lower bound, as in the paper. The other arguments are those of `policy_loss`.
-
-    all: `b t` -> scalars
+    This is CISPO's loss (MiniMax 2025, equations 4 and 5). The weight w has no gradient, so clipping bounds the step of
+    an action and never removes its gradient. A clip_eps of 1 is no lower bound, as in the paper. Arguments and shapes
+    are those of `policy_loss`.
     """
     logprobs, old_logprobs, advantages = kept(
         action_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
@@ -96,7 +99,7 @@ def cispo_loss(
 
 
 def _ratio(logprobs: Tensor, old_logprobs: Tensor, action_mask: Tensor, level: RatioLevel) -> Tensor:
-    """Of new to old probabilities, bounded."""
+    """Return the ratio of new to old probabilities, its logarithm clamped to MAX_LOG_RATIO."""
     return log_ratio(logprobs, old_logprobs, action_mask, level=level).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -109,7 +112,7 @@ def _reported(
     action_mask: Tensor,
     num_tokens: Denominator,
 ) -> PolicyLoss:
-    """The loss with its metrics."""
+    """Return the loss with its metrics."""
     token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
     clip_fraction = token_mean(is_clipped.to(ratio.dtype))
     approx_kl = token_mean(kl_estimate(old_logprobs, logprobs, kind="k3")).detach()
@@ -127,11 +130,12 @@ def value_loss(
     value_clip_eps: Number | None,
     denominator: Denominator = None,
 ) -> ValueLoss:
-    """The mean of `0.5 * max((V - R)^2, (clip(V, V_old ± value_clip_eps) - R)^2)` (as in OpenAI's baselines, ppo2).
+    """Return the mean of `0.5 * max((V - R)^2, (clip(V, V_old ± value_clip_eps) - R)^2)` (OpenAI's baselines, ppo2).
 
-    Without value_clip_eps nothing is clipped; `denominator` as in `policy_loss`.
+    V is the value of an action and R its return. Without value_clip_eps no value is clipped. `denominator` is that of
+    `policy_loss`.
 
-    all: `b t` -> scalars
+    Shapes: all tensors `b t`; returns scalars.
     """
     values, old_values, returns = kept(action_mask, values=values, old_values=old_values, returns=returns)
     mean = partial(masked_mean, mask=action_mask, denominator=denominator)
@@ -150,13 +154,17 @@ def step_denominator(
     num_sequences: Tensor | Number,
     max_length: int,
 ) -> Tensor:
-    """What the losses of a part of an optimiser step are divided by, so that parts add up to the mean over the step.
+    """Return the denominator of one part of an optimiser step: the losses of all parts add up to the step's mean.
 
-    "token": the step's actions (PPO; DAPO: Yu et al. 2025, section 3.3). "sequence": each row's own, times the step's
-    sequences (GRPO: Shao et al. 2024, equation 3). "constant": the step's sequences times the longest response allowed
-    (Dr. GRPO: Liu et al. 2025, section 3.2).
+    Args:
+        aggregation: "token" divides by the step's actions (PPO; DAPO: Yu et al. 2025, section 3.3). "sequence" divides
+            each row by its own actions, and by the step's sequences (GRPO: Shao et al. 2024, equation 3). "constant"
+            divides by the step's sequences times the longest response allowed (Dr. GRPO: Liu et al. 2025, section 3.2).
+        num_tokens: actions of the whole step, over all processes.
+        num_sequences: responses of the whole step, over all processes.
+        max_length: the longest response allowed, in tokens.
 
-    action_mask: `b t` of the part; the numbers: of the step, over all processes -> scalar, or `b 1` for "sequence"
+    Shapes: action_mask of the part `b t`; returns a scalar, or `b 1` for "sequence".
     """
     if aggregation == "sequence":
         return action_mask.sum(dim=-1, keepdim=True) * num_sequences

@@ -1,4 +1,4 @@
-"""Whether a policy has learnt to please its reward, the proxy, at the cost of the reward that is meant."""
+"""Whether a policy has learnt to please its reward, the proxy, at the cost of the gold reward."""
 
 import math
 from statistics import NormalDist
@@ -8,33 +8,33 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-LEVEL = 0.05  # of a run, the probability of a false alarm
-MIN_PROMPTS = 8  # fewer tell too little of how their differences vary
+LEVEL = 0.05  # probability of a false alarm in a run
+MIN_PROMPTS = 8  # the variance of the differences of fewer prompts is too uncertain
 
 
 class Overoptimization(NamedTuple):
-    """What has changed since the evaluation of the highest gold reward, in means over the prompts."""
+    """The change since the evaluation with the highest gold reward, as means over the prompts."""
 
-    best: int  # that evaluation, counted from 0
+    best: int  # the evaluation with the highest gold reward, counted from 0
     proxy_rise: float
     gold_fall: float
-    proxy_z: float  # standard scores of the two
+    proxy_z: float  # standard scores of the rise and of the fall
     gold_z: float
-    bound: float  # that both of them pass
+    bound: float  # both standard scores are above it
 
 
 @torch.no_grad()
 @beartype
 def overoptimization(proxy: Tensor, gold: Tensor, *, level: float = LEVEL) -> Overoptimization | None:
-    """The rise of the proxy and the fall of the gold reward in the last of several evaluations, if both are no chance.
+    """Return the proxy's rise and the gold reward's fall at the last evaluation, or None if either may be chance.
 
-    This is what optimising an imperfect reward comes to in the end (Gao et al. 2022, arXiv:2210.10760). The last
-    evaluation is compared, prompt by prompt, with the one before it that has the highest mean gold reward, by two
-    one-sided t tests, which must both reject. In a run that asks after each evaluation, where the gold reward never
-    falls or the proxy never rises, an alarm is ever raised with a probability of at most `level`: its k-th comparison
-    has level / (k (k + 1)) of that, shared by the k earlier evaluations that one is chosen from (Bonferroni).
+    Optimising an imperfect reward comes to this in the end (Gao et al. 2022, arXiv:2210.10760). The last evaluation is
+    compared, prompt by prompt, with the earlier one that has the highest mean gold reward. Two one-sided t tests must
+    both reject. Suppose that a run asks after each evaluation, and that in truth the gold reward never falls or the
+    proxy never rises: the probability of any false alarm is then at most `level`. For this the k-th comparison gets
+    level / (k (k + 1)), shared by the k earlier evaluations that one is chosen from (Bonferroni).
 
-    proxy and gold: `k n`, evaluations of the same n prompts in their order; NaN where there is no score
+    Shapes: proxy and gold `k n`, k evaluations of the same n prompts in the same order; NaN where there is no score.
     """
     num_earlier = len(gold) - 1
     if num_earlier < 1 or gold[:-1].isnan().all():
@@ -54,7 +54,7 @@ def overoptimization(proxy: Tensor, gold: Tensor, *, level: float = LEVEL) -> Ov
 
 @beartype
 def standard_score(differences: Tensor) -> float:
-    """The mean's t statistic, as the normal variable of about the same tail (Wallace 1959, Ann. Math. Stat. 30)."""
+    """Return the mean's t statistic as a normal variable of the same tail (Wallace 1959, Ann. Math. Stat. 30)."""
     mean, freedom = float(differences.mean()), len(differences) - 1
     error = float(differences.std()) / math.sqrt(len(differences))
     if not error:

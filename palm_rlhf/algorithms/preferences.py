@@ -1,4 +1,4 @@
-"""Losses of choices and rankings, for a reward model and for a policy that is its own."""
+"""Losses on comparisons and rankings: of a reward model, and of a policy trained on preferences directly."""
 
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from palm_rlhf.ops.masked import masked_mean
 
 
 class PreferenceLoss(NamedTuple):
-    """The loss, and with no gradient the rewards that the policy implies, `b` each."""
+    """The loss, a scalar, and the policy's implicit rewards, `b` each, without gradients."""
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -20,7 +20,7 @@ class PreferenceLoss(NamedTuple):
 
 
 class UnpairedLoss(NamedTuple):
-    """The loss, and with no gradient the rewards that the policy implies, `b`."""
+    """The loss, a scalar, and the policy's implicit rewards, `b`, without gradients."""
 
     loss: Tensor
     rewards: Tensor
@@ -35,12 +35,12 @@ def bradley_terry_loss(
     centering: Number = 0.0,
     denominator: Denominator = None,
 ) -> Tensor:
-    """Mean of `-log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2`; equal scores give ln 2.
+    """Return the mean of `-log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2`, in nats.
 
-    Margins are from Llama 2 (Touvron et al. 2023, section 3.2.2); centering holds the mean score at 0 (Eisenstein et
-    al. 2023). `denominator` replaces the number of pairs.
+    Equal scores cost ln 2. Margins are from Llama 2 (Touvron et al. 2023, section 3.2.2). Centering holds the mean
+    score at 0 (Eisenstein et al. 2023). `denominator` replaces the number of pairs.
 
-    all: `b` -> scalar, nats
+    Shapes: all `b`; returns a scalar.
     """
     margin = torch.zeros_like(chosen) if margin is None else margin
     chosen, rejected, margin = kept(chosen=chosen, rejected=rejected, margin=margin)
@@ -52,11 +52,12 @@ def bradley_terry_loss(
 def ranking_loss(
     scores: Tensor, mask: Tensor | None = None, *, centering: Number = 0.0, denominator: Denominator = None
 ) -> Tensor:
-    """Bradley-Terry over the K(K-1)/2 pairs of each ranking, a mean over pairs, then rows (Ouyang et al. 2022, eq. 1).
+    """Return the Bradley-Terry loss of the K(K-1)/2 pairs of each ranking (Ouyang et al. 2022, equation 1), in nats.
 
-    Rows of fewer than two completions do not count; `denominator` replaces the number of those that do.
+    It is the mean over the pairs of a row, then over rows. Rows of fewer than two completions do not count;
+    `denominator` replaces the number of rows that do.
 
-    scores, best completion first, and mask of those that exist: `b k` -> scalar, nats
+    Shapes: scores, best completion first, and the mask of completions `b k`; returns a scalar.
     """
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     (scores,) = kept(mask, scores=scores)
@@ -70,15 +71,16 @@ def ranking_loss(
 
 @beartype
 def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None, *, denominator: Denominator = None) -> Tensor:
-    """The mean of -log p of each ranking, drawn place by place from what is left (Luce 1959; Plackett 1975).
+    """Return the mean of -log p of each ranking, drawn place by place from the completions left.
 
-    Rows of fewer than two completions do not count; `denominator` replaces the number of those that do.
+    This is the Plackett-Luce model (Luce 1959; Plackett 1975). Rows of fewer than two completions do not count;
+    `denominator` replaces the number of rows that do.
 
-    scores, best completion first, and mask of those that exist: `b k` -> scalar, nats
+    Shapes: scores, best completion first, and the mask of completions `b k`; returns a scalar, in nats.
     """
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     (scores,) = kept(mask, scores=scores)
-    # At pads it is the pad itself that is left: the logarithm of an empty sum has no gradient.
+    # At padding only the padding itself is left, since the logarithm of an empty sum has no gradient.
     left = (mask.unsqueeze(-2) | torch.eye(scores.shape[-1], dtype=torch.bool, device=mask.device)).triu()
     losses = torch.where(left, scores.unsqueeze(-2), -torch.inf).logsumexp(dim=-1) - scores
     return masked_mean(losses, mask, denominator=(mask.sum(dim=-1) > 1).sum() if denominator is None else denominator)
@@ -96,12 +98,17 @@ def dpo_loss(
     label_smoothing: Number = 0.0,
     denominator: Denominator = None,
 ) -> PreferenceLoss:
-    """Bradley-Terry over the rewards `beta * (logprob - ref_logprob)` (DPO: Rafailov et al. 2023, equation 7).
+    """Return the Bradley-Terry loss of the rewards `beta * (logprob - ref_logprob)`.
 
-    "ipo" draws the difference of the log-ratios to 1 / (2 beta) instead (Azar et al. 2023, equation 17).
-    label_smoothing is the chance that a label is wrong (conservative DPO: Mitchell 2023), for "sigmoid" alone.
+    This is DPO (Rafailov et al. 2023, equation 7).
 
-    all: `b`, log-probabilities of responses, summed over tokens, or their means for "ipo" -> scalar, and `b`
+    Args:
+        kind: "ipo" draws the difference of the log-ratios to 1 / (2 beta) instead (Azar et al. 2023, equation 17).
+        label_smoothing: the probability that a label is wrong (conservative DPO: Mitchell 2023), for "sigmoid" only.
+        denominator: replaces the number of pairs.
+
+    Shapes: all `b`, log-probabilities of responses, summed over tokens, or for "ipo" their means; returns a scalar, and
+    `b` twice.
     """
     if beta <= 0 or not 0 <= label_smoothing <= 0.5 or (kind == "ipo" and label_smoothing):
         raise ValueError(
@@ -122,11 +129,11 @@ def dpo_loss(
 
 @beartype
 def kto_baseline(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The KL to the reference that KTO's rewards are measured from: its estimate, at least 0, without a gradient.
+    """Return the KL to the reference that KTO's rewards are measured from, at least 0 and without a gradient.
 
-    The log-probabilities are of prompts with responses to other prompts (Ethayarajh et al. 2024, section 4.1).
+    It is estimated on prompts with the responses to other prompts (Ethayarajh et al. 2024, section 4.1).
 
-    both: `b`, summed over tokens -> scalar, nats
+    Shapes: both `b`, log-probabilities summed over tokens; returns a scalar, in nats.
     """
     logprobs, ref_logprobs = kept(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return masked_mean(logprobs - ref_logprobs).clamp(min=0).detach()
@@ -144,12 +151,14 @@ def kto_loss(
     undesirable_weight: Number = 1.0,
     denominator: Denominator = None,
 ) -> UnpairedLoss:
-    """Mean of `weight * (1 - sigmoid(reward - beta * baseline))`, for undesirable responses of the negative margin.
+    """Return the mean of `weight * (1 - sigmoid(reward - beta * baseline))` (KTO: Ethayarajh et al. 2024, section 4.1).
 
-    KTO (Ethayarajh et al. 2024, section 4.1): the reward is `beta * (logprob - ref_logprob)`, the baseline that of
-    `kto_baseline` over the whole optimiser step. At the reference each response costs half of its weight.
+    The sign of the sigmoid's argument is the other for undesirable responses. The reward is `beta * (logprob -
+    ref_logprob)`, the baseline that of `kto_baseline` over the whole optimiser step. Where the policy is the reference,
+    each response costs half of its weight.
 
-    all: `b`, log-probabilities of responses, summed over tokens; desirable: `b` bool; baseline: scalar -> scalar, `b`
+    Shapes: log-probabilities of responses, summed over tokens, and desirable (bool) `b`, baseline a scalar; returns a
+    scalar, and `b`.
     """
     if beta <= 0 or desirable.dtype != torch.bool or baseline.ndim:
         raise ValueError(
@@ -167,11 +176,10 @@ def kto_loss(
 def simpo_loss(
     chosen: Tensor, rejected: Tensor, *, beta: Number, gamma: Number, denominator: Denominator = None
 ) -> PreferenceLoss:
-    """Bradley-Terry with the margin `gamma` over the rewards `beta * logprob`, without a reference.
+    """Return the Bradley-Terry loss with the margin `gamma` of the rewards `beta * logprob`.
 
-    SimPO (Meng et al. 2024, equation 6).
-
-    both: `b`, log-probabilities of responses, means over tokens -> scalar, and `b`
+    This is SimPO (Meng et al. 2024, equation 6). There is no reference. Shapes: both `b`, log-probabilities of
+    responses, means over tokens; returns a scalar, and `b` twice.
     """
     if beta <= 0:
         raise ValueError(f"got beta={beta}; expected a number above 0")
@@ -182,12 +190,13 @@ def simpo_loss(
 
 @beartype
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: Number, denominator: Denominator = None) -> PreferenceLoss:
-    """Mean of `-chosen - beta * log sigmoid(log odds of the chosen - those of the rejected)`, without a reference.
+    """Return the mean of `-chosen - beta * log sigmoid(log odds of chosen - log odds of rejected)`.
 
-    ORPO (Hong et al. 2024, equations 4 to 7; beta is its lambda): the first term is the loss of fine-tuning, the odds
-    are `p / (1 - p)` of the geometric mean of a response's probabilities. The rewards are the log odds.
+    This is ORPO (Hong et al. 2024, equations 4 to 7; beta is its lambda), which has no reference. The first term is the
+    loss of fine-tuning. The odds are `p / (1 - p)`, p the geometric mean of the probabilities of a response's tokens.
+    The rewards are the log odds.
 
-    both: `b`, log-probabilities of responses, means over tokens -> scalar, and `b`
+    Shapes: both `b`, log-probabilities of responses, means over tokens; returns a scalar, and `b` twice.
     """
     if beta <= 0:
         raise ValueError(f"got beta={beta}; expected a number above 0")
@@ -198,6 +207,6 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: Number, denominator: De
 
 
 def _log_odds(logprobs: Tensor) -> Tensor:
-    """log(p / (1 - p)); a p that rounds to 1 counts as the largest number below it, so that gradients are finite."""
+    """Return log(p / (1 - p)); a p that rounds to 1 counts as the largest number below 1, for finite gradients."""
     logprobs = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
     return logprobs - (-torch.expm1(logprobs)).log()

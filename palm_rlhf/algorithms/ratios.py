@@ -1,4 +1,4 @@
-"""Ratios of probabilities: of the policy to the one that drew the responses, and of that one to its own sampler."""
+"""Probability ratios: of the policy to the policy that drew the responses, and of that policy to its sampler."""
 
 from typing import Literal
 
@@ -14,13 +14,14 @@ RatioLevel = Literal["token", "sequence", "geometric"]
 
 @beartype
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, action_mask: Tensor, *, level: RatioLevel) -> Tensor:
-    """The logarithm of the ratio of new to old probabilities that counts at each action.
+    """Return the log-ratio of new to old probabilities that counts at each action.
 
-    "token": the action's own (PPO: Schulman et al. 2017, section 3). "sequence": that of the whole response, the sum
-    over its actions (RLOO: Ahmadian et al. 2024, section 3). "geometric": the mean over its actions, which does not
-    grow with the length (GSPO: Zheng et al. 2025, equation 7).
+    Args:
+        level: "token" is the ratio of the action itself (PPO: Schulman et al. 2017, section 3). "sequence" is that of
+            the whole response, the sum over its actions (RLOO: Ahmadian et al. 2024, section 3). "geometric" is the
+            mean over its actions, which does not grow with the length (GSPO: Zheng et al. 2025, equation 7).
 
-    all: `b t` -> `b t`, 0 where action_mask is False and the level is "token", else the same in a whole row
+    Shapes: all `b t`; returns `b t`, 0 at padding for "token", else the same number in a whole row.
     """
     logprobs, old_logprobs = kept(action_mask, logprobs=logprobs, old_logprobs=old_logprobs)
     of_tokens = logprobs - old_logprobs
@@ -35,14 +36,15 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, action_mask: Tensor, *, le
 @torch.no_grad()
 @beartype
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, action_mask: Tensor, *, cap: Number) -> Tensor:
-    """What an action's loss is multiplied by where its sampler's arithmetic is not the trainer's: `min(p / q, cap)`.
+    """Return `min(p / q, cap)` for each action: the weights of truncated importance sampling.
 
-    p is the probability under the policy that drew the responses, computed by the trainer; q is the one that the
-    sampler recorded (truncated importance sampling: Ionides 2008; for rollouts: Yao et al. 2025, "Your Efficient RL
-    Framework Secretly Brings You Off-Policy RL Training"). A weight is above 0, so it may as well multiply the
-    advantage: the clipped loss of w * A is w times the loss of A.
+    p is the probability under the policy that drew the responses, computed by the trainer; q is the probability that
+    the sampler recorded. They differ where the sampler's arithmetic is not the trainer's (Ionides 2008; for rollouts:
+    Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). A weight multiplies the
+    loss of an action. It is positive, so multiplying the advantage is the same: the clipped loss of w * A is w times
+    the loss of A.
 
-    all: `b t` -> `b t`, 1 where action_mask is False and cap is at least 1
+    Shapes: all `b t`; returns `b t`, 1 where action_mask is False and cap is at least 1.
     """
     if cap <= 0:
         raise ValueError(f"got cap={cap}; expected a number above 0")

@@ -1,4 +1,4 @@
-"""How often one policy's responses score above another's, with the interval of that share."""
+"""How often the responses of one policy score above those of another, with a confidence interval."""
 
 import math
 from statistics import NormalDist
@@ -22,12 +22,13 @@ class WinRate(NamedTuple):
 @torch.no_grad()
 @beartype
 def win_rate(scores: Tensor, others: Tensor, *, level: float = LEVEL) -> WinRate | None:
-    """The share of wins over others' responses to the same prompts, a tie as half a win; None where nothing compares.
+    """Return the share of wins over another's responses to the same prompts; None if no two scores can be compared.
 
-    Each score is compared with each of the other's for the prompt, and the rate is the mean of the prompts' shares. The
-    interval is Wilson's with the prompts as trials: shares of a prompt vary no more than wins alone of that mean would.
+    Each score is compared with each of the other's scores for the prompt; a tie is half a win. The rate is the mean of
+    the prompts' shares. The interval is Wilson's with the prompts as trials, which is safe: the shares of prompts vary
+    no more than single wins of the same mean.
 
-    scores: `n s`, others: `n t`, for n prompts; NaN where there is no score
+    Shapes: scores `n s`, others `n t`, for n prompts; NaN where there is no score.
     """
     ours, theirs = scores.double().unsqueeze(2), others.double().unsqueeze(1)
     wins = (ours > theirs).double() + (ours == theirs).double() / 2
@@ -42,7 +43,7 @@ def win_rate(scores: Tensor, others: Tensor, *, level: float = LEVEL) -> WinRate
 
 @beartype
 def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple[float, float]:
-    """The score interval of a share of so many trials (Wilson 1927, JASA 22, page 209)."""
+    """Return the score interval of a share of so many trials (Wilson 1927, JASA 22, page 209)."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     weight = 1 / (1 + z * z / trials)
     centre = weight * (share + z * z / (2 * trials))

@@ -9,8 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from palm_rlhf.algorithms.advantages import token_rewards
-from palm_rlhf.algorithms.gae import gae
+from palm_rlhf.algorithms.advantages import gae, token_rewards
 from palm_rlhf.algorithms.losses import policy_loss
 
 V, T, TEMPERATURE = 4, 3, 0.7

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.algorithms.advantages import whiten
-from palm_rlhf.algorithms.gae import GAE, gae
+from palm_rlhf.algorithms.advantages import GAE, gae, whiten
 
 
 def reward_one_place_late(rewards, values, action_mask, **discounts):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.algorithms.advantages import (
+    gae,
     group_advantages,
     overlong_penalty,
     rloo_advantages,
@@ -14,7 +15,6 @@ from palm_rlhf.algorithms.advantages import (
     varied_groups,
     whiten,
 )
-from palm_rlhf.algorithms.gae import gae
 from palm_rlhf.algorithms.kl import adapt_kl_coef
 from palm_rlhf.algorithms.ratios import importance_weights
 from palm_rlhf.ops.masked import masked_sum
