@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from palm_rlhf.ops.triton import tiles as tiles_triton
+from palm_rlhf.ops.triton import tiles
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -93,7 +93,7 @@ def record(run: Callable[[], object], arch: str) -> list[Launch]:
         arguments = {name: bound[name] for name in kernel.arg_names}
         launches.append(Launch(kernel, grid(arguments) if callable(grid) else grid, arguments, options))
 
-    here = patch.object(tiles_triton, "properties", lambda device: (arch, MULTIPROCESSORS[arch]))
+    here = patch.object(tiles, "properties", lambda device: (arch, MULTIPROCESSORS[arch]))
     with here, patch.object(JITFunction, "run", note):
         run()
     return launches

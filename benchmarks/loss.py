@@ -13,7 +13,7 @@ import tyro
 from attention_work import peak_on_gpu
 from side_by_side import alternate, speedup, summary, surroundings, table
 
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -193,7 +193,7 @@ def trl_trainer(tmp_path_factory):
 @pytest.fixture
 def compile_native(tmp_path, monkeypatch):
     """`compile_native({name: text})` is the library of these sources in C, which are compiled as the package's own."""
-    from palm_rlhf.ops.cpu import native_library as native
+    from palm_rlhf.ops.cpu import native_library
 
     def compile_(sources, optimize=True, more=()):
         folder = tmp_path / "csrc"
@@ -202,9 +202,11 @@ def compile_native(tmp_path, monkeypatch):
             (folder / name).write_text(text)
         with monkeypatch.context() as patch:
             patch.setenv("PALM_RLHF_CACHE", str(tmp_path / "cache"))
-            patch.setattr(native, "SOURCES", folder)
-            patch.setattr(native, "FLAGS", [*(flag for flag in native.FLAGS if optimize or flag != "-O3"), *more])
-            return native._open(native._compiled())
+            patch.setattr(native_library, "SOURCES", folder)
+            patch.setattr(
+                native_library, "FLAGS", [*(flag for flag in native_library.FLAGS if optimize or flag != "-O3"), *more]
+            )
+            return native_library._open(native_library._compiled())
 
     return compile_
 
@@ -212,12 +214,11 @@ def compile_native(tmp_path, monkeypatch):
 @pytest.fixture(params=["kernels in C", "operations of PyTorch"])
 def kernels(request, monkeypatch):
     """A test with the kernels in C, where there is a compiler for them, and once more without them."""
-    from palm_rlhf.ops.cpu import native_attention as attention_native
-    from palm_rlhf.ops.cpu import native_library as native
+    from palm_rlhf.ops.cpu import native_attention, native_library
 
     def forget():
-        native._load.cache_clear()
-        attention_native._runs.cache_clear()
+        native_library._load.cache_clear()
+        native_attention._runs.cache_clear()
 
     with monkeypatch.context() as patch:
         if request.param == "operations of PyTorch":

@@ -38,7 +38,7 @@ CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")
 MAX_CORE_LINES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 5300, 400, 80
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORT_NAMES = {"beautifulsoup4": "bs4", "lingua_language_detector": "lingua", "PyYAML": "yaml"}
-KERNELS = ("ops/triton/", "ops/cpu/", "ops/attention_chunked", "ops/logprobs_chunked", "ops/cross_entropy_chunked")
+KERNELS = ("ops/triton/", "ops/cpu/", "ops/attention_chunked", "ops/logprobs", "ops/cross_entropy")
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

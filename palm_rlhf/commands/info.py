@@ -7,7 +7,7 @@ import torch
 
 from palm_rlhf import __version__
 from palm_rlhf.ops.attention import available_implementations
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 
 
 def triton_version() -> str:
@@ -53,7 +53,7 @@ def info() -> None:
         "torch": [torch.__version__],
         "triton": [triton_version()],
         "devices": devices(),
-        "native": [f"C kernels: {usable(native.refusal())}"],
+        "native": [f"C kernels: {usable(native_library.refusal())}"],
         "attention": attention_implementations(),
     }
     for name, lines in rows.items():

@@ -18,7 +18,7 @@ from palm_rlhf.model.cache import Cache, KVCache
 from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
 from palm_rlhf.model.lora import BlockLoRA
 from palm_rlhf.model.native_decode import native_step, step_tables
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy
 from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
 
 

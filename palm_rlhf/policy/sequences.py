@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.logprobs import distribution_entropy, token_logprobs
-from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
+from palm_rlhf.ops.logprobs import chunks_pay, distribution_entropy, linear_logprobs, token_logprobs
 from palm_rlhf.ops.sampling import truncated_logits
 from palm_rlhf.policy.shared_prompts import embeds_before_actions
 

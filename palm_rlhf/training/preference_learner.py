@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.preferences import kto_baseline
 from palm_rlhf.model.generate import evaluating, switch_off_dropout
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.logprobs import token_logprobs
-from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
+from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, token_logprobs
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.actor_critic import check_model
 from palm_rlhf.policy.sequences import Sequences

@@ -81,13 +81,12 @@ def static(root, monkeypatch):
 
 def test_any_mask_takes_the_tiles_of_masked_calls(static):
     """Of every kernel that has them, and without a mask none does."""
-    from palm_rlhf.ops.triton import attention_backward as attention_backward_triton
-    from palm_rlhf.ops.triton import attention_forward as attention_forward_triton
+    from palm_rlhf.ops.triton import attention_backward, attention_forward
 
     tables = {
-        "forward_kernel": attention_forward_triton.MASKED_TILES,
-        "keys_backward_kernel": attention_backward_triton.MASKED_KEY_TILES,
-        "queries_backward_kernel": attention_backward_triton.MASKED_QUERY_TILES,
+        "forward_kernel": attention_forward.MASKED_TILES,
+        "keys_backward_kernel": attention_backward.MASKED_KEY_TILES,
+        "queries_backward_kernel": attention_backward.MASKED_QUERY_TILES,
     }
     for kernel, table in tables.items():
         for arch, dim in ((arch, dim) for arch, by_dim in table.items() for dim in by_dim):

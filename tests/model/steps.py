@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from palm_rlhf import PaLM
 from palm_rlhf.model.cache import KVCache
 from palm_rlhf.ops.attention import attention
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 
 VOCABULARY = 17
 SIZES = {"dim": 10, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 6, "ff_inner_dim": 7}
@@ -84,7 +84,7 @@ WAYS = {"kernel": nullcontext, "operations": without_kernel}
 
 def assert_way(cache, way):
     """A cache that the kernel has read keeps it; a machine without a compiler has none."""
-    assert ("decoder" in cache.kernels) == (way == "kernel" and native.refusal() is None)
+    assert ("decoder" in cache.kernels) == (way == "kernel" and native_library.refusal() is None)
 
 
 def assert_close(got, expected):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 from palm_rlhf.ops.cpu.native_decoding import MAX_ROWS, max_rows
 
 from .steps import (
@@ -83,7 +83,7 @@ def test_both_ways_leave_the_same_keys_and_values(reading):
 
 
 def test_the_kernel_rounds_what_it_keeps_and_what_it_multiplies_in_pairs_and_nothing_else():
-    if native.refusal() is None:
+    if native_library.refusal() is None:
         assert bfloat16_error() < 2e-6
 
 
@@ -91,7 +91,7 @@ def test_the_kernel_rounds_what_it_keeps_and_what_it_multiplies_in_pairs_and_not
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_row_among_others_is_the_row_alone_bit_for_bit(dtype, amx, monkeypatch):
     """Among as many as the kernel takes at once, which are fewer of bfloat16 where the processor has AMX."""
-    if native.refusal() is not None:
+    if native_library.refusal() is not None:
         return
     monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.has_amx", lambda: amx)
     palm = palm_of(dim=70, dim_head=34, ff_inner_dim=37).to(dtype)
@@ -127,7 +127,7 @@ def test_the_number_of_threads_may_change_between_two_tokens():
         finally:
             torch.set_num_threads(1)
         assert_way(cache, "kernel")
-        if native.refusal() is None:
+        if native_library.refusal() is None:
             assert cache.kernels["decoder"].threads == number  # all of them are used, and have room
         logits.append(seen)
     assert torch.equal(*logits)

@@ -5,7 +5,7 @@ import platform
 
 import pytest
 
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 
 from .steps import EXACT, add_scope, assert_way, bfloat16_error, palm_of, read, read_at_once, rows_of
 
@@ -70,7 +70,7 @@ def use_mutant(compile_native, monkeypatch):
     """Decodes with a kernel of which one line is wrong."""
 
     def use(line, wrong):
-        sources = {name: (native.SOURCES / name).read_text() for name in SOURCES}
+        sources = {name: (native_library.SOURCES / name).read_text() for name in SOURCES}
         assert sum(text.count(line) for text in sources.values()) == 1
         mutant = compile_native({name: text.replace(line, wrong) for name, text in sources.items()}, optimize=False)
         monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.library", lambda: mutant)
@@ -84,8 +84,8 @@ def test_the_kernel_is_right_where_its_mutants_are_wrong():
 
 @pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
 def test_the_kernel_is_right_on_older_processors(without, compile_native, monkeypatch):
-    if native.refusal() is None and platform.machine() == "x86_64":
-        older = compile_native({name: (native.SOURCES / name).read_text() for name in SOURCES}, more=[without])
+    if native_library.refusal() is None and platform.machine() == "x86_64":
+        older = compile_native({name: (native_library.SOURCES / name).read_text() for name in SOURCES}, more=[without])
         monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.library", lambda: older)
         assert error() < EXACT
         assert bfloat16_error(pairs=False) < 2e-6
@@ -93,7 +93,7 @@ def test_the_kernel_is_right_on_older_processors(without, compile_native, monkey
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_line_is_noticed(name, use_mutant):
-    if native.refusal() is None:
+    if native_library.refusal() is None:
         line, wrong, harmless = MUTANTS[name]
         use_mutant(line, wrong)
         assert error() > 1e-7
@@ -101,7 +101,7 @@ def test_a_wrong_line_is_noticed(name, use_mutant):
 
 
 def test_an_own_value_that_is_not_rounded_is_noticed_in_bfloat16(use_mutant):
-    if native.refusal() is None:
+    if native_library.refusal() is None:
         line = "OF(load)(OF(store)(qkv[(s->heads + s->kv_heads + kv) * d + c]))"
         use_mutant(line, line.removeprefix("OF(load)(OF(store)(").removesuffix("))"))
         assert error() < EXACT

@@ -8,7 +8,11 @@ TESTS = {
     "palm_rlhf/policy/*.py": ["tests/policy", "tests/training/test_rlhf.py"],
     "palm_rlhf/ops/nucleus.py": ["tests/ops/test_nucleus.py"],
     "palm_rlhf/ops/sampling.py": ["tests/ops/test_sampling.py", "tests/ops/test_nucleus.py", "tests/policy"],
-    "palm_rlhf/ops/logprobs.py": ["tests/ops/test_losses.py", "tests/policy/test_sequences.py"],
+    "palm_rlhf/ops/logprobs.py": [
+        "tests/ops/test_losses.py",
+        "tests/ops/test_logprobs.py",
+        "tests/policy/test_sequences.py",
+    ],
     "palm_rlhf/training/rlhf/token_table.py": ["tests/training/test_token_table.py"],
     "palm_rlhf/training/rlhf/prompts.py": ["tests/training/test_rlhf_text.py", "tests/training/test_rlhf_rewards.py"],
     "palm_rlhf/training/rlhf/evaluation.py": ["tests/training/test_rlhf_evaluation.py"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops import logprobs_chunked
+from palm_rlhf.ops.logprobs import MAX_REPEATED_DIM
 from palm_rlhf.policy.sequences import action_logprobs, join
 
 ARITHMETIC = {  # the type of the weights, and whether bfloat16 autocast is on
@@ -30,7 +30,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """A tiny model has several chunks of logits."""
-    monkeypatch.setattr(logprobs_chunked, "CHUNK", 1 << 12)
+    monkeypatch.setattr("palm_rlhf.ops.logprobs.CHUNK", 1 << 12)
 
 
 def tiny_palm(**options) -> PaLM:
@@ -73,7 +73,7 @@ def assert_one_arithmetic(palm: PaLM, sequences, autocast: bool, scope: str | No
             return
         embeds, logprobs, _ = said(palm.requires_grad_(False), sequences)
         assert_same_bits([embeds], trained[:1])
-        if palm.config.dim <= logprobs_chunked.MAX_REPEATED_DIM:
+        if palm.config.dim <= MAX_REPEATED_DIM:
             assert_same_bits([logprobs], trained[1:2])
         else:  # the logits of a frozen copy come in chunks, whose products may add up in another order
             torch.testing.assert_close(logprobs, trained[1], rtol=1e-6, atol=1e-6)

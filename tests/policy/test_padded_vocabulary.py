@@ -9,7 +9,7 @@ import torch
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.token_ids import known_tokens
-from palm_rlhf.ops.logprobs_chunked import chunks_pay
+from palm_rlhf.ops.logprobs import chunks_pay
 from palm_rlhf.policy.rollout import Sampling, collect
 from palm_rlhf.policy.sequences import action_logprobs, response_logprobs
 

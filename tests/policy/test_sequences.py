@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops import logprobs_chunked
 from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs
 
 TOKENS = st.lists(st.integers(0, 5), min_size=1, max_size=5)  # 0 is also what pads are filled with
@@ -208,7 +207,7 @@ def test_responses_of_a_padded_batch_by_hand(wandering_palm, draw_rows, said_by_
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 30}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9}])
 def test_responses_in_chunks_by_hand(truncation, wandering_palm, draw_rows, said_by_hand, monkeypatch):
     """With a large vocabulary the logits are never held all at once."""
-    monkeypatch.setattr(logprobs_chunked, "CHUNK", 200)
+    monkeypatch.setattr("palm_rlhf.ops.logprobs.CHUNK", 200)
     palm = wandering_palm(num_tokens=70)
     prompts, responses = draw_rows(3, 1, 5), draw_rows(6, 2, 1, seed=1)
     sequences, held = join(prompts, responses), []

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.cross_entropy_chunked import CHUNK
+from palm_rlhf.ops.cross_entropy import CHUNK
 from palm_rlhf.serving.engine.batch import Batch
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
 from palm_rlhf.serving.engine.sampler import Sampler

@@ -81,7 +81,7 @@ def test_the_ratios_of_the_first_epoch_are_exactly_1_and_the_kl_is_exactly_0(opt
     ids=str,
 )
 def test_so_they_are_of_other_models(model, monkeypatch):
-    monkeypatch.setattr("palm_rlhf.ops.logprobs_chunked.CHUNK", 1 << 16)
+    monkeypatch.setattr("palm_rlhf.ops.logprobs.CHUNK", 1 << 16)
     metrics = first_metrics(small_palm(**model), precision="bf16")
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["kl"] == 0
 

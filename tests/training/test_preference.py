@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops import logprobs_chunked
 from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.run.log import read_metrics
 
@@ -257,7 +256,7 @@ def test_large_vocabularies_are_worked_in_chunks_to_the_same_gradient(palm_of, m
 
     metrics, moved = step()
     assert (70,) in held
-    monkeypatch.setattr(logprobs_chunked, "CHUNK", 200)
+    monkeypatch.setattr("palm_rlhf.ops.logprobs.CHUNK", 200)
     metrics_in_chunks, moved_in_chunks = step()
     assert (70,) not in held
     for name in MEANS:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.cross_entropy_chunked import CHUNK
+from palm_rlhf.ops.cross_entropy import CHUNK
 from palm_rlhf.ops.logprobs import next_token_pairs
 from palm_rlhf.serving.engine.sampler import Sampler, with_alternatives
 from palm_rlhf.serving.generation import EngineError, Generation

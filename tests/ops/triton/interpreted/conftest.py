@@ -1,7 +1,7 @@
 """Tests of Triton kernels on CPU tensors, in Triton's interpreter.
 
 `TRITON_INTERPRET=1` must be set before Triton is imported, and leaves nothing to compile for a GPU. So these run in
-processes of their own, which `tests/ops/test_attention_triton.py` and its sisters start; elsewhere they are left out.
+processes of their own, which `test_fused_attention.py` and `test_fused_layers.py` start; elsewhere they are left out.
 """
 
 import os

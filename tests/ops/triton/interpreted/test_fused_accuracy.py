@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy_reference
-from palm_rlhf.ops.logprobs_chunked import linear_logprobs_reference
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy_reference
+from palm_rlhf.ops.logprobs import linear_logprobs_reference
 from palm_rlhf.ops.rotary import rotary_tables, rotate, xpos_scales
 from palm_rlhf.ops.swiglu import swiglu_reference
 

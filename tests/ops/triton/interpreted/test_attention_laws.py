@@ -9,9 +9,7 @@ from torch import Tensor
 
 from palm_rlhf import PaLM
 from palm_rlhf.ops.attention import attention, available_implementations
-from palm_rlhf.ops.triton import attention_backward as attention_backward_triton
-from palm_rlhf.ops.triton import attention_forward as attention_forward_triton
-from palm_rlhf.ops.triton import tiles as tiles_triton
+from palm_rlhf.ops.triton import attention_backward, attention_forward, tiles
 from palm_rlhf.ops.triton.attention_backward import backward
 from palm_rlhf.ops.triton.attention_decode import decode
 from palm_rlhf.ops.triton.attention_forward import forward
@@ -152,7 +150,7 @@ def test_the_tile_does_not_matter(tile, monkeypatch):
     inputs, key_mask = qkv(50, 70), torch.rand(2, 70) < 0.7
     d_out = torch.randn_like(inputs[0])
     expected = run(inputs, d_out, eager, **CAUSAL, key_mask=key_mask)
-    tables = attention_forward_triton.TILES, attention_backward_triton.KEY_TILES, attention_backward_triton.QUERY_TILES
+    tables = attention_forward.TILES, attention_backward.KEY_TILES, attention_backward.QUERY_TILES
     for table in tables:
         monkeypatch.setitem(table, "sm_80", {64: tile})
     assert_close(run(inputs, d_out, **CAUSAL, key_mask=key_mask), expected)
@@ -166,7 +164,7 @@ def test_the_tiles_of_other_gpus_do_not_matter(arch, dim, monkeypatch):
     masks = {"key_mask": key_mask, "document_ids": torch.randint(3, (1, 150)).sort(dim=-1).values}
     d_out = torch.randn_like(inputs[0])
     expected = run(inputs, d_out, eager, **CAUSAL, **masks)
-    monkeypatch.setattr(tiles_triton, "properties", lambda device: (arch, 1))
+    monkeypatch.setattr(tiles, "properties", lambda device: (arch, 1))
     assert_close(run(inputs, d_out, **CAUSAL, **masks), expected)
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 
-COMPILER = sys.platform == "linux" and any(shutil.which(name) for name in native.COMPILERS if name)
+COMPILER = sys.platform == "linux" and any(shutil.which(name) for name in native_library.COMPILERS if name)
 NO_COMPILER = "no C compiler was found|compiled on Linux only"
 
 # Imports everything, which alone compiles nothing; waits; then reads tokens under each environment.
@@ -22,7 +22,7 @@ import importlib, json, os, sys
 before = os.listdir(os.environ["PALM_RLHF_CACHE"])
 import torch
 from palm_rlhf import PaLM
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 
 assert os.listdir(os.environ["PALM_RLHF_CACHE"]) == before
 print("ready", flush=True)
@@ -31,12 +31,12 @@ usual = dict(os.environ)
 for changes in json.loads(sys.argv[1]):
     os.environ.clear()
     os.environ.update({**usual, **changes})
-    importlib.reload(native)  # forgets what was loaded, as a new process does
+    importlib.reload(native_library)  # forgets what was loaded, as a new process does
     torch.manual_seed(0)
     palm = PaLM(num_tokens=17, dim=12, depth=2, heads=3, dim_head=4)
     options = {"max_new_tokens": 12, "temperature": 0, "repetition_penalty": 100.0}
     tokens = palm.generate(prompt=torch.tensor([1, 2, 3]), **options)
-    print(json.dumps([native.refusal(), native.library() is not None, tokens.tolist()]))
+    print(json.dumps([native_library.refusal(), native_library.library() is not None, tokens.tolist()]))
 """
 
 
@@ -179,11 +179,11 @@ def test_without_the_kernels_there_is_a_reason_and_the_same_text(later, environm
 
 def test_a_library_of_another_user_is_not_loaded(monkeypatch):
     """Who owns a file in a shared folder could have written anything into it."""
-    native.refusal()  # compiles it, if nobody has
+    native_library.refusal()  # compiles it, if nobody has
     monkeypatch.delenv("PALM_RLHF_NATIVE", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(native._Refused, match="belongs to another user" if COMPILER else NO_COMPILER):
-        native._compiled()
+    with pytest.raises(native_library._Refused, match="belongs to another user" if COMPILER else NO_COMPILER):
+        native_library._compiled()
 
 
 def test_a_user_without_a_home_is_refused_with_a_reason(monkeypatch):
@@ -193,7 +193,7 @@ def test_a_user_without_a_home_is_refused_with_a_reason(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("PALM_RLHF_CACHE", raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    library, reason = native._load.__wrapped__()
+    library, reason = native_library._load.__wrapped__()
     assert library is None and re.search("home" if COMPILER else NO_COMPILER, reason)
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops import logprobs_chunked as module
-from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs, linear_logprobs_reference
+from palm_rlhf.ops import logprobs as module
+from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, linear_logprobs_reference
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_chunks_are_for_many_logits_that_are_not_dearer_to_compute_again():
 
 PEAK = """
 import resource, sys, torch
-from palm_rlhf.ops.logprobs_chunked import linear_logprobs, linear_logprobs_reference
+from palm_rlhf.ops.logprobs import linear_logprobs, linear_logprobs_reference
 say = {"chunked": linear_logprobs, "all": linear_logprobs_reference}[sys.argv[1]]
 x, weight = torch.randn(1, 1024, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
 tokens = torch.randint(50257, (1, 1024))

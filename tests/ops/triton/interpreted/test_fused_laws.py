@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops import devices as dispatch
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
-from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs
+from palm_rlhf.ops import devices
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs
 from palm_rlhf.ops.rotary import rotary_tables
-from palm_rlhf.ops.triton import fused_cross_entropy as cross_entropy_triton
+from palm_rlhf.ops.triton import fused_cross_entropy
 from palm_rlhf.ops.triton.fused_cross_entropy import chunks, linear_cross_entropy_triton
 from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
 from palm_rlhf.ops.triton.fused_rotary import rotary_split_triton
@@ -28,7 +28,7 @@ F32 = torch.float32
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """What is dispatched on a GPU, here."""
-    monkeypatch.setattr(dispatch, "DEVICES", {"cpu"})
+    monkeypatch.setattr(devices, "DEVICES", {"cpu"})
     monkeypatch.setattr("palm_rlhf.ops.attention.choose", lambda *tensors, **masks: "triton")
 
 
@@ -75,12 +75,12 @@ def test_the_size_of_the_chunks_does_not_matter(rows, monkeypatch):
         return [*loss_and_gradients(x, weight, tokens, counts), said, entropy, *grads]
 
     expected = run()
-    monkeypatch.setattr(cross_entropy_triton, "CHUNK_BYTES", rows * 128 * 4)
+    monkeypatch.setattr(fused_cross_entropy, "CHUNK_BYTES", rows * 128 * 4)
     assert_close(run(), expected)
 
 
 def test_chunks_are_whole_tiles_of_products_and_never_larger_than_allowed(monkeypatch):
-    monkeypatch.setattr(cross_entropy_triton, "CHUNK_BYTES", 300 * 128 * 2)
+    monkeypatch.setattr(fused_cross_entropy, "CHUNK_BYTES", 300 * 128 * 2)
     x, matrix = torch.randn(600, 8), torch.randn(70, 8).to(torch.bfloat16)
     found = [(rows, part, logits.clone(), logits.stride()) for rows, part, logits in chunks(x, matrix)]
     assert [rows.start for rows, *_ in found] == [0, 256, 512]
@@ -411,4 +411,4 @@ def test_responses_are_said_as_the_reference_does(frozen, request):
 def test_kernels_are_for_the_types_they_compute_in(on_a_gpu):
     x, weight, _ = layer()
     assert chunks_pay(x, weight) and chunks_pay(x.half(), weight.bfloat16())
-    assert not chunks_pay(x.double(), weight) and not dispatch.uses_triton(x, weight.double())
+    assert not chunks_pay(x.double(), weight) and not devices.uses_triton(x, weight.double())

@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.ops.attention import attention
-from palm_rlhf.ops.cpu import native_attention as attention_native
-from palm_rlhf.ops.cpu import native_elementwise as elementwise_native
+from palm_rlhf.ops.cpu import native_attention, native_elementwise
 from palm_rlhf.ops.cpu.native_attention import backward_native, forward_native, key_spans
 from palm_rlhf.ops.cpu.native_library import library
 from palm_rlhf.ops.rotary import rotary_tables
@@ -19,7 +18,7 @@ HAS_ATTENTION = hasattr(library(), "attention_forward") and not torch.cpu._is_am
 
 def where_it_runs(test):
     """The test, or on a processor without such products, that the kernels are refused."""
-    return test if HAS_ATTENTION else lambda: attention_native.takes(*qkv(1, 1, 1, 4, 4, 32)) is False or pytest.fail()
+    return test if HAS_ATTENTION else lambda: native_attention.takes(*qkv(1, 1, 1, 4, 4, 32)) is False or pytest.fail()
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,7 +98,7 @@ TWICE_ROUNDED = 2 * 2**-9  # weights are rounded, and results
 @example(batch=1, kv_heads=2, group=2, queries=30, before=500, dim=32, causal=True, threads=5)
 def test_attention_is_its_definition(batch, kv_heads, group, queries, before, dim, causal, threads):
     inputs = qkv(batch, kv_heads * group, kv_heads, queries, queries + before, dim)
-    assert attention_native.takes(*inputs)
+    assert native_attention.takes(*inputs)
     usual = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -208,9 +207,9 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
         attention(q, k, v, causal=True, **masks).backward(drawn(*q.shape, seed=9))
         for t, grad in zip((q, k, v), by_kernel(q.detach(), k.detach(), v.detach(), True, **masks)[2], strict=True):
             assert torch.equal(t.grad, grad)
-    assert not attention_native.takes(q.float(), k.float(), v.float())
-    assert not attention_native.takes(*(t[..., :40] for t in (q, k, v)))
-    assert not attention_native.takes(*(t.mT.contiguous().mT for t in (q, k, v)))
+    assert not native_attention.takes(q.float(), k.float(), v.float())
+    assert not native_attention.takes(*(t[..., :40] for t in (q, k, v)))
+    assert not native_attention.takes(*(t.mT.contiguous().mT for t in (q, k, v)))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +236,7 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
 )
 def test_a_mutant_of_attention_is_found_out(mutate, file, old, new):
     inputs, masks = qkv(1, 4, 2, 120, 600, 32), {"document_ids": (torch.arange(600) // 190)[None]}
-    if not attention_native.takes(*inputs):
+    if not native_attention.takes(*inputs):
         return
     assert worst(*inputs, True, **masks) < TWICE_ROUNDED
     mutate(file, old, new)
@@ -257,21 +256,21 @@ def swiglu_by_definition(gate, value, d_hidden):
 def swiglu_distance(dtype, n=1003):
     gate, value, d_hidden = (drawn(n, dtype=dtype, seed=seed) * 4 for seed in range(3))
     expected = swiglu_by_definition(gate, value, d_hidden)
-    forward = distance(elementwise_native.swiglu_native(gate, value), expected[-1])
-    return max(forward, *map(distance, elementwise_native.swiglu_backward_native_(d_hidden, gate, value), expected))
+    forward = distance(native_elementwise.swiglu_native(gate, value), expected[-1])
+    return max(forward, *map(distance, native_elementwise.swiglu_backward_native_(d_hidden, gate, value), expected))
 
 
 @DTYPES
 @pytest.mark.parametrize("n", [1, 15, 64, 1003])
 def test_swiglu_is_its_definition_rounded_once(dtype, n):
-    if elementwise_native.takes(torch.ones(1)):
+    if native_elementwise.takes(torch.ones(1)):
         assert swiglu_distance(dtype, n) < 8 * 2**-24 + ROUNDING[dtype]
 
 
 def test_swiglu_of_extreme_gates():
-    if elementwise_native.takes(torch.ones(1)):
+    if native_elementwise.takes(torch.ones(1)):
         gate = torch.tensor([-1e30, -200.0, -0.0, 0.0, 200.0, 1e30, torch.nan])
-        got = elementwise_native.swiglu_native(gate, torch.ones(7))
+        got = native_elementwise.swiglu_native(gate, torch.ones(7))
         torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 0.0, 0.0, 200.0, 1e30, torch.nan]), equal_nan=True)
 
 
@@ -282,10 +281,10 @@ def rotation_distance(dtype, *, per_head=False, rows=2):
         cos, sin = (torch.cat((t, 2 * t, 3 * t), dim=2) for t in (cos, sin))
     first, second = x.double().chunk(2, dim=-1)
     expected = x.double() * cos + torch.cat((second, first), dim=-1) * sin
-    got = elementwise_native.rotate_native(x, cos, sin)
+    got = native_elementwise.rotate_native(x, cos, sin)
     if per_head:
         return distance(got, expected)
-    back = elementwise_native.rotate_native(got, cos, sin, inverse=True, out=torch.empty_like(x))
+    back = native_elementwise.rotate_native(got, cos, sin, inverse=True, out=torch.empty_like(x))
     return max(distance(got, expected), distance(back, x.double()) / 2)
 
 
@@ -293,7 +292,7 @@ def rotation_distance(dtype, *, per_head=False, rows=2):
 @pytest.mark.parametrize("per_head", [False, True], ids=["one table", "a table a head"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rotation_is_its_definition_and_turns_back(dtype, per_head, rows):
-    if elementwise_native.takes(torch.ones(1)):
+    if native_elementwise.takes(torch.ones(1)):
         assert rotation_distance(dtype, per_head=per_head, rows=rows) < 2 * ROUNDING[dtype]
 
 
@@ -310,14 +309,14 @@ def test_rotation_is_its_definition_and_turns_back(dtype, per_head, rows):
     ],
 )
 def test_a_mutant_of_the_elementwise_kernels_is_found_out(mutate, old, new, distance_of):
-    if elementwise_native.takes(torch.ones(1)):
+    if native_elementwise.takes(torch.ones(1)):
         assert distance_of(torch.float32) < 1e-5
         mutate("elementwise_body.h", old, new)
         assert distance_of(torch.float32) > 1e-3
 
 
 def test_kernels_take_neither_other_types_nor_strides():
-    assert not elementwise_native.takes(torch.ones(4, dtype=torch.float64))
-    assert not elementwise_native.takes(torch.ones(4, 4).mT)
-    assert not elementwise_native.takes(torch.ones(4), torch.ones(4).bfloat16())
-    assert not elementwise_native.takes(torch.ones(0))
+    assert not native_elementwise.takes(torch.ones(4, dtype=torch.float64))
+    assert not native_elementwise.takes(torch.ones(4, 4).mT)
+    assert not native_elementwise.takes(torch.ones(4), torch.ones(4).bfloat16())
+    assert not native_elementwise.takes(torch.ones(0))

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops import cross_entropy_chunked as module
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
+from palm_rlhf.ops import cross_entropy as module
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_it_compiles_in_one_graph():
 
 PEAK = """
 import resource, sys, torch
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 loss = {"chunked": linear_cross_entropy, "all": linear_cross_entropy_reference}[sys.argv[1]]
 x, weight = torch.randn(4, 1024, 512, requires_grad=True), torch.randn(50257, 512, requires_grad=True)
 targets = torch.randint(50257, (4, 1024))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf.ops.cpu import native_library as native
+from palm_rlhf.ops.cpu import native_library
 
 LOOPS = """
 #include "native.h"
@@ -21,7 +21,7 @@ def compile_header(compile_native):
     """Compiles loops over the functions of the header, in which one text may be another."""
 
     def compile_(text="#pragma once", other="#pragma once"):
-        header = (native.SOURCES / "native.h").read_text()
+        header = (native_library.SOURCES / "native.h").read_text()
         assert header.count(text) == 1
         return compile_native({"native.h": header.replace(text, other), "loops.c": LOOPS})
 
@@ -61,7 +61,7 @@ def assert_bfloat16(library):
 
 @pytest.mark.parametrize("law", [assert_exp, assert_bfloat16])
 def test_arithmetic(law, compile_header):
-    if native.refusal() is None:
+    if native_library.refusal() is None:
         law(compile_header())
 
 
@@ -78,6 +78,6 @@ def test_arithmetic(law, compile_header):
     ],
 )
 def test_wrong_arithmetic_is_noticed(law, text, wrong, noticed, compile_header):
-    if native.refusal() is None:
+    if native_library.refusal() is None:
         with pytest.raises(AssertionError, match=noticed):
             law(compile_header(text, wrong))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from palm_rlhf.ops.cross_entropy_chunked import linear_cross_entropy, linear_cross_entropy_reference
+from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from palm_rlhf.ops.devices import uses_triton
-from palm_rlhf.ops.logprobs_chunked import chunks_pay, linear_logprobs, linear_logprobs_reference
+from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, linear_logprobs_reference
 from palm_rlhf.ops.rotary import rotary_split, rotary_tables
 from palm_rlhf.ops.swiglu import swiglu
 

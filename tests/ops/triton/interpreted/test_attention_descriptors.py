@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from palm_rlhf.ops.triton import attention_backward as attention_backward_triton
-from palm_rlhf.ops.triton import attention_forward as attention_forward_triton
-from palm_rlhf.ops.triton import tiles as tiles_triton
+from palm_rlhf.ops.triton import attention_backward, attention_forward, tiles
 from palm_rlhf.ops.triton.attention_backward import backward
 from palm_rlhf.ops.triton.attention_forward import forward
 from palm_rlhf.ops.triton.tiles import Tile, describe
@@ -14,15 +12,15 @@ from palm_rlhf.ops.triton.tiles import Tile, describe
 @pytest.fixture
 def descriptors(monkeypatch):
     """The interpreter's architecture copies blocks, in tiles so small that groups are larger than some."""
-    monkeypatch.setattr(tiles_triton, "TMA_ARCHITECTURES", ("sm_80",))
+    monkeypatch.setattr(tiles, "TMA_ARCHITECTURES", ("sm_80",))
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     for table in (
-        attention_forward_triton.TILES,
-        attention_backward_triton.KEY_TILES,
-        attention_backward_triton.QUERY_TILES,
+        attention_forward.TILES,
+        attention_backward.KEY_TILES,
+        attention_backward.QUERY_TILES,
     ):
         monkeypatch.setitem(table, "sm_80", {64: Tile(32, 32, 4)})
 
