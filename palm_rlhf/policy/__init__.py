@@ -1,1 +1,1 @@
-"""The policy of reinforcement learning, what judges it, and what it says."""
+"""The policy of reinforcement learning, its critic and rewards, and the responses that it draws."""

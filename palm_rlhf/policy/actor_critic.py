@@ -1,7 +1,7 @@
-"""The policy with its critic in one module, and the reference that both are held against."""
+"""The policy with its critic in one module, and the reference policy that the KL is measured to."""
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from beartype import beartype
@@ -17,7 +17,7 @@ ACTOR_SCOPE, CRITIC_SCOPE = "actor", "critic"
 
 
 class PolicyOutput(NamedTuple):
-    """What the policy and the critic say of each action, all `b t` in float32, or None for what was not asked."""
+    """Numbers of each action, `b t` each in float32; None for those that were not asked for."""
 
     logprobs: Tensor | None
     entropy: Tensor | None
@@ -27,23 +27,28 @@ class PolicyOutput(NamedTuple):
 class ActorCritic(nn.Module):
     """A policy and a value for every action, in one module for one optimiser.
 
-    Dropout is switched off in all parts, for good: a ratio of probabilities means nothing between two draws of it.
+    Dropout is switched off in all parts for good, because the ratio of probabilities of two dropout masks means
+    nothing.
 
     Args:
         palm: the policy, trained in place.
-        critic: what the critic's trunk starts from, copied: a PaLM, a RewardModel, or None for the policy itself. The
-            copy of a frozen one is trained all the same. The values of a reward model with a scalar head on the
-            last token start as its scores of what was said so far, all others as 0.
-        value: "separate" for a trunk of the critic's own, "shared" for the policy's, "none" for no critic.
-        actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains all of it.
+        critic: the start of the critic's trunk, copied: a PaLM, a RewardModel, or None for the policy itself. The copy
+            is trained even if the original is frozen. The values of a reward model with a scalar head on the last token
+            start as its scores of the text so far; all other values start as 0.
+        value: "separate" for a trunk of the critic's own, "shared" for the policy's trunk, "none" for no critic.
+        actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains the whole policy.
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
 
-    Raises:
-        ValueError: options that do not go together, a frozen policy, or a model that is bidirectional, of another
-            vocabulary, or holds LoRA scopes, which nothing here would apply.
+    Raises ValueError if options exclude each other, if the policy is frozen, and for a model that is bidirectional, has
+    another vocabulary, or holds LoRA scopes, which would not be applied.
     """
 
-    _no_split_modules = ("ParallelBlock",)  # what accelerate makes shards of, where it is not told
+    _no_split_modules = ("ParallelBlock",)  # accelerate makes a shard of each, unless it is told otherwise
+    palm: PaLM
+    critic: PaLM | RewardModel | None
+    value_head: nn.Linear | None
+    actor_scope: str | None
+    critic_scope: str | None
 
     @beartype
     def __init__(
@@ -73,12 +78,12 @@ class ActorCritic(nn.Module):
         if value == "separate":
             self.critic = copy.deepcopy(palm if critic is None else critic)
             if isinstance(self.critic, RewardModel):
-                self.critic.requires_grad_(True)  # its original is often frozen
+                self.critic.requires_grad_(True)  # the original is often frozen
                 self.critic.use_lora_scope(self.critic.lora_scope)
-                self.critic.head.requires_grad_(False)  # its place is taken by the value head
+                self.critic.head.requires_grad_(False)  # the value head replaces it
             elif not any(parameter.requires_grad for parameter in self.critic.parameters()):
-                self.critic.requires_grad_(True)  # nor is a frozen PaLM's copy to train its head alone
-            if critic_lora_r:
+                self.critic.requires_grad_(True)  # a critic whose trunk is frozen would train its head only
+            if critic_lora_r and isinstance(self.critic, PaLM):
                 self.critic_scope = CRITIC_SCOPE
                 self.critic.add_finetune_params(CRITIC_SCOPE, critic_lora_r)
         self.palm = palm
@@ -86,29 +91,22 @@ class ActorCritic(nn.Module):
             self.actor_scope = ACTOR_SCOPE
             palm.add_finetune_params(ACTOR_SCOPE, actor_lora_r)
         if value != "none":
-            trunk = getattr(self.critic or palm, "palm", self.critic or palm)
+            trunk = self.critic.palm if isinstance(self.critic, RewardModel) else self.critic or palm
             self.value_head = nn.Linear(trunk.config.dim, 1, device=palm.device, dtype=palm.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             if isinstance(self.critic, RewardModel) and self.critic.reads_one_score_a_token:
-                self._start_from_the_score()
+                start_from_the_score(self.value_head, self.critic)
         if not self.actor_parameters():
             raise ValueError("the policy is frozen; expected weights to train: palm.requires_grad_(), or actor_lora_r")
         switch_off_dropout(self)
 
-    @torch.no_grad()
-    def _start_from_the_score(self) -> None:
-        """Let the first values be the reward model's normalised scores of what was said so far (Ouyang et al. 2022)."""
-        critic, head = self.critic, self.value_head
-        head.weight.copy_(critic.head.weight / critic.score_std)
-        head.bias.copy_(-critic.score_mean / critic.score_std)
-
     def actor_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the policy."""
+        """Return the trainable parameters of the policy."""
         return [parameter for parameter in self.palm.parameters() if parameter.requires_grad]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters that are the critic's alone."""
+        """Return the trainable parameters that belong to the critic alone."""
         parts = [part for part in (self.critic, self.value_head) if part is not None]
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
@@ -124,8 +122,8 @@ class ActorCritic(nn.Module):
         allowed_tokens: Tensor | None = None,
         entropy_needs_grad: bool = False,
     ) -> PolicyOutput:
-        """Log-probabilities, entropies and values of all actions, or with `policy=False` the values alone."""
-        logprobs = entropy = said_values = None
+        """Return log-probabilities, entropies and values of all actions; with `policy=False` only the values."""
+        logprobs = entropy = estimates = None
         if policy or (values and self.critic is None):
             embeds = embeds_before_actions(self.palm, sequences, self.actor_scope)
         if policy:
@@ -141,22 +139,22 @@ class ActorCritic(nn.Module):
             )
         if values and self.value_head is not None:
             if self.critic is not None:
-                embeds = self._critic_embeds(sequences)
-            said_values = read_wide(self.value_head, embeds).squeeze(-1)
-        return PolicyOutput(logprobs, entropy, said_values)
+                embeds = self._critic_embeds(self.critic, sequences)
+            estimates = read_wide(self.value_head, embeds).squeeze(-1)
+        return PolicyOutput(logprobs, entropy, estimates)
 
-    def _critic_embeds(self, sequences: Sequences) -> Tensor:
-        """The final embeddings of a critic of its own where the actions are about to be said, `b t e`."""
-        if isinstance(self.critic, PaLM):
-            return embeds_before_actions(self.critic, sequences, self.critic_scope)
-        embeds = self.critic.embed(sequences.tokens, sequences.key_mask, prompt_mask=sequences.prompt_mask)
+    def _critic_embeds(self, critic: PaLM | RewardModel, sequences: Sequences) -> Tensor:
+        """Return the final embeddings of a separate critic at the token before each action: `b t e`."""
+        if isinstance(critic, PaLM):
+            return embeds_before_actions(critic, sequences, self.critic_scope)
+        embeds = critic.embed(sequences.tokens, sequences.key_mask, prompt_mask=sequences.prompt_mask)
         return sequences.before_actions(embeds)
 
 
 class Reference:
-    """The policy as it was before: a frozen copy of it, or with LoRA its own base, whose adapter is off.
+    """The policy before training: a frozen copy, or with LoRA the policy itself without its adapter.
 
-    It is no part of the trained module: no optimiser sees it, and nothing that is trained can reach it.
+    It is no part of the trained module, so no optimiser sees it and no training step changes it.
     """
 
     @beartype
@@ -168,16 +166,23 @@ class Reference:
         self.palm = source if self.is_base else switch_off_dropout(copy.deepcopy(source).requires_grad_(False))
 
     @torch.no_grad()
-    def logprobs(self, sequences: Sequences, **sampling) -> ActionLogprobs:
-        """What the reference gives the actions; `sampling` are the options of `action_logprobs`."""
+    def logprobs(self, sequences: Sequences, **sampling: Any) -> ActionLogprobs:
+        """Return the reference's log-probabilities of the actions; `sampling` are the options of `action_logprobs`."""
         return response_logprobs(self.palm, sequences, **sampling)
 
 
+@torch.no_grad()
+def start_from_the_score(head: nn.Linear, reward_model: RewardModel) -> None:
+    """Let a value head return the reward model's normalised scores of the text so far (Ouyang et al. 2022)."""
+    head.weight.copy_(reward_model.head.weight / reward_model.score_std)
+    head.bias.copy_(-reward_model.score_mean / reward_model.score_std)
+
+
 def check_model(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
-    """ValueError for what cannot stand beside, or be, a policy of `num_tokens` tokens."""
+    """Raise ValueError if a model cannot be used with, or as, a policy of `num_tokens` tokens."""
     palm = model.palm if isinstance(model, RewardModel) else model
     if not palm.config.causal:
-        raise ValueError(f"the {name} has causal=False and sees what is yet to be said; expected causal=True")
+        raise ValueError(f"the {name} has causal=False, so each token sees the tokens after it; expected causal=True")
     check_vocabulary(name, model, num_tokens)
     if palm is model and palm.finetune_modules:
         raise ValueError(
@@ -187,7 +192,7 @@ def check_model(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
 
 
 def check_vocabulary(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
-    """ValueError where the model reads other tokens than a policy of `num_tokens` says."""
+    """Raise ValueError if the model's vocabulary is not the policy's, which has `num_tokens` tokens."""
     palm = model.palm if isinstance(model, RewardModel) else model
     if palm.num_tokens != num_tokens:
         raise ValueError(f"the {name} has num_tokens={palm.num_tokens}; expected {num_tokens} as the policy has")

@@ -1,4 +1,4 @@
-"""How a function that rewards responses is called: with what its signature asks for, in a thread, once."""
+"""Calls of reward functions: the arguments that a signature asks for, one call for all responses, in a thread."""
 
 import asyncio
 import functools
@@ -13,18 +13,18 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-Numbers = list[float | None]  # None where a reward cannot say
+Numbers = list[float | None]  # None where a reward cannot tell
 
 
 @beartype
 def start(ask: Callable[[], Any], device: str) -> Future:
-    """Calls in a thread of its own, with this thread's precision; Python can end while it runs."""
+    """Run a call in a thread of its own, under this thread's precision. Python can exit while the call runs."""
     future: Future = Future()
-    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def run() -> None:
         try:
-            with torch.no_grad(), torch.autocast(device, **autocast):
+            with torch.no_grad(), torch.autocast(device, dtype, enabled):
                 future.set_result(ask())
         except BaseException as error:  # raised again where the future is read
             future.set_exception(error)
@@ -35,7 +35,7 @@ def start(ask: Callable[[], Any], device: str) -> Future:
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """The loop of all coroutines: one for the whole process, so that what they keep open stays of use."""
+    """Return the event loop of all coroutines: one for the process, since they may keep connections open on it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return loop
@@ -47,7 +47,7 @@ async def _awaited(answers: Any) -> Any:
 
 @beartype
 def call(label: str, function: Callable, given: Mapping[str, Any]) -> Numbers:
-    """The function's answers, checked."""
+    """Call a reward function and return its checked answers."""
     prompts, completions = given["prompts"], given["completions"]
     positional, keywords = arguments_of(label, function, given)
     try:
@@ -74,14 +74,14 @@ def call(label: str, function: Callable, given: Mapping[str, Any]) -> Numbers:
 
 @beartype
 def arguments_of(label: str, function: Callable, given: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """What a function is called with: all by name where it knows `completions`, else prompts and completions first."""
+    """Return the arguments of a call: all by name if the function knows `completions`, else these two come first."""
     plain = given["prompts"], given["completions"]
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some of those written in C do not tell
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return plain, {}
     kinds = {parameter.kind for parameter in parameters}
-    if inspect.Parameter.VAR_POSITIONAL in kinds:  # such as a wrapper, which does not tell what it passes on
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # such as a wrapper, whose signature hides what it passes on
         return plain, {}
     by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     all_by_name = "completions" in by_keyword or kinds == {inspect.Parameter.VAR_KEYWORD}
@@ -105,7 +105,7 @@ def arguments_of(label: str, function: Callable, given: Mapping[str, Any]) -> tu
 
 
 def _row_at(error: Exception, prompts: list, completions: list) -> int | None:
-    """The response that a function was at when it raised, by the prompt or completion that its variables held."""
+    """Return the row that a function worked on when it raised, judged by the prompt or completion in its variables."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         held = {id(value) for value in frame.f_locals.values()}
         for parts in (completions, prompts):
@@ -116,5 +116,5 @@ def _row_at(error: Exception, prompts: list, completions: list) -> int | None:
 
 
 def shown(part: str | Tensor) -> str:
-    """A prompt or completion as messages have it."""
+    """Return a prompt or completion as error messages show it."""
     return f"{part if isinstance(part, str) else part.tolist()!r:.200}"

@@ -1,7 +1,7 @@
 """The reward model: a PaLM that scores a whole sequence."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +19,27 @@ Pooling = Literal["last", "mean", "mean_all"]
 
 
 class RewardModel(StoredRewardModel):
-    """A copy of a PaLM with a linear head on one final embedding of each sequence; dropout is switched off in it.
+    """A copy of a PaLM with a linear head on one final embedding of each sequence; its dropout is switched off.
 
-    The head gives the score, or the logits of bins 0, 1, ..., and the score is then their expectation. Where prompts
-    are marked, an embedding is added to prompt tokens and another to all others; both are zero at the start.
+    The output of the head is the score, or the logits of bins 0, 1, ..., whose expectation is the score. If prompts are
+    marked, one embedding is added to prompt tokens and another one to all others; both start as zero.
 
     Args:
-        palm: copied, and left as it is.
-        num_binned_output: number of bins; 0 is the scalar head.
-        pooling: what the head reads: "last" is the last real token (Stiennon et al. 2020), "mean" the mean over the
-            response, over all real tokens where no prompt is marked, "mean_all" that over all real tokens always.
+        palm: copied; the original does not change.
+        num_binned_output: number of bins; 0 for the scalar head.
+        pooling: the embedding that the head reads. "last": that of the last token before padding (Stiennon et al.
+            2020). "mean": the mean over the response, or over all tokens if no prompt is marked. "mean_all": always the
+            mean over all tokens.
         use_lora: train a LoRA scope of the PaLM in place of its weights.
         lora_r: rank of that scope.
         reward_lora_scope: its name.
     """
+
+    palm: PaLM
+    head: nn.Linear
+    lora_scope: str | None
+    score_mean: Tensor
+    score_std: Tensor
 
     @beartype
     def __init__(
@@ -54,18 +61,19 @@ class RewardModel(StoredRewardModel):
             self.palm.add_finetune_params(reward_lora_scope, lora_r)
         self.use_lora_scope(reward_lora_scope if use_lora else None)
 
-        dim, like = palm.config.dim, {"device": palm.device, "dtype": palm.dtype}
-        self.prompt_embed = nn.Parameter(torch.zeros(dim, **like))
-        self.response_embed = nn.Parameter(torch.zeros(dim, **like))
-        # A score needs no bias: in a loss of differences, its gradient would be rounding, which Adam makes steps of.
-        self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 0, **like)
+        dim, device, dtype = palm.config.dim, palm.device, palm.dtype
+        self.prompt_embed = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        self.response_embed = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        # A score has no bias: a loss of score differences gives it a gradient of rounding errors, and Adam follows it.
+        has_bias = num_binned_output > 0
+        self.head = nn.Linear(dim, max(num_binned_output, 1), bias=has_bias, device=device, dtype=dtype)
         nn.init.normal_(self.head.weight, std=(dim + 1) ** -0.5)  # Stiennon et al. 2020
         self.register_buffer("score_mean", torch.zeros(1, device=palm.device))
         self.register_buffer("score_std", torch.ones(1, device=palm.device))
 
     @beartype
     def use_lora_scope(self, scope: str | None) -> None:
-        """Score with a LoRA scope of the PaLM, or with none; of the PaLM, only that or else the base is trained."""
+        """Score with a LoRA scope of the PaLM, or with none; only that scope, or else the base, is trained."""
         self.lora_scope = scope
         self.palm.requires_grad_(False)
         for parameter in self.palm.palm_parameters() if scope is None else self.palm.finetune_parameters(scope):
@@ -73,11 +81,11 @@ class RewardModel(StoredRewardModel):
 
     @property
     def reads_one_score_a_token(self) -> bool:
-        """Whether the head gives the score of a sequence from the embedding of its last token, linearly."""
+        """Whether the score of a sequence is a linear function of the embedding of its last token."""
         return self.pooling == "last" and not self.num_binned_output
 
     def finetune_parameters(self) -> list[nn.Parameter]:
-        """All that is trained: the head, the two embeddings, and the LoRA scope or else the whole PaLM."""
+        """Return all trained parameters: the head, the two embeddings, and the LoRA scope or else the whole PaLM."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def forward(
@@ -92,24 +100,24 @@ class RewardModel(StoredRewardModel):
         raw: bool = False,
         disable_lora: bool = False,
     ) -> Tensor:
-        """Scores, or with labels a loss.
+        """Return scores, or with labels a loss.
 
         Args:
             tokens: `b n`.
-            key_mask: `b n`, True for real tokens; pads may be on either side.
+            key_mask: `b n`, False for padding, which may be on either side.
             prompt_mask: `b n`, True for the tokens of the prompt.
-            prompt_lengths: `b`, real tokens of the prompt, instead of the mask.
-            labels: `b`, what the score should be, or the bin; the loss is on scores before their normalisation.
+            prompt_lengths: `b`, tokens of the prompt without padding, instead of the mask.
+            labels: `b`, the target scores, or the target bins. The loss is on scores before their normalisation.
             denominator: divides the summed loss instead of the number of rows.
-            raw: scores before their normalisation, whose differences are the log-odds that were trained.
-            disable_lora: score by the base.
+            raw: return scores before their normalisation; their differences are the trained log-odds.
+            disable_lora: score with the base.
 
         Returns:
             `b` in at least float32, or the mean squared error, or the cross-entropy of the bins in nats.
         """
         if prompt_lengths is not None:
             if prompt_mask is not None:
-                raise ValueError("got a prompt_mask and prompt_lengths; expected one of them")
+                raise ValueError("got prompt_mask and prompt_lengths; expected one of them")
             real = torch.ones_like(tokens) if key_mask is None else key_mask
             prompt_mask = real.cumsum(dim=-1) <= prompt_lengths.unsqueeze(-1)
         embeds = self.embed(tokens, key_mask, prompt_mask=prompt_mask, disable_lora=disable_lora)
@@ -126,9 +134,9 @@ class RewardModel(StoredRewardModel):
         return scores if raw else (scores - self.score_mean) / self.score_std
 
     def embed(
-        self, tokens: Tensor, key_mask: Tensor | None = None, *, prompt_mask: Tensor | None = None, **options
+        self, tokens: Tensor, key_mask: Tensor | None = None, *, prompt_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """The final embeddings; `options` are for the PaLM: `b n -> b n e`."""
+        """Return the final embeddings: `b n -> b n e`; `options` are those of the PaLM."""
         parts = self.prompt_embed, self.response_embed
         return self.palm(
             tokens,
@@ -140,7 +148,7 @@ class RewardModel(StoredRewardModel):
         )
 
     def _pool(self, embeds: Tensor, key_mask: Tensor | None, prompt_mask: Tensor | None) -> Tensor:
-        """`b n e -> b e`"""
+        """Return the embeddings that the head reads: `b n e -> b e`."""
         rows, columns = (torch.arange(size, device=embeds.device) for size in embeds.shape[:2])
         keep = torch.ones_like(embeds[..., 0], dtype=torch.bool) if key_mask is None else key_mask
         if self.pooling == "last":
@@ -152,8 +160,8 @@ class RewardModel(StoredRewardModel):
     @torch.no_grad()
     @beartype
     def score(self, sequences: Sequences, *, batch_size: int = 64, raw: bool = False) -> Tensor:
-        """The scores of prompts with responses, so many rows at a time, without gradients: `b`."""
-        order = sequences.lengths.argsort(stable=True)  # rows of like length together: few pads are read
+        """Return the scores of prompts with responses, `b`, computed `batch_size` rows at a time without gradients."""
+        order = sequences.lengths.argsort(stable=True)  # rows of similar length together, for little padding
         parts = [sequences.select(rows).to(self.palm.device) for rows in order.split(batch_size)]
         scores = [self(part.tokens, part.key_mask, prompt_mask=part.prompt_mask, raw=raw) for part in parts]
         return torch.cat(scores)[order.argsort().to(self.palm.device)]
@@ -161,9 +169,9 @@ class RewardModel(StoredRewardModel):
     @torch.no_grad()
     @beartype
     def normalise(self, scores: Tensor) -> None:
-        """Shift and scale all scores so that these, just given by this model, have mean 0 and deviation 1 from now on.
+        """Shift and scale future scores: `scores`, which this model returned, get mean 0 and deviation 1.
 
-        Their order stays, and the weights. It builds on an earlier normalisation: the same set again changes nothing.
+        The order of scores and the weights do not change. Normalisations add up: the same set again changes nothing.
         """
         std = scores.double().std(correction=0)
         if scores.ndim != 1 or not 0 < std < float("inf"):
@@ -173,9 +181,9 @@ class RewardModel(StoredRewardModel):
 
 
 def read_wide(head: nn.Linear, embeds: Tensor) -> Tensor:
-    """A head in float32, under autocast and with narrower weights too, where bfloat16 would round: `... e -> ... o`.
+    """Apply a head in float32, even under autocast and with narrower weights: `... e -> ... o`.
 
-    Scores near each other would be equal in bfloat16, and values around 100 would go in steps of 0.5.
+    In bfloat16 close scores would be equal, and values around 100 would move in steps of 0.5.
     """
     dtype = torch.promote_types(embeds.dtype, torch.float32)
     with torch.autocast(embeds.device.type, enabled=False):

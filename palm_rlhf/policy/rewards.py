@@ -1,4 +1,4 @@
-"""Scores of responses: by reward models and functions, one or several by name, each of them asked once."""
+"""Scores of responses by reward models and reward functions, one of them or several by name."""
 
 import functools
 import math
@@ -18,15 +18,15 @@ from palm_rlhf.policy.sequences import Sequences, spoken
 
 Reward = RewardModel | Callable
 Rewards = Reward | Mapping[str, Reward]
-GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")  # to every function that asks for them
-LARGEST = torch.finfo(torch.float32).max  # of a score
+GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")  # every function can ask for them
+LARGEST = torch.finfo(torch.float32).max  # absolute value of a score
 
 
 class Scores(NamedTuple):
-    """What the rewards say of each response: `b` float32, and whether they could say (the score is 0 where not).
+    """Scores of responses: `b` float32, and which of them are valid; the score of an invalid one is 0.
 
-    Of named rewards it is the weighted sum over those that could say, and none where all of these have the weight 0;
-    `by_name` has each one's own, without its weight.
+    With named rewards, a score is the weighted sum of those that returned a number. It is invalid if no reward with a
+    weight did. `by_name` has the scores of each reward, without weights.
     """
 
     scores: Tensor
@@ -34,8 +34,10 @@ class Scores(NamedTuple):
     by_name: Mapping[str, "Scores"] = {}
 
     def numbers(self) -> Numbers:
-        """The scores as a list, None where there is none."""
-        return [score if said else None for score, said in zip(self.scores.tolist(), self.valid.tolist(), strict=True)]
+        """Return the scores as a list, with None for invalid ones."""
+        return [
+            score if valid else None for score, valid in zip(self.scores.tolist(), self.valid.tolist(), strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -53,18 +55,16 @@ def score(
 ) -> Scores:
     """Score responses by RewardModels and functions: one, or several by name with their `weights` (1 if not listed).
 
-    A function returns a number for each completion, or None where it cannot say. It gets two lists, `prompts` and
-    `completions`: texts where there is a tokenizer (completions without the EOS), else 1-d tensors. Further parameters
-    of its signature are passed by name: `prompt_ids` and `completion_ids` (lists of ids, with the EOS), and
-    `keywords`, such as the prompts' other columns; a function with `**kwargs` gets them all. It may be a coroutine
-    function. Several functions are called at the same time, each in a thread, for up to `timeout` seconds; a thread
-    cannot be stopped, so that one which takes longer goes on, unheard.
+    A function returns a number for each completion, or None if it cannot tell. It is called with two lists, `prompts`
+    and `completions`: texts if there is a tokenizer (completions without the end-of-sequence token), else 1-d tensors.
+    Further parameters of its signature are passed by name: `prompt_ids` and `completion_ids` (lists of ids, with the
+    end-of-sequence token), and `keywords`, such as the prompts' other columns. A function with `**kwargs` gets all of
+    these. It may be a coroutine function. Several functions run at the same time, each in a thread, for up to `timeout`
+    seconds. A thread cannot be stopped: a function that takes longer runs on, and its answer is dropped.
 
-    Raises:
-        ValueError: a function returns something else, or asks for a parameter that there is not.
-        RuntimeError: a function raised; it is not asked again, and its prompt is named if it was at one.
-        TimeoutError: a function takes too long.
-        FloatingPointError: a score is not finite, in float32.
+    Raises ValueError if a function returns anything else or asks for an unknown parameter; RuntimeError if a function
+    raises, naming the prompt if it can be told (it is not called again); TimeoutError if a function takes too long;
+    FloatingPointError if a score is not finite in float32.
     """
     rewards = named(reward)
     prompts, completions = spoken(sequences, tokenizer, eos_token)
@@ -87,45 +87,49 @@ def score(
 
 
 def named(reward: Rewards) -> Mapping[str, Reward]:
-    """Rewards by name; one alone has an empty name."""
+    """Return rewards by name; a single reward has an empty name."""
     return reward if isinstance(reward, Mapping) else {"": reward}
 
 
 def move(reward: Rewards, device: torch.device) -> None:
-    """Bring the models among rewards to a device."""
+    """Move the reward models among rewards to a device."""
     for model in named(reward).values():
         if isinstance(model, RewardModel):
             model.to(device)
 
 
 def label_of(name: str) -> str:
-    """How messages call a reward."""
+    """Return the words for a reward in error messages."""
     return f"the reward {name!r}" if name else "the reward function"
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 def weighted_sum(answers: Mapping[str, Numbers], weights: Mapping[str, float]) -> Numbers:
-    """For each response, the sum of the rewards that could say, times their weights; None if none that counts could."""
+    """Return each response's weighted sum of the rewards that returned a number; None if none with a weight did."""
     counted = {name: weights.get(name, 1.0) for name in answers}
     rows = zip(*([(counted[name], number) for number in numbers] for name, numbers in answers.items()), strict=True)
-    said = ([(weight, number) for weight, number in row if weight and number is not None] for row in rows)
-    return [math.fsum(weight * number for weight, number in row) if row else None for row in said]
+    counted_rows = ([(weight, number) for weight, number in row if weight and number is not None] for row in rows)
+    return [math.fsum(weight * number for weight, number in row) if row else None for row in counted_rows]
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 def check_rewards(
     reward: Rewards, *, num_tokens: int, keywords: Sequence[str] = (), weights: Mapping[str, float] | None = None
 ) -> None:
-    """ValueError, before a run begins, for rewards that could not be asked, and weights that would reach nothing.
+    """Raise ValueError, before a run begins, for rewards that cannot be called and weights without effect.
 
-    `num_tokens` are the policy's, `keywords` the names that functions can ask for beside GIVEN.
+    Args:
+        num_tokens: size of the policy's vocabulary.
+        keywords: names that functions can ask for, besides GIVEN.
     """
     rewards = named(reward)
     if not rewards:
-        raise ValueError("got no reward, expected at least one")
+        raise ValueError("got no reward; expected at least one")
     names = (*GIVEN, *keywords)
     if taken := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the prompts have the columns {taken}, by which functions get something else: rename them")
+        raise ValueError(
+            f"the prompts have the columns {taken}, names under which functions get other values: rename them"
+        )
     for name, one in rewards.items():
         if isinstance(one, RewardModel):
             check_vocabulary(f"reward model {name!r}" if name else "reward model", one, num_tokens)
@@ -136,9 +140,11 @@ def check_rewards(
     if not isinstance(reward, Mapping):
         raise ValueError(f"got reward_weights={weights} for one reward without a name; expected rewards by name")
     if unknown := weights.keys() - rewards.keys():
-        raise ValueError(f"reward_weights has {sorted(unknown)}, expected names among those of {sorted(rewards)}")
+        raise ValueError(
+            f"reward_weights has {sorted(unknown)}; expected names of rewards, which are {sorted(rewards)}"
+        )
     if not any(weights.get(name, 1.0) for name in rewards):
-        raise ValueError(f"got reward_weights={weights}, all of them 0; expected another weight of at least one")
+        raise ValueError(f"got reward_weights={weights}, all of them 0; expected at least one other weight")
 
 
 def _answers(
@@ -148,7 +154,7 @@ def _answers(
     batch_size: int,
     timeout: float | None,
 ) -> dict[str, Numbers]:
-    """Each reward's numbers: functions are heard while the models, which stay in this thread, compute."""
+    """Return each reward's numbers. Functions run in threads while the models compute in this one."""
     if len(rewards) == len(calls) == 1 and timeout is None:
         return {name: ask() for name, ask in calls.items()}
     end = None if timeout is None else monotonic() + timeout

@@ -1,4 +1,4 @@
-"""Prompts with responses as one block of tokens, and what a policy gives those responses."""
+"""Prompts with responses as one block of tokens, and the policy's log-probabilities of those responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,28 +17,28 @@ from palm_rlhf.policy.shared_prompts import embeds_before_actions
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows of a prompt and its response, next to each other, padded on the right.
+    """Rows of a prompt followed by its response, padded on the right.
 
-    A token of a response is an action: what the policy said where the token before it stands. Where an environment
-    answered between the policy's words, its tokens are part of the response and are read, but are no actions.
+    The tokens of a response are actions; each is chosen at the token before it. If an environment replied between the
+    policy's turns, its tokens are part of the response. They are read, but they are no actions.
     """
 
     tokens: Tensor  # b n
     prompt_lengths: Tensor  # b
     response_lengths: Tensor  # b
-    policy_mask: Tensor | None = None  # b t, False for tokens of the response that an environment wrote; None: nowhere
+    policy_mask: Tensor | None = None  # b t, False for response tokens that an environment wrote; None: there are none
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row, pads not counted: `b`."""
+        """Tokens of each row without padding: `b`."""
         return self.prompt_lengths + self.response_lengths
 
     @property
     def key_mask(self) -> Tensor:
-        """True for tokens, False for pads: `b n`."""
+        """False for padding: `b n`."""
         return self._columns < self.lengths.unsqueeze(-1)
 
     @property
@@ -63,12 +63,12 @@ class Sequences:
 
     @property
     def actions(self) -> Tensor:
-        """The responses, each from column 0; 0 after their end, and where a token is no action: `b t`."""
+        """The actions, each response from column 0; 0 at padding and at tokens that are no actions: `b t`."""
         return self.responses.masked_fill(~self.action_mask, 0)
 
     @property
     def responses(self) -> Tensor:
-        """The responses, each from column 0, an environment's tokens included; after their end, any token: `b t`."""
+        """The responses from column 0, an environment's tokens included; any token at padding: `b t`."""
         return self.tokens.gather(-1, self._action_columns)
 
     @property
@@ -86,25 +86,25 @@ class Sequences:
 
     @property
     def _action_columns(self) -> Tensor:
-        """Where each action stands in `tokens`; past a row's end, somewhere in it: `b t`."""
+        """The column of each action in `tokens`; at padding, any column of the row: `b t`."""
         return (self.prompt_lengths.unsqueeze(-1) + self._steps).clamp(max=self.tokens.shape[1] - 1)
 
     def before_actions(self, x: Tensor) -> Tensor:
-        """What stands where each action is about to be said: `b n ... -> b t ...`."""
+        """Return the entries at the token before each action: `b n ... -> b t ...`."""
         index = self._action_columns - 1
         return x.gather(1, index.reshape(*index.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:]))
 
     def select(self, rows: Tensor | slice) -> "Sequences":
-        """Some of the rows, without the columns that only the others need."""
+        """Return some of the rows, without the columns that are padding in all of them."""
         prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
         tokens = self.tokens[rows][:, : int((prompts + responses).max())]
         mask = None if self.policy_mask is None else self.policy_mask[rows][:, : int(responses.max())]
         return Sequences(tokens, prompts, responses, mask)
 
     def to(self, device: torch.device | str) -> "Sequences":
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         mask = None if self.policy_mask is None else self.policy_mask.to(device)
-        return Sequences(*(t.to(device) for t in (self.tokens, self.prompt_lengths, self.response_lengths)), mask)
+        return Sequences(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device), mask)
 
 
 @beartype
@@ -113,10 +113,12 @@ def join(
 ) -> Sequences:
     """Lay out prompts and responses, 1-d tensors of any lengths above 0, one pair a row.
 
-    `policy_masks` are True for the tokens of each response that the policy said; None: it said all of them.
+    `policy_masks` are True for the tokens of each response that the policy wrote; None means all of them.
     """
     if len(prompts) != len(responses) or not prompts:
-        raise ValueError(f"got {len(prompts)} prompts and {len(responses)} responses; expected as many, at least one")
+        raise ValueError(
+            f"got {len(prompts)} prompts and {len(responses)} responses; expected the same number, at least one"
+        )
     for kind, rows in (("prompt", prompts), ("response", responses)):
         for index, row in enumerate(rows):
             if row.ndim != 1 or len(row) == 0:
@@ -136,22 +138,22 @@ def join(
 
 @beartype
 def spoken(sequences: Sequences, tokenizer: Any = None, eos_token: int | None = None) -> tuple[list, list]:
-    """Prompts and completions: texts by the tokenizer's `decode`, completions without the EOS; else 1-d tensors."""
+    """Return prompts and completions: texts if there is a tokenizer (completions without the EOS), else 1-d tensors."""
     prompts, completions = [], []
     for row, prompt, response in zip(
         sequences.tokens, sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True
     ):
-        said = row[prompt : prompt + response]
-        if tokenizer is not None and eos_token is not None and int(said[-1]) == eos_token:
-            said = said[:-1]
-        # copies: who keeps one is not to keep the whole block
+        completion = row[prompt : prompt + response]
+        if tokenizer is not None and eos_token is not None and int(completion[-1]) == eos_token:
+            completion = completion[:-1]
+        # copies, since a view that is kept would keep the whole block of tokens
         prompts.append(row[:prompt].clone() if tokenizer is None else tokenizer.decode(row[:prompt].tolist()))
-        completions.append(said.clone() if tokenizer is None else tokenizer.decode(said.tolist()))
+        completions.append(completion.clone() if tokenizer is None else tokenizer.decode(completion.tolist()))
     return prompts, completions
 
 
 class ActionLogprobs(NamedTuple):
-    """Of each action, under the distribution that it is sampled from; both `b t`, float32."""
+    """Log-probability and entropy of each action under its sampling distribution: `b t` each, float32."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -168,22 +170,32 @@ def action_logprobs(
     allowed_tokens: Tensor | None = None,
     entropy_needs_grad: bool = False,
 ) -> ActionLogprobs:
-    """The log-probability of each action under the sampling distribution, and that distribution's entropy in nats.
+    """Return the log-probability of each action under the sampling distribution, and its entropy in nats.
 
-    An action always counts as kept by top-k and top-p: they cut what was sampled from then, and the policy has moved.
+    An action always counts as kept by top-k and top-p: they cut the distribution of the policy that sampled it, and the
+    policy has changed since.
 
-    embeds: `b t e` where the actions are about to be said, actions: `b t`, allowed_tokens: `v` bool
+    Shapes: embeds `b t e`, at the token before each action; actions `b t`; allowed_tokens `v` bool.
     """
     weight, in_chunks = palm.token_emb.weight, temperature > 0
-    if allowed_tokens is not None:  # the padding of a vocabulary stands at its end, and is cut off
+    if allowed_tokens is not None:  # ids that pad the vocabulary are at its end, and are cut off
         num_allowed = int(allowed_tokens.sum())
         in_chunks = in_chunks and bool(allowed_tokens[:num_allowed].all())
         weight = weight[:num_allowed]
     if in_chunks and chunks_pay(embeds, weight, entropy_needs_grad=entropy_needs_grad):
-        options = {"top_k": top_k, "top_p": top_p, "entropy_needs_grad": entropy_needs_grad}
         scale = palm.config.output_scale / temperature
-        return ActionLogprobs(*linear_logprobs(embeds, weight, actions, scale=scale, **options))
-    logits = palm.to_logits(embeds, wide=True)  # as those of chunks are
+        return ActionLogprobs(
+            *linear_logprobs(
+                embeds,
+                weight,
+                actions,
+                scale=scale,
+                top_k=top_k,
+                top_p=top_p,
+                entropy_needs_grad=entropy_needs_grad,
+            )
+        )
+    logits = palm.to_logits(embeds, wide=True)  # as those of the chunks are
     logits = truncated_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, allowed_tokens=allowed_tokens, always=actions
     )
@@ -191,8 +203,8 @@ def action_logprobs(
 
 
 def response_logprobs(
-    palm: PaLM, sequences: Sequences, *, finetune_scope: str | None = None, **sampling
+    palm: PaLM, sequences: Sequences, *, finetune_scope: str | None = None, **sampling: Any
 ) -> ActionLogprobs:
-    """What `action_logprobs` gives the responses; `sampling` are its options."""
+    """Return `action_logprobs` of the responses under a PaLM; `sampling` are its options."""
     embeds = embeds_before_actions(palm, sequences, finetune_scope)
     return action_logprobs(palm, embeds, sequences.actions, **sampling)

@@ -1,37 +1,38 @@
 """Several responses to one prompt, read together: the prompt once, and each response after it.
 
-The responses of a group (GRPO, RLOO) begin alike, and attention is causal: what the policy makes of a prompt does not
-depend on what follows. Its keys and values, with their gradients, serve all rows that share it.
+The responses of a group (GRPO, RLOO) begin with the same prompt. Attention is causal, so the prompt's keys and values
+do not depend on the response that follows. They are computed once, with their gradients, for all rows of the prompt.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf.model.block import ParallelBlock
 from palm_rlhf.model.cache import PromptCache
 from palm_rlhf.model.palm import PaLM
 
 if TYPE_CHECKING:
     from palm_rlhf.policy.sequences import Sequences
 
-MAX_PART = 0.75  # of the tokens left to read, above which the second pass costs what the first saves
-MIN_SAVED = 1024  # tokens
+MAX_PART = 0.75  # of the tokens left to read; with more of them the second pass costs what sharing saves
+MIN_SAVED = 1024  # tokens that need not be read
 
 
 class Groups(NamedTuple):
-    """The rows' prompts, each once."""
+    """The distinct prompts of the rows."""
 
-    first: Tensor  # g, a row that has it
-    of_row: Tensor  # b, which of them a row has
+    first: Tensor  # g, the first row of each prompt
+    of_row: Tensor  # b, the number of each row's prompt
 
 
 def embeds_before_actions(palm: PaLM, sequences: "Sequences", finetune_scope: str | None = None) -> Tensor:
-    """The final embeddings where each action is about to be said, `b t e`.
+    """Return the final embeddings at the token before each action: `b t e`.
 
-    Prompts that several rows share are read once where that pays: where at least `MIN_SAVED` tokens, and a quarter of
-    all, need not be read. Only in float32 or wider: with less, one way does not round like the other, and the ratio of
-    probabilities would not begin at 1.
+    A prompt that several rows share is read once if that pays: if it saves at least `MIN_SAVED` tokens and a quarter of
+    all. This is done in float32 or wider only. In narrower types the two ways round differently, and the probability
+    ratio would not start at 1.
     """
     if can_share(palm):
         groups = find_groups(sequences)
@@ -44,16 +45,17 @@ def embeds_before_actions(palm: PaLM, sequences: "Sequences", finetune_scope: st
 
 
 def can_share(palm: PaLM) -> bool:
-    """Whether a palm may read rows in two passes: not where it rounds, drops out, computes again, or is in shards."""
+    """Return whether rows may be read in two passes: not in narrow types, with dropout, recomputation or shards."""
     narrow = palm.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(palm.device.type)
     recomputes = palm.config.gradient_checkpointing and palm.training and torch.is_grad_enabled()
     drops = palm.training and any(part.p > 0 for part in palm.modules() if isinstance(part, nn.Dropout))
-    whole = type(palm.layers[0].in_proj.weight) is nn.Parameter  # in shards, all read as often
+    block = cast(ParallelBlock, palm.layers[0])
+    whole = type(block.in_proj.weight) is nn.Parameter  # with shards, all processes must read equally often
     return whole and palm.config.causal and not (narrow or recomputes or drops or torch.compiler.is_compiling())
 
 
 def find_groups(sequences: "Sequences") -> Groups:
-    """Which rows have the same prompt, wherever they stand."""
+    """Return which rows have the same prompt; they need not be next to each other."""
     width = int(sequences.prompt_lengths.max())
     tokens = sequences.tokens[:, :width].masked_fill(~sequences.prompt_mask[:, :width], -1)
     of_row = tokens.unique(dim=0, return_inverse=True)[1]
@@ -63,7 +65,7 @@ def find_groups(sequences: "Sequences") -> Groups:
 
 
 def pays(sequences: "Sequences", groups: Groups) -> bool:
-    """Whether enough tokens, pads included, need not be read."""
+    """Return whether sharing saves enough tokens, padding included."""
     (num_rows, together), longest = sequences.tokens.shape, int(sequences.prompt_lengths.max())
     alone = len(groups.first) * longest + num_rows * (int(sequences.response_lengths.max()) - 1)
     saved = num_rows * together - alone
@@ -78,8 +80,8 @@ def _read_prompts_once(palm: PaLM, sequences: "Sequences", groups: Groups, finet
     cache = PromptCache(palm.config.depth, left_padding)
     options = {"cache": cache, "return_only_embedding": True, "finetune_scope": finetune_scope}
     embeds = palm(prompts, **options)[groups.of_row, -1:]
-    said = sequences.responses[:, :-1]
-    if said.shape[1]:
+    inputs = sequences.responses[:, :-1]
+    if inputs.shape[1]:
         cache.select(groups.of_row)
-        embeds = torch.cat((embeds, palm(said, **options)), dim=1)
+        embeds = torch.cat((embeds, palm(inputs, **options)), dim=1)
     return embeds

@@ -1,4 +1,4 @@
-"""Conversations in which an environment answers between the policy's turns: a tool, a game, a model of a user."""
+"""Conversations in which an environment replies between the policy's turns: a tool, a game, a simulated user."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,31 +12,31 @@ from torch import Tensor
 from palm_rlhf.model.generate import check_token_ids
 from palm_rlhf.model.palm import PaLM
 
-Message = dict[str, Any]  # {"role": "user" or "assistant", "content": a text, or 1-d ids where there is no tokenizer}
+Message = dict[str, Any]  # {"role": "user" or "assistant", "content": a text, or 1-d ids without a tokenizer}
 Environment = Callable[..., str | Tensor | None]
 Draw = Callable[[Sequence[Tensor], int, Tensor], tuple[list[Tensor], list[Tensor]]]
 
 
 @dataclass
 class Conversation:
-    """A prompt and all that followed it, in parts: the policy's turns, and between them the environment's replies."""
+    """A prompt and its response in parts: the policy's turns, and between them the environment's replies."""
 
     prompt: Tensor
     room: int  # tokens that may still follow
     messages: list[Message]
-    columns: dict[str, Any]  # of the prompt, that the environment asks for
+    columns: dict[str, Any]  # the columns of the prompt that the environment asks for
     parts: list[Tensor] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)  # of each part; 0 where the environment wrote it
-    policy_mask: list[Tensor] = field(default_factory=list)  # of each part, True where the policy said it
+    policy_mask: list[Tensor] = field(default_factory=list)  # of each part, True where the policy wrote it
     truncated: bool = False
 
     @property
     def context(self) -> Tensor:
-        """All that the next turn reads."""
+        """The tokens that the next turn reads."""
         return torch.cat([self.prompt, *self.parts])
 
     def add(self, tokens: Tensor, message: Message, logprobs: Tensor | None = None) -> None:
-        """Go on with a turn of the policy, or without `logprobs` with a reply to it."""
+        """Append a turn of the policy, or without `logprobs` a reply of the environment."""
         self.room -= len(tokens)
         self.messages.append(message)
         self.parts.append(tokens)
@@ -46,23 +46,23 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Turns:
-    """How a policy and an environment talk.
+    """The rules of a conversation between a policy and an environment.
 
-    The environment is called with the messages so far, the last of them the policy's, and returns its reply, or None
-    where the conversation is over. Further parameters of its signature are passed by name: the prompt's other columns.
-    With a tokenizer the contents are texts, that of the prompt too, and a reply is a text, encoded as it stands, or 1-d
-    ids, which can hold special tokens such as the marks of turns: see `palm_rlhf.data.conversation.encode_reply`.
-    Without a tokenizer contents and replies are 1-d ids. One conversation is asked after another, turn by turn.
+    The environment is called with the messages so far, the last of them the policy's. It returns its reply, or None if
+    the conversation is over. Further parameters of its signature are passed by name: the prompt's other columns. With a
+    tokenizer all contents are texts, also that of the prompt. A reply is then a text, which is encoded as it stands, or
+    1-d ids, which can hold special tokens such as the marks of turns: see `palm_rlhf.data.conversation.encode_reply`.
+    Without a tokenizer contents and replies are 1-d ids. Conversations are asked one after another, turn by turn.
 
-    A turn of the policy ends with its EOS, or, where no EOS is looked for, after `max_turn_tokens`. A conversation is
-    cut off, and counts as truncated, where a turn ends without the EOS, and where the environment replies after
-    `max_turns` turns, or so long that no room is left for a token of the policy. Such a reply is left out: a response
-    always ends with an action.
+    A turn of the policy ends with its end-of-sequence token. If there is none, it ends after `max_turn_tokens`. A
+    conversation is cut off, and counts as truncated, if a turn ends without the end-of-sequence token, and if the
+    environment replies after `max_turns` turns or leaves no room for another token of the policy. Such a reply is left
+    out, so a response always ends with an action.
     """
 
     environment: Environment
     max_turns: int
-    max_turn_tokens: int | None = None  # None: a turn takes what room the response has left
+    max_turn_tokens: int | None = None  # None: a turn may fill the rest of the response's room
     tokenizer: Any = None
 
     @beartype
@@ -77,17 +77,22 @@ class Turns:
         eos_token: int | None,
         columns: Mapping[str, Sequence] | None = None,
     ) -> list[Conversation]:
-        """`num_samples` conversations about each prompt, those of one next to each other.
+        """Return `num_samples` conversations for each prompt, those of one prompt next to each other.
 
-        `draw` samples so many turns after each context, up to a limit of tokens each, and returns them with their
-        log-probabilities. `rooms` are the longest responses to the prompts, replies included: `b`. `columns` have an
-        entry for each conversation. RuntimeError where the environment raises an error, ValueError where it returns
-        what is no reply to the palm, or asks for a column that there is not.
+        Args:
+            draw: samples `num_samples` turns after each context, up to a limit of tokens for each, and returns them
+                with their log-probabilities.
+            rooms: longest responses to the prompts, replies included: `b`.
+            columns: an entry for each conversation.
+
+        Raises RuntimeError if the environment raises, and ValueError if it returns no valid reply or asks for a column
+        that does not exist.
         """
         rows = [
             (prompt, room) for prompt, room in zip(prompts, rooms.tolist(), strict=True) for _ in range(num_samples)
         ]
-        asked = {name: columns[name] for name in asked_columns(self.environment, columns or {})}
+        columns = columns or {}
+        asked = {name: columns[name] for name in asked_columns(self.environment, columns)}
         conversations = [
             Conversation(
                 prompt.to(palm.device),
@@ -98,10 +103,10 @@ class Turns:
             for row, (prompt, room) in enumerate(rows)
         ]
         running = conversations
-        said = draw(prompts, num_samples, self._limits(rooms))  # the samples of a prompt read it together
+        drawn = draw(prompts, num_samples, self._limits(rooms))  # the samples of a prompt read it together
         for turn in range(1, self.max_turns + 1):
             going_on = []
-            for talk, tokens, logprobs in zip(running, *said, strict=True):
+            for talk, tokens, logprobs in zip(running, *drawn, strict=True):
                 ends = eos_token is None or int(tokens[-1]) == eos_token
                 has_eos = eos_token is not None and ends
                 talk.add(tokens, self._message("assistant", tokens[: len(tokens) - has_eos]), logprobs)
@@ -114,7 +119,7 @@ class Turns:
                 break
             running = going_on
             rooms = torch.tensor([talk.room for talk in running])
-            said = draw([talk.context for talk in running], 1, self._limits(rooms))
+            drawn = draw([talk.context for talk in running], 1, self._limits(rooms))
         return conversations
 
     def _limits(self, rooms: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class Turns:
         return {"role": role, "content": content}
 
     def _ask(self, talk: Conversation, eos_token: int | None, num_tokens: int) -> Tensor | None:
-        """The tokens of the reply, or None at the end; the environment may change the messages that it gets."""
+        """Return the tokens of the reply, or None at the end. The environment may change the messages it is given."""
         try:
             reply = self.environment([dict(message) for message in talk.messages], **talk.columns)
         except Exception as error:
@@ -145,10 +150,13 @@ class Turns:
 
 @beartype
 def asked_columns(environment: Environment, names: Collection[str]) -> list[str]:
-    """The columns, among `names`, that an environment's signature asks for; ValueError for one that is not there."""
+    """Return the columns, among `names`, that an environment's signature asks for.
+
+    Raises ValueError if it asks for a column that does not exist.
+    """
     try:
         parameters = list(inspect.signature(environment).parameters.values())
-    except (TypeError, ValueError):  # some of those written in C do not tell
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return []
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return list(names)
@@ -162,7 +170,7 @@ def asked_columns(environment: Environment, names: Collection[str]) -> list[str]
 
 
 def _encode(tokenizer: Any, text: str, eos_token: int | None) -> list[int]:
-    """The ids of a text amid others: without the BOS that some tokenizers of Hugging Face put before a text."""
+    """Return the ids of a text inside a sequence: without the BOS that some Hugging Face tokenizers prepend."""
     if hasattr(tokenizer, "encode_continuation"):
         return tokenizer.encode_continuation(text, after_special=eos_token in tokenizer.special_tokens.values())
     puts_tokens_around = "add_special_tokens" in inspect.signature(tokenizer.encode).parameters
@@ -171,7 +179,7 @@ def _encode(tokenizer: Any, text: str, eos_token: int | None) -> list[int]:
 
 
 def _place(talk: Conversation) -> str:
-    """Where in which conversation."""
+    """Return the words that say where in which conversation an error occurred."""
     first, last = (
         content if isinstance(content, str) else content.tolist()
         for content in (talk.messages[0]["content"], talk.messages[-1]["content"])

@@ -368,12 +368,20 @@ def test_functions_in_threads_compute_as_the_caller_does(sequences):
 @pytest.mark.parametrize(
     "reward, options, message",
     [
-        ({}, {}, "got no reward, expected at least one"),
+        ({}, {}, "got no reward; expected at least one"),
         (plain, {"weights": {"a": 1.0}}, "for one reward without a name; expected rewards by name"),
-        ({"a": plain}, {"weights": {"b": 1.0}}, r"reward_weights has \['b'\], expected names among those of \['a'\]"),
-        ({"a": plain}, {"weights": {"a": 0.0}}, "all of them 0; expected another weight of at least one"),
-        (plain, {"keywords": ["answer", "completion_ids"]}, r"columns \['completion_ids'\], by which .*: rename them"),
-        (plain, {"keywords": ["step", "step"]}, r"columns \['step'\], by which functions get something else"),
+        (
+            {"a": plain},
+            {"weights": {"b": 1.0}},
+            r"reward_weights has \['b'\]; expected names of rewards, which are \['a'\]",
+        ),
+        ({"a": plain}, {"weights": {"a": 0.0}}, "all of them 0; expected at least one other weight"),
+        (
+            plain,
+            {"keywords": ["answer", "completion_ids"]},
+            r"columns \['completion_ids'\], names under which .*: rename them",
+        ),
+        (plain, {"keywords": ["step", "step"]}, r"columns \['step'\], names under which functions get other values"),
     ],
 )
 def test_rewards_that_could_not_be_asked_or_weighed_are_refused(reward, options, message):

@@ -143,7 +143,7 @@ def test_a_mask_of_other_lengths_than_the_responses_is_refused():
 @pytest.mark.parametrize(
     "prompts, responses, message",
     [
-        ([], [], "got 0 prompts and 0 responses; expected as many, at least one"),
+        ([], [], "got 0 prompts and 0 responses; expected the same number, at least one"),
         ([[1]], [[1], [2]], "got 1 prompts and 2 responses"),
         ([[1], []], [[1], [2]], r"prompt 1 has the shape \(0,\); expected a 1-d tensor of at least one token"),
         ([[1]], [[]], r"response 0 has the shape \(0,\)"),

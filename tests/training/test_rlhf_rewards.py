@@ -156,7 +156,7 @@ def test_a_function_reads_the_messages_of_conversations():
 def test_what_a_function_asks_for_in_vain_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="the reward function asks for 'label'; expected names among"):
         make_trainer(lambda prompts, completions, label: 0, tmp_path)
-    with pytest.raises(ValueError, match=r"the prompts have the columns \['step'\], by which functions"):
+    with pytest.raises(ValueError, match=r"the prompts have the columns \['step'\], names under which functions"):
         make_trainer(length, tmp_path, prompts=[{"prompt": [1], "step": 4}])
     assert not list(tmp_path.iterdir())
 
