@@ -260,7 +260,7 @@ def test_rewards_are_asked_for_as_long_as_the_config_says():
     "reward, options, message",
     [
         (length, {"reward_weights": {"length": 2.0}}, "for one reward without a name"),
-        ({"length": length}, {"reward_weights": {"evens": 2.0}}, r"has \['evens'\], expected names among those of"),
+        ({"length": length}, {"reward_weights": {"evens": 2.0}}, r"has \['evens'\]; expected names of rewards"),
         ({"length": length}, {"reward_weights": {"length": float("nan")}}, "reward_weights is .*, expected finite"),
         ({"length": length}, {"reward_timeout": 0.0}, "reward_timeout is 0.0, expected None or a number above 0"),
     ],
