@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from palm_rlhf import PaLM
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.run_server import running
+from palm_rlhf.serving.served_model import ServedModel
 
 GREEDY = {"temperature": 0, "logprobs": 0, "stream": True, "stream_options": {"include_usage": True}}
 
@@ -103,13 +103,16 @@ def main(
     def fresh(count: int) -> list[list[int]]:
         return torch.randint(256, (count, prompt_len)).tolist()  # else their beginnings would be known
 
-    with Engine(palm, tokenizer, config) as engine, running(create_app(Served("palm", palm, tokenizer), engine)) as url:
+    with (
+        Engine(palm, tokenizer, config) as engine,
+        running(create_app(ServedModel("palm", palm, tokenizer), engine)) as url,
+    ):
         require_parity(url, generation(theirs, num_tokens), fresh(max(clients)), num_tokens)
     palm, theirs = (model.to(getattr(torch, dtype)) for model in (palm, theirs))
     theirs = generation(theirs, num_tokens)
     with (
         Engine(palm, tokenizer, config) as engine,
-        running(create_app(Served("palm", palm, tokenizer), engine)) as url,
+        running(create_app(ServedModel("palm", palm, tokenizer), engine)) as url,
         multiprocessing.get_context("spawn").Pool(1) as elsewhere,  # clients are not to take the server's interpreter
     ):
         runs = {}

@@ -23,11 +23,11 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
 from palm_rlhf.serving.http.run_server import running
+from palm_rlhf.serving.served_model import load
 
 DIALOGUES = [
     ("Hello", "Hello! What would you like to know?"),
@@ -107,9 +107,9 @@ def main(
         if checkpoint is None:
             checkpoint = str(Path(folder) / "parrot")
             train(Path(checkpoint), num_steps)
-        served = load(checkpoint)
-    with Engine(served.palm, served.tokenizer) as engine, running(create_app(served, engine)) as url:
-        print(f"{served.name} answers at {url}\n")
+        model = load(checkpoint)
+    with Engine(model.palm, model.tokenizer) as engine, running(create_app(model, engine)) as url:
+        print(f"{model.name} answers at {url}\n")
         print(json.dumps(ask(url, ask_for, max_tokens)))
 
 

@@ -29,9 +29,9 @@ FLOORS = {
 SERVING = (  # the rooms of serving, lowest first
     {"call_form", "deadline", "generation", "structured", "token_text"},
     {"engine"},
-    {"chat_model"},
+    {"served_model"},
     {"http"},
-    {"access_options", "chat", "serve_command"},
+    {"access_options", "chat", "dialogue", "serve_command", "terminal"},
 )
 TOP = 7  # the package itself: its __init__.py holds the public names, so no lower floor may import it
 CORE = ("ops/", "model/", "policy/", "algorithms/", "training/rlhf/")

@@ -8,14 +8,14 @@ from beartype import beartype
 
 from palm_rlhf.model.weights_folder import parse_size
 from palm_rlhf.serving.http.access import LOOPBACK, Access
-from palm_rlhf.serving.http.api_keys import KEYS_VARIABLE, Keys, keys_of_environment
+from palm_rlhf.serving.http.api_keys import KEYS_VARIABLE, ApiKeys, keys_of_environment
 from palm_rlhf.serving.http.connections import ConnectionLimits, most_connections
-from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.request_bodies import RequestLimits
 
 
 @beartype
 @dataclass(frozen=True)
-class Door:
+class AccessOptions:
     """Who may connect, and how much they may hold."""
 
     api_key_file: Path | None = None
@@ -59,20 +59,20 @@ class Door:
         if self.grace < 0:
             raise ValueError(f"grace is {self.grace}; expected seconds of at least 0")
 
-    def access(self, host: str, *, loopback: bool) -> Access:
+    def hosts_and_origins(self, host: str, *, loopback: bool) -> Access:
         """Which hosts and origins may ask a server that listens on `host`."""
         own = (*LOOPBACK, f"[{host}]" if ":" in host else host)
         hosts = (*own, *self.allowed_hosts) if loopback or self.allowed_hosts else ("*",)
         return Access(hosts, self.cors_origin)
 
-    def keys(self) -> Keys:
+    def keys(self) -> ApiKeys:
         """The keys of the file, and of the environment."""
-        return Keys(keys_of_environment(os.environ.get(KEYS_VARIABLE, "")), self.api_key_file)
+        return ApiKeys(keys_of_environment(os.environ.get(KEYS_VARIABLE, "")), self.api_key_file)
 
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         """What requests may hold, and ask for."""
         sizes = {name: num_bytes(name, getattr(self, name)) for name in ("max_body", "body_memory")}
-        return Limits(**sizes, body_timeout=self.body_timeout, max_n=self.max_n, max_output=self.max_output)
+        return RequestLimits(**sizes, body_timeout=self.body_timeout, max_n=self.max_n, max_output=self.max_output)
 
     def connections(self) -> ConnectionLimits:
         """Of how many connections, and how long each may take to ask."""

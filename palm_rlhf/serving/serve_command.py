@@ -9,12 +9,12 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.serving.access_options import Door, num_bytes
+from palm_rlhf.serving.access_options import AccessOptions, num_bytes
 
 if TYPE_CHECKING:
     from palm_rlhf.serving.engine import EngineConfig
 
-DEFAULT_DOOR = Door()
+DEFAULT_ACCESS = AccessOptions()
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +37,7 @@ def serve(
     cache_memory: str = "2GB",
     prefix_memory: str = "256MB",
     device: Annotated[str | None, arg(metavar="DEVICE")] = None,
-    door: OmitArgPrefixes[Door] = DEFAULT_DOOR,
+    access: OmitArgPrefixes[AccessOptions] = DEFAULT_ACCESS,
 ) -> None:
     """Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.
 
@@ -62,7 +62,7 @@ def serve(
         cache_memory: Memory of the keys and values of running replies.
         prefix_memory: Memory of those of what prompts may begin with; 0 keeps none.
         device: Where to compute, such as cpu or cuda:1; by default the first GPU where there is one.
-        door: Who may connect, and how much they may hold.
+        access: Who may connect, and how much they may hold.
     """
     from palm_rlhf.serving.engine import EngineConfig
 
@@ -78,31 +78,33 @@ def serve(
     )
     dtype = None if dtype == "auto" else getattr(torch, dtype)
     options = {"name": name, "template": template, "lora_scope": lora_scope, "reward_model": reward_model}
-    answer(host, port, checkpoint, {**options, "dtype": dtype, "device": device}, config, door)
+    serve_checkpoint(host, port, checkpoint, {**options, "dtype": dtype, "device": device}, config, access)
 
 
-def answer(host: str, port: int, checkpoint: str, options: dict[str, Any], config: "EngineConfig", door: Door) -> None:
+def serve_checkpoint(
+    host: str, port: int, checkpoint: str, options: dict[str, Any], config: "EngineConfig", access: AccessOptions
+) -> None:
     """Loads a checkpoint with its options, and answers until it is interrupted."""
-    from palm_rlhf.serving.chat_model import load
     from palm_rlhf.serving.engine import Engine
     from palm_rlhf.serving.http.app import create_app
     from palm_rlhf.serving.http.fastapi_import import fastapi_module
     from palm_rlhf.serving.http.run_server import listen, make_server, url_of
+    from palm_rlhf.serving.served_model import load
 
     fastapi_module()  # a package that is missing should not cost the time to load a model either
-    keys, limits, connections = door.keys(), door.limits(), door.connections()
-    access = door.access(host, loopback=is_loopback(host))
+    keys, limits, connections = access.keys(), access.limits(), access.connections()
+    hosts_and_origins = access.hosts_and_origins(host, loopback=is_loopback(host))
     if not keys.secured and not is_loopback(host):
         logger.warning("%s is not this machine alone, and there are no API keys: everyone who reaches it may ask", host)
     with closing(listen(host, port)) as listener:  # first: a port in use should not cost the time to load a model
-        served = load(checkpoint, **options)
-        with Engine(served.palm, served.tokenizer, config) as engine:
-            app = create_app(served, engine, api_keys=keys, limits=limits, access=access)
+        model = load(checkpoint, **options)
+        with Engine(model.palm, model.tokenizer, config) as engine:
+            app = create_app(model, engine, api_keys=keys, limits=limits, access=hosts_and_origins)
             server = make_server(
                 app,
-                grace=door.grace,
+                grace=access.grace,
                 connections=connections,
-                when_ready=lambda: print(f"{served.name} answers at {url_of(listener)}", flush=True),
+                when_ready=lambda: print(f"{model.name} answers at {url_of(listener)}", flush=True),
                 when_late=engine.close,
             )
             with suppress(KeyboardInterrupt):  # which is how it is stopped

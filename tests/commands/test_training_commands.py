@@ -19,7 +19,7 @@ from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.serving.chat_model import load
+from palm_rlhf.serving.served_model import load
 from palm_rlhf.training.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ from palm_rlhf.data.corpora.token_store import Text, tokens_of
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.http.engine_requests import score_tokens
+from palm_rlhf.serving.served_model import ServedModel
 
 NAMES = ["<s>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|prompter|>", "<|end_of_turn|>"]
 TEXTS = ["USER: Where is Rome? ASSISTANT: In Italy. [INST] hello [/INST] hi", "GPT4 Correct User: Name a colour, red"]
@@ -155,10 +155,10 @@ def test_a_document_that_is_read_in_pieces_gains_no_blank(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_reply_to_be_scored_goes_on_after_the_prompt(kind):
     tokenizer = tokenizer_of(kind)
-    served = Served(
+    served_model = ServedModel(
         palm=PaLM(num_tokens=tokenizer.num_tokens, dim=8, depth=1), tokenizer=tokenizer, name="m", template=None
     )
-    prompt, (reply,) = score_tokens(served, 64, "Name a colour,", [" red"])
+    prompt, (reply,) = score_tokens(served_model, 64, "Name a colour,", [" red"])
     assert text_of(kind, prompt + reply) == text_of(kind, tokenizer.encode("Name a colour, red"))
     chat = [{"role": "user", "content": "hello"}]
-    assert served.encode_reply(chat, "red") == tokenizer.encode_continuation("red") != tokenizer.encode("red")
+    assert served_model.encode_reply(chat, "red") == tokenizer.encode_continuation("red") != tokenizer.encode("red")

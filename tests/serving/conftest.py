@@ -12,10 +12,10 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.run_server import running
+from palm_rlhf.serving.served_model import load
 
 DIALOGUES = {
     "Hello": "Hi there! How are you?",
@@ -69,30 +69,30 @@ def reward_folder(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(checkpoint, reward_folder):
+def served_model(checkpoint, reward_folder):
     """The model with all that belongs to it."""
     return load(checkpoint, reward_model=reward_folder, device="cpu")
 
 
 @pytest.fixture
-def start_engine(served):
+def start_engine(served_model):
     """Starts engines of the model, or of another, which are closed at the end."""
     with ExitStack() as stack:
 
         def start(palm=None, tokenizer=None, **config) -> Engine:
-            engine = Engine(palm or served.palm, tokenizer or served.tokenizer, EngineConfig(**config))
+            engine = Engine(palm or served_model.palm, tokenizer or served_model.tokenizer, EngineConfig(**config))
             return stack.enter_context(engine)
 
         yield start
 
 
 @pytest.fixture
-def start_server(served, start_engine):
+def start_server(served_model, start_engine):
     """Starts servers, and gives their URL and engine."""
     with ExitStack() as stack:
 
         def start(what=None, *, api_keys=(), limits=None, access=None, connections=None, **config):
-            what = what or served
+            what = what or served_model
             engine = start_engine(what.palm, what.tokenizer, **config)
             app = create_app(what, engine, api_keys=api_keys, limits=limits, access=access)
             return stack.enter_context(running(app, connections=connections)), engine
@@ -101,10 +101,10 @@ def start_server(served, start_engine):
 
 
 @pytest.fixture(scope="module")
-def server(served):
+def server(served_model):
     """One server for the tests of a file, as its URL and engine."""
-    with Engine(served.palm, served.tokenizer, EngineConfig(max_batch=4)) as engine:
-        with running(create_app(served, engine)) as url:
+    with Engine(served_model.palm, served_model.tokenizer, EngineConfig(max_batch=4)) as engine:
+        with running(create_app(served_model, engine)) as url:
             yield url, engine
 
 

@@ -27,10 +27,10 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import JinjaTemplate
 from palm_rlhf.data.tokenizer import HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.run_server import running
+from palm_rlhf.serving.served_model import load
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = HERE / "real_clients"
@@ -190,10 +190,10 @@ def main(only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLIENT")] = (*C
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary) / "parrot"
         train(checkpoint)
-        served = load(checkpoint, device="cpu")
+        served_model = load(checkpoint, device="cpu")
         with (
-            Engine(served.palm, served.tokenizer, EngineConfig()) as engine,
-            running(create_app(served, engine)) as url,
+            Engine(served_model.palm, served_model.tokenizer, EngineConfig()) as engine,
+            running(create_app(served_model, engine)) as url,
         ):
             for name in only:
                 place = Place((folder or Path(temporary)).resolve() / name, url, checkpoint)

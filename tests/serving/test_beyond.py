@@ -10,9 +10,9 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.generation import Request
+from palm_rlhf.serving.served_model import load
 
 MAX_NEW_TOKENS = 100
 
@@ -50,16 +50,16 @@ def test_transformers_answers_alike(folder, dialogues):
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["CohereForCausalLM"]
-    served = load(folder, device="cpu")
-    with Engine(served.palm, served.tokenizer, EngineConfig(max_batch=1)) as engine:
+    served_model = load(folder, device="cpu")
+    with Engine(served_model.palm, served_model.tokenizer, EngineConfig(max_batch=1)) as engine:
         for said, reply in dialogues.items():
             messages = [{"role": "user", "content": said}]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-            assert inputs.input_ids[0].tolist() == served.encode_chat(messages)
+            assert inputs.input_ids[0].tolist() == served_model.encode_chat(messages)
             theirs = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
             assert tokenizer.decode(theirs[0, inputs.input_ids.shape[1] :], skip_special_tokens=True) == reply
             request = Request(
-                served.encode_chat(messages), MAX_NEW_TOKENS, temperature=0.0, stop_tokens=served.turn_ends
+                served_model.encode_chat(messages), MAX_NEW_TOKENS, temperature=0.0, stop_tokens=served_model.turn_ends
             )
             assert engine.submit(request).text() == reply

@@ -14,21 +14,22 @@ from hypothesis import strategies as st
 from palm_rlhf.cli import main
 from palm_rlhf.data.conversation import encode_prompt, end_of_turn
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat import Conversation, read_message
+from palm_rlhf.serving.dialogue import Dialogue
 from palm_rlhf.serving.generation import EngineError
+from palm_rlhf.serving.terminal import read_message
 
 MAX_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def oracle(served):
+def oracle(served_model):
     """`oracle(messages)` is the greedy reply of `PaLM.generate`."""
-    tokenizer, template = served.tokenizer, served.template
+    tokenizer, template = served_model.tokenizer, served_model.template
 
     def reply(messages: list[dict], max_new_tokens: int = MAX_TOKENS) -> str:
         prompt = encode_prompt(messages, tokenizer, template)
         options = {"max_new_tokens": max_new_tokens, "eos_token": end_of_turn(tokenizer, template)}
-        tokens = served.palm.generate(prompt=prompt, temperature=0.0, **options)
+        tokens = served_model.palm.generate(prompt=prompt, temperature=0.0, **options)
         return tokenizer.decode(tokens.tolist()).rstrip("\ufffd")
 
     return reply
@@ -117,13 +118,13 @@ def test_saved_is_all_that_was_said_and_no_file_is_written_over(chat, conversati
     assert all(word in note for word, note in zip(wanted, notes))
 
 
-def test_the_first_exchanges_are_forgotten_when_the_context_is_full(chat, served, oracle):
+def test_the_first_exchanges_are_forgotten_when_the_context_is_full(chat, served_model, oracle):
     context, said = 120, ["Hello", "Count to ten.", "Hello", "Tell me of Crème brûlée", "Count to ten."]
     captured = chat(*said, options=("--temperature", "0", "--context", context, "--max-tokens", MAX_TOKENS))
     messages, forgotten, notes, lines = [], 0, [], []
 
     def length(first: int) -> int:
-        return len(encode_prompt(messages[2 * first :], served.tokenizer, served.template))
+        return len(encode_prompt(messages[2 * first :], served_model.tokenizer, served_model.template))
 
     for text in said:
         messages.append({"role": "user", "content": text})
@@ -161,8 +162,8 @@ def test_a_reply_can_be_said_anew_by_other_chances_that_repeat(chat):
     assert chat("Hello", options=(*options, "--top-p", "1e-9")).out == chat("Hello", options=greedy).out
 
 
-def test_saying_anew_replaces_the_reply(served, start_engine, oracle):
-    conversation = Conversation(served, start_engine(), temperature=0, max_tokens=MAX_TOKENS)
+def test_saying_anew_replaces_the_reply(served_model, start_engine, oracle):
+    conversation = Dialogue(served_model, start_engine(), temperature=0, max_tokens=MAX_TOKENS)
     for text in ("Hello", "Count to ten."):
         "".join(conversation.say(text))
     before = conversation.messages
@@ -170,8 +171,8 @@ def test_saying_anew_replaces_the_reply(served, start_engine, oracle):
     assert conversation.messages == before
 
 
-def test_whoever_stops_listening_keeps_what_was_said(served, start_engine, dialogues):
-    conversation = Conversation(served, start_engine(), temperature=0)
+def test_whoever_stops_listening_keeps_what_was_said(served_model, start_engine, dialogues):
+    conversation = Dialogue(served_model, start_engine(), temperature=0)
     reply = conversation.say("Which animals are there?")
     heard = next(reply) + next(reply) + next(reply)
     reply.close()
@@ -182,18 +183,18 @@ def test_whoever_stops_listening_keeps_what_was_said(served, start_engine, dialo
     assert conversation.messages[1]["content"] == heard
 
 
-def test_characters_come_whole(served, start_engine, dialogues):
-    conversation = Conversation(served, start_engine(), temperature=0)
+def test_characters_come_whole(served_model, start_engine, dialogues):
+    conversation = Dialogue(served_model, start_engine(), temperature=0)
     pieces = [piece for piece in conversation.say("Which animals are there?") if piece]
     assert "".join(pieces) == dialogues["Which animals are there?"]
     assert {"🐈", "🐕"} <= set(pieces) and len(pieces) > 10
 
 
-def test_a_reply_that_breaks_off_is_told_and_the_chat_goes_on(checkpoint, chat, tmp_path, served):
+def test_a_reply_that_breaks_off_is_told_and_the_chat_goes_on(checkpoint, chat, tmp_path, served_model):
     palm = PaLM.from_pretrained(checkpoint)
     with torch.no_grad():
         palm.token_emb.weight[ord("!")] = torch.nan  # what reads it computes no numbers
-    for part in (palm, served.tokenizer, served.template):
+    for part in (palm, served_model.tokenizer, served_model.template):
         part.save_pretrained(tmp_path)
     captured = chat("Count!", "/help", folder=tmp_path)
     assert "no finite numbers" in captured.err and "/regenerate" in captured.err

@@ -34,10 +34,10 @@ ENDLESS = {"model": "parrot", "prompt": "a", "max_tokens": 19_000, "logit_bias":
 
 
 @pytest.fixture(scope="module")
-def server(served):
+def server(served_model):
     """A server whose replies may be so long that no test sees their end."""
-    with Engine(served.palm, served.tokenizer, EngineConfig(max_batch=4, context=20_000)) as engine:
-        with running(create_app(served, engine)) as url:
+    with Engine(served_model.palm, served_model.tokenizer, EngineConfig(max_batch=4, context=20_000)) as engine:
+        with running(create_app(served_model, engine)) as url:
             yield url, engine
 
 
@@ -143,9 +143,9 @@ LONG_LISTS = [
 
 
 @pytest.mark.parametrize("path, form, entry", LONG_LISTS)
-def test_a_long_body_holds_up_no_one(server, served, path, form, entry):
+def test_a_long_body_holds_up_no_one(server, served_model, path, form, entry):
     """While it is checked, which takes the most of a second, the event loop goes on with what others want."""
-    app = create_app(served, server[1])
+    app = create_app(served_model, server[1])
     long = b'{"model": "parrot", %s}' % (form % (entry * (3_500_000 // len(entry)) + b'"x"'))
 
     async def turns_of_the_loop(body: bytes) -> int:
@@ -162,10 +162,10 @@ def test_a_long_body_holds_up_no_one(server, served, path, form, entry):
 
 
 @pytest.fixture(scope="module")
-def described(served):
+def described(served_model):
     """The API as a server of short replies describes it."""
-    with Engine(served.palm, served.tokenizer, EngineConfig(max_batch=4, context=64)) as engine:
-        with running(create_app(served, engine)) as url:
+    with Engine(served_model.palm, served_model.tokenizer, EngineConfig(max_batch=4, context=64)) as engine:
+        with running(create_app(served_model, engine)) as url:
             yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 

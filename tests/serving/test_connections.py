@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from palm_rlhf.serving.http.connections import ConnectionLimits, most_connections
-from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.request_bodies import RequestLimits
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 PING = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -169,7 +169,7 @@ def test_busy_connections_are_left_alone_and_the_new_one_is_refused(start_server
 
 def test_bodies_have_a_share_of_the_memory_and_a_whole(start_server, connect):
     keys = ["one", "two", "three"]
-    limits = Limits(max_body=1000, body_memory=2000, small_body=20)
+    limits = RequestLimits(max_body=1000, body_memory=2000, small_body=20)
     url, _ = start_server(limits=limits, api_keys=keys)
 
     def post(key: str, size: int) -> socket.socket:

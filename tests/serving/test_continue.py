@@ -9,7 +9,7 @@ from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import Served
+from palm_rlhf.serving.served_model import ServedModel
 
 CHATS = "/v1/chat/completions"
 CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
@@ -74,8 +74,10 @@ def test_what_cannot_go_on_is_refused_by_name(ask, messages, body, param):
     assert reply.json()["error"]["param"] == param
 
 
-def served(template, tokenizer) -> Served:
-    return Served("m", PaLM(num_tokens=tokenizer.num_tokens, dim=8, depth=1, heads=1, dim_head=8), tokenizer, template)
+def served_model(template, tokenizer) -> ServedModel:
+    return ServedModel(
+        "m", PaLM(num_tokens=tokenizer.num_tokens, dim=8, depth=1, heads=1, dim_head=8), tokenizer, template
+    )
 
 
 @pytest.mark.parametrize("name", ["default", "oasst", "vicuna", "openchat", "llama2"])
@@ -88,7 +90,7 @@ def test_the_tokens_are_the_beginning_of_the_whole_reply(name, kind):
         if kind == "bytes"
         else HuggingFaceTokenizer.train(TEXTS * 5, 330, names, eos_token="</s>")
     )
-    model, reply = served(template, tokenizer), "In Italy, on the Tiber."
+    model, reply = served_model(template, tokenizer), "In Italy, on the Tiber."
     whole = encode(turns("Where is Rome?", reply), tokenizer, template).tokens.tolist()
     for cut in (len("In Italy"), len("In Italy, on"), len(reply)):
         found = model.encode_continued(turns("Where is Rome?", reply[:cut]))
@@ -97,5 +99,5 @@ def test_the_tokens_are_the_beginning_of_the_whole_reply(name, kind):
 
 
 def test_a_transcript_goes_on_too():
-    model = served(None, ByteTokenizer())
+    model = served_model(None, ByteTokenizer())
     assert bytes(model.encode_continued(turns("Hi", "Hel"))) == b"User:\nHi\n\nAssistant:\nHel"

@@ -7,9 +7,9 @@ import torch
 
 from palm_rlhf.data.tokenizer import EOS, ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineError, EngineFull, Request
+from palm_rlhf.serving.served_model import load
 
 CLEAR_GAP = 1e-3  # far above what adding in another order can change of a logit
 
@@ -25,14 +25,14 @@ def greedy_alone(palm: PaLM, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def prompts(served, dialogues) -> list[list[int]]:
+def prompts(served_model, dialogues) -> list[list[int]]:
     """Conversations of different lengths."""
-    return [served.encode_chat([{"role": "user", "content": said}]) for said in dialogues]
+    return [served_model.encode_chat([{"role": "user", "content": said}]) for said in dialogues]
 
 
 @pytest.fixture(scope="module")
-def alone(served, prompts) -> list[list[int]]:
-    return [greedy_alone(served.palm, prompt, 12 + 5 * index) for index, prompt in enumerate(prompts)]
+def alone(served_model, prompts) -> list[list[int]]:
+    return [greedy_alone(served_model.palm, prompt, 12 + 5 * index) for index, prompt in enumerate(prompts)]
 
 
 def ask(prompt, num_tokens, **options) -> Request:
@@ -93,8 +93,8 @@ def test_rows_join_and_leave_between_tokens(start_engine, prompts, alone):
     assert max(running) == 3
 
 
-def test_the_cache_stays_in_its_memory_and_replies_wait_for_it(start_engine, served, prompts, alone):
-    per_token = SlotCache.bytes_per_token(served.palm)
+def test_the_cache_stays_in_its_memory_and_replies_wait_for_it(start_engine, served_model, prompts, alone):
+    per_token = SlotCache.bytes_per_token(served_model.palm)
     engine = start_engine(max_batch=8, context=128, cache_memory=200 * per_token, prefix_memory=0)
     seen = []
     finished = threading.Semaphore(0)
@@ -112,11 +112,11 @@ def test_the_cache_stays_in_its_memory_and_replies_wait_for_it(start_engine, ser
     assert 1 < max(running for _, running in seen) < 4  # 200 tokens are three rows of 64, and one of 128
 
 
-def test_a_common_beginning_is_computed_once(start_engine, served):
+def test_a_common_beginning_is_computed_once(start_engine, served_model):
     engine = start_engine(max_batch=2)
     system = {"role": "system", "content": "You are a parrot. " * 3}
-    first = served.encode_chat([system, {"role": "user", "content": "Hello"}])
-    second = served.encode_chat([system, {"role": "user", "content": "Count to ten."}])
+    first = served_model.encode_chat([system, {"role": "user", "content": "Hello"}])
+    second = served_model.encode_chat([system, {"role": "user", "content": "Count to ten."}])
     shared = next(i for i, (one, other) in enumerate(zip(first, second)) if one != other)
     reply = engine.submit(ask(first, 8))
     reply.text()
@@ -124,13 +124,13 @@ def test_a_common_beginning_is_computed_once(start_engine, served):
     other = engine.submit(ask(second, 8))
     other.text()
     assert other.num_cached == shared
-    assert other.tokens == greedy_alone(served.palm, second, 8)
+    assert other.tokens == greedy_alone(served_model.palm, second, 8)
     # the next turn of the first chat knows its reply, too, but for the last token, which was never read
-    going_on = first + reply.tokens + served.tokenizer.encode(" more")
+    going_on = first + reply.tokens + served_model.tokenizer.encode(" more")
     turn = engine.submit(ask(going_on, 8))
     turn.text()
     assert turn.num_cached == len(first) + len(reply.tokens) - 1
-    assert turn.tokens == greedy_alone(served.palm, going_on, 8)
+    assert turn.tokens == greedy_alone(served_model.palm, going_on, 8)
     num_tokens = sum(map(len, (first, second, going_on)))
     assert engine.counts["prompt_tokens_computed"] == num_tokens - shared - turn.num_cached
 
@@ -144,8 +144,8 @@ def test_a_beginning_is_taken_from_a_reply_that_still_runs(start_engine, prompts
     assert len(set(texts)) == 1
 
 
-def test_what_is_remembered_is_bounded(start_engine, served):
-    limit = 100 * SlotCache.bytes_per_token(served.palm)
+def test_what_is_remembered_is_bounded(start_engine, served_model):
+    limit = 100 * SlotCache.bytes_per_token(served_model.palm)
     engine = start_engine(max_batch=2, prefix_memory=limit)
     for start in range(12):
         engine.submit(ask([start, *range(40)], 4)).text()
@@ -201,7 +201,7 @@ def test_cancelling_frees_the_row_for_who_waits(start_engine, prompts, eventuall
     assert list(long)[-1].finish_reason == "cancelled"
 
 
-def test_a_prompt_is_given_up_while_it_is_read(start_engine, served, eventually):
+def test_a_prompt_is_given_up_while_it_is_read(start_engine, served_model, eventually):
     engine = start_engine(prefill_chunk=1)
     reply = engine.submit(ask([5] * 200, 5))
     eventually(lambda: engine.num_running == 1)
@@ -275,8 +275,8 @@ def test_a_timeout_ends_what_runs_and_what_waits(start_engine, prompts):
     assert engine.submit(ask(prompts[0], 5)).text()
 
 
-def test_a_model_without_numbers_breaks_replies_and_not_the_engine(start_engine, served):
-    palm = PaLM.from_config(served.palm.config)
+def test_a_model_without_numbers_breaks_replies_and_not_the_engine(start_engine, served_model):
+    palm = PaLM.from_config(served_model.palm.config)
     engine = start_engine(palm)
     with torch.no_grad():
         palm.norm.weight.fill_(float("nan"))
@@ -288,8 +288,8 @@ def test_a_model_without_numbers_breaks_replies_and_not_the_engine(start_engine,
     assert engine.num_running == 0
 
 
-def test_a_step_that_raises_breaks_replies_and_not_the_engine(start_engine, served):
-    palm = PaLM.from_config(served.palm.config)
+def test_a_step_that_raises_breaks_replies_and_not_the_engine(start_engine, served_model):
+    palm = PaLM.from_config(served_model.palm.config)
     engine = start_engine(palm)
     layer = palm.layers[1]
     palm.layers[1] = torch.nn.Identity()  # which does not take what a block takes
@@ -320,7 +320,7 @@ def test_closing_ends_every_reply(start_engine, prompts):
     assert not engine.alive
 
 
-def test_what_does_not_fit_is_refused(start_engine, served):
+def test_what_does_not_fit_is_refused(start_engine, served_model):
     engine = start_engine()
     with pytest.raises(ValueError, match="prompt has 200 tokens and asks for 57 more; the context is 256"):
         engine.submit(ask([1] * 200, 57))

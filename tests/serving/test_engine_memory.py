@@ -15,11 +15,11 @@ def ask(prompt, num_tokens, **options) -> Request:
     return Request(prompt, num_tokens, **{"temperature": 0, **options})
 
 
-def test_replies_that_may_be_long_run_together_as_long_as_they_are_short(start_engine, served, dialogues):
+def test_replies_that_may_be_long_run_together_as_long_as_they_are_short(start_engine, served_model, dialogues):
     """Two contexts of memory are enough for six replies that end long before theirs."""
-    per_token = SlotCache.bytes_per_token(served.palm)
+    per_token = SlotCache.bytes_per_token(served_model.palm)
     engine = start_engine(max_batch=6, context=1024, cache_memory=2048 * per_token, prefix_memory=0)
-    prompts = [served.encode_chat([{"role": "user", "content": said}]) for said in dialogues]
+    prompts = [served_model.encode_chat([{"role": "user", "content": said}]) for said in dialogues]
     running = set()
     finished = threading.Semaphore(0)
 
@@ -29,11 +29,12 @@ def test_replies_that_may_be_long_run_together_as_long_as_they_are_short(start_e
             finished.release()
 
     replies = [
-        engine.submit(ask(prompt, 1024 - len(prompt), stop_tokens=served.turn_ends), deliver) for prompt in prompts
+        engine.submit(ask(prompt, 1024 - len(prompt), stop_tokens=served_model.turn_ends), deliver)
+        for prompt in prompts
     ]
     for _ in replies:
         assert finished.acquire(timeout=60)
-    assert [served.tokenizer.decode(reply.tokens[:-1]) for reply in replies] == list(dialogues.values())
+    assert [served_model.tokenizer.decode(reply.tokens[:-1]) for reply in replies] == list(dialogues.values())
     assert max(running) == 6
     assert engine.counts["preempted"] == 0
 
@@ -105,7 +106,7 @@ def test_forgetting_what_was_said_before_waiting_is_noticed(start_engine, exact,
         test_who_waits_again_for_memory_goes_on_as_if_nothing_had_been(start_engine, exact, 0)
 
 
-def test_the_memory_has_to_hold_one_context(start_engine, served):
-    per_token = SlotCache.bytes_per_token(served.palm)
+def test_the_memory_has_to_hold_one_context(start_engine, served_model):
+    per_token = SlotCache.bytes_per_token(served_model.palm)
     with pytest.raises(ValueError, match=f"expected at least {256 * per_token:,}"):
         start_engine(cache_memory=255 * per_token)

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION
-from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.request_bodies import RequestLimits
 
 HELLO = [{"role": "user", "content": "Hello"}]
 JSON = {"Content-Type": "application/json"}
@@ -238,7 +238,7 @@ def test_keys_are_asked_for_where_there_are_any(start_server):
 
 
 def test_a_body_has_a_limit(start_server):
-    url, _ = start_server(limits=Limits(max_body=1000))
+    url, _ = start_server(limits=RequestLimits(max_body=1000))
     for content in (b" " * 1001, iter([b" " * 600] * 2)):  # with a length, and in chunks without one
         reply = httpx.post(url + CHATS, content=content, headers=JSON)
         assert reply.status_code == 413
@@ -247,7 +247,7 @@ def test_a_body_has_a_limit(start_server):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for_long(start_server):
-    url, _ = start_server(limits=Limits(body_timeout=0.2))
+    url, _ = start_server(limits=RequestLimits(body_timeout=0.2))
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50"
@@ -286,7 +286,7 @@ def test_a_reply_that_takes_too_long(start_server):
 
 
 def test_without_a_reward_model_nothing_is_scored(start_server, checkpoint):
-    from palm_rlhf.serving.chat_model import load
+    from palm_rlhf.serving.served_model import load
 
     url, _ = start_server(load(checkpoint, device="cpu"))
     reply = httpx.post(url + CHATS, json={"model": "parrot", "messages": HELLO, "n": 1, "best_of": 2})

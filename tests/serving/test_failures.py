@@ -191,14 +191,14 @@ def test_what_was_no_number_is_not_left_behind_for_others(start_engine, palm, mo
     long.cancel()
 
 
-def test_health_tells_a_loop_that_works_from_one_that_is_stuck(start_server, served, eventually):
+def test_health_tells_a_loop_that_works_from_one_that_is_stuck(start_server, served_model, eventually):
     url, engine = start_server(stall_timeout=0.05)
     gate = threading.Event()
 
     def wait(*_) -> None:
         gate.wait()
 
-    hook = served.palm.register_forward_pre_hook(wait)
+    hook = served_model.palm.register_forward_pre_hook(wait)
     try:
         assert httpx.get(f"{url}/healthz").status_code == 200  # with nothing to do, nothing has to be done
         reply = engine.submit(ask([1, 2, 3], 5))

@@ -107,7 +107,7 @@ PROMPTS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60), st.inte
 
 @settings(max_examples=15, deadline=None)
 @given(PROMPTS, st.booleans())
-def test_replies_are_those_of_each_alone_whoever_else_asks(served, palm, parts, remember):
+def test_replies_are_those_of_each_alone_whoever_else_asks(served_model, palm, parts, remember):
     """Halting, joining, making way and coming back leave every reply as it is alone."""
     text = torch.randint(256, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     config = EngineConfig(max_batch=3, prefill_chunk=16, prefix_memory=2**16 if remember else 0)

@@ -11,7 +11,7 @@ import torch
 
 from palm_rlhf.data.tokenizer import HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import load
+from palm_rlhf.serving.served_model import load
 from tests.conftest import NEEDS_CLIENTS
 
 CONTEXT = 64

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from palm_rlhf.serving.http.api_keys import Keys
+from palm_rlhf.serving.http.api_keys import ApiKeys
 from palm_rlhf.serving.http.app import PAGE
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -75,7 +75,7 @@ def test_the_buckets_end_at_the_timeout_and_the_context(start_server):
 
 
 def test_metrics_tell_no_client_from_another(start_server):
-    url, _ = start_server(api_keys=Keys([("alice", "secret-1"), ("bob", "secret-2")]))
+    url, _ = start_server(api_keys=ApiKeys([("alice", "secret-1"), ("bob", "secret-2")]))
     chat = {"model": "parrot", "messages": HELLO, "user": "someone", "max_tokens": 2}
     for key in ("secret-1", "secret-2"):
         httpx.post(f"{url}/v1/chat/completions", json=chat, headers={"Authorization": f"Bearer {key}"})

@@ -42,17 +42,17 @@ def require_equal(found, palm, tokens, most, size=None):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_they_are_those_of_the_training_forward(served, start_engine, chunk):
+def test_they_are_those_of_the_training_forward(served_model, start_engine, chunk):
     engine = start_engine(prefill_chunk=chunk)
     torch.manual_seed(chunk)
     for length in (1, 2, 40, 150):
         prompt = torch.randint(0, 261, (length,)).tolist()
         generation = engine.submit(Request(prompt, max_new_tokens=2, prompt_logprobs=3))
         generation.text()
-        require_equal(generation.prompt_logprobs, served.palm, prompt, 3)
+        require_equal(generation.prompt_logprobs, served_model.palm, prompt, 3)
 
 
-def test_neither_company_nor_what_is_known_of_a_prompt_changes_them(served, start_engine):
+def test_neither_company_nor_what_is_known_of_a_prompt_changes_them(served_model, start_engine):
     engine = start_engine(max_batch=8, prefill_chunk=256)
     prompts = [list(f"{TEXT} {'and so on ' * count}".encode()) for count in range(6)]
     for _ in range(2):  # the second time everything is known
@@ -65,30 +65,32 @@ def test_neither_company_nor_what_is_known_of_a_prompt_changes_them(served, star
                 assert generation.prompt_logprobs == []
             else:
                 assert generation.num_cached == 0
-                require_equal(generation.prompt_logprobs, served.palm, generation.request.prompt, most)
+                require_equal(generation.prompt_logprobs, served_model.palm, generation.request.prompt, most)
 
 
-def test_a_reply_that_made_way_keeps_them(served, start_engine):
-    per_token = SlotCache.bytes_per_token(served.palm)
+def test_a_reply_that_made_way_keeps_them(served_model, start_engine):
+    per_token = SlotCache.bytes_per_token(served_model.palm)
     engine = start_engine(context=600, cache_memory=700 * per_token, prefill_chunk=16, prefix_memory=0)
     prompts = [list(f"{number} {TEXT}".encode()) for number in range(2)]
     requests = [Request(p, max_new_tokens=400, prompt_logprobs=1) for p in prompts]
     generations = engine.submit_all(requests)
     for generation in generations:
         generation.text()
-        require_equal(generation.prompt_logprobs, served.palm, generation.request.prompt, 1)
+        require_equal(generation.prompt_logprobs, served_model.palm, generation.request.prompt, 1)
     assert engine.counts["preempted"] > 0
 
 
-def test_a_chunk_that_is_read_again_is_not_noted_again(served):
+def test_a_chunk_that_is_read_again_is_not_noted_again(served_model):
     tokens = list(TEXT.encode())
-    generation = Generation(Request(tokens, 1, prompt_logprobs=2), TextStream(served.tokenizer), None, lambda: None)
+    generation = Generation(
+        Request(tokens, 1, prompt_logprobs=2), TextStream(served_model.tokenizer), None, lambda: None
+    )
     with torch.no_grad():
-        embeds = served.palm(torch.tensor([tokens]), return_only_embedding=True)[0]
+        embeds = served_model.palm(torch.tensor([tokens]), return_only_embedding=True)[0]
     for start, stop in ((0, 5), (3, 4), (2, 11), (0, len(tokens)), (len(tokens) - 1, len(tokens))):
-        score_prompt(generation, start, embeds[start:stop], served.palm, Sampler())
+        score_prompt(generation, start, embeds[start:stop], served_model.palm, Sampler())
         assert generation.num_reusable == (len(tokens) - 1 if stop == len(tokens) else len(generation.prompt_logprobs))
-    require_equal(generation.prompt_logprobs, served.palm, tokens, 2)
+    require_equal(generation.prompt_logprobs, served_model.palm, tokens, 2)
 
 
 def test_ids_without_a_token_have_no_part_of_them(start_engine):
@@ -138,57 +140,63 @@ def post(server):
         yield ask
 
 
-def require_echo(choice, served, tokens, num_new):
+def require_echo(choice, served_model, tokens, num_new):
     """A choice that begins with its prompt, with one alternative to each token."""
     logprobs = choice["logprobs"]
     assert {len(values) for values in logprobs.values()} == {len(tokens) + num_new}
     assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
-    rows = expected(served.palm, tokens)
+    rows = expected(served_model.palm, tokens)
     assert logprobs["token_logprobs"][1 : len(tokens)] == pytest.approx(
         [float(row[token]) for row, token in zip(rows, tokens[1:], strict=True)], abs=1e-5
     )
     for value, top, row in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], rows):
         assert max(top.values()) == pytest.approx(float(row.max()), abs=1e-5)
         assert value in top.values()  # the very number, by which harnesses tell a greedy token
-    assert choice["text"].startswith(spelled(served.tokenizer, tokens)[0])
+    assert choice["text"].startswith(spelled(served_model.tokenizer, tokens)[0])
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"]):
         assert token.startswith(("bytes:", "<|")) or choice["text"][offset : offset + len(token)] == token
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_an_echo_has_the_logprobs_of_the_prompt(post, served, max_tokens, as_ids):
+def test_an_echo_has_the_logprobs_of_the_prompt(post, served_model, max_tokens, as_ids):
     text = "Tell me of Crème brûlée"
-    tokens = served.tokenizer.encode(text)
+    tokens = served_model.tokenizer.encode(text)
     answer = post(prompt=tokens if as_ids else text, echo=True, logprobs=1, max_tokens=max_tokens)
     (choice,) = answer["choices"]
     num_new = answer["usage"]["completion_tokens"]
-    require_echo(choice, served, tokens, num_new)
+    require_echo(choice, served_model, tokens, num_new)
     assert choice["text"].startswith(text)
     assert num_new == max_tokens or choice["finish_reason"] == "stop"
     plain = post(prompt=text, max_tokens=max_tokens)["choices"][0]["text"]
     assert choice["text"] == text + plain
 
 
-def test_batches_of_prompts_are_echoed_each_by_itself(post, served):
-    chats = [served.encode_chat([{"role": "user", "content": said}]) for said in ("Hello", TEXT, "Write a long line")]
+def test_batches_of_prompts_are_echoed_each_by_itself(post, served_model):
+    chats = [
+        served_model.encode_chat([{"role": "user", "content": said}]) for said in ("Hello", TEXT, "Write a long line")
+    ]
     answer = post(prompt=chats, echo=True, logprobs=1, max_tokens=1)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     for choice, tokens in zip(answer["choices"], chats, strict=True):
-        require_echo(choice, served, tokens, 1)
+        require_echo(choice, served_model, tokens, 1)
         assert choice["text"].startswith("<|user|>")
     several = post(prompt=["ab", "cde"], n=2, echo=True, max_tokens=0)
     assert [choice["text"] for choice in several["choices"]] == ["ab", "ab", "cde", "cde"]
     assert all(choice["logprobs"] is None for choice in several["choices"])
-    require_echo(post(prompt=[chats[0]], echo=True, logprobs=1)["choices"][0], served, chats[0], 4)  # a list of one
+    require_echo(
+        post(prompt=[chats[0]], echo=True, logprobs=1)["choices"][0], served_model, chats[0], 4
+    )  # a list of one
 
 
-def test_the_token_that_ends_a_completion_is_told_of(post, client, served, dialogues):
+def test_the_token_that_ends_a_completion_is_told_of(post, client, served_model, dialogues):
     """Harnesses leave out the last entry, which is that of the token sampled, whatever it is."""
     said = "Write a long line"
-    tokens = served.encode_chat([{"role": "user", "content": said}]) + served.tokenizer.encode(dialogues[said])
+    tokens = served_model.encode_chat([{"role": "user", "content": said}]) + served_model.tokenizer.encode(
+        dialogues[said]
+    )
     answer = post(prompt=tokens, echo=True, logprobs=1, max_tokens=1)
-    require_echo(answer["choices"][0], served, tokens, 1)
+    require_echo(answer["choices"][0], served_model, tokens, 1)
     assert answer["choices"][0]["logprobs"]["tokens"][-1] == "<|endoftext|>"
     assert answer["choices"][0]["finish_reason"] == "stop"
     messages = [{"role": "user", "content": said}]
@@ -196,7 +204,7 @@ def test_the_token_that_ends_a_completion_is_told_of(post, client, served, dialo
     assert "".join(entry.token for entry in chat.choices[0].logprobs.content) == dialogues[said]
 
 
-def test_an_echo_streams_the_same(post, served):
+def test_an_echo_streams_the_same(post, served_model):
     options = {"prompt": ["Hello", "Crème"], "echo": True, "logprobs": 2, "max_tokens": 6, "n": 2}
     whole = post(**options)["choices"]
     found = [{"text": "", "logprobs": {}} for _ in whole]
@@ -226,12 +234,12 @@ def test_the_longest_prompt_is_read_without_a_reply(post):
     assert one == {"tokens": ["A"], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
 
 
-def test_prompt_logprobs_come_in_the_form_of_vllm(post, client, served):
-    tokens = served.tokenizer.encode(TEXT)
+def test_prompt_logprobs_come_in_the_form_of_vllm(post, client, served_model):
+    tokens = served_model.tokenizer.encode(TEXT)
     (choice,) = post(prompt=TEXT, prompt_logprobs=2, max_tokens=1)["choices"]
     first, *others = choice["prompt_logprobs"]
     assert first is None and choice["logprobs"] is None
-    rows = expected(served.palm, tokens)
+    rows = expected(served_model.palm, tokens)
     for entries, token, row in zip(others, tokens[1:], rows, strict=True):
         best = row.topk(2)
         assert list(entries) == list(dict.fromkeys(map(str, (token, *best.indices.tolist()))))
@@ -246,7 +254,7 @@ def test_prompt_logprobs_come_in_the_form_of_vllm(post, client, served):
     messages = [{"role": "user", "content": "Hello"}]
     options = {"model": "parrot", "messages": messages, "max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
     chat = client.chat.completions.create(**options)
-    assert [int(next(iter(entries))) for entries in chat.prompt_logprobs[1:]] == served.encode_chat(messages)[1:]
+    assert [int(next(iter(entries))) for entries in chat.prompt_logprobs[1:]] == served_model.encode_chat(messages)[1:]
     with pytest.raises(openai.BadRequestError, match="prompt_logprobs"):
         client.chat.completions.create(**options, stream=True)
 

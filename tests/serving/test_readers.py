@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.serving.access_options import Door
+from palm_rlhf.serving.access_options import AccessOptions
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.connections import ConnectionLimits
 from palm_rlhf.serving.http.event_stream import PATIENCE
 from palm_rlhf.serving.http.openai_replies import ENCODED_LEVELS, json_pieces
-from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.request_bodies import RequestLimits
 from palm_rlhf.serving.http.run_server import running
 
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -101,11 +101,11 @@ def test_what_waits_for_a_reader_is_bounded(start_server, eventually):
 
 
 @pytest.fixture
-def impatient(served):
+def impatient(served_model):
     """A server that hangs up on those who read nothing for a moment."""
-    with Engine(served.palm, served.tokenizer, EngineConfig(max_batch=4, context=CONTEXT)) as engine:
+    with Engine(served_model.palm, served_model.tokenizer, EngineConfig(max_batch=4, context=CONTEXT)) as engine:
         limits = ConnectionLimits(write_timeout=0.5, send_buffer=4096)
-        with running(create_app(served, engine), connections=limits) as url:
+        with running(create_app(served_model, engine), connections=limits) as url:
             yield url, engine
 
 
@@ -157,7 +157,7 @@ def test_a_slow_reader_is_waited_for(start_server):
     ],
 )
 def test_what_the_replies_to_one_request_may_hold_is_bounded(start_server, path, more):
-    url, engine = start_server(limits=Limits(max_output=1000))
+    url, engine = start_server(limits=RequestLimits(max_output=1000))
     start = {"messages": [{"role": "user", "content": "Hello"}]} if path == CHATS else {"prompt": "a"}
     reply = httpx.post(url + path, json={"model": "parrot", **start, **more})
     error = reply.json()["error"]
@@ -167,7 +167,7 @@ def test_what_the_replies_to_one_request_may_hold_is_bounded(start_server, path,
 
 
 def test_a_length_that_nobody_asked_for_is_what_the_bound_leaves(start_server):
-    url, _ = start_server(limits=Limits(max_output=330))
+    url, _ = start_server(limits=RequestLimits(max_output=330))
     chat = {"model": "parrot", "messages": [{"role": "user", "content": "Hello"}], "logit_bias": {"256": -100}}
 
     def lengths(**options) -> list[tuple[int, str]]:
@@ -181,7 +181,7 @@ def test_a_length_that_nobody_asked_for_is_what_the_bound_leaves(start_server):
 
 
 def test_the_number_of_replies_is_bounded(start_server):
-    url, _ = start_server(limits=Limits(max_n=4))
+    url, _ = start_server(limits=RequestLimits(max_n=4))
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert len(client.completions.create(model="parrot", prompt="a", n=4, max_tokens=1).choices) == 4
         with pytest.raises(openai.BadRequestError, match="n asks for 5 replies in all; expected at most 4"):
@@ -189,14 +189,14 @@ def test_the_number_of_replies_is_bounded(start_server):
 
 
 def test_the_options_of_the_command_are_the_limits():
-    door = Door(max_n=3, max_output=77, write_timeout=1.5)
-    limits, connections = door.limits(), door.connections()
+    access = AccessOptions(max_n=3, max_output=77, write_timeout=1.5)
+    limits, connections = access.limits(), access.connections()
     assert (limits.max_n, limits.max_output, connections.write_timeout) == (3, 77, 1.5)
     for name in ("max_n", "max_output"):
         with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
-            Door(**{name: 0}).limits()
+            AccessOptions(**{name: 0}).limits()
     with pytest.raises(ValueError, match="write_timeout is 0"):
-        Door(write_timeout=0.0)
+        AccessOptions(write_timeout=0.0)
 
 
 class Watched(ByteTokenizer):
@@ -213,11 +213,14 @@ class Watched(ByteTokenizer):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_are_written_off_the_loop(served, stream):
+def test_log_probabilities_are_written_off_the_loop(served_model, stream):
     from dataclasses import replace
 
-    watched = replace(served, tokenizer=Watched())
-    with Engine(served.palm, watched.tokenizer, EngineConfig()) as engine, running(create_app(watched, engine)) as url:
+    watched = replace(served_model, tokenizer=Watched())
+    with (
+        Engine(served_model.palm, watched.tokenizer, EngineConfig()) as engine,
+        running(create_app(watched, engine)) as url,
+    ):
         body = {**ENDLESS, "max_tokens": 200, "logprobs": 5, "stream": stream}
         assert httpx.post(url + TEXTS, json=body, timeout=60).status_code == 200
     names = {name.rpartition("_")[0] for name in watched.tokenizer.threads}

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from palm_rlhf.cli import main
-from palm_rlhf.serving.access_options import Door, num_bytes
+from palm_rlhf.serving.access_options import AccessOptions, num_bytes
 from palm_rlhf.serving.serve_command import is_loopback, serve
 
 RUN = "import sys, tyro; from palm_rlhf.serving.serve_command import serve; tyro.cli(serve, args=sys.argv[1:])"
@@ -53,8 +53,8 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
     (tmp_path / "keys").write_text("one\n\n two \nalice: named\n")
     options = ("--port", 0, "--name", "bird", "--reward-model", reward_folder, "--api-key-file", tmp_path / "keys")
     more = ("--context", 100, "--max-batch", 2, "--queue", 1, "--prefix-memory", 0, "--cache-memory", "1MB")
-    door = ("--allowed-hosts", "llm.example.org", "--cors-origin", SITE, "--forwarded-allow-ips", "127.0.0.1")
-    more = (*more, *door, "--header-timeout", 0.5, "--grace", 1, "--device", "cpu")
+    access = ("--allowed-hosts", "llm.example.org", "--cors-origin", SITE, "--forwarded-allow-ips", "127.0.0.1")
+    more = (*more, *access, "--header-timeout", 0.5, "--grace", 1, "--device", "cpu")
     with command(checkpoint, *options, *more, PALM_RLHF_API_KEYS="three,") as (process, url):
         assert url.startswith("http://127.0.0.1:")
         for key in ("one", "two", "three"):
@@ -126,11 +126,11 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
         ({"queue": -1}, "queue is -1"),
         ({"context": 1}, "context is 1"),
         ({"timeout": 0.0}, "timeout is 0"),
-        ({"door": Door(api_key_file=tmp_path / "empty")}, "has no API key"),
-        ({"door": Door(max_body="much")}, "max_body is 'much'; expected bytes"),
-        ({"door": Door(max_body="4MB", body_memory="7MB")}, "body_memory is 7,000,000 bytes"),
-        ({"door": Door(allowed_hosts=("http://a",))}, "got 'http://a'; expected a name"),
-        ({"door": Door(cors_origin=("https://a/path",))}, "got 'https://a/path'; expected a scheme"),
+        ({"access": AccessOptions(api_key_file=tmp_path / "empty")}, "has no API key"),
+        ({"access": AccessOptions(max_body="much")}, "max_body is 'much'; expected bytes"),
+        ({"access": AccessOptions(max_body="4MB", body_memory="7MB")}, "body_memory is 7,000,000 bytes"),
+        ({"access": AccessOptions(allowed_hosts=("http://a",))}, "got 'http://a'; expected a name"),
+        ({"access": AccessOptions(cors_origin=("https://a/path",))}, "got 'https://a/path'; expected a scheme"),
         ({"device": "toaster"}, "device is 'toaster'"),
         ({"device": "cuda:99"}, "torch sees . GPUs"),
         ({"template": "vicuna"}, "needs the special tokens"),
@@ -144,37 +144,41 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
 def test_limits_that_make_no_sense_are_refused():
     for name in ("max_connections", "max_connections_per_client", "header_timeout", "body_timeout"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
-            Door(**{name: 0 if name.startswith("max") else 0.0})
+            AccessOptions(**{name: 0 if name.startswith("max") else 0.0})
     with pytest.raises(ValueError, match="grace is -1"):
-        Door(grace=-1.0)
+        AccessOptions(grace=-1.0)
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("PALM_RLHF_API_KEYS", raising=False)
-    assert not Door().keys().secured
+    assert not AccessOptions().keys().secured
     (tmp_path / "keys").write_text("a\nb\n")
     monkeypatch.setenv("PALM_RLHF_API_KEYS", "c, d")
-    keys = Door(api_key_file=tmp_path / "keys").keys()
+    keys = AccessOptions(api_key_file=tmp_path / "keys").keys()
     assert keys.secured and all(keys.owner(key) for key in (b"a", b"b", b"c", b"d"))
     assert [keys.owner(key) for key in (b"", b"e", b"c, d", b"a\nb")] == [None] * 4
     with pytest.raises(FileNotFoundError):
-        Door(api_key_file=tmp_path / "nothing").keys()
+        AccessOptions(api_key_file=tmp_path / "nothing").keys()
 
 
 def test_a_server_on_a_network_is_known_by_any_name_and_one_of_this_machine_by_its_own():
-    assert Door().access("0.0.0.0", loopback=False).knows("llm.example.org:8000")
-    named = Door(allowed_hosts=("llm.example.org",)).access("0.0.0.0", loopback=False)
+    assert AccessOptions().hosts_and_origins("0.0.0.0", loopback=False).knows("llm.example.org:8000")
+    named = AccessOptions(allowed_hosts=("llm.example.org",)).hosts_and_origins("0.0.0.0", loopback=False)
     assert named.knows("llm.example.org:8000") and named.knows("localhost") and not named.knows("other.example.org")
-    own = Door().access("127.0.0.5", loopback=True)
+    own = AccessOptions().hosts_and_origins("127.0.0.5", loopback=True)
     assert own.knows("127.0.0.5:80") and own.knows("localhost:80") and not own.knows("llm.example.org")
-    assert Door().access("::1", loopback=True).knows("[::1]:18888")
-    assert Door(allowed_hosts=("llm.example.org",)).access("127.0.0.1", loopback=True).knows("LLM.example.org:80")
+    assert AccessOptions().hosts_and_origins("::1", loopback=True).knows("[::1]:18888")
+    assert (
+        AccessOptions(allowed_hosts=("llm.example.org",))
+        .hosts_and_origins("127.0.0.1", loopback=True)
+        .knows("LLM.example.org:80")
+    )
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "palm-rlhf.service", "README.md", "nginx.conf"])
 def test_the_files_for_deployment_name_options_that_there_are(root, name):
     """Of this command; those of other programs in the same files are listed."""
-    known = {*inspect.signature(serve).parameters, *(field.name for field in dataclasses.fields(Door))}
+    known = {*inspect.signature(serve).parameters, *(field.name for field in dataclasses.fields(AccessOptions))}
     others = {
         "system",
         "create_home",

@@ -13,7 +13,7 @@ from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.serving.chat_model import load
+from palm_rlhf.serving.served_model import load
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -145,14 +145,14 @@ def test_n_replies_differ_by_their_random_numbers_and_are_repeatable(chat):
     assert answer.usage.prompt_tokens == 8
 
 
-def test_logprobs_are_those_of_the_model(chat, served, dialogues):
+def test_logprobs_are_those_of_the_model(chat, served_model, dialogues):
     answer = chat(logprobs=True, top_logprobs=3)
     entries = answer.choices[0].logprobs.content
     text = bytes(octet for entry in entries for octet in entry.bytes).decode()
     assert text == answer.choices[0].message.content == dialogues["Hello"]
-    prompt = served.encode_chat(HELLO)
+    prompt = served_model.encode_chat(HELLO)
     with torch.no_grad():
-        logits = served.palm(torch.tensor([prompt + list(text.encode())]))[0, len(prompt) - 1 :]
+        logits = served_model.palm(torch.tensor([prompt + list(text.encode())]))[0, len(prompt) - 1 :]
     expected = logits.log_softmax(-1)
     for entry, token, row in zip(entries, text.encode(), expected):
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
@@ -184,9 +184,9 @@ def test_messages_may_come_in_other_forms(chat, dialogues):
     assert chat(response_format={"type": "text"}, user="me", extra_body={"tools": None}).choices
 
 
-def test_completions_continue_texts_and_token_ids(client, served):
-    prompt = served.tokenizer.decode(served.encode_chat(HELLO), with_special_tokens=True)
-    tokens = served.encode_chat(HELLO)
+def test_completions_continue_texts_and_token_ids(client, served_model):
+    prompt = served_model.tokenizer.decode(served_model.encode_chat(HELLO), with_special_tokens=True)
+    tokens = served_model.encode_chat(HELLO)
     options = {"model": "parrot", "temperature": 0, "max_tokens": 9}
     text = client.completions.create(prompt=tokens, **options)
     assert text.object == "text_completion"
@@ -203,8 +203,8 @@ def test_completions_continue_texts_and_token_ids(client, served):
     assert client.completions.create(prompt="", **options).usage.prompt_tokens == 1
 
 
-def test_logprobs_of_completions(client, served):
-    tokens = served.encode_chat([{"role": "user", "content": "Tell me of Crème brûlée"}])
+def test_logprobs_of_completions(client, served_model):
+    tokens = served_model.encode_chat([{"role": "user", "content": "Tell me of Crème brûlée"}])
     answer = client.completions.create(model="parrot", prompt=tokens, temperature=0, max_tokens=25, logprobs=2)
     logprobs, text = answer.choices[0].logprobs, answer.choices[0].text
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 25
@@ -213,10 +213,10 @@ def test_logprobs_of_completions(client, served):
     assert all(len(top) == 2 and token in top for token, top in zip(logprobs.tokens, logprobs.top_logprobs))
 
 
-def test_best_of_is_chosen_by_the_reward_model(chat, served):
+def test_best_of_is_chosen_by_the_reward_model(chat, served_model):
     options = {"seed": 3, "temperature": 2, "max_tokens": 15}
     everything = chat(n=6, **options)
-    prompt = encode_prompt(HELLO, served.tokenizer, served.template)
+    prompt = encode_prompt(HELLO, served_model.tokenizer, served_model.template)
     texts = [choice.message.content for choice in everything.choices]
     best = chat(n=2, extra_body={"best_of": 6}, **options)
     assert best.usage.completion_tokens == everything.usage.completion_tokens
@@ -225,7 +225,7 @@ def test_best_of_is_chosen_by_the_reward_model(chat, served):
     ids = [[named(logprob.token) for logprob in choice.logprobs.content] for choice in again]
     ends = [[256] if choice.finish_reason == "stop" else [] for choice in everything.choices]
     rows = [torch.tensor(reply + end) for reply, end in zip(ids, ends)]
-    scores = served.reward_model.score(join([prompt] * 6, rows))
+    scores = served_model.reward_model.score(join([prompt] * 6, rows))
     expected = [texts[index] for index in scores.argsort(descending=True)[:2]]
     assert [choice.message.content for choice in best.choices] == expected
 
@@ -238,13 +238,13 @@ def named(token: str) -> int:
     return int(token[-2:], 16) if token.startswith("bytes:") else token.encode()[0]
 
 
-def test_replies_are_scored(server, served):
+def test_replies_are_scored(server, served_model):
     replies = ["Hi there! How are you?", "Go away.", ""] * 5
     body = {"model": "parrot", "messages": HELLO, "replies": replies}
     answer = httpx.post(f"{server[0]}/v1/score", json=body).json()
-    prompt = encode_prompt(HELLO, served.tokenizer, served.template)
-    rows = [encode_response(HELLO, reply, served.tokenizer, served.template) for reply in replies]
-    expected = served.reward_model.score(join([prompt] * 15, rows)).tolist()
+    prompt = encode_prompt(HELLO, served_model.tokenizer, served_model.template)
+    rows = [encode_response(HELLO, reply, served_model.tokenizer, served_model.template) for reply in replies]
+    expected = served_model.reward_model.score(join([prompt] * 15, rows)).tolist()
     assert [entry["score"] for entry in answer["data"]] == pytest.approx(expected, abs=1e-5)
     assert [entry["index"] for entry in answer["data"]] == list(range(15))
     text = httpx.post(f"{server[0]}/v1/score", json={"prompt": "Hello", "replies": ["a", "b"]}).json()

@@ -16,10 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import DEFAULT_SPECIAL_TOKENS, ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.http.app import create_app
+from palm_rlhf.serving.served_model import ServedModel
 from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, MAX_SCHEMA_DEPTH, Grammars
 
 PERSON = {
@@ -69,12 +69,12 @@ def marked_words() -> HuggingFaceTokenizer:
 
 
 @pytest.fixture(scope="module", params=[ByteTokenizer, words, marked_words], ids=["bytes", "bpe", "marked"])
-def untrained(request) -> Served:
+def untrained(request) -> ServedModel:
     """A model of random weights, whose vocabulary is larger than its tokenizer's."""
     torch.manual_seed(0)
     tokenizer = request.param()
     palm = PaLM(num_tokens=tokenizer.num_tokens + 11, dim=32, depth=1, heads=2, dim_head=16, max_seq_len=2048)
-    return Served("untrained", palm, tokenizer, PRESETS["default"])
+    return ServedModel("untrained", palm, tokenizer, PRESETS["default"])
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,12 @@ def engine(untrained):
         yield engine
 
 
-def replies(served: Served, engine: Engine, schema: dict, num: int = 4, limit: int = 400, **options) -> list:
+def replies(served_model: ServedModel, engine: Engine, schema: dict, num: int = 4, limit: int = 400, **options) -> list:
     """So many replies by a schema, as generations that have ended and their texts; the first of them greedy."""
-    grammar, prompt = served.grammars.json(schema), served.encode_chat(MESSAGES)
-    tokens = range(served.tokenizer.num_tokens)
-    blanks = {token: -100.0 for token in tokens if served.tokenizer.decode([token]).isspace()}  # they say nothing
-    options = {"seed": 0, "stop_tokens": served.turn_ends, "grammar": grammar, "logit_bias": blanks, **options}
+    grammar, prompt = served_model.grammars.json(schema), served_model.encode_chat(MESSAGES)
+    tokens = range(served_model.tokenizer.num_tokens)
+    blanks = {token: -100.0 for token in tokens if served_model.tokenizer.decode([token]).isspace()}  # they say nothing
+    options = {"seed": 0, "stop_tokens": served_model.turn_ends, "grammar": grammar, "logit_bias": blanks, **options}
     asked = [
         Request(prompt, limit, index=index, **{"temperature": float(index > 0), **options}) for index in range(num)
     ]
@@ -257,9 +257,9 @@ def test_a_schema_is_compiled_once(grammars):
     assert grammars.json(turned) is not grammars.json(PERSON)  # the order of properties is that of the reply
 
 
-def test_while_a_schema_is_compiled_the_event_loop_goes_on(served, server):
+def test_while_a_schema_is_compiled_the_event_loop_goes_on(served_model, server):
     """It has so many optional properties that it is refused in the end, after the most of a second."""
-    app = create_app(served, server[1])
+    app = create_app(served_model, server[1])
     schema = {"type": "object", "properties": {f"property {number}": {"type": "string"} for number in range(1300)}}
     body = {"model": "parrot", "messages": MESSAGES, "response_format": structured(schema)}
 

@@ -12,7 +12,7 @@ from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine.prefix_cache import PrefixCache, common_prefix
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
-from palm_rlhf.serving.engine.sampler import Sampled, Sampler
+from palm_rlhf.serving.engine.sampler import SampledToken, Sampler
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineError, Generation
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 COLUMN_STEP = 64  # reserved lengths are rounded up to it, so that the block is seldom reshaped
 FORWARD = 32  # tokens that a forward more would have taken the time of
 HEADROOM = 256  # tokens that each row may go on for when another one joins it, before memory can run out again
-Results = list[tuple[Generation, Sampled | Exception]]
+Results = list[tuple[Generation, SampledToken | Exception]]
 
 
 class Batch:
@@ -126,7 +126,7 @@ class Batch:
         stop = min(start + num_tokens, longest) if len(group) == 1 else longest
         parts = [sequence[start:stop] for sequence in sequences]
 
-        def forward(first: int, count: int) -> list[Sampled] | None:
+        def forward(first: int, count: int) -> list[SampledToken] | None:
             some = parts[first : first + count]
             cache = self.slots.row(len(self.rows) + first, start, count)
             embeds = self._embed([part + [0] * (stop - start - len(part)) for part in some], cache)  # never seen
@@ -150,7 +150,7 @@ class Batch:
         """The next token of every row, or what broke it."""
         rows = list(self.rows)
 
-        def forward(first: int, count: int) -> list[Sampled]:
+        def forward(first: int, count: int) -> list[SampledToken]:
             some = rows[first : first + count]
             lengths = [row.num_read for row in some]
             cache = self.slots.rows(lengths) if count == len(rows) else self.slots.row(first, *lengths)
@@ -161,7 +161,7 @@ class Batch:
             row.num_read += not isinstance(found, Exception)
         return results
 
-    def _each(self, members: list[Generation], forward: Callable[[int, int], list[Sampled] | None]) -> Results:
+    def _each(self, members: list[Generation], forward: Callable[[int, int], list[SampledToken] | None]) -> Results:
         """The results of a forward for all of them, or where it fails for each alone, so that only its own is lost.
 
         `forward` takes the first and the number of those that it is for.
@@ -184,7 +184,7 @@ class Batch:
         """The final embeddings: `b i -> b i e`."""
         return self.palm(torch.tensor(tokens, device=self.palm.device), cache=cache, return_only_embedding=True)
 
-    def _sample(self, embeds: Tensor, members: list[Generation]) -> list[Sampled | Exception]:
+    def _sample(self, embeds: Tensor, members: list[Generation]) -> list[SampledToken | Exception]:
         """The next tokens after these embeddings, `b e`, or why there is none."""
         found = self.sampler(self.palm.to_logits(embeds), members)
         return [

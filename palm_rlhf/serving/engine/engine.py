@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,6 +18,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.serving.engine.batch import COLUMN_STEP, Batch
+from palm_rlhf.serving.engine.config import EngineConfig
 from palm_rlhf.serving.engine.sampler import Sampler
 from palm_rlhf.serving.engine.scheduler import Scheduler
 from palm_rlhf.serving.engine.slot_cache import SlotCache
@@ -30,38 +30,6 @@ LONGEST_RETRY = 60
 IDLE_STEP = 1.0  # seconds between two looks at replies that all wait for their readers
 # what is counted where something has been done for a client, of all that `counts` has
 PROGRESS = ("tokens", "prompt_tokens_computed", "tasks", *(f"finished_{reason}" for reason in FINISH_REASONS))
-
-
-@beartype
-@dataclass(frozen=True)
-class EngineConfig:
-    """How much an engine takes on at once.
-
-    `context`: tokens of a prompt with its reply; None is the model's `max_seq_len`. `max_batch`: replies computed
-    together. `queue`: replies that may wait beyond them. `prefill_chunk`: tokens of prompts read between two tokens of
-    the others. `cache_memory` and `prefix_memory`: bytes for running sequences, and for what prompts may begin with.
-    Where the first is short, those who came last wait again, and go on when there is room.
-    `timeout`: seconds for each reply, its time in the queue included. `stall_timeout`: seconds without a token, a part
-    of a prompt or an end, with work to do, after which the engine counts as stalled.
-    """
-
-    context: int | None = None
-    max_batch: int = 16
-    queue: int = 64
-    prefill_chunk: int = 256
-    cache_memory: int = 2**31
-    prefix_memory: int = 2**28
-    timeout: float | int = 600.0
-    stall_timeout: float | int = 120.0
-
-    def __post_init__(self):
-        for name, least in (("context", 2), ("max_batch", 1), ("queue", 0), ("prefill_chunk", 1), ("prefix_memory", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
-        for name in ("timeout", "stall_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
 
 
 class Engine:

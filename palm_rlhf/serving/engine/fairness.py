@@ -19,7 +19,7 @@ class FairQueue:
     def __init__(self):
         self._waiting: dict[str, deque[Generation]] = {}
         self._open: Counter[str] = Counter()  # replies of each client that wait or run
-        self._served: dict[str, int] = {}  # tokens of each client
+        self._num_computed: dict[str, int] = {}  # tokens of each client
 
     def __len__(self) -> int:
         return sum(map(len, list(self._waiting.values())))  # a copy: other threads ask
@@ -35,13 +35,13 @@ class FairQueue:
         """A new reply waits behind the others of its client."""
         client = generation.request.client
         if client not in self._open:
-            least = min((self._served[other] for other in self._open), default=None)
+            least = min((self._num_computed[other] for other in self._open), default=None)
             if least is None:
-                self._served.clear()
+                self._num_computed.clear()
             else:  # whoever has had less and is away would be given as much: there is nothing to remember
-                kept = {other: had for other, had in self._served.items() if other in self._open or had > least}
-                self._served = kept
-            self._served.setdefault(client, least or 0)
+                kept = {other: had for other, had in self._num_computed.items() if other in self._open or had > least}
+                self._num_computed = kept
+            self._num_computed.setdefault(client, least or 0)
         self._open[client] += 1
         self._waiting.setdefault(client, deque()).append(generation)
 
@@ -65,13 +65,13 @@ class FairQueue:
 
     def charge(self, generation: Generation, num_tokens: int) -> None:
         """Counts what was computed for a reply."""
-        self._served[generation.request.client] += num_tokens
+        self._num_computed[generation.request.client] += num_tokens
 
-    def served(self, generation: Generation) -> int:
+    def computed_for(self, generation: Generation) -> int:
         """What was computed for its client."""
-        return self._served[generation.request.client]
+        return self._num_computed[generation.request.client]
 
     def next(self) -> Generation | None:
         """Whose turn it is, of those whose reader keeps up; the one that came first where two have had as much."""
         ready = (next((one for one in waiting if not one.paused), None) for waiting in self._waiting.values())
-        return min(filter(None, ready), key=lambda one: (self.served(one), one.submitted), default=None)
+        return min(filter(None, ready), key=lambda one: (self.computed_for(one), one.submitted), default=None)

@@ -10,7 +10,7 @@ from palm_rlhf.ops.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_
 from palm_rlhf.serving.generation import Generation, Request, TokenLogprob
 
 
-class Sampled(NamedTuple):
+class SampledToken(NamedTuple):
     """A row's next token, and its log-probability where the request asks for it."""
 
     token: int
@@ -26,7 +26,7 @@ class Sampler:
     def __init__(self, allowed: Tensor | None = None):
         self.forbidden = None if allowed is None or bool(allowed.all()) else ~allowed
 
-    def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[Sampled | None]:
+    def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[SampledToken | None]:
         """logits: `b v`, one row for each generation; None where the model gave no number, or no token is allowed."""
         logits = self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
@@ -34,7 +34,7 @@ class Sampler:
         finite = adjusted.amax(dim=-1).isfinite().tolist()
         logprobs = token_logprobs(logits, chosen, rows)
         return [
-            Sampled(token, logprob) if fine else None
+            SampledToken(token, logprob) if fine else None
             for token, logprob, fine in zip(chosen.tolist(), logprobs, finite, strict=True)
         ]
 

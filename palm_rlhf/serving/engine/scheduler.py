@@ -10,7 +10,7 @@ import torch
 
 from palm_rlhf.serving.engine.batch import Batch
 from palm_rlhf.serving.engine.fairness import SAMPLED_WEIGHT, FairQueue
-from palm_rlhf.serving.engine.sampler import Sampled
+from palm_rlhf.serving.engine.sampler import SampledToken
 from palm_rlhf.serving.generation import EngineError, Generation
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,9 @@ class Scheduler:
         generation = self.waiting.next()
         if generation is None:
             return False
-        if self.batch.halted and self.waiting.served(self.batch.halted[0]) < self.waiting.served(generation):
+        if self.batch.halted and self.waiting.computed_for(self.batch.halted[0]) < self.waiting.computed_for(
+            generation
+        ):
             return False  # what was read in part is read on first
         self._halt_for(generation)
         is_new = not generation.admitted
@@ -114,7 +116,7 @@ class Scheduler:
         if len(self.batch.reading) == 1:
             (other,) = self.batch.reading
             is_long = other.length - other.num_read > self.chunk
-            if is_long and self.waiting.served(generation) < self.waiting.served(other):
+            if is_long and self.waiting.computed_for(generation) < self.waiting.computed_for(other):
                 self.batch.halt()
 
     def _make_way(self, generation: Generation) -> bool:
@@ -140,7 +142,7 @@ class Scheduler:
         for generation, found in results:
             self._push(generation, found)
 
-    def _push(self, generation: Generation, found: Sampled | Exception) -> None:
+    def _push(self, generation: Generation, found: SampledToken | Exception) -> None:
         if isinstance(found, Exception):
             self._fail(generation, found)
             return

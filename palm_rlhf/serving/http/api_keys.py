@@ -17,14 +17,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@+-]{0,63}")
 logger = logging.getLogger(__name__)
 
 
-class Owner(NamedTuple):
+class KeyOwner(NamedTuple):
     """Whose key it is: the `name` for the log, and an id, which the key cannot be found from."""
 
     name: str
     id: str
 
 
-class Keys:
+class ApiKeys:
     """The keys that clients have to send, in memory as salted hashes.
 
     Those of a file are read again when the file changes. A file that cannot be read then, or has no key, leaves the
@@ -42,13 +42,13 @@ class Keys:
         """Whether a key is asked for."""
         return bool(self._fixed or self._file)
 
-    def owner(self, key: bytes) -> Owner | None:
+    def owner(self, key: bytes) -> KeyOwner | None:
         """Who has this key; None where it is nobody's."""
         if self._file is not None:
             self._look_again()
         found = self._hash(key)  # compared as hashes of a secret salt: the time tells nothing of the keys
         name = self._fixed.get(found) or self._read.get(found)
-        return None if name is None else Owner(name, found.hex()[:16])
+        return None if name is None else KeyOwner(name, found.hex()[:16])
 
     def _look_again(self) -> None:
         found = signature(self._file)

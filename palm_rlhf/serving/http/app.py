@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf import __version__
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.http.access import Access
-from palm_rlhf.serving.http.api_keys import Keys
+from palm_rlhf.serving.http.api_keys import ApiKeys
 from palm_rlhf.serving.http.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
-from palm_rlhf.serving.http.handlers import Answers
-from palm_rlhf.serving.http.middleware import Front, error_response, json_response
+from palm_rlhf.serving.http.handlers import Handlers
+from palm_rlhf.serving.http.middleware import AccessMiddleware, error_response, json_response
 from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.http.prometheus import Metrics
-from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.request_bodies import RequestLimits
 from palm_rlhf.serving.http.responses_parameters import RESPONSE
 from palm_rlhf.serving.http.tokenize_api import DETOKENIZE, TOKENIZE
+from palm_rlhf.serving.served_model import ServedModel
 
 PAGE = Path(__file__).parents[1] / "page"
 # What the page may reach: this server alone, so that no reply of a model can make it call others.
@@ -39,11 +39,11 @@ ERRORS = {
 
 
 def create_app(
-    served: Served,
+    model: ServedModel,
     engine: Engine,
     *,
-    api_keys: Sequence[str] | Keys = (),
-    limits: Limits | None = None,
+    api_keys: Sequence[str] | ApiKeys = (),
+    limits: RequestLimits | None = None,
     access: Access | None = None,
 ) -> Any:
     """The application; whoever makes it closes the engine after it.
@@ -54,7 +54,9 @@ def create_app(
     from fastapi import Response
 
     keys = (
-        api_keys if isinstance(api_keys, Keys) else Keys((f"key {i}", key) for i, key in enumerate(api_keys, start=1))
+        api_keys
+        if isinstance(api_keys, ApiKeys)
+        else ApiKeys((f"key {i}", key) for i, key in enumerate(api_keys, start=1))
     )
     metrics, access = Metrics(engine), access or Access()
 
@@ -62,13 +64,13 @@ def create_app(
         """The application behind the door, which sees also what FastAPI's own layers answer."""
 
         def build_middleware_stack(self) -> Callable:
-            return Front(super().build_middleware_stack(), keys, access, metrics)
+            return AccessMiddleware(super().build_middleware_stack(), keys, access, metrics)
 
-    answers = Answers(served, engine, metrics, limits or Limits())
+    handlers = Handlers(model, engine, metrics, limits or RequestLimits())
     # FastAPI's pages about the API would need a CDN
     app = App(title="palm-rlhf", version=__version__, docs_url=None, redoc_url=None)
-    add_protocol(app, answers, secured=keys.secured)
-    add_operations(app, answers, metrics)
+    add_protocol(app, handlers, secured=keys.secured)
+    add_operations(app, handlers, metrics)
     add_errors(app)
     if PAGE.is_dir():
         from fastapi.staticfiles import StaticFiles
@@ -85,7 +87,7 @@ def create_app(
     return app
 
 
-def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
+def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
     """The paths of OpenAI's protocol, and that of the reward model."""
     from fastapi import Depends, Request, Response
     from fastapi.security import HTTPBearer
@@ -104,7 +106,7 @@ def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
             await self.stream(scope, receive, send)
 
     async def generate(request: Request, kind: str) -> Response:
-        return Streamed(await answers.generate(request, kind))
+        return Streamed(await handlers.generate(request, kind))
 
     @app.post("/v1/chat/completions", **described(CHAT, stream=True), **keyed)
     async def create_chat_completion(request: Request) -> Response:
@@ -124,32 +126,32 @@ def add_protocol(app: Any, answers: Answers, *, secured: bool) -> None:
     @app.post("/v1/score", **described(SCORE), **keyed)
     async def score(request: Request) -> Response:
         """Score replies by the reward model."""
-        return json_response(await answers.score(request))
+        return json_response(await handlers.score(request))
 
     @app.post("/tokenize", **described(TOKENIZE), **keyed)
     async def tokenize(request: Request) -> Response:
         """Tell the tokens of a text or of a conversation."""
-        return json_response(await answers.tokenize(request))
+        return json_response(await handlers.tokenize(request))
 
     @app.post("/detokenize", **described(DETOKENIZE), **keyed)
     async def detokenize(request: Request) -> Response:
         """Tell the text of tokens."""
-        return json_response(await answers.detokenize(request))
+        return json_response(await handlers.detokenize(request))
 
     @app.get("/v1/models", **described(None), **keyed)
     async def list_models() -> Response:
         """The model that is served."""
-        return json_response(answers.models())
+        return json_response(handlers.model_list())
 
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
     @app.get("/v1/models/{model:path}", **described(None, parameters=[name]), **keyed)
     async def retrieve_model(request: Request) -> Response:
         """The entry of a model."""
-        return json_response(answers.model(request.path_params["model"]))
+        return json_response(handlers.model_entry(request.path_params["model"]))
 
 
-def add_operations(app: Any, answers: Answers, metrics: Metrics) -> None:
+def add_operations(app: Any, handlers: Handlers, metrics: Metrics) -> None:
     """The page, and what watches over a server asks."""
     from fastapi import Response
 
@@ -157,12 +159,12 @@ def add_operations(app: Any, answers: Answers, metrics: Metrics) -> None:
     @app.get("/healthz", **described(None))
     async def health() -> Response:
         """Whether the engine computes: where it does not, the server has to be started anew."""
-        return json_response(answers.health())
+        return json_response(handlers.health())
 
     @app.get("/readyz", **described(None))
     async def ready() -> Response:
         """Whether it takes more requests now: where it does not, they had better go to another server."""
-        return json_response(answers.ready())
+        return json_response(handlers.ready())
 
     @app.get("/metrics", include_in_schema=False)
     async def read_metrics() -> Response:

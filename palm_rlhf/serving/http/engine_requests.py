@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from palm_rlhf.data.special_token_guard import strings
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.openai_requests import Ask
+from palm_rlhf.serving.http.openai_requests import ParsedRequest
 from palm_rlhf.serving.http.tool_calls import call_grammar
+from palm_rlhf.serving.served_model import ServedModel
 from palm_rlhf.serving.structured import Grammar
 
 Kind = Literal["chat", "completion", "response"]
@@ -18,21 +18,23 @@ PROMPTS = {"chat": "messages", "completion": "prompt", "response": "input"}
 HOPELESS = 4  # a text of so many contexts, however long its tokens are, is not read to count them
 
 
-def engine_requests(served: Served, context: int, kind: Kind, ask: Ask, client: str = "") -> list[Request]:
+def engine_requests(
+    model: ServedModel, context: int, kind: Kind, parsed: ParsedRequest, client: str = ""
+) -> list[Request]:
     """One request of a client for each reply that is to be drawn, those to one prompt next to each other."""
-    check_ids(ask.options["logit_bias"], served.palm.num_tokens, "logit_bias")
+    check_ids(parsed.options["logit_bias"], model.palm.num_tokens, "logit_bias")
     chat, name = kind != "completion", PROMPTS[kind]
-    options = {**ask.options, "client": client, "grammar": grammar_of(served, ask)}
-    if not ask.ignore_eos:
-        options["stop"] += served.turn_end_strings if chat else ()
-        options["stop_tokens"] = served.turn_ends if chat else served.eos_tokens
+    options = {**parsed.options, "client": client, "grammar": grammar_of(model, parsed)}
+    if not parsed.ignore_eos:
+        options["stop"] += model.turn_end_strings if chat else ()
+        options["stop_tokens"] = model.turn_ends if chat else model.eos_tokens
     requests = []
-    for prompt in ask.prompts:
-        tools = [] if ask.tools is None else ask.tools.definitions
-        forms = {"continued": ask.continued, "add_special_tokens": ask.add_special_tokens}
-        tokens = prompt_tokens(served, context, prompt, tools, name, **forms)
-        room = room_for_reply(len(tokens), ask.max_new_tokens, context, name)
-        requests += [Request(tokens, room, index=index, **options) for index in range(ask.best_of)]
+    for prompt in parsed.prompts:
+        tools = [] if parsed.tools is None else parsed.tools.definitions
+        forms = {"continued": parsed.continued, "add_special_tokens": parsed.add_special_tokens}
+        tokens = prompt_tokens(model, context, prompt, tools, name, **forms)
+        room = room_for_reply(len(tokens), parsed.max_new_tokens, context, name)
+        requests += [Request(tokens, room, index=index, **options) for index in range(parsed.best_of)]
     return requests
 
 
@@ -63,20 +65,20 @@ def told(alternatives: int | None) -> int:
     return 0 if alternatives is None else 1 + alternatives
 
 
-def grammar_of(served: Served, ask: Ask) -> Grammar | None:
+def grammar_of(model: ServedModel, parsed: ParsedRequest) -> Grammar | None:
     """What replies have to follow; ApiError where this server cannot see to it."""
-    if ask.tools is not None and served.call_form is None:
+    if parsed.tools is not None and model.call_form is None:
         message = "tools are not supported by this model: its chat template writes none, or in a form not read here"
         raise ApiError(400, message, param="tools", code="unsupported_parameter")
-    if ask.json_schema is None and (ask.tools is None or ask.tools.free):
+    if parsed.json_schema is None and (parsed.tools is None or parsed.tools.free):
         return None
     try:
-        grammars = served.grammars
-        if ask.tools is not None:
-            return call_grammar(ask.tools, served.call_form, grammars)
-        return grammars.json(ask.json_schema)
+        grammars = model.grammars
+        if parsed.tools is not None:
+            return call_grammar(parsed.tools, model.call_form, grammars)
+        return grammars.json(parsed.json_schema)
     except ValueError as error:
-        name = ask.schema_name if ask.tools is None else "tools"
+        name = parsed.schema_name if parsed.tools is None else "tools"
         raise ApiError(400, f"{name} cannot be followed: {error}", param=name) from error
 
 
@@ -89,7 +91,7 @@ def check_counts(values: dict[str, Any], context: int) -> None:
 
 
 def prompt_tokens(
-    served: Served,
+    model: ServedModel,
     context: int,
     prompt: str | list,
     tools: Sequence[dict] = (),
@@ -103,19 +105,19 @@ def prompt_tokens(
     A conversation that is continued ends with words of the assistant, which the reply goes on with.
     """
     if isinstance(prompt, list) and isinstance(prompt[0], int):
-        check_ids(prompt, served.palm.num_tokens, "prompt")
+        check_ids(prompt, model.palm.num_tokens, "prompt")
         return prompt
     name = name or ("prompt" if isinstance(prompt, str) else "messages")
     size = len(prompt) if isinstance(prompt, str) else sum(1 + len(message["content"]) for message in prompt)
     size += sum(map(len, strings(tools)))
-    if size > HOPELESS * context * served.longest_token:
-        least = size // served.longest_token
+    if size > HOPELESS * context * model.longest_token:
+        least = size // model.longest_token
         raise overflow(f"{name} has at least {least} tokens, and the context of this model is {context} tokens", name)
     try:
         if isinstance(prompt, str):
-            tokens = served.encode_text(prompt, add_special_tokens=add_special_tokens)
+            tokens = model.encode_text(prompt, add_special_tokens=add_special_tokens)
         else:
-            tokens = served.encode_continued(prompt) if continued else served.encode_chat(prompt, tools)
+            tokens = model.encode_continued(prompt) if continued else model.encode_chat(prompt, tools)
     except ValueError as error:
         raise ApiError(400, f"{name} cannot be read by this model: {error}", param=name) from error
     if not tokens:
@@ -148,17 +150,17 @@ def check_ids(ids: list[int] | dict[int, float], num_tokens: int, name: str) -> 
 
 
 def score_tokens(
-    served: Served, context: int, prompt: str | list, replies: list[str]
+    model: ServedModel, context: int, prompt: str | list, replies: list[str]
 ) -> tuple[list[int], list[list[int]]]:
     """The tokens of a prompt, and those of replies to it."""
-    tokens = prompt_tokens(served, context, prompt)
+    tokens = prompt_tokens(model, context, prompt)
     found = []
     for index, reply in enumerate(replies):
         name = f"replies[{index}]"
         check_deadline()
         try:
-            continued = served.tokenizer.encode_continuation
-            ids = continued(reply) if isinstance(prompt, str) else served.encode_reply(prompt, reply)
+            continued = model.tokenizer.encode_continuation
+            ids = continued(reply) if isinstance(prompt, str) else model.encode_reply(prompt, reply)
         except ValueError as error:
             raise ApiError(400, f"{name} cannot be read by this model: {error}", param=name) from error
         if not ids:

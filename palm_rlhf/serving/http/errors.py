@@ -1,7 +1,11 @@
 """Errors in the form of OpenAI's protocol."""
 
+import logging
 from typing import Any
 
+from palm_rlhf.serving.generation import EngineError, EngineFull
+
+logger = logging.getLogger(__name__)
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
@@ -43,3 +47,28 @@ ERROR_SCHEMA = {
         }
     },
 }
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error of the engine."""
+    match error:
+        case ApiError():
+            return error
+        case EngineFull():
+            headers = {"Retry-After": str(error.retry_after)}
+            return ApiError(429, str(error), code="queue_full", headers=headers)
+        case TimeoutError():
+            return ApiError(504, str(error), code="timeout")
+        case MemoryError():
+            return ApiError(503, str(error), code="out_of_memory")
+        case ValueError():
+            return ApiError(400, str(error))
+        case EngineError():
+            return ApiError(503, str(error), code="unavailable")
+    logger.error("a request failed by the server's fault", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def gone() -> ApiError:
+    """That nobody waits for the answer any more: for the log and the metrics, with the status that nginx has for it."""
+    return ApiError(499, "the client went away")

@@ -10,12 +10,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Piece, Request
 from palm_rlhf.serving.http.echo import with_prompts
 from palm_rlhf.serving.http.engine_requests import Kind, check_counts, engine_requests, score_tokens, within_output
-from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.http.errors import ApiError, as_api_error, gone
 from palm_rlhf.serving.http.event_stream import (
     PATIENCE,
     EventStream,
@@ -26,16 +25,17 @@ from palm_rlhf.serving.http.event_stream import (
     pieces,
     unless_gone,
 )
-from palm_rlhf.serving.http.openai_replies import Form, encoded
-from palm_rlhf.serving.http.openai_requests import Ask, read_chat, read_completion, read_json, read_score
+from palm_rlhf.serving.http.openai_replies import CompletionWriter, encoded
+from palm_rlhf.serving.http.openai_requests import ParsedRequest, read_chat, read_completion, read_json, read_score
 from palm_rlhf.serving.http.preparation import Preparation
 from palm_rlhf.serving.http.prometheus import Metrics
-from palm_rlhf.serving.http.request_bodies import Bodies, Limits
+from palm_rlhf.serving.http.request_bodies import BodyReader, RequestLimits
 from palm_rlhf.serving.http.request_log import current, note_reason
-from palm_rlhf.serving.http.responses_api import ResponseForm, read_response
+from palm_rlhf.serving.http.responses_api import ResponseWriter, read_response
 from palm_rlhf.serving.http.schema import check
 from palm_rlhf.serving.http.tokenize_api import DETOKENIZE, TOKENIZE, detokenize, tokenize
 from palm_rlhf.serving.http.tool_calls import reading_calls
+from palm_rlhf.serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 NUM_WRITERS = 2
@@ -43,42 +43,17 @@ READERS = {"chat": read_chat, "completion": read_completion, "response": read_re
 SCORED_AT_ONCE = 8  # between two tokens of those that run
 
 
-def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error of the engine."""
-    match error:
-        case ApiError():
-            return error
-        case EngineFull():
-            headers = {"Retry-After": str(error.retry_after)}
-            return ApiError(429, str(error), code="queue_full", headers=headers)
-        case TimeoutError():
-            return ApiError(504, str(error), code="timeout")
-        case MemoryError():
-            return ApiError(503, str(error), code="out_of_memory")
-        case ValueError():
-            return ApiError(400, str(error))
-        case EngineError():
-            return ApiError(503, str(error), code="unavailable")
-    logger.error("a request failed by the server's fault", exc_info=error)
-    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
-
-
-def gone() -> ApiError:
-    """That nobody waits for the answer any more: for the log and the metrics, with the status that nginx has for it."""
-    return ApiError(499, "the client went away")
-
-
 def client_of(scope: dict[str, Any]) -> str:
     """Who asks: the name of an API key or an address, as the front has found it, or "" where nobody is known."""
     return scope.get("palm_rlhf.client") or ""
 
 
-class Answers:
+class Handlers:
     """The engine behind the protocol."""
 
-    def __init__(self, served: Served, engine: Engine, metrics: Metrics, limits: Limits):
-        self.served, self.engine, self.metrics, self.limits = served, engine, metrics, limits
-        self.bodies, self.preparation = Bodies(limits), Preparation(limits.prepare_timeout)
+    def __init__(self, model: ServedModel, engine: Engine, metrics: Metrics, limits: RequestLimits):
+        self.model, self.engine, self.metrics, self.limits = model, engine, metrics, limits
+        self.bodies, self.preparation = BodyReader(limits), Preparation(limits.prepare_timeout)
         self.started = int(time.time())
         self._mailbox: Mailbox | None = None
         self._writers = ThreadPoolExecutor(NUM_WRITERS, "palm-rlhf-replies")  # few: each holds a whole reply twice
@@ -86,89 +61,89 @@ class Answers:
     async def generate(self, request: Any, kind: Kind) -> JsonReply | EventStream:
         """A chat completion or a completion, whole or as a stream."""
         client = client_of(request.scope)
-        ask, wanted = await self._prepared(request, lambda body: self._asked(kind, body, client))
-        form = self._form(kind, ask)
-        if not ask.stream:
-            return JsonReply(await self._while_connected(request, self._whole(form, ask, wanted)))
-        inbox = self._submit(wanted, PATIENCE)
-        return EventStream(self._events(form, ask, inbox), inbox.generations)
+        parsed, requests = await self._prepared(request, lambda body: self._parse(kind, body, client))
+        writer = self._writer(kind, parsed)
+        if not parsed.stream:
+            return JsonReply(await self._while_connected(request, self._whole(writer, parsed, requests)))
+        inbox = self._submit(requests, PATIENCE)
+        return EventStream(self._events(writer, parsed, inbox), inbox.generations)
 
-    def _form(self, kind: Kind, ask: Ask) -> Form | ResponseForm:
+    def _writer(self, kind: Kind, parsed: ParsedRequest) -> CompletionWriter | ResponseWriter:
         if kind == "response":
-            return ResponseForm(self.served.name, ask.repeated)
-        counting = (ask.include_usage, ask.continuous_usage, ask.prompt_logprobs)
-        return Form(kind, self.served.name, self.served.tokenizer, *counting)
+            return ResponseWriter(self.model.name, parsed.repeated)
+        counting = (parsed.include_usage, parsed.continuous_usage, parsed.prompt_logprobs)
+        return CompletionWriter(kind, self.model.name, self.model.tokenizer, *counting)
 
-    def _asked(self, kind: Kind, body: bytes, client: str) -> tuple[Ask, list[Request]]:
+    def _parse(self, kind: Kind, body: bytes, client: str) -> tuple[ParsedRequest, list[Request]]:
         """What a client's body asks for."""
         values = read_json(body)
         check_counts(values, self.engine.context)
-        ask = READERS[kind](values)
-        self._check_model(ask.model)
-        if ask.best_of > ask.n and self.served.reward_model is None:
+        parsed = READERS[kind](values)
+        self._check_model(parsed.model)
+        if parsed.best_of > parsed.n and self.model.reward_model is None:
             raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
         most = min(self.engine.most_of(client), self.limits.max_n)
-        if (count := len(ask.prompts) * ask.best_of) > most:
-            name = "prompt" if len(ask.prompts) > most else "best_of" if ask.best_of > ask.n else "n"
+        if (count := len(parsed.prompts) * parsed.best_of) > most:
+            name = "prompt" if len(parsed.prompts) > most else "best_of" if parsed.best_of > parsed.n else "n"
             expected = f"at most {most}, as many as one client may have at once"
             raise ApiError(400, f"{name} asks for {count} replies in all; expected {expected}", param=name)
-        wanted = engine_requests(self.served, self.engine.context, kind, ask, client)
-        return ask, within_output(wanted, self.limits.max_output, fixed=ask.max_new_tokens is not None)
+        requests = engine_requests(self.model, self.engine.context, kind, parsed, client)
+        return parsed, within_output(requests, self.limits.max_output, fixed=parsed.max_new_tokens is not None)
 
     async def score(self, request: Any) -> dict[str, Any]:
         """What the reward model makes of replies to a prompt."""
-        tokens, answers = await self._prepared(request, self._asked_to_score)
+        tokens, answers = await self._prepared(request, self._parse_score)
         work = self._scores(tokens, answers, client_of(request.scope))
         scores = await self._while_connected(request, work)
         num_tokens = len(tokens) + sum(map(len, answers))
         return {
             "object": "list",
-            "model": self.served.name,
+            "model": self.model.name,
             "data": [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
 
-    def _asked_to_score(self, body: bytes) -> tuple[list[int], list[list[int]]]:
-        """The tokens of a prompt and of replies to it; see `_asked`."""
+    def _parse_score(self, body: bytes) -> tuple[list[int], list[list[int]]]:
+        """The tokens of a prompt and of replies to it; see `_parse`."""
         values = read_json(body)
         check_counts(values, self.engine.context)
         name, prompt, replies = read_score(values)
-        self._check_model(self.served.name if name is None else name)
-        if self.served.reward_model is None:
+        self._check_model(self.model.name if name is None else name)
+        if self.model.reward_model is None:
             raise ApiError(400, "this server has no reward model: start it with --reward-model", code="no_reward_model")
-        return score_tokens(self.served, self.engine.context, prompt, replies)
+        return score_tokens(self.model, self.engine.context, prompt, replies)
 
     async def tokenize(self, request: Any) -> dict[str, Any]:
         """The tokens of a text or a conversation."""
         context = self.engine.context
-        return await self._prepared(request, lambda body: tokenize(self.served, context, self._values(body, TOKENIZE)))
+        return await self._prepared(request, lambda body: tokenize(self.model, context, self._values(body, TOKENIZE)))
 
     async def detokenize(self, request: Any) -> dict[str, Any]:
         """The text of tokens."""
-        return await self._prepared(request, lambda body: detokenize(self.served, self._values(body, DETOKENIZE)))
+        return await self._prepared(request, lambda body: detokenize(self.model, self._values(body, DETOKENIZE)))
 
     def _values(self, body: bytes, schema: dict[str, Any]) -> dict[str, Any]:
         """The entries of a body that needs not name the model."""
         values = read_json(body)
         check_counts(values, self.engine.context)
         values = check(values, schema, "")
-        self._check_model(values.get("model", self.served.name))
+        self._check_model(values.get("model", self.model.name))
         return values
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model_entry(self, name: str) -> dict[str, Any]:
         """The entry of a model."""
         self._check_model(name)
         return {
-            "id": self.served.name,
+            "id": self.model.name,
             "object": "model",
             "created": self.started,
             "owned_by": "palm-rlhf",
             "max_model_len": self.engine.context,
         }
 
-    def models(self) -> dict[str, Any]:
+    def model_list(self) -> dict[str, Any]:
         """The list of models, which has one."""
-        return {"object": "list", "data": [self.model(self.served.name)]}
+        return {"object": "list", "data": [self.model_entry(self.model.name)]}
 
     def health(self) -> dict[str, Any]:
         """Whether the engine computes, and for how many; ApiError where it does not."""
@@ -196,10 +171,10 @@ class Answers:
         return found
 
     def _check_model(self, name: str) -> None:
-        if name != self.served.name:
+        if name != self.model.name:
             raise ApiError(
                 404,
-                f"the model {name!a:.80} does not exist; this server has {self.served.name}",
+                f"the model {name!a:.80} does not exist; this server has {self.model.name}",
                 param="model",
                 code="model_not_found",
             )
@@ -213,56 +188,58 @@ class Answers:
             raise gone()
         return found
 
-    def _submit(self, wanted: list[Request], patience: int | None = None) -> Inbox:
+    def _submit(self, requests: list[Request], patience: int | None = None) -> Inbox:
         """Where the pieces of replies arrive, for a reader that may fall behind by so many."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
         inbox = Inbox(patience)
         try:
-            inbox.generations = self.engine.submit_all(wanted, self._mailbox.deliver_to(inbox))
+            inbox.generations = self.engine.submit_all(requests, self._mailbox.deliver_to(inbox))
         except (ValueError, EngineFull, EngineError) as error:
             raise as_api_error(error) from error
         return inbox
 
-    async def _whole(self, form: Form | ResponseForm, ask: Ask, wanted: list[Request]) -> bytes:
-        inbox = self._submit(wanted)
+    async def _whole(
+        self, writer: CompletionWriter | ResponseWriter, parsed: ParsedRequest, requests: list[Request]
+    ) -> bytes:
+        inbox = self._submit(requests)
         generations = inbox.generations
-        said: list[list[Piece]] = [[] for _ in generations]
+        replies: list[list[Piece]] = [[] for _ in generations]
         try:
-            async for found in self._pieces(ask, inbox):
+            async for found in self._pieces(parsed, inbox):
                 for number, piece in found:
-                    said[number].append(piece)
+                    replies[number].append(piece)
         finally:
             cancel(generations)
-            self._note(ask, generations)
-        best = await self._best(ask, list(zip(generations, said)))
-        return await self._off_loop(lambda: encoded(form.whole(best, generations)))
+            self._note(parsed, generations)
+        best = await self._best(parsed, list(zip(generations, replies)))
+        return await self._off_loop(lambda: encoded(writer.whole(best, generations)))
 
     async def _off_loop(self, work: Callable[[], Any]) -> Any:
         """The result of long work on a reply, in a thread, so that the loop answers others meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
-    def _pieces(self, ask: Ask, inbox: Inbox) -> AsyncGenerator:
+    def _pieces(self, parsed: ParsedRequest, inbox: Inbox) -> AsyncGenerator:
         """The pieces of replies as they come, behind their prompts where that is asked for, with the calls in them."""
         blocks = pieces(inbox)
-        if ask.tools is not None:
-            return reading_calls(blocks, inbox.generations, self.served.call_form)
-        if not ask.echo:
+        if parsed.tools is not None:
+            return reading_calls(blocks, inbox.generations, self.model.call_form)
+        if not parsed.echo:
             return blocks
-        prompts = [prompt for prompt in ask.prompts for _ in range(ask.best_of)]
-        return with_prompts(blocks, self.served.tokenizer, prompts, inbox.generations)
+        prompts = [prompt for prompt in parsed.prompts for _ in range(parsed.best_of)]
+        return with_prompts(blocks, self.model.tokenizer, prompts, inbox.generations)
 
-    async def _best(self, ask: Ask, replies: list[tuple[Generation, list[Piece]]]) -> list[tuple]:
+    async def _best(self, parsed: ParsedRequest, replies: list[tuple[Generation, list[Piece]]]) -> list[tuple]:
         """Of the replies to each prompt the n of highest score, best first."""
-        if ask.best_of == ask.n:
+        if parsed.best_of == parsed.n:
             return replies
         kept = []
-        for start in range(0, len(replies), ask.best_of):
-            group = replies[start : start + ask.best_of]
+        for start in range(0, len(replies), parsed.best_of):
+            group = replies[start : start + parsed.best_of]
             prompt, answers = group[0][0].request.prompt, [generation.tokens for generation, _ in group]
             scores = await self._scores(prompt, answers, group[0][0].request.client)
             order = sorted(range(len(group)), key=lambda number: -scores[number])
-            kept += [group[number] for number in order[: ask.n]]
+            kept += [group[number] for number in order[: parsed.n]]
         return kept
 
     async def _scores(self, prompt: list[int], answers: list[list[int]], client: str) -> list[float]:
@@ -270,34 +247,36 @@ class Answers:
         scores: list[float] = []
         for start in range(0, len(answers), SCORED_AT_ONCE):
             some = answers[start : start + SCORED_AT_ONCE]
-            job = self.engine.call(lambda some=some: self.served.score(prompt, some), client)
+            job = self.engine.call(lambda some=some: self.model.score(prompt, some), client)
             scores += await asyncio.wrap_future(job)
         return scores
 
-    async def _events(self, form: Form | ResponseForm, ask: Ask, inbox: Inbox) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, writer: CompletionWriter | ResponseWriter, parsed: ParsedRequest, inbox: Inbox
+    ) -> AsyncGenerator[bytes, None]:
         """The blocks of a stream; an error comes as an event, since the status has been sent."""
         generations = inbox.generations
-        if opening := form.opening(generations):
+        if opening := writer.opening(generations):
             yield opening
         try:
-            async with aclosing(self._pieces(ask, inbox)) as blocks:
+            async with aclosing(self._pieces(parsed, inbox)) as blocks:
                 async for found in blocks:
-                    work = partial(form.block, found, generations)
+                    work = partial(writer.block, found, generations)
                     is_long = any(piece.logprobs for _, piece in found)
                     if block := await self._off_loop(work) if is_long else work():
                         yield block
-            if closing := form.closing(generations):
+            if closing := writer.closing(generations):
                 yield closing
         except Exception as error:
             told = as_api_error(error)
             note_reason(str(told))
-            yield form.failure(told)
+            yield writer.failure(told)
         finally:
-            self._note(ask, generations)
-        if form.end:
-            yield form.end
+            self._note(parsed, generations)
+        if writer.end:
+            yield writer.end
 
-    def _note(self, ask: Ask, generations: list[Generation]) -> None:
+    def _note(self, parsed: ParsedRequest, generations: list[Generation]) -> None:
         """Writes a request to the log, and its times to the metrics."""
         now = time.monotonic()
         for generation in generations:
@@ -305,8 +284,8 @@ class Answers:
         logger.info(
             "%s user=%s metadata=%s prompt_tokens=%d completion_tokens=%d replies=%d ended=%s seconds=%.3f",
             current().who,
-            ascii(ask.user),
-            json.dumps(ask.metadata),
+            ascii(parsed.user),
+            json.dumps(parsed.metadata),
             sum(len(prompt) for prompt in {id(g.request.prompt): g.request.prompt for g in generations}.values()),
             sum(len(generation.tokens) for generation in generations),
             len(generations),

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from palm_rlhf.serving.http.access import Access
-from palm_rlhf.serving.http.api_keys import Keys, Owner
+from palm_rlhf.serving.http.api_keys import ApiKeys, KeyOwner
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.prometheus import Metrics
-from palm_rlhf.serving.http.request_log import Record, begin, note_reason
+from palm_rlhf.serving.http.request_log import RequestRecord, begin, note_reason
 
 # for these, and the page's files, no key is asked
 OPEN_PATHS = ("/", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")
@@ -19,7 +19,7 @@ WITH_BODY = ("POST", "PUT", "PATCH")
 logger = logging.getLogger(__name__)
 
 
-class Front:
+class AccessMiddleware:
     """An ASGI middleware around all others: it lets in who may ask, names them, and logs what was refused or failed.
 
     `scope["palm_rlhf.client"]` is a short string, the same for all requests with one key, or from one address where no
@@ -27,7 +27,7 @@ class Front:
     answered as a GET without its body.
     """
 
-    def __init__(self, app: Callable, keys: Keys, access: Access, metrics: Metrics):
+    def __init__(self, app: Callable, keys: ApiKeys, access: Access, metrics: Metrics):
         self.app, self.keys, self.access, self.metrics = app, keys, access, metrics
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -35,7 +35,7 @@ class Front:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        record = Record(client=scope["client"][0] if scope.get("client") else "unknown")
+        record = RequestRecord(client=scope["client"][0] if scope.get("client") else "unknown")
         begin(record)
         started = time.monotonic()
         method = scope["method"]
@@ -49,7 +49,7 @@ class Front:
         finally:
             self._log(method, scope["path"], record, time.monotonic() - started)
 
-    def _answering(self, scope: dict, headers: Mapping[str, str], record: Record) -> Callable:
+    def _answering(self, scope: dict, headers: Mapping[str, str], record: RequestRecord) -> Callable:
         """The application for those who may ask, or the reply to those who may not."""
         if error := self.access.refusal(headers):
             return error_response(error)
@@ -68,7 +68,7 @@ class Front:
         return self.app
 
     def _sending(
-        self, scope: dict, headers: Mapping[str, str], record: Record, send: Callable, *, with_body: bool
+        self, scope: dict, headers: Mapping[str, str], record: RequestRecord, send: Callable, *, with_body: bool
     ) -> Callable:
         """`send`, with more headers for each reply, whose status goes to the record and the metrics."""
         more = {"x-request-id": record.id, **self.access.cors(headers)}
@@ -88,11 +88,11 @@ class Front:
     def _needs_key(self, path: str) -> bool:
         return path not in OPEN_PATHS and not path.startswith("/page/")
 
-    def _owner(self, headers: Mapping[str, str]) -> Owner | None:
+    def _owner(self, headers: Mapping[str, str]) -> KeyOwner | None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         return self.keys.owner(given.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
 
-    def _log(self, method: str, path: str, record: Record, seconds: float) -> None:
+    def _log(self, method: str, path: str, record: RequestRecord, seconds: float) -> None:
         """A line for what was refused or failed, also while it was being sent."""
         if record.reason is None and record.status is not None and record.status < 400:
             return

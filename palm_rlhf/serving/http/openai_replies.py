@@ -33,7 +33,7 @@ def usage(generations: Sequence[Generation], completion_tokens: int | None = Non
 
 
 @dataclass(frozen=True)
-class Form:
+class CompletionWriter:
     """One reply's objects, of a chat or of a completion.
 
     The chunks of a stream have a place for the usage where it is asked for; `continuous_usage` fills it in every one.

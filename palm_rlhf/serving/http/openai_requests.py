@@ -13,7 +13,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default, where a chat may fill the context
 
 
 @dataclass(frozen=True)
-class Ask:
+class ParsedRequest:
     """A request that has been read: `prompts` are conversations, texts or token ids; `options` those of the engine."""
 
     model: str | None
@@ -53,7 +53,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def read_chat(body: dict[str, Any]) -> Ask:
+def read_chat(body: dict[str, Any]) -> ParsedRequest:
     """A request for a chat completion."""
     values = check(body, CHAT, "")
     logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
@@ -65,9 +65,9 @@ def read_chat(body: dict[str, Any]) -> Ask:
     if schema is not None and tools is not None:
         message = "got response_format and tools; expected one of them, or a tool_choice of none"
         raise ApiError(400, message, param="response_format", code="conflict")
-    ask = common(values, [messages], most_tokens(values), logprobs, prompt_logprobs)
+    parsed = common(values, [messages], most_tokens(values), logprobs, prompt_logprobs)
     continued = continues(values, messages, free=schema is None and tools is None)
-    return replace(ask, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools, continued=continued)
+    return replace(parsed, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools, continued=continued)
 
 
 def continues(values: dict[str, Any], messages: list[dict[str, Any]], *, free: bool) -> bool:
@@ -97,7 +97,7 @@ def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def read_completion(body: dict[str, Any]) -> Ask:
+def read_completion(body: dict[str, Any]) -> ParsedRequest:
     """A request for completions of one prompt or several."""
     values = check(body, COMPLETION, "")
     prompt = values["prompt"]
@@ -106,9 +106,9 @@ def read_completion(body: dict[str, Any]) -> Ask:
     limit = COMPLETION_TOKENS if limit is None else limit
     logprobs = None if values.get("logprobs") is False else values.get("logprobs")
     told = [number for number in (logprobs if echo else None, values.get("prompt_logprobs")) if number is not None]
-    ask = common(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
+    parsed = common(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
     return replace(
-        ask,
+        parsed,
         add_special_tokens=values.get("add_special_tokens", True),
         echo=echo,
         prompt_logprobs=values.get("prompt_logprobs"),
@@ -158,7 +158,7 @@ def plain(message: dict[str, Any]) -> dict[str, Any]:
 
 def common(
     values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs: int | None, prompt_logprobs: int | None
-) -> Ask:
+) -> ParsedRequest:
     """What requests of all kinds have in common."""
     stream, n = values.get("stream", False), values.get("n", 1)
     best_of, stop = values.get("best_of", n), values.get("stop", ())
@@ -183,7 +183,7 @@ def common(
         raise ApiError(400, message, param="prompt_logprobs")
     top_k = values.get("top_k", 0)
     include_usage = streaming.get("include_usage", False)
-    return Ask(
+    return ParsedRequest(
         model=values["model"],
         prompts=prompts,
         options={

@@ -21,7 +21,7 @@ LONG, MANY = 2**16, 128  # a body of more bytes or more objects is large
 NUM_THREADS = 4  # for ordinary bodies; large ones share one
 
 
-class Gone(Exception):
+class ClientGone(Exception):
     """Ends work whose client has left; no one is told."""
 
 
@@ -59,7 +59,7 @@ class Preparation:
 
             def stop_work() -> None:
                 if stopped.is_set():
-                    raise Gone
+                    raise ClientGone
                 if time.monotonic() > late:
                     message = f"the request took longer than {self.seconds:g} seconds to read; send a shorter one"
                     raise ApiError(400, message, code="too_complex")

@@ -14,7 +14,7 @@ SHARE = 0.5  # of the memory for bodies, which one client may have
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What requests may hold, and ask for.
 
     `max_body`: bytes of one. `body_timeout`: seconds in which they have to come. `body_memory`: bytes of all that are
@@ -42,10 +42,10 @@ class Limits:
             )
 
 
-class Bodies:
+class BodyReader:
     """The bodies that are being read and worked on."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: RequestLimits):
         self.limits = limits
         self.held: Counter[str] = Counter()  # bytes, by client
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """One request: `key` is the name of its API key, `reason` that of a refusal or failure, `status` that of the reply.
 
     `client` is the address that it came from.
@@ -24,17 +24,17 @@ class Record:
         return f"request={self.id} client={self.client!a} key={'-' if self.key is None else ascii(self.key)}"
 
 
-_current: ContextVar[Record | None] = ContextVar("record", default=None)
+_current: ContextVar[RequestRecord | None] = ContextVar("record", default=None)
 
 
-def begin(record: Record) -> None:
+def begin(record: RequestRecord) -> None:
     """Makes it the record of the request that this task answers."""
     _current.set(record)
 
 
-def current() -> Record:
+def current() -> RequestRecord:
     """The record of the request that is being answered; an empty one outside of a request."""
-    return _current.get() or Record()
+    return _current.get() or RequestRecord()
 
 
 def note_reason(reason: str) -> None:

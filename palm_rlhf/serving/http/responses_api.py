@@ -10,12 +10,12 @@ from typing import Any
 from palm_rlhf.serving.generation import Generation, Piece
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.openai_replies import usage
-from palm_rlhf.serving.http.openai_requests import Ask, common, json_schema, plain
+from palm_rlhf.serving.http.openai_requests import ParsedRequest, common, json_schema, plain
 from palm_rlhf.serving.http.responses_parameters import RESPONSE
 from palm_rlhf.serving.http.schema import check
 
 
-def read_response(body: dict[str, Any]) -> Ask:
+def read_response(body: dict[str, Any]) -> ParsedRequest:
     """A request for a response."""
     values = check(body, RESPONSE, "")
     messages, instructions = values["input"], values.get("instructions")
@@ -26,7 +26,7 @@ def read_response(body: dict[str, Any]) -> Ask:
     text_format = values.get("text", {}).get("format", {"type": "text"})
     nested = {"type": text_format["type"], "json_schema": text_format}
     limit = values.get("max_output_tokens")
-    ask = common(values, [[plain(message) for message in messages]], limit, None, None)
+    parsed = common(values, [[plain(message) for message in messages]], limit, None, None)
     repeated = {
         "instructions": instructions,
         "max_output_tokens": limit,
@@ -36,10 +36,10 @@ def read_response(body: dict[str, Any]) -> Ask:
         "top_p": values.get("top_p", 1.0),
         "user": values.get("user"),
     }
-    return replace(ask, json_schema=json_schema(nested), schema_name="text.format", repeated=repeated)
+    return replace(parsed, json_schema=json_schema(nested), schema_name="text.format", repeated=repeated)
 
 
-class ResponseForm:
+class ResponseWriter:
     """The objects of one response, and the events of its stream: response.created to response.completed.
 
     Source: https://platform.openai.com/docs/api-reference/responses-streaming

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.http.engine_requests import check_ids, prompt_tokens
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.openai_parameters import (
@@ -18,6 +17,7 @@ from palm_rlhf.serving.http.openai_parameters import (
 from palm_rlhf.serving.http.openai_requests import continues, with_calls
 from palm_rlhf.serving.http.token_display import token_text
 from palm_rlhf.serving.http.tool_calls import read_tools
+from palm_rlhf.serving.served_model import ServedModel
 
 TOKENIZE = record(
     {
@@ -34,12 +34,12 @@ TOKENIZE = record(
 DETOKENIZE = record({"model": MODEL, "tokens": items(TOKENS, minimum=0)}, "tokens")
 
 
-def tokenize(served: Served, context: int, values: dict[str, Any]) -> dict[str, Any]:
+def tokenize(model: ServedModel, context: int, values: dict[str, Any]) -> dict[str, Any]:
     """The tokens that a completion or a chat would read, how many they are, and how many the model has room for."""
     if ("messages" in values) == ("prompt" in values):
         raise ApiError(400, "expected messages or a prompt, exactly one of them", param="messages")
     if "prompt" in values:
-        tokens = _text_tokens(served, values["prompt"], values.get("add_special_tokens", True))
+        tokens = _text_tokens(model, values["prompt"], values.get("add_special_tokens", True))
     elif values.get("add_special_tokens"):
         message = (
             "add_special_tokens is true; expected it with a prompt, since the chat template writes those of messages"
@@ -50,22 +50,22 @@ def tokenize(served: Served, context: int, values: dict[str, Any]) -> dict[str, 
         tools = read_tools(values)
         continued = continues(values, messages, free=tools is None)
         definitions = [] if tools is None else tools.definitions
-        tokens = prompt_tokens(served, context, messages, definitions, continued=continued)
-    strings = [token_text(served.tokenizer, token)[0] for token in tokens] if values.get("return_token_strs") else None
+        tokens = prompt_tokens(model, context, messages, definitions, continued=continued)
+    strings = [token_text(model.tokenizer, token)[0] for token in tokens] if values.get("return_token_strs") else None
     return {"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": strings}
 
 
-def _text_tokens(served: Served, text: str, add_special_tokens: bool) -> list[int]:
+def _text_tokens(model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:
     try:
-        return served.encode_text(text, add_special_tokens=add_special_tokens) if text else []
+        return model.encode_text(text, add_special_tokens=add_special_tokens) if text else []
     except ValueError as error:
         raise ApiError(400, f"prompt cannot be read by this model: {error}", param="prompt") from error
 
 
-def detokenize(served: Served, values: dict[str, Any]) -> dict[str, Any]:
+def detokenize(model: ServedModel, values: dict[str, Any]) -> dict[str, Any]:
     """The text of tokens, special ones by their names."""
-    check_ids(values["tokens"], served.palm.num_tokens, "tokens")
+    check_ids(values["tokens"], model.palm.num_tokens, "tokens")
     try:
-        return {"prompt": served.tokenizer.decode(values["tokens"], with_special_tokens=True)}
+        return {"prompt": model.tokenizer.decode(values["tokens"], with_special_tokens=True)}
     except ValueError as error:
         raise ApiError(400, f"tokens cannot be written by this model: {error}", param="tokens") from error

@@ -20,10 +20,10 @@ import palm_rlhf.serving
 from palm_rlhf.data.templates import ChatTemplate
 from palm_rlhf.data.tokenizer import EOS, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.run_server import running
+from palm_rlhf.serving.served_model import ServedModel
 
 FILES = Path(palm_rlhf.serving.__file__).with_name("page")
 USER, SYSTEM = "<|user|>", "<|system|>"
@@ -41,7 +41,7 @@ SCRIPT = {
 
 
 @pytest.fixture(scope="session")
-def scripted() -> Served:
+def scripted() -> ServedModel:
     """A model whose next token follows from the last one alone: each message in SCRIPT is a token, and so are its
     replies' pieces. Its feed-forward layer is solved for that; its attention adds nothing.
     """
@@ -69,13 +69,13 @@ def scripted() -> Served:
         wanted = 3 * embeddings[following] - embeddings
         layer.ff_out.weight.copy_(torch.linalg.lstsq(F.silu(gate) * value, wanted).solution.T)
         layer.attn_out.weight.zero_()
-    return Served("scripted", palm, tokenizer, template)
+    return ServedModel("scripted", palm, tokenizer, template)
 
 
 @contextmanager
-def serving(served: Served, api_keys: Sequence[str] = (), **config):
-    with Engine(served.palm, served.tokenizer, EngineConfig(**config)) as engine:
-        with running(create_app(served, engine, api_keys=api_keys)) as url:
+def serving(served_model: ServedModel, api_keys: Sequence[str] = (), **config):
+    with Engine(served_model.palm, served_model.tokenizer, EngineConfig(**config)) as engine:
+        with running(create_app(served_model, engine, api_keys=api_keys)) as url:
             yield url, engine
 
 

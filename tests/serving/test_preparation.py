@@ -14,8 +14,8 @@ from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.http.engine_requests import score_tokens
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.openai_requests import read_chat
-from palm_rlhf.serving.http.preparation import LONG, MANY, Gone, Preparation
-from palm_rlhf.serving.http.request_bodies import Limits
+from palm_rlhf.serving.http.preparation import LONG, MANY, ClientGone, Preparation
+from palm_rlhf.serving.http.request_bodies import RequestLimits
 
 EMPTY = {"role": "user", "content": ""}
 CHATS = "/v1/chat/completions"
@@ -63,14 +63,16 @@ def test_messages_that_cannot_fit_are_refused_unread(server):
     assert "12000" in error["message"] and "256 tokens" in error["message"]
 
 
-def test_work_that_takes_too_long_is_ended(served):
+def test_work_that_takes_too_long_is_ended(served_model):
     preparation = Preparation(seconds=-1)  # over when it begins
     jinja = JinjaTemplate(PRESETS["default"].to_jinja())
     works = {
-        "a template of ours": lambda _: served.encode_chat([EMPTY]),
-        "a template in Jinja": lambda _: encode_prompt([EMPTY], served.tokenizer, jinja, checkpoint=check_deadline),
-        "replies to be scored": lambda _: score_tokens(served, 256, "a", ["b"]),
-        "the replies to a chat": lambda _: served.encode_reply([EMPTY], "b"),
+        "a template of ours": lambda _: served_model.encode_chat([EMPTY]),
+        "a template in Jinja": lambda _: encode_prompt(
+            [EMPTY], served_model.tokenizer, jinja, checkpoint=check_deadline
+        ),
+        "replies to be scored": lambda _: score_tokens(served_model, 256, "a", ["b"]),
+        "the replies to a chat": lambda _: served_model.encode_reply([EMPTY], "b"),
         "the check of values": lambda _: read_chat({"model": "parrot", "messages": [EMPTY]}),
     }
     for name, work in works.items():
@@ -81,7 +83,7 @@ def test_work_that_takes_too_long_is_ended(served):
 
 
 def test_a_server_takes_its_limit_for_such_work(start_server):
-    url, _ = start_server(limits=Limits(prepare_timeout=1e-9))
+    url, _ = start_server(limits=RequestLimits(prepare_timeout=1e-9))
     reply = httpx.post(url + CHATS, json={"model": "parrot", "messages": [EMPTY]}, timeout=60)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "too_complex")
 
@@ -94,7 +96,7 @@ def test_work_ends_when_the_client_has_gone():
             while True:
                 began.set()
                 check_deadline()
-        except Gone:
+        except ClientGone:
             ended.set()
 
     async def receive():

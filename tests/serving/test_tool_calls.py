@@ -13,9 +13,9 @@ from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.call_form import call_form
-from palm_rlhf.serving.chat_model import Served
 from palm_rlhf.serving.generation import Piece, TokenLogprob
 from palm_rlhf.serving.http.tool_calls import MOST_CALLS, CallReader
+from palm_rlhf.serving.served_model import ServedModel
 
 TEMPLATE = JinjaTemplate(Path(__file__).with_name("tools.jinja").read_text())
 LLAMA = JinjaTemplate(
@@ -69,10 +69,11 @@ def with_tools():
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     palm = PaLM(num_tokens=tokenizer.num_tokens, dim=64, depth=2, heads=4, dim_head=16, max_seq_len=1024)
-    served = Served("caller", palm, tokenizer, TEMPLATE)
+    served_model = ServedModel("caller", palm, tokenizer, TEMPLATE)
     optimizer = torch.optim.AdamW(palm.parameters(), lr=1e-2, betas=(0.9, 0.95))
     rows = [
-        (served.encode_chat(messages_of(messages), tools), tokenizer.encode(said)) for messages, tools, said in LEARNT
+        (served_model.encode_chat(messages_of(messages), tools), tokenizer.encode(said))
+        for messages, tools, said in LEARNT
     ]
     for _ in range(200):
         losses = []
@@ -85,7 +86,7 @@ def with_tools():
         optimizer.step()
         if float(torch.stack(losses).detach().max()) < 0.1:
             break
-    return served
+    return served_model
 
 
 def messages_of(messages: list[dict]) -> list[dict]:
@@ -147,7 +148,7 @@ def test_calls_that_have_to_come_conform(with_tools, start_server, template):
     """Of a model that has learnt nothing: greedy and sampled."""
     torch.manual_seed(0)
     palm = PaLM(num_tokens=with_tools.palm.num_tokens, dim=32, depth=1, heads=2, dim_head=16, max_seq_len=1024)
-    url, _ = start_server(Served("caller", palm, ByteTokenizer(), template))
+    url, _ = start_server(ServedModel("caller", palm, ByteTokenizer(), template))
     named = {"type": "function", "function": {"name": "weather"}}
     schemas = {"weather": WEATHER["function"]["parameters"], "time": {"type": "object"}}
     short = {"type": "function", "function": {"name": "time", "parameters": {"const": {"a": 1}}}}
@@ -174,7 +175,7 @@ def test_calls_that_have_to_come_conform(with_tools, start_server, template):
 def test_a_model_that_goes_on_calling_is_stopped_in_the_end(with_tools, start_server):
     torch.manual_seed(0)
     palm = PaLM(num_tokens=with_tools.palm.num_tokens, dim=32, depth=1, heads=2, dim_head=16, max_seq_len=2048)
-    url, _ = start_server(Served("caller", palm, ByteTokenizer(), TEMPLATE))
+    url, _ = start_server(ServedModel("caller", palm, ByteTokenizer(), TEMPLATE))
     now = {"type": "function", "function": {"name": "now-2_B", "parameters": {"const": {}}}}
     body = {"model": "caller", "messages": QUESTION, "tools": [now], "tool_choice": "required", "logit_bias": NO_BLANKS}
     no_end = {"logit_bias": {"9": -100, "32": -100, str(ByteTokenizer().eos_token): -100}}
@@ -262,7 +263,7 @@ def test_what_is_not_supported_is_refused_by_name(with_tools, start_server, body
 
 
 def test_a_template_without_tools_refuses_them(with_tools, start_server):
-    url, _ = start_server(Served("caller", with_tools.palm, with_tools.tokenizer, PRESETS["default"]))
+    url, _ = start_server(ServedModel("caller", with_tools.palm, with_tools.tokenizer, PRESETS["default"]))
     for body, param in (({"tools": [WEATHER]}, "tools"), ({"messages": ANSWERED}, "messages")):
         reply = httpx.post(f"{url}/v1/chat/completions", json={"model": "caller", "messages": QUESTION, **body})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

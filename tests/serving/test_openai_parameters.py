@@ -9,8 +9,8 @@ import torch
 
 from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import JinjaTemplate
-from palm_rlhf.serving.chat_model import load
 from palm_rlhf.serving.http.openai_parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
+from palm_rlhf.serving.served_model import load
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
@@ -202,11 +202,11 @@ def test_a_truncation_to_one_token_is_greedy(post, dialogues, options):
 
 
 @pytest.mark.parametrize("penalty", [0.02, 3, 20])
-def test_a_penalised_reply_is_that_of_generate(post, served, penalty):
-    prompt = encode_prompt(HELLO, served.tokenizer, served.template)
+def test_a_penalised_reply_is_that_of_generate(post, served_model, penalty):
+    prompt = encode_prompt(HELLO, served_model.tokenizer, served_model.template)
     options = {"temperature": 0, "max_new_tokens": 40, "repetition_penalty": penalty}
-    expected = served.palm.generate(prompt=prompt, eos_token=served.tokenizer.eos_token, **options)
-    text = served.tokenizer.decode(expected.tolist()).rstrip("\ufffd")
+    expected = served_model.palm.generate(prompt=prompt, eos_token=served_model.tokenizer.eos_token, **options)
+    text = served_model.tokenizer.decode(expected.tolist()).rstrip("\ufffd")
     assert said(post(CHATS, messages=HELLO, max_tokens=40, repetition_penalty=penalty)) == text
-    unpenalised = served.palm.generate(prompt=prompt, **{**options, "repetition_penalty": 1.0})
+    unpenalised = served_model.palm.generate(prompt=prompt, **{**options, "repetition_penalty": 1.0})
     assert not torch.equal(expected, unpenalised[: len(expected)])

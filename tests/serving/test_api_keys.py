@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from palm_rlhf.serving.http.api_keys import Keys, keys_of_environment, read_keys
+from palm_rlhf.serving.http.api_keys import ApiKeys, keys_of_environment, read_keys
 
 
 def test_lines_have_names_or_are_keys_alone(tmp_path):
@@ -42,7 +42,7 @@ def write(tmp_path):
 
 def test_a_changed_file_is_read_again(write, caplog):
     caplog.set_level(logging.INFO)
-    keys = Keys([("fixed", "zero")], write("alice: one\nbob: two\n"))
+    keys = ApiKeys([("fixed", "zero")], write("alice: one\nbob: two\n"))
     assert [keys.owner(key).name for key in (b"zero", b"one", b"two")] == ["fixed", "alice", "bob"]
     write("bob: two\ncarol: three\n")
     assert keys.owner(b"one") is None
@@ -54,7 +54,7 @@ def test_a_changed_file_is_read_again(write, caplog):
 @pytest.mark.parametrize("text", ["", "# nobody\n", "bad\x07name: key\n", None])
 def test_a_file_that_is_broken_now_changes_nothing(write, caplog, text):
     file = write("alice: one\n")
-    keys = Keys(file=file)
+    keys = ApiKeys(file=file)
     if text is None:
         file.unlink()
     else:
@@ -68,7 +68,7 @@ def test_a_file_that_is_broken_now_changes_nothing(write, caplog, text):
 
 
 def test_the_id_of_an_owner_tells_nothing_of_the_key():
-    one, other = (Keys([("alice", "secret")]).owner(b"secret") for _ in range(2))
+    one, other = (ApiKeys([("alice", "secret")]).owner(b"secret") for _ in range(2))
     assert one.name == other.name and one.id != other.id  # each server hashes with a salt of its own
-    keys = Keys([("alice", "secret"), ("bob", "other")])
+    keys = ApiKeys([("alice", "secret"), ("bob", "other")])
     assert keys.owner(b"secret").id == keys.owner(b"secret").id != keys.owner(b"other").id

@@ -29,7 +29,7 @@ ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model, and how it is talked to.
 
     Without a `template` (a model of bytes has no special tokens to write one with) a conversation is a transcript, with
@@ -139,7 +139,7 @@ def load(
     reward_model: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-) -> Served:
+) -> ServedModel:
     """Opens a checkpoint with the tokenizer and template beside it: a folder, that of a run, or a hub id.
 
     `name` is the folder's by default. `template` is one of PRESETS, "plain" for a transcript, or "auto". `lora_scope`
@@ -154,7 +154,7 @@ def load(
     elif palm.finetune_modules:
         logger.warning("%s has the LoRA scopes %s, and none is used", folder, sorted(palm.finetune_modules))
     tokenizer = _tokenizer_of(folder, palm)
-    served = Served(
+    model = ServedModel(
         name=name or Path(checkpoint).resolve().name,
         palm=palm,
         tokenizer=tokenizer,
@@ -163,8 +163,8 @@ def load(
         if reward_model is None
         else _reward_model_of(local_folder(reward_model), folder, palm, device),
     )
-    _ = served.turn_ends  # a template that does not fit is told now, and not to the first who asks
-    return served
+    _ = model.turn_ends  # a template that does not fit is told now, and not to the first who asks
+    return model
 
 
 def checked_device(name: str | torch.device) -> torch.device:
@@ -221,7 +221,7 @@ def _template_of(folder: Path, tokenizer: Tokenizer, palm: PaLM, name: str) -> T
     return template
 
 
-def _reward_model_of(folder: Path, served: Path, palm: PaLM, device: str | torch.device) -> RewardModel:
+def _reward_model_of(folder: Path, model: Path, palm: PaLM, device: str | torch.device) -> RewardModel:
     """A reward model of the same tokens."""
     reward_model = RewardModel.from_pretrained(folder, device=device).eval()
     if reward_model.palm.num_tokens != palm.num_tokens:
@@ -230,9 +230,9 @@ def _reward_model_of(folder: Path, served: Path, palm: PaLM, device: str | torch
             "expected as many: both have to be of one tokenizer"
         )
     try:
-        same = load_tokenizer(folder).fingerprint == load_tokenizer(served).fingerprint
+        same = load_tokenizer(folder).fingerprint == load_tokenizer(model).fingerprint
     except FileNotFoundError:
         same = True  # one of them says nothing about it
     if not same:
-        raise ValueError(f"the reward model {folder} and the model {served} have different tokenizers; expected one")
+        raise ValueError(f"the reward model {folder} and the model {model} have different tokenizers; expected one")
     return reward_model

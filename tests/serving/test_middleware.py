@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from palm_rlhf.serving.http.access import Access
-from palm_rlhf.serving.http.api_keys import Keys
-from palm_rlhf.serving.http.middleware import CLIENT, Front
+from palm_rlhf.serving.http.api_keys import ApiKeys
+from palm_rlhf.serving.http.middleware import CLIENT, AccessMiddleware
 from palm_rlhf.serving.http.prometheus import Metrics
 
 CHATS = "/v1/chat/completions"
@@ -33,7 +33,7 @@ def client_of(start_engine):
         async def send(message):
             pass
 
-        front = Front(app, Keys((key, key) for key in keys), Access(), Metrics(engine))
+        front = AccessMiddleware(app, ApiKeys((key, key) for key in keys), Access(), Metrics(engine))
 
         def ask(address="10.0.0.1", authorization=None):
             headers = [] if authorization is None else [(b"authorization", authorization)]
@@ -174,7 +174,7 @@ def lines_of(caplog, *, path: str) -> list[str]:
 
 def test_what_is_refused_is_logged_once_with_whose_it_is_and_why(start_server, caplog, eventually):
     caplog.set_level(logging.INFO)
-    url, _ = start_server(api_keys=Keys([("alice", "secret")]))
+    url, _ = start_server(api_keys=ApiKeys([("alice", "secret")]))
     bad = httpx.post(url + CHATS, json={**HELLO, "n": 0}, headers={"Authorization": "Bearer secret"})
     (line,) = eventually(lambda: lines_of(caplog, path=CHATS))
     assert f"request={bad.headers['x-request-id']} client='127.0.0.1' key='alice' status=400 method=POST" in line
@@ -217,7 +217,7 @@ def test_a_failure_of_the_server_is_logged_with_its_reason(server, caplog, event
     async def send(message):
         pass
 
-    front = Front(app, Keys(), Access(), Metrics(server[1]))
+    front = AccessMiddleware(app, ApiKeys(), Access(), Metrics(server[1]))
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "client": None}
     with pytest.raises(RuntimeError):
         asyncio.run(front(scope, None, send))

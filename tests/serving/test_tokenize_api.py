@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import DEFAULT_SPECIAL_TOKENS, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.chat_model import load
+from palm_rlhf.serving.served_model import load
 
 HELLO = [{"role": "user", "content": "Hello"}]
 BOS = "<|start|>"
@@ -26,7 +26,7 @@ def post(server):
         yield ask
 
 
-def test_a_text_is_told_in_tokens(post, served):
+def test_a_text_is_told_in_tokens(post, served_model):
     text = "Crème 🐈"
     found = post("/tokenize", model="parrot", prompt=text)
     tokens = list(text.encode())
@@ -41,9 +41,9 @@ def test_a_text_is_told_in_tokens(post, served):
     assert post("/tokenize", prompt="<|user|>")["count"] == len("<|user|>")  # a text never becomes a special token
 
 
-def test_a_conversation_is_told_as_a_chat_reads_it(post, client, served):
+def test_a_conversation_is_told_as_a_chat_reads_it(post, client, served_model):
     found = post("/tokenize", messages=HELLO, add_generation_prompt=True, add_special_tokens=False)
-    assert found["tokens"] == served.encode_chat(HELLO)
+    assert found["tokens"] == served_model.encode_chat(HELLO)
     usage = client.chat.completions.create(model="parrot", messages=HELLO, max_tokens=1).usage
     assert found["count"] == usage.prompt_tokens
     assert post("/detokenize", tokens=found["tokens"])["prompt"] == "<|user|>Hello<|endoftext|><|assistant|>"

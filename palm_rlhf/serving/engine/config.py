@@ -1,0 +1,37 @@
+"""The settings of an engine: how much it computes at once, and for how long."""
+
+from dataclasses import dataclass
+
+from beartype import beartype
+
+
+@beartype
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine takes on at once.
+
+    `context`: tokens of a prompt with its reply; None is the model's `max_seq_len`. `max_batch`: replies computed
+    together. `queue`: replies that may wait beyond them. `prefill_chunk`: tokens of prompts read between two tokens of
+    the others. `cache_memory` and `prefix_memory`: bytes for running sequences, and for what prompts may begin with.
+    Where the first is short, those who came last wait again, and go on when there is room.
+    `timeout`: seconds for each reply, its time in the queue included. `stall_timeout`: seconds without a token, a part
+    of a prompt or an end, with work to do, after which the engine counts as stalled.
+    """
+
+    context: int | None = None
+    max_batch: int = 16
+    queue: int = 64
+    prefill_chunk: int = 256
+    cache_memory: int = 2**31
+    prefix_memory: int = 2**28
+    timeout: float | int = 600.0
+    stall_timeout: float | int = 120.0
+
+    def __post_init__(self):
+        for name, least in (("context", 2), ("max_batch", 1), ("queue", 0), ("prefill_chunk", 1), ("prefix_memory", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        for name in ("timeout", "stall_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")

@@ -1,0 +1,155 @@
+"""A conversation in a terminal or by pipes: its lines, its commands, and how replies are printed."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from beartype import beartype
+
+from palm_rlhf.serving.dialogue import Dialogue
+
+PROMPT, MORE = "> ", ". "
+QUOTES = '"""'
+HELP = """\
+Enter ends a message. A backslash before it goes on in the next line; so does everything between \"\"\" and \"\"\".
+/reset         forget what was said, but not the system message
+/regenerate    say the last reply anew
+/system TEXT   set the system message, from the next reply on; without a text there is none
+/save FILE     write the conversation to a new file, as a line of JSON that `palm-rlhf data` and trainers read
+/help          show this
+/quit          end; so does Ctrl-D
+Ctrl-C stops a reply, and keeps what was said of it. A message that begins with / goes between \"\"\" and \"\"\"."""
+# A model may say what moves the cursor or renames the window: a terminal is shown pictures of such characters.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+
+class TerminalSession:
+    """A conversation with whoever is at standard input; replies go to standard output, everything else to stderr."""
+
+    def __init__(self, conversation: Dialogue):
+        self.conversation = conversation
+        self.is_person = sys.stdin.isatty()
+        self.is_screen = sys.stdout.isatty()
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/reset": self.reset,
+            "/regenerate": lambda _: self.show(conversation.say_again),
+            "/system": self.set_system,
+            "/save": self.save,
+            "/help": lambda _: note(HELP),
+        }
+
+    def run(self) -> None:
+        """Answers until the input ends."""
+        while True:
+            try:
+                text, is_quoted = read_message(self.read_line)
+                if text.startswith("/") and not is_quoted:
+                    name, _, rest = text.partition(" ")
+                    if name == "/quit":
+                        return
+                    self.commands.get(name, self.refuse)(rest.strip())
+                elif text:
+                    self.show(lambda text=text: self.conversation.say(text))
+            except EOFError:
+                if self.is_person:
+                    note("")  # the shell's prompt goes to a line of its own
+                return
+            except KeyboardInterrupt:
+                if not self.is_person:
+                    raise
+                note("\n(Ctrl-D ends)")
+
+    def read_line(self, prompt: str) -> str:
+        """A line without its end; EOFError after the last."""
+        if self.is_person and self.is_screen:
+            return input(prompt)
+        if self.is_person:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n").removeprefix("\ufeff")  # a file's byte order mark
+
+    def show(self, ask: Callable[[], Iterator[str]]) -> None:
+        """Prints a reply as it comes; Ctrl-C stops it."""
+        conversation = self.conversation
+        known, forgotten = conversation.messages, conversation.num_forgotten
+        try:
+            for text in ask():
+                print(text.translate(VISIBLE) if self.is_screen else text, end="", flush=True)
+            print(flush=True)
+        except KeyboardInterrupt:
+            if not self.is_person:
+                raise
+            print(flush=True)
+            note("(stopped)" if conversation.messages is not known else "(stopped before a word: nothing was said)")
+        except (ValueError, RuntimeError) as error:
+            if conversation.messages is not known:
+                print(flush=True)
+            note(f"({error})")
+        else:
+            if conversation.finish_reason == "length":
+                note("(the reply was cut: it reached its limit of tokens)")
+        if conversation.num_forgotten > forgotten:
+            number = conversation.num_forgotten
+            what = "exchange is" if number == 1 else f"{number} exchanges are"
+            note(f"(the context of {conversation.engine.context} tokens is full: the first {what} forgotten)")
+
+    def reset(self, _: str) -> None:
+        """Begins anew."""
+        self.conversation.reset()
+        note("(forgotten)")
+
+    def set_system(self, text: str) -> None:
+        """Sets the system message, or removes it."""
+        self.conversation.system = text or None
+        note("(the system message is set)" if text else "(there is no system message)")
+
+    def save(self, name: str) -> None:
+        """Saves the conversation, and never over another file."""
+        if not name or not self.conversation.messages:
+            note("(name a file: /save FILE)" if not name else "(nothing was said yet)")
+            return
+        path = Path(name).expanduser()
+        try:
+            self.conversation.save(path)
+        except FileExistsError:
+            note(f"({path} exists, and stays as it is: choose another name)")
+        except OSError as error:
+            note(f"({path} could not be written: {error})")
+        else:
+            note(f"(saved to {path})")
+
+    def refuse(self, _: str) -> None:
+        """Tells what to do about a command that there is not."""
+        note("(there is no such command: /help lists those there are)")
+
+
+def note(text: str) -> None:
+    """Says something that is not the model's."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@beartype
+def read_message(read_line: Callable[[str], str]) -> tuple[str, bool]:
+    """A message from lines, and whether it stood in quotes; `read_line` takes a prompt and raises EOFError at the end.
+
+    An end of the input inside of a message ends the message.
+    """
+    line = read_line(PROMPT)
+    quoted = line.lstrip().startswith(QUOTES)
+    lines = [line.lstrip().removeprefix(QUOTES)] if quoted else [line]
+
+    def is_open() -> bool:
+        return not lines[-1].rstrip().endswith(QUOTES) if quoted else lines[-1].endswith("\\")
+
+    with contextlib.suppress(EOFError):
+        while is_open():
+            following = read_line(MORE)
+            if not quoted:
+                lines[-1] = lines[-1][:-1]
+            lines.append(following)
+    text = "\n".join(lines).strip()
+    return (text.removesuffix(QUOTES).strip() if quoted else text), quoted
