@@ -9,6 +9,7 @@ import pytest
 
 from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION
 from palm_rlhf.serving.http.request_bodies import RequestLimits
+from palm_rlhf.serving.http.schema import shown
 
 HELLO = [{"role": "user", "content": "Hello"}]
 JSON = {"Content-Type": "application/json"}
@@ -129,6 +130,30 @@ def test_messages_are_checked_inside(refused):
         ([{"role": "user", "content": 5}], "messages[0].content"),
     ):
         assert refused(CHATS, {"model": "parrot", "messages": messages})["param"] == param
+
+
+def test_where_no_form_of_a_parameter_fits_the_error_is_of_the_one_that_came_furthest(refused):
+    for prompt, param, expected in (
+        ([1, "a"], "prompt[1]", ['prompt[1] is "a"', "an integer from 0"]),
+        (["a", 1], "prompt[1]", ["prompt[1] is 1", "a string"]),
+        ([[1], [2, "a"]], "prompt[1][1]", ['prompt[1][1] is "a"', "an integer from 0"]),
+        ([1.5], "prompt[0]", ["prompt[0] is 1.5", "an integer from 0", "a string", "an array"]),
+        (1, "prompt", ["prompt is 1", "a string", "an array"]),
+    ):
+        error = refused(TEXTS, {"model": "parrot", "prompt": prompt})
+        assert error["param"] == param
+        assert all(part in error["message"] for part in expected), error["message"]
+    error = refused(CHATS, {"model": "parrot", "messages": [1]})
+    assert error["message"] == "messages[0] is 1; expected an object"
+
+
+def test_no_more_of_a_large_value_is_written_than_is_shown():
+    assert shown(["a", {"é": None}]) == '["a", {"\\u00e9": null}]'
+    assert shown([1] * 30 + [object()]) == f"[{'1, ' * 25}1..."  # JSON cannot write what follows
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert shown(nested) == "[" * 77 + "..."
 
 
 def test_what_is_required_is_named(refused):

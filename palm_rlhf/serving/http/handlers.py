@@ -126,7 +126,7 @@ class Handlers:
         """The entries of a body that needs not name the model."""
         values = read_json(body)
         check_counts(values, self.engine.context)
-        values = check(values, schema, "")
+        values = check(values, schema)
         self._check_model(values.get("model", self.model.name))
         return values
 

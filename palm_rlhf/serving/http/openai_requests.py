@@ -55,7 +55,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def read_chat(body: dict[str, Any]) -> ParsedRequest:
     """A request for a chat completion."""
-    values = check(body, CHAT, "")
+    values = check(body, CHAT)
     logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
     if values.get("top_logprobs") and logprobs is None:
         raise ApiError(400, "got top_logprobs without logprobs; set logprobs to true", param="top_logprobs")
@@ -99,7 +99,7 @@ def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
 
 def read_completion(body: dict[str, Any]) -> ParsedRequest:
     """A request for completions of one prompt or several."""
-    values = check(body, COMPLETION, "")
+    values = check(body, COMPLETION)
     prompt = values["prompt"]
     alone = isinstance(prompt, str) or isinstance(prompt[0], int)
     limit, echo = most_tokens(values), values.get("echo", False)
@@ -130,7 +130,7 @@ def most_tokens(values: dict[str, Any]) -> int | None:
 
 def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:
     """A request for scores: the model's name, a conversation or text, and replies to it."""
-    values = check(body, SCORE, "")
+    values = check(body, SCORE)
     if ("messages" in values) == ("prompt" in values):
         raise ApiError(400, "expected messages or a prompt, exactly one of them", param="messages")
     conversation = [plain(message) for message in values.get("messages", ())]

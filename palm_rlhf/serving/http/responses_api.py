@@ -17,7 +17,7 @@ from palm_rlhf.serving.http.schema import check
 
 def read_response(body: dict[str, Any]) -> ParsedRequest:
     """A request for a response."""
-    values = check(body, RESPONSE, "")
+    values = check(body, RESPONSE)
     messages, instructions = values["input"], values.get("instructions")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
