@@ -17,7 +17,7 @@ TESTS = {
     "palm_rlhf/training/rlhf/prompts.py": ["tests/training/test_rlhf_text.py", "tests/training/test_rlhf_rewards.py"],
     "palm_rlhf/training/rlhf/evaluation.py": ["tests/training/test_rlhf_evaluation.py"],
     "palm_rlhf/training/rlhf/dynamic_sampling.py": ["tests/training/test_dynamic_sampling.py"],
-    "palm_rlhf/training/rlhf/config.py": [
+    "palm_rlhf/training/rlhf/config*.py": [
         "tests/training/test_defaults.py",
         "tests/training/test_config_bounds.py",
         "tests/training/test_rlhf.py",
@@ -39,6 +39,13 @@ TESTS = {
         "tests/training/test_resumed_settings.py",
     ],
     "palm_rlhf/training/online_preference.py": ["tests/training/test_online_preference.py"],
+    "palm_rlhf/training/preference_learner.py": [
+        "tests/training/laws/test_fields_without_rollouts.py",
+        "tests/training/test_preference_losses.py",
+        "tests/training/test_preference.py",
+        "tests/training/test_preference_runs.py",
+        "tests/training/test_online_preference.py",
+    ],
     "palm_rlhf/training/preference*.py": [
         "tests/training/test_defaults.py",
         "tests/training/test_config_bounds.py",
@@ -87,6 +94,18 @@ TESTS = {
 
 # Mutants that change nothing a test could observe: file, the line before, the line after, and the reason.
 EQUIVALENT = [
+    (
+        "palm_rlhf/policy/reward_model.py",
+        "self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 0, **like)",
+        "self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 1, **like)",
+        "one bin is refused",
+    ),
+    (
+        "palm_rlhf/algorithms/advantages.py",
+        "centred = torch.where(varied & valid, scores - scores.sum(dim=-1, keepdim=True) / count.clamp(min=1), 0.0)",
+        "centred = torch.where(varied & valid, scores - scores.sum(dim=-1, keepdim=True) / count.clamp(min= 0), 0.0)",
+        "a group without valid scores gets 0, whatever its mean is",
+    ),
     (
         "palm_rlhf/training/rlhf/token_table.py",
         "above, below = ratio > 1 + variant.clip_eps_high, ratio < 1 - variant.clip_eps",

@@ -50,6 +50,11 @@ def test_equals_are_kept_by_their_ids(row, p, scale, dtype):
     assert (keep_top_p(logits, p) > -torch.inf).nonzero().flatten().tolist() == expected
 
 
+def test_a_share_of_one_cuts_nothing_off():
+    assert not module.truncates(None, None) and not module.truncates(None, 1.0)
+    assert module.truncates(None, 1 - 1e-9) and module.truncates(1, None) and module.truncates(1, 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 9.0, 1e4])
 def test_large_vocabularies(scale, dtype):

@@ -248,6 +248,14 @@ def test_scores_are_float32_under_autocast_and_of_a_bfloat16_model():
     assert model.bfloat16()(tokens).dtype == torch.float32
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("bins", [0, 2])
+def test_the_head_without_bins_read_at_the_last_token_gives_one_score_a_token_and_has_no_bias(pooling, bins):
+    model = make_model(pooling=pooling, num_binned_output=bins)
+    assert model.reads_one_score_a_token == (pooling == "last" and bins == 0)
+    assert (model.head.bias is None) == (bins == 0) and model.head.out_features == max(bins, 1)
+
+
 @pytest.mark.parametrize("options", [{"num_binned_output": 1}, {"num_binned_output": -1}])
 def test_a_single_bin_is_refused(options):
     with pytest.raises(ValueError, match="expected 2 or more bins"):

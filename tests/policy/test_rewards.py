@@ -261,6 +261,19 @@ def test_a_function_that_does_not_tell_its_signature_gets_prompts_and_completion
     assert arguments_of("the reward function", max, given) == ((["a"], ["b"]), {})
 
 
+def test_a_parameter_is_given_once_by_its_place_or_its_name():
+    given = {"prompts": ["a"], "completions": ["b"], "goal": [1]}
+    plain = (["a"], ["b"])
+
+    def of(function):
+        return arguments_of("the reward function", function, given)
+
+    assert of(lambda prompts, replies, goal: 0) == (plain, {"goal": [1]})
+    assert of(lambda asked, replies, prompts=(), goal=(), /: 0) == (plain, {})  # no names to give them by
+    assert of(lambda prompts, replies, **more: 0) == (plain, {"goal": [1]})
+    assert of(lambda completions, prompts: 0) == ((), {"prompts": ["a"], "completions": ["b"]})
+
+
 def test_named_rewards_are_weighed_and_each_keeps_its_own_scores(wandering_palm, sequences):
     model = RewardModel(wandering_palm())
     alone = score(model, sequences).scores

@@ -192,3 +192,11 @@ def test_the_curves_are_those_of_the_run_and_of_its_validation(kind):
     if kind is PreferenceConfig:
         assert panels["loss"] == "train: loss" and panels["valid_loss"] == "valid: loss"
         assert panels["valid_reward_margin"] == "valid: reward of the chosen minus the rejected"
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_a_bar_is_drawn_where_it_is_asked_for_alone(kind, capsys):
+    list(build(kind).steps())
+    assert capsys.readouterr().err == ""
+    list(build(kind).steps(progress_bar=True))
+    assert "of 4 steps" in capsys.readouterr().err
