@@ -300,6 +300,16 @@ def test_rows_that_make_no_groups_are_refused(function, scores, num_samples):
         function(scores, num_samples)
 
 
+@pytest.mark.parametrize("advantages", [group_advantages, rloo_advantages], ids=lambda f: f.__name__)
+def test_one_response_has_nothing_to_be_compared_with(advantages):
+    assert advantages(torch.tensor([3.0, -1.0]), 1).tolist() == [0.0, 0.0]
+    valid = torch.tensor([True, False])
+    assert advantages(torch.tensor([3.0, -1.0]), 2, valid=valid).tolist() == [0.0, 0.0]
+    both = torch.tensor([True, True])  # the smallest group that has a deviation: that of 3 and -1 is sqrt(8)
+    expected = [2 / 8**0.5, -2 / 8**0.5] if advantages is group_advantages else [4.0, -4.0]
+    assert advantages(torch.tensor([3.0, -1.0]), 2, valid=both).tolist() == pytest.approx(expected)
+
+
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="expected one shape"):
         group_advantages(torch.zeros(4), 2, valid=torch.ones(2, 2, dtype=torch.bool))
@@ -394,5 +404,6 @@ def test_the_overlong_penalty_by_hand(lengths, room, buffer, expected):
 
 
 def test_an_overlong_penalty_without_a_buffer_is_refused():
+    assert overlong_penalty(torch.tensor([2, 3, 4]), 4, buffer=1).tolist() == [0.0, 0.0, -1.0]
     with pytest.raises(ValueError, match="got buffer=0; expected a number of tokens above 0"):
         overlong_penalty(torch.ones(2), 4, buffer=0)

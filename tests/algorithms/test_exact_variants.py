@@ -244,6 +244,7 @@ def test_importance_weights_are_finite_and_their_cap_above_0():
     mask = torch.ones(1, 2, dtype=torch.bool)
     far = importance_weights(torch.tensor([[0.0, -400.0]]), torch.tensor([[-400.0, 0.0]]), mask, cap=1e30)
     torch.testing.assert_close(far, torch.tensor([[20.0, -20.0]]).exp())
+    assert importance_weights(torch.zeros(1, 2), torch.zeros(1, 2), mask, cap=0.5).tolist() == [[0.5, 0.5]]
     with pytest.raises(ValueError, match=r"got cap=0\.0; expected a number above 0"):
         importance_weights(torch.zeros(1, 2), torch.zeros(1, 2), mask, cap=0.0)
 

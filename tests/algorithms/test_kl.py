@@ -147,6 +147,12 @@ def test_a_controller_that_could_turn_the_sign_is_refused(settings):
         adapt_kl_coef(0.2, 0.0, **{"target": 6, "horizon": 10_000, "num_samples": 64, **settings})
 
 
+def test_a_controller_just_within_its_range():
+    """Of a horizon of 13 and 64 samples the largest fall leaves a little of the coefficient."""
+    got = adapt_kl_coef(0.2, 0.0, target=0.5, horizon=13, num_samples=64)
+    assert got == pytest.approx(0.2 * (1 - 0.2 * 64 / 13)) and got > 0
+
+
 def test_k3_is_bounded_and_the_others_are_not():
     """39 nats would be a k3 of 8.7e16; 10 is the bound on both sides, and what lies below it is as it was."""
     d = torch.tensor([[-39.0, 39.0, -300.0, -2.0, 9.0]]).requires_grad_()

@@ -294,12 +294,27 @@ def test_the_optimum_under_label_smoothing_is_its_log_odds():
 
 @pytest.mark.parametrize(
     "options",
-    [{"beta": 0}, {"beta": 0.1, "label_smoothing": 0.6}, {"beta": 0.1, "label_smoothing": 0.1, "kind": "ipo"}],
+    [
+        {"beta": 0},
+        {"beta": -0.1},
+        {"beta": 0.1, "label_smoothing": 0.501},
+        {"beta": 0.1, "label_smoothing": -0.001},
+        {"beta": 0.1, "label_smoothing": 0.1, "kind": "ipo"},
+    ],
     ids=str,
 )
 def test_options_without_a_meaning_are_refused(options):
     with pytest.raises(ValueError, match="expected a beta above 0"):
         dpo_loss(*torch.zeros(4, 2), **options)
+
+
+def test_labels_that_are_wrong_half_of_the_time_teach_nothing():
+    """At the end of the range the two terms weigh the same: the gradient vanishes where the margin does."""
+    chosen = torch.zeros(2, requires_grad=True)
+    loss = dpo_loss(chosen, *torch.zeros(3, 2), beta=1e-3, label_smoothing=0.5).loss
+    assert loss.item() == pytest.approx(math.log(2))
+    loss.backward()
+    assert chosen.grad.abs().max() == 0
 
 
 def test_shapes_that_would_be_broadcast_are_refused():

@@ -385,6 +385,7 @@ def test_what_has_no_meaning_is_refused():
         lambda: kto_loss(*pair, label.long(), baseline=torch.tensor(0.0), beta=1),
         lambda: kto_loss(*pair, label, baseline=torch.zeros(3), beta=1),
         lambda: simpo_loss(*pair, beta=0, gamma=1),
+        lambda: orpo_loss(*pair, beta=0),
         lambda: orpo_loss(*pair, beta=-1),
         lambda: kto_loss(*pair, label[:1], baseline=torch.tensor(0.0), beta=1),
         lambda: kto_baseline(pair, pair[0]),

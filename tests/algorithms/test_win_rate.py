@@ -36,6 +36,11 @@ def test_the_ends_lie_where_the_share_is_just_as_far_as_the_level_allows(share, 
     assert wilson_interval(share, trials, level=0.5) != wilson_interval(share, trials)
 
 
+def test_the_ends_are_shares_whatever_is_rounded():
+    for trials in range(1, 200):
+        assert wilson_interval(0.0, trials)[0] >= 0 and wilson_interval(1.0, trials)[1] <= 1
+
+
 @pytest.mark.parametrize("true", [0.2, 0.5, 0.7])
 def test_the_interval_holds_the_true_share_as_often_as_it_says(true):
     """Over the exact distribution of wins in 60 trials."""

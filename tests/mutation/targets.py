@@ -3,10 +3,19 @@
 # A module belongs to the first pattern that it matches; the tests that are the likeliest to fail come first.
 TESTS = {
     "palm_rlhf/algorithms/*.py": ["tests/algorithms"],
-    "palm_rlhf/policy/reward*.py": ["tests/policy/test_reward.py", "tests/policy/test_rewards.py"],
+    "palm_rlhf/policy/reward*.py": [
+        "tests/policy/test_reward.py",
+        "tests/policy/test_rewards.py",
+        "tests/policy/test_actor_critic.py",
+        "tests/policy/test_padded_vocabulary.py",
+    ],
     "palm_rlhf/policy/turns.py": ["tests/policy/test_turns.py", "tests/training/test_rlhf_turns.py"],
     "palm_rlhf/policy/*.py": ["tests/policy", "tests/training/test_rlhf.py"],
-    "palm_rlhf/ops/nucleus.py": ["tests/ops/test_nucleus.py"],
+    "palm_rlhf/ops/nucleus.py": [
+        "tests/ops/test_nucleus.py",
+        "tests/ops/test_sampling.py",
+        "tests/policy/test_sequences.py",
+    ],
     "palm_rlhf/ops/sampling.py": ["tests/ops/test_sampling.py", "tests/ops/test_nucleus.py", "tests/policy"],
     "palm_rlhf/ops/logprobs.py": [
         "tests/ops/test_losses.py",
@@ -87,6 +96,7 @@ TESTS = {
     "palm_rlhf/training/run/optimizer.py": [
         "tests/training/test_optimization.py",
         "tests/training/laws/test_optimiser.py",
+        "tests/training/test_first_step.py",
     ],
     "palm_rlhf/training/epoch_sampler.py": ["tests/training/test_batches.py"],
     "palm_rlhf/training/token_windows.py": ["tests/training/test_windows.py"],
@@ -94,6 +104,18 @@ TESTS = {
 
 # Mutants that change nothing a test could observe: file, the line before, the line after, and the reason.
 EQUIVALENT = [
+    *(
+        ("palm_rlhf/ops/nucleus.py", before, before.replace(*change), "how many tokens are sorted or counted at once")
+        for before, *changes in (
+            ("SORTED = 2048  # tokens that are sorted as fast as they are counted", ("48", "49"), ("48", "47")),
+            ("BINS = 1024", ("24", "25"), ("24", "23")),
+            (
+                "CHUNK = 1 << 18  # logits at hand at once: they stay in a CPU's cache",
+                *((" 18", " 19"), (" 18", " 17"), ("1 <", "2 <"), ("1 <", "0 <"), ("<<", ">>")),
+            ),
+        )
+        for change in changes
+    ),
     (
         "palm_rlhf/policy/reward_model.py",
         "self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 0, **like)",
@@ -171,11 +193,5 @@ EQUIVALENT = [
         "device = rows[0].device",
         "device = rows[ -1].device",
         "all rows are on one device",
-    ),
-    (
-        "palm_rlhf/ops/nucleus.py",
-        "BINS = 1024",
-        "BINS = 1025",
-        "the number of bins is a matter of speed",
     ),
 ]

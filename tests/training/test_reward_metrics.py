@@ -25,6 +25,7 @@ def test_wilson_intervals_are_those_of_the_books():
     assert wilson_interval(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
     assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson_interval(1.0, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
+    assert all(wilson_interval(0.0, n)[0] >= 0 and wilson_interval(1.0, n)[1] <= 1 for n in range(1, 200))
 
 
 @settings(max_examples=40)
