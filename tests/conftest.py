@@ -283,7 +283,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Quick tests first; of the slow ones those of the files that take longest, so that no core waits for them."""
+    marks = [(item, item.get_closest_marker("slow")) for item in items]
+    longest = {}
+    for item, mark in marks:
+        if mark is not None:
+            longest[item.path] = max(longest.get(item.path, 0), *mark.args)
+    order = {item: (mark is not None, -longest[item.path] if mark is not None else 0) for item, mark in marks}
+    items.sort(key=order.get)
 
 
 def pytest_addoption(parser):

@@ -17,7 +17,7 @@ FILE = """
         with open("log", "a") as file:
             file.write(f"{name} {os.environ.get('PYTEST_XDIST_WORKER')} {torch.get_num_threads()}\\n")
 
-    @pytest.mark.slow
+    @pytest.mark.slow({"a": 20, "b": 60, "c": 40}[__name__[-1]])
     def test_slow(request): note(f"slow:{request.path.stem}")
 
     @pytest.mark.parametrize("number", range(3))
@@ -54,6 +54,7 @@ def test_one_process_runs_them_where_a_debugger_needs_the_terminal(root, tmp_pat
     lines = run(root, tmp_path, "--pdb")
     assert {process for _, process, _ in lines} == {"None"}
     assert [name.partition(":")[0] for name, *_ in lines] == ["quick"] * 9 + ["slow"] * 3
+    assert [name for name, *_ in lines[9:]] == ["slow:test_b", "slow:test_c", "slow:test_a"]  # the longest first
 
 
 def test_as_many_processes_as_cores_memory_and_files_allow(tmp_path):
