@@ -118,8 +118,8 @@ EQUIVALENT = [
     ),
     (
         "palm_rlhf/policy/reward_model.py",
-        "self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 0, **like)",
-        "self.head = nn.Linear(dim, max(num_binned_output, 1), bias=num_binned_output > 1, **like)",
+        "has_bias = num_binned_output > 0",
+        "has_bias = num_binned_output > 1",
         "one bin is refused",
     ),
     (
