@@ -14,9 +14,9 @@ from palm_rlhf.commands.start_models import ChatModel
 from palm_rlhf.data.conversation import encode, encode_all, encode_prompt, encode_response, has_tools
 from palm_rlhf.data.convert import ROWS, converted, form_of, prompt_rows
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.files.records import is_held_out
 from palm_rlhf.data.preferences.ranking_files import fit_rankings
 from palm_rlhf.data.steps.context_length import fit_context
+from palm_rlhf.data.steps.held_out import is_held_out, key_digest
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.rlhf.prompts import read_lines
@@ -57,7 +57,7 @@ def split(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[R
     for record in records:
         opening_ = record["prompt"] if "prompt" in record else opening(record["messages"])
         key = json.dumps([message["content"] for message in opening_])
-        sides[is_held_out(key, held_out, seed)].append(record)
+        sides[is_held_out(key_digest(key, seed), held_out)].append(record)
     _check_sides(sides, held_out)
     return sides
 
@@ -69,7 +69,8 @@ def split_prompts(
     """The rows of `read_prompt_rows` to learn from, and those to measure with; ValueError as of `split`."""
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for row in rows:
-        sides[is_held_out(json.dumps(row["prompt"].tolist()), held_out, seed)].append(row)
+        key = json.dumps(row["prompt"].tolist())
+        sides[is_held_out(key_digest(key, seed), held_out)].append(row)
     _check_sides(sides, held_out)
     return sides
 

@@ -1,4 +1,4 @@
-"""The summary of a command of ``palm-rlhf data``: what it read, wrote, mended and rejected."""
+"""The summary of a command of `palm-rlhf data`: what it read, wrote, mended and rejected."""
 
 import json
 import math

@@ -46,9 +46,9 @@ KEPT = ("tools", "condition")  # they are a part of what a reply answers to
 
 @beartype
 def form_of(path: Path, *, skip_broken: bool = False) -> Form:
-    """The form of a file, by its first record, or ``ValueError``; an empty file has that of messages.
+    """The form of a file, by its first record, or `ValueError`; an empty file has that of messages.
 
-    ``skip_broken`` looks at the first record that can be read.
+    `skip_broken` looks at the first record that can be read.
     """
     if is_page(path):
         return "sharegpt"
@@ -82,10 +82,10 @@ def converted(
 ) -> Iterator[Record]:
     """The records of a file as those of a trainer: sft, rankings, prompts, preferences, unpaired; or sft in two forms.
 
-    ``lang``: the languages to keep, as the file names them, or told by the text. ``top_k``: see ``oasst_trees.walk``.
-    ``max_replies``: how many of a ranking to take, the best. ``html``: which messages of conversations to make Markdown
-    of, see ``to_markdown``; ``auto`` looks at ShareGPT's only. ``ignored``: fields to leave out though they hold text.
-    What is left out is counted in ``rejected``, turns that are dropped at the ends of a conversation in ``mended``.
+    `lang`: the languages to keep, as the file names them, or told by the text. `top_k`: see `oasst_trees.walk`.
+    `max_replies`: how many of a ranking to take, the best. `html`: which messages of conversations to make Markdown
+    of, see `to_markdown`; `auto` looks at ShareGPT's only. `ignored`: fields to leave out though they hold text.
+    What is left out is counted in `rejected`, turns that are dropped at the ends of a conversation in `mended`.
     """
     compares = to in ("rankings", "preferences")
     if form not in ("oasst", "hh") and compares:
@@ -136,10 +136,10 @@ def converted(
 
 @beartype
 def prompt_rows(path: Path, *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """The questions of a file of one of ROWS, as ``{"prompt": messages, "columns": {...}}``.
+    """The questions of a file of one of ROWS, as `{"prompt": messages, "columns": {...}}`.
 
     The columns are all fields but those of the question and what comes before it: an answer is one of them, and so is
-    what no form knows. What is no question is counted in ``rejected``.
+    what no form knows. What is no question is counted in `rejected`.
     """
     rejected = Counter() if rejected is None else rejected
     for _, record in read_records(path):

@@ -1,4 +1,4 @@
-"""The commands of ``palm-rlhf data``: files of conversations and preferences, cleaned, chosen from and converted."""
+"""The commands of `palm-rlhf data`: files of conversations and preferences, cleaned, chosen from and converted."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from palm_rlhf.data.convert import Form, Target, converted, form_of
 from palm_rlhf.data.files.json_record import Broken, Record
 from palm_rlhf.data.files.records import STANDARD, write_records
 from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown
-from palm_rlhf.data.steps.context_length import fit_context, is_held_out, num_bytes
-from palm_rlhf.data.steps.deduplicate import drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.steps.context_length import fit_context, num_bytes
+from palm_rlhf.data.steps.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
 from palm_rlhf.data.steps.filters import (
     drop_blocked_words,
     drop_provider_errors,
@@ -28,6 +28,7 @@ from palm_rlhf.data.steps.filters import (
     keep_languages,
     keep_model,
 )
+from palm_rlhf.data.steps.held_out import is_held_out
 
 File = Annotated[Positional[str], arg(metavar="FILE")]
 Out = Annotated[str, arg(metavar="OUT.jsonl|.csv|.parquet")]
@@ -247,9 +248,9 @@ def _counter(tokenizer: str | None) -> Callable[[str], int]:
 
 
 def _hold_out(records: Iterable[Record], fraction: float, held_out: Any) -> Iterator[Record]:
-    """The records to train on; the others are written to the file ``held_out``."""
+    """The records to train on; the others are written to the file `held_out`."""
     for record in records:
-        if is_held_out(record, fraction):
+        if is_held_out(conversation_digest(record), fraction):
             held_out.write(json.dumps(record) + "\n")
         else:
             yield record

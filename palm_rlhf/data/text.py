@@ -34,8 +34,8 @@ NUM_BYTES = 256
 class Corpus:
     """Tokens to train on, to validate with and to test with: one 1-d array for each part of a mixture, in its order.
 
-    ``note`` says in words what was taken and why. The ``weights`` of the parts sum to 1. ``*_bytes`` are the bytes of
-    text behind each array's tokens, so that bits per byte do not depend on the tokenizer. ``test`` is None unless
+    `note` says in words what was taken and why. The `weights` of the parts sum to 1. `*_bytes` are the bytes of
+    text behind each array's tokens, so that bits per byte do not depend on the tokenizer. `test` is None unless
     every part has a test split of its own.
     """
 
@@ -76,20 +76,20 @@ def load_corpus(
 ) -> Corpus:
     """Opens text as tokens; nothing is read whole into memory, and what must be written is written once, to the cache.
 
-    Each entry of ``data`` is a part of the mixture, with an optional weight after a colon (``notes/:0.3``; else 1):
-    ``enwik8``; ``python-docs``, the language reference of this Python; ``auto``, the first of these that can be had;
-    or a file, a folder with all below it, or a glob. Each line of a ``.jsonl`` file is a document (its string under
-    ``text_key``), and each row of parquet, or of CSV that has that column; every other file is one. ``.gz`` is
+    Each entry of `data` is a part of the mixture, with an optional weight after a colon (`notes/:0.3`; else 1):
+    `enwik8`; `python-docs`, the language reference of this Python; `auto`, the first of these that can be had;
+    or a file, a folder with all below it, or a glob. Each line of a `.jsonl` file is a document (its string under
+    `text_key`), and each row of parquet, or of CSV that has that column; every other file is one. `.gz` is
     unpacked.
 
-    Without ``tokenizer`` the tokens are the bytes. ``eos_token`` follows each document; without one an empty line
+    Without `tokenizer` the tokens are the bytes. `eos_token` follows each document; without one an empty line
     joins them. The splits of enwik8 are its first 90, next 5 and last 5 million bytes; every other text of n bytes
     holds out its last n // 20 for validation and trains on the n - n // 20 before them. Splits are cut before they
     are tokenized, so every tokenizer is measured on the same text (a cut inside a character moves to its end).
 
-    ``window``: the fewest tokens that a part must have to train on. ``cache_dir``: else ``PALM_RLHF_CACHE``, else
-    ``~/.cache/palm_rlhf``. ``download=False`` leaves the network alone; ``timeout``: seconds to wait for it.
-    ``enwik8``: where that corpus comes from. Raises ``ValueError``, ``FileNotFoundError`` and ``OSError``.
+    `window`: the fewest tokens that a part must have to train on. `cache_dir`: else `PALM_RLHF_CACHE`, else
+    `~/.cache/palm_rlhf`. `download=False` leaves the network alone; `timeout`: seconds to wait for it.
+    `enwik8`: where that corpus comes from. Raises `ValueError`, `FileNotFoundError` and `OSError`.
     """
     _check(tokenizer, eos_token, window)
     specs = [split_weight(spec) for spec in ([data] if isinstance(data, str) else data)]
@@ -122,7 +122,7 @@ def load_corpus(
 
 @beartype
 def split_weight(spec: str) -> tuple[str, float]:
-    """A part's name and weight: ``notes/:0.3`` is ``notes/`` and 0.3; without a weight, or if the path exists, 1."""
+    """A part's name and weight: `notes/:0.3` is `notes/` and 0.3; without a weight, or if the path exists, 1."""
     name, weight = spec, 1.0
     head, colon, tail = spec.rpartition(":")
     if colon and not os.path.exists(os.path.expanduser(spec)):

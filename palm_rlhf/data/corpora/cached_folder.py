@@ -16,7 +16,7 @@ META = "meta.json"
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of ``path``: of several processes one builds it and the others wait; a killed one lets go."""
+    """Holds the lock of `path`: of several processes one builds it and the others wait; a killed one lets go."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{path}.lock", "ab")
@@ -55,10 +55,10 @@ def sync(path: Path) -> None:
 def stored(
     folder: Path, fingerprint: str, num_bytes: int, build: Callable[[Path], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yields what ``build`` returned about the files it wrote, with the folder locked against other processes.
+    """Yields what `build` returned about the files it wrote, with the folder locked against other processes.
 
-    ``build`` runs, in a temporary folder that is renamed at the end, only if ``folder`` is not whole or its
-    fingerprint is another. ``num_bytes`` bounds what it writes, for the error of a full disk.
+    `build` runs, in a temporary folder that is renamed at the end, only if `folder` is not whole or its
+    fingerprint is another. `num_bytes` bounds what it writes, for the error of a full disk.
     """
     with locked(folder):
         meta = _read_meta(folder, fingerprint)

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, ``.jsonl``, tables and gzip, as documents read piece by piece."""
+"""Where text comes from: files, folders, globs, `.jsonl`, tables and gzip, as documents read piece by piece."""
 
 import codecs
 import csv
@@ -63,9 +63,9 @@ def is_plain(file: Path) -> bool:
 
 
 def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
-    """The documents of the files: each line of ``.jsonl`` (its ``text_key``), else each file; ``.gz`` is unpacked.
+    """The documents of the files: each line of `.jsonl` (its `text_key`), else each file; `.gz` is unpacked.
 
-    Each row of parquet is one too, and of CSV that has a column of the name ``text_key``.
+    Each row of parquet is one too, and of CSV that has a column of the name `text_key`.
     """
     for file in files:
         if file.name.removesuffix(".gz").endswith(".jsonl"):
@@ -79,7 +79,7 @@ def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
 
 
 def python_docs() -> list[Document]:
-    """The language reference that ships inside every Python (``pydoc_data.topics``), a document for each topic."""
+    """The language reference that ships inside every Python (`pydoc_data.topics`), a document for each topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:

@@ -28,9 +28,9 @@ class DownloadError(OSError):
 @beartype
 @dataclass(frozen=True)
 class Archive:
-    """A corpus in a zip file on the web: the member ``name``, whose first, next and last bytes are its splits.
+    """A corpus in a zip file on the web: the member `name`, whose first, next and last bytes are its splits.
 
-    ``splits`` are the bytes of train, valid and test; ``sha256`` is that of the unpacked bytes.
+    `splits` are the bytes of train, valid and test; `sha256` is that of the unpacked bytes.
     """
 
     name: str
@@ -53,7 +53,7 @@ ENWIK8 = Archive(
 
 
 def cached(archive: Archive, folder: Path) -> Path | None:
-    """The unpacked corpus in ``folder``, or None; ``DownloadError`` if a file of that name has another size."""
+    """The unpacked corpus in `folder`, or None; `DownloadError` if a file of that name has another size."""
     path = folder / archive.name
     if not path.exists():
         return None
@@ -68,10 +68,10 @@ def cached(archive: Archive, folder: Path) -> Path | None:
 
 @beartype
 def fetch(archive: Archive, folder: Path, timeout: float = 10.0) -> Path:
-    """Downloads and unpacks ``archive`` into ``folder`` unless it is there, and returns the path of its bytes.
+    """Downloads and unpacks `archive` into `folder` unless it is there, and returns the path of its bytes.
 
     A broken transfer is taken up where it stopped, in this call as long as every attempt brings new bytes, else in
-    the next. ``timeout``: seconds to wait for the first answer, and then for each piece. Raises ``DownloadError``.
+    the next. `timeout`: seconds to wait for the first answer, and then for each piece. Raises `DownloadError`.
     """
     with locked(folder / archive.name):
         path = cached(archive, folder)
@@ -109,7 +109,7 @@ def _size(path: Path) -> int:
 
 
 def _transfer(archive: Archive, part: Path, timeout: float) -> bool:
-    """One request for what ``part`` lacks; True if the server says that nothing is missing any more."""
+    """One request for what `part` lacks; True if the server says that nothing is missing any more."""
     have = _size(part)
     request = urllib.request.Request(archive.url, headers={"User-Agent": "palm-rlhf"})
     if have:
@@ -141,7 +141,7 @@ def _transfer(archive: Archive, part: Path, timeout: float) -> bool:
 
 
 def _open(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
-    # ``urlopen`` alone gives each address of a host its own timeout, and the name server none: hence the thread.
+    # `urlopen` alone gives each address of a host its own timeout, and the name server none: hence the thread.
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:

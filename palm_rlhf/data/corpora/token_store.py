@@ -25,12 +25,12 @@ SEPARATOR = b"\n\n"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Turns text into token ids below ``vocab_size``, adding no special tokens of its own."""
+    """Turns text into token ids below `vocab_size`, adding no special tokens of its own."""
 
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; none for the empty string."""
+        """The ids of `text`; none for the empty string."""
         ...
 
 
@@ -45,7 +45,7 @@ class Text:
     sources: Sequence[tuple[int, str]]
 
     def documents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The bounds of the documents that have bytes from ``start`` to ``end``, separators left out."""
+        """The bounds of the documents that have bytes from `start` to `end`, separators left out."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         for index in range(first, len(self.ends)):
             begin = int(self.ends[index - 1]) + len(SEPARATOR) if index else 0
@@ -90,9 +90,9 @@ def text_of_file(file: Path) -> Text:
 
 
 def text_of_documents(folder: Path, fingerprint: str, num_bytes: int, documents: Iterable[Document]) -> Text:
-    """The documents joined into one file in ``folder``, unless it holds them already by the ``fingerprint``.
+    """The documents joined into one file in `folder`, unless it holds them already by the `fingerprint`.
 
-    ``num_bytes``: about how much there is to write, for the error of a full disk.
+    `num_bytes`: about how much there is to write, for the error of a full disk.
     """
 
     def build(temporary: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def text_of_documents(folder: Path, fingerprint: str, num_bytes: int, documents:
 
 
 def bytes_of(text: Text, bounds: Sequence[int]) -> Tokens:
-    """The bytes of the text as its tokens, split at ``bounds``: views of the file itself."""
+    """The bytes of the text as its tokens, split at `bounds`: views of the file itself."""
     data = map_array(text.path, np.uint8)
     splits = tuple(data[start:end] for start, end in pairwise(bounds))
     return Tokens(splits, tuple(len(split) for split in splits))
@@ -133,10 +133,10 @@ def tokens_of(
     eos_token: int | None = None,
     piece: int = PIECE,
 ) -> Tokens:
-    """The text's tokens split at ``bounds``, in a folder below ``folder`` that is written once.
+    """The text's tokens split at `bounds`, in a folder below `folder` that is written once.
 
-    A bound inside a character moves to its end. With ``eos_token`` every document is followed by it, in place of the
-    empty line, and its bytes are not counted. ``piece``: the bytes given to the tokenizer at a time.
+    A bound inside a character moves to its end. With `eos_token` every document is followed by it, in place of the
+    empty line, and its bytes are not counted. `piece`: the bytes given to the tokenizer at a time.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     bounds = [_character_start(text, bound) for bound in bounds]
@@ -161,9 +161,9 @@ def tokens_of(
 
 
 def fingerprint_of(tokenizer: Tokenizer, text: Text) -> str:
-    """What tells one tokenizer from another: its attribute ``fingerprint``, else the state it can write of itself.
+    """What tells one tokenizer from another: its attribute `fingerprint`, else the state it can write of itself.
 
-    One that has neither is known by its class, its ``vocab_size`` and what it makes of characters of many scripts and
+    One that has neither is known by its class, its `vocab_size` and what it makes of characters of many scripts and
     of the beginning of the text.
     """
     kind = type(tokenizer)
@@ -183,7 +183,7 @@ def fingerprint_of(tokenizer: Tokenizer, text: Text) -> str:
 def _encoded(
     text: Text, source: BinaryIO, start: int, end: int, tokenizer: Tokenizer, eos_token: int | None, piece: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """The ids of the text from ``start`` to ``end``, with the number of bytes each array stands for."""
+    """The ids of the text from `start` to `end`, with the number of bytes each array stands for."""
     documents = [(0, text.size)] if eos_token is None else text.documents(start, end)
     for first, last in documents:
         for offset, raw in pieces(source, max(first, start), min(last, end), piece):
@@ -222,7 +222,7 @@ _CUTS = tuple(re.compile(cut, re.DOTALL) for cut in (rb".*\S\n(?=\S)", rb".*\S(?
 
 
 def pieces(source: BinaryIO, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes of an unbuffered file from ``start`` to ``end``, about ``size`` at a time, with the offset of each."""
+    """The bytes of an unbuffered file from `start` to `end`, about `size` at a time, with the offset of each."""
     source.seek(start)
     held = b""
     while chunk := source.read(min(size, end - start - len(held))):

@@ -24,7 +24,7 @@ QUOTED = re.compile(r'(?:[^"\\]+|\\.)*', re.DOTALL)
 
 
 def json_array(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """Each object of at most ``limit`` bytes, or why it is broken, with the line on which it starts."""
+    """Each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
     cursor = _Cursor(stream)
     cursor.mark()
     cursor.step(1)
@@ -62,7 +62,7 @@ class _Extent:
         self.size, self.is_quoted, self.open = 0, False, bytearray()
 
     def ends_in(self, text: str, start: int) -> bool:
-        """Looks on from where it last stopped, ``size`` characters after the start; whether the end is there."""
+        """Looks on from where it last stopped, `size` characters after the start; whether the end is there."""
         at = start + self.size
         while True:
             if self.is_quoted:
@@ -130,7 +130,7 @@ class _Cursor:
             self.read()
 
     def record(self, limit: int) -> Record | Broken:
-        """The record that starts here, or why there is none; ``lost`` then tells that its end was not found."""
+        """The record that starts here, or why there is none; `lost` then tells that its end was not found."""
         extent = _Extent()
         while True:
             try:
@@ -154,7 +154,7 @@ class _Cursor:
             return Broken("invalid UTF-8", f"byte {ord(text[error.start]) & 0xFF:#04x}")
 
     def skip(self, extent: _Extent) -> None:
-        """Moves to the end of an element whatever its length; all that follows is ``lost`` where it has none."""
+        """Moves to the end of an element whatever its length; all that follows is `lost` where it has none."""
         while not extent.ends_in(self.text, self.at):
             self.step(extent.size)
             extent.size = 0

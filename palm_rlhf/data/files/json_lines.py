@@ -12,7 +12,7 @@ BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 
 
 def json_lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """Each object of at most ``limit`` bytes, or why it is broken, with the line on which it starts."""
+    """Each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
     spread = _Spread(limit)
     for number in count(1):
         try:

@@ -55,7 +55,7 @@ def too_long(limit: int) -> Broken:
 
 
 def not_json(error: ValueError | RecursionError, start: int = 0) -> Broken:
-    """Text that is no JSON, from the character ``start`` on."""
+    """Text that is no JSON, from the character `start` on."""
     if isinstance(error, RecursionError):
         return Broken("nested too deeply", "more levels than can be read")
     if isinstance(error, json.JSONDecodeError):

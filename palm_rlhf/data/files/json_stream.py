@@ -11,7 +11,7 @@ from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
 
 
 def pieces(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """Each object of at most ``limit`` bytes, or why it is broken, with the line on which it starts."""
+    """Each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
     try:
         start = stream.peek(CHUNK)
     except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards

@@ -1,7 +1,6 @@
 """Records in files of any size: JSON in lines or an array, plain or gzip, standard input and output."""
 
 import gzip
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from beartype import BeartypeConf, beartype
+from beartype import beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.corpora.cached_folder import sync
@@ -38,15 +37,15 @@ def read_records(
     """The JSON objects of a file one after the other, each with the number of the line on which it starts.
 
     The file has an object on each line (empty ones are passed over), objects printed over several lines, or one array
-    of objects. Gzip is recognised by its content; ``-`` is standard input. Only one record, or a chunk of the file, is
-    in memory at a time. Names that end in ``.csv`` or ``.tsv`` say that the file is a table (``read_csv``), and parquet
+    of objects. Gzip is recognised by its content; `-` is standard input. Only one record, or a chunk of the file, is
+    in memory at a time. Names that end in `.csv` or `.tsv` say that the file is a table (`read_csv`), and parquet
     is recognised by its content; there, a line is a row.
 
     A record is broken if it is no JSON object in valid Unicode, nested too deeply or longer than
-    ``max_record_bytes``, and so is the rest of a gzip that ends early, or of an array after a bracket or quotation
-    mark that is never closed. The first broken record raises a ``ValueError`` that names its line, and its number in
-    an array. With ``skip_broken`` it is logged as a warning instead and counted in ``rejected`` by its reason. Raises
-    ``OSError`` for a file that cannot be read.
+    `max_record_bytes`, and so is the rest of a gzip that ends early, or of an array after a bracket or quotation
+    mark that is never closed. The first broken record raises a `ValueError` that names its line, and its number in
+    an array. With `skip_broken` it is logged as a warning instead and counted in `rejected` by its reason. Raises
+    `OSError` for a file that cannot be read.
     """
     rejected = Counter() if rejected is None else rejected
     with _opened(os.fspath(path)) as (stream, bar, position):
@@ -72,7 +71,7 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
     """Writes each record as a line of JSON, or a row of CSV or parquet by the name's suffix; returns how many.
 
     The file appears when it is whole: until then, and if reading the records fails, a file of that name stays as it
-    was. ``-`` is standard output; a name that ends in ``.gz`` is packed. The same records make the same bytes.
+    was. `-` is standard output; a name that ends in `.gz` is packed. The same records make the same bytes.
     """
     if os.fspath(path) == STANDARD:
         return _write_lines(sys.stdout.buffer, records)
@@ -95,20 +94,6 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
         raise
     sync(target.parent)
     return num_records
-
-
-@beartype(conf=BeartypeConf(is_pep484_tower=True))
-def is_held_out(key: str, fraction: float, seed: int = 0) -> bool:
-    """Whether what the key names is for validation, ``fraction`` of all: the same key is on the same side in any file.
-
-    Whatever must stay together, like the messages of a tree, shares its key.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(
-            f"got fraction={fraction:g}, expected at least 0 and below 1: something must be left to train on"
-        )
-    number = int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")
-    return number < fraction * 2**64
 
 
 def _found(path: str, stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:

@@ -137,7 +137,7 @@ def _is_messages(value: Any) -> bool:
 def write_csv(stream: Any, records: Iterable[Record], name: str) -> int:
     """Writes records as rows, and returns how many; a column for each key, lists and objects in JSON.
 
-    ``ValueError`` for a text that would not be read back as it is.
+    `ValueError` for a text that would not be read back as it is.
     """
     with _Spool(records) as spool:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
@@ -206,7 +206,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_parquet(stream: Any, records: Iterable[Record]) -> int:
-    """Writes records as rows, and returns how many; ``ValueError`` for columns whose values have no common type."""
+    """Writes records as rows, and returns how many; `ValueError` for columns whose values have no common type."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter

@@ -1,4 +1,4 @@
-"""Conversations as ChatGPT exports them (``conversations.json``): trees of messages, each with a current branch."""
+"""Conversations as ChatGPT exports them (`conversations.json`): trees of messages, each with a current branch."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ TO_ALL = (None, "", "all")
 
 @beartype
 def is_chatgpt(record: Record) -> bool:
-    """Whether a record is a conversation of ChatGPT's export, with its messages in a ``mapping`` of nodes."""
+    """Whether a record is a conversation of ChatGPT's export, with its messages in a `mapping` of nodes."""
     mapping = record.get("mapping")
     return isinstance(mapping, dict) and all(isinstance(node, dict) for node in mapping.values())
 
 
 @beartype
 def parse_chatgpt(record: Record, *, mended: Counter[str] | None = None) -> Record:
-    """The conversation on the current branch, from the root to ``current_node``; ``ValueError`` says why there is none.
+    """The conversation on the current branch, from the root to `current_node`; `ValueError` says why there is none.
 
     Custom instructions and messages of the system make the system message. A message of the assistant to a tool is a
     call, whose arguments are its text. Messages on other branches and the model's reasoning are left out and counted
-    in ``mended``. Anything but text, such as an image, is refused by its name.
+    in `mended`. Anything but text, such as an image, is refused by its name.
     """
     nodes = _branch(record)
     messages: list[Turn] = []

@@ -27,12 +27,12 @@ def read_conversations(
     prompts: bool = False,
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
-    """The conversations of a file, ``{"messages": [...]}``, with the ``id`` and ``model`` that they name.
+    """The conversations of a file, `{"messages": [...]}`, with the `id` and `model` that they name.
 
-    The file holds records of ``parse_conversation``, or is one web page (``parse_page``). What is no conversation is
-    counted in ``rejected`` by its reason; nothing is left out or mended otherwise but what ``check_fields`` allows.
-    ``skip_broken`` and errors are those of ``read_records``; ``ValueError`` also if the file starts with something
-    else. A page without a conversation is broken. ``prompts`` is that of ``parse_conversation``.
+    The file holds records of `parse_conversation`, or is one web page (`parse_page`). What is no conversation is
+    counted in `rejected` by its reason; nothing is left out or mended otherwise but what `check_fields` allows.
+    `skip_broken` and errors are those of `read_records`; `ValueError` also if the file starts with something
+    else. A page without a conversation is broken. `prompts` is that of `parse_conversation`.
     """
     rejected = Counter() if rejected is None else rejected
     if is_page(path):

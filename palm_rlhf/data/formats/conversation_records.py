@@ -20,19 +20,19 @@ KNOWN = {*FIELDS, *ANSWERS, *TOOLS, *KEPT}
 
 @beartype
 def is_sharegpt(record: Record) -> bool:
-    """Whether a record has turns as ShareGPT names them, ``conversations`` (or ``items``)."""
+    """Whether a record has turns as ShareGPT names them, `conversations` (or `items`)."""
     return any(isinstance(record.get(key), list) for key in ("conversations", "items"))
 
 
 @beartype
 def is_messages(record: Record) -> bool:
-    """Whether a record has turns as the ecosystem names them, ``messages`` (or ``conversation``)."""
+    """Whether a record has turns as the ecosystem names them, `messages` (or `conversation`)."""
     return any(isinstance(record.get(key), list) for key in ("messages", "conversation"))
 
 
 @beartype
 def is_conversation(record: Record) -> bool:
-    """Whether a record is a conversation in one of the forms of ``parse_conversation``."""
+    """Whether a record is a conversation in one of the forms of `parse_conversation`."""
     return any(is_form(record) for is_form in (is_sharegpt, is_messages, is_chatgpt, is_instruction))
 
 
@@ -40,12 +40,12 @@ def is_conversation(record: Record) -> bool:
 def parse_conversation(
     record: Record, *, ignored: Collection[str] = (), prompts: bool = False, mended: Counter[str] | None = None
 ) -> Record:
-    """A conversation ``{"messages": [...]}`` from any of the forms; ``ValueError`` says why it is none.
+    """A conversation `{"messages": [...]}` from any of the forms; `ValueError` says why it is none.
 
-    Its messages, those of ``parse_turn``, are in ``conversations``, ``items``, ``messages`` or ``conversation``, with
-    a system prompt in them or beside them; or it is a question with its answer (``parse_opening``, ``parse_answer``),
-    or a conversation of ChatGPT's export (``parse_chatgpt``). ``id``, ``model``, OpenChat's ``condition`` and the
-    ``tools`` of a conversation are kept; other fields are those of ``check_fields``. With ``prompts`` a question may
+    Its messages, those of `parse_turn`, are in `conversations`, `items`, `messages` or `conversation`, with
+    a system prompt in them or beside them; or it is a question with its answer (`parse_opening`, `parse_answer`),
+    or a conversation of ChatGPT's export (`parse_chatgpt`). `id`, `model`, OpenChat's `condition` and the
+    `tools` of a conversation are kept; other fields are those of `check_fields`. With `prompts` a question may
     lack its answer.
     """
     if is_chatgpt(record):

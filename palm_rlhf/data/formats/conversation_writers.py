@@ -13,10 +13,10 @@ NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 @beartype
 def to_instructions(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """Conversations as rows ``{"instruction", "input", "output", "system", "history"}``, as LlamaFactory reads them.
+    """Conversations as rows `{"instruction", "input", "output", "system", "history"}`, as LlamaFactory reads them.
 
     The last exchange is the instruction and the output, those before are the history. What such a row cannot hold,
-    calls of tools and weights, is counted in ``rejected``. The conversations are those of ``mend_turns``.
+    calls of tools and weights, is counted in `rejected`. The conversations are those of `mend_turns`.
     """
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:
@@ -33,9 +33,9 @@ def to_instructions(conversations: Iterable[Record], *, rejected: Counter[str] |
 
 @beartype
 def to_sharegpt(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """Conversations as ``{"conversations": [{"from", "value"}]}``, with the same ``id``, ``model`` and ``condition``.
+    """Conversations as `{"conversations": [{"from", "value"}]}`, with the same `id`, `model` and `condition`.
 
-    Calls of tools, for which there is no one form, are counted in ``rejected``, and so are weights.
+    Calls of tools, for which there is no one form, are counted in `rejected`, and so are weights.
     """
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:

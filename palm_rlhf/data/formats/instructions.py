@@ -16,7 +16,7 @@ ANSWERS = ("output", "response", "answer", "completion", "solution", "reply", "a
 
 @beartype
 def is_instruction(record: Record) -> bool:
-    """Whether a record has a field for a question (``instruction``, ``question``, ...) and one for its answer."""
+    """Whether a record has a field for a question (`instruction`, `question`, ...) and one for its answer."""
     return any(name in record for name in (*QUESTIONS, *CONTEXTS)) and any(name in record for name in ANSWERS)
 
 
@@ -30,11 +30,11 @@ def is_prompt(record: Record) -> bool:
 def parse_answer(
     record: Record, opening: Opening, *, ignored: Collection[str] = (), mended: Counter[str] | None = None
 ) -> list[Turn]:
-    """The answer to what ``parse_opening`` found, or nothing where a conversation has it already.
+    """The answer to what `parse_opening` found, or nothing where a conversation has it already.
 
-    It is one of ``ANSWERS``: a text, or messages.
-    ``ValueError`` for two different answers, where there is no question before it, and for an answer that people did
-    not want: KTO's files mark it by the ``label`` false.
+    It is one of `ANSWERS`: a text, or messages.
+    `ValueError` for two different answers, where there is no question before it, and for an answer that people did
+    not want: KTO's files mark it by the `label` false.
     """
     found = {name: record[name] for name in ANSWERS if name not in ignored and record.get(name) not in (None, "", [])}
     if not found:

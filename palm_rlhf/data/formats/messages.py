@@ -26,12 +26,12 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 @beartype
 def parse_turn(turn: Any, *, ignored: Collection[str] = (), mended: Counter[str] | None = None) -> Turn:
-    """A message ``{"role", "content"}`` of the system, user, assistant or a tool; ``ValueError`` says why it is none.
+    """A message `{"role", "content"}` of the system, user, assistant or a tool; `ValueError` says why it is none.
 
-    A message says who speaks (``from`` or ``role``: ``human``, ``gpt``, ``developer``, ``observation``, ...) and what
-    (``value``, ``content`` or ``text``: a text, or OpenAI's list of parts, all of them text). It may have a
-    ``weight``, and that of an assistant ``tool_calls`` with or without a text; answers of tools keep their
-    ``tool_call_id`` and ``name``. Other fields are those of ``check_fields``.
+    A message says who speaks (`from` or `role`: `human`, `gpt`, `developer`, `observation`, ...) and what
+    (`value`, `content` or `text`: a text, or OpenAI's list of parts, all of them text). It may have a
+    `weight`, and that of an assistant `tool_calls` with or without a text; answers of tools keep their
+    `tool_call_id` and `name`. Other fields are those of `check_fields`.
     """
     if not isinstance(turn, dict):
         raise ValueError("malformed message")
@@ -60,7 +60,7 @@ def parse_turn(turn: Any, *, ignored: Collection[str] = (), mended: Counter[str]
 
 @beartype
 def content_text(content: Any) -> str:
-    """The text of a message's content: itself, or its parts joined; ``ValueError`` names a part that is no text."""
+    """The text of a message's content: itself, or its parts joined; `ValueError` names a part that is no text."""
     if isinstance(content, str):
         return content
     parts = [content] if isinstance(content, dict) else content

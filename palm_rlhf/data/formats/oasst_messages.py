@@ -18,10 +18,10 @@ REVIEWS = {"passed": (True,), "not_failed": (True, None), "any": (True, None, Fa
 
 @dataclass(eq=False, slots=True)
 class Message:
-    """A message with its place in the tree: ``replies`` are sorted, the best rank first and those without one last.
+    """A message with its place in the tree: `replies` are sorted, the best rank first and those without one last.
 
-    ``rank`` counts from 0, the best. ``contested``: the message had siblings before any was left out.
-    ``tree_state`` is None below the root, ``review_result`` before a review.
+    `rank` counts from 0, the best. `contested`: the message had siblings before any was left out.
+    `tree_state` is None below the root, `review_result` before a review.
     """
 
     message_id: str
@@ -53,7 +53,7 @@ class Message:
 
 
 def parse_message(record: Any, parent_id: str | None, tree_state: Any) -> Message:
-    """The message that a record describes; ``ValueError`` says what is wrong with it."""
+    """The message that a record describes; `ValueError` says what is wrong with it."""
     if not isinstance(record, Mapping):
         raise ValueError("malformed message")
     rank = record.get("rank")
@@ -96,7 +96,7 @@ def _check(message: Message) -> None:
 
 
 def _columns(content: Any, value: str) -> dict[str, Any]:
-    """Numbers by name, from ``{name: {value: x}}``, ``{name: x}`` or columns, ``{"name": [...], value: [...]}``."""
+    """Numbers by name, from `{name: {value: x}}`, `{name: x}` or columns, `{"name": [...], value: [...]}`."""
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -114,9 +114,9 @@ def _columns(content: Any, value: str) -> dict[str, Any]:
 class MessageFilter:
     """Which messages are wanted; a path of a tree holds wanted ones only.
 
-    ``languages``: of ``LANGUAGES``, with or without the region; None takes all. ``tree_states``: None takes all, and
-    so does a tree that states none. ``review``: takes messages that ``passed``, those that have ``not_failed``, or
-    ``any``. ``min_labels`` and ``max_labels`` bound the labels of a message (quality, toxicity, ..., from 0 to 1); a
+    `languages`: of `LANGUAGES`, with or without the region; None takes all. `tree_states`: None takes all, and
+    so does a tree that states none. `review`: takes messages that `passed`, those that have `not_failed`, or
+    `any`. `min_labels` and `max_labels` bound the labels of a message (quality, toxicity, ..., from 0 to 1); a
     message that lacks a label is below every minimum and not above any maximum.
     """
 

@@ -47,10 +47,10 @@ def read_trees(
     columns of Hugging Face). Trees come one by one in the order of the file; messages are held in memory until the
     last is read, and their trees come in the order of the ids of their roots.
 
-    Every message left out is counted in ``rejected``: by the reason of ``wanted``, as malformed, without text, of an
-    unknown role or one that does not alternate (a root is a prompter), deeper than ``MAX_DEPTH``, with an id that
-    another has, as an orphan (its parent is missing) or in a cycle; and those below it as just that. ``skip_broken``
-    and errors are those of ``read_records``; ``ValueError`` also if the file starts with neither tree nor message.
+    Every message left out is counted in `rejected`: by the reason of `wanted`, as malformed, without text, of an
+    unknown role or one that does not alternate (a root is a prompter), deeper than `MAX_DEPTH`, with an id that
+    another has, as an orphan (its parent is missing) or in a cycle; and those below it as just that. `skip_broken`
+    and errors are those of `read_records`; `ValueError` also if the file starts with neither tree nor message.
     """
     wanted = MessageFilter() if wanted is None else wanted
     rejected = Counter() if rejected is None else rejected
@@ -79,7 +79,7 @@ def read_trees(
 def walk(root: Message, top_k: int | None = None) -> Iterator[Message]:
     """The messages of a tree, each before its replies and the best replies first.
 
-    With ``top_k``, without the assistant's messages that rank ``top_k`` or worse (from 0), or have siblings but no
+    With `top_k`, without the assistant's messages that rank `top_k` or worse (from 0), or have siblings but no
     rank, and without what is below them.
     """
     if top_k is not None and top_k < 1:
@@ -94,9 +94,9 @@ def walk(root: Message, top_k: int | None = None) -> Iterator[Message]:
 
 @beartype
 def threads(root: Message, top_k: int | None = None) -> Iterator[Record]:
-    """Conversations to fine-tune on, ``{"messages": [...]}``: the paths to the last messages of the assistant.
+    """Conversations to fine-tune on, `{"messages": [...]}`: the paths to the last messages of the assistant.
 
-    A message is last if no message of the assistant is below it; with ``top_k``, none of those that ``walk`` takes.
+    A message is last if no message of the assistant is below it; with `top_k`, none of those that `walk` takes.
     """
     for message in walk(root, top_k):
         if message.role == "assistant":
@@ -113,11 +113,11 @@ def rankings(
     max_replies: int | None = None,
     rejected: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """Ranked replies for a reward model, ``{"prompt": [...], "responses": [best first]}``.
+    """Ranked replies for a reward model, `{"prompt": [...], "responses": [best first]}`.
 
-    There is one for each path that ends on a prompter with more than one ranked reply; ``top_k`` holds for the path,
-    ``max_replies`` keeps the best of the replies. A reply that has the rank or the text of an earlier one (of the
-    smaller id, for a rank) is left out and counted in ``rejected``.
+    There is one for each path that ends on a prompter with more than one ranked reply; `top_k` holds for the path,
+    `max_replies` keeps the best of the replies. A reply that has the rank or the text of an earlier one (of the
+    smaller id, for a rank) is left out and counted in `rejected`.
     """
     if max_replies is not None and max_replies < 2:
         raise ValueError(f"got max_replies={max_replies}, expected at least 2: a single reply has no rank")
@@ -141,7 +141,7 @@ def rankings(
 
 @beartype
 def prompts(root: Message) -> Iterator[Record]:
-    """What reinforcement learning answers, ``{"prompt": [...]}``: every path that ends on a prompter."""
+    """What reinforcement learning answers, `{"prompt": [...]}`: every path that ends on a prompter."""
     for message in walk(root):
         if message.role == "prompter":
             yield {"prompt": conversation(message)}

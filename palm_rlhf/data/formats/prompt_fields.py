@@ -29,7 +29,7 @@ class Opening(NamedTuple):
 
 @beartype
 def parse_opening(record: Record, *, ignored: Collection[str] = (), mended: Counter[str] | None = None) -> Opening:
-    """What the fields of a record say before a reply; ``ValueError`` for two that say different things.
+    """What the fields of a record say before a reply; `ValueError` for two that say different things.
 
     The system prompt comes first, then the history or a conversation, then the question: a text (an input or context
     follows on a line of its own), messages or a transcript. A question that the conversation holds is not repeated.
@@ -55,7 +55,7 @@ def could_hold_prompt(record: Record, ignored: Collection[str] = ()) -> bool:
 
 @beartype
 def system_of(record: Record) -> str:
-    """The system prompt that stands beside a conversation, or an empty text; ``ValueError`` for two."""
+    """The system prompt that stands beside a conversation, or an empty text; `ValueError` for two."""
     found = {name: content_text(record[name]) for name in SYSTEMS if record.get(name) is not None}
     texts = list(dict.fromkeys(text.strip() for text in found.values() if text.strip()))
     if len(texts) > 1:

@@ -72,12 +72,12 @@ def check_fields(
     ignored: Collection[str] = (),
     mended: Counter[str] | None = None,
 ) -> None:
-    """``ValueError`` for a field of a record that holds text which nothing is known about.
+    """`ValueError` for a field of a record that holds text which nothing is known about.
 
-    Such text may be what a reply answers to. It is no loss where the field is ``known`` to the form, in ``ignored``
-    or metadata by its name, and where it repeats a part of ``said``, or is the ``text`` that a template made of all of
-    it. A field that holds only labels, each one word, is left out and counted in ``mended``, unless its name is in
-    ``SPOKEN``.
+    Such text may be what a reply answers to. It is no loss where the field is `known` to the form, in `ignored`
+    or metadata by its name, and where it repeats a part of `said`, or is the `text` that a template made of all of
+    it. A field that holds only labels, each one word, is left out and counted in `mended`, unless its name is in
+    `SPOKEN`.
     """
     for name, value in record.items():
         if name in known or name in ignored or is_metadata(name):

@@ -19,7 +19,7 @@ SPEAKER = "data-message-author-role"
 
 @beartype
 def is_page(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a web page, by its first character; ``-`` is standard input, which nothing is taken from."""
+    """Whether a file is a web page, by its first character; `-` is standard input, which nothing is taken from."""
     if os.fspath(path) == STANDARD:
         return _starts_page(sys.stdin.buffer.peek(1024))
     with open(path, "rb") as file:
@@ -48,10 +48,10 @@ def read_page(path: str | os.PathLike[str], limit: int) -> str:
 
 @beartype
 def parse_page(html: str) -> Record:
-    """The conversation of a saved page; its replies are HTML still. ``ValueError`` if it has none.
+    """The conversation of a saved page; its replies are HTML still. `ValueError` if it has none.
 
     A page of ShareGPT holds its data as JSON. One of a chat itself marks its messages by the attribute
-    ``data-message-author-role``.
+    `data-message-author-role`.
     """
     if found := PAGE_DATA.search(html):
         try:

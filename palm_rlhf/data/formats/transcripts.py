@@ -1,4 +1,4 @@
-"""Dialogues in one text, as Anthropic writes them: ``Human:`` and ``Assistant:`` at the start of paragraphs."""
+"""Dialogues in one text, as Anthropic writes them: `Human:` and `Assistant:` at the start of paragraphs."""
 
 import re
 
@@ -11,13 +11,13 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @beartype
 def is_transcript(text: object) -> bool:
-    """Whether it is a dialogue: a text that starts with ``Human:`` or ``Assistant:``."""
+    """Whether it is a dialogue: a text that starts with `Human:` or `Assistant:`."""
     return isinstance(text, str) and START.match(text) is not None
 
 
 @beartype
 def parse_transcript(text: str, role: str) -> list[dict[str, str]]:
-    """The turns of a dialogue; of a text that is none, one message of ``role``, who adds it to a dialogue."""
+    """The turns of a dialogue; of a text that is none, one message of `role`, who adds it to a dialogue."""
     if not is_transcript(text):
         return [{"role": role, "content": text.strip()}]
     _, *parts = TURN.split(text)

@@ -16,7 +16,7 @@ REPLY_SCORES = ("overall_score", "pm_score", "score", "rating")  # the highest i
 
 
 def ordered_responses(record: Record, left_out: Counter[str]) -> list[str]:
-    """The texts of ``responses``, best first; ties are counted in ``left_out``."""
+    """The texts of `responses`, best first; ties are counted in `left_out`."""
     responses, orders = record["responses"], [key for key in ORDERS if record.get(key) is not None]
     if not isinstance(responses, list) or len(orders) > 1:
         raise ValueError("malformed preference")
@@ -78,7 +78,7 @@ def ranked_replies(entries: list[Record], left_out: Counter[str], options: dict[
 
 
 def reply_turns(content: Any, role: str, options: dict[str, Any], is_dialogue: bool = False) -> list[Turn]:
-    """Messages from messages, or from a text: one message of ``role``, or what is said in a dialogue."""
+    """Messages from messages, or from a text: one message of `role`, or what is said in a dialogue."""
     if content is None:
         return []
     if isinstance(content, str):
@@ -90,7 +90,7 @@ def reply_turns(content: Any, role: str, options: dict[str, Any], is_dialogue: b
 
 
 def plain_turns(turns: list[Turn]) -> list[Turn]:
-    """The turns without weights; ``ValueError`` for calls of tools, which replies are not compared with."""
+    """The turns without weights; `ValueError` for calls of tools, which replies are not compared with."""
     if any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
         raise ValueError("calls of tools")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

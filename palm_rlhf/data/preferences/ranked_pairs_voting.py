@@ -17,7 +17,7 @@ def ranked_pairs(ballots: Sequence[Sequence[Candidate]]) -> list[Candidate]:
     Tideman, "Independence of Clones as a Criterion for Voting Rules" (1987): from the widest majority to the
     narrowest, each is kept unless it closes a circle with those kept before. A ballot says nothing about candidates
     that it leaves out. Ties, of majorities and between candidates that no majority orders, go to the smaller
-    candidates, so that neither the order of the ballots nor chance matters. Raises ``ValueError`` if a ballot names a
+    candidates, so that neither the order of the ballots nor chance matters. Raises `ValueError` if a ballot names a
     candidate twice.
     """
     votes: Counter[tuple[Candidate, Candidate]] = Counter()

@@ -32,7 +32,7 @@ LISTS = ("answers", "completions")
 
 @beartype
 def is_preference(record: Record) -> bool:
-    """Whether a record has what compares replies: ``chosen`` and ``rejected``, ``responses``, or ranked ``answers``."""
+    """Whether a record has what compares replies: `chosen` and `rejected`, `responses`, or ranked `answers`."""
     return _pair(record) is not None or "responses" in record or _list(record) is not None
 
 
@@ -46,10 +46,10 @@ def read_rankings(
     ignored: Collection[str] = (),
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
-    """The preferences of a file as ``{"prompt": [...], "responses": [best first]}``; a pair is a ranking of two.
+    """The preferences of a file as `{"prompt": [...], "responses": [best first]}`; a pair is a ranking of two.
 
-    The forms are those of ``parse_ranking``. A record that has none of them, or that nothing can be learnt from, is
-    counted in ``rejected`` by its reason. ``skip_broken`` and errors are those of ``read_records``; ``ValueError``
+    The forms are those of `parse_ranking`. A record that has none of them, or that nothing can be learnt from, is
+    counted in `rejected` by its reason. `skip_broken` and errors are those of `read_records`; `ValueError`
     also if the first record has not the keys of a preference.
     """
     rejected = Counter() if rejected is None else rejected
@@ -70,7 +70,7 @@ def read_rankings(
 
 @beartype
 def pairs_of(ranking: Record) -> Iterator[Record]:
-    """The K(K-1)/2 preferences in a ranking of K responses, ``{"prompt": [...], "chosen": str, "rejected": str}``."""
+    """The K(K-1)/2 preferences in a ranking of K responses, `{"prompt": [...], "chosen": str, "rejected": str}`."""
     for chosen, rejected in combinations(ranking["responses"], 2):
         yield {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
 
@@ -83,19 +83,19 @@ def parse_ranking(
     mended: Counter[str] | None = None,
     ignored: Collection[str] = (),
 ) -> Record:
-    """A preference as ``{"prompt": [...], "responses": [best first]}``; ``ValueError`` says why it is none.
+    """A preference as `{"prompt": [...], "responses": [best first]}`; `ValueError` says why it is none.
 
-    ``chosen`` and ``rejected`` are texts, messages, or whole dialogues as Anthropic writes them (``Human:``,
-    ``Assistant:``). The prompt is what ``parse_opening`` finds in the fields (``prompt``, ``question``,
-    ``instruction``, ``system``, ``messages``, ...), and what both dialogues start with belongs to it; one reply of the
+    `chosen` and `rejected` are texts, messages, or whole dialogues as Anthropic writes them (`Human:`,
+    `Assistant:`). The prompt is what `parse_opening` finds in the fields (`prompt`, `question`,
+    `instruction`, `system`, `messages`, ...), and what both dialogues start with belongs to it; one reply of the
     assistant is to follow in each. Of two texts alone, where no field could hold a prompt, it is the words that both
     start with.
 
-    ``responses`` are texts, or messages of the assistant, best first; or in the order that one more key tells:
-    ``ranking``, their places in the list, best first; ``rankings``, those of several people, merged by ranked pairs;
-    ``ranks``, one for each, the lowest is best; ``scores``, the highest is best. ``answers`` or ``completions`` are
-    objects with a text and a ``rank`` or a score each, as in Nectar. Replies that are blank, tied with an earlier one
-    or equal to a better one are left out and counted in ``rejected``. Other fields are those of ``check_fields``.
+    `responses` are texts, or messages of the assistant, best first; or in the order that one more key tells:
+    `ranking`, their places in the list, best first; `rankings`, those of several people, merged by ranked pairs;
+    `ranks`, one for each, the lowest is best; `scores`, the highest is best. `answers` or `completions` are
+    objects with a text and a `rank` or a score each, as in Nectar. Replies that are blank, tied with an earlier one
+    or equal to a better one are left out and counted in `rejected`. Other fields are those of `check_fields`.
     """
     left_out: Counter[str] = Counter()
     options = {"ignored": ignored, "mended": mended}
@@ -174,7 +174,7 @@ def _compared(record: Record, names: tuple[str, str], options: dict[str, Any]) -
 
 
 def _refuse_fields(record: Record, names: tuple[str, str], ignored: Collection[str]) -> None:
-    """``ValueError`` for a field that could hold the prompt of a record which has no field that is known to."""
+    """`ValueError` for a field that could hold the prompt of a record which has no field that is known to."""
     for name, value in record.items():
         texts = [] if name in names or name in ignored else list(texts_in(value))
         if texts and not (is_metadata(name) and all(map(is_label, texts))):
@@ -194,7 +194,7 @@ def _starts(turns: list[Turn], prompt: list[Turn]) -> bool:
 
 @beartype
 def check_prompt(prompt: list[Turn]) -> None:
-    """``ValueError`` for turns that do not lead from a user's to a user's, or of which one is blank."""
+    """`ValueError` for turns that do not lead from a user's to a user's, or of which one is blank."""
     if not prompt or not all(turn["content"].strip() for turn in prompt):
         raise ValueError("no prompt")
     roles = [turn["role"] for turn in prompt]
@@ -211,10 +211,10 @@ def fit_rankings(
     max_response_len: int | None = None,
     rejected: Counter[str] | None = None,
 ) -> Iterator[Ranking]:
-    """Rankings within ``max_seq_len`` tokens: the start of the responses, then the end of the prompt that fits before.
+    """Rankings within `max_seq_len` tokens: the start of the responses, then the end of the prompt that fits before.
 
-    ``max_response_len`` keeps room for the prompt. Of responses that the cut makes equal the best stays; the pairs
-    that go with the others are counted in ``rejected`` as "equal after truncation", and no ranking is left of one.
+    `max_response_len` keeps room for the prompt. Of responses that the cut makes equal the best stays; the pairs
+    that go with the others are counted in `rejected` as "equal after truncation", and no ranking is left of one.
     """
     if max_seq_len < 2 or (max_response_len is not None and max_response_len < 1):
         raise ValueError(

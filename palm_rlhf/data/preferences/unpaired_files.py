@@ -1,4 +1,4 @@
-"""Single replies that people wanted or did not, as KTO learns from: ``{"prompt", "completion", "label"}``."""
+"""Single replies that people wanted or did not, as KTO learns from: `{"prompt", "completion", "label"}`."""
 
 import os
 from collections import Counter
@@ -26,10 +26,10 @@ def read_unpaired(
     ignored: Collection[str] = (),
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
-    """The labelled replies of a file as ``{"prompt": [...], "completion": str, "label": bool}``.
+    """The labelled replies of a file as `{"prompt": [...], "completion": str, "label": bool}`.
 
-    The forms are those of ``parse_unpaired``; what has none of them is counted in ``rejected`` by its reason.
-    ``skip_broken`` and errors are those of ``read_records``; ``ValueError`` also if the first record is no reply.
+    The forms are those of `parse_unpaired`; what has none of them is counted in `rejected` by its reason.
+    `skip_broken` and errors are those of `read_records`; `ValueError` also if the first record is no reply.
     """
     rejected = Counter() if rejected is None else rejected
     options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
@@ -49,10 +49,10 @@ def read_unpaired(
 
 @beartype
 def parse_unpaired(record: Record, *, mended: Counter[str] | None = None, ignored: Collection[str] = ()) -> Record:
-    """A labelled reply as ``{"prompt": [...], "completion": str, "label": bool}``; ``ValueError`` says why it is none.
+    """A labelled reply as `{"prompt": [...], "completion": str, "label": bool}`; `ValueError` says why it is none.
 
-    The record is a question with its answer, or a conversation that ends on the assistant (``parse_conversation``),
-    as a text or as messages. Its ``label`` is true for a reply that is wanted, false for one that is not; 1 and 0 are
+    The record is a question with its answer, or a conversation that ends on the assistant (`parse_conversation`),
+    as a text or as messages. Its `label` is true for a reply that is wanted, false for one that is not; 1 and 0 are
     the same.
     """
     label = _label(record.get("label"))

@@ -28,9 +28,9 @@ def to_markdown(
 ) -> Iterator[Record]:
     """The conversations with every message in Markdown, without the debris of buttons and blanks around it.
 
-    ``html``: which messages to convert; ``auto`` takes those of a chat's page (``are_pages``), so that HTML which was
+    `html`: which messages to convert; `auto` takes those of a chat's page (`are_pages`), so that HTML which was
     asked for stays. A conversation with HTML that cannot be read is
-    counted in ``rejected``, what was converted or removed in ``mended``.
+    counted in `rejected`, what was converted or removed in `mended`.
     """
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
@@ -76,8 +76,8 @@ def mend_turns(
 
     Between a question and its reply the assistant may call tools, each call before the answers to it. The assistant's
     turns before the first question and those of others after the last reply are dropped, and so is all from the first
-    empty message on (both are counted in ``mended``). What has no exchange left, or roles in another order, is counted
-    in ``rejected``. ``keep_question`` keeps a question at the end that has no reply, and counts what has no question.
+    empty message on (both are counted in `mended`). What has no exchange left, or roles in another order, is counted
+    in `rejected`. `keep_question` keeps a question at the end that has no reply, and counts what has no question.
     """
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
@@ -104,7 +104,7 @@ def mend_turns(
 
 @beartype
 def whole_prompts(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """The conversations that are prompts as they are: roles in the order of ``mend_turns`` up to a last question."""
+    """The conversations that are prompts as they are: roles in the order of `mend_turns` up to a last question."""
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:
         _, turns = _split_system(conversation["messages"])

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.steps.deduplicate import digest
 
 Messages = list[dict[str, Any]]
 
@@ -23,7 +22,7 @@ def num_bytes(text: str) -> int:
 
 @beartype
 def num_tokens_of(messages: Messages, count_tokens: Callable[[str], int] = num_bytes, overhead: int = 0) -> int:
-    """The length of messages, with ``overhead`` tokens for the marks that a template adds to each.
+    """The length of messages, with `overhead` tokens for the marks that a template adds to each.
 
     Calls of tools count as the JSON that they are.
     """
@@ -46,15 +45,15 @@ def fit_context(
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The conversations in pieces of at most ``context`` tokens, bytes unless told how to count.
+    """The conversations in pieces of at most `context` tokens, bytes unless told how to count.
 
-    ``split`` cuts them between a reply and the next question, as late as possible, so that the pieces together have
-    every message once; the system message, which is in every one, apart. The ``id`` of a piece ends on its number.
-    An exchange that is too long by itself is counted in ``rejected``, and a piece ends before it.
+    `split` cuts them between a reply and the next question, as late as possible, so that the pieces together have
+    every message once; the system message, which is in every one, apart. The `id` of a piece ends on its number.
+    An exchange that is too long by itself is counted in `rejected`, and a piece ends before it.
 
-    ``truncate`` keeps the exchanges that fit, from the first on; if not even that does, the start of its reply. Only a
+    `truncate` keeps the exchanges that fit, from the first on; if not even that does, the start of its reply. Only a
     reply is cut, never a question. A conversation without a message but the system's is counted as "no exchange".
-    ``overhead``: tokens that a template adds to each message.
+    `overhead`: tokens that a template adds to each message.
     """
     if context < 1 or overhead < 0:
         raise ValueError(f"got context={context} and overhead={overhead}, expected at least 1 and 0")
@@ -136,11 +135,3 @@ def _cut(exchanges: list[Messages], room: int, length: Callable[[Messages], int]
         else:
             too_long = middle
     return [upto(fits)] if upto(fits)[-1]["content"] else []
-
-
-@beartype
-def is_held_out(conversation: Record, fraction: float) -> bool:
-    """Whether a conversation is among the ``fraction`` to evaluate with: by its hash, so the same in every run."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"got the fraction {fraction}, expected at least 0 and below 1")
-    return int.from_bytes(digest(conversation)[:8], "big") < fraction * 2**64

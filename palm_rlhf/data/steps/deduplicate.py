@@ -20,7 +20,7 @@ NUM_HASHES = 128
 
 
 @beartype
-def digest(conversation: Record) -> bytes:
+def conversation_digest(conversation: Record) -> bytes:
     """A hash of who says what in a conversation, the same in every run."""
     state = hashlib.blake2b(digest_size=16)
     for message in conversation["messages"]:
@@ -37,7 +37,7 @@ def drop_duplicates(conversations: Iterable[Record], *, rejected: Counter[str] |
     rejected = Counter() if rejected is None else rejected
     seen: set[bytes] = set()
     for conversation in conversations:
-        key = digest(conversation)
+        key = conversation_digest(conversation)
         if key in seen:
             rejected["duplicate"] += 1
         else:
@@ -49,7 +49,7 @@ def drop_duplicates(conversations: Iterable[Record], *, rejected: Counter[str] |
 def drop_near_duplicates(
     conversations: Iterable[Record], threshold: float = 0.8, *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations of which there was none before that shares ``threshold`` of their shingles.
+    """The conversations of which there was none before that shares `threshold` of their shingles.
 
     The Jaccard similarity of the sets of three words in a row is estimated by MinHash (Broder 1997), and what may be
     similar is found by locality-sensitive hashing; each conversation that is kept takes about 4 kB of memory.

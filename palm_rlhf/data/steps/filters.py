@@ -75,7 +75,7 @@ def _without(
 def keep_model(
     conversations: Iterable[Record], model: str, *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations whose ``model`` is the one named: ``gpt-4`` is also "Model: GPT-4" and "gpt-4-0314".
+    """The conversations whose `model` is the one named: `gpt-4` is also "Model: GPT-4" and "gpt-4-0314".
 
     It is neither "gpt-4o" nor "GPT-3.5": the words and numbers of the name stand in the other in a row.
     """
@@ -133,7 +133,7 @@ def drop_blocked_words(
 def drop_repeated_digits(
     conversations: Iterable[Record], repeats: int = 9, *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations in which no message repeats a digit ``repeats`` times in a row, as broken models do."""
+    """The conversations in which no message repeats a digit `repeats` times in a row, as broken models do."""
     if repeats < 2:
         raise ValueError(f"got repeats={repeats}, expected at least 2")
     repeated = re.compile(rf"([0-9])\1{{{repeats - 1}}}")
@@ -153,7 +153,7 @@ def drop_short(
     count_tokens: Callable[[str], int] = num_bytes,
     rejected: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The conversations of at least ``min_tokens``, their messages together; bytes, unless told how to count."""
+    """The conversations of at least `min_tokens`, their messages together; bytes, unless told how to count."""
 
     def refusal(conversation: Record) -> str | None:
         num_tokens = num_tokens_of(conversation["messages"], count_tokens)
@@ -166,7 +166,7 @@ def drop_short(
 def keep_languages(
     conversations: Iterable[Record], languages: Sequence[str], *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations, or prompts, in one of the languages given by their codes in ISO 639-1: ``en``, ``de``, ...
+    """The conversations, or prompts, in one of the languages given by their codes in ISO 639-1: `en`, `de`, ...
 
     Code in fences is not looked at. What has no language that can be told is left out too.
     """

@@ -30,7 +30,7 @@ BUTTON_WORDS = re.compile(r"\b(Copy code|Copy|Edit)\b")
 def html_to_markdown(html: str) -> str:
     """The text of a piece of a web page in Markdown: code in fences with its language, formulas in TeX, no buttons.
 
-    Raises ``ValueError`` for a page that cannot be parsed or is nested too deeply.
+    Raises `ValueError` for a page that cannot be parsed or is nested too deeply.
     """
     html = BLANKS.sub(lambda run: run[0][:1000], without_unread(html))
     if FORMULA not in html:
@@ -102,7 +102,7 @@ def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 def _shifted(text: str, tag: str, letters: dict[int, int]) -> str:
-    """Text above or below the line: ``10<sup>8</sup>`` is no 108."""
+    """Text above or below the line: `10<sup>8</sup>` is no 108."""
     text = text.strip()
     if all(ord(letter) in letters for letter in text):
         return text.translate(letters)

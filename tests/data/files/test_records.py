@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.data.files import json_array
-from palm_rlhf.data.files.records import is_held_out, read_records, write_records
+from palm_rlhf.data.files.records import read_records, write_records
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 VALUES = st.recursive(
@@ -404,21 +404,3 @@ def test_what_json_cannot_hold_is_no_record(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_records(tmp_path / "a.jsonl", [{"a": float("nan")}])
     assert os.listdir(tmp_path) == []
-
-
-@settings(deadline=None, max_examples=30)
-@given(keys=st.sets(TEXT, min_size=1, max_size=20), seed=st.integers(0, 5), fraction=st.floats(0, 0.99))
-def test_a_key_is_always_on_the_same_side_and_stays_there_as_the_part_grows(keys, seed, fraction):
-    for key in keys:
-        assert is_held_out(key, fraction, seed) == is_held_out(key, fraction, seed)
-        assert is_held_out(key, fraction, seed) <= is_held_out(key, (fraction + 1) / 2, seed)
-        assert not is_held_out(key, 0, seed)
-
-
-def test_the_part_held_out_has_its_size_and_differs_by_seed():
-    sides = [[is_held_out(str(key), 0.2, seed) for key in range(5000)] for seed in (0, 1)]
-    for side in sides:
-        assert abs(sum(side) - 1000) < 150  # more than 5 standard deviations
-    assert sides[0] != sides[1]
-    with pytest.raises(ValueError, match="below 1"):
-        is_held_out("a", 1.0)

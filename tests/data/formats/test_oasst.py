@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data.files.records import is_held_out
 from palm_rlhf.data.formats.oasst_messages import LANGUAGES, MessageFilter
 from palm_rlhf.data.formats.oasst_trees import is_oasst, prompts, rankings, read_trees, threads, walk
+from palm_rlhf.data.steps.held_out import is_held_out, key_digest
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -491,7 +491,7 @@ def test_a_split_by_tree_shares_no_tree_and_is_the_same_in_both_forms(shared_dat
     for source in (path, save(tmp_path, messages)):
         held_out = {True: set(), False: set()}
         for root in read_trees(source):
-            held_out[is_held_out(root.message_id, 0.2)] |= {message.message_id for message in walk(root)}
+            held_out[is_held_out(key_digest(root.message_id), 0.2)] |= {message.message_id for message in walk(root)}
         sides.append(held_out)
     assert sides[0] == sides[1]
     assert not sides[0][True] & sides[0][False]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_rlhf.data.steps.context_length import fit_context, is_held_out
-from palm_rlhf.data.steps.deduplicate import digest, drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.steps.context_length import fit_context
+from palm_rlhf.data.steps.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
 from palm_rlhf.data.steps.filters import (
     drop_blocked_words,
     drop_provider_errors,
@@ -134,8 +134,10 @@ def test_code_alone_has_no_language():
 
 def test_the_digest_is_that_of_a_written_rule():
     rule = hashlib.blake2b("user 3 hé".encode() + b"assistant 1 !", digest_size=16)
-    assert digest(talk("hé", "!", id=5, model="m")) == rule.digest()
-    assert len({digest(talk(*parts)) for parts in (("a", "b"), ("ab", ""), ("", "ab"), ("a", "b", ""))}) == 4
+    assert conversation_digest(talk("hé", "!", id=5, model="m")) == rule.digest()
+    assert (
+        len({conversation_digest(talk(*parts)) for parts in (("a", "b"), ("ab", ""), ("", "ab"), ("a", "b", ""))}) == 4
+    )
 
 
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "a b"]), min_size=1, max_size=2), max_size=12))
@@ -280,15 +282,3 @@ def test_length_by_a_tokenizer_of_ones_own():
     assert len(list(fit_context([conversation], 7, count_tokens=count_words))) == 1
     assert len(list(fit_context([conversation], 6, count_tokens=count_words))) == 2
     assert len(list(fit_context([conversation], 7, count_tokens=count_words, overhead=1))) == 2
-
-
-def test_the_held_out_share_does_not_depend_on_the_run_or_the_id():
-    conversations = [talk(f"question {i}", "reply", id=i) for i in range(4000)]
-    held_out = [is_held_out(conversation, 0.1) for conversation in conversations]
-    assert 320 <= sum(held_out) <= 480  # four standard deviations
-    assert held_out == [is_held_out({**conversation, "id": "x"}, 0.1) for conversation in conversations]
-    larger = [is_held_out(conversation, 0.3) for conversation in conversations]
-    assert all(b for a, b in zip(held_out, larger) if a)
-    assert not any(is_held_out(conversation, 0.0) for conversation in conversations)
-    with pytest.raises(ValueError, match="expected at least 0 and below 1"):
-        is_held_out(conversations[0], 1.0)
