@@ -16,7 +16,7 @@ from palm_rlhf.data.formats.conversation_files import read_conversations
 from palm_rlhf.data.formats.conversation_records import TOOLS, is_messages, is_sharegpt, parse_conversation
 from palm_rlhf.data.formats.conversation_writers import to_instructions, to_sharegpt
 from palm_rlhf.data.formats.instructions import is_instruction, is_prompt
-from palm_rlhf.data.formats.oasst_messages import Message, MessageFilter
+from palm_rlhf.data.formats.oasst_messages import MessageFilter, OasstMessage
 from palm_rlhf.data.formats.prompt_fields import FIELDS
 from palm_rlhf.data.formats.saved_pages import is_page
 from palm_rlhf.data.preferences.ranking_files import is_preference, pairs_of, read_rankings
@@ -155,7 +155,7 @@ def prompt_rows(path: Path, *, rejected: Counter[str] | None = None) -> Iterator
 
 
 def _of_tree(
-    tree: Message, to: Target, top_k: int | None, max_replies: int | None, rejected: Counter[str]
+    tree: OasstMessage, to: Target, top_k: int | None, max_replies: int | None, rejected: Counter[str]
 ) -> Iterator[Record]:
     if to == "sft":
         return oasst_trees.threads(tree, top_k)

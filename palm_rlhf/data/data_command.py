@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from palm_rlhf.data.command_summary import Counts
 from palm_rlhf.data.convert import Form, Target, converted, form_of
-from palm_rlhf.data.files.json_record import Broken, Record
+from palm_rlhf.data.files.json_record import BrokenRecord, Record
 from palm_rlhf.data.files.records import STANDARD, write_records
 from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown
 from palm_rlhf.data.steps.context_length import fit_context, num_bytes
@@ -47,7 +47,7 @@ def offers_to_skip(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **options)
         except ValueError as error:
-            if isinstance(error.__cause__, Broken):
+            if isinstance(error.__cause__, BrokenRecord):
                 raise ValueError(f"{error}, or leave out what is broken with --skip-broken") from error
             raise
 

@@ -1,6 +1,6 @@
-"""The error of a step whose packages are an extra."""
+"""The error for a package of an extra that is not installed."""
 
 
-def missing(what: str, error: ImportError) -> ImportError:
-    """Says which extra to install, for the one who asked for what needs it."""
+def missing_extra(what: str, error: ImportError) -> ImportError:
+    """Return the error that names the extra to install; `what` is the feature that needs its packages."""
     return ImportError(f"{what} needs packages that are not installed ({error}): pip install 'palm-rlhf[data]'")

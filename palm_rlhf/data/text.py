@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.corpora.documents import find_files, is_plain, python_docs, read_documents
+from palm_rlhf.data.corpora.documents import documents_of_files, find_files, is_plain, python_docs
 from palm_rlhf.data.corpora.download import ENWIK8, Archive, cached, fetch
 from palm_rlhf.data.corpora.token_store import (
-    Text,
-    Tokenizer,
-    Tokens,
-    bytes_of,
-    digest,
-    stamp,
+    StoredText,
+    TextTokenizer,
+    TokenSplits,
+    byte_tokens,
+    file_stamp,
+    json_digest,
     text_of_documents,
     text_of_file,
     tokens_of,
@@ -32,11 +32,12 @@ NUM_BYTES = 256
 @beartype
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens to train on, to validate with and to test with: one 1-d array for each part of a mixture, in its order.
+    """Tokens to train on, to validate with and to test with.
 
-    `note` says in words what was taken and why. The `weights` of the parts sum to 1. `*_bytes` are the bytes of
-    text behind each array's tokens, so that bits per byte do not depend on the tokenizer. `test` is None unless
-    every part has a test split of its own.
+    `train`, `valid` and `test` hold one array `n` for each part of a mixture, in its order. `test` is None unless every
+    part has a test split. `train_bytes`, `valid_bytes` and `test_bytes` are the bytes of text that each array encodes,
+    so that bits per byte do not depend on the tokenizer. The `weights` of the parts sum to 1. `note` says in words
+    which data was taken and why.
     """
 
     name: str
@@ -53,11 +54,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Part:
-    """A text, the bytes at which its splits start and end, and what to say about it."""
+    """A text, the bytes at which its splits start and end, and a note for users."""
 
     name: str
     note: str
-    text: Text
+    text: StoredText
     bounds: tuple[int, ...]
 
 
@@ -65,7 +66,7 @@ class _Part:
 def load_corpus(
     data: str | Sequence[str] = "auto",
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     eos_token: int | None = None,
     text_key: str = "text",
     window: int = 2,
@@ -74,22 +75,29 @@ def load_corpus(
     timeout: float = 10.0,
     enwik8: Archive = ENWIK8,
 ) -> Corpus:
-    """Opens text as tokens; nothing is read whole into memory, and what must be written is written once, to the cache.
+    """Open text as tokens, memory-mapped; text that must be unpacked, joined or tokenized is written to the cache once.
 
-    Each entry of `data` is a part of the mixture, with an optional weight after a colon (`notes/:0.3`; else 1):
-    `enwik8`; `python-docs`, the language reference of this Python; `auto`, the first of these that can be had;
-    or a file, a folder with all below it, or a glob. Each line of a `.jsonl` file is a document (its string under
-    `text_key`), and each row of parquet, or of CSV that has that column; every other file is one. `.gz` is
-    unpacked.
+    Without `tokenizer` the tokens are the bytes. The splits of enwik8 are its first 90, next 5 and last 5 million
+    bytes. Every other text of n bytes holds out its last n // 20 for validation, and trains on the bytes before them.
+    Splits are cut before they are tokenized, so that every tokenizer is measured on the same text (a cut inside a
+    character moves to its end).
 
-    Without `tokenizer` the tokens are the bytes. `eos_token` follows each document; without one an empty line
-    joins them. The splits of enwik8 are its first 90, next 5 and last 5 million bytes; every other text of n bytes
-    holds out its last n // 20 for validation and trains on the n - n // 20 before them. Splits are cut before they
-    are tokenized, so every tokenizer is measured on the same text (a cut inside a character moves to its end).
+    Raises ValueError, FileNotFoundError or OSError if a part cannot be opened or is too short.
 
-    `window`: the fewest tokens that a part must have to train on. `cache_dir`: else `PALM_RLHF_CACHE`, else
-    `~/.cache/palm_rlhf`. `download=False` leaves the network alone; `timeout`: seconds to wait for it.
-    `enwik8`: where that corpus comes from. Raises `ValueError`, `FileNotFoundError` and `OSError`.
+    Args:
+        data: The parts of the mixture, each with an optional weight after a colon (`notes/:0.3`; else 1): `enwik8`;
+            `python-docs`, the language reference inside this Python; `auto`, the first of these that can be had; or
+            a file, a folder with everything below it, or a glob. Each line of a `.jsonl` file is a document, and
+            each row of parquet, or of CSV that has a column `text_key`; every other file is one document. `.gz` is
+            unpacked.
+        tokenizer: Encodes the text; see `TextTokenizer`.
+        eos_token: Follows each document; without one an empty line joins documents.
+        text_key: The key, or the column, of the text of a document.
+        window: The fewest tokens that a part must have to train on.
+        cache_dir: The cache; else `PALM_RLHF_CACHE`, else `~/.cache/palm_rlhf`.
+        download: Whether the network may be used.
+        timeout: The seconds to wait for the network.
+        enwik8: Where that corpus comes from.
     """
     _check(tokenizer, eos_token, window)
     specs = [split_weight(spec) for spec in ([data] if isinstance(data, str) else data)]
@@ -122,7 +130,7 @@ def load_corpus(
 
 @beartype
 def split_weight(spec: str) -> tuple[str, float]:
-    """A part's name and weight: `notes/:0.3` is `notes/` and 0.3; without a weight, or if the path exists, 1."""
+    """Return the name and weight of a part: `notes/:0.3` is `notes/` and 0.3; without a weight it is 1."""
     name, weight = spec, 1.0
     head, colon, tail = spec.rpartition(":")
     if colon and not os.path.exists(os.path.expanduser(spec)):
@@ -133,16 +141,20 @@ def split_weight(spec: str) -> tuple[str, float]:
     if not name:
         raise ValueError(f"got {spec!r} as data, expected the name of a corpus, file, folder or glob before the weight")
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"got the weight {weight:g} in {spec!r}, expected a positive number: leave out what has none")
+        raise ValueError(
+            f"got the weight {weight:g} in {spec!r}, expected a positive number: leave out the part, or its weight"
+        )
     return name, weight
 
 
-def _check(tokenizer: Tokenizer | None, eos_token: int | None, window: int) -> None:
+def _check(tokenizer: TextTokenizer | None, eos_token: int | None, window: int) -> None:
     if window < 2:
         raise ValueError(f"got window={window}, expected at least 2: a token and the one to predict from it")
     if tokenizer is None:
         if eos_token is not None:
-            raise ValueError(f"got eos_token={eos_token} without a tokenizer: every byte is text; leave it out")
+            raise ValueError(
+                f"got eos_token={eos_token} without a tokenizer, expected none, since every byte is text: leave it out"
+            )
         return
     kind = type(tokenizer).__name__
     if tokenizer.vocab_size < 1:
@@ -151,8 +163,8 @@ def _check(tokenizer: Tokenizer | None, eos_token: int | None, window: int) -> N
         raise ValueError(f"got eos_token={eos_token}, expected 0 to below the vocab_size {tokenizer.vocab_size}")
     if len(extra := tokenizer.encode("")):
         raise ValueError(
-            f"{kind}.encode('') gave {list(extra)}, expected nothing: text is tokenized in pieces, so turn its special "
-            "tokens off (add_special_tokens=False) and mark documents with eos_token"
+            f"{kind}.encode('') returned {list(extra)}, expected no ids, since text is tokenized in pieces: turn its "
+            "special tokens off (add_special_tokens=False), and mark documents with eos_token"
         )
 
 
@@ -175,7 +187,8 @@ def _open_enwik8(cache: Path, download: bool, timeout: float, archive: Archive) 
     how, path = "found in", cached(archive, cache)
     if path is None and not download:
         raise FileNotFoundError(
-            f"{cache} has no {archive.name}, and download=False: allow the download, or put the unpacked file there"
+            f"{cache} has no {archive.name}, expected it there, since download=False: allow the download, or put the "
+            "unpacked file there"
         )
     if path is None:
         how, path = f"downloaded from {archive.url} to", fetch(archive, cache, timeout)
@@ -190,7 +203,7 @@ def _open_python_docs(cache: Path) -> _Part:
     content = [chunk for _, chunks in documents for chunk in chunks]
     text = text_of_documents(
         cache / "text" / f"python-docs-{version}",
-        digest([chunk.decode() for chunk in content]),
+        json_digest([chunk.decode() for chunk in content]),
         sum(map(len, content)),
         documents,
     )
@@ -202,25 +215,27 @@ def _open_files(spec: str, text_key: str, cache: Path) -> _Part:
     if len(files) == 1 and is_plain(files[0]):
         text = text_of_file(files[0])
     else:
-        stamps = [stamp(file) for file in files]
+        stamps = [file_stamp(file) for file in files]
         place = os.path.abspath(os.path.expanduser(spec))
         text = text_of_documents(
-            cache / "text" / digest(place, text_key)[:32],
-            digest(stamps),
+            cache / "text" / json_digest(place, text_key)[:32],
+            json_digest(stamps),
             sum(size for _, size, _ in stamps),
-            read_documents(files, text_key),
+            documents_of_files(files, text_key),
         )
     return _held_out(spec, f"{spec} ({len(files):,} file{'s' * (len(files) > 1)})", text)
 
 
-def _held_out(name: str, what: str, text: Text) -> _Part:
+def _held_out(name: str, what: str, text: StoredText) -> _Part:
     bounds = (0, text.size - text.size // 20, text.size)
     return _Part(name, f"{what}: {text.size:,} bytes, the last 5% held out", text, bounds)
 
 
-def _tokens(part: _Part, tokenizer: Tokenizer | None, eos_token: int | None, window: int, cache: Path) -> Tokens:
+def _tokens(
+    part: _Part, tokenizer: TextTokenizer | None, eos_token: int | None, window: int, cache: Path
+) -> TokenSplits:
     if tokenizer is None:
-        tokens = bytes_of(part.text, part.bounds)
+        tokens = byte_tokens(part.text, part.bounds)
     else:
         tokens = tokens_of(part.text, part.bounds, tokenizer, cache / "tokens", eos_token=eos_token)
     train, *held_out = (len(split) for split in tokens.splits)

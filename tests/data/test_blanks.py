@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from palm_rlhf.data.conversation import encode, encode_prompt, encode_response
-from palm_rlhf.data.corpora.token_store import Text, tokens_of
+from palm_rlhf.data.corpora.token_store import StoredText, tokens_of
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
@@ -143,7 +143,7 @@ def test_a_document_that_is_read_in_pieces_gains_no_blank(kind, tmp_path):
     text = "Name a colour, red Rome hello. " * 40 + "Rome"
     (tmp_path / "text").write_text(text)
     tokenizer = tokenizer_of(kind)
-    stored = Text(tmp_path / "text", "fingerprint", len(text), np.array([len(text)]), [(0, "text")])
+    stored = StoredText(tmp_path / "text", "fingerprint", len(text), np.array([len(text)]), [(0, "text")])
     whole, pieces = (
         tokens_of(stored, [0, len(text)], tokenizer, tmp_path / str(piece), piece=piece).splits[0].tolist()
         for piece in (10 * len(text), 64)

@@ -303,7 +303,7 @@ class Tokenizer:
         ({"eos_token": 0}, "without a tokenizer"),
         ({"eos_token": 300, "tokenizer": Tokenizer()}, "expected 0 to below the vocab_size 300"),
         ({"eos_token": -1, "tokenizer": Tokenizer()}, "expected 0 to below the vocab_size 300"),
-        ({"tokenizer": Tokenizer([256])}, r"gave \[256\], expected nothing.*add_special_tokens=False"),
+        ({"tokenizer": Tokenizer([256])}, r"returned \[256\], expected no ids.*add_special_tokens=False"),
         ({"window": 1}, "expected at least 2"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from palm_rlhf.data.corpora.token_store import Text, Tokens, text_of_documents, tokens_of
+from palm_rlhf.data.corpora.token_store import StoredText, TokenSplits, text_of_documents, tokens_of
 
 DOCUMENTS = [
     ("one.jsonl", [b"a short text"]), ("one.jsonl", [b"and a second"]), ("two.txt", ["ein kürzerer".encode()])
@@ -23,7 +23,7 @@ class Bytes:
 Bytes.__module__ = "kept"  # which is part of what tells tokenizers apart
 
 
-def write() -> tuple[Text, Tokens]:
+def write() -> tuple[StoredText, TokenSplits]:
     """Opens the stores, which are written where they are missing."""
     text = text_of_documents(Path("text"), "kept", 40, DOCUMENTS)
     return text, tokens_of(text, [0, 16, text.size], Bytes(), Path("tokens"), eos_token=EOS)

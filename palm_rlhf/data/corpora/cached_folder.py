@@ -1,4 +1,4 @@
-"""Writes that are whole or absent: locks, temporary names, and an error that helps when the disk is full."""
+"""Folders in the cache that are whole or absent: locks, temporary names, and errors that help when the disk is full."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ META = "meta.json"
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of `path`: of several processes one builds it and the others wait; a killed one lets go."""
+    """Hold the lock of `path`, so that one process builds it while others wait; a killed process releases it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{path}.lock", "ab")
@@ -31,7 +31,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def room_for(num_bytes: int, folder: Path) -> Iterator[None]:
-    """Makes the error of a write that found no room name the folder, and the bytes free and needed."""
+    """Make the error of a write to a full disk name the folder, and the bytes that are free and needed."""
     try:
         yield
     except OSError as error:
@@ -55,10 +55,16 @@ def sync(path: Path) -> None:
 def stored(
     folder: Path, fingerprint: str, num_bytes: int, build: Callable[[Path], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yields what `build` returned about the files it wrote, with the folder locked against other processes.
+    """Yield what `build` returned about the files it wrote; the folder stays locked against other processes.
 
-    `build` runs, in a temporary folder that is renamed at the end, only if `folder` is not whole or its
-    fingerprint is another. `num_bytes` bounds what it writes, for the error of a full disk.
+    `build` runs only if `folder` is not whole or has another fingerprint. It writes to a temporary folder, which takes
+    the place of `folder` at the end.
+
+    Args:
+        folder: Where the files are.
+        fingerprint: A digest of everything that the files depend on.
+        num_bytes: About how much `build` writes, for the error of a full disk.
+        build: Writes the files into the folder that it is given, and returns values for JSON.
     """
     with locked(folder):
         meta = _read_meta(folder, fingerprint)
@@ -78,7 +84,7 @@ def _read_meta(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _build(folder: Path, fingerprint: str, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    # One temporary name for each store, so that what a killed process left is cleared here and never piles up.
+    # Each folder has one temporary name, so that the leftovers of a killed process are removed here and never pile up.
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

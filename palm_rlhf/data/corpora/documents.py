@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, `.jsonl`, tables and gzip, as documents read piece by piece."""
+"""Documents of text in files, folders and globs: text, JSON lines and tables, plain or packed with gzip."""
 
 import codecs
 import csv
@@ -9,8 +9,9 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from palm_rlhf.data.files.records import read_records
 from palm_rlhf.data.files.tabular import is_csv
@@ -18,21 +19,24 @@ from palm_rlhf.model.text_file import HOW_TO_CONVERT, UTF16, is_utf16
 
 CHUNK = 1 << 20
 
-# What is read of one document, and the name to show in errors.
-Document = tuple[str, Iterable[bytes]]
+# The name of a document, to show in errors, and its text in chunks.
+SourceDocument = tuple[str, Iterable[bytes]]
 
 
 def find_files(spec: str, cache: Path) -> list[Path]:
-    """The file, the files of the folder and of the folders in it, or those the glob matches, in sorted order.
+    """Return a file, the files in a folder and below, or the files that a glob matches, in sorted order.
 
-    Hidden files and folders (their names start with a dot) are left out unless named, and so is a cache in the folder.
+    Hidden files and folders (their names start with a dot) are left out unless they are named. So are the folders of
+    the `cache` if they lie in the folder. Raises FileNotFoundError if there is no file.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
         files = sorted(_walk(path, cache))
     elif path.exists():
         if not path.is_file():
-            raise ValueError(f"{spec} is a pipe or device, expected a regular file: write its content to a file first")
+            raise ValueError(
+                f"got {spec}, which is a pipe or device, expected a regular file: write its content to a file first"
+            )
         files = [path]
     else:
         files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
@@ -55,17 +59,18 @@ def _walk(folder: Path, cache: Path) -> Iterator[Path]:
 
 
 def is_plain(file: Path) -> bool:
-    """Whether the file's bytes are its text, so that it can be mapped as it is."""
+    """Return whether the bytes of a file are its text, so that the file can be memory-mapped as it is."""
     if file.name.endswith((".gz", ".jsonl", ".parquet")) or is_csv(file.name):
         return False
     with open(file, "rb") as stream:
         return not stream.read(3).startswith((codecs.BOM_UTF8, *UTF16))
 
 
-def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
-    """The documents of the files: each line of `.jsonl` (its `text_key`), else each file; `.gz` is unpacked.
+def documents_of_files(files: Iterable[Path], text_key: str) -> Iterator[SourceDocument]:
+    """Yield the documents of files, each with its name and its text in chunks of bytes.
 
-    Each row of parquet is one too, and of CSV that has a column of the name `text_key`.
+    Each line of `.jsonl` is a document (its string under `text_key`), and each row of parquet, or of CSV that has a
+    column of that name. Every other file is one document. `.gz` is unpacked.
     """
     for file in files:
         if file.name.removesuffix(".gz").endswith(".jsonl"):
@@ -78,13 +83,14 @@ def read_documents(files: Iterable[Path], text_key: str) -> Iterator[Document]:
             yield str(file), _read_chunks(file)
 
 
-def python_docs() -> list[Document]:
-    """The language reference that ships inside every Python (`pydoc_data.topics`), a document for each topic."""
+def python_docs() -> list[SourceDocument]:
+    """Return the language reference inside this Python (`pydoc_data.topics`), one document for each topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise FileNotFoundError(
-            f"this Python ({sys.executable}) was installed without its module pydoc_data: name a file or folder of text"
+            f"this Python ({sys.executable}) lacks the module pydoc_data, expected it for python-docs: name a file or "
+            "folder of text"
         ) from error
     return [(f"python-docs, {name}", (text.encode(),)) for name, text in sorted(topics.items())]
 
@@ -107,8 +113,8 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[bytes]:
                     yield _text(json.loads(line), text_key)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(
-                        f"{file}, line {number}: {error}; every line must be one JSON object with its text under "
-                        f"{text_key!r}: mend or delete that line, or name another text_key"
+                        f"{file}, line {number}: {error}; expected one JSON object on every line, with its text under "
+                        f"{text_key!r}: mend or delete the line, or name another text_key"
                     ) from error
 
 
@@ -119,11 +125,13 @@ def _read_rows(file: Path, text_key: str) -> Iterator[bytes]:
         try:
             yield _text(record, text_key)
         except ValueError as error:
-            raise ValueError(f"{file}, row {number}: {error}; mend or delete it, or name another text_key") from error
+            raise ValueError(
+                f"{file}, row {number}: {error}; mend or delete the row, or name another text_key"
+            ) from error
 
 
 def _header(file: Path) -> list[str]:
-    """The names of the columns of CSV, whatever separates them."""
+    """Return the names of the columns of CSV, whatever delimiter separates them."""
     with _open(file) as stream:
         line = next(iter(_guarded(file, stream, iter(stream.readline, b""))), b"")
     text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").rstrip("\r\n")
@@ -142,11 +150,12 @@ def _text(record: Any, text_key: str) -> bytes:
     return record[text_key].encode()
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> BufferedIOBase:
     return gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb")
 
 
-def _guarded(file: Path, stream: BinaryIO, pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _guarded(file: Path, stream: BufferedIOBase, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the pieces that are read from a stream; ValueError if its gzip file is damaged."""
     try:
         yield from pieces
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

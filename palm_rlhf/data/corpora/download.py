@@ -1,4 +1,4 @@
-"""Corpora from the web: downloaded once, resumed when broken, used only if every byte is the expected one."""
+"""Corpora from the web: a download continues where it broke off, and is used only if its checksum is right."""
 
 import hashlib
 import http.client
@@ -18,19 +18,23 @@ from tqdm import tqdm
 
 from palm_rlhf.data.corpora.cached_folder import DISK_FULL, locked, room_for, sync
 
-CHUNK = 1 << 18
+CHUNK = 1 << 18  # bytes
 
 
 class DownloadError(OSError):
-    """A corpus could not be had from the web, or is not the one expected."""
+    """A corpus could not be downloaded, or is not the expected one."""
 
 
 @beartype
 @dataclass(frozen=True)
 class Archive:
-    """A corpus in a zip file on the web: the member `name`, whose first, next and last bytes are its splits.
+    """A corpus in a zip file on the web.
 
-    `splits` are the bytes of train, valid and test; `sha256` is that of the unpacked bytes.
+    Args:
+        name: The file in the zip.
+        url: Where the zip is.
+        sha256: The checksum of the unpacked file.
+        splits: The bytes of its train, valid and test splits, in this order in the file.
     """
 
     name: str
@@ -40,7 +44,7 @@ class Archive:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes unpacked."""
+        """The size of the unpacked file in bytes."""
         return sum(self.splits)
 
 
@@ -53,7 +57,10 @@ ENWIK8 = Archive(
 
 
 def cached(archive: Archive, folder: Path) -> Path | None:
-    """The unpacked corpus in `folder`, or None; `DownloadError` if a file of that name has another size."""
+    """Return the path of the unpacked corpus in `folder`, or None if it is not there.
+
+    Raises DownloadError if the file has another size.
+    """
     path = folder / archive.name
     if not path.exists():
         return None
@@ -68,16 +75,21 @@ def cached(archive: Archive, folder: Path) -> Path | None:
 
 @beartype
 def fetch(archive: Archive, folder: Path, timeout: float = 10.0) -> Path:
-    """Downloads and unpacks `archive` into `folder` unless it is there, and returns the path of its bytes.
+    """Download and unpack `archive` into `folder` unless it is there, and return the path of the unpacked file.
 
-    A broken transfer is taken up where it stopped, in this call as long as every attempt brings new bytes, else in
-    the next. `timeout`: seconds to wait for the first answer, and then for each piece. Raises `DownloadError`.
+    A broken transfer is continued in this call as long as every attempt brings new bytes, else in the next call. Raises
+    DownloadError if the corpus cannot be had.
+
+    Args:
+        archive: The corpus.
+        folder: Where to put it.
+        timeout: The seconds to wait for the first answer, and then for each piece.
     """
     with locked(folder / archive.name):
         path = cached(archive, folder)
         if path is None:
             part = folder / f"{archive.name}.zip.part"
-            # A complete zip may be there already, if unpacking it failed for want of room.
+            # A complete zip is there already if the disk was too full to unpack it.
             if not (part.exists() and zipfile.is_zipfile(part)):
                 _download(archive, part, timeout)
             path = _unpack(archive, part)
@@ -109,7 +121,7 @@ def _size(path: Path) -> int:
 
 
 def _transfer(archive: Archive, part: Path, timeout: float) -> bool:
-    """One request for what `part` lacks; True if the server says that nothing is missing any more."""
+    """Make one request for the bytes that `part` lacks; return whether the download is complete."""
     have = _size(part)
     request = urllib.request.Request(archive.url, headers={"User-Agent": "palm-rlhf"})
     if have:
@@ -141,7 +153,7 @@ def _transfer(archive: Archive, part: Path, timeout: float) -> bool:
 
 
 def _open(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
-    # `urlopen` alone gives each address of a host its own timeout, and the name server none: hence the thread.
+    # The timeout of `urlopen` holds for each address of a host, and not for the name server: a thread bounds both.
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:

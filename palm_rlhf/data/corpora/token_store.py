@@ -1,4 +1,4 @@
-"""Text and tokens on disk, memory-mapped: written once, piece by piece, and read without being loaded."""
+"""Text and tokens on disk: written once, in pieces, and memory-mapped when they are read."""
 
 import hashlib
 import json
@@ -15,28 +15,31 @@ import numpy as np
 from tqdm import tqdm
 
 from palm_rlhf.data.corpora.cached_folder import stored
-from palm_rlhf.data.corpora.documents import Document
+from palm_rlhf.data.corpora.documents import SourceDocument
 
 FORMAT = 1
 PIECE = 1 << 20
-# Documents are joined by an empty line, as a reader would.
+# An empty line joins documents.
 SEPARATOR = b"\n\n"
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
-    """Turns text into token ids below `vocab_size`, adding no special tokens of its own."""
+class TextTokenizer(Protocol):
+    """A tokenizer that turns text into token ids below `vocab_size`, without adding special tokens."""
 
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; none for the empty string."""
+        """Return the ids of `text`; an empty string has none."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
-    """A file of text, with the ends of its documents and, for errors, the byte at which each of its sources starts."""
+class StoredText:
+    """A file of text with the ends of its documents.
+
+    `sources` holds, for errors, the byte at which each source file begins, and its name.
+    """
 
     path: Path
     fingerprint: str
@@ -45,7 +48,7 @@ class Text:
     sources: Sequence[tuple[int, str]]
 
     def documents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The bounds of the documents that have bytes from `start` to `end`, separators left out."""
+        """Yield the bounds of the documents with bytes from `start` to `end`, without the separators."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         for index in range(first, len(self.ends)):
             begin = int(self.ends[index - 1]) + len(SEPARATOR) if index else 0
@@ -54,45 +57,51 @@ class Text:
             yield begin, int(self.ends[index])
 
     def where(self, offset: int) -> str:
-        """The source of a byte of the text, and its place there."""
+        """Return the name of the source of a byte, and its place in that source."""
         start, name = self.sources[bisect_right(self.sources, offset, key=lambda source: source[0]) - 1]
         return f"{name}, byte {offset - start:,}"
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
-    """The tokens of each split, and the bytes of text behind them."""
+class TokenSplits:
+    """The tokens of each split, and the number of bytes of text that they encode."""
 
     splits: tuple[np.ndarray, ...]
     num_bytes: tuple[int, ...]
 
 
-def digest(*content: Any) -> str:
-    """The sha256 of anything JSON can hold."""
+def json_digest(*content: Any) -> str:
+    """Return the sha256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def stamp(file: Path) -> tuple[str, int, int]:
-    """What tells a file from another, or from itself before a change: path, size and time of modification."""
+def file_stamp(file: Path) -> tuple[str, int, int]:
+    """Return the path, size and modification time of a file, which change whenever the file does."""
     status = file.stat()
     return os.path.abspath(file), status.st_size, status.st_mtime_ns
 
 
 def map_array(path: Path, dtype: Any) -> np.ndarray:
-    """The file's content as a read-only array that is read from disk where it is touched."""
+    """Return the content of a file as a read-only array, which is read from disk when it is used."""
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def text_of_file(file: Path) -> Text:
-    """A plain file as it is: one document, no copy."""
+def text_of_file(file: Path) -> StoredText:
+    """Return a plain file as it is, without a copy: one document."""
     size = file.stat().st_size
-    return Text(file, digest(stamp(file)), size, np.array([size]), [(0, str(file))])
+    return StoredText(file, json_digest(file_stamp(file)), size, np.array([size]), [(0, str(file))])
 
 
-def text_of_documents(folder: Path, fingerprint: str, num_bytes: int, documents: Iterable[Document]) -> Text:
-    """The documents joined into one file in `folder`, unless it holds them already by the `fingerprint`.
+def text_of_documents(
+    folder: Path, fingerprint: str, num_bytes: int, documents: Iterable[SourceDocument]
+) -> StoredText:
+    """Join documents into one file in `folder`, unless it holds them already by the `fingerprint`.
 
-    `num_bytes`: about how much there is to write, for the error of a full disk.
+    Args:
+        folder: Where the text is stored.
+        fingerprint: A digest of everything that the text depends on.
+        num_bytes: About how much there is to write, for the error of a full disk.
+        documents: The documents in their order; empty ones are left out.
     """
 
     def build(temporary: Path) -> dict[str, Any]:
@@ -112,35 +121,42 @@ def text_of_documents(folder: Path, fingerprint: str, num_bytes: int, documents:
                     ends.write(np.int64(text.tell()).tobytes())
             return {"size": text.tell(), "sources": sources}
 
-    with stored(folder, digest(FORMAT, fingerprint), num_bytes, build) as content:
+    with stored(folder, json_digest(FORMAT, fingerprint), num_bytes, build) as content:
         ends = map_array(folder / "ends", np.int64)
-        return Text(folder / "text", digest(FORMAT, fingerprint), content["size"], ends, content["sources"])
+        return StoredText(folder / "text", json_digest(FORMAT, fingerprint), content["size"], ends, content["sources"])
 
 
-def bytes_of(text: Text, bounds: Sequence[int]) -> Tokens:
-    """The bytes of the text as its tokens, split at `bounds`: views of the file itself."""
+def byte_tokens(text: StoredText, bounds: Sequence[int]) -> TokenSplits:
+    """Return the bytes of a text as its tokens, split at `bounds`, as views of the file itself."""
     data = map_array(text.path, np.uint8)
     splits = tuple(data[start:end] for start, end in pairwise(bounds))
-    return Tokens(splits, tuple(len(split) for split in splits))
+    return TokenSplits(splits, tuple(len(split) for split in splits))
 
 
 def tokens_of(
-    text: Text,
+    text: StoredText,
     bounds: Sequence[int],
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     folder: Path,
     *,
     eos_token: int | None = None,
     piece: int = PIECE,
-) -> Tokens:
-    """The text's tokens split at `bounds`, in a folder below `folder` that is written once.
+) -> TokenSplits:
+    """Return the tokens of a text, split at `bounds`; a folder below `folder` stores them.
 
-    A bound inside a character moves to its end. With `eos_token` every document is followed by it, in place of the
-    empty line, and its bytes are not counted. `piece`: the bytes given to the tokenizer at a time.
+    A bound inside a character moves to its end.
+
+    Args:
+        text: The text to tokenize.
+        bounds: The bytes at which splits start and end.
+        tokenizer: Encodes the text.
+        folder: Where the tokens are stored.
+        eos_token: Follows every document in place of the separator; its bytes are not counted.
+        piece: The bytes that the tokenizer is given at a time.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     bounds = [_character_start(text, bound) for bound in bounds]
-    folder = folder / digest(str(text.path), fingerprint_of(tokenizer, text), eos_token, piece)[:32]
+    folder = folder / json_digest(str(text.path), fingerprint_of(tokenizer, text), eos_token, piece)[:32]
 
     def build(temporary: Path) -> dict[str, Any]:
         num_bytes = [0] * (len(bounds) - 1)
@@ -154,75 +170,88 @@ def tokens_of(
                         bar.update(length)
         return {"num_bytes": num_bytes}
 
-    fingerprint = digest(FORMAT, text.fingerprint, bounds)
+    fingerprint = json_digest(FORMAT, text.fingerprint, bounds)
     with stored(folder, fingerprint, text.size * dtype.itemsize, build) as content:
         splits = tuple(map_array(folder / str(index), dtype) for index in range(len(bounds) - 1))
-        return Tokens(splits, tuple(content["num_bytes"]))
+        return TokenSplits(splits, tuple(content["num_bytes"]))
 
 
-def fingerprint_of(tokenizer: Tokenizer, text: Text) -> str:
-    """What tells one tokenizer from another: its attribute `fingerprint`, else the state it can write of itself.
+def fingerprint_of(tokenizer: TextTokenizer, text: StoredText) -> str:
+    """Return a digest that tells one tokenizer from another.
 
-    One that has neither is known by its class, its `vocab_size` and what it makes of characters of many scripts and
-    of the beginning of the text.
+    It is that of the attribute `fingerprint` or else of the state that the tokenizer can write. A tokenizer without
+    either is known by its class, its `vocab_size`, and the ids of characters of many scripts and of the beginning of
+    the text.
     """
     kind = type(tokenizer)
     known: list[Any] = [kind.__module__, kind.__qualname__, int(tokenizer.vocab_size)]
     write = getattr(getattr(tokenizer, "backend_tokenizer", tokenizer), "to_str", None)
-    if isinstance(getattr(tokenizer, "fingerprint", None), str):
-        known.append(tokenizer.fingerprint)
+    fingerprint = getattr(tokenizer, "fingerprint", None)
+    if isinstance(fingerprint, str):
+        known.append(fingerprint)
     elif write is not None:
         known.append(write())
     else:
         with open(text.path, "rb") as file:
             beginning = file.read(PIECE // 16).decode(errors="replace")
         known += [_checked(tokenizer, probe).tolist() for probe in ("".join(map(chr, range(0x20, 0x3000))), beginning)]
-    return digest(*known)
+    return json_digest(*known)
 
 
 def _encoded(
-    text: Text, source: BinaryIO, start: int, end: int, tokenizer: Tokenizer, eos_token: int | None, piece: int
+    text: StoredText,
+    source: BinaryIO,
+    start: int,
+    end: int,
+    tokenizer: TextTokenizer,
+    eos_token: int | None,
+    piece: int,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """The ids of the text from `start` to `end`, with the number of bytes each array stands for."""
+    """Yield the ids of the text from `start` to `end`, each array with the number of bytes that it encodes."""
     documents = [(0, text.size)] if eos_token is None else text.documents(start, end)
     for first, last in documents:
-        for offset, raw in pieces(source, max(first, start), min(last, end), piece):
+        for offset, raw in text_pieces(source, max(first, start), min(last, end), piece):
             try:
                 string = raw.decode()
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{text.where(offset + error.start)}, is not UTF-8 ({error.reason}): convert the file to UTF-8, or "
-                    "train on bytes, without a tokenizer"
+                    f"{text.where(offset + error.start)}, is not UTF-8 ({error.reason}), expected UTF-8: convert the "
+                    "file, "
+                    "or train on bytes, without a tokenizer"
                 ) from error
             yield _checked(tokenizer, string, continues=offset > first), len(raw)
         if eos_token is not None and last <= end:
             yield np.array([eos_token]), 0
 
 
-def _checked(tokenizer: Tokenizer, string: str, *, continues: bool = False) -> np.ndarray:
-    """The ids of a text, which may go on after another piece of its document."""
+def _checked(tokenizer: TextTokenizer, string: str, *, continues: bool = False) -> np.ndarray:
+    """Return the ids of a text as an array; `continues` says that the text follows another piece of its document."""
     encode = getattr(tokenizer, "encode_continuation", tokenizer.encode) if continues else tokenizer.encode
     ids = encode(string)
     array = np.asarray(ids if len(ids) else np.empty(0, np.int64))
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{type(tokenizer).__name__}.encode gave {type(ids).__name__}, expected a list of token ids")
+        raise ValueError(
+            f"{type(tokenizer).__name__}.encode returned {type(ids).__name__}, expected a list of token ids"
+        )
     if array.size and not (0 <= array.min() and array.max() < tokenizer.vocab_size):
         bad = int(array.min()) if array.min() < 0 else int(array.max())
         raise ValueError(
-            f"{type(tokenizer).__name__}.encode gave the token id {bad}, expected ids from 0 to below its vocab_size, "
-            f"{tokenizer.vocab_size}: vocab_size must count added tokens too"
+            f"{type(tokenizer).__name__}.encode returned the token id {bad}, expected ids from 0 to below its "
+            "vocab_size, "
+            f"{tokenizer.vocab_size}: count added tokens in vocab_size too"
         )
     return array
 
 
 CUT_WITHIN = 1 << 16
-# Where to cut text in two, best first: at a place where both sides keep the words that the whole has, as tokenizers
-# split text into words (a line break, or a space, alone between printing characters); else between two characters.
+# Where to cut text in two, best first: after a line break or before a space that stands alone between printing
+# characters, since tokenizers split text into words there, so that both sides keep the words of the whole; else between
+# two characters.
 _CUTS = tuple(re.compile(cut, re.DOTALL) for cut in (rb".*\S\n(?=\S)", rb".*\S(?= \S)", rb".+(?=[\x00-\x7f\xc0-\xff])"))
 
 
-def pieces(source: BinaryIO, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes of an unbuffered file from `start` to `end`, about `size` at a time, with the offset of each."""
+def text_pieces(source: BinaryIO, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the bytes of an unbuffered file from `start` to `end`, about `size` at a time, each with its offset."""
     source.seek(start)
     held = b""
     while chunk := source.read(min(size, end - start - len(held))):
@@ -237,7 +266,7 @@ def pieces(source: BinaryIO, start: int, end: int, size: int) -> Iterator[tuple[
         yield start, held
 
 
-def _character_start(text: Text, bound: int) -> int:
+def _character_start(text: StoredText, bound: int) -> int:
     data = map_array(text.path, np.uint8)
     limit = min(bound + 3, text.size)
     while bound < limit and data[bound] & 0xC0 == 0x80:

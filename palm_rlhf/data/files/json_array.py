@@ -1,4 +1,4 @@
-"""JSON objects in one array, read piece by piece: a broken one costs no other."""
+"""JSON objects in one array, read in chunks: a broken object does not cost any other."""
 
 import codecs
 import re
@@ -10,9 +10,9 @@ from palm_rlhf.data.files.json_record import (
     CHUNK,
     DECODER,
     GZIP_ERRORS,
-    Broken,
+    BrokenRecord,
     Record,
-    checked,
+    checked_record,
     damaged_gzip,
     not_json,
     too_long,
@@ -23,8 +23,8 @@ MARKS = re.compile(r'[\[\]{},"]')
 QUOTED = re.compile(r'(?:[^"\\]+|\\.)*', re.DOTALL)
 
 
-def json_array(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """Each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
+def json_array(stream: Any, limit: int) -> Iterator[tuple[int, Record | BrokenRecord]]:
+    """Yield each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
     cursor = _Cursor(stream)
     cursor.mark()
     cursor.step(1)
@@ -34,12 +34,12 @@ def json_array(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]
             break
         cursor.mark()
         line, record = cursor.line, cursor.record(limit)
-        if not isinstance(record, Broken) and (mark := cursor.mark()) not in (",", "]"):
+        if not isinstance(record, BrokenRecord) and (mark := cursor.mark()) not in (",", "]"):
             yield line, record
-            # What stands between a record and the next comma can only be left out.
+            # The text between a record and the next comma can only be left out.
             line, record = cursor.line, cursor.broken(f"got {mark!r} after a record, expected a comma or ]")
             cursor.skip(_Extent())
-        if isinstance(record, Broken):
+        if isinstance(record, BrokenRecord):
             record.number = number
         yield line, record
         if cursor.lost:
@@ -52,21 +52,31 @@ def json_array(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]
         yield cursor.line, cursor.broken("text after the end of the array")
 
 
-class _Extent:
-    """How far an element of an array reaches: to the next comma or bracket that is not inside it.
+def _end_of_match(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Return where the match of a pattern that begins at `at` ends; the pattern also matches an empty string."""
+    match = pattern.match(text, at)
+    assert match is not None
+    return match.end()
 
-    It holds for text that is not quite JSON too, as long as its quotation marks and brackets are closed.
+
+class _Extent:
+    """The length of an element of an array: up to the next comma or bracket that is not inside it.
+
+    It is also found for text that is not quite JSON, as long as its quotation marks and brackets are closed.
     """
 
     def __init__(self) -> None:
         self.size, self.is_quoted, self.open = 0, False, bytearray()
 
     def ends_in(self, text: str, start: int) -> bool:
-        """Looks on from where it last stopped, `size` characters after the start; whether the end is there."""
+        """Return whether the element that begins at `start` ends in `text`, and set `size` to its length so far.
+
+        Another call with more text continues where the last one stopped.
+        """
         at = start + self.size
         while True:
             if self.is_quoted:
-                at = QUOTED.match(text, at).end()
+                at = _end_of_match(QUOTED, text, at)
                 if text[at : at + 1] != '"':
                     self.size = at - start
                     return False
@@ -86,22 +96,22 @@ class _Extent:
         elif mark in "[{":
             self.open += mark.encode()
         elif mark in "]}":
-            # The opening bracket of its kind, and with it any that was forgotten inside.
+            # Closes its opening bracket, and with it the brackets inside that were never closed.
             del self.open[max(self.open.rfind(b"[" if mark == "]" else b"{"), 0) :]
 
 
 class _Cursor:
-    """A place in JSON text that is read piece by piece; invalid UTF-8 is kept as surrogates until its record comes."""
+    """A place in JSON text that is read in chunks; invalid UTF-8 stays as surrogates until its record is read."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape").decode
         self.text, self.at, self.line = "", 0, 1
         self.ended = self.lost = False
-        self.damage: Broken | None = None
+        self.damage: BrokenRecord | None = None
 
     def read(self) -> None:
-        """Adds a chunk, or as much again as lies ahead, so that trying a long record anew stays linear."""
+        """Read a chunk, or as much as already lies ahead, so that parsing a long record again stays linear."""
         parts = [self.text[self.at :]]
         wanted = max(CHUNK, len(parts[0]))
         while wanted > 0 and not self.ended:
@@ -115,22 +125,22 @@ class _Cursor:
         self.text, self.at = "".join(parts), 0
 
     def step(self, size: int) -> str:
-        """Moves on, and returns what it passed."""
+        """Move on by `size` characters, and return them."""
         passed = self.text[self.at : self.at + size]
         self.at += size
         self.line += passed.count("\n")
         return passed
 
     def mark(self) -> str:
-        """The next character that is not blank, or nothing at the end."""
+        """Return the next character that is not blank, or an empty string at the end."""
         while True:
-            self.step(BLANKS.match(self.text, self.at).end() - self.at)
+            self.step(_end_of_match(BLANKS, self.text, self.at) - self.at)
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.read()
 
-    def record(self, limit: int) -> Record | Broken:
-        """The record that starts here, or why there is none; `lost` then tells that its end was not found."""
+    def record(self, limit: int) -> Record | BrokenRecord:
+        """Return the record that starts here, or why there is none; `lost` is set if its end was not found."""
         extent = _Extent()
         while True:
             try:
@@ -149,12 +159,12 @@ class _Cursor:
             self.read()
         text = self.step(end - self.at)
         try:
-            return too_long(limit) if len(text.encode()) > limit else checked(value, text)
+            return too_long(limit) if len(text.encode()) > limit else checked_record(value, text)
         except UnicodeEncodeError as error:
-            return Broken("invalid UTF-8", f"byte {ord(text[error.start]) & 0xFF:#04x}")
+            return BrokenRecord("invalid UTF-8", f"byte {ord(text[error.start]) & 0xFF:#04x}")
 
     def skip(self, extent: _Extent) -> None:
-        """Moves to the end of an element whatever its length; all that follows is `lost` where it has none."""
+        """Move to the end of an element of any length; `lost` is set if it has no end."""
         while not extent.ends_in(self.text, self.at):
             self.step(extent.size)
             extent.size = 0
@@ -164,6 +174,6 @@ class _Cursor:
             self.read()
         self.step(extent.size)
 
-    def broken(self, detail: str) -> Broken:
-        """Text between records that does not belong there, or that is missing."""
-        return self.damage or Broken("broken JSON", detail)
+    def broken(self, detail: str) -> BrokenRecord:
+        """Return the reason for text between records that does not belong there, or for text that is missing."""
+        return self.damage or BrokenRecord("broken JSON", detail)

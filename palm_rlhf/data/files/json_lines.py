@@ -1,4 +1,4 @@
-"""JSON objects in lines: on a line each, over several lines, or one behind the other."""
+"""JSON objects in lines: one on each line, one over several lines, or several on one line."""
 
 import codecs
 import re
@@ -6,13 +6,21 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from palm_rlhf.data.files.json_record import CHUNK, GZIP_ERRORS, Broken, Record, damaged_gzip, parsed_line, too_long
+from palm_rlhf.data.files.json_record import (
+    CHUNK,
+    GZIP_ERRORS,
+    BrokenRecord,
+    Record,
+    damaged_gzip,
+    parsed_line,
+    too_long,
+)
 
 BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 
 
-def json_lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """Each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
+def json_lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | BrokenRecord]]:
+    """Yield each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
     spread = _Spread(limit)
     for number in count(1):
         try:
@@ -32,17 +40,17 @@ def json_lines(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]
 
 
 class _Spread:
-    """The objects in lines as they come: one that does not end on its line goes on over the next ones."""
+    """The objects of lines that come one by one: an object that does not end on its line continues on the next."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.parts: list[bytes] = []  # of the object that is not at its end
-        self.starts: list[int] = []  # the lines on which it starts, or another that was cut short
+        self.parts: list[bytes] = []  # of the object that has not ended yet
+        self.starts: list[int] = []  # the lines on which it starts, and those of objects before it that were cut short
         self.depth = self.size = 0
         self.lost = False  # whether lines belong to an object that was too long
 
-    def add(self, number: int, line: bytes) -> Iterator[tuple[int, Record | Broken]]:
-        """The objects that end on a line."""
+    def add(self, number: int, line: bytes) -> Iterator[tuple[int, Record | BrokenRecord]]:
+        """Yield the objects that end on a line."""
         while line and not line.isspace():
             if self.parts and self._starts_anew(line):
                 yield from self.end()
@@ -51,7 +59,7 @@ class _Spread:
                     return
                 self.lost = False
                 record = parsed_line(line)
-                if not isinstance(record, Broken):
+                if not isinstance(record, BrokenRecord):
                     yield number, record
                     return
                 self.depth = 0
@@ -72,16 +80,16 @@ class _Spread:
             yield from self.end()
             line = b"" if end is None else line[end:]
 
-    def end(self) -> Iterator[tuple[int, Record | Broken]]:
-        """The object that was begun, whole or not; of lines that were all cut short, each is one."""
+    def end(self) -> Iterator[tuple[int, Record | BrokenRecord]]:
+        """Yield the object that was begun, whole or broken; if each of its lines was cut short, each line is one."""
         if self.parts:
             record = parsed_line(b"".join(self.parts))
-            for start in self.starts if isinstance(record, Broken) else self.starts[:1]:
+            for start in self.starts if isinstance(record, BrokenRecord) else self.starts[:1]:
                 yield start, record
         self._clear()
 
-    def leave_out(self, number: int) -> Iterator[tuple[int, Record | Broken]]:
-        """Leaves out the object that a line belongs to."""
+    def leave_out(self, number: int) -> Iterator[tuple[int, Record | BrokenRecord]]:
+        """Leave out the object that a line belongs to, since it is too long."""
         yield self.starts[0] if self.parts else number, too_long(self.limit)
         self.lost = bool(self.parts)
         self._clear()
@@ -90,15 +98,15 @@ class _Spread:
         self.parts, self.starts, self.size, self.depth = [], [], 0, 0
 
     def _starts_anew(self, line: bytes) -> bool:
-        """Whether a line starts another object, so that the one before was cut short."""
+        """Return whether a line starts another object, so that the one before it was cut short."""
         if not line.startswith(b"{"):
             return False
         is_indented = self.parts[1:] and self.parts[1][:1].isspace()
-        return bool(is_indented) or (len(line.strip()) > 2 and not isinstance(parsed_line(line), Broken))
+        return bool(is_indented) or (len(line.strip()) > 2 and not isinstance(parsed_line(line), BrokenRecord))
 
 
 def _scan(line: bytes, depth: int) -> tuple[int, int | None, bool]:
-    """How many brackets are open behind a line, where the first object in it ends, and whether a text is cut."""
+    """Return the depth of open brackets after a line, the end of its first object, and whether a string is cut."""
     end = None
     for mark in BRACKETS.finditer(line):
         if mark[0] == b'"':

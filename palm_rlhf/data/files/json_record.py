@@ -1,4 +1,4 @@
-"""One JSON object: read, or found to be broken for a reason that it is counted under."""
+"""One JSON object of a file: a record, or the reason why it is broken."""
 
 import gzip
 import json
@@ -7,13 +7,13 @@ import zlib
 from typing import Any
 
 Record = dict[str, Any]
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class Broken(ValueError):
-    """What is wrong with a record, the reason that it is counted under, and its number in an array (from 1)."""
+class BrokenRecord(ValueError):
+    """The reason why a record cannot be read, with details, and its number in an array (from 1)."""
 
     def __init__(self, reason: str, detail: object) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -21,46 +21,46 @@ class Broken(ValueError):
         self.number: int | None = None
 
 
-def parsed_line(line: bytes) -> Record | Broken:
-    """The object that is written in some bytes."""
+def parsed_line(line: bytes) -> Record | BrokenRecord:
+    """Return the record that these bytes hold, or why they hold none."""
     try:
         text = line.decode()
-        return checked(DECODER.decode(text), text)
+        return checked_record(DECODER.decode(text), text)
     except UnicodeDecodeError as error:
-        return Broken("invalid UTF-8", f"byte {line[error.start]:#04x} at {error.start + 1:,}")
+        return BrokenRecord("invalid UTF-8", f"byte {line[error.start]:#04x} at {error.start + 1:,}")
     except (ValueError, RecursionError) as error:
         return not_json(error)
 
 
-def checked(value: Any, text: str) -> Record | Broken:
-    """A value that was read from a text, if it is an object in valid Unicode."""
+def checked_record(value: Any, text: str) -> Record | BrokenRecord:
+    """Return a value that was read from `text` if it is an object in valid Unicode, or why it is no record."""
     if not isinstance(value, dict):
-        return Broken("no object", f"got {text.strip()[:40]!r}")
+        return BrokenRecord("no object", f"got {text.strip()[:40]!r}")
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return Broken("invalid Unicode", "half of a surrogate pair, written as an escape")
+            return BrokenRecord("invalid Unicode", "half of a surrogate pair, written as an escape")
     return value
 
 
-def damaged_gzip(error: Exception) -> Broken:
-    """The rest of a file that cannot be unpacked."""
-    return Broken("damaged gzip", f"it ends early or is damaged ({error}); copy or compress it again")
+def damaged_gzip(error: Exception) -> BrokenRecord:
+    """Return the reason for a gzip file whose rest cannot be unpacked."""
+    return BrokenRecord("damaged gzip", f"it ends early or is damaged ({error}); copy or compress it again")
 
 
-def too_long(limit: int) -> Broken:
-    """A record above the limit, in bytes."""
-    return Broken("too long", f"a record of more than {limit:,} bytes")
+def too_long(limit: int) -> BrokenRecord:
+    """Return the reason for a record of more than `limit` bytes."""
+    return BrokenRecord("too long", f"a record of more than {limit:,} bytes")
 
 
-def not_json(error: ValueError | RecursionError, start: int = 0) -> Broken:
-    """Text that is no JSON, from the character `start` on."""
+def not_json(error: ValueError | RecursionError, start: int = 0) -> BrokenRecord:
+    """Return the reason for text that is not JSON from the character `start` on."""
     if isinstance(error, RecursionError):
-        return Broken("nested too deeply", "more levels than can be read")
+        return BrokenRecord("nested too deeply", "more levels than can be read")
     if isinstance(error, json.JSONDecodeError):
-        return Broken("broken JSON", f"{error.msg} at character {error.pos - start + 1:,}")
-    return Broken("broken JSON", error)
+        return BrokenRecord("broken JSON", f"{error.msg} at character {error.pos - start + 1:,}")
+    return BrokenRecord("broken JSON", error)
 
 
 def _refuse(constant: str) -> None:

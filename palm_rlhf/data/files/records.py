@@ -1,4 +1,4 @@
-"""Records in files of any size: JSON in lines or an array, plain or gzip, standard input and output."""
+"""Files of records of any size: JSON, CSV or parquet, plain or packed with gzip; standard input and output."""
 
 import gzip
 import json
@@ -9,19 +9,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from beartype import beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.corpora.cached_folder import sync
-from palm_rlhf.data.files.json_record import GZIP_ERRORS, Broken, Record, damaged_gzip
-from palm_rlhf.data.files.json_stream import pieces
+from palm_rlhf.data.files.json_record import GZIP_ERRORS, BrokenRecord, Record, damaged_gzip
+from palm_rlhf.data.files.json_stream import json_objects
 from palm_rlhf.data.files.tabular import PARQUET_MAGIC, is_csv, read_csv, read_parquet, write_csv, write_parquet
 
 MAX_RECORD_BYTES = 1 << 26
-STANDARD = "-"  # as a path: standard input or output
+STANDARD = "-"  # the path of standard input and output
 GZIP_MAGIC = b"\x1f"  # no JSON starts with this byte
+
+Parsed = TypeVar("Parsed")
 
 log = logging.getLogger(__name__)
 
@@ -34,30 +36,34 @@ def read_records(
     rejected: Counter[str] | None = None,
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[tuple[int, Record]]:
-    """The JSON objects of a file one after the other, each with the number of the line on which it starts.
+    """Yield the records of a file one by one, each with the number of the line on which it starts.
 
-    The file has an object on each line (empty ones are passed over), objects printed over several lines, or one array
-    of objects. Gzip is recognised by its content; `-` is standard input. Only one record, or a chunk of the file, is
-    in memory at a time. Names that end in `.csv` or `.tsv` say that the file is a table (`read_csv`), and parquet
-    is recognised by its content; there, a line is a row.
+    The file has a JSON object on each line (empty lines are skipped), objects over several lines, or one array of
+    objects. A file is CSV or TSV by its name (see `read_csv`), and parquet by its content; there, a line is a row. Gzip
+    is recognised by its content, too. Only one record, or one chunk of the file, is in memory at a time.
 
-    A record is broken if it is no JSON object in valid Unicode, nested too deeply or longer than
-    `max_record_bytes`, and so is the rest of a gzip that ends early, or of an array after a bracket or quotation
-    mark that is never closed. The first broken record raises a `ValueError` that names its line, and its number in
-    an array. With `skip_broken` it is logged as a warning instead and counted in `rejected` by its reason. Raises
-    `OSError` for a file that cannot be read.
+    A record is broken if it is no JSON object in valid Unicode, is nested too deeply or is too long. So is the rest of
+    a gzip file that ends early, and the rest of an array after a bracket or quotation mark that is never closed.
+
+    Raises ValueError at the first broken record, with its line, and OSError if the file cannot be read.
+
+    Args:
+        path: The file; `-` is standard input.
+        skip_broken: Log broken records as warnings instead, and continue.
+        rejected: Counts the broken records by their reasons.
+        max_record_bytes: The longest record to read.
     """
     rejected = Counter() if rejected is None else rejected
     with _opened(os.fspath(path)) as (stream, bar, position):
-        for line, record in _found(os.fspath(path), stream, max_record_bytes):
+        for line, record in _objects_or_rows(os.fspath(path), stream, max_record_bytes):
             bar.update(position() - bar.n)
-            if not isinstance(record, Broken):
+            if not isinstance(record, BrokenRecord):
                 yield line, record
                 continue
             place = f"{path}, line {line}" + (f", record {record.number}" if record.number else "")
             if not skip_broken:
                 expected = (
-                    "a row of its table"
+                    "a row of the table"
                     if is_csv(os.fspath(path))
                     else "one JSON object on each line, or one array of them"
                 )
@@ -66,12 +72,47 @@ def read_records(
             rejected[record.reason] += 1
 
 
+def parsed_records(
+    path: str | os.PathLike[str],
+    parse: Callable[[Record], Parsed],
+    *,
+    is_known: Callable[[Record], bool],
+    expected: str,
+    skip_broken: bool,
+    rejected: Counter[str],
+    max_record_bytes: int,
+) -> Iterator[Parsed]:
+    """Yield the result of `parse` for each record of a file; a record that it refuses is counted by its reason.
+
+    Raises ValueError if the first record is not `is_known`, with the text `expected`.
+    """
+    records = read_records(path, skip_broken=skip_broken, rejected=rejected, max_record_bytes=max_record_bytes)
+    for number, (line, record) in enumerate(records):
+        if number == 0 and not is_known(record):
+            raise unexpected_record(path, line, record, expected)
+        try:
+            parsed = parse(record)
+        except ValueError as error:
+            rejected[str(error)] += 1
+        else:
+            yield parsed
+
+
+def unexpected_record(path: str | os.PathLike[str], line: int, record: Record, expected: str) -> ValueError:
+    """Return the error for a file whose first record has none of the expected formats."""
+    return ValueError(f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected {expected}")
+
+
 @beartype
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
-    """Writes each record as a line of JSON, or a row of CSV or parquet by the name's suffix; returns how many.
+    """Write each record as a line of JSON, or as a row of CSV or parquet by the name's suffix; return their number.
 
-    The file appears when it is whole: until then, and if reading the records fails, a file of that name stays as it
-    was. `-` is standard output; a name that ends in `.gz` is packed. The same records make the same bytes.
+    The file appears when it is whole. Until then, and if reading the records fails, an older file of that name stays as
+    it was. The same records give the same bytes.
+
+    Args:
+        path: The file; `-` is standard output. A name that ends in `.gz` is packed.
+        records: The records, which are read one by one.
     """
     if os.fspath(path) == STANDARD:
         return _write_lines(sys.stdout.buffer, records)
@@ -96,15 +137,15 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
     return num_records
 
 
-def _found(path: str, stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """The records of a file whose form is told by its name or its first bytes."""
+def _objects_or_rows(path: str, stream: Any, limit: int) -> Iterator[tuple[int, Record | BrokenRecord]]:
+    """Yield the records of a file; its name or its first bytes tell the format."""
     try:
         start = stream.peek(len(PARQUET_MAGIC))
-    except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards
+    except GZIP_ERRORS as error:  # here, since a stream that failed looks empty afterwards
         return iter([(1, damaged_gzip(error))])
     if start.startswith(PARQUET_MAGIC):
         return read_parquet(stream, path)
-    return read_csv(stream, path, limit) if is_csv(path) else pieces(stream, limit)
+    return read_csv(stream, path, limit) if is_csv(path) else json_objects(stream, limit)
 
 
 def _write(stream: Any, name: str, records: Iterable[Record]) -> int:
@@ -126,15 +167,15 @@ def _write_lines(stream: BinaryIO | gzip.GzipFile, records: Iterable[Record]) ->
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[Any, tqdm, Callable[[], int]]]:
-    """The unpacked bytes of a file, a bar for a terminal, and how many bytes of the file have been read."""
-    file = sys.stdin.buffer if path == STANDARD else open(path, "rb")
+    """Yield the unpacked bytes of a file, a progress bar, and a function that tells how many bytes were read."""
+    file: Any = sys.stdin.buffer if path == STANDARD else open(path, "rb")
     seekable = file.seekable()
     size = os.fstat(file.fileno()).st_size if seekable else None
     bar = tqdm(desc=f"reading {path}", total=size, unit="B", unit_scale=True, delay=1.0, disable=None)
     try:
         packed = file.peek(1)[:1] == GZIP_MAGIC
         if path.endswith(".gz") and not packed:
-            raise ValueError(f"{path} is no gzip file, though its name says so: unpack it, or copy it again")
+            raise ValueError(f"{path} is not a gzip file, expected one by its name: rename it, or copy it again")
         yield gzip.GzipFile(fileobj=file) if packed else file, bar, file.tell if seekable else lambda: 0
     finally:
         bar.close()

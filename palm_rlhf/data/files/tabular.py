@@ -1,4 +1,4 @@
-"""Tables of records: CSV, whose cells are texts, and parquet, read row by row and written whole."""
+"""Tables of records: CSV and TSV, in which every cell is text, and parquet."""
 
 import ast
 import csv
@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from palm_rlhf.data.extra_packages import missing
-from palm_rlhf.data.files.json_record import GZIP_ERRORS, Broken, Record, damaged_gzip, too_long
+from palm_rlhf.data.extra_packages import missing_extra
+from palm_rlhf.data.files.json_record import GZIP_ERRORS, BrokenRecord, Record, damaged_gzip, too_long
 from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
 
 PARQUET_MAGIC = b"PAR1"
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
 BATCH = 1000  # rows
-# What the cells of these columns of CSV hold; the cells of all others are texts, though they look like numbers.
+# The columns of CSV whose cells hold lists, numbers or flags. The cells of all others are text, also "42".
 LISTS = frozenset(
     (
         *("conversations", "conversation", "items", "messages", "history", "responses", "ranking", "rankings", "ranks"),
@@ -28,20 +28,20 @@ LISTS = frozenset(
 )
 NUMBERS = frozenset(("rank", "preference", "score", "rating", "weight", "turn", "index", "margin"))
 FLAGS = frozenset(("deleted", "synthetic", "review_result"))
-SPEAKER, SAID = {"role", "from"}, {"content", "value", "text", "tool_calls"}
-JSON_COLUMNS = ("tools",)  # objects of any shape, for which a table has no type
+ROLE_KEYS, CONTENT_KEYS = {"role", "from"}, {"content", "value", "text", "tool_calls"}
+JSON_COLUMNS = ("tools",)  # objects of any shape, for which parquet has no type
 
 
 def is_csv(name: str) -> bool:
-    """Whether a file's name says that it is CSV, packed or not."""
+    """Return whether the name of a file says that it is CSV or TSV, packed with gzip or not."""
     return name.lower().removesuffix(".gz").endswith(tuple(DELIMITERS))
 
 
-def read_csv(stream: Any, name: str, limit: int) -> Iterator[tuple[int, Record | Broken]]:
-    """Each row as a record, with the line on which it starts; empty cells are None.
+def read_csv(stream: Any, name: str, limit: int) -> Iterator[tuple[int, Record | BrokenRecord]]:
+    """Yield each row as a record, or why it is broken, with the line on which it starts; empty cells are None.
 
-    The first row names the columns. Lists, objects and numbers are read from the columns that have them by their
-    names, and messages, in JSON or as Python prints them, from any.
+    The first row names the columns. Cells hold text, except in columns whose names say that they hold lists, numbers or
+    flags. Messages are read from any column. Lists and objects are JSON, or in the form that Python prints.
     """
     try:
         start = stream.peek(1 << 16)
@@ -49,7 +49,7 @@ def read_csv(stream: Any, name: str, limit: int) -> Iterator[tuple[int, Record |
         yield 1, damaged_gzip(error)
         return
     if is_utf16(start[:4]):
-        yield 1, Broken("no UTF-8", HOW_TO_CONVERT)
+        yield 1, BrokenRecord("no UTF-8", HOW_TO_CONVERT)
         return
     header = start.splitlines()[0].decode("utf-8-sig", "replace") if start else ""
     suffix = name.lower().removesuffix(".gz")[-4:]
@@ -67,7 +67,7 @@ def read_csv(stream: Any, name: str, limit: int) -> Iterator[tuple[int, Record |
                 return
             except csv.Error as error:
                 is_long = "field limit" in str(error)
-                yield line, too_long(limit) if is_long else Broken("broken CSV", error)
+                yield line, too_long(limit) if is_long else BrokenRecord("broken CSV", error)
                 continue
             except GZIP_ERRORS as error:
                 yield line, damaged_gzip(error)
@@ -84,22 +84,24 @@ def read_csv(stream: Any, name: str, limit: int) -> Iterator[tuple[int, Record |
 def _columns(row: list[str], name: str) -> list[str]:
     columns = ["index" if place == 0 and not name else name.strip() for place, name in enumerate(row)]
     if not all(columns) or len(set(columns)) < len(columns):
-        raise ValueError(f"{name}: got the columns {columns[:8]}, expected a name for each, and each name once")
+        raise ValueError(
+            f"{name}: got the columns {columns[:8]}, expected a different name for each: mend the first row"
+        )
     return columns
 
 
-def _row(columns: list[str], row: list[str]) -> Record | Broken:
+def _row(columns: list[str], row: list[str]) -> Record | BrokenRecord:
     if len(row) != len(columns):
-        return Broken("broken CSV", f"got {len(row)} cells, expected {len(columns)}")
+        return BrokenRecord("broken CSV", f"got {len(row)} cells, expected {len(columns)}")
     try:
         "".join(row).encode()
     except UnicodeEncodeError as error:
-        return Broken("invalid UTF-8", f"byte {ord(''.join(row)[error.start]) & 0xFF:#04x}")
+        return BrokenRecord("invalid UTF-8", f"byte {ord(''.join(row)[error.start]) & 0xFF:#04x}")
     return {name: cell_value(name, cell) for name, cell in zip(columns, row)}
 
 
 def cell_value(name: str, cell: str) -> Any:
-    """What a cell of CSV says: a text, but for columns that are known to hold something else, and messages."""
+    """Return the value of a cell of CSV: its text, or the list, number, flag or messages that its column holds."""
     if not cell:
         return None
     if name in NUMBERS or name in FLAGS:
@@ -126,18 +128,18 @@ def _parsed(cell: str) -> Any:
             value = ast.literal_eval(cell.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
-        return value if repr(value) == cell.strip() else None  # an array of numpy's has no commas, and would be joined
+        return value if repr(value) == cell.strip() else None  # numpy prints arrays without commas: Python joins them
 
 
 def _is_messages(value: Any) -> bool:
     turns = value if isinstance(value, list) else [value]
-    return bool(turns) and all(isinstance(t, dict) and SPEAKER & t.keys() and SAID & t.keys() for t in turns)
+    return bool(turns) and all(isinstance(t, dict) and ROLE_KEYS & t.keys() and CONTENT_KEYS & t.keys() for t in turns)
 
 
 def write_csv(stream: Any, records: Iterable[Record], name: str) -> int:
-    """Writes records as rows, and returns how many; a column for each key, lists and objects in JSON.
+    """Write records as rows and return their number; each key is a column, and lists and objects are JSON.
 
-    `ValueError` for a text that would not be read back as it is.
+    Raises ValueError if a text would be read back as another value.
     """
     with _Spool(records) as spool:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="", write_through=True)
@@ -154,20 +156,20 @@ def _cell(name: str, value: Any) -> str:
     if value is None or isinstance(value, str):
         if value and cell_value(name, value) != value:
             raise ValueError(
-                f"got the text {value[:60]!r} under {name!r}, which a table reads back as another value than a text: "
+                f"got the text {value[:60]!r} under {name!r}, expected a text that CSV reads back as text: "
                 "write .jsonl or .parquet"
             )
         return value or ""
     return json.dumps(value, ensure_ascii=False)
 
 
-def read_parquet(stream: Any, name: str) -> Iterator[tuple[int, Record | Broken]]:
-    """Each row as a record, with its number; what an object has no value for is not in it."""
+def read_parquet(stream: Any, name: str) -> Iterator[tuple[int, Record | BrokenRecord]]:
+    """Yield each row as a record, or why it is broken, with its number; keys without a value are left out."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise missing("Parquet", error) from error
+        raise missing_extra("Parquet", error) from error
     with tempfile.TemporaryFile() as copy:
         if not isinstance(stream, io.BufferedReader) or not stream.seekable():
             while chunk := stream.read(1 << 20):
@@ -181,21 +183,21 @@ def read_parquet(stream: Any, name: str) -> Iterator[tuple[int, Record | Broken]
                     try:
                         yield number, {name: _plain(value) for name, value in row.items()}
                     except TypeError as error:
-                        yield number, Broken("no text", error)
+                        yield number, BrokenRecord("no text", error)
         except (ArrowException, OSError) as error:
             raise ValueError(
-                f"{name} is no whole parquet file: it ends early or is damaged ({error}); copy it again"
+                f"{name} is not a whole parquet file: it ends early or is damaged ({error}); copy it again"
             ) from error
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Return a value as JSON has it."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # how tables write that there is no number
+        return None  # tables write NaN where there is no number
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
@@ -206,12 +208,15 @@ def _plain(value: Any) -> Any:
 
 
 def write_parquet(stream: Any, records: Iterable[Record]) -> int:
-    """Writes records as rows, and returns how many; `ValueError` for columns whose values have no common type."""
+    """Write records as rows and return their number.
+
+    Raises ValueError if the values of a column have no common type.
+    """
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
-        raise missing("Parquet", error) from error
+        raise missing_extra("Parquet", error) from error
     with _Spool(records) as spool:
         try:
             tables = (pyarrow.Table.from_pylist(rows) for rows in spool.batches())
@@ -220,19 +225,22 @@ def write_parquet(stream: Any, records: Iterable[Record]) -> int:
                 for rows in spool.batches():
                     writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
         except pyarrow.ArrowException as error:
-            raise ValueError(f"the records are no table: {error}; write .jsonl") from error
+            raise ValueError(
+                f"got records whose values have no common type ({error}), expected one type for each column: write "
+                ".jsonl"
+            ) from error
         return spool.num_records
 
 
 def _typed(value: Any) -> Any:
-    """A value for a column of parquet, which has no type for objects without entries: they are no value."""
+    """Return a value for a column of parquet, which has no type for an object without entries: None replaces it."""
     if isinstance(value, dict):
         return {name: _typed(item) for name, item in value.items()} or None
     return [_typed(item) for item in value] if isinstance(value, list) else value
 
 
 class _Spool:
-    """Records on their way to a table, kept in a temporary file until all of their columns are known."""
+    """Records on their way to a table: a temporary file keeps them until all of their columns are known."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.file: BinaryIO = tempfile.TemporaryFile()
@@ -258,7 +266,7 @@ class _Spool:
         return map(json.loads, self.file)
 
     def batches(self) -> Iterator[list[Record]]:
-        """The records with every column, some at a time; one batch without rows if there are none."""
+        """Yield the records in batches, each with every column; one empty batch if there are no records."""
         batch: list[Record] = []
         for record in self:
             row = {column: record.get(column) for column in self.columns}

@@ -8,9 +8,9 @@ from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.formats.messages import ROLE_OF, Turn, one_system
-from palm_rlhf.data.formats.record_fields import shown
+from palm_rlhf.data.formats.record_fields import shown_name
 
-# What a person reads of the model's thinking is no part of its reply.
+# Content types of the model's reasoning, which is no part of its reply.
 REASONING = ("thoughts", "reasoning_recap")
 INSTRUCTIONS = ("user_profile", "user_instructions", "model_set_context")
 TO_ALL = (None, "", "all")
@@ -18,18 +18,20 @@ TO_ALL = (None, "", "all")
 
 @beartype
 def is_chatgpt(record: Record) -> bool:
-    """Whether a record is a conversation of ChatGPT's export, with its messages in a `mapping` of nodes."""
+    """Return whether a record is a conversation of ChatGPT's export, with its messages in a `mapping` of nodes."""
     mapping = record.get("mapping")
     return isinstance(mapping, dict) and all(isinstance(node, dict) for node in mapping.values())
 
 
 @beartype
 def parse_chatgpt(record: Record, *, mended: Counter[str] | None = None) -> Record:
-    """The conversation on the current branch, from the root to `current_node`; `ValueError` says why there is none.
+    """Return the conversation on the current branch, from the root to `current_node`.
 
     Custom instructions and messages of the system make the system message. A message of the assistant to a tool is a
-    call, whose arguments are its text. Messages on other branches and the model's reasoning are left out and counted
-    in `mended`. Anything but text, such as an image, is refused by its name.
+    call, with its text as the arguments. Messages on other branches and the model's reasoning are left out and counted
+    in `mended`.
+
+    Raises ValueError with the reason if there is no conversation, or if content is not text, such as an image.
     """
     nodes = _branch(record)
     messages: list[Turn] = []
@@ -58,7 +60,7 @@ def parse_chatgpt(record: Record, *, mended: Counter[str] | None = None) -> Reco
 
 
 def _branch(record: Record) -> list[dict[str, Any]]:
-    """The nodes from the root to the current one; without one, to the last that has no children."""
+    """Return the nodes from the root to the current one, or to the last node without children."""
     mapping = record["mapping"]
     last = record.get("current_node")
     if last not in mapping:
@@ -75,15 +77,17 @@ def _branch(record: Record) -> list[dict[str, Any]]:
 
 
 def _turns(message: Any, left_out: Counter[str]) -> Iterator[Turn]:
-    """The message of a node, if it says anything."""
+    """Yield the message of a node, unless it is empty."""
     if message is None:
         return
     if not isinstance(message, dict) or not isinstance(message.get("content"), dict):
         raise ValueError("malformed message")
-    author = message.get("author") if isinstance(message.get("author"), dict) else {}
-    role = ROLE_OF.get(author.get("role")) if isinstance(author.get("role"), str) else None
+    author = message.get("author")
+    author = author if isinstance(author, dict) else {}
+    speaker = author.get("role")
+    role = ROLE_OF.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise ValueError(f"unknown role {shown(author.get('role'))}")
+        raise ValueError(f"unknown role {shown_name(speaker)}")
     content = message["content"]
     kind = content.get("content_type")
     if kind in REASONING:
@@ -110,18 +114,18 @@ def _text(content: dict[str, Any]) -> str:
     if "parts" not in content:
         texts = [content.get(key) for key in ("text", "result") if content.get(key) is not None]
         if not texts or not isinstance(texts[0], str):
-            raise ValueError(f"content part {shown(kind)}")
+            raise ValueError(f"content part {shown_name(kind)}")
         return texts[0]
     parts = content["parts"] if isinstance(content["parts"], list) else [content["parts"]]
-    parts = [part.get("text") if _is_heard(part) else part for part in parts]
+    parts = [part.get("text") if _is_speech(part) else part for part in parts]
     for part in parts:
         if not isinstance(part, str):
             kind = part.get("content_type", part.get("type")) if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"content part {shown(kind)}")
+            raise ValueError(f"content part {shown_name(kind)}")
     return "".join(parts)
 
 
-def _is_heard(part: Any) -> bool:
+def _is_speech(part: Any) -> bool:
     return isinstance(part, dict) and part.get("content_type") == "audio_transcription"
 
 

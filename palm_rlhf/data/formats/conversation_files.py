@@ -8,10 +8,15 @@ from collections.abc import Collection, Iterator
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.files.records import MAX_RECORD_BYTES, read_records
+from palm_rlhf.data.files.records import MAX_RECORD_BYTES, parsed_records
 from palm_rlhf.data.formats.conversation_records import is_conversation, parse_conversation
 from palm_rlhf.data.formats.instructions import is_prompt
 from palm_rlhf.data.formats.saved_pages import is_page, parse_page, read_page
+
+EXPECTED = (
+    'a conversation: {"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}, {"instruction", '
+    '"output"} or an export of ChatGPT'
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +32,21 @@ def read_conversations(
     prompts: bool = False,
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
-    """The conversations of a file, `{"messages": [...]}`, with the `id` and `model` that they name.
+    """Yield the conversations of a file, `{"messages": [...]}`, with their `id` and `model` if the file names them.
 
-    The file holds records of `parse_conversation`, or is one web page (`parse_page`). What is no conversation is
-    counted in `rejected` by its reason; nothing is left out or mended otherwise but what `check_fields` allows.
-    `skip_broken` and errors are those of `read_records`; `ValueError` also if the file starts with something
-    else. A page without a conversation is broken. `prompts` is that of `parse_conversation`.
+    The file holds records of `parse_conversation`, or is one web page (`parse_page`). A record that is no conversation
+    is counted in `rejected` by its reason. Nothing else is left out or mended, except as `check_fields` allows.
+
+    Raises the errors of `read_records`, and ValueError if the first record has no known format.
+
+    Args:
+        path: The file; `-` is standard input.
+        skip_broken: See `read_records`; a page without a conversation is broken, too.
+        rejected: Counts the records that are left out by their reasons.
+        mended: Counts the changes by their kinds.
+        ignored: Fields to leave out although they may hold text.
+        prompts: Whether a question may lack its answer.
+        max_record_bytes: The longest record to read.
     """
     rejected = Counter() if rejected is None else rejected
     if is_page(path):
@@ -46,17 +60,12 @@ def read_conversations(
         else:
             yield page
         return
-    options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
-    first = True
-    for line, record in read_records(path, **options):
-        if first and not (is_conversation(record) or (prompts and is_prompt(record))):
-            raise ValueError(
-                f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected a conversation: "
-                '{"conversations": [{"from", "value"}]}, {"messages": [{"role", "content"}]}, {"instruction", '
-                '"output"} or an export of ChatGPT'
-            )
-        first = False
-        try:
-            yield parse_conversation(record, ignored=ignored, prompts=prompts, mended=mended)
-        except ValueError as error:
-            rejected[str(error)] += 1
+    yield from parsed_records(
+        path,
+        lambda record: parse_conversation(record, ignored=ignored, prompts=prompts, mended=mended),
+        is_known=lambda record: is_conversation(record) or (prompts and is_prompt(record)),
+        expected=EXPECTED,
+        skip_broken=skip_broken,
+        rejected=rejected,
+        max_record_bytes=max_record_bytes,
+    )

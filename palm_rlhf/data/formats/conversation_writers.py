@@ -1,4 +1,4 @@
-"""Conversations written in formats that other trainers read: rows of LlamaFactory and Alpaca, and ShareGPT."""
+"""Conversations written in the formats that other trainers read: rows of Alpaca, and ShareGPT."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,10 +13,11 @@ NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 @beartype
 def to_instructions(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """Conversations as rows `{"instruction", "input", "output", "system", "history"}`, as LlamaFactory reads them.
+    """Yield conversations as rows of LlamaFactory: `{"instruction", "input", "output", "system", "history"}`.
 
-    The last exchange is the instruction and the output, those before are the history. What such a row cannot hold,
-    calls of tools and weights, is counted in `rejected`. The conversations are those of `mend_turns`.
+    The last exchange is the instruction and the output, and the exchanges before it are the history. A conversation
+    with calls of tools or weights, for which rows have no place, is counted in `rejected`. The conversations come from
+    `mend_turns`.
     """
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:
@@ -33,9 +34,9 @@ def to_instructions(conversations: Iterable[Record], *, rejected: Counter[str] |
 
 @beartype
 def to_sharegpt(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """Conversations as `{"conversations": [{"from", "value"}]}`, with the same `id`, `model` and `condition`.
+    """Yield conversations as `{"conversations": [{"from", "value"}]}`, with their `id`, `model` and `condition`.
 
-    Calls of tools, for which there is no one form, are counted in `rejected`, and so are weights.
+    A conversation with calls of tools, for which ShareGPT has no one form, or with weights is counted in `rejected`.
     """
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:
@@ -47,7 +48,7 @@ def to_sharegpt(conversations: Iterable[Record], *, rejected: Counter[str] | Non
 
 
 def without_place(conversation: Record) -> str | None:
-    """What of a conversation only messages can hold, as the reason to leave it out of another form."""
+    """Return the part of a conversation that only messages can hold, as the reason to leave it out, or None."""
     messages = conversation["messages"]
     if "tools" in conversation or any(turn["role"] == "tool" or "tool_calls" in turn for turn in messages):
         return "calls of tools"

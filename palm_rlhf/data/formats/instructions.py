@@ -1,4 +1,4 @@
-"""Rows of an instruction and its answer, as Alpaca and others have them, read and written as conversations."""
+"""Rows of an instruction and its answer, as Alpaca and others have them, read as conversations."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -7,8 +7,8 @@ from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.formats.messages import Turn, content_text, parse_turn
-from palm_rlhf.data.formats.prompt_fields import CONTEXTS, QUESTIONS, Opening
-from palm_rlhf.data.formats.record_fields import shown, unknown_field
+from palm_rlhf.data.formats.prompt_fields import CONTEXTS, QUESTIONS, PromptTurns
+from palm_rlhf.data.formats.record_fields import shown_name, unknown_field
 from palm_rlhf.data.formats.transcripts import parse_transcript
 
 ANSWERS = ("output", "response", "answer", "completion", "solution", "reply", "assistant")
@@ -16,25 +16,24 @@ ANSWERS = ("output", "response", "answer", "completion", "solution", "reply", "a
 
 @beartype
 def is_instruction(record: Record) -> bool:
-    """Whether a record has a field for a question (`instruction`, `question`, ...) and one for its answer."""
+    """Return whether a record has a field for a question (`instruction`, `question`, ...) and one for its answer."""
     return any(name in record for name in (*QUESTIONS, *CONTEXTS)) and any(name in record for name in ANSWERS)
 
 
 @beartype
 def is_prompt(record: Record) -> bool:
-    """Whether a record has a question and nothing that could answer it."""
+    """Return whether a record has a question and no field for its answer."""
     return any(record.get(name) for name in QUESTIONS) and not any(name in record for name in ANSWERS)
 
 
 @beartype
 def parse_answer(
-    record: Record, opening: Opening, *, ignored: Collection[str] = (), mended: Counter[str] | None = None
+    record: Record, prompt: PromptTurns, *, ignored: Collection[str] = (), mended: Counter[str] | None = None
 ) -> list[Turn]:
-    """The answer to what `parse_opening` found, or nothing where a conversation has it already.
+    """Return the messages of the answer to a prompt, or none if the prompt is a conversation that holds it already.
 
-    It is one of `ANSWERS`: a text, or messages.
-    `ValueError` for two different answers, where there is no question before it, and for an answer that people did
-    not want: KTO's files mark it by the `label` false.
+    The answer is in one of `ANSWERS`: a text, or messages. Raises ValueError if there are two different answers or no
+    question, and if `label` is false: the files of KTO mark answers so that people did not want.
     """
     found = {name: record[name] for name in ANSWERS if name not in ignored and record.get(name) not in (None, "", [])}
     if not found:
@@ -44,17 +43,17 @@ def parse_answer(
     (name, answer), *others = found.items()
     for other, text in others:
         if text != answer:
-            raise ValueError(f"two answers, {shown(name)} and {shown(other)}")
+            raise ValueError(f"two answers, {shown_name(name)} and {shown_name(other)}")
     if isinstance(answer, list) and all(isinstance(turn, dict) and "type" not in turn for turn in answer):
         turns = [parse_turn(turn, ignored=ignored, mended=mended) for turn in answer]
-    elif opening.is_transcript and isinstance(answer, str):
+    elif prompt.is_transcript and isinstance(answer, str):
         turns = parse_transcript(answer, "assistant")
     else:
         turns = [{"role": "assistant", "content": content_text(answer)}]
-    if not opening.turns:
+    if not prompt.turns:
         raise ValueError("no question")
-    if opening.turns[-1]["role"] != "assistant":
+    if prompt.turns[-1]["role"] != "assistant":
         return turns
-    if all(turn["content"].strip() in opening.turns[-1]["content"] for turn in turns):
+    if all(turn["content"].strip() in prompt.turns[-1]["content"] for turn in turns):
         return []
     raise ValueError(unknown_field(name))

@@ -1,4 +1,4 @@
-"""One message of a conversation in the shapes that it has in files: names of speakers, parts, calls of tools."""
+"""One message of a conversation in the forms that files have: names of roles, parts of content, calls of tools."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.formats.record_fields import check_fields, shown
+from palm_rlhf.data.formats.record_fields import check_fields, shown_name
 
 Turn = dict[str, Any]
 ROLES = {
@@ -17,7 +17,7 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython"),
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-CALLER = "function_call"  # the name under which some files have the assistant speak when it calls a tool
+CALLER = "function_call"  # the role of the assistant in some files when it calls a tool
 SPEAKERS, TEXTS = ("from", "role"), ("value", "content", "text")
 OF_TOOLS = ("tool_call_id", "name")
 KNOWN = {*SPEAKERS, *TEXTS, *OF_TOOLS, "weight", "tool_calls", "function_call"}
@@ -26,12 +26,14 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 @beartype
 def parse_turn(turn: Any, *, ignored: Collection[str] = (), mended: Counter[str] | None = None) -> Turn:
-    """A message `{"role", "content"}` of the system, user, assistant or a tool; `ValueError` says why it is none.
+    """Return a message `{"role", "content"}` of the system, the user, the assistant or a tool.
 
-    A message says who speaks (`from` or `role`: `human`, `gpt`, `developer`, `observation`, ...) and what
-    (`value`, `content` or `text`: a text, or OpenAI's list of parts, all of them text). It may have a
-    `weight`, and that of an assistant `tool_calls` with or without a text; answers of tools keep their
-    `tool_call_id` and `name`. Other fields are those of `check_fields`.
+    The role is in `from` or `role` (`human`, `gpt`, `developer`, `observation`, ...). The content is in `value`,
+    `content` or `text`: a string, or a list of OpenAI's parts, all of them text. A message may have a `weight`, and a
+    message of the assistant `tool_calls`, with or without a text. Results of tools keep their `tool_call_id` and
+    `name`. Other fields are subject to `check_fields`.
+
+    Raises ValueError with the reason if it is no such message.
     """
     if not isinstance(turn, dict):
         raise ValueError("malformed message")
@@ -60,7 +62,10 @@ def parse_turn(turn: Any, *, ignored: Collection[str] = (), mended: Counter[str]
 
 @beartype
 def content_text(content: Any) -> str:
-    """The text of a message's content: itself, or its parts joined; `ValueError` names a part that is no text."""
+    """Return the text of a message's content: a string, or parts joined.
+
+    Raises ValueError if a part is no text, with the type of the part.
+    """
     if isinstance(content, str):
         return content
     parts = [content] if isinstance(content, dict) else content
@@ -70,7 +75,7 @@ def content_text(content: Any) -> str:
     for part in parts:
         if isinstance(part, dict):
             if (kind := part.get("type")) not in TEXT_PARTS:
-                raise ValueError(f"content part {shown(kind)}")
+                raise ValueError(f"content part {shown_name(kind)}")
             part = part.get("text")
         if not isinstance(part, str):
             raise ValueError("malformed message")
@@ -79,12 +84,12 @@ def content_text(content: Any) -> str:
 
 
 def one_system(messages: list[Turn]) -> list[Turn]:
-    """The messages with the system and developer messages at their start as one."""
+    """Return the messages with the system and developer messages at their start joined into one."""
     count = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
     if count < 2:
         return messages
-    said = (message["content"].strip() for message in messages[:count])
-    return [{"role": "system", "content": "\n\n".join(filter(None, said))}, *messages[count:]]
+    contents = (message["content"].strip() for message in messages[:count])
+    return [{"role": "system", "content": "\n\n".join(filter(None, contents))}, *messages[count:]]
 
 
 def _speaker(turn: Turn) -> Any:
@@ -98,13 +103,13 @@ def _role(turn: Turn) -> str:
     speaker = _speaker(turn)
     role = "assistant" if speaker == CALLER else ROLE_OF.get(speaker)
     if role is None:
-        raise ValueError("unknown role" if speaker is None else f"unknown role {shown(speaker)}")
+        raise ValueError("unknown role" if speaker is None else f"unknown role {shown_name(speaker)}")
     return role
 
 
 def _calls(turn: Turn) -> list[Turn]:
     calls = turn.get("tool_calls")
-    if turn.get("function_call") is not None:  # as OpenAI had it before
+    if turn.get("function_call") is not None:  # the older form of OpenAI
         calls = [*(calls or []), turn["function_call"]]
     if calls is None:
         return []
@@ -114,7 +119,7 @@ def _calls(turn: Turn) -> list[Turn]:
 
 
 def _call(call: Any) -> Turn:
-    """A call as OpenAI writes it, its arguments as JSON in a text."""
+    """Return a call in the form of OpenAI, with its arguments as JSON in a string."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("malformed tool call")

@@ -1,4 +1,4 @@
-"""Open-Assistant message trees, and what is learnt from them: threads, rankings and prompts.
+"""Open-Assistant message trees, and the threads, rankings and prompts to train on.
 
 Köpf et al., "OpenAssistant Conversations" (https://arxiv.org/abs/2304.07327).
 """
@@ -11,16 +11,16 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.files.records import MAX_RECORD_BYTES, read_records
-from palm_rlhf.data.formats.oasst_messages import ROLES, Message, MessageFilter, parse_message
+from palm_rlhf.data.files.records import MAX_RECORD_BYTES, read_records, unexpected_record
+from palm_rlhf.data.formats.oasst_messages import OASST_ROLES, MessageFilter, OasstMessage, parse_oasst_message
 
-# The deepest tree of Open-Assistant has about twenty; the threads of a chain of n messages hold n^2 of them.
+# The deepest tree of Open-Assistant has about 20 levels; the threads of a chain of n messages hold n^2 messages.
 MAX_DEPTH = 1000
 
 
 @beartype
 def is_oasst(record: Record) -> bool:
-    """Whether a record is an Open-Assistant tree or message."""
+    """Return whether a record is an Open-Assistant tree or message."""
     return _is_tree(record) or _is_message(record)
 
 
@@ -40,47 +40,51 @@ def read_trees(
     skip_broken: bool = False,
     rejected: Counter[str] | None = None,
     max_record_bytes: int = MAX_RECORD_BYTES,
-) -> Iterator[Message]:
-    """The roots of the message trees of a file, with the wanted messages only.
+) -> Iterator[OasstMessage]:
+    """Yield the roots of the message trees of a file, with the wanted messages only.
 
-    The file holds trees, or messages in any order that name their parents (labels and emojis by name, or in the
-    columns of Hugging Face). Trees come one by one in the order of the file; messages are held in memory until the
-    last is read, and their trees come in the order of the ids of their roots.
+    The file holds trees, or messages in any order that name their parents (with labels and emojis by name, or in the
+    columns of Hugging Face). Trees come one by one in the order of the file. Single messages are held in memory until
+    the last is read, and their trees come in the order of the ids of their roots.
 
-    Every message left out is counted in `rejected`: by the reason of `wanted`, as malformed, without text, of an
-    unknown role or one that does not alternate (a root is a prompter), deeper than `MAX_DEPTH`, with an id that
-    another has, as an orphan (its parent is missing) or in a cycle; and those below it as just that. `skip_broken`
-    and errors are those of `read_records`; `ValueError` also if the file starts with neither tree nor message.
+    A message that is left out is counted in `rejected` by its reason: that of `wanted`; malformed, without text, of an
+    unknown role or of one that does not alternate (a root is a prompter); deeper than `MAX_DEPTH`; with the id of
+    another; an orphan (its parent is missing); or in a cycle. Messages below it are counted as such.
+
+    Raises the errors of `read_records`, and ValueError if the first record is neither a tree nor a message.
+
+    Args:
+        path: The file.
+        wanted: The messages to read.
+        skip_broken: See `read_records`.
+        rejected: Counts the messages that are left out by their reasons.
+        max_record_bytes: The longest record to read.
     """
     wanted = MessageFilter() if wanted is None else wanted
     rejected = Counter() if rejected is None else rejected
-    options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
-    flat: list[Message] = []
+    flat: list[OasstMessage] = []
     seen: set[str] = set()
-    first = True
-    for line, record in read_records(path, **options):
+    records = read_records(path, skip_broken=skip_broken, rejected=rejected, max_record_bytes=max_record_bytes)
+    for number, (line, record) in enumerate(records):
         if _is_tree(record):
             yield from _usable(_link(_nested(record, rejected), rejected), seen, wanted, rejected)
         elif _is_message(record):
             flat += _parsed(record, record.get("parent_id"), record.get("tree_state"), rejected)
-        elif first:
-            raise ValueError(
-                f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected an Open-Assistant "
-                "tree (message_tree_id, prompt) or message (message_id, parent_id, role, text)"
-            )
+        elif number == 0:
+            expected = "an Open-Assistant tree (message_tree_id, prompt) or message (message_id, parent_id, role, text)"
+            raise unexpected_record(path, line, record, expected)
         else:
             rejected["no tree or message"] += 1
-        first = False
     roots = sorted(_link(flat, rejected), key=lambda root: root.message_id)
     yield from _usable(roots, seen, wanted, rejected)
 
 
 @beartype
-def walk(root: Message, top_k: int | None = None) -> Iterator[Message]:
-    """The messages of a tree, each before its replies and the best replies first.
+def walk(root: OasstMessage, top_k: int | None = None) -> Iterator[OasstMessage]:
+    """Yield the messages of a tree, each before its replies, the best replies first.
 
-    With `top_k`, without the assistant's messages that rank `top_k` or worse (from 0), or have siblings but no
-    rank, and without what is below them.
+    With `top_k`, messages of the assistant with a rank of `top_k` or more (counted from 0), or with siblings but
+    without a rank, are left out, and so are the messages below them.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"got top_k={top_k}, expected at least 1, the best reply only")
@@ -93,10 +97,10 @@ def walk(root: Message, top_k: int | None = None) -> Iterator[Message]:
 
 
 @beartype
-def threads(root: Message, top_k: int | None = None) -> Iterator[Record]:
-    """Conversations to fine-tune on, `{"messages": [...]}`: the paths to the last messages of the assistant.
+def threads(root: OasstMessage, top_k: int | None = None) -> Iterator[Record]:
+    """Yield conversations to fine-tune on, `{"messages": [...]}`: the paths to the last messages of the assistant.
 
-    A message is last if no message of the assistant is below it; with `top_k`, none of those that `walk` takes.
+    A message is last if no message of the assistant is below it, or with `top_k`, none that `walk` yields.
     """
     for message in walk(root, top_k):
         if message.role == "assistant":
@@ -107,17 +111,22 @@ def threads(root: Message, top_k: int | None = None) -> Iterator[Record]:
 
 @beartype
 def rankings(
-    root: Message,
+    root: OasstMessage,
     top_k: int | None = None,
     *,
     max_replies: int | None = None,
     rejected: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """Ranked replies for a reward model, `{"prompt": [...], "responses": [best first]}`.
+    """Yield ranked replies for a reward model, `{"prompt": [...], "responses": [best first]}`.
 
-    There is one for each path that ends on a prompter with more than one ranked reply; `top_k` holds for the path,
-    `max_replies` keeps the best of the replies. A reply that has the rank or the text of an earlier one (of the
-    smaller id, for a rank) is left out and counted in `rejected`.
+    Each path that ends on a prompter with more than one ranked reply has one. A reply with the rank of an earlier one
+    (ordered by id), or with the text of an earlier one, is left out and counted in `rejected`.
+
+    Args:
+        root: The tree.
+        top_k: See `walk`; it holds for the messages of the prompt.
+        max_replies: Keeps the best replies only.
+        rejected: Counts the replies that are left out by their reasons.
     """
     if max_replies is not None and max_replies < 2:
         raise ValueError(f"got max_replies={max_replies}, expected at least 2: a single reply has no rank")
@@ -140,49 +149,49 @@ def rankings(
 
 
 @beartype
-def prompts(root: Message) -> Iterator[Record]:
-    """What reinforcement learning answers, `{"prompt": [...]}`: every path that ends on a prompter."""
+def prompts(root: OasstMessage) -> Iterator[Record]:
+    """Yield the prompts for reinforcement learning, `{"prompt": [...]}`: every path that ends on a prompter."""
     for message in walk(root):
         if message.role == "prompter":
             yield {"prompt": conversation(message)}
 
 
 @beartype
-def conversation(message: Message) -> list[dict[str, str]]:
-    """The path from the root to the message, in the roles of the ecosystem."""
-    return [{"role": ROLES[part.role], "content": part.text} for part in message.path()]
+def conversation(message: OasstMessage) -> list[dict[str, str]]:
+    """Return the path from the root to the message, in the usual names of roles."""
+    return [{"role": OASST_ROLES[part.role], "content": part.text} for part in message.path()]
 
 
-def _ranks(message: Message, top_k: int | None) -> bool:
+def _ranks(message: OasstMessage, top_k: int | None) -> bool:
     if top_k is None or message.role != "assistant":
         return True
     return not message.contested if message.rank is None else message.rank < top_k
 
 
-def _parsed(record: Any, parent_id: Any, tree_state: Any, rejected: Counter[str]) -> list[Message]:
+def _parsed(record: Any, parent_id: Any, tree_state: Any, rejected: Counter[str]) -> list[OasstMessage]:
     try:
-        return [parse_message(record, parent_id, tree_state)]
+        return [parse_oasst_message(record, parent_id, tree_state)]
     except ValueError as error:
         rejected[str(error)] += 1
         return []
 
 
-def _nested(tree: Record, rejected: Counter[str]) -> Iterator[Message]:
-    """The messages of a tree, each with the id of the message that it is nested in as its parent."""
+def _nested(tree: Record, rejected: Counter[str]) -> Iterator[OasstMessage]:
+    """Yield the messages of a tree, each with the id of the message around it as its parent."""
     ahead: list[tuple[Any, str | None, Any]] = [(tree["prompt"], None, tree.get("tree_state"))]
     while ahead:
         record, parent_id, tree_state = ahead.pop()
         yield from _parsed(record, parent_id, tree_state, rejected)
         if isinstance(record, dict):
             message_id, replies = record.get("message_id"), record.get("replies") or []
-            # Replies to a message without an id are orphans, as they are where messages stand alone.
+            # Replies to a message without an id are orphans, as in a file of single messages.
             parent = message_id if isinstance(message_id, str) else ""
             ahead += [(reply, parent, None) for reply in (replies if isinstance(replies, list) else [replies])]
 
 
-def _link(messages: Iterable[Message], rejected: Counter[str]) -> list[Message]:
-    """Joins messages to trees and returns the roots; the order of the messages does not matter."""
-    by_id: dict[str, Message] = {}
+def _link(messages: Iterable[OasstMessage], rejected: Counter[str]) -> list[OasstMessage]:
+    """Join messages to trees and return the roots; the order of the messages does not matter."""
+    by_id: dict[str, OasstMessage] = {}
     for message in messages:
         other = by_id.setdefault(message.message_id, message)
         if other is not message:
@@ -204,11 +213,11 @@ def _link(messages: Iterable[Message], rejected: Counter[str]) -> list[Message]:
     return roots
 
 
-def _rootless(message: Message | None, verdicts: dict[str, str]) -> str:
-    """Why no root is above the message; the verdicts on the messages seen so far are kept."""
+def _rootless(message: OasstMessage | None, verdicts: dict[str, str]) -> str:
+    """Return why no root is above the message, or an empty text; `verdicts` keeps those found so far."""
     path = []
     while message is not None and message.message_id not in verdicts:
-        verdicts[message.message_id] = "cycle"  # until a missing parent ends the path, or if it comes back here
+        verdicts[message.message_id] = "cycle"  # unless a missing parent ends the path
         path.append(message)
         message = message.parent
     verdict = "orphan" if message is None else verdicts[message.message_id]
@@ -217,9 +226,9 @@ def _rootless(message: Message | None, verdicts: dict[str, str]) -> str:
 
 
 def _usable(
-    roots: Iterable[Message], seen: set[str], wanted: MessageFilter, rejected: Counter[str]
-) -> Iterator[Message]:
-    """The roots that are new and wanted, cleared of messages that are not."""
+    roots: Iterable[OasstMessage], seen: set[str], wanted: MessageFilter, rejected: Counter[str]
+) -> Iterator[OasstMessage]:
+    """Yield the roots that are new and wanted, without the messages below them that are not wanted."""
     for root in roots:
         if root.message_id in seen:
             rejected["duplicate message"] += sum(1 for _ in walk(root))
@@ -234,7 +243,7 @@ def _usable(
             yield root
 
 
-def _is_usable(message: Message, depth: int, wanted: MessageFilter, rejected: Counter[str]) -> bool:
+def _is_usable(message: OasstMessage, depth: int, wanted: MessageFilter, rejected: Counter[str]) -> bool:
     reason = _defect(message, depth) or wanted.refusal(message)
     if reason is None:
         return True
@@ -244,7 +253,7 @@ def _is_usable(message: Message, depth: int, wanted: MessageFilter, rejected: Co
     return False
 
 
-def _defect(message: Message, depth: int) -> str | None:
+def _defect(message: OasstMessage, depth: int) -> str | None:
     expected = "assistant" if message.parent is not None and message.parent.role == "prompter" else "prompter"
     if message.role != expected:
         return "role does not alternate"

@@ -1,11 +1,11 @@
-"""The fields of a record: those that only describe it, and those that hold text which must not get lost."""
+"""The fields of a record: metadata, which only describes it, and text, which must not get lost."""
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-# What people write beside a conversation to say where it comes from, how good it is and what it is about.
+# Fields beside a conversation that tell where it comes from, how good it is and what it is about.
 METADATA = frozenset(
     (
         *("id", "ids", "index", "idx", "uuid", "guid", "hash", "sha256", "version", "split", "subset", "part"),
@@ -23,8 +23,8 @@ METADATA_ENDS = re.compile(
     r"tokens|length|version|labels?|category|license|moderation|identifier|feedback|critique|annotations?)$"
 )
 METADATA_STARTS = ("num_", "is_", "has_")
-# Names under which even one word is text: those of the forms, of which a record may mix two, and some more.
-SPOKEN = frozenset(
+# Fields in which even one word is text: those of all formats, since a record may mix two, and some more.
+TEXT_FIELDS = frozenset(
     (
         *("system", "system_prompt", "system_message", "system_instruction", "conversations", "items", "messages"),
         *("conversation", "prompt", "question", "instruction", "query", "problem", "user", "user_prompt", "user_input"),
@@ -40,18 +40,18 @@ LABEL = re.compile(r"[!-~]{1,200}")
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a field of this name describes a record and holds nothing of what is said in it."""
+    """Return whether a field of this name describes a record and holds no part of its conversation."""
     name = re.sub(r"[\s-]", "_", name.strip().lower())
     return name in METADATA or name.startswith(METADATA_STARTS) or METADATA_ENDS.search(name) is not None
 
 
 def is_label(text: str) -> bool:
-    """Whether a text is one word of ASCII, as names, links and keys are."""
+    """Return whether a text is one word of ASCII, as names, links and keys are."""
     return LABEL.fullmatch(text) is not None
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts in a value, also in the lists and objects in it, without blanks around them; no empty ones."""
+    """Yield the texts in a value, in its lists and objects too, without blanks around them; empty ones are left out."""
     ahead = [value]
     while ahead:
         value = ahead.pop()
@@ -67,40 +67,47 @@ def texts_in(value: Any) -> Iterator[str]:
 def check_fields(
     record: dict[str, Any],
     known: Collection[str],
-    said: Collection[str],
+    texts: Collection[str],
     *,
     ignored: Collection[str] = (),
     mended: Counter[str] | None = None,
 ) -> None:
-    """`ValueError` for a field of a record that holds text which nothing is known about.
+    """Raise ValueError if a field of a record holds text that no format knows, since a reply may depend on it.
 
-    Such text may be what a reply answers to. It is no loss where the field is `known` to the form, in `ignored`
-    or metadata by its name, and where it repeats a part of `said`, or is the `text` that a template made of all of
-    it. A field that holds only labels, each one word, is left out and counted in `mended`, unless its name is in
-    `SPOKEN`.
+    The text of a field is not lost if its name is in `known` or `ignored` or is that of metadata, if `texts` repeat it,
+    or if it is the rendered `text` of the whole conversation. A field of labels, each one word, is left out and counted
+    in `mended`, unless its name is in `TEXT_FIELDS`.
+
+    Args:
+        record: The record.
+        known: The fields that the format reads.
+        texts: The texts that were read from the record.
+        ignored: Fields to leave out although they may hold text.
+        mended: Counts the fields that are left out.
     """
     for name, value in record.items():
         if name in known or name in ignored or is_metadata(name):
             continue
-        texts = list(texts_in(value))
-        if all(any(text in part for part in said) for text in texts) or (name == RENDERED and _renders(texts, said)):
+        found = list(texts_in(value))
+        if all(any(text in part for part in texts) for text in found) or (name == RENDERED and _renders(found, texts)):
             continue
-        if name in SPOKEN or not all(map(is_label, texts)):
+        if name in TEXT_FIELDS or not all(map(is_label, found)):
             raise ValueError(unknown_field(name))
         if mended is not None:
-            mended[f"field {shown(name)} left out"] += 1
+            mended[f"field {shown_name(name)} left out"] += 1
 
 
 def unknown_field(name: str) -> str:
-    """The reason to refuse a record for the text in its field."""
-    return f"{UNKNOWN_FIELD} {shown(name)}"
+    """Return the reason to refuse a record for the text in a field that no format knows."""
+    return f"{UNKNOWN_FIELD} {shown_name(name)}"
 
 
-def shown(name: object) -> str:
-    """The name of a field or role as reasons have it."""
+def shown_name(name: object) -> str:
+    """Return the name of a field or role as reasons show it."""
     return repr(name if not isinstance(name, str) or len(name) <= 32 else name[:31] + "…")[:40]
 
 
-def _renders(texts: list[str], said: Collection[str]) -> bool:
-    lines = [line for part in said for line in map(str.strip, part.splitlines()) if line]
-    return len(said) > 1 and len(texts) == 1 and all(line in texts[0] for line in lines)
+def _renders(found: list[str], texts: Collection[str]) -> bool:
+    """Return whether one text holds every line of a whole conversation, as a chat template renders it."""
+    lines = [line for part in texts for line in map(str.strip, part.splitlines()) if line]
+    return len(texts) > 1 and len(found) == 1 and all(line in found[0] for line in lines)

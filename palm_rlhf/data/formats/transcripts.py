@@ -11,14 +11,14 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @beartype
 def is_transcript(text: object) -> bool:
-    """Whether it is a dialogue: a text that starts with `Human:` or `Assistant:`."""
+    """Return whether a value is a text that starts with `Human:` or `Assistant:`."""
     return isinstance(text, str) and START.match(text) is not None
 
 
 @beartype
 def parse_transcript(text: str, role: str) -> list[dict[str, str]]:
-    """The turns of a dialogue; of a text that is none, one message of `role`, who adds it to a dialogue."""
+    """Return the messages of a dialogue; any other text is one message of `role`."""
     if not is_transcript(text):
         return [{"role": role, "content": text.strip()}]
     _, *parts = TURN.split(text)
-    return [{"role": SPEAKERS[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2])]
+    return [{"role": SPEAKERS[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2])]

@@ -1,4 +1,4 @@
-"""One ranking of several people's rankings: Tideman's ranked pairs."""
+"""One ranking from several people's rankings: Tideman's method of ranked pairs."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,18 +12,21 @@ Candidate = TypeVar("Candidate", str, int)
 
 @beartype
 def ranked_pairs(ballots: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-    """Merges ballots, each with the best candidate first, into one order of all candidates.
+    """Merge ballots, each with the best candidate first, into one order of all candidates.
 
-    Tideman, "Independence of Clones as a Criterion for Voting Rules" (1987): from the widest majority to the
-    narrowest, each is kept unless it closes a circle with those kept before. A ballot says nothing about candidates
-    that it leaves out. Ties, of majorities and between candidates that no majority orders, go to the smaller
-    candidates, so that neither the order of the ballots nor chance matters. Raises `ValueError` if a ballot names a
-    candidate twice.
+    From the widest majority to the narrowest, each is kept unless it closes a cycle with those kept before (Tideman,
+    "Independence of Clones as a Criterion for Voting Rules", 1987). A ballot does not rank the candidates that it
+    leaves out. Ties between majorities, and between candidates that no majority orders, favour the smaller candidate,
+    so that neither the order of the ballots nor chance matters.
+
+    Raises ValueError if a ballot names a candidate twice.
     """
     votes: Counter[tuple[Candidate, Candidate]] = Counter()
     for ballot in ballots:
         if len(set(ballot)) < len(ballot):
-            raise ValueError(f"got the ballot {list(ballot)}, expected each candidate at most once")
+            raise ValueError(
+                f"got the ballot {list(ballot)}, expected each candidate at most once: remove the repetition"
+            )
         votes.update(combinations(ballot, 2))
     candidates = sorted({candidate for ballot in ballots for candidate in ballot})
     majorities = [pair for pair in votes if votes[pair] > votes[pair[::-1]]]
@@ -33,7 +36,8 @@ def ranked_pairs(ballots: Sequence[Sequence[Candidate]]) -> list[Candidate]:
         if winner not in below[loser]:
             for candidate in candidates:
                 if candidate == winner or winner in below[candidate]:
-                    below[candidate] |= {loser, *below[loser]}
+                    below[candidate].add(loser)
+                    below[candidate] |= below[loser]
     order: list[Candidate] = []
     while len(order) < len(candidates):
         left = [candidate for candidate in candidates if candidate not in order]

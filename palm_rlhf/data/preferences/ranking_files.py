@@ -1,8 +1,7 @@
-"""Human preferences in the forms of the ecosystem, all read as rankings of two or more responses to a prompt."""
+"""Files of human preferences in the known formats, read as rankings of two or more responses to a prompt."""
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import combinations, takewhile
@@ -11,9 +10,9 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.files.records import MAX_RECORD_BYTES, read_records
+from palm_rlhf.data.files.records import MAX_RECORD_BYTES, parsed_records
 from palm_rlhf.data.formats.messages import Turn
-from palm_rlhf.data.formats.prompt_fields import FIELDS, Opening, could_hold_prompt, parse_opening
+from palm_rlhf.data.formats.prompt_fields import FIELDS, PromptTurns, could_hold_prompt, parse_prompt_fields
 from palm_rlhf.data.formats.record_fields import check_fields, is_label, is_metadata, texts_in, unknown_field
 from palm_rlhf.data.formats.transcripts import is_transcript
 from palm_rlhf.data.preferences.candidate_replies import (
@@ -26,13 +25,13 @@ from palm_rlhf.data.preferences.candidate_replies import (
 )
 from palm_rlhf.training.ranked_data import Ranking, cut_to
 
-PAIRS = (("chosen", "rejected"), ("response_j", "response_k"))  # the second are those of Stack Exchange
+PAIRS = (("chosen", "rejected"), ("response_j", "response_k"))  # the second are of Stack Exchange
 LISTS = ("answers", "completions")
 
 
 @beartype
 def is_preference(record: Record) -> bool:
-    """Whether a record has what compares replies: `chosen` and `rejected`, `responses`, or ranked `answers`."""
+    """Return whether a record compares replies: `chosen` and `rejected`, `responses`, or ranked `answers`."""
     return _pair(record) is not None or "responses" in record or _list(record) is not None
 
 
@@ -46,31 +45,36 @@ def read_rankings(
     ignored: Collection[str] = (),
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
-    """The preferences of a file as `{"prompt": [...], "responses": [best first]}`; a pair is a ranking of two.
+    """Yield the preferences of a file as `{"prompt": [...], "responses": [best first]}`; a pair is a ranking of two.
 
-    The forms are those of `parse_ranking`. A record that has none of them, or that nothing can be learnt from, is
-    counted in `rejected` by its reason. `skip_broken` and errors are those of `read_records`; `ValueError`
-    also if the first record has not the keys of a preference.
+    The formats are those of `parse_ranking`. A record that has none of them, or from which nothing can be learnt, is
+    counted in `rejected` by its reason.
+
+    Raises the errors of `read_records`, and ValueError if the first record is no preference.
+
+    Args:
+        path: The file; `-` is standard input.
+        skip_broken: See `read_records`.
+        rejected: Counts the records and replies that are left out by their reasons.
+        mended: Counts the changes by their kinds.
+        ignored: Fields to leave out although they may hold text.
+        max_record_bytes: The longest record to read.
     """
-    rejected = Counter() if rejected is None else rejected
-    options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
-    first = True
-    for line, record in read_records(path, **options):
-        if first and not is_preference(record):
-            raise ValueError(
-                f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected a preference: prompt, "
-                "chosen and rejected, prompt and responses, or prompt and ranked answers"
-            )
-        first = False
-        try:
-            yield parse_ranking(record, rejected, mended=mended, ignored=ignored)
-        except ValueError as error:
-            rejected[str(error)] += 1
+    counts = Counter() if rejected is None else rejected
+    return parsed_records(
+        path,
+        lambda record: parse_ranking(record, counts, mended=mended, ignored=ignored),
+        is_known=is_preference,
+        expected="a preference: prompt, chosen and rejected, prompt and responses, or prompt and ranked answers",
+        skip_broken=skip_broken,
+        rejected=counts,
+        max_record_bytes=max_record_bytes,
+    )
 
 
 @beartype
 def pairs_of(ranking: Record) -> Iterator[Record]:
-    """The K(K-1)/2 preferences in a ranking of K responses, `{"prompt": [...], "chosen": str, "rejected": str}`."""
+    """Yield the K(K-1)/2 pairs of a ranking of K responses as `{"prompt": [...], "chosen": str, "rejected": str}`."""
     for chosen, rejected in combinations(ranking["responses"], 2):
         yield {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
 
@@ -83,30 +87,31 @@ def parse_ranking(
     mended: Counter[str] | None = None,
     ignored: Collection[str] = (),
 ) -> Record:
-    """A preference as `{"prompt": [...], "responses": [best first]}`; `ValueError` says why it is none.
+    """Return a preference as `{"prompt": [...], "responses": [best first]}`.
 
-    `chosen` and `rejected` are texts, messages, or whole dialogues as Anthropic writes them (`Human:`,
-    `Assistant:`). The prompt is what `parse_opening` finds in the fields (`prompt`, `question`,
-    `instruction`, `system`, `messages`, ...), and what both dialogues start with belongs to it; one reply of the
-    assistant is to follow in each. Of two texts alone, where no field could hold a prompt, it is the words that both
-    start with.
+    `chosen` and `rejected` are texts, messages, or whole dialogues as Anthropic writes them (`Human:`, `Assistant:`).
+    The prompt consists of the messages that `parse_prompt_fields` finds (`prompt`, `question`, `instruction`, `system`,
+    `messages`, ...), and of the messages that both dialogues start with. One reply of the assistant must follow in
+    each. If both are texts and no field could hold a prompt, the prompt consists of the words that both start with.
 
-    `responses` are texts, or messages of the assistant, best first; or in the order that one more key tells:
-    `ranking`, their places in the list, best first; `rankings`, those of several people, merged by ranked pairs;
-    `ranks`, one for each, the lowest is best; `scores`, the highest is best. `answers` or `completions` are
-    objects with a text and a `rank` or a score each, as in Nectar. Replies that are blank, tied with an earlier one
-    or equal to a better one are left out and counted in `rejected`. Other fields are those of `check_fields`.
+    `responses` are texts, or messages of the assistant, best first, or in the order of one more field: `ranking`, their
+    places in the list, best first; `rankings`, those of several people, merged by ranked pairs; `ranks`, one for each,
+    the lowest is best; `scores`, the highest is best. `answers` or `completions` are objects with a text and a `rank`
+    or a score each, as in Nectar. Replies that are blank, tied with an earlier one or equal to a better one are left
+    out and counted in `rejected`. Other fields are subject to `check_fields`.
+
+    Raises ValueError with the reason if it is no preference.
     """
     left_out: Counter[str] = Counter()
-    options = {"ignored": ignored, "mended": mended}
     if "responses" in record:
-        prompt, responses = _prompt(record, options).turns, ordered_responses(record, left_out)
+        prompt, responses = _prompt(record, ignored, mended).turns, ordered_responses(record, left_out)
         known: tuple[str, ...] = ("responses", *ORDERS)
     elif (names := _pair(record)) is not None:
-        prompt, responses = _compared(record, names, options)
+        prompt, responses = _compared(record, names, ignored, mended)
         known = names
     elif (name := _list(record)) is not None:
-        prompt, responses = _prompt(record, options).turns, ranked_replies(record[name], left_out, options)
+        prompt = _prompt(record, ignored, mended).turns
+        responses = ranked_replies(record[name], left_out, ignored=ignored, mended=mended)
         known = (name,)
     else:
         raise ValueError("no preference")
@@ -115,7 +120,8 @@ def parse_ranking(
     different = list(dict.fromkeys(written))
     if len(different) < 2:
         raise ValueError("no two different replies")
-    check_fields(record, {*FIELDS, *known}, [turn["content"] for turn in prompt] + different, **options)
+    texts = [turn["content"] for turn in prompt] + different
+    check_fields(record, {*FIELDS, *known}, texts, ignored=ignored, mended=mended)
     if rejected is not None:
         left_out["blank replies"] += len(responses) - len(written)
         left_out["equal replies"] += len(written) - len(different)
@@ -134,28 +140,33 @@ def _list(record: Record) -> str | None:
     return next((name for name in LISTS if is_list(record.get(name))), None)
 
 
-def _prompt(record: Record, options: dict[str, Any]) -> Opening:
-    turns, *rest = parse_opening(record, **options)
-    return Opening(plain_turns(turns), *rest)
+def _prompt(record: Record, ignored: Collection[str], mended: Counter[str] | None) -> PromptTurns:
+    prompt = parse_prompt_fields(record, ignored=ignored, mended=mended)
+    return prompt._replace(turns=plain_turns(prompt.turns))
 
 
-def _compared(record: Record, names: tuple[str, str], options: dict[str, Any]) -> tuple[list[Turn], list[str]]:
+def _compared(
+    record: Record, names: tuple[str, str], ignored: Collection[str], mended: Counter[str] | None
+) -> tuple[list[Turn], list[str]]:
+    """Return the prompt of a pair, and the chosen and the rejected reply."""
     texts = [record[name] for name in names]
-    has_field = could_hold_prompt(record, options["ignored"])
+    has_field = could_hold_prompt(record, ignored)
     transcripts = all(map(is_transcript, texts))
     if not has_field and not transcripts and all(isinstance(text, str) for text in texts):
-        _refuse_fields(record, names, options["ignored"])
-        # Without turns the reply is what follows the last blank that both share, so that no word is cut.
+        _refuse_fields(record, names, ignored)
+        # Without turns the prompt is the beginning that both share, up to its last blank, so that no word is cut.
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts)))
-        shared = re.match(r"(?s).*\s|", texts[0][:same]).end()
-        prompt = [{"role": "user", "content": texts[0][:shared].strip()}]
-        return prompt, [text[shared:].strip() for text in texts]
-    opening = _prompt(record, options)
-    head, prompt = _split_system(opening.turns)
-    is_dialogue = opening.is_transcript or (transcripts and not prompt)
+        length = 1 + max((place for place, letter in enumerate(texts[0][:same]) if letter.isspace()), default=-1)
+        prompt = [{"role": "user", "content": texts[0][:length].strip()}]
+        return prompt, [text[length:].strip() for text in texts]
+    parsed = _prompt(record, ignored, mended)
+    head, prompt = _split_system(parsed.turns)
+    is_dialogue = parsed.is_transcript or (transcripts and not prompt)
     sides = []
     for text in texts:
-        own, turns = _split_system(reply_turns(text, "assistant", options, is_dialogue))
+        own, turns = _split_system(
+            reply_turns(text, "assistant", is_dialogue=is_dialogue, ignored=ignored, mended=mended)
+        )
         if own and head and own != head:
             raise ValueError("two system prompts")
         sides.append((head or own, turns))
@@ -163,7 +174,7 @@ def _compared(record: Record, names: tuple[str, str], options: dict[str, Any]) -
     if head != other:
         raise ValueError("two system prompts")
     if prompt and prompt[-1]["role"] == "assistant" and prompt[-1:] == better[-1:]:
-        prompt = prompt[:-1]  # the conversation that was chosen, beside itself
+        prompt = prompt[:-1]  # the prompt field holds the whole chosen conversation
     better, worse = (turns[len(prompt) :] if _starts(turns, prompt) else turns for turns in (better, worse))
     shared = 0
     while shared < min(len(better), len(worse)) - 1 and better[shared] == worse[shared]:
@@ -174,7 +185,7 @@ def _compared(record: Record, names: tuple[str, str], options: dict[str, Any]) -
 
 
 def _refuse_fields(record: Record, names: tuple[str, str], ignored: Collection[str]) -> None:
-    """`ValueError` for a field that could hold the prompt of a record which has no field that is known to."""
+    """Raise ValueError if a field could hold the prompt of a record that has no field known to hold it."""
     for name, value in record.items():
         texts = [] if name in names or name in ignored else list(texts_in(value))
         if texts and not (is_metadata(name) and all(map(is_label, texts))):
@@ -187,14 +198,16 @@ def _split_system(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
 
 
 def _starts(turns: list[Turn], prompt: list[Turn]) -> bool:
-    """Whether a dialogue begins with the prompt, but for blanks around what is said."""
-    said = [(turn["role"], turn["content"].strip()) for turn in prompt]
-    return [(turn["role"], turn["content"].strip()) for turn in turns[: len(prompt)]] == said
+    """Return whether a dialogue begins with the prompt, apart from blanks around messages."""
+    first, wanted = (
+        [(turn["role"], turn["content"].strip()) for turn in side] for side in (turns[: len(prompt)], prompt)
+    )
+    return first == wanted
 
 
 @beartype
 def check_prompt(prompt: list[Turn]) -> None:
-    """`ValueError` for turns that do not lead from a user's to a user's, or of which one is blank."""
+    """Raise ValueError unless the messages alternate from a first user message to a last one, none of them blank."""
     if not prompt or not all(turn["content"].strip() for turn in prompt):
         raise ValueError("no prompt")
     roles = [turn["role"] for turn in prompt]
@@ -211,15 +224,21 @@ def fit_rankings(
     max_response_len: int | None = None,
     rejected: Counter[str] | None = None,
 ) -> Iterator[Ranking]:
-    """Rankings within `max_seq_len` tokens: the start of the responses, then the end of the prompt that fits before.
+    """Yield rankings within `max_seq_len` tokens: the start of the responses, and the end of the prompt before it.
 
-    `max_response_len` keeps room for the prompt. Of responses that the cut makes equal the best stays; the pairs
-    that go with the others are counted in `rejected` as "equal after truncation", and no ranking is left of one.
+    Of responses that truncation makes equal, the best stays. The pairs of the others are counted in `rejected` as
+    "equal after truncation", and a ranking with one response left is dropped.
+
+    Args:
+        rankings: The rankings as tokens.
+        max_seq_len: The most tokens of a prompt and a response together.
+        max_response_len: The most tokens of a response, which leaves room for the prompt.
+        rejected: Counts the pairs that are left out.
     """
     if max_seq_len < 2 or (max_response_len is not None and max_response_len < 1):
         raise ValueError(
-            f"got max_seq_len={max_seq_len} and max_response_len={max_response_len}, expected at least 2 and 1: "
-            "a token of the prompt and one of the response"
+            f"got max_seq_len={max_seq_len} and max_response_len={max_response_len}, expected at least 2 and 1, for "
+            "a token of the prompt and one of the response: raise them"
         )
     rejected = Counter() if rejected is None else rejected
     for ranking in rankings:

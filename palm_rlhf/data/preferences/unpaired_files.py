@@ -1,4 +1,4 @@
-"""Single replies that people wanted or did not, as KTO learns from: `{"prompt", "completion", "label"}`."""
+"""Files of single replies that people wanted or did not, for KTO: `{"prompt", "completion", "label"}`."""
 
 import os
 from collections import Counter
@@ -8,12 +8,12 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.files.records import MAX_RECORD_BYTES, read_records
+from palm_rlhf.data.files.records import MAX_RECORD_BYTES, parsed_records
 from palm_rlhf.data.formats.conversation_records import is_conversation, parse_conversation
 from palm_rlhf.data.preferences.candidate_replies import plain_turns
 from palm_rlhf.data.preferences.ranking_files import check_prompt
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}  # as text in the cells of a table, else in JSON
+LABELS = {"true": True, "1": True, "false": False, "0": False}  # by the text of JSON values and cells of tables
 
 
 @beartype
@@ -26,34 +26,31 @@ def read_unpaired(
     ignored: Collection[str] = (),
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Record]:
-    """The labelled replies of a file as `{"prompt": [...], "completion": str, "label": bool}`.
+    """Yield the labelled replies of a file as `{"prompt": [...], "completion": str, "label": bool}`.
 
-    The forms are those of `parse_unpaired`; what has none of them is counted in `rejected` by its reason.
-    `skip_broken` and errors are those of `read_records`; `ValueError` also if the first record is no reply.
+    The formats are those of `parse_unpaired`. A record that has none of them is counted in `rejected` by its reason.
+    Raises the errors of `read_records`, and ValueError if the first record is no reply. The arguments are those of
+    `read_rankings`.
     """
     rejected = Counter() if rejected is None else rejected
-    options = {"skip_broken": skip_broken, "rejected": rejected, "max_record_bytes": max_record_bytes}
-    first = True
-    for line, record in read_records(path, **options):
-        if first and not is_conversation(record):
-            raise ValueError(
-                f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected a labelled reply: "
-                "prompt, completion and label, or messages and label"
-            )
-        first = False
-        try:
-            yield parse_unpaired(record, mended=mended, ignored=ignored)
-        except ValueError as error:
-            rejected[str(error)] += 1
+    return parsed_records(
+        path,
+        lambda record: parse_unpaired(record, mended=mended, ignored=ignored),
+        is_known=is_conversation,
+        expected="a labelled reply: prompt, completion and label, or messages and label",
+        skip_broken=skip_broken,
+        rejected=rejected,
+        max_record_bytes=max_record_bytes,
+    )
 
 
 @beartype
 def parse_unpaired(record: Record, *, mended: Counter[str] | None = None, ignored: Collection[str] = ()) -> Record:
-    """A labelled reply as `{"prompt": [...], "completion": str, "label": bool}`; `ValueError` says why it is none.
+    """Return a labelled reply as `{"prompt": [...], "completion": str, "label": bool}`.
 
-    The record is a question with its answer, or a conversation that ends on the assistant (`parse_conversation`),
-    as a text or as messages. Its `label` is true for a reply that is wanted, false for one that is not; 1 and 0 are
-    the same.
+    The record is a question with its answer, or a conversation that ends on the assistant (see `parse_conversation`),
+    as text or as messages. Its `label` is true, or 1, for a reply that people wanted, and false, or 0, for one that
+    they did not. Raises ValueError with the reason if it is no labelled reply.
     """
     label = _label(record.get("label"))
     conversation = parse_conversation({**record, "label": None}, mended=mended, ignored=ignored)
@@ -70,7 +67,7 @@ def parse_unpaired(record: Record, *, mended: Counter[str] | None = None, ignore
 
 @beartype
 def unpaired_of(ranking: Record) -> Iterator[Record]:
-    """The best reply of a ranking as one that is wanted, and the worst as one that is not."""
+    """Yield the best reply of a ranking as a wanted one, and the worst as an unwanted one."""
     for place, label in ((0, True), (-1, False)):
         yield {"prompt": ranking["prompt"], "completion": ranking["responses"][place], "label": label}
 

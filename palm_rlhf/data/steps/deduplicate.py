@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.data.extra_packages import missing
+from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import Record
 
 # A sign of a script that does not part its words counts as a word.
@@ -59,7 +59,7 @@ def drop_near_duplicates(
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
-        raise missing("Finding near-duplicates", error) from error
+        raise missing_extra("Finding near-duplicates", error) from error
     rejected = Counter() if rejected is None else rejected
     index, signatures = MinHashLSH(threshold, NUM_HASHES), []
     empty = MinHash(NUM_HASHES, hashfunc=crc32)

@@ -8,7 +8,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.extra_packages import missing
+from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.steps.context_length import num_bytes, num_tokens_of
 
@@ -198,7 +198,7 @@ def _detector() -> tuple[Any, set[str]]:
     try:
         from lingua import Language, LanguageDetectorBuilder
     except ImportError as error:
-        raise missing("Telling languages", error) from error
+        raise missing_extra("Telling languages", error) from error
     codes = {language.iso_code_639_1.name.lower() for language in Language.all()}
     # Low accuracy is about texts shorter than conversations; the other takes almost 1 GB of memory.
     return LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build(), codes

@@ -6,7 +6,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.extra_packages import missing
+from palm_rlhf.data.extra_packages import missing_extra
 
 # Most tags of an export: parts that nobody reads, and marks that Markdown has no use for (but formulas need theirs).
 UNREAD = re.compile(r"<(/?)(button|svg|script(?![^<>]*\bmath/tex\b)|style)\b[^<>]*>", re.IGNORECASE)
@@ -63,7 +63,7 @@ def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
         from bs4.builder import ParserRejectedMarkup
         from markdownify import MarkdownConverter
     except ImportError as error:
-        raise missing("HTML", error) from error
+        raise missing_extra("HTML", error) from error
 
     class Converter(MarkdownConverter):
         def process_tag(self, node: Any, parent_tags: set[str] | None = None) -> str:

@@ -15,7 +15,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data.corpora.token_store import pieces, text_of_file, tokens_of
+from palm_rlhf.data.corpora.token_store import text_of_file, text_pieces, tokens_of
 from palm_rlhf.data.text import load_corpus
 
 REFERENCE = "\n\n".join(text for _, text in sorted(topics.items()))
@@ -70,7 +70,7 @@ def cut_at(text, size, cuts):
 
 
 def anywhere(source, start, end, size):
-    """What ``pieces`` must not do: cut where the bytes are full."""
+    """What ``text_pieces`` must not do: cut where the bytes are full."""
     for offset in range(start, end, size):
         source.seek(offset)
         yield offset, source.read(min(size, end - offset))
@@ -79,7 +79,7 @@ def anywhere(source, start, end, size):
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(st.sampled_from("a. \n\r\té€😀"), max_size=200), size=st.integers(4, 60))
 def test_pieces_join_to_the_text_and_never_cut_a_character(text, size):
-    parts = cut_at(text.encode(), size, pieces)
+    parts = cut_at(text.encode(), size, text_pieces)
     assert "".join(raw.decode() for _, raw in parts) == text
     assert [offset for offset, _ in parts] == [sum(len(raw) for _, raw in parts[:i]) for i in range(len(parts))]
     assert all(0 < len(raw) <= 2 * size + 4 for _, raw in parts)
@@ -87,7 +87,7 @@ def test_pieces_join_to_the_text_and_never_cut_a_character(text, size):
 
 def test_pieces_of_bytes_that_are_no_text_still_join():
     for text in (bytes(1000), b"\x80" * 1000, b"\n" * 1000, b" " * 1000, "é".encode() * 500):
-        parts = cut_at(text, 64, pieces)
+        parts = cut_at(text, 64, text_pieces)
         assert b"".join(raw for _, raw in parts) == text
         assert max(len(raw) for _, raw in parts) <= 2 * 64 + 4
 
@@ -101,7 +101,7 @@ def test_words_are_the_same_in_pieces_as_in_the_whole(text):
         parts = cut_at(text.encode(), 2000, cuts)
         return [token for _, raw in parts for token in tokenizer.encode(raw.decode(errors="replace"))]
 
-    assert in_pieces(pieces) == whole
+    assert in_pieces(text_pieces) == whole
     assert in_pieces(anywhere) != whole
 
 
@@ -298,7 +298,7 @@ def test_an_encoding_object_is_no_list_of_ids(tmp_path):
     tokenizer = Counted("t")
     tokenizer.vocab_size, tokenizer.encode = bpe.vocab_size, bpe.bpe.encode
     (tmp_path / "a.txt").write_text("text" * 10)
-    with pytest.raises(ValueError, match="encode gave Encoding, expected a list of token ids"):
+    with pytest.raises(ValueError, match="encode returned Encoding, expected a list of token ids"):
         load_corpus(str(tmp_path / "a.txt"), tokenizer=tokenizer, cache_dir=tmp_path / "cache")
 
 

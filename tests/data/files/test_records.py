@@ -311,7 +311,7 @@ def test_any_bytes_are_records_or_counted(content):
 
 def test_a_name_that_promises_gzip_must_hold_it(tmp_path):
     for content in (b"", GOOD):
-        with pytest.raises(ValueError, match="no gzip file, though its name says so"):
+        with pytest.raises(ValueError, match="is not a gzip file, expected one by its name"):
             list(read_records(save(tmp_path, content, "a.jsonl.gz")))
 
 

@@ -156,7 +156,7 @@ def test_a_broken_row_is_named_or_counted_and_the_others_are_read(tmp_path, cont
 
 def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("a,a\n1,2\n")
-    with pytest.raises(ValueError, match=r"a\.csv: got the columns \['a', 'a'\], expected a name for each"):
+    with pytest.raises(ValueError, match=r"a\.csv: got the columns \['a', 'a'\], expected a different name for each"):
         list(read_records(tmp_path / "a.csv"))
     write_records(tmp_path / "a.parquet", [{"a": "x" * 1000}] * 50)
     whole = (tmp_path / "a.parquet").read_bytes()
@@ -186,7 +186,7 @@ def test_values_that_json_has_no_word_for(tmp_path):
     assert found == [(2, {"image": None})] and rejected == {"no text": 1}
     with pytest.raises(ValueError, match="line 1: no text: got bytes in a column"):
         list(read_records(tmp_path / "a.parquet"))
-    with pytest.raises(ValueError, match=r"the records are no table: .*write \.jsonl"):
+    with pytest.raises(ValueError, match=r"got records whose values have no common type .*write \.jsonl"):
         write_records(tmp_path / "b.parquet", [{"id": 1}, {"id": "a"}])
 
 

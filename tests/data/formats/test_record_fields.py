@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from palm_rlhf.data.formats.instructions import ANSWERS
 from palm_rlhf.data.formats.messages import TEXTS
 from palm_rlhf.data.formats.prompt_fields import FIELDS
-from palm_rlhf.data.formats.record_fields import SPOKEN, check_fields, is_metadata
+from palm_rlhf.data.formats.record_fields import TEXT_FIELDS, check_fields, is_metadata
 from palm_rlhf.data.preferences.ranking_files import LISTS, PAIRS
 
 SAID = ["What is the capital\nof France?", "Paris, of course."]
@@ -94,5 +94,5 @@ def test_any_field_is_refused_counted_or_harmless(name, value):
 def test_every_name_that_a_form_reads_holds_text():
     """A word under such a name is no label, whichever form the record has."""
     read = {*FIELDS, *ANSWERS, *TEXTS, *LISTS, *(name for pair in PAIRS for name in pair), "responses"}
-    assert read <= SPOKEN
+    assert read <= TEXT_FIELDS
     assert not any(map(is_metadata, read))
