@@ -12,7 +12,7 @@ from torch import Tensor
 from palm_rlhf.commands.run_folder import say
 from palm_rlhf.commands.start_models import ChatModel
 from palm_rlhf.data.conversation import encode, encode_all, encode_prompt, encode_response, has_tools
-from palm_rlhf.data.convert import ROWS, converted, form_of, prompt_rows
+from palm_rlhf.data.convert import ROWS, converted_records, form_of, prompt_rows
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.preferences.ranking_files import fit_rankings
 from palm_rlhf.data.steps.context_length import fit_context
@@ -33,7 +33,7 @@ def read(file: Path, to: Literal["sft", "rankings", "prompts", "preferences", "u
 
     ValueError for a file that has none.
     """
-    return _counted_records(file, to, lambda rejected: converted(file, form_of(file), to, rejected=rejected))
+    return _counted_records(file, to, lambda rejected: converted_records(file, form_of(file), to, rejected=rejected))
 
 
 def _counted_records(file: Path, to: str, read_them: Callable[[Counter[str]], Iterable[Record]]) -> list[Record]:

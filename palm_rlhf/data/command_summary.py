@@ -1,4 +1,4 @@
-"""The summary of a command of `palm-rlhf data`: what it read, wrote, mended and rejected."""
+"""The summary of a command of `palm-rlhf data`: the records that it read, wrote, mended and rejected."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from palm_rlhf.data.formats.conversation_files import read_conversations
 from palm_rlhf.data.formats.record_fields import UNKNOWN_FIELD
 
 
-class Counts:
-    """What a command read, wrote, mended and rejected."""
+class CommandSummary:
+    """Counts of the records that a command read, wrote, mended and rejected."""
 
     def __init__(self) -> None:
         self.read_or_written: Counter[str] = Counter()
@@ -22,23 +22,24 @@ class Counts:
         self.rejected: Counter[str] = Counter()
 
     def read(self, file: str, skip_broken: bool, ignored: Sequence[str]) -> Iterator[Record]:
-        """The conversations of a file, or of those in a folder in the order of their names."""
+        """Yield the conversations of a file, or of the files in a folder in the order of their names."""
         files = _files(Path(file)) if file != STANDARD and Path(file).is_dir() else [file]
-        options = {"skip_broken": skip_broken, "ignored": ignored, "rejected": self.rejected, "mended": self.mended}
         for path in files:
-            for record in read_conversations(path, **options):
+            for record in read_conversations(
+                path, skip_broken=skip_broken, ignored=ignored, rejected=self.rejected, mended=self.mended
+            ):
                 self.read_or_written["conversations"] += 1
                 yield record
 
     def written(self, records: Iterable[Record], prefix: str = "") -> Iterator[Record]:
-        """The records on their way to a file."""
+        """Yield records on their way to a file, and count them; `prefix` begins the names of the counts."""
         for record in records:
             for name, number in _sizes(record).items():
                 self.read_or_written[prefix + name] += number
             yield record
 
     def report(self, *outs: str | None) -> None:
-        """Prints a table, and the counts as a line of JSON."""
+        """Print a table, and then the counts as a line of JSON."""
         stream = sys.stderr if STANDARD in outs else sys.stdout
         mended, rejected = (dict(sorted((+counter).items())) for counter in (self.mended, self.rejected))
         for title, numbers in (("", self.read_or_written), ("mended", mended), ("rejected", rejected)):
@@ -53,7 +54,7 @@ class Counts:
 
 
 def _sizes(record: Record) -> dict[str, int]:
-    """What a record adds to the counts."""
+    """Return the counts of one record."""
     if "messages" in record:
         return {"threads": 1, "assistant_turns": sum(message["role"] == "assistant" for message in record["messages"])}
     if "conversations" in record:
@@ -68,9 +69,11 @@ def _sizes(record: Record) -> dict[str, int]:
 
 
 def _files(folder: Path) -> list[str]:
-    """The files in a folder and below, in the order of their names, without hidden ones."""
+    """Return the files in a folder and below, in the order of their names, without hidden ones."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     found = [str(path) for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not found:
-        raise FileNotFoundError(f"{folder} has no files, expected conversations as JSON, JSON lines or web pages")
+        raise FileNotFoundError(
+            f"{folder} has no files, expected conversations as JSON, JSON lines or web pages: name another folder"
+        )
     return found

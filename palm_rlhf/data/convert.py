@@ -1,15 +1,15 @@
-"""Files of any known form as the trainers read them: conversations, prompts, rankings, pairs, labelled replies."""
+"""Files in any of the known formats, converted to the records that trainers read."""
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Literal
 
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.files.records import read_records
+from palm_rlhf.data.files.records import read_records, unexpected_record
 from palm_rlhf.data.formats import oasst_trees
 from palm_rlhf.data.formats.chatgpt_export import is_chatgpt
 from palm_rlhf.data.formats.conversation_files import read_conversations
@@ -28,8 +28,8 @@ Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt", "pro
 Form = Literal["auto", Known]
 Target = Literal["sft", "rankings", "prompts", "preferences", "unpaired", "alpaca", "sharegpt"]
 Path = str | os.PathLike[str]
-# Replies that are compared come first: they may stand beside a conversation that is their prompt.
-RECOGNISED = {
+# Preferences come before conversations: a conversation may stand beside the replies as their prompt.
+RECOGNISED: dict[Known, Callable[[Record], bool]] = {
     "oasst": oasst_trees.is_oasst,
     "hh": is_preference,
     "chatgpt": is_chatgpt,
@@ -38,17 +38,23 @@ RECOGNISED = {
     "alpaca": is_instruction,
     "prompts": is_prompt,
 }
+EXPECTED = (
+    "one of Open-Assistant (message_id, role, text, or a tree of such), ShareGPT (conversations), messages, rows of a "
+    "question and its answer (instruction, output, ...), ChatGPT's export (mapping), or preferences (chosen and "
+    "rejected, "
+    "responses, or ranked answers), or prompts"
+)
 PARTS_OF_A_QUESTION = (*FIELDS, *TOOLS, "condition")
-WRITERS = {"alpaca": to_instructions, "sharegpt": to_sharegpt}
-ROWS = ("alpaca", "prompts")  # the forms whose records have one question each
-KEPT = ("tools", "condition")  # they are a part of what a reply answers to
+WRITERS: dict[Target, Callable[..., Iterator[Record]]] = {"alpaca": to_instructions, "sharegpt": to_sharegpt}
+ROWS = ("alpaca", "prompts")  # the formats with one question in a record
+KEPT = ("tools", "condition")  # a reply depends on them, too
 
 
 @beartype
-def form_of(path: Path, *, skip_broken: bool = False) -> Form:
-    """The form of a file, by its first record, or `ValueError`; an empty file has that of messages.
+def form_of(path: Path, *, skip_broken: bool = False) -> Known:
+    """Return the format of a file by its first record; an empty file has that of messages.
 
-    `skip_broken` looks at the first record that can be read.
+    Raises ValueError if the record has no known format. With `skip_broken` the first record that can be read decides.
     """
     if is_page(path):
         return "sharegpt"
@@ -56,17 +62,12 @@ def form_of(path: Path, *, skip_broken: bool = False) -> Form:
         for form, is_form in RECOGNISED.items():
             if is_form(record):
                 return form
-        raise ValueError(
-            f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected one of Open-Assistant "
-            "(message_id, role, text, or a tree of such), ShareGPT (conversations), messages, rows of a question and "
-            "its answer (instruction, output, ...), ChatGPT's export (mapping), or preferences (chosen and rejected, "
-            "responses, or ranked answers), or prompts"
-        )
+        raise unexpected_record(path, line, record, EXPECTED)
     return "messages"
 
 
 @beartype
-def converted(
+def converted_records(
     path: Path,
     form: Known,
     to: Target,
@@ -80,17 +81,67 @@ def converted(
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The records of a file as those of a trainer: sft, rankings, prompts, preferences, unpaired; or sft in two forms.
+    """Return the records of a file as a trainer reads them, or as conversations in the formats `alpaca` and `sharegpt`.
 
-    `lang`: the languages to keep, as the file names them, or told by the text. `top_k`: see `oasst_trees.walk`.
-    `max_replies`: how many of a ranking to take, the best. `html`: which messages of conversations to make Markdown
-    of, see `to_markdown`; `auto` looks at ShareGPT's only. `ignored`: fields to leave out though they hold text.
-    What is left out is counted in `rejected`, turns that are dropped at the ends of a conversation in `mended`.
+    Raises ValueError if the format cannot become the target, and the errors of the readers.
+
+    Args:
+        path: The file.
+        form: Its format.
+        to: The target.
+        lang: The languages to keep, as the file names them, or as the text tells.
+        top_k: See `oasst_trees.walk`.
+        max_replies: Keeps the best replies of a ranking only.
+        html: The messages to convert to Markdown, see `to_markdown`; `auto` looks at the format of ShareGPT only.
+        skip_broken: See `read_records`.
+        ignored: Fields to leave out although they may hold text.
+        rejected: Counts the records that are left out by their reasons.
+        mended: Counts the changes by their kinds.
     """
+    _check_conversion(form, to, top_k, max_replies, html)
+    rejected = Counter() if rejected is None else rejected
+    if to in WRITERS:
+        conversations = converted_records(
+            path,
+            form,
+            "sft",
+            lang=lang,
+            top_k=top_k,
+            html=html,
+            skip_broken=skip_broken,
+            ignored=ignored,
+            rejected=rejected,
+            mended=mended,
+        )
+        return WRITERS[to](conversations, rejected=rejected)
+    if form == "oasst":
+        languages = MessageFilter(languages=list(lang) or None)
+        trees = oasst_trees.read_trees(path, languages, skip_broken=skip_broken, rejected=rejected)
+        return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
+    if form == "hh":
+        rankings = read_rankings(path, skip_broken=skip_broken, rejected=rejected, mended=mended, ignored=ignored)
+        return _of_rankings(_in_languages(rankings, lang, rejected), to, max_replies)
+    if to == "unpaired":
+        replies = read_unpaired(path, skip_broken=skip_broken, rejected=rejected, mended=mended, ignored=ignored)
+        return _in_languages(replies, lang, rejected)
+    conversations = read_conversations(
+        path, skip_broken=skip_broken, rejected=rejected, mended=mended, ignored=ignored, prompts=to == "prompts"
+    )
+    if form == "sharegpt" or html == "always":
+        conversations = to_markdown(conversations, html, rejected=rejected, mended=mended)
+    if form == "prompts":
+        prompts = _in_languages(whole_prompts(conversations, rejected=rejected), lang, rejected)
+        return ({"prompt": record["messages"], **_kept(record)} for record in prompts)
+    conversations = mend_turns(conversations, keep_question=to == "prompts", rejected=rejected, mended=mended)
+    return _of_conversations(_in_languages(conversations, lang, rejected), to)
+
+
+def _check_conversion(form: Known, to: Target, top_k: int | None, max_replies: int | None, html: Html) -> None:
+    """Raise ValueError if the records of a format cannot become those of the target, or an option does not apply."""
     compares = to in ("rankings", "preferences")
     if form not in ("oasst", "hh") and compares:
         raise ValueError(
-            f"got conversations to convert to {to}, expected sft, prompts or unpaired: they compare no replies"
+            f"got conversations to convert to {to}, expected sft, prompts or unpaired: conversations compare no replies"
         )
     if form == "prompts" and to != "prompts":
         raise ValueError(f"got prompts to convert to {to}, expected to convert them to prompts: they have no replies")
@@ -102,44 +153,18 @@ def converted(
         raise ValueError(
             f"got html='always' for the form {form} to {to}, expected conversations: its texts are not converted"
         )
-    rejected = Counter() if rejected is None else rejected
-    if to in WRITERS:
-        options = {"lang": lang, "top_k": top_k, "html": html, "skip_broken": skip_broken, "ignored": ignored}
-        conversations = converted(path, form, "sft", **options, rejected=rejected, mended=mended)
-        return WRITERS[to](conversations, rejected=rejected)
-    options = {"skip_broken": skip_broken, "rejected": rejected}
-    if form == "oasst":
-        trees = oasst_trees.read_trees(path, MessageFilter(languages=list(lang) or None), **options)
-        return chain.from_iterable(_of_tree(tree, to, top_k, max_replies, rejected) for tree in trees)
-    options.update(mended=mended, ignored=ignored)
-    if form == "hh":
-        records = read_rankings(path, **options)
-    elif to == "unpaired":
-        records = read_unpaired(path, **options)
-        return keep_languages(records, lang, rejected=rejected) if lang else records
-    else:
-        records = read_conversations(path, prompts=to == "prompts", **options)
-    if form == "sharegpt" or (form != "hh" and html == "always"):
-        records = to_markdown(records, html, rejected=rejected, mended=mended)
-    if form == "prompts":
-        records = whole_prompts(records, rejected=rejected)
-    elif form != "hh":
-        records = mend_turns(records, keep_question=to == "prompts", rejected=rejected, mended=mended)
-    if lang:
-        records = keep_languages(records, lang, rejected=rejected)
-    if form == "hh":
-        return _of_rankings(records, to, max_replies)
-    if form == "prompts":
-        return ({"prompt": record["messages"], **_kept(record)} for record in records)
-    return _of_conversations(records, to)
+
+
+def _in_languages(records: Iterator[Record], lang: Sequence[str], rejected: Counter[str]) -> Iterator[Record]:
+    return keep_languages(records, lang, rejected=rejected) if lang else records
 
 
 @beartype
 def prompt_rows(path: Path, *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """The questions of a file of one of ROWS, as `{"prompt": messages, "columns": {...}}`.
+    """Yield the questions of a file of one of `ROWS` as `{"prompt": messages, "columns": {...}}`.
 
-    The columns are all fields but those of the question and what comes before it: an answer is one of them, and so is
-    what no form knows. What is no question is counted in `rejected`.
+    The columns are all fields that are no part of the prompt, the answer among them. A record without a question is
+    counted in `rejected`.
     """
     rejected = Counter() if rejected is None else rejected
     for _, record in read_records(path):

@@ -1,4 +1,4 @@
-"""The commands of `palm-rlhf data`: files of conversations and preferences, cleaned, chosen from and converted."""
+"""The commands of `palm-rlhf data`: clean, filter and convert files of conversations and preferences."""
 
 import json
 import os
@@ -8,17 +8,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import Annotated, Any, Literal, Union
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from palm_rlhf.data.command_summary import Counts
-from palm_rlhf.data.convert import Form, Target, converted, form_of
+from palm_rlhf.data.command_summary import CommandSummary
+from palm_rlhf.data.convert import Form, Target, converted_records, form_of
 from palm_rlhf.data.files.json_record import BrokenRecord, Record
 from palm_rlhf.data.files.records import STANDARD, write_records
 from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown
-from palm_rlhf.data.steps.context_length import fit_context, num_bytes
+from palm_rlhf.data.steps.context_length import fit_context, num_utf8_bytes
 from palm_rlhf.data.steps.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
 from palm_rlhf.data.steps.filters import (
     drop_blocked_words,
@@ -40,7 +40,7 @@ Codes = Annotated[tuple[str, ...], arg(metavar="CODE ...", help_behavior_hint="(
 
 
 def offers_to_skip(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, whose error for a broken record names the option that leaves such records out."""
+    """Return the command; its error for a broken record names the option that leaves such records out."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -48,7 +48,7 @@ def offers_to_skip(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **options)
         except ValueError as error:
             if isinstance(error.__cause__, BrokenRecord):
-                raise ValueError(f"{error}, or leave out what is broken with --skip-broken") from error
+                raise ValueError(f"{error}, or leave out broken records with --skip-broken") from error
             raise
 
     return run
@@ -66,30 +66,32 @@ def clean(
     skip_broken: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Mend conversations: HTML to Markdown, turns in order, no debris of buttons, errors of providers or duplicates.
+    """Mend conversations: HTML to Markdown, roles in order, no words of buttons, provider errors or duplicates.
 
-    Each is written as {"messages": [{"role", "content"}]}, with the id, model, condition and tools that it names.
+    Each is written as {"messages": [{"role", "content"}]}, with its id, model, condition and tools.
 
     Args:
-        file: Conversations of any form (ShareGPT, a web page, messages, Alpaca, ChatGPT); a folder of such; - is stdin.
+        file: Conversations in any format (ShareGPT, a web page, messages, Alpaca, ChatGPT), or a folder of them; -
+            is stdin.
         out: Where to write; - is stdout, and the summary then goes to stderr.
-        html: Which messages to make Markdown of; auto takes those of a chat's page, and leaves HTML that was asked for.
-        keep_duplicates: Keep conversations that say the same as an earlier one.
-        ignore_fields: Fields to leave out though they hold text that the form has no place for.
-        skip_broken: Count and name records that cannot be read, and go on.
-        overwrite: Write over a file that is there already.
+        html: The messages to convert to Markdown; auto converts those of a chat's page, and leaves HTML that a user
+            asked for.
+        keep_duplicates: Keep conversations with the same messages as an earlier one.
+        ignore_fields: Fields to leave out although they hold text that the format has no place for.
+        skip_broken: Count and name records that cannot be read, and continue.
+        overwrite: Write over a file that exists.
     """
     refuse_existing(overwrite, out)
-    counts = Counts()
+    summary = CommandSummary()
     records = to_markdown(
-        counts.read(file, skip_broken, ignore_fields), html, rejected=counts.rejected, mended=counts.mended
+        summary.read(file, skip_broken, ignore_fields), html, rejected=summary.rejected, mended=summary.mended
     )
-    records = mend_turns(records, rejected=counts.rejected, mended=counts.mended)
-    records = drop_provider_errors(records, rejected=counts.rejected)
+    records = mend_turns(records, rejected=summary.rejected, mended=summary.mended)
+    records = drop_provider_errors(records, rejected=summary.rejected)
     if not keep_duplicates:
-        records = drop_duplicates(records, rejected=counts.rejected)
-    write_records(out, counts.written(records))
-    counts.report(out)
+        records = drop_duplicates(records, rejected=summary.rejected)
+    write_records(out, summary.written(records))
+    summary.report(out)
 
 
 @offers_to_skip
@@ -116,28 +118,28 @@ def filter_conversations(
 ) -> None:
     """Choose conversations by model, language, words and length; fit them to a context; hold some out.
 
-    It takes the files that clean takes (best cleaned before) and writes the same lines. The steps asked for follow in
-    the order of the options.
+    It reads the files that clean reads (best cleaned before) and writes the same lines. The steps follow in the order
+    of the options.
 
     Args:
-        file: What clean writes or reads; - is stdin.
+        file: A file that clean writes or reads; - is stdin.
         out: Where to write; - is stdout, and the summary then goes to stderr.
         model: Keep the conversations of this model only, such as gpt-4.
-        lang: Keep those in one of these languages only (ISO 639-1), such as en de.
-        blocked_words: Leave out those with one of these words, in any case, also inside of other words.
-        repeated_digits: Leave out those that repeat a digit so often in a row (Vicuna took 9).
-        min_tokens: Leave out those that are shorter.
-        near_duplicates: Leave out those that share so much of their text with an earlier one, such as 0.8.
-        context: Tokens that a conversation may have.
+        lang: Keep the conversations in one of these languages only (ISO 639-1), such as en de.
+        blocked_words: Leave out conversations with one of these words, in any case, also inside other words.
+        repeated_digits: Leave out conversations with a digit so often in a row (Vicuna took 9).
+        min_tokens: Leave out shorter conversations.
+        near_duplicates: Leave out conversations that share so much of their text with an earlier one, such as 0.8.
+        context: The most tokens of a conversation.
         overlong: Split longer ones between exchanges so that none is lost, or keep the exchanges that fit.
-        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained, a run's, or a hub id; bytes
-            by default.
-        overhead: Tokens that the chat template adds to each message.
+        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained, a run's, or a hub id;
+            bytes by default.
+        overhead: The tokens that the chat template adds to each message.
         eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
-        eval_out: Where to write those held out.
-        ignore_fields: Fields to leave out though they hold text that the form has no place for.
-        skip_broken: Count and name records that cannot be read, and go on.
-        overwrite: Write over a file that is there already.
+        eval_out: Where to write the conversations that are held out.
+        ignore_fields: Fields to leave out although they hold text that the format has no place for.
+        skip_broken: Count and name records that cannot be read, and continue.
+        overwrite: Write over a file that exists.
     """
     refuse_existing(overwrite, out, eval_out)
     if (eval_fraction > 0) != (eval_out is not None) or out == eval_out:
@@ -145,10 +147,10 @@ def filter_conversations(
             f"got eval_fraction={eval_fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 "
             "together with another file to write to: give both --eval-fraction and --eval-out"
         )
-    counts = Counts()
-    rejected = counts.rejected
+    summary = CommandSummary()
+    rejected = summary.rejected
     count_tokens = _counter(tokenizer)
-    records = counts.read(file, skip_broken, ignore_fields)
+    records = summary.read(file, skip_broken, ignore_fields)
     if model is not None:
         records = keep_model(records, model, rejected=rejected)
     if lang:
@@ -165,15 +167,22 @@ def filter_conversations(
     def fitted(conversations: Iterator[Record]) -> Iterator[Record]:
         if context is None:
             return conversations
-        options = {"overlong": overlong, "count_tokens": count_tokens, "overhead": overhead}
-        return fit_context(conversations, context, **options, rejected=rejected, mended=counts.mended)
+        return fit_context(
+            conversations,
+            context,
+            overlong=overlong,
+            count_tokens=count_tokens,
+            overhead=overhead,
+            rejected=rejected,
+            mended=summary.mended,
+        )
 
     with tempfile.TemporaryFile("w+", encoding="utf-8") as held_out:
-        write_records(out, counts.written(fitted(_hold_out(records, eval_fraction, held_out))))
+        write_records(out, summary.written(fitted(_hold_out(records, eval_fraction, held_out))))
         if eval_out is not None:
             held_out.seek(0)
-            write_records(eval_out, counts.written(fitted(map(json.loads, held_out)), "eval_"))
-    counts.report(out, eval_out)
+            write_records(eval_out, summary.written(fitted(map(json.loads, held_out)), "eval_"))
+    summary.report(out, eval_out)
 
 
 @offers_to_skip
@@ -192,53 +201,63 @@ def convert(
     skip_broken: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Turn a file of the ecosystem into what a trainer reads.
+    """Convert a file in any known format to one that a trainer reads.
 
     It reads Open-Assistant, ShareGPT, messages, Alpaca rows (instruction, input, output; question and answer),
-    ChatGPT's conversations.json (the current branch of each conversation), and what compares replies: chosen and
+    ChatGPT's conversations.json (the current branch of each conversation), and files that compare replies: chosen and
     rejected, HH's transcripts, Nectar's ranked answers, responses with ranks or scores; and single replies with a
-    label, true or false, that says whether people want them (prompt, completion, label, as TRL has them for KTO).
+    label, true or false, for whether people want them (prompt, completion, label, as TRL has them for KTO).
 
     sft writes lines {"messages": [{"role", "content"}]}, rankings {"prompt": [messages], "responses": [best first]},
     prompts {"prompt": [messages]}, preferences {"prompt": [messages], "chosen", "rejected"}, and unpaired {"prompt":
-    [messages], "completion", "label"}, of rankings the best reply as wanted and the worst as not; alpaca and sharegpt
-    write what sft does, in those forms.
+    [messages], "completion", "label"}, for rankings with the best reply as wanted and the worst as unwanted; alpaca and
+    sharegpt write the conversations of sft in those formats.
 
     Args:
-        file: JSON, CSV, parquet or a web page; - is stdin, which is no CSV.
+        file: JSON, CSV, parquet or a web page; - is stdin, which cannot be CSV.
         to: What to write.
         out: Where to write; - is stdout, and the summary then goes to stderr.
-        form: What the file holds; auto tells by its first record. hh is whatever compares replies.
-        lang: Keep what is in one of these languages only, such as en de; pt-BR names a region of Open-Assistant.
-        top_k: Of Open-Assistant's replies, take those ranked above this (counted from 0) only.
-        max_replies: Take so many replies of a ranking, the best.
-        html: Which messages to make Markdown of; auto takes those of a chat's page, in ShareGPT's export only.
-        ignore_fields: Fields to leave out though they hold text that the form has no place for.
-        skip_broken: Count and name records that cannot be read, and go on.
-        overwrite: Write over a file that is there already.
+        form: The format of the file; auto decides by its first record. hh is any file that compares replies.
+        lang: Keep records in one of these languages only, such as en de; pt-BR names a region of Open-Assistant.
+        top_k: Keep only the replies of Open-Assistant that rank above this (counted from 0).
+        max_replies: Keep only so many replies of a ranking, the best.
+        html: The messages to convert to Markdown; auto converts those of a chat's page, in ShareGPT's export only.
+        ignore_fields: Fields to leave out although they hold text that the format has no place for.
+        skip_broken: Count and name records that cannot be read, and continue.
+        overwrite: Write over a file that exists.
     """
     refuse_existing(overwrite, out)
-    counts = Counts()
+    summary = CommandSummary()
     with _seekable(file) if form == "auto" else nullcontext(file) as path:
-        form = form_of(path, skip_broken=skip_broken) if form == "auto" else form
-        options = {"lang": lang, "top_k": top_k, "max_replies": max_replies, "skip_broken": skip_broken}
-        options |= {"html": html, "ignored": ignore_fields}
-        records = converted(path, form, to, **options, rejected=counts.rejected, mended=counts.mended)
-        write_records(out, counts.written(records))
-    counts.report(out)
+        records = converted_records(
+            path,
+            form_of(path, skip_broken=skip_broken) if form == "auto" else form,
+            to,
+            lang=lang,
+            top_k=top_k,
+            max_replies=max_replies,
+            html=html,
+            skip_broken=skip_broken,
+            ignored=ignore_fields,
+            rejected=summary.rejected,
+            mended=summary.mended,
+        )
+        write_records(out, summary.written(records))
+    summary.report(out)
 
 
 @beartype
 def refuse_existing(overwrite: bool, *outs: str | None) -> None:
-    """FileExistsError for a file that would be written over unasked; pipes and devices are none."""
+    """Raise FileExistsError if a file would be written over without --overwrite; pipes and devices are allowed."""
     for out in outs:
         if out not in (None, STANDARD) and os.path.isfile(out) and not overwrite:
-            raise FileExistsError(f"{out} is there already: choose another name, or write over it with --overwrite")
+            raise FileExistsError(f"{out} exists already: choose another name, or write over it with --overwrite")
 
 
 def _counter(tokenizer: str | None) -> Callable[[str], int]:
+    """Return a function that counts the tokens of a text."""
     if tokenizer is None:
-        return num_bytes
+        return num_utf8_bytes
     from palm_rlhf.data.tokenizer import load_tokenizer
     from palm_rlhf.model.weights_folder import TOKENIZER_FILES, local_folder
 
@@ -247,8 +266,8 @@ def _counter(tokenizer: str | None) -> Callable[[str], int]:
     return lambda text: len(encode(text))
 
 
-def _hold_out(records: Iterable[Record], fraction: float, held_out: Any) -> Iterator[Record]:
-    """The records to train on; the others are written to the file `held_out`."""
+def _hold_out(records: Iterable[Record], fraction: float, held_out: IO[str]) -> Iterator[Record]:
+    """Yield the records to train on; the others are written to the file `held_out`."""
     for record in records:
         if is_held_out(conversation_digest(record), fraction):
             held_out.write(json.dumps(record) + "\n")
@@ -258,7 +277,7 @@ def _hold_out(records: Iterable[Record], fraction: float, held_out: Any) -> Iter
 
 @contextmanager
 def _seekable(file: str) -> Iterator[str]:
-    """A file that can be read twice: standard input is written to a temporary one."""
+    """Yield the path of a file that can be read twice: standard input is copied to a temporary file."""
     if file != STANDARD:
         yield file
         return
@@ -270,24 +289,27 @@ def _seekable(file: str) -> Iterator[str]:
 
 
 COMMANDS = {"clean": clean, "filter": filter_conversations, "convert": convert}
-Command = Union[  # noqa: UP007
-    tuple(Annotated[Any, subcommand(name=name, constructor=run)] for name, run in COMMANDS.items())
-]
+if TYPE_CHECKING:
+    Command = Any
+else:
+    Command = Union[  # noqa: UP007
+        tuple(Annotated[Any, subcommand(name=name, constructor=run)] for name, run in COMMANDS.items())
+    ]
 
 
 def data(command: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:
     """Clean, filter and convert conversations and preferences, whatever the size of the file.
 
-    Forms, told by their content: Open-Assistant trees and messages; ShareGPT (conversations or items, or a saved web
-    page); messages of OpenAI and the hub; Alpaca, Dolly, Orca and other rows of a question with its answer; ChatGPT's
-    conversations.json; prompts; and what compares replies: chosen and rejected (of HH, UltraFeedback, LlamaFactory,
-    Stack Exchange), ranked answers (Nectar), and responses with ranks or scores.
+    Formats, recognised by their content: Open-Assistant trees and messages; ShareGPT (conversations or items, or a
+    saved web page); messages of OpenAI and the hub; Alpaca, Dolly, Orca and other rows of a question with its answer;
+    ChatGPT's conversations.json; prompts; and files that compare replies: chosen and rejected (of HH, UltraFeedback,
+    LlamaFactory, Stack Exchange), ranked answers (Nectar), and responses with ranks or scores.
 
     Files, packed with gzip or not: JSON in lines, one array or objects over several lines; CSV and TSV; parquet. The
     name of the file to write chooses among lines of JSON, .csv, .tsv and .parquet, and .gz packs it.
 
-    No text is dropped unsaid: a record whose field holds text that its form does not know is rejected by the name of
-    the field; a field of single words is left out and counted, and only metadata such as source or score is not
-    mentioned. Every command ends with a summary on stdout: a table, and then one line of JSON that counts what was
-    written, what was mended, and what was rejected by the reason.
+    No text is dropped silently: a record is rejected, by the name of the field, if a field holds text that its format
+    does not know; a field of single words is left out and counted, and only metadata such as source or score is not
+    mentioned. Every command ends with a summary on stdout: a table, and then one line of JSON that counts the records
+    written, mended, and rejected by the reason.
     """

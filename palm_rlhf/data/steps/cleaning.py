@@ -1,20 +1,20 @@
-"""Steps that mend conversations, each a generator over them: HTML, debris of buttons, turns out of order."""
+"""Steps that mend conversations: HTML, the words of copied buttons, messages out of order."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.steps.copied_buttons import without_debris, without_page_counter
+from palm_rlhf.data.formats.messages import Turn
+from palm_rlhf.data.steps.copied_buttons import without_copied_buttons, without_page_counter
 from palm_rlhf.data.steps.html_to_markdown import html_to_markdown, without_unread
 from palm_rlhf.data.steps.page_detection import are_pages
 
 Html = Literal["auto", "always", "never"]
-Messages = list[dict[str, Any]]
-# A question and its reply, before which the assistant may call tools that answer it: by the first letters of roles.
+# Questions and replies by the first letters of roles; before a reply the assistant may call tools, which answer it.
 EXCHANGES = re.compile(r"(?:u(?:at+)*a)*u?")
 
 
@@ -26,11 +26,16 @@ def to_markdown(
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The conversations with every message in Markdown, without the debris of buttons and blanks around it.
+    """Yield conversations with every message in Markdown, without the words of copied buttons and blanks around it.
 
-    `html`: which messages to convert; `auto` takes those of a chat's page (`are_pages`), so that HTML which was
-    asked for stays. A conversation with HTML that cannot be read is
-    counted in `rejected`, what was converted or removed in `mended`.
+    Conversations with HTML that cannot be parsed are counted in `rejected`, and changes in `mended`.
+
+    Args:
+        conversations: The conversations.
+        html: The messages to convert; `auto` converts pieces of a chat's page (see `are_pages`), so that HTML which
+            a user asked for stays.
+        rejected: Counts the conversations that are left out by their reasons.
+        mended: Counts the changes by their kinds.
     """
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
@@ -43,22 +48,22 @@ def to_markdown(
             yield {**conversation, "messages": messages}
 
 
-def _in_markdown(messages: Messages, html: Html, mended: Counter[str]) -> Messages:
+def _in_markdown(messages: list[Turn], html: Html, mended: Counter[str]) -> list[Turn]:
     pages = are_pages(messages) if html == "auto" else [html == "always"] * len(messages)
-    # What a program said stays to the letter.
+    # The results of tools stay to the letter.
     return [
         message if message["role"] == "tool" else _cleaned(message, page, mended)
         for message, page in zip(messages, pages)
     ]
 
 
-def _cleaned(message: dict[str, Any], is_page: bool, mended: Counter[str]) -> dict[str, Any]:
+def _cleaned(message: Turn, is_page: bool, mended: Counter[str]) -> Turn:
     text = message["content"]
     if is_page:
         text = html_to_markdown(without_page_counter(without_unread(text)))
         mended["HTML to Markdown"] += 1
     text = text.strip()
-    plain = without_debris(text, message["role"])
+    plain = without_copied_buttons(text, message["role"])
     if plain != text:
         mended["debris of buttons removed"] += 1
     return {**message, "content": plain}
@@ -72,12 +77,18 @@ def mend_turns(
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The conversations as a user and an assistant in turn, from a question to a reply, maybe after a system message.
+    """Yield conversations in which user and assistant alternate, from a question to a reply.
 
-    Between a question and its reply the assistant may call tools, each call before the answers to it. The assistant's
-    turns before the first question and those of others after the last reply are dropped, and so is all from the first
-    empty message on (both are counted in `mended`). What has no exchange left, or roles in another order, is counted
-    in `rejected`. `keep_question` keeps a question at the end that has no reply, and counts what has no question.
+    A system message may come first. Between a question and its reply the assistant may call tools, each call before its
+    results. Messages of the assistant before the first question, messages of others after the last reply, and all
+    messages from the first empty one on are dropped and counted in `mended`. A conversation without an exchange, or
+    with roles in another order, is counted in `rejected`.
+
+    Args:
+        conversations: The conversations.
+        keep_question: Keep a last question without a reply, and count conversations without a question.
+        rejected: Counts the conversations that are left out by their reasons.
+        mended: Counts the changes by their kinds.
     """
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
@@ -104,7 +115,7 @@ def mend_turns(
 
 @beartype
 def whole_prompts(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """The conversations that are prompts as they are: roles in the order of `mend_turns` up to a last question."""
+    """Yield the conversations that are prompts as they are: roles as in `mend_turns`, and a last question."""
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:
         _, turns = _split_system(conversation["messages"])
@@ -117,13 +128,13 @@ def whole_prompts(conversations: Iterable[Record], *, rejected: Counter[str] | N
             yield conversation
 
 
-def _is_empty(turn: dict[str, Any]) -> bool:
-    """Whether a message says nothing; a tool may answer with nothing."""
+def _is_empty(turn: Turn) -> bool:
+    """Return whether a message is empty; the result of a tool may be."""
     return not (turn["content"].strip() or turn.get("tool_calls") or turn["role"] == "tool")
 
 
-def _split_system(messages: Messages) -> tuple[Messages, Messages]:
-    """The system message with which a conversation starts, if it says anything, and the rest."""
+def _split_system(messages: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """Return the system message at the start, unless it is empty, and the other messages."""
     if messages and messages[0]["role"] == "system":
         return [message for message in messages[:1] if message["content"].strip()], messages[1:]
     return [], messages

@@ -1,36 +1,40 @@
-"""Steps that bring conversations to the length of a context, and hold some of them out."""
+"""Steps that fit conversations into a context."""
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any, Literal
+from typing import Literal
 
 from beartype import beartype
 
 from palm_rlhf.data.files.json_record import Record
-
-Messages = list[dict[str, Any]]
+from palm_rlhf.data.formats.messages import Turn
 
 
 @beartype
-def num_bytes(text: str) -> int:
-    """The length of a text in the tokens of bytes."""
+def num_utf8_bytes(text: str) -> int:
+    """Return the length of a text in bytes, which are the tokens of a `ByteTokenizer`."""
     return len(text.encode())
 
 
 @beartype
-def num_tokens_of(messages: Messages, count_tokens: Callable[[str], int] = num_bytes, overhead: int = 0) -> int:
-    """The length of messages, with `overhead` tokens for the marks that a template adds to each.
+def num_message_tokens(
+    messages: list[Turn], count_tokens: Callable[[str], int] = num_utf8_bytes, overhead: int = 0
+) -> int:
+    """Return the length of messages in tokens; calls of tools count as their JSON.
 
-    Calls of tools count as the JSON that they are.
+    Args:
+        messages: The messages.
+        count_tokens: Counts the tokens of a text; by default its bytes.
+        overhead: The tokens that a chat template adds to each message.
     """
     texts = (message["content"] + _calls(message) for message in messages)
     return sum(count_tokens(text) + overhead for text in texts)
 
 
-def _calls(message: dict[str, Any]) -> str:
+def _calls(message: Turn) -> str:
     return json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
 
 
@@ -40,26 +44,34 @@ def fit_context(
     context: int,
     *,
     overlong: Literal["split", "truncate"] = "split",
-    count_tokens: Callable[[str], int] = num_bytes,
+    count_tokens: Callable[[str], int] = num_utf8_bytes,
     overhead: int = 0,
     rejected: Counter[str] | None = None,
     mended: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The conversations in pieces of at most `context` tokens, bytes unless told how to count.
+    """Yield conversations in pieces of at most `context` tokens.
 
-    `split` cuts them between a reply and the next question, as late as possible, so that the pieces together have
-    every message once; the system message, which is in every one, apart. The `id` of a piece ends on its number.
-    An exchange that is too long by itself is counted in `rejected`, and a piece ends before it.
+    `split` cuts a conversation between a reply and the next question, as late as possible. The pieces together have
+    every message once, except the system message, which every piece begins with. The `id` of a piece ends on its
+    number. An exchange that is too long by itself is counted in `rejected`, and a piece ends before it.
 
-    `truncate` keeps the exchanges that fit, from the first on; if not even that does, the start of its reply. Only a
-    reply is cut, never a question. A conversation without a message but the system's is counted as "no exchange".
-    `overhead`: tokens that a template adds to each message.
+    `truncate` keeps the exchanges that fit, from the first on; if the first does not fit, its reply is cut. A question
+    is never cut. A conversation with no message but the system message is counted as "no exchange".
+
+    Args:
+        conversations: The conversations.
+        context: The most tokens of a piece.
+        overlong: How to fit longer conversations.
+        count_tokens: Counts the tokens of a text; by default its bytes.
+        overhead: The tokens that a chat template adds to each message.
+        rejected: Counts the conversations and exchanges that are left out by their reasons.
+        mended: Counts the conversations that are split or truncated.
     """
     if context < 1 or overhead < 0:
-        raise ValueError(f"got context={context} and overhead={overhead}, expected at least 1 and 0")
+        raise ValueError(f"got context={context} and overhead={overhead}, expected at least 1 and 0: raise them")
     rejected = Counter() if rejected is None else rejected
     mended = Counter() if mended is None else mended
-    length = partial(num_tokens_of, count_tokens=count_tokens, overhead=overhead)
+    length = partial(num_message_tokens, count_tokens=count_tokens, overhead=overhead)
     for conversation in conversations:
         system, exchanges = _exchanges(conversation["messages"])
         if not exchanges:
@@ -77,10 +89,10 @@ def fit_context(
             yield {**conversation, **marked, "messages": system + piece}
 
 
-def _exchanges(messages: Messages) -> tuple[Messages, list[Messages]]:
-    """The system messages at the start, and the others in groups that start at the user's."""
+def _exchanges(messages: list[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
+    """Return the system messages at the start, and the others in groups that begin with the user's."""
     start = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    groups: list[Messages] = []
+    groups: list[list[Turn]] = []
     for message in messages[start:]:
         if message["role"] == "user" or not groups:
             groups.append([])
@@ -89,9 +101,9 @@ def _exchanges(messages: Messages) -> tuple[Messages, list[Messages]]:
 
 
 def _split(
-    exchanges: list[Messages], room: int, length: Callable[[Messages], int], rejected: Counter[str]
-) -> Iterator[Messages]:
-    piece: Messages = []
+    exchanges: list[list[Turn]], room: int, length: Callable[[list[Turn]], int], rejected: Counter[str]
+) -> Iterator[list[Turn]]:
+    piece: list[Turn] = []
     used = 0
     for exchange in exchanges:
         size = length(exchange)
@@ -107,9 +119,9 @@ def _split(
 
 
 def _truncated(
-    exchanges: list[Messages], room: int, length: Callable[[Messages], int], rejected: Counter[str]
-) -> list[Messages]:
-    """The exchanges that fit as one piece, or none."""
+    exchanges: list[list[Turn]], room: int, length: Callable[[list[Turn]], int], rejected: Counter[str]
+) -> list[list[Turn]]:
+    """Return the exchanges that fit as one piece, or no piece."""
     sizes = accumulate(map(length, exchanges))
     kept = [exchange for exchange, size in zip(exchanges, sizes) if size <= room] or _cut(exchanges[:1], room, length)
     if not kept:
@@ -118,20 +130,20 @@ def _truncated(
     return [[*chain.from_iterable(kept)]]
 
 
-def _cut(exchanges: list[Messages], room: int, length: Callable[[Messages], int]) -> list[Messages]:
-    """The first exchange with as much of its reply as there is room for."""
+def _cut(exchanges: list[list[Turn]], room: int, length: Callable[[list[Turn]], int]) -> list[list[Turn]]:
+    """Return the first exchange with as much of its reply as fits."""
     *question, reply = exchanges[0]
     if reply["role"] != "assistant":
         return []
 
-    def upto(end: int) -> Messages:
+    def up_to(end: int) -> list[Turn]:
         return [*question, {**reply, "content": reply["content"][:end].rstrip()}]
 
     fits, too_long = 0, len(reply["content"])
     while fits + 1 < too_long:
         middle = (fits + too_long) // 2
-        if length(upto(middle)) <= room:
+        if length(up_to(middle)) <= room:
             fits = middle
         else:
             too_long = middle
-    return [upto(fits)] if upto(fits)[-1]["content"] else []
+    return [up_to(fits)] if up_to(fits)[-1]["content"] else []

@@ -1,18 +1,18 @@
-"""The words of buttons and counters that were copied from a chat's page along with its messages."""
+"""The words of buttons and counters that were copied from a chat's page with its messages."""
 
 import re
 
 from beartype import beartype
 
-# "```python\nCopy code\n", "```\npythonCopy code\n", "```pythonCopy code": all are the head of a block of Python.
+# "```python\nCopy code\n", "```\npythonCopy code\n" and "```pythonCopy code" all begin a block of Python.
 COPY_CODE = re.compile(
     r"(?<!`)(`{3,9})(?!`)[ \t]{0,8}(?:\n[ \t]{0,8})?([^\s`]{0,30}?)\s{0,8}(?:Copy code)+(?:[ \t]*\n)?"
 )
 COPY_LINE = re.compile(r"^[ \t]*Copy code[ \t]*(?:\n|\Z)", re.MULTILINE)
 COPY_COUNT = re.compile(r"Copy\d{1,9} chars / \d{1,9} words")
 
-# "2 / 3" is the choice between messages that were regenerated or edited. Text has it glued to the first word, a page
-# in elements before the one with the message.
+# "2 / 3" counts messages that were regenerated or edited. In text it is glued to the first word; in a page it stands in
+# elements before that of the message.
 COUNTER = re.compile(r"\s{0,8}(\d{1,2}) / (\d{1,2})")
 TAGS = r"(?:\s|<(?!div\b[^<>]*\bmarkdown\b)[^<>]*>){0,40}"
 PAGE_COUNTER = re.compile(rf"{TAGS}(\d{{1,2}}) / (\d{{1,2}}){TAGS}(?=<div\b[^<>]*\bmarkdown\b)")
@@ -29,10 +29,10 @@ MEASURES_OF_ONE_LETTER = frozenset("个個杯小时時分年天月日米克斤�
 
 
 @beartype
-def without_debris(text: str, role: str = "assistant") -> str:
-    """The text without what buttons left in it: "Copy code", "Copy12 chars / 3 words", and a "2 / 3" before its start.
+def without_copied_buttons(text: str, role: str = "assistant") -> str:
+    """Return a text without the words of buttons: "Copy code", "Copy12 chars / 3 words", and "2 / 3" at its start.
 
-    A line "Copy code" is of a button in replies only. No text is emptied: what is debris alone was written in earnest.
+    A line "Copy code" belongs to a button in replies only. A text that consists of such words alone stays as it is.
     """
     plain = text
     if "Copy" in text:
@@ -47,7 +47,7 @@ def without_debris(text: str, role: str = "assistant") -> str:
 
 @beartype
 def without_page_counter(html: str) -> str:
-    """A piece of a chat's page without the choice between regenerated messages that stands above the message."""
+    """Return a piece of a chat's page without the counter of regenerated messages above the message."""
     counter = PAGE_COUNTER.match(html)
     return html if counter is None or not _is_choice(counter) else html[counter.end() :]
 
@@ -57,7 +57,7 @@ def _is_choice(counter: re.Match[str]) -> bool:
 
 
 def _is_glued(following: str) -> bool:
-    """Whether this starts a message, and no unit or term that belongs to a fraction before it."""
+    """Return whether the text after a counter starts a message, and is no unit or term that a fraction can have."""
     if following.startswith("```"):
         return True
     found = WORD.match(following)

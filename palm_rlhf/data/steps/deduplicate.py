@@ -1,4 +1,4 @@
-"""Steps that leave out conversations which others repeat, word by word or nearly."""
+"""Steps that leave out conversations which repeat others, word by word or nearly."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from beartype import beartype
 from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import Record
 
-# A sign of a script that does not part its words counts as a word.
+# A character of a script without spaces between words counts as a word.
 WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]|\w+")
 SHINGLE = 3  # words
 NUM_HASHES = 128
@@ -21,7 +21,7 @@ NUM_HASHES = 128
 
 @beartype
 def conversation_digest(conversation: Record) -> bytes:
-    """A hash of who says what in a conversation, the same in every run."""
+    """Return a hash of the roles, contents and calls of a conversation that is the same in every run."""
     state = hashlib.blake2b(digest_size=16)
     for message in conversation["messages"]:
         content = message["content"].encode()
@@ -33,7 +33,7 @@ def conversation_digest(conversation: Record) -> bytes:
 
 @beartype
 def drop_duplicates(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """The conversations of which there was none with the same messages before."""
+    """Yield the conversations whose messages no earlier conversation has."""
     rejected = Counter() if rejected is None else rejected
     seen: set[bytes] = set()
     for conversation in conversations:
@@ -49,24 +49,25 @@ def drop_duplicates(conversations: Iterable[Record], *, rejected: Counter[str] |
 def drop_near_duplicates(
     conversations: Iterable[Record], threshold: float = 0.8, *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations of which there was none before that shares `threshold` of their shingles.
+    """Yield the conversations that do not share `threshold` of their shingles with an earlier one.
 
-    The Jaccard similarity of the sets of three words in a row is estimated by MinHash (Broder 1997), and what may be
-    similar is found by locality-sensitive hashing; each conversation that is kept takes about 4 kB of memory.
+    The Jaccard similarity of the sets of three words in a row is estimated by MinHash (Broder 1997), and candidates are
+    found by locality-sensitive hashing. Each conversation that is kept takes about 4 kB of memory.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"got threshold={threshold}, expected a similarity above 0 and at most 1")
+        raise ValueError(f"got threshold={threshold}, expected a similarity above 0 and at most 1: 0.8 is usual")
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise missing_extra("Finding near-duplicates", error) from error
     rejected = Counter() if rejected is None else rejected
-    index, signatures = MinHashLSH(threshold, NUM_HASHES), []
+    index = MinHashLSH(threshold, NUM_HASHES)
+    signatures: list[np.ndarray] = []
     empty = MinHash(NUM_HASHES, hashfunc=crc32)
     for conversation in conversations:
         minhash = empty.copy()
         minhash.update_batch(_shingles(conversation))
-        # The index also finds some that are less similar, so the signatures are compared.
+        # The index also finds less similar conversations, so the signatures are compared.
         candidates = index.query(minhash)
         if any(np.mean(signatures[key] == minhash.hashvalues) >= threshold for key in candidates):
             rejected["near-duplicate"] += 1

@@ -1,4 +1,4 @@
-"""Steps that choose conversations, each a generator over them that counts what it leaves out by the reason."""
+"""Steps that choose conversations, and count the others by the reason."""
 
 import re
 from collections import Counter
@@ -10,9 +10,9 @@ from beartype import beartype
 
 from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.steps.context_length import num_bytes, num_tokens_of
+from palm_rlhf.data.steps.context_length import num_message_tokens, num_utf8_bytes
 
-# What providers say in place of a reply, alone or after the part of it that came; the short ones only as whole lines.
+# Error messages in place of a reply, or at its end; those of PROVIDER_ERROR_LINES only as whole lines.
 PROVIDER_ERRORS = (
     "an error occurred. either the engine you requested does not exist",
     "an error occurred. if this issue persists please contact us",
@@ -54,14 +54,14 @@ MARKS = " \t!*>_`#\"'"
 
 FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 MODEL_PART = re.compile(r"[a-z]+|\d+(?:\.\d+)*[a-z]*")
-# Languages are told apart by far less than a long conversation has.
-SAMPLE = 800
+# A language can be told from far less text than a long conversation has.
+SAMPLE = 800  # characters
 
 
 def _without(
     conversations: Iterable[Record], refusal: Callable[[Record], str | None], rejected: Counter[str] | None
 ) -> Iterator[Record]:
-    """The conversations that there is no reason against."""
+    """Yield the conversations for which `refusal` returns no reason; count the others."""
     rejected = Counter() if rejected is None else rejected
     for conversation in conversations:
         reason = refusal(conversation)
@@ -75,13 +75,13 @@ def _without(
 def keep_model(
     conversations: Iterable[Record], model: str, *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations whose `model` is the one named: `gpt-4` is also "Model: GPT-4" and "gpt-4-0314".
+    """Yield the conversations of one model: `gpt-4` is also "Model: GPT-4" and "gpt-4-0314".
 
-    It is neither "gpt-4o" nor "GPT-3.5": the words and numbers of the name stand in the other in a row.
+    It is neither "gpt-4o" nor "GPT-3.5": the words and numbers of the name must follow each other in the other name.
     """
     wanted = MODEL_PART.findall(model.lower())
     if not wanted:
-        raise ValueError(f"got the model {model!r}, expected a name such as 'gpt-4'")
+        raise ValueError(f"got the model {model!r}, expected a name such as 'gpt-4': name a model")
 
     def refusal(conversation: Record) -> str | None:
         if not isinstance(conversation.get("model"), str):
@@ -95,7 +95,7 @@ def keep_model(
 
 @beartype
 def drop_provider_errors(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """The conversations without a reply that is, or ends on, an error message of its provider."""
+    """Yield the conversations without a reply that is, or ends with, an error message of its provider."""
 
     def refusal(conversation: Record) -> str | None:
         replies = (message["content"] for message in conversation["messages"] if message["role"] == "assistant")
@@ -117,9 +117,11 @@ def _is_provider_error(reply: str) -> bool:
 def drop_blocked_words(
     conversations: Iterable[Record], words: Sequence[str], *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations in which no message has one of the words, in any case and also inside of others."""
+    """Yield the conversations without any of the words, in any case, also inside other words."""
     if isinstance(words, str) or not all(word.strip() for word in words):
-        raise ValueError(f"got the blocked words {words!r}, expected a sequence of words that are not empty")
+        raise ValueError(
+            f"got the blocked words {words!r}, expected a sequence of words, none of them empty: mend the list"
+        )
     blocked = [word.lower() for word in words]
 
     def refusal(conversation: Record) -> str | None:
@@ -133,9 +135,9 @@ def drop_blocked_words(
 def drop_repeated_digits(
     conversations: Iterable[Record], repeats: int = 9, *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations in which no message repeats a digit `repeats` times in a row, as broken models do."""
+    """Yield the conversations without a digit `repeats` times in a row, which broken models write."""
     if repeats < 2:
-        raise ValueError(f"got repeats={repeats}, expected at least 2")
+        raise ValueError(f"got repeats={repeats}, expected at least 2: every digit occurs once in a row")
     repeated = re.compile(rf"([0-9])\1{{{repeats - 1}}}")
 
     def refusal(conversation: Record) -> str | None:
@@ -150,13 +152,20 @@ def drop_short(
     conversations: Iterable[Record],
     min_tokens: int,
     *,
-    count_tokens: Callable[[str], int] = num_bytes,
+    count_tokens: Callable[[str], int] = num_utf8_bytes,
     rejected: Counter[str] | None = None,
 ) -> Iterator[Record]:
-    """The conversations of at least `min_tokens`, their messages together; bytes, unless told how to count."""
+    """Yield the conversations with at least `min_tokens` in all of their messages together.
+
+    Args:
+        conversations: The conversations.
+        min_tokens: The fewest tokens.
+        count_tokens: Counts the tokens of a text; by default its bytes.
+        rejected: Counts the conversations that are left out.
+    """
 
     def refusal(conversation: Record) -> str | None:
-        num_tokens = num_tokens_of(conversation["messages"], count_tokens)
+        num_tokens = num_message_tokens(conversation["messages"], count_tokens)
         return "too short" if num_tokens < min_tokens else None
 
     return _without(conversations, refusal, rejected)
@@ -166,9 +175,9 @@ def drop_short(
 def keep_languages(
     conversations: Iterable[Record], languages: Sequence[str], *, rejected: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The conversations, or prompts, in one of the languages given by their codes in ISO 639-1: `en`, `de`, ...
+    """Yield the conversations, or prompts, in one of the languages, by their codes in ISO 639-1: `en`, `de`, ...
 
-    Code in fences is not looked at. What has no language that can be told is left out too.
+    Code in fences does not count. Conversations whose language cannot be told are left out, too.
     """
     detector, codes = _detector()
     wanted = {language.lower() for language in languages}
@@ -186,7 +195,7 @@ def keep_languages(
 
 
 def _prose(messages: list[dict[str, Any]]) -> str:
-    """The start of what each side says, without code."""
+    """Return the start of each message, without code."""
     share = SAMPLE // max(1, min(len(messages), 8))
     texts = (FENCED.sub("", message["content"]) for message in messages[:8])
     return "\n".join(text[:share] for text in texts)
@@ -194,11 +203,11 @@ def _prose(messages: list[dict[str, Any]]) -> str:
 
 @cache
 def _detector() -> tuple[Any, set[str]]:
-    """A detector of all languages, and the codes of those."""
+    """Return a detector of all languages, and their codes."""
     try:
         from lingua import Language, LanguageDetectorBuilder
     except ImportError as error:
         raise missing_extra("Telling languages", error) from error
     codes = {language.iso_code_639_1.name.lower() for language in Language.all()}
-    # Low accuracy is about texts shorter than conversations; the other takes almost 1 GB of memory.
+    # Low accuracy is for texts of more than 120 characters; high accuracy takes almost 1 GB of memory.
     return LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build(), codes

@@ -8,11 +8,11 @@ from beartype import beartype
 
 from palm_rlhf.data.extra_packages import missing_extra
 
-# Most tags of an export: parts that nobody reads, and marks that Markdown has no use for (but formulas need theirs).
+# Most tags of an export: invisible parts, and tags that Markdown does not use (but formulas need theirs).
 UNREAD = re.compile(r"<(/?)(button|svg|script(?![^<>]*\bmath/tex\b)|style)\b[^<>]*>", re.IGNORECASE)
 SPAN = re.compile(r"</?span\b[^<>]*>", re.IGNORECASE)
 FORMULA = "katex"
-# The time that markdownify takes for a run of blanks grows with its square.
+# The time of markdownify grows with the square of a run of blanks.
 BLANKS = re.compile(r"\s{1000,}")
 
 LANGUAGE = re.compile(r"(?:language|lang)-(\S+)")
@@ -20,7 +20,7 @@ LANGUAGE_NAME = re.compile(r"[\w+#.-]{1,30}")
 BACKTICKS = re.compile(r"`+")
 CELL_BREAK = re.compile(r"\s*\n\s*")
 BAR = re.compile(r"(?<!\\)\|")
-# What Unicode can raise and lower; the tags stay around all else, as in Markdown they may.
+# The characters that Unicode has above and below the line; other text keeps its tags, which Markdown allows.
 RAISED = str.maketrans("0123456789+-−=()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿⁱ")
 LOWERED = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
 BUTTON_WORDS = re.compile(r"\b(Copy code|Copy|Edit)\b")
@@ -28,9 +28,9 @@ BUTTON_WORDS = re.compile(r"\b(Copy code|Copy|Edit)\b")
 
 @beartype
 def html_to_markdown(html: str) -> str:
-    """The text of a piece of a web page in Markdown: code in fences with its language, formulas in TeX, no buttons.
+    """Return a piece of a web page in Markdown: code in fences with its language, formulas in TeX, no buttons.
 
-    Raises `ValueError` for a page that cannot be parsed or is nested too deeply.
+    Raises ValueError if the page cannot be parsed or is nested too deeply.
     """
     html = BLANKS.sub(lambda run: run[0][:1000], without_unread(html))
     if FORMULA not in html:
@@ -44,7 +44,7 @@ def html_to_markdown(html: str) -> str:
 
 @beartype
 def without_unread(html: str) -> str:
-    """The page without buttons, icons, scripts and styles."""
+    """Return the page without buttons, icons, scripts and styles."""
     kept, start, inside = [], 0, None
     for tag in UNREAD.finditer(html):
         is_end, name = bool(tag[1]), tag[2].lower()
@@ -58,7 +58,7 @@ def without_unread(html: str) -> str:
 
 @cache
 def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
-    """What converts, and what it raises for a page that it cannot read."""
+    """Return the converter, and the errors that it raises for a page that it cannot parse."""
     try:
         from bs4.builder import ParserRejectedMarkup
         from markdownify import MarkdownConverter
@@ -71,7 +71,7 @@ def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
                 return _code(node)
             if _is_formula(node):
                 return _formula(node)
-            return super().process_tag(node, parent_tags)
+            return super().process_tag(node, parent_tags)  # type: ignore[misc]  # not in its stubs
 
         def convert_sup(self, node: Any, text: str, parent_tags: set[str]) -> str:
             return _shifted(text, "sup", RAISED)
@@ -80,16 +80,16 @@ def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
             return _shifted(text, "sub", LOWERED)
 
         def convert_td(self, node: Any, text: str, parent_tags: set[str]) -> str:
-            return super().convert_td(node, _cell(text), parent_tags)
+            return super().convert_td(node, _cell(text), parent_tags)  # type: ignore[misc]  # not in its stubs
 
         def convert_th(self, node: Any, text: str, parent_tags: set[str]) -> str:
-            return super().convert_th(node, _cell(text), parent_tags)
+            return super().convert_th(node, _cell(text), parent_tags)  # type: ignore[misc]  # not in its stubs
 
         def convert_br(self, node: Any, text: str, parent_tags: set[str]) -> str:
-            return "\n" if {"td", "th"} & parent_tags else super().convert_br(node, text, parent_tags)
+            return "\n" if {"td", "th"} & parent_tags else super().convert_br(node, text, parent_tags)  # type: ignore[misc]  # not in its stubs
 
         def convert_p(self, node: Any, text: str, parent_tags: set[str]) -> str:
-            return f"\n{text}\n" if {"td", "th"} & parent_tags else super().convert_p(node, text, parent_tags)
+            return f"\n{text}\n" if {"td", "th"} & parent_tags else super().convert_p(node, text, parent_tags)  # type: ignore[misc]  # not in its stubs
 
         def convert_input(self, node: Any, text: str, parent_tags: set[str]) -> str:
             if node.get("type") != "checkbox":
@@ -102,7 +102,7 @@ def _converter() -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 def _shifted(text: str, tag: str, letters: dict[int, int]) -> str:
-    """Text above or below the line: `10<sup>8</sup>` is no 108."""
+    """Return text above or below the line, so that `10<sup>8</sup>` does not become 108."""
     text = text.strip()
     if all(ord(letter) in letters for letter in text):
         return text.translate(letters)
@@ -110,7 +110,7 @@ def _shifted(text: str, tag: str, letters: dict[int, int]) -> str:
 
 
 def _cell(text: str) -> str:
-    """The cell of a table, on one line and without a bar that would end it."""
+    """Return the content of a cell of a table on one line, without a bar that would end the cell."""
     return BAR.sub(r"\|", CELL_BREAK.sub("<br>", text.strip()))
 
 
@@ -129,7 +129,7 @@ def _code(block: Any) -> str:
 
 
 def _language(block: Any, code: Any) -> str:
-    """The language that a block of code names: in a class, or in the line above it."""
+    """Return the language that a block of code names, in a class or in the line above it."""
     for element in (code, block):
         if found := LANGUAGE.search(" ".join(element.get("class") or [])):
             return found[1]
@@ -146,7 +146,7 @@ def _is_formula(element: Any) -> bool:
 
 
 def _formula(element: Any) -> str:
-    """A formula is in the page as TeX beside what is shown, boxes or MathML: the TeX is kept."""
+    """Return the TeX of a formula, which a page holds beside boxes or MathML."""
     tex = element if element.name == "script" else element.find("annotation", encoding="application/x-tex")
     if tex is None:
         return element.get_text()

@@ -1,4 +1,4 @@
-"""Which messages are pieces of a chat's page, as exports hold them, and which are HTML that somebody wrote."""
+"""Messages that are pieces of a chat's page, told apart from HTML that somebody wrote."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from beartype import beartype
 
 from palm_rlhf.data.steps.copied_buttons import without_page_counter
 
-# The class names of a chat's page, and those that people's pages have too.
+# The class names of a chat's page, and (MAYBE_PAGE) those that other pages have, too.
 CHAT_PAGE = re.compile(
     r"<(?:div|p|span)\b[^<>]*(?:\bmarkdown\b[^<>]*\bprose\b|\bdata-message-author-role=)", re.IGNORECASE
 )
@@ -17,7 +17,7 @@ MAYBE_PAGE = re.compile(r"\s*<(?:div|p|span)\b[^<>]*\b(?:markdown|prose|whitespa
 FORMULA = re.compile(r"<span\b[^<>]*\bkatex\b", re.IGNORECASE)
 HIGHLIGHTED = re.compile(r"<code\b[^<>]*\b(?:hljs|language-\w)", re.IGNORECASE)
 
-# All that a renderer makes of Markdown; what is inside of <pre> is not looked at.
+# The tags and attributes that Markdown is rendered to; the content of <pre> is ignored.
 WRAPPED = re.compile(
     r"\s*(?:<div>\s*)*<(p|pre|ol|ul|table|blockquote|h[1-6])\b.*</\w+>\s*\Z", re.DOTALL | re.IGNORECASE
 )
@@ -33,7 +33,7 @@ PARAGRAPH = re.compile(r"<p[ >]", re.IGNORECASE)
 CODE_BLOCK = re.compile(r"<(/?)pre\b[^<>]*>", re.IGNORECASE)
 INDENTED = re.compile(r"^[ \t]+<", re.MULTILINE)
 
-# Who names one of these may well want HTML for an answer.
+# A user who names one of these may want HTML for an answer.
 ASKED = re.compile(
     r"\b(?:x?html5?|markup|css|tailwind|bootstrap|jsx|svg|xml|vue|react|angular|web ?(?:page|site)s?|landing pages?|"
     r"divs?|iframes?)\b|<[a-z][a-z0-9]*[ >/]",
@@ -43,18 +43,18 @@ ASKED = re.compile(
 
 @beartype
 def are_pages(messages: Sequence[dict[str, Any]]) -> list[bool]:
-    """For each message of a conversation, whether it is a piece of a chat's page in HTML.
+    """Return for each message of a conversation whether it is a piece of a chat's page in HTML.
 
-    It is if its class names say so, or if it consists of nothing but what Markdown is rendered to. The latter holds
-    only if all replies are such, one of them has a paragraph, and nobody asked for HTML (unless there are formulas or
-    highlighted code, which people do not write so). What a user wrote is a page only by the class names, and only if
-    the replies are.
+    A reply is one if its class names say so, or if it has only the tags that Markdown is rendered to. The tags count
+    only if all replies have only such tags, one of them has a paragraph, and nobody asked for HTML, unless there are
+    formulas or highlighted code, since people do not write these so. A message of a user is one only by its class
+    names, and only if the replies are.
     """
     texts = [without_page_counter(message["content"]) for message in messages]
     roles = [message["role"] for message in messages]
     replies = [text for text, role in zip(texts, roles) if role == "assistant" and text.strip()]
     asked = any(ASKED.search(_words(text)) for text, role in zip(texts, roles) if role in ("user", "system"))
-    # Of a chat all replies were copied in the same way.
+    # All replies of a chat were copied in the same way.
     maybe = not asked and all(_is_chat_page(reply) or _may_be_page(reply) for reply in replies)
     maybe = maybe and (not replies or any(PARAGRAPH.search(reply) for reply in replies))
     return [_is_page(text, role == "assistant", maybe) for text, role in zip(texts, roles)]
@@ -71,7 +71,7 @@ def _is_chat_page(text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """What a person wrote, without the element that a page shows it in."""
+    """Return the words of a user, without the element in which a page shows them."""
     return TAG.sub(" ", text) if MAYBE_PAGE.match(text) else text
 
 
@@ -80,7 +80,7 @@ def _may_be_page(text: str) -> bool:
 
 
 def _is_rendered(text: str) -> bool:
-    """Whether all tags are those of rendered Markdown: known ones, not indented, and a head in every table."""
+    """Return whether all tags are those of rendered Markdown: known, not indented, and a head in every table."""
     if not WRAPPED.match(text):
         return False
     if FORMULA.search(text):

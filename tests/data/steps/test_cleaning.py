@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from palm_rlhf.data.steps.cleaning import mend_turns, to_markdown
-from palm_rlhf.data.steps.copied_buttons import without_debris
+from palm_rlhf.data.steps.copied_buttons import without_copied_buttons
 from palm_rlhf.data.steps.html_to_markdown import html_to_markdown
 from palm_rlhf.data.steps.page_detection import are_pages
 
@@ -252,7 +252,7 @@ FRACTIONS = [
     ],
 )
 def test_what_buttons_left_is_removed(text, expected):
-    assert without_debris(text) == expected
+    assert without_copied_buttons(text) == expected
 
 
 @pytest.mark.parametrize("text", [*FRACTIONS, "Copy code", "Translate the buttons:\nCopy code\nPaste"])
@@ -281,7 +281,7 @@ def test_a_page_loses_the_choice_above_the_message_only(html, expected):
 
 @given(st.text().filter(lambda text: "Copy" not in text and " / " not in text))
 def test_other_text_is_left_alone(text):
-    assert without_debris(text) == text.strip()
+    assert without_copied_buttons(text) == text.strip()
 
 
 SCRAPS = ["<p>", "</p>", "<div", ">", "<pre><code>", "<!", "<![", "&#x;", "</", "<li>", "a", "`", "\0"]
