@@ -1,4 +1,4 @@
-"""Rows of a context's length that are full of examples, so that no arithmetic is spent on pads."""
+"""Rows of the length of a context that are filled with examples, so that no computation is spent on padding."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,29 +14,36 @@ class _Waiting(NamedTuple):
     """An example that was reached in the order of the epochs, but is in no row yet."""
 
     place: int
-    index: int
+    example: int
 
 
 class PackedSampler:
-    """Deals examples out to rows of `capacity` tokens, to the last token where their lengths allow it.
+    """Distributes examples over rows of `capacity` tokens, to the last token where their lengths allow it.
 
-    Each epoch has a new random order. A row takes the example that has waited longest, and then, of the next ones in
-    line, those that fill it best: by dynamic programming over the sums of their lengths (Bellman 1957), which leaves
-    less empty than first-fit-decreasing, and looks no further ahead than a full row needs: at most `lookahead` examples
-    beyond those whose lengths add up to one. All processes draw the same rows, and take their share of them.
+    Each epoch has a new random order. A row takes the example that has waited longest, and of the next ones in line
+    those that fill it best: by dynamic programming over the sums of their lengths (Bellman 1957), which leaves less
+    room than first-fit-decreasing. It looks no further ahead than a full row needs: at most `lookahead` examples beyond
+    those whose lengths add up to one row. All processes draw the same rows, and take their share of them.
 
-    Rows are full over the ends of epochs: the last step of a run is filled up with examples of one more epoch.
+    Rows are filled across the ends of epochs: the last step of a run is completed with examples of one more epoch.
+
+    Args:
+        lengths: The number of tokens of each example.
+        capacity: The number of tokens of a row.
+        seed: Of the order.
+        lookahead: The number of examples to look ahead.
     """
 
     @beartype
     def __init__(self, lengths: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, *, lookahead: int = 256):
         self.lengths, self.capacity, self.lookahead = [int(length) for length in lengths], capacity, lookahead
         if lookahead < 1:
-            raise ValueError(f"lookahead is {lookahead}, expected at least 1 example")
+            raise ValueError(f"got lookahead={lookahead}, expected at least 1 example: raise it")
         for index, length in enumerate(self.lengths):
             if not 0 < length <= capacity:
                 raise ValueError(
-                    f"example {index} has {length} tokens, expected 1 to the capacity, {capacity}: split or truncate it"
+                    f"got {length} tokens in example {index}, expected 1 to the capacity, {capacity}: split or "
+                    "truncate it"
                 )
         self._order = EpochSampler(len(self.lengths), seed)
         self._waiting: list[_Waiting] = []
@@ -51,11 +58,11 @@ class PackedSampler:
 
     @beartype
     def draw(self, count: int) -> list[list[int]]:
-        """The indices of the examples in each of the next `count` rows."""
+        """Return the indices of the examples in each of the next `count` rows."""
         return [self._row() for _ in range(count)]
 
     def _row(self) -> list[int]:
-        # Bit s of reachable[k] says whether some of the first k + 1 in line, the first among them, sum to s.
+        # Bit s of reachable[k] is 1 if some of the first k + 1 in line, the first among them, have s tokens together.
         reachable = [1 << self._length(0)]
         full, within = 1 << self.capacity, (2 << self.capacity) - 1
         total, num_spare = self._length(0), 0
@@ -71,21 +78,21 @@ class PackedSampler:
             if not reachable[place - 1] >> left & 1:
                 taken.append(place)
                 left -= self._length(place)
-        return [self._waiting.pop(place).index for place in sorted(taken, reverse=True)][::-1]
+        return [self._waiting.pop(place).example for place in sorted(taken, reverse=True)][::-1]
 
     def _length(self, place: int) -> int:
-        """Tokens of an example in line, the first at place 0."""
+        """Return the number of tokens of an example in line; the first is at place 0."""
         while len(self._waiting) <= place:
             self._waiting.append(_Waiting(self._order.num_drawn, *self._order.draw(1)))
-        return self.lengths[self._waiting[place].index]
+        return self.lengths[self._waiting[place].example]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, as JSON."""
+        """Return the place of the sampler, as JSON."""
         return {**self._identity(), "order": self._order.state_dict(), "waiting": [list(one) for one in self._waiting]}
 
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; ValueError where it belongs to other data or settings."""
+        """Continue from `state_dict()`; ValueError if it belongs to other data or settings."""
         require_identity(state, self._identity())
         self._order.load_state_dict(state["order"])
         self._waiting = [_Waiting(*one) for one in state["waiting"]]

@@ -1,4 +1,4 @@
-"""The names of special tokens in what people write: a guard keeps them text."""
+"""The names of special tokens in the text of users: a guard keeps them text."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,13 +9,13 @@ from palm_rlhf.data.tokenizer import Tokenizer
 
 
 def unused_character(texts: Iterable[str]) -> str:
-    """A character that none of the texts has."""
+    """Return a character that none of the texts contains."""
     used = set().union(*texts)
     return next(character for character in map(chr, range(0x10FFFF, 0, -1)) if character not in used)
 
 
-class SpecialNames:
-    """The names of special tokens: found in rendered text, and broken by a guard in what people write."""
+class SpecialTokenNames:
+    """The names of special tokens: found in rendered text, and broken by a guard character in the text of users."""
 
     def __init__(self, names: Sequence[str]):
         names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
@@ -28,20 +28,31 @@ class SpecialNames:
 
     @staticmethod
     @cache
-    def of(names: tuple[str, ...]) -> "SpecialNames":
-        """Those of a template, in any order; made once."""
-        return SpecialNames(names)
+    def of(names: tuple[str, ...]) -> "SpecialTokenNames":
+        """Return the names of a template, in any order; they are made once."""
+        return SpecialTokenNames(names)
 
     def guarded(self, content: str, guard: str) -> str:
-        """The content with a guard in each name, and where a name could begin or end with what the template adds."""
+        """Return the content with a guard in each name.
+
+        A guard also stands where the content could complete a name together with the text that a template adds before
+        or after it.
+        """
         content = self.start.sub(lambda match: match.group() + guard, content)
-        core = content.strip()  # templates may strip it themselves
+        core = content.strip()  # templates may strip blanks themselves
         before = guard if core.startswith(self.tails) else ""
         after = guard if core.endswith(self.heads) else ""
         return content.replace(core, before + core + after, 1) if core else content
 
     def encode(self, text: str, guard: str, tokenizer: Tokenizer, before: int | None) -> list[int]:
-        """Names as their tokens, and the text between them without guards; `before` is the token that stands before."""
+        """Return the ids of rendered text: names as their tokens, and the text between them without guards.
+
+        Args:
+            text: The rendered text.
+            guard: The guard character.
+            tokenizer: Encodes the text.
+            before: The token before the text, or None at the start.
+        """
         special = {tokenizer.special_tokens[name] for name in self.names}
         tokens: list[int] = []
         for piece in self.whole.split(text):
@@ -56,8 +67,8 @@ class SpecialNames:
         return tokens
 
 
-def guarded_value(value: Any, names: SpecialNames, guard: str) -> Any:
-    """A value of JSON whose strings, and the names of whose entries, hold no special token."""
+def guarded_value(value: Any, names: SpecialTokenNames, guard: str) -> Any:
+    """Return a value of JSON in which no string, and no key, contains the name of a special token."""
     match value:
         case str():
             return names.guarded(value, guard)
@@ -68,13 +79,13 @@ def guarded_value(value: Any, names: SpecialNames, guard: str) -> Any:
     return value
 
 
-def strings(value: Any) -> list[str]:
-    """All strings in a value of JSON, the names of entries included."""
+def strings_in(value: Any) -> list[str]:
+    """Return all strings in a value of JSON, with the keys of its objects."""
     match value:
         case str():
             return [value]
         case Mapping():
-            return [*value, *(text for item in value.values() for text in strings(item))]
+            return [*value, *(text for item in value.values() for text in strings_in(item))]
         case list() | tuple():
-            return [text for item in value for text in strings(item)]
+            return [text for item in value for text in strings_in(item)]
     return []

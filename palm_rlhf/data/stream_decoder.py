@@ -1,4 +1,4 @@
-"""Text while its tokens are still coming."""
+"""Text that is decoded while its tokens arrive."""
 
 from beartype import beartype
 
@@ -6,29 +6,30 @@ from palm_rlhf.data.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """Text as its tokens come, each character when it is whole: all that is pushed, and `finish`, add up to `decode`.
+    """Decodes tokens one by one; each character is returned once it is whole.
 
-    (But for bytes that are no text, from tokenizers that fall back to bytes: there `decode` gives up whole runs.)
+    The texts of all calls of `push`, and of `finish`, together are the text of `decode`, except for invalid bytes in
+    tokenizers with a fallback to bytes, where `decode` drops whole runs.
     """
 
     @beartype
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self._skipped = frozenset(tokenizer.special_tokens.values())
-        self._held: list[int] = []  # the tokens that were last given out, which may decide on spaces, and those after
+        self._held: list[int] = []  # the last tokens with returned text, on which spaces may depend, and later tokens
         self._num_shown = 0
-        self._shown = ""  # the text of the first `num_shown`
+        self._shown = ""  # the text of the first `_num_shown` tokens
 
     @beartype
     def push(self, token: int) -> str:
-        """What one more token adds; nothing for special tokens, and while a character may lack bytes."""
+        """Return the text that a token adds: none for special tokens, or while a character may lack bytes."""
         if token in self._skipped:
             return ""
         self._held.append(token)
         return "" if self.tokenizer.decode(self._held).endswith("\ufffd") else self.finish()
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         new = self.tokenizer.decode(self._held)[len(self._shown) :]
         self._held = self._held[self._num_shown :]
         self._num_shown, self._shown = len(self._held), self.tokenizer.decode(self._held)

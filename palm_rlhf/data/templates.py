@@ -1,4 +1,4 @@
-"""Chat templates: what stands around the messages of a conversation, as data or in Jinja."""
+"""Chat templates: the text around the messages of a conversation, as data or in Jinja."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from palm_rlhf.training.run.checkpoints import write_text
 
 Messages = Sequence[Mapping[str, Any]]
 TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"
-MESSAGE_KEYS = ("role", "name", "content", "tool_calls", "tool_call_id")  # that templates are shown
+MESSAGE_KEYS = ("role", "name", "content", "tool_calls", "tool_call_id")  # the keys that templates see
 
 JINJA = """\
 {{{{ {start} }}}}{default_system}{{% for message in messages %}}\
@@ -34,10 +34,17 @@ JINJA_DEFAULT_SYSTEM = """\
 @beartype
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What stands before and after the messages of each role, with `special_tokens` written by their names.
+    """The text before and after the messages of each role; `special_tokens` stand in it by their names.
 
-    The assistant's turn has to end in a special token. `start` opens every conversation, and `default_system` is the
-    system message of those that have none.
+    The turn of the assistant must end in a special token.
+
+    Args:
+        system: The text before and after the system message.
+        user: The text before and after a message of the user.
+        assistant: The text before and after a message of the assistant.
+        special_tokens: The names of the special tokens in these texts.
+        start: Opens every conversation.
+        default_system: The system message of conversations without one.
     """
 
     system: tuple[str, str]
@@ -50,25 +57,25 @@ class ChatTemplate:
     def __post_init__(self):
         if not any(name in self.assistant[1] for name in self.special_tokens):
             raise ValueError(
-                f"after the assistant's words comes {self.assistant[1]!r}, expected one of the special tokens "
-                f"{self.special_tokens}: a model learns by it to stop"
+                f"got {self.assistant[1]!r} after messages of the assistant, expected one of the special tokens "
+                f"{self.special_tokens} in it, by which a model learns to stop: add one"
             )
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text; with a generation prompt, up to where the assistant is to speak."""
+        """Return the conversation as text; with a generation prompt, up to where the assistant begins to speak."""
         opening = self.opening(messages)
         turns = ((getattr(self, message["role"]), message["content"]) for message in messages)
         text = "".join(before + content + after for (before, after), content in turns)
         return opening + text + (self.assistant[0] if add_generation_prompt else "")
 
     def opening(self, messages: Messages) -> str:
-        """What comes before the first message."""
+        """Return the text before the first message."""
         if self.default_system is None or (messages and messages[0]["role"] == "system"):
             return self.start
         return self.start + self.default_system.join(self.system)
 
     def to_jinja(self) -> str:
-        """The same as a `chat_template` of Hugging Face."""
+        """Return the same template as a `chat_template` of Hugging Face."""
         quoted = {role: [quote(part) for part in getattr(self, role)] for role in ("system", "user", "assistant")}
         default_system = ""
         if self.default_system is not None:
@@ -77,18 +84,18 @@ class ChatTemplate:
 
     @beartype
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the template beside a tokenizer, for `load_template`, and as Jinja for other libraries."""
+        """Write the template beside a tokenizer, for `load_template`, and as Jinja for other libraries."""
         _save(Path(directory), dataclasses.asdict(self), self.to_jinja())
 
 
 @beartype
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A Hugging Face `chat_template`, which runs in a sandbox that lets it change nothing and reach nothing.
+    """A Hugging Face `chat_template`, which runs in a sandbox where it can change and reach nothing.
 
-    It finds the names and filters that transformers' `apply_chat_template` has: the names in `variables`, such as
-    bos_token; `tools`, and `documents`, which is None; `strftime_now`, `raise_exception` and `tojson`. The special
-    tokens are those of the tokenizer.
+    It has the names and filters of `apply_chat_template` in transformers: those in `variables`, such as bos_token;
+    `tools`, and `documents`, which is None; `strftime_now`, `raise_exception` and `tojson`. The special tokens are
+    those of the tokenizer.
     """
 
     source: str
@@ -105,11 +112,13 @@ class JinjaTemplate:
         try:
             return sandbox().from_string(self.source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is no Jinja ({error}): {self.source[:200]!r}") from error
+            raise ValueError(
+                f"the chat template is not valid Jinja ({error}), mend it: {self.source[:200]!r}"
+            ) from error
 
     @property
     def knows_tools(self) -> bool:
-        """Whether it writes the functions that may be called: it mentions `tools`."""
+        """Whether the template writes the functions that may be called: it mentions `tools`."""
         return re.search(r"\btools\b", self.source) is not None
 
     def render(
@@ -119,29 +128,28 @@ class JinjaTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The conversation as text, with the tools that may be called; ValueError where the template refuses it."""
+        """Return the conversation as text, with the tools that may be called; ValueError if the template refuses it."""
         plain = [{key: message[key] for key in MESSAGE_KEYS if key in message} for message in messages]
-        options = {"messages": plain, "add_generation_prompt": add_generation_prompt}
-        options |= {"tools": tools, "documents": None}
+        names = {**self.variables, "messages": plain, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._compiled.render(**{**self.variables, **options})
+            return self._compiled.render(**{**names, "tools": tools, "documents": None})
         except Exception as error:  # a template can fail in every way that Python can
             raise ValueError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
 
     @beartype
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the template beside a tokenizer, for `load_template` and for other libraries."""
+        """Write the template beside a tokenizer, for `load_template` and for other libraries."""
         _save(Path(directory), dataclasses.asdict(self), self.source)
 
 
 def quote(text: str) -> str:
-    """A string as Jinja reads it."""
+    """Return a string as Jinja reads it."""
     return json.dumps(text, ensure_ascii=False)
 
 
 @cache
 def sandbox() -> Any:
-    """Where Hugging Face's templates run, with what transformers puts there; `generation` blocks mark nothing."""
+    """Return the environment of the templates of Hugging Face, as in transformers; `generation` blocks mark nothing."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -161,7 +169,7 @@ def sandbox() -> Any:
     )
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes characters of HTML
+        # the filter of Jinja itself escapes characters of HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form):
@@ -180,7 +188,7 @@ def _save(folder: Path, fields: dict[str, Any], source: str) -> None:
 
 @beartype
 def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
-    """Opens what `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder."""
+    """Open a template that `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder."""
     folder = Path(directory)
     if (folder / TEMPLATE_FILE).is_file():
         return _from_fields(read_json(folder / TEMPLATE_FILE), folder / TEMPLATE_FILE)
@@ -192,19 +200,19 @@ def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
         source = read_text(folder / JINJA_FILE)
     if not isinstance(source, str):
         raise FileNotFoundError(
-            f"{folder} has no {TEMPLATE_FILE}, no {JINJA_FILE} and no chat_template in its {CONFIG_FILE}: "
-            f"take one of {list(PRESETS)} from PRESETS, the one that the model was trained with"
+            f"{folder} has no {TEMPLATE_FILE}, no {JINJA_FILE} and no chat_template in its {CONFIG_FILE}, expected one "
+            f"of them: take the one of {list(PRESETS)} from PRESETS that the model was trained with"
         )
     names = {key: token_name(value) for key, value in config.items() if key.endswith("_token")}
     return JinjaTemplate(source, {key: name for key, name in names.items() if isinstance(name, str)})
 
 
 def _from_fields(fields: dict[str, Any], file: Path) -> ChatTemplate | JinjaTemplate:
-    kind = JinjaTemplate if "source" in fields else ChatTemplate
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        return JinjaTemplate(**values) if "source" in fields else ChatTemplate(**values)
     except Exception as error:
-        raise ValueError(f"{file} describes no template: {error}. Save it again") from error
+        raise ValueError(f"{file} describes no template ({error}): save it again") from error
 
 
 PRESETS = {
@@ -221,7 +229,7 @@ PRESETS = {
         assistant=("<|assistant|>", EOS),
         special_tokens=(EOS, "<|system|>", "<|prompter|>", "<|assistant|>"),
     ),
-    # version 1.1, of which only the end of the assistant's turn is safe from what users type
+    # version 1.1; users can forge all of it but the end of the assistant's turn
     "vicuna": ChatTemplate(
         system=("", " "),
         user=("USER: ", " "),

@@ -1,4 +1,4 @@
-"""Tokenizers whose special tokens no text can forge: bytes, and those of Hugging Face `tokenizers`."""
+"""Tokenizers whose special tokens no text can forge: bytes, and those of the library `tokenizers`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,9 +39,12 @@ __all__ = [
 
 @beartype
 def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_token: str | None = None) -> Tokenizer:
-    """Opens what `save_pretrained` wrote, or a Hugging Face folder with a `tokenizer.json` (or that file itself).
+    """Open a tokenizer that `save_pretrained` wrote, or that of a Hugging Face folder with a `tokenizer.json`.
 
-    `eos_token` and `pad_token` are names, for folders that do not say them; the pad is the EOS where there is none.
+    Args:
+        directory: The folder, or its tokenizer.json.
+        eos_token: The name of the token that ends a text, for folders that do not name it.
+        pad_token: The name of the padding token, for folders that do not name it; else the EOS.
     """
     folder = Path(directory)
     file = folder if folder.is_file() else folder / TOKENIZER_FILE
@@ -54,34 +57,39 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     is_bytes = config.get("tokenizer_class") == "ByteTokenizer"
     if not is_bytes and not file.is_file():
         raise FileNotFoundError(
-            f"{directory} has no {TOKENIZER_FILE}, and no {CONFIG_FILE} of a ByteTokenizer; expected a folder that "
-            "save_pretrained wrote, or one of Hugging Face, whose save_pretrained makes a tokenizer.json of other forms"
+            f"{directory} has no {TOKENIZER_FILE}, and no {CONFIG_FILE} of a ByteTokenizer, expected one of them: name "
+            "a folder of save_pretrained (that of transformers writes a tokenizer.json for other formats, too)"
         )
     if eos_token is None:
-        raise ValueError(f"{config_file} names no eos_token: pass its name, as in eos_token='</s>'")
+        raise ValueError(f"{config_file} names no eos_token, expected its name: pass it, as in eos_token='</s>'")
     if is_bytes:
         return ByteTokenizer(config.get("special_tokens", ()), eos_token=eos_token, pad_token=pad_token)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{file} is no tokenizer ({error}): copy, download or save it again") from error
+        raise ValueError(
+            f"{file} is not a tokenizer of the library tokenizers ({error}): copy, download or save it again"
+        ) from error
     return HuggingFaceTokenizer(backend, eos_token=eos_token, pad_token=pad_token, config=config)
 
 
 def token_name(value: Any) -> str | None:
-    """A token of a tokenizer_config.json, where it stands as a string or as an object with the string in it."""
+    """Return the name of a token in tokenizer_config.json, where it is a string or an object that contains it."""
     return value.get("content") if isinstance(value, dict) else value
 
 
 @beartype
 def add_special_tokens(palm: PaLM, tokenizer: Tokenizer, names: Iterable[str]) -> None:
-    """Gives a trained model and its tokenizer more special tokens, in place, whose embeddings are the mean of the old.
+    """Add special tokens to a tokenizer and its trained model, in place; their embeddings are the mean of all others.
 
-    Before a trainer is made; see `resize_token_embeddings`. What the model gives texts without them hardly changes.
+    Call it before a trainer is made; see `resize_token_embeddings`. The logits of the model for texts without the new
+    tokens hardly change.
     """
     known = tokenizer.num_tokens
     if known > palm.num_tokens:
-        raise ValueError(f"the tokenizer has {known} tokens, expected at most {palm.num_tokens}, those of the model")
+        raise ValueError(
+            f"got a tokenizer of {known} tokens, expected at most {palm.num_tokens}: take that of the model"
+        )
     tokenizer.add_special_tokens(names)
     if tokenizer.num_tokens > known:
         resize_token_embeddings(palm, max(palm.num_tokens, tokenizer.num_tokens), num_known=known)

@@ -1,4 +1,4 @@
-"""What every tokenizer does, and the one whose tokens are bytes."""
+"""The base class of tokenizers, and the tokenizer of bytes."""
 
 import hashlib
 import json
@@ -17,9 +17,9 @@ CONFIG_FILE = "tokenizer_config.json"
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Special tokens are put in by their ids; text never becomes one, whatever it says.
+    """Turns text into token ids and back. Special tokens are added by their ids; text never becomes a special token.
 
-    `special_tokens` has the id of each by its name; `eos_token` and `pad_token` are ids among them.
+    `special_tokens` holds the id of each by its name; `eos_token` and `pad_token` are ids among them.
     """
 
     special_tokens: dict[str, int]
@@ -31,7 +31,10 @@ class Tokenizer(ABC):
         self.add_special_tokens(special_tokens)
         for role, name in (("eos_token", self._eos), ("pad_token", self._pad)):
             if name not in self.special_tokens:
-                raise ValueError(f"{role} is {name!r}, expected one of the special tokens {list(self.special_tokens)}")
+                raise ValueError(
+                    f"got {role}={name!r}, expected one of the special tokens {list(self.special_tokens)}: add it to "
+                    "them"
+                )
 
     @property
     @abstractmethod
@@ -41,11 +44,11 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def token_ids(self) -> Collection[int]:
-        """The ids that stand for a token; between them there can be gaps."""
+        """The ids that stand for a token; there can be gaps between them."""
 
     @property
     def vocab_size(self) -> int:
-        """`num_tokens`, by the name that `load_corpus` asks for."""
+        """`num_tokens` under the name that `load_corpus` and other libraries use."""
         return self.num_tokens
 
     @property
@@ -58,36 +61,36 @@ class Tokenizer(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that decides what a text becomes."""
+        """A digest of everything that the ids of a text depend on."""
         return hashlib.sha256("\n".join(self._files().values()).encode()).hexdigest()
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, none of them of a special token."""
+        """Return the ids of a text, none of them of a special token."""
 
     def encode_continuation(self, text: str, *, after_special: bool = False) -> list[int]:
-        """The ids of a text that goes on after another, or directly after a special token.
+        """Return the ids of a text that continues another one, or that follows a special token directly.
 
-        Some tokenizers put a blank before the first word of what they encode, as Llama's does. A text that is cut is
-        whole again, without blanks that nobody wrote, where `encode` reads its first part and this method the rest.
+        Some tokenizers, such as that of Llama, put a space before the first word of a text. A text that is cut keeps
+        its words without added spaces if `encode` reads its first part and this method the others.
         """
         return self.encode(text)
 
     @abstractmethod
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
-        """The text of ids; U+FFFD stands for bytes that are no text. ValueError for ids that no token has."""
+        """Return the text of ids, with U+FFFD for invalid bytes; ValueError for ids without a token."""
 
     @abstractmethod
     def add_special_tokens(self, names: Iterable[str]) -> None:
-        """Adds those that are not there yet; a model needs room for them: see `add_special_tokens`."""
+        """Add special tokens that are missing; a model needs room for them: see `add_special_tokens`."""
 
     @abstractmethod
     def _files(self) -> dict[str, str]:
-        """What is saved, by the names of the files."""
+        """Return the texts to save, by the names of their files."""
 
     @beartype
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the tokenizer to a folder, such as that of its model; `load_tokenizer` opens it again."""
+        """Write the tokenizer to a folder, such as that of its model; `load_tokenizer` opens it again."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in self._files().items():
@@ -97,12 +100,12 @@ class Tokenizer(ABC):
         if ids and not 0 <= min(ids) <= max(ids) < self.num_tokens:
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(
-                f"token id {bad} has no token, expected 0 to {self.num_tokens - 1}: is the model of another tokenizer?"
+                f"got the token id {bad}, expected 0 to {self.num_tokens - 1}: take the tokenizer of the model"
             )
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8 as the ids 0 to 255, and special tokens after them. Any text and any bytes come back whole."""
+    """The bytes of UTF-8 as the ids 0 to 255, and special tokens after them. Any bytes decode unchanged."""
 
     @beartype
     def __init__(
@@ -124,16 +127,16 @@ class ByteTokenizer(Tokenizer):
 
     @beartype
     def encode(self, text: str | bytes) -> list[int]:
-        """The bytes of a text; those of a lone surrogate too, which `decode` gives back as U+FFFD."""
+        """Return the bytes of a text; those of a lone surrogate too, which `decode` returns as U+FFFD."""
         return list(text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else text)
 
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
-        """The text of ids; U+FFFD stands for bytes that are no text."""
+        """Return the text of ids, with U+FFFD for invalid bytes."""
         return self.decode_bytes(ids, with_special_tokens=with_special_tokens).decode("utf-8", errors="replace")
 
     @beartype
     def decode_bytes(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> bytes:
-        """The bytes of ids: exactly those that were encoded."""
+        """Return the bytes of ids: exactly those that were encoded."""
         ids = [int(index) for index in ids]
         self._check_ids(ids)
         names = [name.encode() if with_special_tokens else b"" for name in self.special_tokens]
@@ -141,7 +144,7 @@ class ByteTokenizer(Tokenizer):
 
     @beartype
     def add_special_tokens(self, names: Iterable[str]) -> None:
-        """Adds those that are not there yet; a model needs room for them: see `add_special_tokens`."""
+        """Add special tokens that are missing; a model needs room for them: see `add_special_tokens`."""
         for name in checked_names(names):
             self.special_tokens.setdefault(name, self.num_tokens)
 
@@ -156,8 +159,8 @@ class ByteTokenizer(Tokenizer):
 
 
 def checked_names(names: Iterable[str]) -> list[str]:
-    """The names of special tokens, each once; ValueError for one that is empty."""
+    """Return the names of special tokens, each once; ValueError for an empty one."""
     names = list(dict.fromkeys(names))
     if not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"the special tokens are {names}, expected names such as '<|user|>'")
+        raise ValueError(f"got the special tokens {names}, expected names such as '<|user|>': mend the list")
     return names

@@ -1,4 +1,4 @@
-"""Tokenizers of the library `tokenizers`, made safe: no text becomes a special token, and a text can be cut."""
+"""Tokenizers of the library `tokenizers`, made safe: text never becomes a special token, and text can be cut."""
 
 import json
 from collections.abc import Iterable
@@ -16,17 +16,23 @@ from palm_rlhf.model.weights_folder import read_json
 from palm_rlhf.training.run.checkpoints import write_text
 
 LONG_TEXT = 2**14  # characters: some milliseconds of work
-# Texts to put before another, to learn the tokens that it has in the middle of a text.
+# Texts to put before another text, to find the tokens that it has in the middle of a text.
 ANCHORS = ("\n", ".", "x", "7", "\u4e00")
-PROBES = ("a", "e", "1")  # words that show whether a tokenizer puts a blank before the first
+PROBES = ("a", "e", "1")  # words that show whether a tokenizer puts a space before the first
 TOKENIZER_FILE, GENERATION_FILE = "tokenizer.json", "generation_config.json"
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the library `tokenizers`, as in the `tokenizer.json` of nearly every model there is.
+    """A tokenizer of the library `tokenizers`, as in the `tokenizer.json` of most models.
 
-    Its special tokens are those of the backend and `special_tokens`; the one for unknown text is not counted among
-    them. `config` is what else goes to tokenizer_config.json.
+    Its special tokens are those of the backend and `special_tokens`; the token for unknown text does not count as one.
+
+    Args:
+        backend: The tokenizer, which is copied.
+        special_tokens: Special tokens to add.
+        eos_token: The name of the token that ends a text.
+        pad_token: The name of the padding token; by default `eos_token`.
+        config: Further fields of tokenizer_config.json.
     """
 
     @beartype
@@ -39,7 +45,7 @@ class HuggingFaceTokenizer(Tokenizer):
         pad_token: str | None = None,
         config: dict[str, Any] | None = None,
     ):
-        self.backend = tokenizers.Tokenizer.from_str(backend.to_str())  # what the caller has stays as it is
+        self.backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # their names are text like any other
@@ -60,15 +66,15 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_token: str = EOS,
         pad_token: str | None = None,
     ) -> "HuggingFaceTokenizer":
-        """Learns a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of at most `num_tokens` from texts.
+        """Learn a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of at most `num_tokens` from texts.
 
-        All bytes are among its tokens, so that any text comes back whole.
+        All bytes are among its tokens, so that any text decodes unchanged.
         """
         names = checked_names(special_tokens)
         if num_tokens < NUM_BYTES + len(names):
             raise ValueError(
-                f"num_tokens is {num_tokens}, expected at least {NUM_BYTES + len(names)}: {NUM_BYTES} bytes and "
-                f"{len(names)} special tokens"
+                f"got num_tokens={num_tokens}, expected at least {NUM_BYTES + len(names)}, for {NUM_BYTES} bytes and "
+                f"{len(names)} special tokens: raise it"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,14 +97,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @beartype
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, none of them of a special token; ValueError for a lone surrogate, which is no text."""
+        """Return the ids of a text, none of them of a special token; ValueError for a lone surrogate."""
         return self._encode(text, anchored=False)
 
     @beartype
     def encode_continuation(self, text: str, *, after_special: bool = False) -> list[int]:
-        """The ids of a text that goes on after another, or directly after a special token; see `Tokenizer`.
+        """Return the ids of a text that continues another one, or that follows a special token; see `Tokenizer`.
 
-        After a special token the blank comes where the backend puts it there too, as transformers has it.
+        After a special token a space is added if the backend adds one there, as transformers does.
         """
         return self._encode(text, anchored=self._anchored["special" if after_special else "text"])
 
@@ -109,49 +115,52 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = encoding.ids[num_skipped:]
         if self._special_ids.isdisjoint(ids):
             return ids
-        # Some models know the name of a special token as a word of their own: it is cut in two wherever it stands.
+        # Some vocabularies contain the name of a special token as a word: it is cut in two wherever it stands.
         offsets = ((start - shift, end - shift) for start, end in encoding.offsets[num_skipped:])
         spans = [span for index, span in zip(ids, offsets) if index in self._special_ids]
         for start, end in spans:
             if end - start < 2:
-                raise ValueError(f"the tokenizer knows {text[start:end]!r} as a special token, which text can forge")
+                raise ValueError(
+                    f"got the special token {text[start:end]!r} of one character, expected a longer one, which text "
+                    "cannot forge: take another tokenizer"
+                )
         first, *rest = [text[start:end] for start, end in pairwise([0, *(start + 1 for start, _ in spans), len(text)])]
         parts = [self._encode(first, anchored=anchored), *map(self.encode_continuation, rest)]
         return [index for part in parts for index in part]
 
     def _after_text(self, text: str) -> tuple[tokenizers.Encoding, int, int]:
-        """The encoding of a text behind an anchor, and the tokens and the characters that are the anchor's."""
+        """Return the encoding of a text behind an anchor, and the anchor's number of tokens and characters."""
         for anchor in ANCHORS:
             encoding = self._encoding(anchor + text)
             num_skipped = next(at for at, (_, end) in enumerate(encoding.offsets) if end > len(anchor))
             if encoding.offsets[num_skipped][0] >= len(anchor):
                 return encoding, num_skipped, len(anchor)
         raise ValueError(
-            f"the tokenizer joins {text[:20]!r} to every one of {ANCHORS} before it, so that a text cannot be cut "
-            "there: let the template put a special token before it"
+            f"got {text[:20]!r} after other text, expected text that the tokenizer does not join to all of {ANCHORS}: "
+            "let the template put a special token before it"
         )
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
             if len(text) < LONG_TEXT:
                 return self.backend.encode(text, add_special_tokens=False)
-            # a batch is computed without Python's lock, so that a server answers others meanwhile
+            # a batch is encoded without Python's lock, so that a server answers other requests meanwhile
             return self.backend.encode_batch([text], add_special_tokens=False)[0]
         except TypeError as error:
             raise ValueError(
-                f"the text holds half of a surrogate pair, which is no character: {text!r:.80}; "
-                "mend it by text.encode('utf-8', 'replace').decode()"
+                f"got half of a surrogate pair in {text!r:.80}, expected characters: mend the text by "
+                "text.encode('utf-8', 'replace').decode()"
             ) from error
 
     def _gains_blank(self) -> bool:
-        """Whether a word that begins a text has other tokens than the same word after other text."""
+        """Return whether a word at the start of a text has other tokens than the same word after other text."""
         for word in PROBES:
-            with suppress(ValueError):  # a word that the tokenizer does not know is joined to all other such words
+            with suppress(ValueError):  # the tokenizer joins words that it does not know
                 return self._encode(word, anchored=False) != self._encode(word, anchored=True)
         return False
 
     def _gains_blank_after_special(self) -> bool:
-        """Whether the backend begins a text anew after each special token, and not only once."""
+        """Return whether the backend treats text after each special token as the start of a text."""
         self.backend.encode_special_tokens = False
         after = [self.backend.encode(self._eos + word, add_special_tokens=False).ids[1:] for word in PROBES]
         self.backend.encode_special_tokens = True
@@ -159,14 +168,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @beartype
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
-        """The text of ids; U+FFFD stands for bytes that are no text. ValueError for ids that no token has."""
+        """Return the text of ids, with U+FFFD for invalid bytes; ValueError for ids without a token."""
         ids = [int(index) for index in ids]
         self._check_ids(ids)
         return self.backend.decode(ids, skip_special_tokens=not with_special_tokens)
 
     @beartype
     def add_special_tokens(self, names: Iterable[str]) -> None:
-        """Adds those that are not there yet; a model needs room for them: see `add_special_tokens`."""
+        """Add special tokens that are missing; a model needs room for them: see `add_special_tokens`."""
         new = [name for name in checked_names(names) if name not in self.special_tokens]
         self.backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
         added = sorted(self.backend.get_added_tokens_decoder().items())
@@ -184,7 +193,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @beartype
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the tokenizer to a folder, and where transformers and vLLM look for it, which token ends a reply."""
+        """Write the tokenizer, and for transformers and vLLM, the token that ends a reply, to a folder."""
         super().save_pretrained(directory)
         path = Path(directory) / GENERATION_FILE
         generation = read_json(path) if path.exists() else {}
@@ -193,7 +202,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def unknown_token(backend: tokenizers.Tokenizer) -> str | None:
-    """The token that stands for what a backend's model does not know, if it has one."""
+    """Return the token for text that a backend's model does not know, if it has one."""
     if not isinstance(backend.model, models.Unigram):
         return backend.model.unk_token
     model = json.loads(backend.to_str())["model"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from palm_rlhf.data.special_token_guard import strings
+from palm_rlhf.data.special_token_guard import strings_in
 from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.http.errors import ApiError
@@ -109,7 +109,7 @@ def prompt_tokens(
         return prompt
     name = name or ("prompt" if isinstance(prompt, str) else "messages")
     size = len(prompt) if isinstance(prompt, str) else sum(1 + len(message["content"]) for message in prompt)
-    size += sum(map(len, strings(tools)))
+    size += sum(map(len, strings_in(tools)))
     if size > HOPELESS * context * model.longest_token:
         least = size // model.longest_token
         raise overflow(f"{name} has at least {least} tokens, and the context of this model is {context} tokens", name)

@@ -161,7 +161,7 @@ def test_a_damaged_table_is_named(tmp_path):
     write_records(tmp_path / "a.parquet", [{"a": "x" * 1000}] * 50)
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a whole parquet file"):
         list(read_records(tmp_path / "a.parquet"))
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 5000)[:-20])
     with pytest.raises(ValueError, match="damaged gzip"):

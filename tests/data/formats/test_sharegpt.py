@@ -191,7 +191,7 @@ def test_a_saved_chat_holds_its_conversation():
         (page_of({"title": "x"}).encode(), "holds no conversation"),
         (page_of({"items": [{"from": "gpt", "value": "\ud800"}]}).encode(), "holds no conversation"),
         (b'<script id="__NEXT_DATA__">[[[</script>', "holds no conversation"),
-        (b"<html>\xff</html>", "no UTF-8 from byte 7 on"),
+        (b"<html>\xff</html>", "byte 7 is not UTF-8"),
     ],
 )
 def test_a_page_without_a_conversation_is_an_error_or_counted(tmp_path, page, message):
