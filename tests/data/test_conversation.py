@@ -256,13 +256,13 @@ def test_the_template_of_a_foreign_folder_is_found(several, tmp_path):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("{% for %}", "is no Jinja"),
+        ("{% for %}", "is not valid Jinja"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}</s>", "SecurityError"),
         ("{{ messages.append(1) }}</s>", "SecurityError"),
         ("{{ raise_exception('no') }}", "refuses the conversation: TemplateError: no"),
         ("{{ messages[9]['content'] }}", "UndefinedError"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "puts no special token of the tokenizer"),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "changes what it made"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "expected a special token of the tokenizer"),
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "changes the text of earlier messages"),
         (
             "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}?{% endif %}",
             "changes",
@@ -288,12 +288,12 @@ def test_reading_and_trimming_of_contents_work_in_templates():
 @pytest.mark.parametrize(
     "messages, message",
     [
-        ([], "the conversation is empty"),
-        (said("a"), "there is nothing to learn"),
-        (said("a", "b", weights=[0]), "there is nothing to learn"),
+        ([], "got a conversation without messages"),
+        (said("a"), "got no assistant message with a weight above 0"),
+        (said("a", "b", weights=[0]), "got no assistant message with a weight above 0"),
         (said("a", "b", weights=[-1]), "message 1 has the weight -1"),
         (said("a", "b", weights=[float("nan")]), "message 1 has the weight nan"),
-        ([{"role": "user", "content": "a", "weight": 1}, *said("b", "c")], "expected none: it is of the user"),
+        ([{"role": "user", "content": "a", "weight": 1}, *said("b", "c")], "expected none for the role user"),
         ([{"role": "gpt", "content": "a"}], "message 0 has the role 'gpt'"),
         ([{"role": "user", "content": None}], "and the content None"),
         ([{}], "message 0 has the role None"),
@@ -305,9 +305,9 @@ def test_what_is_no_conversation_is_refused(messages, message):
 
 
 def test_a_template_wants_its_tokens_and_an_end_of_turn():
-    with pytest.raises(ValueError, match=r"needs the special tokens \['<s>', '</s>'\]"):
+    with pytest.raises(ValueError, match=r"lacks the special tokens \['<s>', '</s>'\]"):
         encode(TURNS, ByteTokenizer(), PRESETS["vicuna"])
-    with pytest.raises(ValueError, match="learns by it to stop"):
+    with pytest.raises(ValueError, match="by which a model learns to stop"):
         ChatTemplate(system=("", ""), user=("Q: ", "\n"), assistant=("A: ", "\n"), special_tokens=("</s>",))
 
 

@@ -447,13 +447,13 @@ def test_a_file_that_is_there_is_written_over_only_where_that_is_asked_for(tmp_p
         out.unlink(missing_ok=True)
         existing.write_text("mine")
         arguments = ["data", command[0], str(source), "--out", str(out), *command[1:]]
-        with pytest.raises(SystemExit, match=rf"^palm-rlhf: .*{existing.name} is there already: .*--overwrite$"):
+        with pytest.raises(SystemExit, match=rf"^palm-rlhf: .*{existing.name} exists already: .*--overwrite$"):
             main(arguments)
         assert existing.read_text() == "mine"
         main([*arguments, "--overwrite"])
         assert existing.read_text() != "mine"
         held_out.unlink(missing_ok=True)
-    with pytest.raises(SystemExit, match=r"in\.jsonl is there already"):
+    with pytest.raises(SystemExit, match=r"in\.jsonl exists already"):
         main(["data", "clean", str(source), "--out", str(source)])
     main(["data", "clean", str(source), "--out", os.devnull])
 

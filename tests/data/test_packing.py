@@ -153,7 +153,7 @@ def test_a_state_of_other_data_or_settings_is_refused(change):
         ({"lengths": [3, 9]}, "example 1 has 9 tokens, expected 1 to the capacity, 8"),
         ({"lengths": [0]}, "example 0 has 0 tokens"),
         ({"lengths": []}, "expected at least one example"),
-        ({"lengths": [3], "lookahead": 0}, "lookahead is 0"),
+        ({"lengths": [3], "lookahead": 0}, "got lookahead=0"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(options, message):
