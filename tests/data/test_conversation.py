@@ -262,7 +262,10 @@ def test_the_template_of_a_foreign_folder_is_found(several, tmp_path):
         ("{{ raise_exception('no') }}", "refuses the conversation: TemplateError: no"),
         ("{{ messages[9]['content'] }}", "UndefinedError"),
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "expected a special token of the tokenizer"),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "changes the text of earlier messages"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+            "changes the text of earlier messages",
+        ),
         (
             "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}?{% endif %}",
             "changes",

@@ -150,8 +150,8 @@ def test_a_state_of_other_data_or_settings_is_refused(change):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"lengths": [3, 9]}, "example 1 has 9 tokens, expected 1 to the capacity, 8"),
-        ({"lengths": [0]}, "example 0 has 0 tokens"),
+        ({"lengths": [3, 9]}, "got 9 tokens in example 1, expected 1 to the capacity, 8"),
+        ({"lengths": [0]}, "got 0 tokens in example 0"),
         ({"lengths": []}, "expected at least one example"),
         ({"lengths": [3], "lookahead": 0}, "got lookahead=0"),
     ],

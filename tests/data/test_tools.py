@@ -150,8 +150,8 @@ ROLES_ONLY += "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %
 @pytest.mark.parametrize(
     "template, messages, tools, reason",
     [
-        (PRESETS["default"], LEARNT, (), "only a chat_template in Jinja"),
-        (PRESETS["vicuna"], LEARNT[:1] + LEARNT[3:], [WEATHER], "only a chat_template in Jinja"),
+        (PRESETS["default"], LEARNT, (), "take a JinjaTemplate that writes tools"),
+        (PRESETS["vicuna"], LEARNT[:1] + LEARNT[3:], [WEATHER], "take a JinjaTemplate that writes tools"),
         (JinjaTemplate(ROLES_ONLY), LEARNT, (), "leaves out calls of tools"),
         (JinjaTemplate(ROLES_ONLY), [LEARNT[0], LEARNT[3], *LEARNT[2:]], (), "leaves out the result of a tool"),
         (JinjaTemplate(ROLES_ONLY), LEARNT[:1] + LEARNT[3:], [WEATHER], "leaves out the definitions of tools"),
