@@ -66,10 +66,10 @@ def encode_prompt(
     tools: Tools = (),
     checkpoint: Callable[[], None] = _no_checkpoint,
 ) -> Tensor:
-    """Return the tokens `n` of messages up to where the assistant begins to speak, the same as those of `encode`.
+    """Return the tokens `n` of messages up to where the assistant begins to speak.
 
-    The time is linear in the number of messages for a `ChatTemplate`, and quadratic for a `JinjaTemplate`, which is
-    rendered for each of them.
+    They are the beginning of the tokens of `encode`. The time is linear in the number of messages for a `ChatTemplate`,
+    and quadratic for a `JinjaTemplate`, which is rendered for each of them.
 
     Args:
         messages: The messages, see `encode`.
@@ -93,7 +93,9 @@ def encode_response(
     *,
     checkpoint: Callable[[], None] = _no_checkpoint,
 ) -> Tensor:
-    """Return the tokens `t` of a response to `encode_prompt(messages)`, with its end of turn, as those of `encode`.
+    """Return the tokens `t` of a response to `encode_prompt(messages)`, with the end of its turn.
+
+    `encode` has the same tokens after those of the prompt.
 
     Args:
         messages: The messages of the prompt.
@@ -110,10 +112,10 @@ def encode_response(
 
 @beartype
 def encode_reply(text: str, tokenizer: Tokenizer, template: Template, *, role: str = "user") -> Tensor:
-    """Return the tokens `n` between the end of a response and the next one, where `role` replies with `text`.
+    """Return the tokens `n` of a message of `role` after a response, up to where the assistant speaks again.
 
-    An environment of reinforcement learning returns them, see `palm_rlhf.policy.turns`. They follow the tokens of
-    `encode_prompt` and `encode_response`, and the whole has the tokens of `encode`.
+    An environment of reinforcement learning returns them, see `palm_rlhf.policy.turns`. After the tokens of
+    `encode_prompt` and `encode_response`, they continue the conversation as `encode` does.
     """
     opening = [{"role": "user", "content": "?"}]
     before = len(encode_prompt(opening, tokenizer, template)) + len(encode_response(opening, "!", tokenizer, template))
@@ -287,7 +289,7 @@ def _function_name(call: Mapping[str, Any]) -> str:
 
 
 def _guarded_message(message: Mapping[str, Any], names: SpecialTokenNames, guard: str) -> dict[str, Any]:
-    """Return a message whose strings contain no special token, and the arguments of whose calls are objects."""
+    """Return a message without special tokens in its strings, and with the arguments of its calls as objects."""
     calls = [{**call, "function": {**call["function"]}} for call in message.get("tool_calls") or ()]
     for call in calls:
         arguments = call["function"].get("arguments")

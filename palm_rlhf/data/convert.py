@@ -137,21 +137,31 @@ def converted_records(
 
 
 def _check_conversion(form: Known, to: Target, top_k: int | None, max_replies: int | None, html: Html) -> None:
-    """Raise ValueError if the records of a format cannot become those of the target, or an option does not apply."""
+    """Raise ValueError if a format cannot be converted to the target, or an option does not apply."""
     compares = to in ("rankings", "preferences")
     if form not in ("oasst", "hh") and compares:
         raise ValueError(
-            f"got conversations to convert to {to}, expected sft, prompts or unpaired: conversations compare no replies"
+            f"got conversations to convert to {to}, expected sft, prompts or unpaired, since they compare no replies: "
+            "choose another target"
         )
     if form == "prompts" and to != "prompts":
-        raise ValueError(f"got prompts to convert to {to}, expected to convert them to prompts: they have no replies")
+        raise ValueError(
+            f"got prompts to convert to {to}, expected prompts, since they have no replies: choose that target"
+        )
     if top_k is not None and form != "oasst":
-        raise ValueError(f"got top_k={top_k} for the form {form}, but only messages of Open-Assistant have ranks")
+        raise ValueError(
+            f"got top_k={top_k} for the form {form}, expected none, since only messages of Open-Assistant have ranks: "
+            "drop it"
+        )
     if max_replies is not None and (max_replies < 2 or not compares):
-        raise ValueError(f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences")
+        raise ValueError(
+            f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences only: raise or "
+            "drop it"
+        )
     if html == "always" and (form in ("oasst", "hh") or to == "unpaired"):
         raise ValueError(
-            f"got html='always' for the form {form} to {to}, expected conversations: its texts are not converted"
+            f"got html='always' for the form {form} to {to}, expected conversations, since only these are converted to "
+            "Markdown: drop it"
         )
 
 

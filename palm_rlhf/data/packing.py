@@ -92,7 +92,7 @@ class PackedSampler:
 
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; ValueError if it belongs to other data or settings."""
+        """Resume from `state_dict()`; ValueError if it belongs to other data or settings."""
         require_identity(state, self._identity())
         self._order.load_state_dict(state["order"])
         self._waiting = [_Waiting(*one) for one in state["waiting"]]

@@ -111,7 +111,7 @@ def load_corpus(
     names = [part.name for part in parts]
     if len(parts) > 1:
         names = [f"{name}:{weight:.3g}" for name, weight in zip(names, weights)]
-    # The shortest ends a zip: there is a test only if every part has one.
+    # zip ends with the shortest: there is a test split only if every part has one.
     train, valid, *test = zip(*(part.splits for part in tokens))
     train_bytes, valid_bytes, *test_bytes = zip(*(part.num_bytes for part in tokens))
     return Corpus(

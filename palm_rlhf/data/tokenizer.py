@@ -1,4 +1,4 @@
-"""Tokenizers whose special tokens no text can forge: bytes, and those of the library `tokenizers`."""
+"""Tokenizers with special tokens that no text can forge: bytes, and those of the library `tokenizers`."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -313,7 +313,7 @@ def test_conversations_convert_to_threads_and_prompts(tmp_path, data, record):
     [
         (RECORDS[0], ["--to", "rankings"], "they compare no replies"),
         (PAIR, ["--to", "unpaired", "--form", "alpaca"], "expected a labelled reply"),
-        (RECORDS[0], ["--to", "unpaired", "--html", "always"], "its texts are not converted"),
+        (RECORDS[0], ["--to", "unpaired", "--html", "always"], "since only these are converted to Markdown"),
         (RECORDS[0], ["--to", "sft", "--top-k", "1"], "only messages of Open-Assistant have ranks"),
         (PAIR, ["--to", "sft", "--max-replies", "3"], "for rankings or preferences"),
         (PAIR, ["--to", "rankings", "--max-replies", "1"], "expected at least 2"),

@@ -244,9 +244,8 @@ def _checked(tokenizer: TextTokenizer, string: str, *, continues: bool = False) 
 
 
 CUT_WITHIN = 1 << 16
-# Where to cut text in two, best first: after a line break or before a space that stands alone between printing
-# characters, since tokenizers split text into words there, so that both sides keep the words of the whole; else between
-# two characters.
+# Where to cut text in two, best first: after a line break, or before a space, that stands alone between printing
+# characters; else between two characters. Tokenizers split text into words at the former, so that no word is cut.
 _CUTS = tuple(re.compile(cut, re.DOTALL) for cut in (rb".*\S\n(?=\S)", rb".*\S(?= \S)", rb".+(?=[\x00-\x7f\xc0-\xff])"))
 
 

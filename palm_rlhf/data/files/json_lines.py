@@ -45,7 +45,7 @@ class _Spread:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.parts: list[bytes] = []  # of the object that has not ended yet
-        self.starts: list[int] = []  # the lines on which it starts, and those of objects before it that were cut short
+        self.starts: list[int] = []  # the lines on which it, and objects before it that were cut short, start
         self.depth = self.size = 0
         self.lost = False  # whether lines belong to an object that was too long
 

@@ -45,7 +45,7 @@ def checked_record(value: Any, text: str) -> Record | BrokenRecord:
 
 
 def damaged_gzip(error: Exception) -> BrokenRecord:
-    """Return the reason for a gzip file whose rest cannot be unpacked."""
+    """Return the reason for the rest of a gzip file that cannot be unpacked."""
     return BrokenRecord("damaged gzip", f"it ends early or is damaged ({error}); copy or compress it again")
 
 

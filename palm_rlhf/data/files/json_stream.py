@@ -14,7 +14,7 @@ def json_objects(stream: Any, limit: int) -> Iterator[tuple[int, Record | Broken
     """Yield each object of at most `limit` bytes, or why it is broken, with the line on which it starts."""
     try:
         start = stream.peek(CHUNK)
-    except GZIP_ERRORS as error:  # now, since a stream that failed looks empty afterwards
+    except GZIP_ERRORS as error:  # here, since a stream that failed looks empty afterwards
         yield 1, damaged_gzip(error)
         return
     if is_utf16(start[:4]):

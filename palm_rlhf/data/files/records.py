@@ -99,7 +99,7 @@ def parsed_records(
 
 
 def unexpected_record(path: str | os.PathLike[str], line: int, record: Record, expected: str) -> ValueError:
-    """Return the error for a file whose first record has none of the expected formats."""
+    """Return the error for a file whose first record is in no expected format."""
     return ValueError(f"{path}, line {line}: got a record with the keys {sorted(record)[:8]}, expected {expected}")
 
 

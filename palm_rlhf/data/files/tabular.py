@@ -18,7 +18,7 @@ from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
 PARQUET_MAGIC = b"PAR1"
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
 BATCH = 1000  # rows
-# The columns of CSV whose cells hold lists, numbers or flags. The cells of all others are text, also "42".
+# The columns of CSV that hold lists, numbers or flags, by their names. The cells of all others are text, also "42".
 LISTS = frozenset(
     (
         *("conversations", "conversation", "items", "messages", "history", "responses", "ranking", "rankings", "ranks"),

@@ -143,7 +143,7 @@ class MessageFilter:
             raise ValueError(f"got the language {unknown[0]!r}, expected one of {', '.join(LANGUAGES)}")
 
     def refusal(self, message: OasstMessage) -> str | None:
-        """Why the message is not wanted, or None if it is."""
+        """Return why the message is not wanted, or None if it is."""
         states, low, high = self.tree_states, self.min_labels, self.max_labels
         if states is not None and message.tree_state is not None and message.tree_state not in states:
             return "tree state"

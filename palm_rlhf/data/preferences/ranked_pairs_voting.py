@@ -14,10 +14,10 @@ Candidate = TypeVar("Candidate", str, int)
 def ranked_pairs(ballots: Sequence[Sequence[Candidate]]) -> list[Candidate]:
     """Merge ballots, each with the best candidate first, into one order of all candidates.
 
-    From the widest majority to the narrowest, each is kept unless it closes a cycle with those kept before (Tideman,
-    "Independence of Clones as a Criterion for Voting Rules", 1987). A ballot does not rank the candidates that it
-    leaves out. Ties between majorities, and between candidates that no majority orders, favour the smaller candidate,
-    so that neither the order of the ballots nor chance matters.
+    Majorities are kept from the widest to the narrowest, except those that would close a cycle with the majorities kept
+    before (Tideman, "Independence of Clones as a Criterion for Voting Rules", 1987). A ballot does not rank the
+    candidates that it leaves out. Ties between majorities, and between candidates that no majority orders, favour the
+    smaller candidate, so that neither the order of the ballots nor chance matters.
 
     Raises ValueError if a ballot names a candidate twice.
     """

@@ -23,7 +23,7 @@ def num_utf8_bytes(text: str) -> int:
 def num_message_tokens(
     messages: list[Turn], count_tokens: Callable[[str], int] = num_utf8_bytes, overhead: int = 0
 ) -> int:
-    """Return the length of messages in tokens; calls of tools count as their JSON.
+    """Return the length of messages in tokens; calls of tools count as JSON text.
 
     Args:
         messages: The messages.

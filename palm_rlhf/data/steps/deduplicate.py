@@ -33,7 +33,7 @@ def conversation_digest(conversation: Record) -> bytes:
 
 @beartype
 def drop_duplicates(conversations: Iterable[Record], *, rejected: Counter[str] | None = None) -> Iterator[Record]:
-    """Yield the conversations whose messages no earlier conversation has."""
+    """Yield each conversation unless an earlier one has the same messages."""
     rejected = Counter() if rejected is None else rejected
     seen: set[bytes] = set()
     for conversation in conversations:

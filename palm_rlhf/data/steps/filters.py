@@ -12,7 +12,7 @@ from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.steps.context_length import num_message_tokens, num_utf8_bytes
 
-# Error messages in place of a reply, or at its end; those of PROVIDER_ERROR_LINES only as whole lines.
+# Beginnings of the error messages that stand in place of a reply, or at its end.
 PROVIDER_ERRORS = (
     "an error occurred. either the engine you requested does not exist",
     "an error occurred. if this issue persists please contact us",
@@ -35,6 +35,7 @@ PROVIDER_ERRORS = (
     "you've reached the current usage cap for",
     "you have sent too many messages to the model",
 )
+# Error messages that are whole lines.
 PROVIDER_ERROR_LINES = (
     "conversation not found",
     "error in body stream",
@@ -209,5 +210,5 @@ def _detector() -> tuple[Any, set[str]]:
     except ImportError as error:
         raise missing_extra("Telling languages", error) from error
     codes = {language.iso_code_639_1.name.lower() for language in Language.all()}
-    # Low accuracy is for texts of more than 120 characters; high accuracy takes almost 1 GB of memory.
+    # Low accuracy suffices for texts of more than 120 characters; high accuracy takes almost 1 GB of memory.
     return LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build(), codes

@@ -8,7 +8,7 @@ from beartype import beartype
 
 from palm_rlhf.data.steps.copied_buttons import without_page_counter
 
-# The class names of a chat's page, and (MAYBE_PAGE) those that other pages have, too.
+# The class names of a chat's page. The pages of other people also have the class names of MAYBE_PAGE.
 CHAT_PAGE = re.compile(
     r"<(?:div|p|span)\b[^<>]*(?:\bmarkdown\b[^<>]*\bprose\b|\bdata-message-author-role=)", re.IGNORECASE
 )
