@@ -39,10 +39,9 @@ RECOGNISED: dict[Known, Callable[[Record], bool]] = {
     "prompts": is_prompt,
 }
 EXPECTED = (
-    "one of Open-Assistant (message_id, role, text, or a tree of such), ShareGPT (conversations), messages, rows of a "
-    "question and its answer (instruction, output, ...), ChatGPT's export (mapping), or preferences (chosen and "
-    "rejected, "
-    "responses, or ranked answers), or prompts"
+    "one of Open-Assistant (message_id, role, text, or a tree of such), ShareGPT (conversations), messages, rows of "
+    "a question and its answer (instruction, output, ...), ChatGPT's export (mapping), or preferences (chosen and "
+    "rejected, responses, or ranked answers), or prompts"
 )
 PARTS_OF_A_QUESTION = (*FIELDS, *TOOLS, "condition")
 WRITERS: dict[Target, Callable[..., Iterator[Record]]] = {"alpaca": to_instructions, "sharegpt": to_sharegpt}
@@ -150,18 +149,18 @@ def _check_conversion(form: Known, to: Target, top_k: int | None, max_replies: i
         )
     if top_k is not None and form != "oasst":
         raise ValueError(
-            f"got top_k={top_k} for the form {form}, expected none, since only messages of Open-Assistant have ranks: "
-            "drop it"
+            f"got top_k={top_k} for the form {form}, expected none, since only messages of "
+            "Open-Assistant have ranks: drop it"
         )
     if max_replies is not None and (max_replies < 2 or not compares):
         raise ValueError(
-            f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or preferences only: raise or "
-            "drop it"
+            f"got max_replies={max_replies} for {to}, expected at least 2, for rankings or "
+            "preferences only: raise or drop it"
         )
     if html == "always" and (form in ("oasst", "hh") or to == "unpaired"):
         raise ValueError(
-            f"got html='always' for the form {form} to {to}, expected conversations, since only these are converted to "
-            "Markdown: drop it"
+            f"got html='always' for the form {form} to {to}, expected conversations, since only these are converted "
+            "to Markdown: drop it"
         )
 
 

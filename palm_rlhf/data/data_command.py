@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from beartype import beartype
@@ -132,8 +132,7 @@ def filter_conversations(
         near_duplicates: Leave out conversations that share so much of their text with an earlier one, such as 0.8.
         context: The most tokens of a conversation.
         overlong: Split longer ones between exchanges so that none is lost, or keep the exchanges that fit.
-        tokenizer: Counts the tokens: a folder with a tokenizer.json or of save_pretrained, a run's, or a hub id;
-            bytes by default.
+        tokenizer: Counts the tokens: a tokenizer.json, a folder with it or of a run, or a hub id; bytes by default.
         overhead: The tokens that the chat template adds to each message.
         eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
         eval_out: Where to write the conversations that are held out.
@@ -142,11 +141,7 @@ def filter_conversations(
         overwrite: Write over a file that exists.
     """
     refuse_existing(overwrite, out, eval_out)
-    if (eval_fraction > 0) != (eval_out is not None) or out == eval_out:
-        raise ValueError(
-            f"got eval_fraction={eval_fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 "
-            "together with another file to write to: give both --eval-fraction and --eval-out"
-        )
+    _check_eval(eval_fraction, eval_out, out)
     summary = CommandSummary()
     rejected = summary.rejected
     count_tokens = _counter(tokenizer)
@@ -164,19 +159,17 @@ def filter_conversations(
     if near_duplicates is not None:
         records = drop_near_duplicates(records, near_duplicates, rejected=rejected)
 
-    def fitted(conversations: Iterator[Record]) -> Iterator[Record]:
-        if context is None:
-            return conversations
-        return fit_context(
-            conversations,
-            context,
+    fitted: Callable[[Iterable[Record]], Iterator[Record]] = iter
+    if context is not None:
+        fitted = partial(
+            fit_context,
+            context=context,
             overlong=overlong,
             count_tokens=count_tokens,
             overhead=overhead,
             rejected=rejected,
             mended=summary.mended,
         )
-
     with tempfile.TemporaryFile("w+", encoding="utf-8") as held_out:
         write_records(out, summary.written(fitted(_hold_out(records, eval_fraction, held_out))))
         if eval_out is not None:
@@ -252,6 +245,14 @@ def refuse_existing(overwrite: bool, *outs: str | None) -> None:
     for out in outs:
         if out not in (None, STANDARD) and os.path.isfile(out) and not overwrite:
             raise FileExistsError(f"{out} exists already: choose another name, or write over it with --overwrite")
+
+
+def _check_eval(fraction: float, eval_out: str | None, out: str) -> None:
+    if (fraction > 0) != (eval_out is not None) or out == eval_out:
+        raise ValueError(
+            f"got eval_fraction={fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 together "
+            "with another file to write to: give both --eval-fraction and --eval-out"
+        )
 
 
 def _counter(tokenizer: str | None) -> Callable[[str], int]:

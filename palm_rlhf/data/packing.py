@@ -42,8 +42,8 @@ class PackedSampler:
         for index, length in enumerate(self.lengths):
             if not 0 < length <= capacity:
                 raise ValueError(
-                    f"got {length} tokens in example {index}, expected 1 to the capacity, {capacity}: split or "
-                    "truncate it"
+                    f"got {length} tokens in example {index}, expected 1 to the capacity, "
+                    f"{capacity}: split or truncate it"
                 )
         self._order = EpochSampler(len(self.lengths), seed)
         self._waiting: list[_Waiting] = []

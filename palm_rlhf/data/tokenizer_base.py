@@ -32,8 +32,8 @@ class Tokenizer(ABC):
         for role, name in (("eos_token", self._eos), ("pad_token", self._pad)):
             if name not in self.special_tokens:
                 raise ValueError(
-                    f"got {role}={name!r}, expected one of the special tokens {list(self.special_tokens)}: add it to "
-                    "them"
+                    f"got {role}={name!r}, expected one of the special tokens "
+                    f"{list(self.special_tokens)}: add it to them"
                 )
 
     @property

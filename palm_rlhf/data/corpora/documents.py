@@ -89,8 +89,8 @@ def python_docs() -> list[SourceDocument]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise FileNotFoundError(
-            f"this Python ({sys.executable}) lacks the module pydoc_data, expected it for python-docs: name a file or "
-            "folder of text"
+            f"this Python ({sys.executable}) lacks the module pydoc_data, expected it for "
+            "python-docs: name a file or folder of text"
         ) from error
     return [(f"python-docs, {name}", (text.encode(),)) for name, text in sorted(topics.items())]
 

@@ -67,8 +67,8 @@ def cached(archive: Archive, folder: Path) -> Path | None:
     size = path.stat().st_size
     if size != archive.num_bytes:
         raise DownloadError(
-            f"{path} has {size:,} bytes, expected {archive.num_bytes:,}: it is not {archive.name}; delete it to "
-            "download it again"
+            f"{path} has {size:,} bytes, expected {archive.num_bytes:,}: it is not "
+            f"{archive.name}; delete it to download it again"
         )
     return path
 

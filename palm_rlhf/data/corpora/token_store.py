@@ -216,8 +216,7 @@ def _encoded(
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{text.where(offset + error.start)}, is not UTF-8 ({error.reason}), expected UTF-8: convert the "
-                    "file, "
-                    "or train on bytes, without a tokenizer"
+                    "file, or train on bytes, without a tokenizer"
                 ) from error
             yield _checked(tokenizer, string, continues=offset > first), len(raw)
         if eos_token is not None and last <= end:
@@ -237,8 +236,7 @@ def _checked(tokenizer: TextTokenizer, string: str, *, continues: bool = False) 
         bad = int(array.min()) if array.min() < 0 else int(array.max())
         raise ValueError(
             f"{type(tokenizer).__name__}.encode returned the token id {bad}, expected ids from 0 to below its "
-            "vocab_size, "
-            f"{tokenizer.vocab_size}: count added tokens in vocab_size too"
+            f"vocab_size, {tokenizer.vocab_size}: count added tokens in vocab_size too"
         )
     return array
 

@@ -156,8 +156,8 @@ def _cell(name: str, value: Any) -> str:
     if value is None or isinstance(value, str):
         if value and cell_value(name, value) != value:
             raise ValueError(
-                f"got the text {value[:60]!r} under {name!r}, expected a text that CSV reads back as text: "
-                "write .jsonl or .parquet"
+                f"got the text {value[:60]!r} under {name!r}, expected a text that CSV reads back as text: write "
+                ".jsonl or .parquet"
             )
         return value or ""
     return json.dumps(value, ensure_ascii=False)
@@ -226,8 +226,8 @@ def write_parquet(stream: Any, records: Iterable[Record]) -> int:
                     writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
         except pyarrow.ArrowException as error:
             raise ValueError(
-                f"got records whose values have no common type ({error}), expected one type for each column: write "
-                ".jsonl"
+                f"got records whose values have no common type ({error}), expected one type for "
+                "each column: write .jsonl"
             ) from error
         return spool.num_records
 
