@@ -103,7 +103,7 @@ class JinjaTemplate:
     special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _ = self._compiled
+        _ = self._compiled  # raises ValueError now if the source is not valid Jinja
 
     @cached_property
     def _compiled(self) -> Any:

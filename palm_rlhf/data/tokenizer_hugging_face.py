@@ -52,8 +52,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.config = config or {}
         self._unknown = unknown_token(self.backend)
         super().__init__(special_tokens, eos_token, pad_token)
-        self._anchored = {"text": self._gains_blank(), "special": False}
-        self._anchored["special"] = self._anchored["text"] and not self._gains_blank_after_special()
+        # After other text, or after a special token, text is encoded behind an anchor if it would gain a space.
+        self._anchors_after_text = self._gains_blank()
+        self._anchors_after_special = self._anchors_after_text and not self._gains_blank_after_special()
 
     @classmethod
     @beartype
@@ -106,7 +107,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
         After a special token a space is added if the backend adds one there, as transformers does.
         """
-        return self._encode(text, anchored=self._anchored["special" if after_special else "text"])
+        anchored = self._anchors_after_special if after_special else self._anchors_after_text
+        return self._encode(text, anchored=anchored)
 
     def _encode(self, text: str, *, anchored: bool) -> list[int]:
         if not text:

@@ -20,11 +20,8 @@ DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
 BATCH = 1000  # rows
 # The columns of CSV that hold lists, numbers or flags, by their names. The cells of all others are text, also "42".
 LISTS = frozenset(
-    (
-        *("conversations", "conversation", "items", "messages", "history", "responses", "ranking", "rankings", "ranks"),
-        *("scores", "answers", "completions", "tools", "functions", "choices", "turns", "replies", "labels", "emojis"),
-        *("score", "references", "reference"),
-    )
+    "conversations conversation items messages history responses ranking rankings ranks scores answers "
+    "completions tools functions choices turns replies labels emojis score references reference".split()
 )
 NUMBERS = frozenset(("rank", "preference", "score", "rating", "weight", "turn", "index", "margin"))
 FLAGS = frozenset(("deleted", "synthetic", "review_result"))

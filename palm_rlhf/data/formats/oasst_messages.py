@@ -8,9 +8,9 @@ from typing import Any, Literal
 from beartype import beartype
 
 # The languages of the Open-Assistant Conversations (https://arxiv.org/abs/2304.07327), those with most messages first.
-LANGUAGES = (
-    *("en", "es", "ru", "de", "zh", "fr", "th", "pt-BR", "ca", "ko", "uk-UA", "it", "ja", "vi", "eu", "pl", "hu", "ar"),
-    *("nl", "sv", "tr", "fi", "cs", "da", "gl", "he", "ro", "nb-NO", "id", "bg", "bn", "fa", "el", "eo", "sk"),
+LANGUAGES = tuple(
+    "en es ru de zh fr th pt-BR ca ko uk-UA it ja vi eu pl hu ar nl sv tr fi cs da gl he ro nb-NO id bg bn fa "
+    "el eo sk".split()
 )
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 REVIEWS = {"passed": (True,), "not_failed": (True, None), "any": (True, None, False)}

@@ -7,16 +7,12 @@ from typing import Any
 
 # Fields beside a conversation that tell where it comes from, how good it is and what it is about.
 METADATA = frozenset(
-    (
-        *("id", "ids", "index", "idx", "uuid", "guid", "hash", "sha256", "version", "split", "subset", "part"),
-        *("model", "models", "generator", "source", "sources", "dataset", "origin", "domain", "url", "link", "links"),
-        *("license", "author", "authors", "annotator", "annotators", "lang", "language", "languages"),
-        *("locale", "country", "state", "header", "category", "categories", "subcategory", "topic", "topics", "tag"),
-        *("model_name", "tags", "label", "labels", "type", "kind", "status", "skill", "skills", "difficulty"),
-        *("quality", "score", "scores", "rating", "ratings", "rank", "margin", "toxicity", "redacted", "created"),
-        *("updated", "date", "time", "timestamp", "tstamp", "metadata", "meta", "metrics", "stats", "moderation"),
-        *("annotation", "annotations", "judge", "feedback", "critique"),
-    )
+    "id ids index idx uuid guid hash sha256 version split subset part model models generator source sources "
+    "dataset origin domain url link links license author authors annotator annotators lang language languages "
+    "locale country state header category categories subcategory topic topics tag model_name tags label labels "
+    "type kind status skill skills difficulty quality score scores rating ratings rank margin toxicity "
+    "redacted created updated date time timestamp tstamp metadata meta metrics stats moderation annotation "
+    "annotations judge feedback critique".split()
 )
 METADATA_ENDS = re.compile(
     r"_(?:ids?|idx|index|hash|scores?|ratings?|rank|models?|source|url|date|time|at|type|count|lang|language|"
@@ -25,14 +21,11 @@ METADATA_ENDS = re.compile(
 METADATA_STARTS = ("num_", "is_", "has_")
 # Fields in which even one word is text: those of all formats, since a record may mix two, and some more.
 TEXT_FIELDS = frozenset(
-    (
-        *("system", "system_prompt", "system_message", "system_instruction", "conversations", "items", "messages"),
-        *("conversation", "prompt", "question", "instruction", "query", "problem", "user", "user_prompt", "user_input"),
-        *("human", "input", "context", "history", "output", "response", "answer", "completion", "solution", "reply"),
-        *("assistant", "chosen", "rejected", "response_j", "response_k"),
-        *("responses", "answers", "completions", "text", "content", "value", "instructions", "persona", "character"),
-        *("background", "hint", "reasoning", "reasoning_content", "thinking", "explanation", "document"),
-    )
+    "system system_prompt system_message system_instruction conversations items messages conversation prompt "
+    "question instruction query problem user user_prompt user_input human input context history output "
+    "response answer completion solution reply assistant chosen rejected response_j response_k responses "
+    "answers completions text content value instructions persona character background hint reasoning "
+    "reasoning_content thinking explanation document".split()
 )
 RENDERED = "text"
 UNKNOWN_FIELD = "unknown field"
