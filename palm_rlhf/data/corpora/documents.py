@@ -43,8 +43,9 @@ def find_files(spec: str, cache: Path) -> list[Path]:
     if not files:
         got = "the folder has no files" if path.is_dir() else f"no file, folder or glob matches {os.path.abspath(path)}"
         raise FileNotFoundError(
-            f"no data at {spec!r}: {got}; the built-in corpora are auto, enwik8 and python-docs, and a weight is a "
-            "positive number after the last colon"
+            f"no data at {spec!r}: {got}, expected files, or one of auto, enwik8 and python-docs: mend the name (a "
+            "weight "
+            "is a positive number after the last colon)"
         )
     return files
 
