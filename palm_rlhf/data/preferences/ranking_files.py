@@ -154,11 +154,7 @@ def _compared(
     transcripts = all(map(is_transcript, texts))
     if not has_field and not transcripts and all(isinstance(text, str) for text in texts):
         _refuse_fields(record, names, ignored)
-        # Without turns the prompt is the beginning that both share, up to its last blank, so that no word is cut.
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts)))
-        length = 1 + max((place for place, letter in enumerate(texts[0][:same]) if letter.isspace()), default=-1)
-        prompt = [{"role": "user", "content": texts[0][:length].strip()}]
-        return prompt, [text[length:].strip() for text in texts]
+        return _shared_beginning(*texts)
     parsed = _prompt(record, ignored, mended)
     head, prompt = _split_system(parsed.turns)
     is_dialogue = parsed.is_transcript or (transcripts and not prompt)
@@ -182,6 +178,13 @@ def _compared(
     if not len(better) == len(worse) == shared + 1:
         raise ValueError("replies differ in more than one turn")
     return head + prompt + better[:shared], [only_reply(better[shared:]), only_reply(worse[shared:])]
+
+
+def _shared_beginning(chosen: str, rejected: str) -> tuple[list[Turn], list[str]]:
+    """Return the beginning that two texts share as the prompt, up to its last blank so that no word is cut."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
+    length = 1 + max((place for place, letter in enumerate(chosen[:same]) if letter.isspace()), default=-1)
+    return [{"role": "user", "content": chosen[:length].strip()}], [chosen[length:].strip(), rejected[length:].strip()]
 
 
 def _refuse_fields(record: Record, names: tuple[str, str], ignored: Collection[str]) -> None:
