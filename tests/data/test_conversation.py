@@ -240,7 +240,7 @@ def test_what_is_saved_is_found_again(name, tmp_path):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_template_of_a_foreign_folder_is_found(several, tmp_path):
-    with pytest.raises(FileNotFoundError, match="take one of"):
+    with pytest.raises(FileNotFoundError, match="take the one of"):
         load_template(tmp_path)
     source = [{"name": "rag", "template": "x"}, {"name": "default", "template": LLAMA2}] if several else LLAMA2
     config = {"chat_template": source, "bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}

@@ -234,7 +234,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 
 
 def test_a_corpus_can_be_tokenized_by_each():
-    assert all(isinstance(tokenizer_of(name), store.Tokenizer) for name in MAKERS)
+    assert all(isinstance(tokenizer_of(name), store.TextTokenizer) for name in MAKERS)
 
 
 def streamed(tokenizer, ids: list[int]) -> str:
