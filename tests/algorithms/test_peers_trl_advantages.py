@@ -12,8 +12,8 @@ import torch
 from palm_rlhf.algorithms.advantages import group_advantages, overlong_penalty, rloo_advantages, token_rewards
 from palm_rlhf.algorithms.losses import policy_loss, step_denominator
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.sequences import join, response_logprobs
+from tests.factories import wandering_palm
 
 SAMPLES = 4
 SCORES = {  # two groups of four
@@ -25,24 +25,14 @@ SCORES = {  # two groups of four
 PROMPTS = [(2, 3)] * SAMPLES + [(4, 5, 6)] * SAMPLES
 
 
-def palm_of(seed):
-    """A policy that rarely says the same again."""
-    torch.manual_seed(seed)
-    palm = PaLM(num_tokens=13, dim=16, depth=2, heads=2, dim_head=8, ff_mult=2)
-    for layer in palm.layers:
-        layer.attn_out.weight.data.mul_(4)
-        layer.ff_out.weight.data.mul_(4)
-    return palm
-
-
 @pytest.fixture(scope="module")
 def policy():
-    return palm_of(0)
+    return wandering_palm(0)
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return palm_of(1)
+    return wandering_palm(1)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from palm_rlhf.data.tokenizer import (
 )
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
+from tests.factories import palm_of
 
 TEXTS = [
     f"the <|user|> said {word}, and the cat sat on the mat {number} times" for number in range(30) for word in "äb日"
@@ -269,18 +270,13 @@ def test_characters_are_streamed_when_they_are_whole_and_no_later(name):
     assert pieces[0] and pieces[-1] == "a"
 
 
-def palm_of(num_tokens: int, **fields) -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(num_tokens=num_tokens, dim=16, depth=1, heads=2, dim_head=8, **fields)
-
-
 def lost_nats(palm: PaLM, before: torch.Tensor, tokens: torch.Tensor) -> float:
     after = palm(tokens).log_softmax(-1)[..., : before.shape[-1]]
     return (before - after).max().item()
 
 
 def test_new_tokens_hardly_change_a_trained_model():
-    tokenizer, palm = ByteTokenizer(["</s>"], eos_token="</s>"), palm_of(257).eval()
+    tokenizer, palm = ByteTokenizer(["</s>"], eos_token="</s>"), palm_of(depth=1, num_tokens=257).eval()
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 257, (2, 30)))
     old, before = palm.token_emb.weight.detach().clone(), palm(tokens).log_softmax(-1)
     add_special_tokens(palm, tokenizer, ["<|user|>", "</s>", "<|x|>"])
@@ -290,7 +286,7 @@ def test_new_tokens_hardly_change_a_trained_model():
     torch.testing.assert_close(palm.token_emb.weight[257:], old.mean(0).expand(2, -1))
     # exp(mean) <= mean(exp): each new token takes at most one share of 257
     assert 0 < lost_nats(palm, before, tokens) <= np.log(1 + 2 / 257) + 1e-5
-    mutant = palm_of(257).eval()
+    mutant = palm_of(depth=1, num_tokens=257).eval()
     resize_token_embeddings(mutant, 259)
     with torch.no_grad():
         mutant.token_emb.weight[257:].normal_(std=5)
@@ -298,7 +294,7 @@ def test_new_tokens_hardly_change_a_trained_model():
 
 
 def test_rows_that_no_token_had_are_set_too_and_names_that_are_there_change_nothing():
-    tokenizer, palm = ByteTokenizer(["</s>"], eos_token="</s>"), palm_of(300)
+    tokenizer, palm = ByteTokenizer(["</s>"], eos_token="</s>"), palm_of(depth=1, num_tokens=300)
     weights = palm.token_emb.weight
     add_special_tokens(palm, tokenizer, ["</s>"])
     assert palm.token_emb.weight is weights
@@ -308,14 +304,14 @@ def test_rows_that_no_token_had_are_set_too_and_names_that_are_there_change_noth
 
 
 def test_a_resized_model_trains_saves_and_keeps_what_is_frozen(tmp_path):
-    palm = palm_of(257)
+    palm = palm_of(depth=1, num_tokens=257)
     palm.add_finetune_params("default", 2)
     resize_token_embeddings(palm, 260)
     assert not palm.token_emb.weight.requires_grad
     palm.save_pretrained(tmp_path)
     tokens = torch.tensor([[259, 1, 258]])
     assert torch.equal(PaLM.from_pretrained(tmp_path)(tokens), palm(tokens))
-    half = palm_of(257).to(torch.bfloat16)
+    half = palm_of(depth=1, num_tokens=257).to(torch.bfloat16)
     resize_token_embeddings(half, 258)
     assert half.dtype == torch.bfloat16 and half.token_emb.weight.requires_grad
     half(tokens[:, 1:2], return_loss=False).sum().backward()
@@ -324,9 +320,9 @@ def test_a_resized_model_trains_saves_and_keeps_what_is_frozen(tmp_path):
 @pytest.mark.parametrize("arguments", [{"num_tokens": 256}, {"num_tokens": 300, "num_known": 258}])
 def test_tokens_are_not_taken_away(arguments):
     with pytest.raises(ValueError, match="tokens can be added, not taken away"):
-        resize_token_embeddings(palm_of(257), **arguments)
+        resize_token_embeddings(palm_of(depth=1, num_tokens=257), **arguments)
     with pytest.raises(ValueError, match="expected at most 200"):
-        add_special_tokens(palm_of(200), ByteTokenizer(), ["<|x|>"])
+        add_special_tokens(palm_of(depth=1, num_tokens=200), ByteTokenizer(), ["<|x|>"])
 
 
 def test_a_token_that_is_there_as_a_word_becomes_special():

@@ -10,6 +10,7 @@ from palm_rlhf import PaLM
 from palm_rlhf.model.cache import KVCache
 from palm_rlhf.ops.attention import attention
 from palm_rlhf.ops.cpu import native_library
+from tests import factories
 
 VOCABULARY = 17
 SIZES = {"dim": 10, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 6, "ff_inner_dim": 7}
@@ -19,8 +20,7 @@ PAIRS = torch.cpu._is_avx512_bf16_supported()  # products of pairs of bfloat16
 
 def palm_of(*, seed=0, **changes) -> PaLM:
     """A float64 model of random weights, the scales of its norms included."""
-    torch.manual_seed(seed)
-    palm = PaLM(num_tokens=VOCABULARY, **{**SIZES, **changes}).double()
+    palm = factories.palm_of(seed, num_tokens=VOCABULARY, **{**SIZES, **changes}).double()
     for name, parameter in palm.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf import PaLM
 from palm_rlhf.model.palm import default_positions
+from tests import factories
 
 VOCABULARY = 17
 VARIANTS = {
@@ -28,10 +29,9 @@ UNEVEN = st.lists(st.integers(2, 9), min_size=2, max_size=4, unique=True)
 
 @functools.cache
 def palm_of(variant) -> PaLM:
-    torch.manual_seed(0)
     options = {"causal": False} if variant == "bidirectional" else VARIANTS[variant]
     sizes = {"num_tokens": VOCABULARY, "dim": 12, "depth": 2, "heads": 3, "dim_head": 4, "ff_mult": 2}
-    return PaLM(**{**sizes, **options}).double()
+    return factories.palm_of(**{**sizes, **options}).double()
 
 
 def token_rows(lengths, seed):

@@ -8,6 +8,7 @@ import torch
 from palm_rlhf import PaLM
 from palm_rlhf.ops.logprobs import MAX_REPEATED_DIM
 from palm_rlhf.policy.sequences import action_logprobs, join
+from tests.factories import palm_of
 
 ARITHMETIC = {  # the type of the weights, and whether bfloat16 autocast is on
     "float64": (torch.float64, False),
@@ -34,8 +35,7 @@ def small_chunks(monkeypatch):
 
 
 def tiny_palm(**options) -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(**{"num_tokens": 300, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32, **options})
+    return palm_of(**{"num_tokens": 300, "dim": 64, "dim_head": 32, **options})
 
 
 def ragged(num_tokens: int, *pairs: tuple[int, int]):

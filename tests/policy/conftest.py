@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from palm_rlhf.model.palm import PaLM
+from tests import factories
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +21,7 @@ def wandering_palm(num_tokens):
     """`wandering_palm(dropout=0.1)` has the same weights at every call, and rarely repeats itself."""
 
     def build(**options) -> PaLM:
-        torch.manual_seed(0)
-        sizes = {"num_tokens": num_tokens, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "ff_mult": 2}
-        palm = PaLM(**{**sizes, **options})
-        for layer in palm.layers:  # at the start a tied model mostly says its last token again
-            layer.attn_out.weight.data.mul_(4)
-            layer.ff_out.weight.data.mul_(4)
-        return palm
+        return factories.wandering_palm(**{"num_tokens": num_tokens, **options})
 
     return build
 

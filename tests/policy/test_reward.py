@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
+from tests.factories import palm_of
 
 NUM_TOKENS = 23
 POOLINGS = ("last", "mean", "mean_all")
 
 
 def make_palm(**options) -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(**{"num_tokens": NUM_TOKENS, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **options})
+    return palm_of(**{"num_tokens": NUM_TOKENS, **options})
 
 
 def make_model(*, palm: dict | None = None, **options) -> RewardModel:

@@ -10,6 +10,7 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineError, Request
+from tests.factories import palm_of
 
 BAD = 99  # the token that breaks a forward, where a test says so
 NEVER_ENDS = {"logit_bias": {256: -100, BAD: -100}}
@@ -21,8 +22,7 @@ def ask(prompt, num_tokens, **options) -> Request:
 
 @pytest.fixture
 def palm() -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(num_tokens=261, dim=16, depth=3, heads=2, dim_head=8, max_seq_len=4096).double().eval()
+    return palm_of(num_tokens=261, depth=3, max_seq_len=4096).double().eval()
 
 
 def alone(palm: PaLM, request: Request) -> list[int]:

@@ -13,6 +13,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import EngineFull, Request
+from tests.factories import palm_of
 
 NEVER_ENDS = {"logit_bias": {256: -100}}  # the end of the text
 
@@ -23,8 +24,7 @@ def ask(prompt, num_tokens, client, **options) -> Request:
 
 @pytest.fixture(scope="module")
 def palm() -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(num_tokens=261, dim=16, depth=1, heads=2, dim_head=8, max_seq_len=4096).double().eval()
+    return palm_of(num_tokens=261, depth=1, max_seq_len=4096).double().eval()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine.batch import FORWARD, Batch
 from palm_rlhf.serving.generation import Request
+from tests.factories import palm_of
 
 CHUNK = 128
 
@@ -18,8 +19,7 @@ CHUNK = 128
 @pytest.fixture(scope="module")
 def palm() -> PaLM:
     """A model whose choices are clear ones: its logits are far from each other."""
-    torch.manual_seed(0)
-    palm = PaLM(num_tokens=256, dim=32, depth=2, heads=4, dim_head=8, kv_heads=2, logit_scale=4.0, max_seq_len=512)
+    palm = palm_of(num_tokens=256, dim=32, heads=4, kv_heads=2, logit_scale=4.0, max_seq_len=512)
     return palm.double().eval()
 
 

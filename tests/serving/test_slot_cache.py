@@ -6,16 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cpu.native_library import refusal
 from palm_rlhf.serving.engine.prefix_cache import MAX_ENTRIES, PrefixCache, common_prefix
 from palm_rlhf.serving.engine.slot_cache import RaggedRows, SlotCache
+from tests.factories import palm_of
 
 
 @pytest.fixture(scope="module")
 def palm():
-    torch.manual_seed(0)
-    return PaLM(num_tokens=40, dim=32, depth=2, heads=4, dim_head=8, kv_heads=2, xpos=True).double().eval()
+    return palm_of(num_tokens=40, dim=32, heads=4, kv_heads=2, xpos=True).double().eval()
 
 
 def read(palm, slots, row, tokens, chunks=(100,)):

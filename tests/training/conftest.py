@@ -7,10 +7,10 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import numpy as np
 import pytest
-import torch
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.run.config import LMConfig
+from tests.factories import palm_of
 
 
 @pytest.fixture
@@ -18,8 +18,7 @@ def tiny_palm():
     """`tiny_palm(dropout=0.1)` is a byte-level PaLM with the same weights at every call."""
 
     def build(**fields) -> PaLM:
-        torch.manual_seed(0)
-        return PaLM(**{"num_tokens": 256, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, **fields})
+        return palm_of(**{"num_tokens": 256, "dim": 32, "dim_head": 16, **fields})
 
     return build
 

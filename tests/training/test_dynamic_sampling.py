@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf import PPOConfig, RLHFTrainer
 from palm_rlhf.policy.sequences import response_logprobs
 from palm_rlhf.training.rlhf.credit import shape_scores
+from tests.factories import palm_of
 
 EOS, NUM_PROMPTS, GROUPS = 5, 12, 4
 EQUAL = {0, 2, 3, 5, 6, 7, 9, 10, 11}  # the first tokens of the prompts whose responses all score the same
@@ -24,7 +25,7 @@ def by_prompt(prompts, completions) -> list[float]:
 
 def make_trainer(folder=None, resume=False, reward=by_prompt, **options) -> RLHFTrainer:
     torch.manual_seed(0)
-    palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8)
+    palm = palm_of()
     prompts = [torch.tensor([first, *[1] * (8 if first in EQUAL else first % 2)]) for first in range(NUM_PROMPTS)]
     return RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=prompts, output_dir=folder, resume=resume,
                        config=PPOConfig(**{**SETTINGS, **options}))  # fmt: skip
@@ -94,7 +95,7 @@ def test_columns_and_named_rewards_go_with_their_responses():
         return [float(number) for number in answer]
 
     torch.manual_seed(0)
-    palm = PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8)
+    palm = palm_of()
     rows = [{"prompt": str(first), "answer": 100 + first} for first in range(NUM_PROMPTS)]
     trainer = RLHFTrainer(
         palm=palm,

@@ -10,6 +10,7 @@ from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.training.preference import PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.run.optimizer import computes_below_float32
+from tests.factories import palm_of
 
 NUM_TOKENS, EOS = 96, 5
 ARITHMETIC = {  # the type of the weights, and the precision of the run
@@ -32,9 +33,7 @@ RLHF = [
 
 
 def small_palm(dtype: torch.dtype = torch.float32, **options) -> PaLM:
-    torch.manual_seed(0)
-    sizes = {"num_tokens": NUM_TOKENS, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32}
-    return PaLM(**{**sizes, **options}).to(dtype)
+    return palm_of(**{"num_tokens": NUM_TOKENS, "dim": 64, "dim_head": 32, **options}).to(dtype)
 
 
 def ragged_prompts(count: int = 12) -> list[torch.Tensor]:

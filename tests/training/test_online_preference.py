@@ -29,12 +29,12 @@ GRADIENT_DESCENT = {"learning_rate": 1e6, "eps": 1e6, "warmup_steps": 0, "grad_c
 RUN = """
 import sys
 import torch
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training import OnlinePreferenceTrainer, Preference, PreferenceConfig, RolloutConfig
+from tests import factories
 
 def palm_of(seed=0, **fields):
-    torch.manual_seed(seed)
-    return PaLM(**{"num_tokens": 8, "dim": 32, "depth": 1, "heads": 2, "dim_head": 16, "dropout": 0.1, **fields})
+    sizes = {"num_tokens": 8, "dim": 32, "depth": 1, "dim_head": 16, "dropout": 0.1}
+    return factories.palm_of(seed, **{**sizes, **fields})
 
 def counting(prompts, completions):
     scores = []

@@ -15,7 +15,6 @@ from torch import nn
 
 from palm_rlhf.algorithms import preferences
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training import (
     Preference,
@@ -30,19 +29,11 @@ from palm_rlhf.training import reward as reward_module
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
+from tests.factories import wandering_palm
 
 SEEDS = range(3)
 QUIET = {"precision": "float32", "plot": False, "grad_accum": 1, "num_epochs": 1, "warmup_steps": 0}
 SMALL = {"num_tokens": 13, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "ff_mult": 2}
-
-
-def palm_of(seed):
-    torch.manual_seed(seed)
-    palm = PaLM(**SMALL)
-    for layer in palm.layers:  # a policy that says more than its last token again
-        layer.attn_out.weight.data.mul_(4)
-        layer.ff_out.weight.data.mul_(4)
-    return palm
 
 
 def pairs_of(seed, count=5):
@@ -68,7 +59,7 @@ def dpo_trainer(trl_trainer, tmp_path_factory):
     """`dpo_trainer(seed, loss_type=["ipo"])` is TRL's, of the policy and the reference of that seed."""
 
     def build(seed, **settings):
-        policy, reference = palm_of(10 * seed), palm_of(10 * seed + 1)
+        policy, reference = wandering_palm(10 * seed), wandering_palm(10 * seed + 1)
         folder = tmp_path_factory.mktemp("cohere")
         policy.save_pretrained(folder, format="cohere")
         trainer = trl_trainer("DPO", folder, **settings)
@@ -114,7 +105,10 @@ def step_of_dpo(seed, options, count):
     """The metrics of our trainer's first step."""
     config = PreferenceConfig(**QUIET, **options, batch_size=count)
     trainer = PreferenceTrainer(
-        palm_of(10 * seed), train_data=pairs_of(seed, count), reference=palm_of(10 * seed + 1), config=config
+        wandering_palm(10 * seed),
+        train_data=pairs_of(seed, count),
+        reference=wandering_palm(10 * seed + 1),
+        config=config,
     )
     return next(trainer.steps())
 
@@ -191,7 +185,7 @@ def theirs_of_kto(trl_trainer, tmp_path_factory):
         ]
         for models in ((10 * seed, 10 * seed + 1), (10 * seed + 1, 10 * seed)):
             folder = tmp_path_factory.mktemp("cohere")
-            policy, reference = map(palm_of, models)
+            policy, reference = map(wandering_palm, models)
             policy.save_pretrained(folder, format="cohere")
             trainer = trl_trainer("KTO", folder, **KTO)
             weights = to_cohere_tensors(reference.config, reference.state_dict())
@@ -218,7 +212,7 @@ OF_TRL = {
 def check_kto(theirs_of_kto, **changed):
     for models, items, theirs in theirs_of_kto:
         config = PreferenceConfig(**QUIET, loss="kto", **{**KTO, **changed}, batch_size=6)
-        policy, reference = map(palm_of, models)
+        policy, reference = map(wandering_palm, models)
         ours = next(PreferenceTrainer(policy, train_data=items, reference=reference, config=config).steps())
         assert theirs["grad_norm"] > 1e-3
         for name in ("loss", "grad_norm"):
@@ -265,7 +259,7 @@ class Scorer(nn.Module):
 
 
 def reward_model_of(seed):
-    model = RewardModel(palm_of(seed))
+    model = RewardModel(wandering_palm(seed))
     model.head.weight.data.mul_(4)
     return model
 

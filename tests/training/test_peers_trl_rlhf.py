@@ -10,11 +10,12 @@ import dataclasses
 import pytest
 import torch
 
-from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf import PPOConfig, RLHFTrainer
 from palm_rlhf.model.interop.cohere import to_cohere_tensors
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join, response_logprobs
+from tests.factories import wandering_palm
 
 SAMPLES, LONGEST, KL_COEF = 4, 6, 0.3
 SCORES = [1.0, -2.0, 0.5, 3.0, 10.0, 12.0, 9.5, 10.5]
@@ -50,15 +51,6 @@ ALGORITHMS = {
 }
 
 
-def palm_of(seed):
-    torch.manual_seed(seed)
-    palm = PaLM(num_tokens=13, dim=16, depth=2, heads=2, dim_head=8, ff_mult=2)
-    for layer in palm.layers:  # a policy that says more than its last token again
-        layer.attn_out.weight.data.mul_(4)
-        layer.ff_out.weight.data.mul_(4)
-    return palm
-
-
 def our_trainer(**options):
     """A trainer of policy 0 with reference 1, every step one minibatch in micro-batches of three rows."""
     settings = {
@@ -73,10 +65,10 @@ def our_trainer(**options):
         "plot": False,
     }
     return RLHFTrainer(
-        palm=palm_of(0),
+        palm=wandering_palm(0),
         reward_model=lambda prompts, completions: SCORES,
         prompt_token_ids=[torch.tensor(prompt) for prompt in PROMPTS[::SAMPLES]],
-        reference=palm_of(1),
+        reference=wandering_palm(1),
         config=PPOConfig(**{**settings, **options}),
     )
 
@@ -87,8 +79,8 @@ def rollout_of(trl_trainer, tmp_path_factory):
 
     def build(algorithm):
         kind, settings = TRL[algorithm]
-        folder, reference = tmp_path_factory.mktemp("cohere"), palm_of(1)
-        palm_of(0).save_pretrained(folder, format="cohere")
+        folder, reference = tmp_path_factory.mktemp("cohere"), wandering_palm(1)
+        wandering_palm(0).save_pretrained(folder, format="cohere")
         trainer = trl_trainer(
             kind,
             folder,

@@ -16,24 +16,15 @@ from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
 from palm_rlhf.training.rlhf.credit import shape_scores
+from tests.factories import evens, palm_of
 
 EOS = 5
 GROUPS = {"algorithm": "grpo", "num_samples": 4}
 
 
-def tiny_palm(seed: int = 0, **options) -> PaLM:
-    torch.manual_seed(seed)
-    return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **options})
-
-
 def ragged_prompts(count: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(12, (1 + index % 5,), generator=generator) for index in range(count)]
-
-
-def evens(prompts, completions) -> list[float]:
-    """The share of even tokens: a reward that differs between responses and needs no model."""
-    return [float((row % 2 == 0).double().mean()) for row in completions]
 
 
 def make_trainer(palm: PaLM | None = None, reward=evens, prompts=None, output_dir=None, **options) -> RLHFTrainer:
@@ -48,7 +39,7 @@ def make_trainer(palm: PaLM | None = None, reward=evens, prompts=None, output_di
     }
     extra = {name: options.pop(name) for name in ("critic", "reference", "tokenizer", "resume") if name in options}
     return RLHFTrainer(
-        palm=tiny_palm() if palm is None else palm,
+        palm=palm_of() if palm is None else palm,
         reward_model=reward,
         prompt_token_ids=ragged_prompts() if prompts is None else prompts,
         config=PPOConfig(**{**settings, **options}),
@@ -90,7 +81,7 @@ SAMPLING = [
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 def test_the_first_ratio_is_one(options, dtype, tolerance):
     """For every token, in train() mode, with dropout in the config and prompts of different lengths."""
-    trainer = make_trainer(tiny_palm(dropout=0.3).to(dtype), **options)
+    trainer = make_trainer(palm_of(dropout=0.3).to(dtype), **options)
     trainer.actor_critic.train()
     metrics = trainer.update(experience_of(trainer))
     assert metrics["optimizer_steps"] == 1
@@ -117,7 +108,7 @@ def log_probabilities_one_off(experience):
 
 @pytest.mark.parametrize("spoil", [dropout_on, temperature_forgotten])
 def test_the_first_ratio_is_not_one_in_a_broken_trainer(spoil):
-    trainer = make_trainer(tiny_palm(dropout=0.3), temperature=0.6)
+    trainer = make_trainer(palm_of(dropout=0.3), temperature=0.6)
     trainer.actor_critic.train()
     experience = experience_of(trainer)
     spoil(trainer)
@@ -161,7 +152,7 @@ class Padded(Sequences):
 @pytest.mark.parametrize("options", [{}, {"algorithm": "grpo", "num_samples": 4}, {"entropy_coef": 0.1}], ids=str)
 def test_pads_are_nothing(options, monkeypatch):
     """Columns of pads, with garbage in all that stands there, change no loss, no gradient and no metric."""
-    trainer = make_trainer(tiny_palm().double(), **options)
+    trainer = make_trainer(palm_of().double(), **options)
     experience = experience_of(trainer)
     assert not experience.action_mask.all(), "responses of different lengths are what this is about"
 
@@ -203,7 +194,7 @@ def keep_all_columns(experience, rows):
     ids=str,
 )
 def test_micro_batches_of_uneven_lengths_add_up_to_one_batch(options):
-    trainer = make_trainer(tiny_palm().double(), grad_clip=0.0, **options)
+    trainer = make_trainer(palm_of().double(), grad_clip=0.0, **options)
     experience = experience_of(trainer)
     whole = gradients(trainer, experience)
     trainer.config = dataclasses.replace(trainer.config, micro_batch_size=3)
@@ -212,7 +203,7 @@ def test_micro_batches_of_uneven_lengths_add_up_to_one_batch(options):
 
 def test_a_mean_of_micro_batch_means_is_not_the_mean():
     """The mutant: each micro-batch divided by its own tokens."""
-    trainer = make_trainer(tiny_palm().double(), grad_clip=0.0)
+    trainer = make_trainer(palm_of().double(), grad_clip=0.0)
     experience = experience_of(trainer)
     whole = gradients(trainer, experience)
     lengths = experience.sequences.response_lengths
@@ -246,7 +237,7 @@ def test_the_seed_of_the_config_is_the_seed_of_the_adapters():
     """Of policy and critic, whatever was drawn before."""
 
     def adapters(seed: int, drawn_before: int) -> dict[str, torch.Tensor]:
-        palm = tiny_palm()
+        palm = palm_of()
         torch.manual_seed(drawn_before)
         trainer = make_trainer(palm, seed=seed, actor_lora_r=2, critic_lora_r=2)
         return {name: t.clone() for name, t in trainer.actor_critic.state_dict().items() if "finetune" in name}
@@ -271,7 +262,7 @@ def exact_kl(trainer: RLHFTrainer, prompts: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("sign", [1, -1], ids=["penalty", "sign flipped"])
 def test_kl_pulls_back(options, sign, monkeypatch):
     """Without a reward, a perturbed policy comes nearer to the reference; with the sign flipped it goes away."""
-    reference = tiny_palm()
+    reference = palm_of()
     policy = copy.deepcopy(reference)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -330,7 +321,7 @@ def test_responses_without_a_score_are_left_out():
     def half(prompts, completions):
         return [None if index % 2 else 1.0 + index for index in range(len(prompts))]
 
-    trainer = make_trainer(tiny_palm().double(), reward=half, grad_clip=0.0)
+    trainer = make_trainer(palm_of().double(), reward=half, grad_clip=0.0)
     rollout = trainer.collect()
     scores = trainer.score(rollout)
     experience = trainer.estimate_advantages(rollout, scores)
@@ -370,7 +361,7 @@ def test_what_would_stop_a_run_half_way_is_refused_before_it():
     assert next(make_trainer(prompts=[torch.arange(7)], max_seq_len=8).steps())["response_length"] == 1
     for num_tokens in (11, 13):
         with pytest.raises(ValueError, match=f"the reward model has num_tokens={num_tokens}; expected 12"):
-            make_trainer(reward=RewardModel(tiny_palm(num_tokens=num_tokens)))
+            make_trainer(reward=RewardModel(palm_of(num_tokens=num_tokens)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -416,7 +407,7 @@ VARIANTS = [{}, GROUPS, {**GROUPS, "grpo_variant": "dr_grpo"}, {**GROUPS, "grpo_
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_what_is_said_of_ratios_is_a_mean_over_tokens(options, micro_batch_size):
     """With records that are off by known numbers, ratios are known; responses are of many lengths."""
-    trainer = make_trainer(tiny_palm().double(), micro_batch_size=micro_batch_size, **options)
+    trainer = make_trainer(palm_of().double(), micro_batch_size=micro_batch_size, **options)
     experience = experience_of(trainer)
     moved = 0.4 * torch.randn_like(experience.logprobs)
     metrics = trainer.update(dataclasses.replace(experience, logprobs=experience.logprobs - moved))
@@ -433,7 +424,7 @@ def test_the_constant_of_dr_grpo_is_the_longest_response_that_there_is_room_for(
     """At ratio 1 the loss is the sum of all advantages, over 8 responses times that; prompts have 2 to 5 tokens."""
     prompts = [torch.arange(length) for length in (3, 2, 5, 4)]
     options = {"num_samples": 2, "prompts": prompts, "algorithm": "grpo", "grpo_variant": "dr_grpo", **room}
-    trainer = make_trainer(tiny_palm().double(), micro_batch_size=3, **options)
+    trainer = make_trainer(palm_of().double(), micro_batch_size=3, **options)
     experience = experience_of(trainer)
     total = float(experience.advantages[experience.action_mask].sum())
     assert abs(total) > 0.1
@@ -446,7 +437,7 @@ def test_the_ratio_of_rloo_is_of_a_response_unless_it_is_asked_for_of_tokens(rat
     """With records that are off by known numbers; None is the default, as in TRL."""
     given = {} if ratio_level is None else {"ratio_level": ratio_level}
     options = {"algorithm": "rloo", "num_samples": 4, "micro_batch_size": micro_batch_size, **given}
-    trainer = make_trainer(tiny_palm().double(), **options)
+    trainer = make_trainer(palm_of().double(), **options)
     experience = experience_of(trainer)
     moved = 0.2 * torch.randn_like(experience.logprobs)
     metrics = trainer.update(dataclasses.replace(experience, logprobs=experience.logprobs - moved))
@@ -487,9 +478,9 @@ def test_optimisation_stops_by_the_kl_of_a_token_in_every_variant(options):
 )
 def test_the_kl_counts_as_in_the_papers_unless_another_weight_is_given(options, expected):
     """Between a policy and a reference that differ, a KL has a gradient; the loss of these equal scores has none."""
-    policy = tiny_palm(1).double()
+    policy = palm_of(1).double()
     same = lambda prompts, completions: [1.0] * len(prompts)  # noqa: E731
-    trainer = make_trainer(policy, reward=same, reference=tiny_palm(2).double(), **options)
+    trainer = make_trainer(policy, reward=same, reference=palm_of(2).double(), **options)
     assert trainer.kl_coef == expected
     if trainer.config.kl_in_loss and trainer.config.grpo_variant != "dapo":
         moved = gradients(trainer, experience_of(trainer))
@@ -508,7 +499,7 @@ WITHOUT_KL = [
 def test_without_a_kl_no_reference_is_copied_or_run(options, monkeypatch):
     """Only the policy and a critic read tokens; what is learnt is what a reference of weight 0 would leave."""
     trainer = make_trainer(num_steps=2, **options)
-    with_one = make_trainer(num_steps=2, reference=tiny_palm(7), **options)
+    with_one = make_trainer(num_steps=2, reference=palm_of(7), **options)
     assert trainer.reference is None
     readers = set()
     forward = PaLM.forward

@@ -14,6 +14,7 @@ from palm_rlhf.algorithms.win_rate import wilson_interval
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
 from palm_rlhf.training.run.checkpoints import best_checkpoint
 from palm_rlhf.training.run.log import read_metrics
+from tests.factories import Letters, evens, lengths, palm_of
 
 EOS = 5
 PROMPTS = [torch.arange(1 + index % 3) for index in range(8)]
@@ -22,16 +23,7 @@ CLOCK = {"elapsed", "tokens_per_second"}
 
 
 def tiny_palm() -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(num_tokens=12, dim=16, depth=1, heads=1, dim_head=16)
-
-
-def length(prompts, completions) -> list[int]:
-    return [len(row) for row in completions]
-
-
-def evens(prompts, completions) -> list[float]:
-    return [float((row % 2 == 0).double().mean()) for row in completions]
+    return palm_of(depth=1, heads=1, dim_head=16)
 
 
 def make_trainer(folder=None, reward=evens, prompts=PROMPTS, resume=False, **options) -> RLHFTrainer:
@@ -79,7 +71,7 @@ def test_an_evaluation_measures_the_responses_by_hand():
         return hearing(prompts, completions, goal, truncated)
 
     trainer = make_trainer(
-        reward=training_or_held_out, eval_prompts=HELD_OUT, eval_reward={"gold": length}, eval_samples=2, num_steps=2,
+        reward=training_or_held_out, eval_prompts=HELD_OUT, eval_reward={"gold": lengths}, eval_samples=2, num_steps=2,
         prompts=[{"prompt": prompt, "goal": None} for prompt in PROMPTS], temperature=0.7,
     )  # fmt: skip
     (metrics,) = evaluations(trainer)
@@ -175,13 +167,6 @@ def test_an_evaluation_has_so_many_responses_to_each_prompt():
 
 
 def test_prompts_come_as_texts_in_a_file_too(tmp_path):
-    class Letters:
-        def encode(self, text):
-            return ["abcdefghijkl".index(letter) for letter in text]
-
-        def decode(self, tokens):
-            return "".join("abcdefghijkl"[token] for token in tokens)
-
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "goal": 3}\n{"prompt": "c", "goal": 4}\n')
 
     def gold(completions, prompts, goal):
@@ -189,7 +174,7 @@ def test_prompts_come_as_texts_in_a_file_too(tmp_path):
         return [float(len(text)) for text in completions]
 
     trainer = RLHFTrainer(
-        palm=tiny_palm(), reward_model=length, prompts=["a", "b"], tokenizer=Letters(), eval_reward=gold,
+        palm=tiny_palm(), reward_model=lengths, prompts=["a", "b"], tokenizer=Letters(), eval_reward=gold,
         eval_prompts=tmp_path / "rows.jsonl",
         config=PPOConfig(num_steps=1, rollouts_per_step=8, minibatch_size=8, max_new_tokens=4, plot=False),
     )  # fmt: skip
@@ -199,12 +184,12 @@ def test_prompts_come_as_texts_in_a_file_too(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"eval_reward": length}, "got eval_reward without eval_prompts"),
+        ({"eval_reward": lengths}, "got eval_reward without eval_prompts"),
         ({"eval_samples": 2}, "eval_samples is 2, expected 1, without eval_prompts"),
         ({"eval_prompts": []}, "eval_prompts holds no prompt"),
         ({"eval_prompts": ["ab"]}, "got eval_prompts, which are texts, without a tokenizer"),
         ({"eval_prompts": [torch.tensor([99])]}, "token id 99 is outside the vocabulary"),
-        ({"eval_prompts": PROMPTS, "eval_reward": {"score": length}}, r"has the names \['score'\], which are the tr"),
+        ({"eval_prompts": PROMPTS, "eval_reward": {"score": lengths}}, r"has the names \['score'\], which are the tr"),
         ({"eval_prompts": PROMPTS, "eval_reward": lambda prompts, completions, goal: 0}, "reward 'held_out' asks for"),
         ({"eval_prompts": PROMPTS, "reward": lambda prompts, completions, goal: 0,
           "prompts": [{"prompt": [1], "goal": 1}]}, "the reward function asks for 'goal'"),
@@ -295,7 +280,7 @@ def test_a_best_evaluation_is_saved_though_no_checkpoint_is_due(tmp_path):
 
 
 def test_the_score_tells_the_best_where_no_reward_is_held_out(tmp_path):
-    rewards = {"evens": evens, "length": length}
+    rewards = {"evens": evens, "length": lengths}
     for name, weights in (("score", None), ("held out", {"length": 0.0})):
         trainer = make_trainer(tmp_path / name, reward=rewards, reward_weights=weights, eval_prompts=HELD_OUT,
                                eval_every=1)  # fmt: skip
@@ -309,7 +294,7 @@ def test_the_score_tells_the_best_where_no_reward_is_held_out(tmp_path):
 
 def test_evaluations_resume_to_the_bit(tmp_path):
     """Metrics, the reference's scores, the best so far: as in a run that was never cut."""
-    options = {"eval_prompts": HELD_OUT, "eval_reward": length, "eval_every": 1, "eval_samples": 2}
+    options = {"eval_prompts": HELD_OUT, "eval_reward": lengths, "eval_every": 1, "eval_samples": 2}
     list(make_trainer(tmp_path / "whole", **options).steps())
     list(itertools.islice(make_trainer(tmp_path / "cut", **options).steps(), 2))
     resumed = make_trainer(tmp_path / "cut", resume=True, **options)

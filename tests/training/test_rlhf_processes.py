@@ -16,13 +16,12 @@ from palm_rlhf.training.run.log import read_metrics
 RUN = """
 import dataclasses, itertools, sys
 import torch
-from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf import PPOConfig, RLHFTrainer
 from palm_rlhf.algorithms.advantages import whiten
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
-
-def evens(prompts, completions):
-    return [float((row % 2 == 0).double().mean()) for row in completions]
+from tests import factories
+from tests.factories import evens
 
 def picky(prompts, completions):
     return [None if len(row) == 6 else float(len(row)) for row in completions]
@@ -50,8 +49,7 @@ def listening(prompts, completions, place):
     return evens(prompts, completions)
 
 def palm_of(seed, dtype=torch.float64):
-    torch.manual_seed(seed)
-    return PaLM(num_tokens=12, dim=16, depth=2, heads=2, dim_head=8).to(dtype)
+    return factories.palm_of(seed).to(dtype)
 
 def trainer(folder=None, dtype=torch.float64, resume=False, reward="evens", environment=None, reference=None,
             eval_prompts=None, eval_reward=None, **options):

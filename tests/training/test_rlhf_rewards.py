@@ -12,6 +12,7 @@ import torch
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.training.rlhf.prompts import read_prompts
 from palm_rlhf.training.run.log import read_metrics
+from tests.factories import evens, lengths, palm_of
 
 EOS = 5
 ROWS = [{"prompt": [1 + index] * (1 + index % 3), "answer": f"answer {index}", "id": index} for index in range(7)]
@@ -28,16 +29,7 @@ class Digits:
 
 
 def tiny_palm() -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(num_tokens=12, dim=16, depth=1, heads=1, dim_head=16)
-
-
-def length(prompts, completions) -> list[int]:
-    return [len(row) for row in completions]
-
-
-def evens(prompts, completions) -> list[float]:
-    return [float((row % 2 == 0).double().mean()) for row in completions]
+    return palm_of(depth=1, heads=1, dim_head=16)
 
 
 def make_trainer(reward, folder=None, resume=False, prompts=ROWS, tokenizer=None, **options) -> RLHFTrainer:
@@ -157,7 +149,7 @@ def test_what_a_function_asks_for_in_vain_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="the reward function asks for 'label'; expected names among"):
         make_trainer(lambda prompts, completions, label: 0, tmp_path)
     with pytest.raises(ValueError, match=r"the prompts have the columns \['step'\], names under which functions"):
-        make_trainer(length, tmp_path, prompts=[{"prompt": [1], "step": 4}])
+        make_trainer(lengths, tmp_path, prompts=[{"prompt": [1], "step": 4}])
     assert not list(tmp_path.iterdir())
 
 
@@ -168,7 +160,7 @@ def test_the_best_of_several_by_columns():
         assert set(goal) == {3} and step == 1 and len(truncated) == 64
         return [-abs(len(row) - aim) for row, aim in zip(completions, goal, strict=True)]
 
-    rewards = {"closest": closest, "longest": length}
+    rewards = {"closest": closest, "longest": lengths}
     trainer = make_trainer(rewards, prompts=[{"prompt": [1], "goal": 3}], reward_weights={"longest": 0.01})
     sampled = {"prompt": torch.tensor([1, 2]), "num_samples": 64, "max_new_tokens": 9, "columns": {"goal": 3}}
     assert len(trainer.generate(**sampled)) == 3
@@ -196,7 +188,8 @@ def test_each_reward_is_logged_by_name_and_all_are_learnt_from_by_weight(tmp_pat
 
         return asked
 
-    rewards = {name: hearing(name, globals()[name]) for name in heard}
+    functions = {"length": lengths, "evens": evens, "picky": picky}
+    rewards = {name: hearing(name, function) for name, function in functions.items()}
     weights = {"length": 0.25, "evens": -3.0, "picky": 0.0}
     trainer = make_trainer(rewards, tmp_path, reward_weights=weights)
     metrics = next(trainer.steps())
@@ -215,7 +208,7 @@ def test_each_reward_is_logged_by_name_and_all_are_learnt_from_by_weight(tmp_pat
     assert [line["score"] for line in lines] == pytest.approx(total, abs=1e-6)
 
     def together(prompts, completions):
-        return [0.25 * a - 3 * b for a, b in zip(length(prompts, completions), evens(prompts, completions))]
+        return [0.25 * a - 3 * b for a, b in zip(lengths(prompts, completions), evens(prompts, completions))]
 
     one = make_trainer(together)
     next(one.steps())
@@ -224,17 +217,17 @@ def test_each_reward_is_logged_by_name_and_all_are_learnt_from_by_weight(tmp_pat
 
 
 def test_a_reward_that_never_says_anything_is_not_logged():
-    rewards = {"length": length, "silent": lambda prompts, completions: [None] * len(prompts)}
+    rewards = {"length": lengths, "silent": lambda prompts, completions: [None] * len(prompts)}
     metrics = next(make_trainer(rewards).steps())
     assert metrics["score"] == metrics["score/length"] and not any("silent" in name for name in metrics)
     with pytest.raises(ValueError, match="the reward returned None for all responses of step 1"):
-        next(make_trainer({"silent": rewards["silent"], "seen": length}, reward_weights={"seen": 0.0}).steps())
+        next(make_trainer({"silent": rewards["silent"], "seen": lengths}, reward_weights={"seen": 0.0}).steps())
 
 
 def test_models_among_several_rewards():
     torch.manual_seed(3)
     model = RewardModel(tiny_palm())
-    trainer = make_trainer({"model": model, "length": length})
+    trainer = make_trainer({"model": model, "length": lengths})
     rollout = trainer.collect()
     expected = model.score(rollout.sequences).double() + rollout.sequences.response_lengths
     torch.testing.assert_close(trainer.score(rollout).scores.double(), expected, atol=1e-5, rtol=0)
@@ -259,10 +252,10 @@ def test_rewards_are_asked_for_as_long_as_the_config_says():
 @pytest.mark.parametrize(
     "reward, options, message",
     [
-        (length, {"reward_weights": {"length": 2.0}}, "for one reward without a name"),
-        ({"length": length}, {"reward_weights": {"evens": 2.0}}, r"has \['evens'\]; expected names of rewards"),
-        ({"length": length}, {"reward_weights": {"length": float("nan")}}, "reward_weights is .*, expected finite"),
-        ({"length": length}, {"reward_timeout": 0.0}, "reward_timeout is 0.0, expected None or a number above 0"),
+        (lengths, {"reward_weights": {"length": 2.0}}, "for one reward without a name"),
+        ({"length": lengths}, {"reward_weights": {"evens": 2.0}}, r"has \['evens'\]; expected names of rewards"),
+        ({"length": lengths}, {"reward_weights": {"length": float("nan")}}, "reward_weights is .*, expected finite"),
+        ({"length": lengths}, {"reward_timeout": 0.0}, "reward_timeout is 0.0, expected None or a number above 0"),
     ],
 )
 def test_weights_that_would_reach_nothing_are_refused(reward, options, message):

@@ -14,6 +14,7 @@ from palm_rlhf.policy.sequences import join
 from palm_rlhf.policy.turns import Turns
 from palm_rlhf.training.rlhf.objective import objective
 from palm_rlhf.training.run.log import read_metrics
+from tests.factories import Letters, evens, palm_of
 
 EOS = 5
 ALGORITHMS = [
@@ -30,11 +31,6 @@ ALGORITHMS = [
 ]
 
 
-def tiny_palm(**options) -> PaLM:
-    torch.manual_seed(0)
-    return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **options})
-
-
 def echo(messages) -> torch.Tensor:
     """The policy's own last words, backwards, each token one higher, and one more."""
     said = messages[-1]["content"].flip(0)
@@ -45,10 +41,6 @@ def done(messages):
     return None
 
 
-def evens(prompts, completions) -> list[float]:
-    return [float((row % 2 == 0).double().mean()) for row in completions]
-
-
 def make_trainer(palm=None, environment=echo, reward=evens, output_dir=None, resume=False, **options) -> RLHFTrainer:
     settings = {
         "rollouts_per_step": 16, "minibatch_size": 16, "epochs": 1, "max_new_tokens": 24, "eos_token": EOS,
@@ -56,7 +48,7 @@ def make_trainer(palm=None, environment=echo, reward=evens, output_dir=None, res
     }  # fmt: skip
     if environment is None:
         settings = {name: value for name, value in settings.items() if "turn" not in name}
-    palm = tiny_palm() if palm is None else palm
+    palm = palm_of() if palm is None else palm
     torch.nn.init.normal_(palm.token_emb.weight, std=0.02)  # every token about as likely as any other, the EOS too
     generator = torch.Generator().manual_seed(1)
     return RLHFTrainer(
@@ -139,7 +131,7 @@ def test_no_gradient_reaches_what_the_environment_said(options):
 @pytest.mark.parametrize("options", ALGORITHMS, ids=str)
 def test_what_stands_in_the_gaps_is_nothing(options):
     """Garbage in every number of the environment's tokens changes no gradient and no metric."""
-    trainer = make_trainer(tiny_palm().double(), **options)
+    trainer = make_trainer(palm_of().double(), **options)
     rollout, experience = experience_of(trainer)
     gaps = gaps_of(rollout.sequences)
     names = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
@@ -153,7 +145,7 @@ def test_what_stands_in_the_gaps_is_nothing(options):
 
 @pytest.mark.parametrize("options", ALGORITHMS, ids=str)
 def test_micro_batches_of_conversations_add_up(options):
-    trainer = make_trainer(tiny_palm().double(), **options)
+    trainer = make_trainer(palm_of().double(), **options)
     _, experience = experience_of(trainer)
     whole, _ = gradients(trainer, experience)
     trainer.config = dataclasses.replace(trainer.config, micro_batch_size=3)
@@ -163,7 +155,7 @@ def test_micro_batches_of_conversations_add_up(options):
 
 @pytest.mark.parametrize("options", [*ALGORITHMS, {"actor_lora_r": 2}, {"max_seq_len": 25}], ids=str)
 def test_the_first_ratio_is_one(options):
-    trainer = make_trainer(tiny_palm(dropout=0.3).double(), temperature=0.8, **options)
+    trainer = make_trainer(palm_of(dropout=0.3).double(), temperature=0.8, **options)
     _, experience = experience_of(trainer)
     metrics = trainer.update(experience)
     assert metrics["optimizer_steps"] == 1
@@ -178,7 +170,7 @@ def test_advantages_go_from_action_to_action_by_definition(whiten):
     """Two loops in float64 over the actions alone: the KL, the score at the last action, GAE, and whitening."""
     gamma, gae_lambda, kl_coef = 0.9, 0.8, 0.3
     trainer = make_trainer(
-        tiny_palm().double(), gamma=gamma, gae_lambda=gae_lambda, kl_coef=kl_coef, whiten_advantages=whiten
+        palm_of().double(), gamma=gamma, gae_lambda=gae_lambda, kl_coef=kl_coef, whiten_advantages=whiten
     )
     torch.nn.init.normal_(trainer.actor_critic.value_head.weight)
     with torch.no_grad():
@@ -209,7 +201,7 @@ def test_advantages_go_from_action_to_action_by_definition(whiten):
 
 @pytest.mark.parametrize("options", ALGORITHMS[3:], ids=str)
 def test_every_action_of_a_conversation_has_its_advantage_and_nothing_else_has(options):
-    trainer = make_trainer(tiny_palm().double(), **options)
+    trainer = make_trainer(palm_of().double(), **options)
     rollout, experience = experience_of(trainer)
     gaps = gaps_of(rollout.sequences)
     assert not experience.advantages[gaps].any()
@@ -248,7 +240,7 @@ def probability(palm: PaLM, moves: tuple[int, ...], tokens: list[int]) -> torch.
 def test_the_gradient_over_all_games_is_that_of_the_expected_reward():
     """Each course is played once, and scored by its worth times its probability."""
     trainer = make_trainer(
-        tiny_palm(num_tokens=4).double(), umpire, rollouts_per_step=13, minibatch_size=13, eos_token=None, kl_coef=0.0,
+        palm_of(num_tokens=4).double(), umpire, rollouts_per_step=13, minibatch_size=13, eos_token=None, kl_coef=0.0,
         gae_lambda=1.0, whiten_advantages=False,
     )  # fmt: skip
     palm = trainer.palm
@@ -318,7 +310,7 @@ def test_conversations_that_are_drawn_again_stay_whole():
 
 @pytest.mark.parametrize("options", [{}, {"algorithm": "rloo", "num_samples": 4}], ids=str)
 def test_metrics_count_what_the_policy_said(options):
-    trainer = make_trainer(tiny_palm().double(), kl_coef=0.1, num_steps=1, missing_eos_penalty=0.5, **options)
+    trainer = make_trainer(palm_of().double(), kl_coef=0.1, num_steps=1, missing_eos_penalty=0.5, **options)
     with torch.no_grad():
         for parameter in trainer.reference.palm.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -344,7 +336,7 @@ def test_metrics_count_what_the_policy_said(options):
 @pytest.mark.parametrize("options", ALGORITHMS, ids=str)
 def test_ratios_are_of_actions_alone(options):
     """With records that are off by 1 nat where the environment spoke, no ratio is seen to have moved."""
-    trainer = make_trainer(tiny_palm().double(), **options)
+    trainer = make_trainer(palm_of().double(), **options)
     rollout, experience = experience_of(trainer)
     off = dataclasses.replace(experience, logprobs=experience.logprobs + gaps_of(rollout.sequences))
     metrics = trainer.update(off)
@@ -372,16 +364,6 @@ def test_turns_are_as_many_and_as_long_as_allowed(max_turns, max_turn_tokens):
     assert metrics["turns"] == max_turns and metrics["response_length"] == max_turns * max_turn_tokens
 
 
-class Letters:
-    """A token is a letter."""
-
-    def encode(self, text: str) -> list[int]:
-        return ["abcdefghijkl".index(letter) for letter in text]
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join("abcdefghijkl"[token] for token in tokens)
-
-
 def test_the_environment_gets_texts_where_there_is_a_tokenizer(tmp_path):
     heard, scored = [], []
 
@@ -394,7 +376,7 @@ def test_the_environment_gets_texts_where_there_is_a_tokenizer(tmp_path):
         return [0.0] * len(prompts)
 
     trainer = RLHFTrainer(
-        palm=tiny_palm(),
+        palm=palm_of(),
         reward_model=reward,
         prompts=["ab", "c"],
         tokenizer=Letters(),
@@ -421,7 +403,7 @@ def test_the_environment_gets_the_columns_of_the_prompt():
 
     def make(environment):
         return RLHFTrainer(
-            palm=tiny_palm(),
+            palm=palm_of(),
             reward_model=lambda prompts, completions: [0.0] * len(prompts),
             prompts=[{"prompt": [index], "secret": 10 + index} for index in range(4)],
             environment=environment,
@@ -471,7 +453,7 @@ def test_a_run_with_an_environment_resumes_to_the_bit(tmp_path):
 
 
 def test_a_reward_model_scores_whole_conversations():
-    model = RewardModel(tiny_palm())
+    model = RewardModel(palm_of())
     trainer = make_trainer(reward=model)
     rollout = trainer.collect()
     found = trainer.score(rollout).scores

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf import PPOConfig, RLHFTrainer
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.training.rlhf.credit import shape_scores
 from palm_rlhf.training.rlhf.variants import VARIANTS
+from tests.factories import palm_of
 
 EOS = 5
 GRPO = {"algorithm": "grpo", "num_samples": 4}
@@ -22,7 +23,7 @@ SCORES = [1.0, 2.0, 4.0, -1.0, 3.0, 0.5, 2.0, 6.0]
 
 def make_trainer(**options) -> RLHFTrainer:
     torch.manual_seed(0)
-    palm = PaLM(num_tokens=12, dim=16, depth=1, heads=2, dim_head=8)
+    palm = palm_of(depth=1)
     settings = {"rollouts_per_step": 8, "minibatch_size": 8, "epochs": 1, "max_new_tokens": 6, "eos_token": EOS,
                 "plot": False, "kl_coef": 0.0}  # fmt: skip
     return RLHFTrainer(palm=palm, reward_model=lambda prompts, completions: SCORES,

@@ -34,10 +34,10 @@ RUN = """
 import os, signal, sys
 import numpy as np, torch
 from palm_rlhf.data.packing import PackedSampler
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.weighted_examples import Example
 from palm_rlhf.training.supervised import SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
+from tests import factories
 
 def examples_of(count, seed=0, longest=9):
     generator = np.random.default_rng(seed)
@@ -49,8 +49,7 @@ def examples_of(count, seed=0, longest=9):
             for length, row in zip(lengths, weights)]
 
 def palm_of(seed=0, **fields):
-    torch.manual_seed(seed)
-    return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "z_loss": 0.1, **fields})
+    return factories.palm_of(seed, **{"z_loss": 0.1, **fields})
 
 def trainer_of(folder=None, *, palm=None, data=None, valid_data=None, packed=0, resume=False, **options):
     data = examples_of(16) if data is None else data

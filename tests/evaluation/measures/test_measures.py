@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
+from palm_rlhf import PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.templates import PRESETS
@@ -25,14 +25,14 @@ from palm_rlhf.evaluation.measures.reward_bench import SECTIONS, accuracies, rea
 from palm_rlhf.evaluation.measures.rlhf_runs import Sample, StepResult, read_run, reference_scores, wins_by_step
 from palm_rlhf.evaluation.measures.text_prediction import Document, measure_text, read_documents
 from palm_rlhf.policy.sequences import join
+from tests.factories import palm_of
 
 TEMPLATE = PRESETS["default"]
 TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich."
 
 
 def tiny_palm(num_tokens=261, seed=0):
-    torch.manual_seed(seed)
-    return PaLM(num_tokens=num_tokens, dim=16, depth=2, heads=2, dim_head=8).eval()
+    return palm_of(seed, num_tokens=num_tokens).eval()
 
 
 def nats_by_hand(palm, ids):

@@ -28,6 +28,8 @@ from palm_rlhf.training import (
     UnpairedPreference,
 )
 from palm_rlhf.training.weighted_examples import Example
+from tests import factories
+from tests.factories import evens
 
 SHORT = {"save_every": 1, "log_every": 1, "precision": "float32", "plot": False, "warmup_steps": 2}
 STEPS = {**SHORT, "num_steps": 4}
@@ -55,19 +57,13 @@ def law_of_each_config(*fields: str) -> pytest.MarkDecorator:
 
 def palm_of(seed: int = 0, **fields) -> PaLM:
     """A small PaLM with the same weights at every call."""
-    torch.manual_seed(seed)
-    return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, **fields})
+    return factories.palm_of(seed, **{"depth": 1, **fields})
 
 
 def rows(count: int, low: int = 3) -> list[torch.Tensor]:
     """Rows of `low` to `low + 2` random tokens."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(12, (low + index % 3,), generator=generator) for index in range(count)]
-
-
-def evens(prompts, completions) -> list[float]:
-    """The share of even tokens: a reward that needs no model."""
-    return [float((row % 2 == 0).double().mean()) for row in completions]
 
 
 def make(config, folder=None, resume=False, *, palm=None, valid=False):

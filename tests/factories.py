@@ -1,0 +1,49 @@
+"""Tiny models, rewards and tokenizers, for tests of every room."""
+
+from typing import Any
+
+import torch
+
+from palm_rlhf.model.palm import PaLM
+
+LETTERS = "abcdefghijkl"
+
+
+def palm_of(seed: int = 0, **fields: Any) -> PaLM:
+    """A small PaLM whose weights depend on the seed and its fields alone."""
+    torch.manual_seed(seed)
+    return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **fields})
+
+
+def wandering_palm(seed: int = 0, **fields: Any) -> PaLM:
+    """One that rarely repeats itself: at the start a tied model mostly says its last token again."""
+    palm = palm_of(seed, **{"num_tokens": 13, "ff_mult": 2, **fields})
+    for layer in palm.layers:
+        layer.attn_out.weight.data.mul_(4)
+        layer.ff_out.weight.data.mul_(4)
+    return palm
+
+
+def evens(prompts, completions) -> list[float]:
+    """The share of even tokens: a reward that differs between responses and needs no model."""
+    return [float((row % 2 == 0).double().mean()) for row in completions]
+
+
+def lengths(prompts, completions) -> list[int]:
+    """The lengths of responses, as a reward."""
+    return [len(row) for row in completions]
+
+
+class Letters:
+    """A tokenizer whose tokens are the letters of an alphabet."""
+
+    def __init__(self, alphabet: str = LETTERS):
+        self.alphabet = alphabet
+
+    def encode(self, text: str) -> list[int]:
+        """The place of each letter."""
+        return [self.alphabet.index(letter) for letter in text]
+
+    def decode(self, tokens) -> str:
+        """The letters of these places."""
+        return "".join(self.alphabet[token] for token in tokens)
