@@ -288,7 +288,7 @@ def pytest_collection_modifyitems(items):
     longest = {}
     for item, mark in marks:
         if mark is not None:
-            longest[item.path] = max(longest.get(item.path, 0), *mark.args)
+            longest[item.path] = max([longest.get(item.path, 0), *mark.args])
     order = {item: (mark is not None, -longest[item.path] if mark is not None else 0) for item, mark in marks}
     items.sort(key=order.get)
 

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from .conftest import MEMORY_OF_A_PROCESS, num_processes
 
 DROPPED = {"OMP_NUM_THREADS", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
@@ -38,6 +40,7 @@ def run(root, folder, *options: str) -> list[list[str]]:
     return [line.split() for line in (folder / "log").read_text().splitlines()]
 
 
+@pytest.mark.slow(10)
 def test_processes_share_the_files_and_the_slow_tests_come_last(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "2")  # however many cores there are
     lines = run(root, tmp_path)

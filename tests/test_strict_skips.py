@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 FILES = {
     "test_allowed.py": """
         import pytest
@@ -34,6 +36,7 @@ FILES = {
 TIRED = {"calls", "marks", "conditions", "fixtures", "modules"}
 
 
+@pytest.mark.slow(7)
 def test_strict_skips(root, tmp_path):
     shutil.copy(root / "tests/conftest.py", tmp_path)
     for name, text in FILES.items():

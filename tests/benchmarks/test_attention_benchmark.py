@@ -26,6 +26,7 @@ def module(root, monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow(11)
 def test_the_benchmark_of_attention(bench, tmp_path):
     sizes = ["--lengths", "32", "--dims", "16", "--heads", "2", "--kv-heads", "1", "--rounds", "2"]
     done = bench("attention.py", *sizes, "--plot", str(tmp_path / "plot.png"))

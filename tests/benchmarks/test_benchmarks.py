@@ -34,6 +34,7 @@ def test_generation(bench):
     assert len(result["seconds"]) == 4 and len(result["speedups"]) == 3
 
 
+@pytest.mark.slow(5)
 def test_ppo_step(bench):
     sizes = ["--dim", "32", "--depth", "1", "--num-prompts", "3", "--shortest", "8", "--longest", "12"]
     result = bench("ppo_step.py", *sizes, "--new-tokens", "4", "--minibatch", "2", "--rounds", "2")
@@ -41,6 +42,7 @@ def test_ppo_step(bench):
     assert all(seconds["median"] > 0 for seconds in result["seconds"].values())
 
 
+@pytest.mark.slow(6)
 def test_loss(bench):
     result = bench("loss.py", "--num-tokens", "100", "--dim", "16", "--batch", "1", "--seq-len", "32", "--rounds", "2")
     assert len(result["seconds"]) == 4 and len(result["speedups"]) == 2 and len(result["peak_megabytes"]) == 2
@@ -56,6 +58,7 @@ def test_top_p(bench):
     assert set(result["memory"]) == set(result["cost"])
 
 
+@pytest.mark.slow(12)
 def test_busy(root):
     sizes = ["--dim", "32", "--depth", "1", "--batch", "1", "--seq-len", "16", "--rounds", "2", "--loops", "0", "1"]
     command = [sys.executable, str(root / "benchmarks/busy.py"), *sizes, "--no-peer", "--pin"]
@@ -86,6 +89,7 @@ def test_rounds_alternate(root):
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
+@pytest.mark.slow(9)
 def test_serving(bench):
     small = "--dim", "32", "--depth", "1", "--prompt-len", "4", "--num-tokens", "4", "--rounds", "2"
     result = bench("serving.py", *small)

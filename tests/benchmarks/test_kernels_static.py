@@ -41,7 +41,7 @@ def rows(root):
     return {(line["kernel"], line["arch"]): line for line in lines}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_every_kernel_passes_on_every_architecture(rows):
     kernels = {kernel for kernel, _ in rows}
     assert set(rows) == {(kernel, arch) for kernel in kernels for arch in ARCHITECTURES}
@@ -51,20 +51,20 @@ def test_every_kernel_passes_on_every_architecture(rows):
     assert {kernel.split()[0] for kernel in kernels} == {"attention", "cross_entropy", "logprobs", "swiglu", "rotary"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_instructions_are_recorded_for_every_version_that_counts(rows, static):
     recorded = [set(static.figures()[version]) for version in VERSIONS]
     assert recorded[0] == recorded[1] >= {" ".join(place) for place in rows}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_the_bound_on_the_speed_is_what_was_set_out_for(rows):
     for kernel, goals in GOALS.items():
         for arch, goal in zip(ARCHITECTURES, goals, strict=False):
             assert rows[kernel, arch]["model_tflops"] >= goal, (kernel, arch)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_blocks_are_copied_by_descriptors_where_the_gpu_can(rows):
     """One instruction for each block of keys and values, where sm_80 needs one for each 16 bytes of a thread."""
     for dim in DIMS:
@@ -156,6 +156,7 @@ def test_a_loop_ends_before_the_exit(static):
     assert hot_loop(code.replace("HMMA", "IMMA"), SASS, NVIDIA["matrix"])[-1] == "BRA"  # all of it
 
 
+@pytest.mark.slow(8)
 def test_a_failed_gate_is_an_exit_status(root, tmp_path):
     """With a recorded count that is far from today's."""
     folder = tmp_path / "benchmarks"

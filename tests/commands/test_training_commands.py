@@ -242,6 +242,7 @@ def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewardin
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow(9)
 def test_a_hub_id_is_a_model_like_a_folder(fine_tuned, files, tmp_path):
     """Out of the cache of the hub's own client, as if it had been downloaded before."""
     commit = "0123456789" * 4

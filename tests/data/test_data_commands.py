@@ -91,6 +91,7 @@ def test_the_help_names_every_command_and_what_it_writes():
         assert words in text
 
 
+@pytest.mark.slow(8)
 def test_cleaning_a_file_gives_the_same_bytes_in_every_run(tmp_path, data):
     source = tmp_path / "export.json"
     source.write_text(json.dumps(RECORDS, indent=1))
@@ -369,6 +370,7 @@ def test_every_command_says_what_it_cannot_read(tmp_path, shared_data, command):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow(8)
 def test_memory_does_not_grow_with_the_file(tmp_path):
     peaks = []
     for num_records in (500, 4000):

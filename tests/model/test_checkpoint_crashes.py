@@ -152,6 +152,7 @@ def kill_at_every_step(folder: str) -> None:
     print(json.dumps(found))
 
 
+@pytest.mark.slow(11)
 @needs_posix
 def test_a_kill_before_any_step_leaves_the_old_checkpoint_or_the_new(quick_folder):
     done = run(kill_at_every_step, quick_folder)
@@ -327,6 +328,7 @@ def loaded_twice(folder: Path) -> PaLM:
     return palm
 
 
+@pytest.mark.slow(12)
 @needs_posix
 def test_loading_needs_no_second_copy_in_memory(tmp_path):
     assert run(write_large, tmp_path).returncode == 0

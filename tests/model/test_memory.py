@@ -48,6 +48,8 @@ cases = json.loads(sys.argv[1])
 print(json.dumps([[peak(globals()[name], n, options) for n in lengths] for name, lengths, options in cases]))
 """
 
+pytestmark = pytest.mark.slow(18)
+
 CASES = {
     "plain": ("attend", (4096, 8192), {}),
     "bidirectional": ("attend", (4096, 8192), {"causal": False}),

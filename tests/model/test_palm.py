@@ -313,7 +313,7 @@ def test_compiles_into_one_graph_with_the_same_gradients(variant, masks):
     assert_all_close(*(gradients(palm, loss) for loss in losses), atol=1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(34)
 def test_a_compiled_step_of_training_equals_an_eager_one():
     """By Inductor, `torch.compile`'s own default."""
     torch.compiler.reset()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -29,10 +30,11 @@ LOADED_BEFORE = (
     "transformers",
 )
 
-# A test that hangs is one that fails: most mutants of a loop's end hang.
 OPTIONS = ("-x", "-q", "-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider",
-           "-m", "not slow", "--timeout", "60", "--hypothesis-profile", "mutation")  # fmt: skip
-LONGEST_RUN = 900.0  # seconds of one run of pytest, on a machine that may be busy
+           "--timeout", "300", "--hypothesis-profile", "mutation")  # fmt: skip
+# A test that hangs is one that fails: most mutants of a loop's end hang.
+LONGEST_TEST = 60.0  # seconds of a core, which a busy machine does not shorten
+LONGEST_RUN = 900.0  # seconds of one run of pytest
 
 
 KNOWN = {tuple(key): why for *key, why in EQUIVALENT}
@@ -71,9 +73,20 @@ def preload() -> None:
 
 
 class FirstFailure:
-    """A plugin of pytest that keeps the id of the first test that fails, or of the file that cannot be imported."""
+    """A plugin of pytest that keeps the id of the first test that fails, or of the file that cannot be imported.
+
+    It ends the run where a test takes longer than LONGEST_TEST.
+    """
 
     path = Path("first_failure.txt")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        signal.setitimer(signal.ITIMER_PROF, LONGEST_TEST)  # then a signal ends the process
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.keep(report)

@@ -192,6 +192,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow(8)
 def test_its_peak_memory_is_a_quarter_at_most_of_that_with_all_logits(root):
     def peak(which: str) -> int:
         command = [sys.executable, "-c", PEAK, which]

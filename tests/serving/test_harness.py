@@ -147,7 +147,7 @@ def of_transformers(folder, run_harness):
     return run_harness("transformers", "hf", pretrained=folder, dtype="float32", max_length=CONTEXT - 2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("concurrent", [1, 4])
 def test_the_harness_gets_the_numbers_of_transformers(folder, run_harness, of_transformers, start_server, concurrent):
     url, _ = start_server(load(folder, device="cpu", template="plain"), max_batch=4)

@@ -18,6 +18,7 @@ def example(root):
     return run
 
 
+@pytest.mark.slow(10)
 def test_a_model_is_trained_served_and_asked(example):
     done = example("--num-steps", 5, "--max-tokens", 8)
     assert done.returncode == 0, done.stderr
@@ -38,6 +39,7 @@ def test_a_package_that_is_missing_is_told_before_training(root, package):
     assert "pip install" in done.stderr and "train" not in done.stdout
 
 
+@pytest.mark.slow(8)
 def test_a_checkpoint_is_asked(example, checkpoint, dialogues):
     done = example("--checkpoint", checkpoint, "--ask-for", "Count to ten.")
     assert done.returncode == 0, done.stderr

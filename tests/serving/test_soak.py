@@ -2,7 +2,10 @@
 
 import runpy
 
+import pytest
 
+
+@pytest.mark.slow(12)
 def test_a_short_soak(root, checkpoint, dialogues):
     soak = runpy.run_path(str(root / "tests/serving/soak.py"))["soak"]
     report, wrong = soak(checkpoint, 8, 40, list(dialogues))

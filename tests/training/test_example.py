@@ -29,6 +29,7 @@ def run(root, tmp_path_factory):
     return start
 
 
+@pytest.mark.slow(15)
 def test_it_trains_samples_saves_and_resumes(run, tmp_path, text):
     (tmp_path / "letters.txt").write_bytes(text.tobytes())
     where = ["--data", tmp_path / "letters.txt", "--output-dir", tmp_path / "run", *SMALL]

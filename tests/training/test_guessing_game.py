@@ -26,7 +26,7 @@ def test_the_umpire_and_the_reward_by_hand(example):
     assert [row["secret"] for row in example.rows_of(3)] == [1, 2, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_policy_learns_to_ask(root, seed):
     """From about a quarter of the games to nearly all."""

@@ -100,7 +100,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(tiny_
     assert distance(plain, checkpointed) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_compiling_changes_nothing_but_speed(tiny_palm, tiny_config, text):
     _, eager = one_step(tiny_palm(depth=1), text, tiny_config(**GRADIENT_DESCENT))
     _, compiled = one_step(tiny_palm(depth=1), text, tiny_config(**GRADIENT_DESCENT, compile=True))

@@ -429,6 +429,7 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("count", [5, 1])
 def test_two_processes_learn_from_any_number_of_pairs_as_one_does(two_processes, count):
     trainer = make(palm=palm_of(), reference=palm_of(1), batch_size=8)

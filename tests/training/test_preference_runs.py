@@ -140,6 +140,7 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_do_what_one_does(two_processes, tmp_path, name):
     one = make_trainer(tmp_path, **RUNS[name], batch_size=4)

@@ -136,6 +136,7 @@ def test_another_run_is_not_resumed(tmp_path, change, message):
         make_trainer(tmp_path, resume=True, **change)
 
 
+@pytest.mark.slow(8)
 def test_two_processes_do_what_one_does(tmp_path):
     (tmp_path / "script.py").write_text(RUN + TWO_PROCESSES)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -173,6 +174,7 @@ def ranked(message: dict, conversation: str = "") -> Iterator[Ranking]:
         yield from ranked(reply, conversation)
 
 
+@pytest.mark.slow(8)
 def test_real_rankings_are_learnt_above_chance(shared_data, capsys):
     """A tiny model of bytes, never pretrained, on four fifths of the trees; the rest is held out.
 

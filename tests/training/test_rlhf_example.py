@@ -67,6 +67,7 @@ def run(root, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow(18)
 def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path, capsys):
     done = run(root, "--seed", "1", "--output-dir", tmp_path / "run", *SMALL)
     assert done.returncode == 0, done.stderr
@@ -90,6 +91,7 @@ def test_the_whole_recipe_runs_and_leaves_what_it_made(root, tmp_path, capsys):
     assert [json.loads(line)["step"] for line in samples] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow(17)
 def test_a_limit_of_time_stops_it_and_resuming_goes_on_from_the_stage_that_it_came_to(example, tmp_path, capsys):
     def result(*options):
         tyro.cli(example.main, args=["--output-dir", str(tmp_path), *SMALL, *options])

@@ -190,6 +190,7 @@ def runs(request, names, tmp_path_factory, root) -> Path:
     return folder
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("index", range(len(OPTIONS)), ids=map(str, OPTIONS))
 def test_the_gradients_of_two_processes_are_those_of_one(runs, names, index):
     whole = torch.load(runs / ("talks.pt" if OPTIONS[index] is TALK else "rollouts.pt"), weights_only=False)

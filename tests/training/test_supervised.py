@@ -338,6 +338,7 @@ def test_adapters_and_embeddings_go_on_to_the_bit(tmp_path):
     assert plain(list(resumed.steps())) == plain(metrics[3:])
 
 
+@pytest.mark.slow(8)
 def test_two_processes_do_what_one_does(tmp_path):
     (tmp_path / "script.py").write_text(RUN + TWO_PROCESSES)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

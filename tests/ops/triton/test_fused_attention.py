@@ -14,7 +14,7 @@ from palm_rlhf.ops.attention import attention, available_implementations, choose
 INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py", "test_attention_descriptors.py"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(93)
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_in_the_interpreter(processes, name):
     output, _ = processes[name].communicate()
@@ -90,6 +90,7 @@ def test_results_lie_in_memory_as_the_model_joins_heads(num_queries):
         assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow(6)
 def test_each_refusal_has_its_reason():
     code = "from palm_rlhf.ops.attention import available_implementations as f; print(f('cpu')['triton'])"
     assert "TRITON_INTERPRET=1" in run_python(code, TRITON_INTERPRET="0")

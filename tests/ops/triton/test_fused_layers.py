@@ -17,7 +17,7 @@ INTERPRETED = ["test_fused_accuracy.py", "test_fused_laws.py"]
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(38)
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_in_the_interpreter(processes, name):
     output, _ = processes[name].communicate()

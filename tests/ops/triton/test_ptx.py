@@ -27,7 +27,7 @@ def processes(root):
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(57)
 @pytest.mark.parametrize("part", PARTS)
 def test_compiled_kernels(processes, part):
     output, _ = processes[part].communicate()
