@@ -15,7 +15,7 @@ import tyro
 from side_by_side import alternate, speedup, summary, surroundings, table
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops.sampling import keep_top_p, sample, sampling_logprobs
+from palm_rlhf.ops.sampling import Sampling, keep_top_p, sample, sampling_logprobs
 from palm_rlhf.policy.sequences import action_logprobs
 
 SPREADS = {"peaked": 8.0, "flat": 0.3}  # standard deviations of the logits
@@ -31,7 +31,7 @@ def make_run(task: str, kind: str, way: str, num_tokens: int, dim: int, rows: in
 
         @torch.no_grad()
         def draw() -> torch.Tensor:
-            return sample(sampling_logprobs(logits, **options))
+            return sample(sampling_logprobs(logits, Sampling(**options)))
 
         return draw
     palm = PaLM(num_tokens=num_tokens, dim=dim, depth=1)

@@ -35,7 +35,7 @@ from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.language_model import LanguageModelTrainer
@@ -150,7 +150,9 @@ class Annotator:
     def score(self, answers: list[str]) -> list[float]:
         return [self.vader.polarity_scores(answer)["compound"] for answer in answers]
 
-    def rank(self, palm: PaLM, prompts: list[str], sampling: Sampling, num_samples: int, seed: int) -> list[Ranking]:
+    def rank(
+        self, palm: PaLM, prompts: list[str], sampling: ResponseSampling, num_samples: int, seed: int
+    ) -> list[Ranking]:
         """Answers to each prompt, best first, without ties: of two that it likes the same, one is in a later ranking.
 
         A prompt has as many rankings as that needs, and none where it likes all answers the same.
@@ -181,7 +183,7 @@ def measure(
     reward_model: RewardModel,
     annotator: Annotator,
     prompts: list[str],
-    sampling: Sampling,
+    sampling: ResponseSampling,
     num_samples: int,
 ) -> Measurement:
     """Draw answers to the held-out prompts, from the same random numbers each time, and score them."""

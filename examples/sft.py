@@ -31,7 +31,7 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
-from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
@@ -57,14 +57,16 @@ def fresh_model(fresh: Fresh, name: str) -> ChatModel:
     return ChatModel(PaLM(num_tokens=tokenizer.num_tokens, **asdict(fresh)), tokenizer, template)
 
 
-def measure(palm: PaLM, prompts: list[Tensor], tokenizer: Tokenizer, sampling: Sampling) -> tuple[float, list[str]]:
+def measure(
+    palm: PaLM, prompts: list[Tensor], tokenizer: Tokenizer, sampling: ResponseSampling
+) -> tuple[float, list[str]]:
     """The rate of replies that end by themselves, and the replies, from the same random numbers each time."""
     rollout = collect(palm, prompts, sampling, generator=torch.Generator(palm.device).manual_seed(0))
     _, replies = spoken(rollout.sequences, tokenizer, sampling.eos_token)
     return 1 - float(rollout.truncated.double().mean()), replies
 
 
-def converse(palm: PaLM, tokenizer: Tokenizer, template: Template, sampling: Sampling, room: int) -> None:
+def converse(palm: PaLM, tokenizer: Tokenizer, template: Template, sampling: ResponseSampling, room: int) -> None:
     """Answers each line of standard input as its tokens come; what was said first is forgotten beyond the room."""
     messages: Messages = []
     while line := (say("> ", end="") or sys.stdin.readline()):
@@ -72,7 +74,7 @@ def converse(palm: PaLM, tokenizer: Tokenizer, template: Template, sampling: Sam
         while len(prompt := encode_prompt(messages, tokenizer, template)) > room and len(messages) > 1:
             messages = messages[2:]
         decoder, reply = StreamDecoder(tokenizer), ""
-        options = {"max_new_tokens": sampling.max_new_tokens, "eos_token": sampling.eos_token, **sampling.truncation}
+        options = {"max_new_tokens": sampling.max_new_tokens, **sampling.options}
         for token in palm.stream(prompt.to(palm.device), **options):
             text = decoder.push(int(token))
             reply += text
@@ -125,7 +127,7 @@ def main(
     questions = list({json.dumps(opening(messages)): opening(messages) for messages in plain}.values())
     questions = random.Random(training.seed).sample(questions, min(num_prompts, len(questions)))
     prompts = [encode_prompt(question, tokenizer, form) for question in questions]
-    sampling = Sampling(
+    sampling = ResponseSampling(
         max_new_tokens,
         temperature=temperature,
         eos_token=end_of_turn(tokenizer, form),

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import torch
 from beartype import beartype
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.ops.sampling import Sampling
 
 
 @beartype
@@ -20,8 +21,7 @@ def generate(
     *,
     prompt: str,
     max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    sampling: OmitArgPrefixes[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
     seed: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> None:
     """Continue a text, printing it as it is sampled.
@@ -31,8 +31,7 @@ def generate(
             the tokens are bytes.
         prompt: The text to continue; it is not printed again.
         max_new_tokens: How many tokens to sample: bytes, where there is no tokenizer.
-        temperature: Divides the logits before sampling; 0 always takes the likeliest token.
-        top_p: Samples from the fewest tokens that hold this much of the probability; 1 takes all.
+        sampling: How each token is drawn.
         seed: Makes the sample repeatable; another one each time by default.
     """
     folder = local_folder(checkpoint)
@@ -48,11 +47,10 @@ def generate(
     steps = palm.stream(
         torch.tensor(tokens),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
         eos_token=eos_token,
         allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
         generator=generator,
+        **sampling.options,
     )
     for token in steps:
         print(decoder.push(int(token)), end="", flush=True)

@@ -1,7 +1,15 @@
 """Low-rank adapters (Hu et al. 2021) on the attention of every block, kept in named scopes beside the base weights."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
 import torch
+from beartype import beartype
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import palm_rlhf.model.palm
+    from palm_rlhf.model.block import ParallelBlock
 
 
 class LoRALinear(nn.Module):
@@ -61,3 +69,79 @@ class BlockLoRA(nn.Module):
         delta = torch.cat((self.q.delta, self.k.delta, self.v.delta))
         in_proj[: len(delta)] += delta
         attn_out += self.out.delta
+
+
+def adapters_of(palm: "palm_rlhf.model.palm.PaLM", scope: str) -> Sequence[BlockLoRA]:
+    """Return the adapters of a scope, one for each block; ValueError where the model has no such scope."""
+    if scope not in palm.finetune_modules:
+        raise ValueError(f"finetune scope {scope!r}; expected one of {sorted(palm.finetune_modules)}; add it first")
+    return cast("Sequence[BlockLoRA]", palm.finetune_modules[scope])
+
+
+@beartype
+def add_finetune_params(
+    palm: "palm_rlhf.model.palm.PaLM",
+    scope: str = "default",
+    r: int = 8,
+    *,
+    alpha: float | int | None = None,
+    train_base: bool = False,
+) -> nn.ModuleList:
+    """Add a LoRA scope that changes nothing yet, freeze the base unless `train_base`, and return the adapters.
+
+    Args:
+        scope: a new name without dots.
+        r: the rank.
+        alpha: the adapters are scaled by alpha / r; None is r.
+        train_base: leave the parameters of the base trainable.
+
+    Returns:
+        One `BlockLoRA` for each block.
+    """
+    if scope in palm.finetune_modules:
+        raise ValueError(f"finetune scope {scope!r} is there already; remove or merge it, or choose another name")
+    if not scope or "." in scope or hasattr(palm.finetune_modules, scope):
+        raise ValueError(f"finetune scope {scope!r} cannot name a module; expected a name without dots: 'default'")
+    if r < 1:
+        raise ValueError(f"the rank r is {r}; expected at least 1")
+    c = palm.config
+    adapters = nn.ModuleList(
+        BlockLoRA(c.dim, c.heads * c.dim_head, c.kv_heads * c.dim_head, r, r if alpha is None else alpha)
+        for _ in range(c.depth)
+    )
+    palm.finetune_modules[scope] = adapters.to(palm.device, palm.dtype)
+    for parameter in palm.palm_parameters():
+        parameter.requires_grad_(train_base)
+    return adapters
+
+
+@beartype
+def remove_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> nn.ModuleList:
+    """Remove a LoRA scope and return its adapters; without the last one the base is trainable again."""
+    adapters_of(palm, scope)
+    adapters = cast(nn.ModuleList, palm.finetune_modules.pop(scope))
+    if not palm.finetune_modules:
+        for parameter in palm.palm_parameters():
+            parameter.requires_grad_(True)
+    return adapters
+
+
+@beartype
+def merge_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> None:
+    """Add a LoRA scope into the base weights, and remove it."""
+    adapters = cast("Sequence[BlockLoRA]", palm.remove_finetune_params(scope))
+    for layer, block in zip(cast("Sequence[ParallelBlock]", palm.layers), adapters, strict=True):
+        block.merge_into(layer.in_proj.weight, layer.attn_out.weight)
+
+
+def palm_parameters(palm: "palm_rlhf.model.palm.PaLM") -> list[nn.Parameter]:
+    """Return the parameters of the base."""
+    adapters = set(palm.finetune_modules.parameters())
+    return [parameter for parameter in palm.parameters() if parameter not in adapters]
+
+
+@beartype
+def finetune_parameters(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> list[nn.Parameter]:
+    """Return the parameters of one LoRA scope."""
+    adapters_of(palm, scope)
+    return list(palm.finetune_modules[scope].parameters())

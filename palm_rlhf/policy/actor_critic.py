@@ -7,7 +7,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from palm_rlhf.model.generate import switch_off_dropout
+from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel, read_wide
 from palm_rlhf.policy.sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs

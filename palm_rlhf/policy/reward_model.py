@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
-from palm_rlhf.model.generate import switch_off_dropout
+from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.masked import masked_mean, masked_sum

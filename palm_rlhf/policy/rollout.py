@@ -1,7 +1,7 @@
 """What the policy says to prompts, and the best of it by a reward."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -9,36 +9,55 @@ from beartype import BeartypeConf, beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from palm_rlhf.model.generate import new_token_limits, read_prompts
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.prompts import new_token_limits, read_prompts
+from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.policy.rewards import Rewards, score
 from palm_rlhf.policy.sequences import Sequences, join
 from palm_rlhf.policy.turns import Conversation, Message, Turns
 
 
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class Sampling:
+class ResponseSampling(Sampling):
     """The distribution that responses are drawn from, and where they end.
 
-    Exactly one of `max_new_tokens` and `max_seq_len`, which counts the prompt.
+    Args:
+        max_new_tokens: the most tokens of a response; give this or `max_seq_len`.
+        max_seq_len: the most tokens of prompt and response together.
+        eos_token: ends a response, which keeps it; None: every response is as long as it can be.
+        allowed_tokens: `v` bool, False for ids that are never sampled, such as those that the tokenizer lacks.
     """
 
     max_new_tokens: int | None = None
     max_seq_len: int | None = None
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
     eos_token: int | None = None
-    allowed_tokens: Tensor | None = field(default=None, compare=False)  # `v` bool, False for ids that are no tokens
+    allowed_tokens: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the distribution and its end by their names, as `PaLM.generate` takes them."""
+        return {**super().options, "eos_token": self.eos_token, "allowed_tokens": self.allowed_tokens}
 
     @property
     def truncation(self) -> dict[str, Any]:
-        """What turns logits into that distribution."""
-        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        """The options under which `response_logprobs` computes the log-probabilities of the responses again.
+
+        Raises ValueError where min-p or a penalty is set, since `response_logprobs` has neither.
+        """
+        known = ("temperature", "top_k", "top_p")
+        for option in fields(Sampling):
+            value = getattr(self, option.name)
+            if option.name not in known and value != option.default:
+                raise ValueError(
+                    f"got {option.name}={value}, expected {option.default}: log-probabilities of responses can be "
+                    f"computed again for {', '.join(known)} only"
+                )
+        options = {name: getattr(self, name) for name in known}
         return options if self.allowed_tokens is None else {**options, "allowed_tokens": self.allowed_tokens}
 
-    def restricted_to(self, known: Tensor | None) -> "Sampling":
-        """The same without the ids that are not known, `v` bool; the EOS can be sampled in any case."""
+    def restricted_to(self, known: Tensor | None) -> "ResponseSampling":
+        """Return the same sampling of known ids only, `v` bool; the EOS can be sampled in any case."""
         if known is not None and self.eos_token is not None:
             known = known.index_fill(0, torch.tensor(self.eos_token), True)
         return replace(self, allowed_tokens=known)
@@ -66,7 +85,7 @@ class Rollout:
 def collect(
     palm: PaLM,
     prompts: Sequence[Tensor],
-    sampling: Sampling,
+    sampling: ResponseSampling,
     *,
     num_samples: int = 1,
     batch_size: int = 64,
@@ -94,12 +113,11 @@ def collect(
                 sampling.max_seq_len if limits is None else None,
                 list(contexts[rows]),
                 max_new_tokens=sampling.max_new_tokens if limits is None else limits[rows],
-                eos_token=sampling.eos_token,
                 num_samples=num_samples,
                 generator=generator,
                 return_logprobs=True,
                 finetune_scope=finetune_scope,
-                **sampling.truncation,
+                **sampling.options,
             )
             responses, logprobs = responses + said, logprobs + recorded
         return responses, logprobs
@@ -143,7 +161,7 @@ def best_of_n(
     palm: PaLM,
     reward: Rewards,
     prompt: Tensor,
-    sampling: Sampling,
+    sampling: ResponseSampling,
     *,
     num_samples: int,
     tokenizer: Any = None,

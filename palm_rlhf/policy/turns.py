@@ -9,7 +9,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from palm_rlhf.model.generate import check_token_ids
+from palm_rlhf.model.inputs import check_token_ids
 from palm_rlhf.model.palm import PaLM
 
 Message = dict[str, Any]  # {"role": "user" or "assistant", "content": a text, or 1-d ids without a tokenizer}

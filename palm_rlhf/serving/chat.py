@@ -6,9 +6,10 @@ import sys
 from typing import Annotated, Literal
 
 from beartype import beartype
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.serving.dialogue import Dialogue
+from palm_rlhf.ops.sampling import Sampling
+from palm_rlhf.serving.dialogue import CHATTING, Dialogue
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.served_model import load
@@ -20,8 +21,7 @@ def chat(
     checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
     system: Annotated[str | None, arg(metavar="TEXT")] = None,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
+    sampling: OmitArgPrefixes[Sampling] = CHATTING,
     max_tokens: Annotated[int | None, arg(metavar="TOKENS")] = None,
     seed: Annotated[int | None, arg(metavar="INT")] = None,
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
@@ -37,8 +37,7 @@ def chat(
         checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
             a tokenizer the tokens are bytes.
         system: The message that tells the model how to be.
-        temperature: Divides the logits before sampling; 0 always takes the likeliest token.
-        top_p: Samples from the fewest tokens that hold this much of the probability; 1 takes all.
+        sampling: How each token is drawn.
         max_tokens: The longest reply; by default what the context has room for.
         seed: Makes the replies repeatable; others each time by default.
         context: Tokens of what is remembered with the reply; the model's max_seq_len by default.
@@ -62,7 +61,7 @@ def chat(
         timeout=math.inf,
     )
     with Engine(model.palm, model.tokenizer, config) as engine:
-        options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        options = {"sampling": sampling, "max_tokens": max_tokens, "seed": seed}
         session = TerminalSession(Dialogue(model, engine, system=system, **options))
         if session.is_person:
             note(f"{model.name}, with {engine.context:,} tokens of context. /help lists the commands, Ctrl-D ends.")

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from beartype import beartype
 
+from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.served_model import ServedModel
 from palm_rlhf.training.run.checkpoints import write_text
+
+CHATTING = Sampling(temperature=0.7)
 
 
 class Dialogue:
@@ -26,13 +29,12 @@ class Dialogue:
         engine: Engine,
         *,
         system: str | None = None,
-        temperature: float | int = 0.7,
-        top_p: float | int = 1.0,
+        sampling: Sampling = CHATTING,
         max_tokens: int | None = None,
         seed: int | None = None,
     ):
         self.model, self.engine, self.system, self.max_tokens = model, engine, system, max_tokens
-        self.sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        self.sampling, self.seed = sampling, seed
         self.messages: list[dict[str, str]] = []
         self.num_forgotten = self.num_replies = 0
         self.finish_reason: str | None = None  # of the last reply
@@ -88,7 +90,7 @@ class Dialogue:
 
     def _request(self, prompt: list[int], max_new_tokens: int) -> Request:
         ends = {"stop": self.model.turn_end_strings, "stop_tokens": self.model.turn_ends}
-        return Request(prompt, max_new_tokens, index=self.num_replies, **ends, **self.sampling)
+        return Request(prompt, max_new_tokens, index=self.num_replies, seed=self.seed, **ends, **self.sampling.options)
 
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
         """The tokens of the latest exchanges that leave a quarter of the context to the reply, and how many they leave

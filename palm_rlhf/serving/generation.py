@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
+from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.serving.structured import Grammar
 from palm_rlhf.serving.token_text import TextStream
 
@@ -29,14 +30,13 @@ class EngineError(RuntimeError):
     """The reply was lost by no fault of its request: the model failed, or the engine was closed."""
 
 
-@beartype
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class Request:
-    """A prompt, and the distribution its continuation is drawn from.
+class Request(Sampling):
+    """A prompt, and the distribution that its continuation is drawn from, with all options of `Sampling`.
 
-    `seed` and `index` decide the sample: the same pair gives the same one, whatever else runs. `temperature`, `top_k`,
-    `top_p`, `min_p` and `repetition_penalty` are those of `PaLM.generate`. `presence_penalty` and `frequency_penalty`
-    are taken from the logits of tokens already sampled, once and for each time; `logit_bias` is added. `stop` are
+    `seed` and `index` decide the sample: the same pair gives the same one, whatever else runs. `logit_bias` is added to
+    the logits of tokens by their ids, after the penalties and before the temperature. `stop` are
     strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for the
     log-probability of each token and so many alternatives, `prompt_logprobs` for the same of the prompt's tokens, which
     are then read anew whatever is known of them. `grammar` is what the reply has to follow. `timeout` is in
@@ -46,41 +46,30 @@ class Request:
 
     prompt: list[int]
     max_new_tokens: int
-    temperature: float | int = 1.0
-    top_k: int | None = None
-    top_p: float | int = 1.0
-    min_p: float | int = 0.0
     seed: int | None = None
     index: int = 0
     stop: tuple[str, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
-    repetition_penalty: float | int = 1.0
-    presence_penalty: float | int = 0.0
-    frequency_penalty: float | int = 0.0
-    logit_bias: Mapping[int, float | int] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
-    timeout: float | int | None = None
+    timeout: float | None = None
     client: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name, fine, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0, where the prompt alone is read"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
-            ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is none)"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0, which reads the prompt alone"),
             ("stop", all(self.stop), "no empty string"),
             ("logprobs", (self.logprobs or 0) >= 0, "0 or more alternatives, or None"),
             ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more alternatives, or None"),
             ("timeout", self.timeout is None or self.timeout > 0, "seconds above 0, or None"),
         ):
             if not fine:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+                raise ValueError(f"got {name}={getattr(self, name)!r}, expected {expected}")
         if not self.prompt:
-            raise ValueError("the prompt is empty; expected at least one token")
+            raise ValueError("got an empty prompt, expected at least one token")
 
 
 class TokenLogprob(NamedTuple):

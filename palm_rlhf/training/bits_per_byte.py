@@ -10,7 +10,7 @@ import torch
 from beartype import beartype
 from torch import nn
 
-from palm_rlhf.model.generate import evaluating
+from palm_rlhf.model.modes import evaluating
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.token_windows import Window, read_windows
 

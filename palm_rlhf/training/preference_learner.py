@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.algorithms.preferences import kto_baseline
-from palm_rlhf.model.generate import evaluating, switch_off_dropout
+from palm_rlhf.model.modes import evaluating, switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, token_logprobs
 from palm_rlhf.ops.masked import masked_sum

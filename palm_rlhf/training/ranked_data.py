@@ -9,7 +9,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from torch import Tensor
 
-from palm_rlhf.model.generate import check_token_ids
+from palm_rlhf.model.inputs import check_token_ids
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.policy.rollout import Sampling
-from palm_rlhf.training.run.config import Settings
+from palm_rlhf.policy.rollout import ResponseSampling
+from palm_rlhf.training.sampling_config import SamplingConfig
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class RolloutConfig(Settings):
+class RolloutConfig(SamplingConfig):
     """How responses are drawn and what is made of their scores."""
 
     num_samples: int = 2
@@ -19,15 +19,6 @@ class RolloutConfig(Settings):
 
     max_new_tokens: int = 64
     """Longest response, in tokens; of a prompt the last tokens count, so that max_seq_len holds both."""
-
-    temperature: float = 1.0
-    """Divides the logits in sampling."""
-
-    top_k: int | None = None
-    """Draw from the k likeliest tokens alone."""
-
-    top_p: float | None = None
-    """Draw from the smallest set of tokens that holds this mass."""
 
     eos_token: int | None = None
     """Ends a response, which keeps it; None: every response takes all the room there is."""
@@ -52,13 +43,12 @@ class RolloutConfig(Settings):
 
     def __post_init__(self):
         self.expect("num_samples", self.num_samples > 1, "at least 2, the best and the worst of which are compared")
-        self.expect_positive("max_new_tokens", "temperature", "rollout_batch_size", "sample_every", "samples_kept")
+        self.expect_positive("max_new_tokens", "rollout_batch_size", "sample_every", "samples_kept")
         self.expect_not_negative("missing_eos_penalty")
         self.expect("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "None or more than 0")
         weights = (self.reward_weights or {}).values()
         self.expect("reward_weights", all(map(math.isfinite, weights)), "finite numbers")
-        self.expect("top_k", self.top_k is None or self.top_k > 0, "None or a number above 0")
-        self.expect("top_p", self.top_p is None or 0 < self.top_p <= 1, "None or a number above 0, up to 1")
+        self.check_sampling()
         self.expect("eos_token", self.eos_token is None or self.eos_token >= 0, "None or the id of a token")
 
     def check_end(self) -> None:
@@ -67,9 +57,9 @@ class RolloutConfig(Settings):
             self.expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> ResponseSampling:
         """The distribution that responses are drawn from."""
-        return Sampling(
+        return ResponseSampling(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,

@@ -11,7 +11,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from palm_rlhf.model.generate import evaluating
+from palm_rlhf.model.modes import evaluating
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.logprobs import next_token_pairs, target_mask

@@ -10,7 +10,7 @@ from beartype import beartype
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from palm_rlhf.model.generate import check_token_ids
+from palm_rlhf.model.inputs import check_token_ids
 from palm_rlhf.training.epoch_sampler import EpochSampler
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops.sampling import sampling_logprobs
+from palm_rlhf.ops.sampling import Sampling, sampling_logprobs
 
 VOCABULARY = 23
 GREEDY = {"temperature": 0}
@@ -19,6 +19,8 @@ OPTIONS = {
     "top_p": st.sampled_from([0.3, 0.9, 1.0]),
     "min_p": st.sampled_from([0.0, 0.1]),
     "repetition_penalty": st.sampled_from([0.7, 1.5]),
+    "presence_penalty": st.sampled_from([-0.4, 0.6]),
+    "frequency_penalty": st.sampled_from([-0.2, 0.3]),
 }
 
 
@@ -45,13 +47,17 @@ def seeded(seed=0):
 
 
 @torch.no_grad()
-def slowly(palm, prompt, num_new, *, repetition_penalty=1.0):
+def slowly(palm, prompt, num_new, *, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0):
     """Greedy, reading everything again at each step."""
     tokens = prompt.tolist()
     for _ in range(num_new):
         logits = palm(torch.tensor([tokens]))[0, -1].tolist()
         for token in set(tokens):
             logits[token] *= repetition_penalty if logits[token] < 0 else 1 / repetition_penalty
+        for token in tokens[len(prompt) :]:
+            logits[token] -= frequency_penalty
+        for token in set(tokens[len(prompt) :]):
+            logits[token] -= presence_penalty
         tokens.append(max(range(VOCABULARY), key=logits.__getitem__))
     return tokens[len(prompt) :]
 
@@ -63,7 +69,9 @@ def recomputed_logprobs(palm, prompt, answer, **options):
     for n, token in enumerate(answer.tolist()):
         prefix = torch.cat((prompt, answer[:n]))
         seen = torch.zeros(1, VOCABULARY, dtype=torch.bool).index_fill_(1, prefix, True)
-        found.append(sampling_logprobs(palm(prefix[None])[:, -1], **options, seen=seen)[0, token])
+        counts = answer[:n].bincount(minlength=VOCABULARY)[None]
+        logits = palm(prefix[None])[:, -1]
+        found.append(sampling_logprobs(logits, Sampling(**options), seen=seen, counts=counts)[0, token])
     return torch.stack(found)
 
 
@@ -99,8 +107,11 @@ def test_recorded_logprobs_are_those_of_a_forward_without_a_cache(lengths, optio
 
 
 @pytest.mark.parametrize(
-    "option", [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"repetition_penalty": 1.5}], ids=str
-)
+    "option",
+    [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"repetition_penalty": 1.5},
+     {"presence_penalty": 0.6}, {"frequency_penalty": 0.3}],
+    ids=str,
+)  # fmt: skip
 def test_logprobs_of_another_distribution_are_told_apart(option):
     """What the law above says of a sampler that records before, say, the temperature."""
     palm, (row,) = palm_of(), prompts_of(6)
@@ -158,6 +169,17 @@ def test_repetition_is_penalised_in_prompt_and_answer():
     positive = palm_with(logit_scale=1e-3)  # every logit is small: an enormous penalty forbids those above 0 twice
     (row,) = positive.generate(prompt=rows[:1], max_new_tokens=5, repetition_penalty=1e9, **GREEDY)
     assert len({*row.tolist(), *rows[0].tolist()}) == 5 + len(set(rows[0].tolist()))
+
+
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 1.5}, {"frequency_penalty": 0.8}], ids=str)
+def test_presence_and_frequency_are_penalised_in_the_answer_alone(penalty):
+    palm, rows, eos = palm_of(), prompts_of(3, 6), 5
+    got = palm.generate(prompt=rows, max_new_tokens=12, eos_token=eos, **penalty, **GREEDY)
+    expected = [slowly(palm, row, 12, **penalty) for row in rows]
+    assert [row.tolist() for row in got] == [cut(row, eos) for row in expected]
+    assert expected != [slowly(palm, row, 12) for row in rows]
+    copies = palm.generate(prompt=rows, max_new_tokens=12, num_samples=2, eos_token=eos, **penalty, **GREEDY)
+    assert [row.tolist() for row in copies] == [cut(row, eos) for row in expected for _ in range(2)]
 
 
 def test_greedy_is_certain():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf import PaLM
-from palm_rlhf.model.palm import default_positions
+from palm_rlhf.model.inputs import default_positions
 from tests import factories
 
 VOCABULARY = 17

@@ -270,7 +270,7 @@ def test_numbers_that_make_no_palm_are_refused_by_name(options, message):
 
 
 def test_a_loss_needs_two_tokens():
-    with pytest.raises(ValueError, match="got 1 tokens a row; a loss needs at least 2"):
+    with pytest.raises(ValueError, match="got 1 tokens a row, expected at least 2 for a loss"):
         small()(some_tokens(2, 1), return_loss=True)
 
 

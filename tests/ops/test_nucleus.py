@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.ops import nucleus as module
-from palm_rlhf.ops.sampling import keep_top_p, sample, sampling_logprobs
+from palm_rlhf.ops.sampling import Sampling, keep_top_p, sample, sampling_logprobs
 
 # few values, so that many tokens are equally likely; some are left out already
 ROWS = st.lists(st.sampled_from([-torch.inf, -40.0, -3.0, -1.0, -0.999, 0.0, 0.5, 2.0]), min_size=2, max_size=40)
@@ -119,7 +119,7 @@ def test_seeded_draws_are_those_from_the_sorted_vocabulary():
     for row, tokens in zip(kept, sets, strict=True):
         row[tokens] = True
     expected = logits.masked_fill(~kept, -torch.inf).log_softmax(dim=-1)
-    found = sampling_logprobs(logits, top_p=0.9)
+    found = sampling_logprobs(logits, Sampling(top_p=0.9))
     assert torch.equal(found, expected)
     draws = [sample(logprobs, torch.Generator().manual_seed(7)) for logprobs in (found, expected)]
     assert torch.equal(*draws)
@@ -129,7 +129,7 @@ def test_seeded_draws_are_those_from_the_sorted_vocabulary():
 def test_what_is_no_number_stays_to_be_seen(num_tokens):
     rows = torch.randn(4, num_tokens)
     rows[0, 7], rows[1, 7], rows[2] = torch.nan, torch.inf, -torch.inf
-    assert sampling_logprobs(rows, top_p=0.5).isnan().any(dim=-1).tolist() == [True, True, True, False]
+    assert sampling_logprobs(rows, Sampling(top_p=0.5)).isnan().any(dim=-1).tolist() == [True, True, True, False]
     kept = keep_top_p(rows, 0.5)
     assert torch.equal(kept[3], keep_top_p(rows[3], 0.5))
 

@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from palm_rlhf.ops.sampling import (
+    Sampling,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -76,11 +77,18 @@ def test_penalty_by_hand():
     assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.0]]
 
 
-def plainly(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seen=()):
+def plainly(
+    logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, presence_penalty=0.0,
+    frequency_penalty=0.0, seen=(), sampled=()
+):  # fmt: skip
     """The definition in plain Python: a dictionary of the tokens left and their probabilities."""
     scores = dict(enumerate(logits))
     for token in seen:
         scores[token] *= repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
+    for token in set(sampled):
+        scores[token] -= presence_penalty
+    for token in sampled:
+        scores[token] -= frequency_penalty
     if temperature == 0:
         return {max(scores, key=lambda token: (scores[token], -token)): 1.0}
 
@@ -114,6 +122,8 @@ def plainly(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repe
             "top_p": st.sampled_from([0.3, 0.611, 0.9, 1.0]),
             "min_p": st.sampled_from([0.0, 0.0503, 0.3]),
             "repetition_penalty": st.sampled_from([0.8, 1.3]),
+            "presence_penalty": st.sampled_from([0.7031, -0.5017]),
+            "frequency_penalty": st.sampled_from([0.3013, -0.2019]),
         },
     ),
     st.data(),
@@ -121,10 +131,13 @@ def plainly(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repe
 def test_all_options_together_equal_the_definition(hundredths, options, data):
     logits = [value / 100 for value in hundredths]
     seen = data.draw(st.lists(st.integers(0, len(logits) - 1), unique=True))
-    expected = plainly(logits, **options, seen=seen if "repetition_penalty" in options else ())
+    sampled = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=6))
+    expected = plainly(logits, **options, seen=seen if "repetition_penalty" in options else (), sampled=sampled)
     mask = torch.zeros(1, len(logits), dtype=torch.bool)
     mask[0, seen] = True
-    got = sampling_logprobs(torch.tensor([logits], dtype=torch.float64), **options, seen=mask)[0].exp()
+    counts = torch.tensor(sampled, dtype=torch.long).bincount(minlength=len(logits))[None]
+    rows = torch.tensor([logits], dtype=torch.float64)
+    got = sampling_logprobs(rows, Sampling(**options), seen=mask, counts=counts)[0].exp()
     for token, probability in enumerate(got.tolist()):
         assert probability == pytest.approx(expected.get(token, 0.0), abs=1e-12)
 
@@ -132,21 +145,21 @@ def test_all_options_together_equal_the_definition(hundredths, options, data):
 @given(LOGITS, st.sampled_from([{}, {"temperature": 0.3}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}]))
 def test_a_distribution_sums_to_one_and_each_row_stands_alone(logits, options):
     rows = torch.cat((logits, logits.flip(-1), logits * 2))
-    logprobs = sampling_logprobs(rows, **options)
+    logprobs = sampling_logprobs(rows, Sampling(**options))
     torch.testing.assert_close(logprobs.exp().sum(dim=-1), torch.ones(3, dtype=torch.float64))
-    assert torch.equal(logprobs[:1], sampling_logprobs(logits, **options))
+    assert torch.equal(logprobs[:1], sampling_logprobs(logits, Sampling(**options)))
 
 
 def test_greedy_takes_the_first_of_the_largest():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
-    logprobs = sampling_logprobs(logits, temperature=0)
+    logprobs = sampling_logprobs(logits, Sampling(temperature=0))
     assert logprobs.tolist() == [[-torch.inf, 0.0, -torch.inf, -torch.inf], [0.0, *[-torch.inf] * 3]]
     assert sample(logprobs).tolist() == [1, 0]
 
 
 def test_bfloat16_logits_give_float32_logprobs():
     logits = torch.randn(4, 1000).bfloat16()
-    logprobs = sampling_logprobs(logits, temperature=0.7)
+    logprobs = sampling_logprobs(logits, Sampling(temperature=0.7))
     assert logprobs.dtype == torch.float32
     exact = (logits.double() / 0.7).log_softmax(dim=-1)
     torch.testing.assert_close(logprobs.double(), exact, rtol=1e-6, atol=1e-5)
@@ -156,8 +169,8 @@ def test_the_logits_are_left_as_they_were():
     logits = torch.randn(2, 9)
     before = logits.clone()
     options = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
-    sampling_logprobs(logits, **options, seen=torch.ones(2, 9, dtype=torch.bool))
-    sampling_logprobs(logits, temperature=0)
+    sampling_logprobs(logits, Sampling(**options), seen=torch.ones(2, 9, dtype=torch.bool))
+    sampling_logprobs(logits, Sampling(temperature=0))
     assert torch.equal(logits, before)
 
 
@@ -194,7 +207,7 @@ def test_draws_of_neighbouring_rows_are_independent():
 
 
 def test_what_has_no_probability_never_comes():
-    logprobs = sampling_logprobs(torch.zeros(50_000, 8), top_k=8).clone()
+    logprobs = sampling_logprobs(torch.zeros(50_000, 8), Sampling(top_k=8)).clone()
     logprobs[:, 3:] = -torch.inf
     assert set(sample(logprobs).tolist()) == {0, 1, 2}
 

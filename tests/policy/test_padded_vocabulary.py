@@ -10,7 +10,7 @@ from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.ops.logprobs import chunks_pay
-from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import action_logprobs, response_logprobs
 
 BYTES = ByteTokenizer()
@@ -148,7 +148,7 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_known_tokens
 def test_what_is_recorded_while_sampling_is_what_the_training_forward_says(kind, truncation):
     known = mask(kind)
     palm = palm_that_likes_padding(known).eval()
-    sampling = Sampling(max_new_tokens=9, eos_token=10, allowed_tokens=known, **truncation)
+    sampling = ResponseSampling(max_new_tokens=9, eos_token=10, allowed_tokens=known, **truncation)
     prompts = [torch.tensor([65, 66, 67]), torch.tensor([68])]
     rollout = collect(palm, prompts, sampling, num_samples=5, generator=torch.Generator().manual_seed(3))
     assert known[rollout.sequences.actions].all()

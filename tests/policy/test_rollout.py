@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
+from palm_rlhf.policy.rollout import ResponseSampling, Rollout, best_of_n, collect
 from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs, spoken
 
 EOS = 4
@@ -56,7 +56,7 @@ def test_what_is_recorded_while_sampling_is_what_training_reads(
 ):
     palm = wandering_palm(dropout=0.5)
     actor_critic = ActorCritic(palm, value="none").train()
-    prompts, sampling = draw_rows(*lengths, seed=seed), Sampling(**sampling, **limit)
+    prompts, sampling = draw_rows(*lengths, seed=seed), ResponseSampling(**sampling, **limit)
     rollout = collect(palm, prompts, sampling, num_samples=num_samples, batch_size=batch_size, generator=seeded(seed))
     assert_parity(rollout, response_logprobs(palm, rollout.sequences, **sampling.truncation).logprobs.detach())
     assert_parity(rollout, actor_critic(rollout.sequences, **sampling.truncation).logprobs.detach())
@@ -70,7 +70,7 @@ def test_parity_with_adapters(wandering_palm, draw_rows, stir):
     palm = wandering_palm()
     actor_critic = ActorCritic(palm, value="none", actor_lora_r=2)
     stir(actor_critic.actor_parameters())
-    sampling = Sampling(max_new_tokens=8, temperature=0.8, eos_token=EOS)
+    sampling = ResponseSampling(max_new_tokens=8, temperature=0.8, eos_token=EOS)
     rollout = collect(palm, draw_rows(*LENGTHS), sampling, finetune_scope="actor", num_samples=2, generator=seeded())
     assert_parity(rollout, actor_critic(rollout.sequences, **sampling.truncation).logprobs.detach())
     with pytest.raises(AssertionError):  # without them it is another policy
@@ -124,7 +124,7 @@ MUTANTS = {
 @torch.no_grad()
 def test_parity_tells_a_broken_reading_apart(wandering_palm, draw_rows, mutant):
     palm = wandering_palm(dropout=0.1)
-    sampling = Sampling(max_new_tokens=8, temperature=0.7, top_k=9, top_p=0.8, eos_token=EOS)
+    sampling = ResponseSampling(max_new_tokens=8, temperature=0.7, top_k=9, top_p=0.8, eos_token=EOS)
     rollout = collect(palm, draw_rows(*LENGTHS), sampling, num_samples=2, generator=seeded())
     palm.eval()
     assert_parity(rollout, right(palm, rollout.sequences, **sampling.truncation))
@@ -138,7 +138,7 @@ def test_parity_tells_a_broken_reading_apart(wandering_palm, draw_rows, mutant):
 def test_eos_is_the_last_action_and_a_response_without_it_is_truncated(wandering_palm, draw_rows):
     prompts = [*draw_rows(*LENGTHS), torch.tensor([EOS, 1, EOS])]  # in a prompt it ends nothing
     rollout = collect(
-        wandering_palm(), prompts, Sampling(max_new_tokens=10, eos_token=EOS), num_samples=6, generator=seeded()
+        wandering_palm(), prompts, ResponseSampling(max_new_tokens=10, eos_token=EOS), num_samples=6, generator=seeded()
     )
     responses = responses_of(rollout)
     for row, response in enumerate(responses):
@@ -152,7 +152,7 @@ def test_eos_is_the_last_action_and_a_response_without_it_is_truncated(wandering
 
 
 def test_nothing_is_truncated_where_no_eos_is_looked_for(wandering_palm, draw_rows):
-    rollout = collect(wandering_palm(), draw_rows(*LENGTHS), Sampling(max_new_tokens=5), generator=seeded())
+    rollout = collect(wandering_palm(), draw_rows(*LENGTHS), ResponseSampling(max_new_tokens=5), generator=seeded())
     assert not rollout.truncated.any() and rollout.truncated.dtype == torch.bool
     assert rollout.sequences.response_lengths.tolist() == [5] * len(LENGTHS)
 
@@ -160,9 +160,9 @@ def test_nothing_is_truncated_where_no_eos_is_looked_for(wandering_palm, draw_ro
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_max_seq_len_leaves_each_row_its_own_room(wandering_palm, draw_rows, batch_size):
     palm, prompts = wandering_palm(), draw_rows(*LENGTHS)
-    rollout = collect(palm, prompts, Sampling(max_seq_len=9), batch_size=batch_size, num_samples=2)
+    rollout = collect(palm, prompts, ResponseSampling(max_seq_len=9), batch_size=batch_size, num_samples=2)
     assert rollout.sequences.response_lengths.tolist() == [9 - length for length in LENGTHS for _ in range(2)]
-    sampling = Sampling(max_seq_len=9, eos_token=EOS)
+    sampling = ResponseSampling(max_seq_len=9, eos_token=EOS)
     rollout = collect(palm, prompts, sampling, num_samples=8, batch_size=batch_size, generator=seeded())
     full = rollout.sequences.lengths == 9
     assert (rollout.sequences.lengths <= 9).all() and not rollout.truncated[~full].any()
@@ -170,7 +170,7 @@ def test_max_seq_len_leaves_each_row_its_own_room(wandering_palm, draw_rows, bat
 
 
 def test_greedy_responses_do_not_depend_on_how_many_are_drawn_at_once(wandering_palm, draw_rows):
-    palm, sampling = wandering_palm(), Sampling(max_new_tokens=6, temperature=0.0)
+    palm, sampling = wandering_palm(), ResponseSampling(max_new_tokens=6, temperature=0.0)
     whole = collect(palm, draw_rows(*LENGTHS), sampling, num_samples=2)
     for batch_size in (1, 3, 4, 6):
         parts = collect(palm, draw_rows(*LENGTHS), sampling, num_samples=2, batch_size=batch_size)
@@ -180,7 +180,7 @@ def test_greedy_responses_do_not_depend_on_how_many_are_drawn_at_once(wandering_
 def test_the_rows_drawn_at_once_and_that_every_token_is_read_once(wandering_palm, draw_rows):
     palm, blocks = wandering_palm(), []
     palm.token_emb.register_forward_pre_hook(lambda _, tokens: blocks.append(tokens[0].shape))
-    sampling = Sampling(max_new_tokens=8, eos_token=EOS)
+    sampling = ResponseSampling(max_new_tokens=8, eos_token=EOS)
     rollout = collect(palm, draw_rows(*[5] * 7), sampling, num_samples=3, batch_size=7, generator=seeded())
     assert max(rows for rows, _ in blocks) == 6
     # each prompt once for all its samples, and every action but the last of each response
@@ -192,7 +192,7 @@ def test_the_rows_drawn_at_once_and_that_every_token_is_read_once(wandering_palm
 
 def test_draws_repeat_with_the_generator_alone(wandering_palm, draw_rows):
     def drawn(seed):
-        sampling = Sampling(max_new_tokens=8)
+        sampling = ResponseSampling(max_new_tokens=8)
         return collect(wandering_palm(), draw_rows(4), sampling, num_samples=4, generator=seeded(seed))
 
     one, again, other = drawn(0), drawn(0), drawn(1)
@@ -204,7 +204,8 @@ def test_draws_repeat_with_the_generator_alone(wandering_palm, draw_rows):
 def test_what_is_kept_does_not_grow_with_the_vocabulary(wandering_palm):
     def kept_bytes(num_tokens: int) -> int:
         prompts = [torch.arange(length) for length in LENGTHS]
-        rollout = collect(wandering_palm(num_tokens=num_tokens), prompts, Sampling(max_new_tokens=5), num_samples=2)
+        sampling = ResponseSampling(max_new_tokens=5)
+        rollout = collect(wandering_palm(num_tokens=num_tokens), prompts, sampling, num_samples=2)
         s = rollout.sequences
         kept = (s.tokens, s.prompt_lengths, s.response_lengths, rollout.logprobs, rollout.truncated)
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in kept}
@@ -222,14 +223,14 @@ def test_what_is_kept_does_not_grow_with_the_vocabulary(wandering_palm):
         ({"prompts": []}, "expected the same number, at least one"),
         ({"prompts": [torch.tensor([[1, 2]])]}, "wrong number of axes"),
         ({"prompts": [torch.tensor([13])]}, "outside the vocabulary"),
-        ({"sampling": Sampling()}, "expected exactly one of them"),
-        ({"sampling": Sampling(max_new_tokens=3, max_seq_len=9)}, "expected exactly one of them"),
-        ({"sampling": Sampling(max_seq_len=2)}, "seq_len=2 counts the prompt"),
-        ({"sampling": Sampling(max_new_tokens=3, eos_token=13)}, "eos_token is 13"),
+        ({"sampling": ResponseSampling()}, "expected exactly one of them"),
+        ({"sampling": ResponseSampling(max_new_tokens=3, max_seq_len=9)}, "expected exactly one of them"),
+        ({"sampling": ResponseSampling(max_seq_len=2)}, "seq_len=2 counts the prompt"),
+        ({"sampling": ResponseSampling(max_new_tokens=3, eos_token=13)}, "got eos_token=13"),
     ],
 )
 def test_bad_arguments_of_collect_are_refused(wandering_palm, options, message):
-    options = {"prompts": [torch.tensor([1, 2, 3])], "sampling": Sampling(max_new_tokens=3), **options}
+    options = {"prompts": [torch.tensor([1, 2, 3])], "sampling": ResponseSampling(max_new_tokens=3), **options}
     with pytest.raises(ValueError, match=message):
         collect(wandering_palm(), options.pop("prompts"), options.pop("sampling"), **options)
 
@@ -240,13 +241,14 @@ def test_bad_arguments_of_collect_are_refused(wandering_palm, options, message):
 @pytest.fixture(scope="module")
 def candidates(wandering_palm):
     """A palm, a prompt, how to sample, and what comes then: responses of different lengths, all of them different."""
-    palm, prompt, sampling = wandering_palm(), torch.tensor([3, 1, 2]), Sampling(max_new_tokens=9, eos_token=EOS)
+    palm, prompt = wandering_palm(), torch.tensor([3, 1, 2])
+    sampling = ResponseSampling(max_new_tokens=9, eos_token=EOS)
     responses = responses_of(collect(palm, [prompt], sampling, num_samples=8, generator=seeded()))
     assert len({tuple(response) for response in responses}) == 8 and len({*map(len, responses)}) > 2
     return palm, prompt, sampling, responses
 
 
-def best(palm: PaLM, reward, prompt: torch.Tensor, sampling: Sampling, **options) -> list[int]:
+def best(palm: PaLM, reward, prompt: torch.Tensor, sampling: ResponseSampling, **options) -> list[int]:
     return best_of_n(palm, reward, prompt, sampling, num_samples=8, generator=seeded(), **options).tolist()
 
 

@@ -9,7 +9,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.policy import shared_prompts
-from palm_rlhf.policy.rollout import Sampling, best_of_n, collect
+from palm_rlhf.policy.rollout import ResponseSampling, best_of_n, collect
 from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.policy.turns import Turns, asked_columns
 
@@ -133,7 +133,7 @@ def test_without_an_eos_turns_have_one_length(palm):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_every_turn_reads_all_that_came_before(palm, draw_rows, said_by_hand, limit, batch_size):
     """The recorded log-probabilities are those of one forward over everything, and of each token by hand."""
-    sampling = Sampling(temperature=0.8, top_k=9, eos_token=EOS, **limit)
+    sampling = ResponseSampling(temperature=0.8, top_k=9, eos_token=EOS, **limit)
     turns = Turns(echo, max_turns=4, max_turn_tokens=5)
     rollout = collect(
         palm, draw_rows(*LENGTHS), sampling, num_samples=3, batch_size=batch_size, generator=seeded(), turns=turns
@@ -164,7 +164,7 @@ def test_every_turn_reads_all_that_came_before(palm, draw_rows, said_by_hand, li
 
 
 def test_changing_what_the_environment_said_changes_what_comes_after_it_alone(palm, draw_rows):
-    sampling = Sampling(max_new_tokens=24, eos_token=EOS)
+    sampling = ResponseSampling(max_new_tokens=24, eos_token=EOS)
     rollout = collect(
         palm, draw_rows(*LENGTHS), sampling, num_samples=4, generator=seeded(), turns=Turns(echo, 3, max_turn_tokens=8)
     )
@@ -187,7 +187,7 @@ def test_changing_what_the_environment_said_changes_what_comes_after_it_alone(pa
 
 
 def test_replies_are_read_after_a_prompt_that_several_conversations_share(palm, draw_rows, monkeypatch):
-    sampling, turns = Sampling(max_new_tokens=16, eos_token=EOS), Turns(echo, 3, max_turn_tokens=5)
+    sampling, turns = ResponseSampling(max_new_tokens=16, eos_token=EOS), Turns(echo, 3, max_turn_tokens=5)
     sequences = collect(palm, draw_rows(30, 25), sampling, num_samples=6, generator=seeded(), turns=turns).sequences
     assert not shared_prompts.pays(sequences, groups := shared_prompts.find_groups(sequences))
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_replies_are_read_after_a_prompt_that_several_conversations_share(palm, 
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 9}, {"max_seq_len": 11}], ids=str)
 @pytest.mark.parametrize("eos_token", [EOS, None])
 def test_an_environment_that_is_done_at_once_changes_no_bit(palm, draw_rows, limit, eos_token):
-    sampling = Sampling(eos_token=eos_token, **limit)
+    sampling = ResponseSampling(eos_token=eos_token, **limit)
     options = {"num_samples": 2, "batch_size": 4}
     plain = collect(palm, draw_rows(*LENGTHS), sampling, generator=seeded(), **options)
     talked = collect(palm, draw_rows(*LENGTHS), sampling, generator=seeded(), turns=Turns(done, 3), **options)
@@ -213,7 +213,7 @@ def test_an_environment_that_is_done_at_once_changes_no_bit(palm, draw_rows, lim
 
 
 def test_the_best_of_n_conversations_comes_whole(palm):
-    sampling, turns = Sampling(max_new_tokens=20, eos_token=EOS), Turns(echo, 4, max_turn_tokens=6)
+    sampling, turns = ResponseSampling(max_new_tokens=20, eos_token=EOS), Turns(echo, 4, max_turn_tokens=6)
     prompt = torch.tensor([3, 1, 2])
     rollout = collect(palm, [prompt], sampling, num_samples=8, generator=seeded(), turns=turns)
     _, responses = spoken(rollout.sequences)
@@ -380,7 +380,7 @@ def test_messages_are_the_environments_own(palm):
     assert as_lists(talk.messages) == [("user", [7, 8]), ("assistant", [1]), ("user", [9]), ("assistant", [2])]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(max_new_tokens=3, max_seq_len=9)], ids=str)
+@pytest.mark.parametrize("sampling", [ResponseSampling(), ResponseSampling(max_new_tokens=3, max_seq_len=9)], ids=str)
 def test_the_room_has_to_be_clear(palm, sampling):
     with pytest.raises(ValueError, match="expected exactly one of them"):
         collect(palm, [torch.tensor([1])], sampling, turns=Turns(done, 3))

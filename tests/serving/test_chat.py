@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from palm_rlhf.cli import main
 from palm_rlhf.data.conversation import encode_prompt, end_of_turn
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.serving.dialogue import Dialogue
 from palm_rlhf.serving.generation import EngineError
 from palm_rlhf.serving.terminal import read_message
 
 MAX_TOKENS = 40
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_a_reply_can_be_said_anew_by_other_chances_that_repeat(chat):
 
 
 def test_saying_anew_replaces_the_reply(served_model, start_engine, oracle):
-    conversation = Dialogue(served_model, start_engine(), temperature=0, max_tokens=MAX_TOKENS)
+    conversation = Dialogue(served_model, start_engine(), sampling=GREEDY, max_tokens=MAX_TOKENS)
     for text in ("Hello", "Count to ten."):
         "".join(conversation.say(text))
     before = conversation.messages
@@ -172,7 +174,7 @@ def test_saying_anew_replaces_the_reply(served_model, start_engine, oracle):
 
 
 def test_whoever_stops_listening_keeps_what_was_said(served_model, start_engine, dialogues):
-    conversation = Dialogue(served_model, start_engine(), temperature=0)
+    conversation = Dialogue(served_model, start_engine(), sampling=GREEDY)
     reply = conversation.say("Which animals are there?")
     heard = next(reply) + next(reply) + next(reply)
     reply.close()
@@ -184,7 +186,7 @@ def test_whoever_stops_listening_keeps_what_was_said(served_model, start_engine,
 
 
 def test_characters_come_whole(served_model, start_engine, dialogues):
-    conversation = Dialogue(served_model, start_engine(), temperature=0)
+    conversation = Dialogue(served_model, start_engine(), sampling=GREEDY)
     pieces = [piece for piece in conversation.say("Which animals are there?") if piece]
     assert "".join(pieces) == dialogues["Which animals are there?"]
     assert {"🐈", "🐕"} <= set(pieces) and len(pieces) > 10
@@ -271,8 +273,6 @@ def test_a_model_of_bytes_without_a_tokenizer_is_talked_to(chat, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--temperature", "-1"), "temperature is -1"),
-        (("--top-p", "2"), "top_p is 2"),
         (("--max-tokens", "0"), "max_tokens is 0"),
         (("--context", "1"), "context is 1"),
         (("--lora-scope", "none"), "none"),
@@ -281,6 +281,13 @@ def test_a_model_of_bytes_without_a_tokenizer_is_talked_to(chat, tmp_path):
 def test_wrong_options_are_one_clear_line(chat, options, words):
     with pytest.raises(SystemExit, match=rf"^palm-rlhf: .*{words}"):
         chat("Hello", options=options)
+
+
+@pytest.mark.parametrize("name, value", [("temperature", -1.0), ("top_p", 2.0)])
+def test_wrong_options_of_sampling_are_told(chat, capsys, name, value):
+    with pytest.raises(SystemExit):
+        chat("Hello", options=(f"--{name.replace('_', '-')}={value}",))
+    assert f"got {name}={value}" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_missing_is_named(chat, tmp_path):

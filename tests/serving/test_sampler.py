@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.sampling import sampling_logprobs
+from palm_rlhf.ops.sampling import Sampling, sampling_logprobs
 from palm_rlhf.serving.engine.sampler import Sampler, adjust, choose, token_logprobs
 from palm_rlhf.serving.generation import Generation, Request
 from palm_rlhf.serving.token_text import TextStream
@@ -35,9 +35,9 @@ def test_draws_have_the_distribution_that_is_asked_for(options):
     num_draws = 4000
     rows = [row(index, **options) for index in range(num_draws)]
     found = choose(logits.expand(num_draws, -1), rows).bincount(minlength=6) / num_draws
-    assert is_distributed(found, sampling_logprobs(logits[None], **options)[0].exp(), num_draws)
+    assert is_distributed(found, sampling_logprobs(logits[None], Sampling(**options))[0].exp(), num_draws)
     for wrong in ({"temperature": 0.8}, {"top_p": 0.9}):  # near enough to what is asked for to be mistaken for it
-        assert not is_distributed(found, sampling_logprobs(logits[None], **wrong)[0].exp(), num_draws)
+        assert not is_distributed(found, sampling_logprobs(logits[None], Sampling(**wrong))[0].exp(), num_draws)
 
 
 def is_distributed(found, expected, num_draws):
@@ -209,5 +209,5 @@ def test_replies_have_the_distribution_of_generate(start_engine):
     logits, seen = palm(torch.tensor([prompt]))[:, -1].detach(), torch.zeros(1, 261, dtype=torch.bool)
     seen[0, prompt] = True
     for name, value in (("repetition_penalty", 1.0), ("top_k", 4), ("min_p", 0.0)):
-        wrong = sampling_logprobs(logits, **{**options, name: value}, seen=seen)[0].exp()
+        wrong = sampling_logprobs(logits, Sampling(**{**options, name: value}), seen=seen)[0].exp()
         assert not is_distributed(found, wrong, num_draws), name

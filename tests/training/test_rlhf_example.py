@@ -14,7 +14,7 @@ import tyro
 from palm_rlhf.cli import main
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import Sampling
+from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.ranked_data import Ranking
 
 SMALL = [
@@ -151,7 +151,7 @@ def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(exa
             parameter.zero_()
         palm.token_emb.weight.zero_()
         palm.token_emb.weight[[*b":)( \n"]] = torch.linspace(-9, 9, 16)
-    sampling = Sampling(max_new_tokens=3, eos_token=example.END_OF_TURN)
+    sampling = ResponseSampling(max_new_tokens=3, eos_token=example.END_OF_TURN)
     rankings = annotator.rank(palm, ["hello", "bye"], sampling, 300, 0)
     for prompt in ("hello", "bye"):
         rows = [ranking for ranking in rankings if bytes(ranking.prompt.tolist()).decode() == f"{prompt}\n"]
@@ -169,7 +169,7 @@ def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(exa
         said = [answer for answers in texts for answer in answers]
         assert len(said) == len(set(said))
         assert all(set(annotator.score(answers)) <= set(gold) for answers in texts)
-    short = Sampling(max_new_tokens=1, eos_token=example.END_OF_TURN)
+    short = ResponseSampling(max_new_tokens=1, eos_token=example.END_OF_TURN)
     assert annotator.rank(palm, ["hello"], short, 100, 0) == []
 
 

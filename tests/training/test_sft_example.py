@@ -16,7 +16,7 @@ from palm_rlhf.data.conversation import encode_prompt, end_of_turn
 from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.rollout import Sampling
+from palm_rlhf.policy.rollout import ResponseSampling
 
 SMALL = [
     *("--fresh.dim", "32", "--fresh.depth", "1", "--fresh.heads", "2", "--seq-len", "128", "--num-prompts", "6"),
@@ -163,7 +163,7 @@ def test_the_stop_rate_is_that_of_the_replies_that_end(example):
     tokenizer, template = ByteTokenizer(), PRESETS["default"]
     end = end_of_turn(tokenizer, template)
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer, template) for text in ("a", "hello")]
-    sampling = Sampling(5, temperature=0.0, eos_token=end)
+    sampling = ResponseSampling(5, temperature=0.0, eos_token=end)
     for says, rate, reply in ((end, 1.0, ""), (ord("!"), 0.0, "!!!!!")):
         palm = Watched(int(prompts[0][-1]), says)
         assert sft.measure(palm, prompts, tokenizer, sampling) == (rate, [reply] * 2)
@@ -174,7 +174,7 @@ def test_the_chat_remembers_what_there_is_room_for(example, monkeypatch, capsys)
     tokenizer, template = ByteTokenizer(), PRESETS["default"]
     palm = Watched(tokenizer.special_tokens["<|assistant|>"], ord("!"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\nand three\n" + "x" * 50 + "\n"))
-    sampling = Sampling(4, temperature=0.0, eos_token=end_of_turn(tokenizer, template))
+    sampling = ResponseSampling(4, temperature=0.0, eos_token=end_of_turn(tokenizer, template))
     sft.converse(palm, tokenizer, template, sampling, room=29)
     assert capsys.readouterr().out == "!!!!\n" * 4
     shown = [tokenizer.decode(prompt, with_special_tokens=True).replace("<|endoftext|>", "") for prompt in palm.prompts]

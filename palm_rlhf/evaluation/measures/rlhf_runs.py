@@ -16,7 +16,7 @@ from palm_rlhf.evaluation.intervals import Interval, exact_interval
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.training.rlhf.metrics import SAMPLES_FILE
 from palm_rlhf.training.run.checkpoints import METRICS_FILE, complete_checkpoints, read_state
@@ -139,7 +139,7 @@ def reference_scores(
 
     prompts, said = [prompt_of(sample) for sample in samples], [response_of(sample) for sample in samples]
     generator = torch.Generator(reference.device).manual_seed(seed)
-    sampling = Sampling(
+    sampling = ResponseSampling(
         max_new_tokens=max_new_tokens,
         temperature=float(temperature),
         eos_token=eos_token,

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palm_rlhf.ops.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
-from palm_rlhf.serving.generation import Generation, Request, TokenLogprob
+from palm_rlhf.ops.sampling import Sampling, penalise_repetition, truncate
+from palm_rlhf.serving.generation import Generation, TokenLogprob
 
 
 class SampledToken(NamedTuple):
@@ -77,15 +77,12 @@ def constrain(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
     return constrained
 
 
-def truncate(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Leaves in place the tokens that may be drawn: top-k, top-p and min-p in turn, where asked for: `b v -> b v`."""
-    for row, request in zip(logits, requests, strict=True):
-        if request.top_k is not None:
-            row.copy_(keep_top_k(row, request.top_k))
-        if request.top_p < 1:
-            row.copy_(keep_top_p(row, request.top_p))
-        if request.min_p > 0:
-            row.copy_(keep_min_p(row, request.min_p))
+def truncate_rows(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
+    """Apply top-k, top-p and min-p to each row by its own options, in place: `b v -> b v`."""
+    for row, sampling in zip(logits, options, strict=True):
+        kept = truncate(row, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+        if kept is not row:
+            row.copy_(kept)
     return logits
 
 
@@ -104,7 +101,7 @@ def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
     # shifted before they are divided: a temperature near 0 is then near greedy, where it would overflow
     scaled = logits[index].double()
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / column([request.temperature for request in requests])
-    scaled = truncate(scaled, requests)
+    scaled = truncate_rows(scaled, requests)
     mass = scaled.exp().cumsum(dim=-1)
     total = mass[:, -1:]
     # never the total itself, which no token reaches beyond

@@ -8,16 +8,17 @@ from beartype import BeartypeConf, beartype
 
 from palm_rlhf.algorithms.advantages import AdvantageScale
 from palm_rlhf.algorithms.ratios import RatioLevel
-from palm_rlhf.policy.rollout import Sampling
+from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.rlhf.config_checks import check_config
 from palm_rlhf.training.rlhf.variants import VARIANTS, Aggregation, Variant, variant_of
 from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.optimizer import Precision
+from palm_rlhf.training.sampling_config import SamplingConfig
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class PPOConfig(RunConfig):
+class PPOConfig(SamplingConfig, RunConfig):
     """How a policy is improved: PPO (arXiv:1707.06347; for language arXiv:1909.08593 and arXiv:2203.02155), GRPO, RLOO.
 
     A step collects rollouts, scores them, and makes several optimiser steps on them. Defaults are those of
@@ -55,12 +56,6 @@ class PPOConfig(RunConfig):
 
     max_turn_tokens: int | None = None
     """Longest turn in such a conversation, in tokens; None: what room the response, replies included, has left."""
-
-    top_k: int | None = None
-    """Draw from the k likeliest tokens alone."""
-
-    top_p: float | None = None
-    """Draw from the smallest set of tokens that holds this mass."""
 
     eos_token: int | None = None
     """Ends a response, and is an action like any other; None: every response takes all the room there is."""
@@ -273,9 +268,9 @@ class PPOConfig(RunConfig):
         return same_start and (self.kl_target is None) == (there["kl_target"] is None)
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> ResponseSampling:
         """How responses are drawn."""
-        return Sampling(
+        return ResponseSampling(
             max_new_tokens=self.max_new_tokens if self.max_seq_len is None else None,
             max_seq_len=self.max_seq_len,
             temperature=self.temperature,

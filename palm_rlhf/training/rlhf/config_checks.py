@@ -12,12 +12,12 @@ CRITIC_FIELDS = ("critic_learning_rate", "value_clip_eps", "value_coef", "gamma"
 
 def check_config(config: "PPOConfig") -> None:
     """ValueError for a field out of its range."""
-    config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "temperature",
+    config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size",
                            "minibatch_size", "epochs", "learning_rate", "eps", "kl_horizon", "overlong_penalty",
                            "sample_every", "samples_kept", "max_turns", "eval_every", "eval_samples")  # fmt: skip
     config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef", "missing_eos_penalty",
                                "overlong_buffer", "actor_lora_r", "critic_lora_r")  # fmt: skip
-    for name in ("max_new_tokens", "max_seq_len", "top_k", "micro_batch_size", "critic_learning_rate", "score_clip",
+    for name in ("max_new_tokens", "max_seq_len", "micro_batch_size", "critic_learning_rate", "score_clip",
                  "clip_eps", "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens",
                  "reward_timeout", "importance_cap", "eos_token"):  # fmt: skip
         value, least = getattr(config, name), 0 if name == "eos_token" else 1e-12
@@ -32,7 +32,7 @@ def check_config(config: "PPOConfig") -> None:
     weights = (config.reward_weights or {}).values()
     config.expect("reward_weights", all(math.isfinite(weight) for weight in weights), "finite numbers")
     config.expect("betas", all(0 <= beta < 1 for beta in config.betas), "two numbers from 0 to below 1")
-    config.expect("top_p", config.top_p is None or 0 < config.top_p <= 1, "None or a number above 0, up to 1")
+    config.check_sampling()
     if config.max_seq_len is None:
         config.expect("max_new_tokens", config.max_new_tokens is not None, "a number where max_seq_len is None")
     if config.algorithm != "ppo":

@@ -10,7 +10,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
-from palm_rlhf.model.generate import check_token_ids
+from palm_rlhf.model.inputs import check_token_ids
 from palm_rlhf.model.text_file import read_text
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028, which is part of a text

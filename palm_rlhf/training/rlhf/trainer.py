@@ -15,7 +15,7 @@ from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, move
-from palm_rlhf.policy.rollout import Rollout, Sampling, best_of_n, collect
+from palm_rlhf.policy.rollout import ResponseSampling, Rollout, best_of_n, collect
 from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.rlhf.checkpoint import RunningMoments, read_policy, write_policy
@@ -368,7 +368,7 @@ class RLHFTrainer:
             self.evaluator.load_state_dict(state["evaluation"])
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> ResponseSampling:
         """The distribution that responses are drawn from: without ids that the tokenizer lacks, but for the EOS."""
         return self.config.sampling.restricted_to(self._known_tokens)
 

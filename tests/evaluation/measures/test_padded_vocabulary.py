@@ -10,7 +10,7 @@ from palm_rlhf.evaluation.judging.judges import JudgeRequest, LocalJudge
 from palm_rlhf.evaluation.measures.rlhf_runs import Sample, reference_scores
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import Sampling, collect
+from palm_rlhf.policy.rollout import ResponseSampling, collect
 
 BYTES = ByteTokenizer()
 
@@ -43,7 +43,7 @@ def test_a_reference_draws_its_answers_from_tokens_alone(palm):
     rollout = collect(
         palm,
         [prompt],
-        Sampling(max_new_tokens=8, allowed_tokens=known),
+        ResponseSampling(max_new_tokens=8, allowed_tokens=known),
         batch_size=16,
         generator=torch.Generator().manual_seed(3),
     )
