@@ -1,9 +1,10 @@
 """Requests in OpenAI's protocol: what they ask for."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.http.schema import check
@@ -169,15 +170,7 @@ def common(
     streaming = values.get("stream_options", {})
     if any(streaming.values()) and not stream:
         raise ApiError(400, "got stream_options without stream; set stream to true", param="stream_options")
-    names = (
-        "temperature",
-        "top_p",
-        "min_p",
-        "seed",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    )
+    names = ("seed", *(option.name for option in fields(Sampling)))
     if stream and "prompt_logprobs" in values:
         message = "prompt_logprobs come with a whole reply only; expected it or stream"
         raise ApiError(400, message, param="prompt_logprobs")
