@@ -220,6 +220,18 @@ def test_responses_in_chunks_by_hand(truncation, wandering_palm, draw_rows, said
         assert found.entropy[row, : len(response)].tolist() == pytest.approx(entropies, abs=1e-5)
 
 
+def test_greedy_responses_have_all_the_mass_or_none(wandering_palm, draw_rows, monkeypatch):
+    """With a large vocabulary too: a temperature of 0 scales no chunk of logits."""
+    monkeypatch.setattr("palm_rlhf.ops.logprobs.CHUNK", 200)
+    palm, (prompt,), (response,) = wandering_palm(num_tokens=70), draw_rows(3), draw_rows(6, seed=1)
+    with torch.no_grad():
+        response[0] = palm(prompt[None])[0, -1].argmax()
+        likeliest = palm(torch.cat([prompt, response])[None])[0, len(prompt) - 1 : -1].argmax(dim=-1)
+        found = response_logprobs(palm, join([prompt], [response]), temperature=0.0)
+    assert found.logprobs[0].tolist() == [0.0 if same else -math.inf for same in response == likeliest]
+    assert found.logprobs[0, 0] == 0.0 and found.entropy[0].tolist() == [0.0] * 6
+
+
 PROBS = (0.4, 0.3, 0.2, 0.05, 0.03, 0.015, 0.005)
 
 
