@@ -24,7 +24,7 @@ from palm_rlhf.ops.cpu.native_library import refusal
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, timeout=300, stdin=subprocess.DEVNULL, **options
+        [sys.executable, *arguments], capture_output=True, timeout=900, stdin=subprocess.DEVNULL, **options
     )
 
 

@@ -57,7 +57,7 @@ def is_ours(words: list[str]) -> bool:
 
 def run(*words: str, cwd: Path) -> str:
     process = subprocess.run(
-        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL
     )
     assert process.returncode == 0, f"{shlex.join(words)} failed:\n{process.stdout}{process.stderr}"
     return process.stdout

@@ -58,7 +58,7 @@ def test_strict_skips(root, tmp_path):
 
     def run(*options: str) -> tuple[int, str]:
         process = subprocess.run(
-            [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
         return process.returncode, process.stdout
 

@@ -14,7 +14,7 @@ def bench(root):
 
     def run(name: str, *options: str) -> dict:
         command = [sys.executable, str(root / "benchmarks" / name), *options]
-        process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
         assert process.returncode == 0, process.stderr
         assert "parity" in process.stdout
         return json.loads(process.stdout.splitlines()[-1])

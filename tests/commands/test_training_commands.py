@@ -260,7 +260,7 @@ def test_a_hub_id_is_a_model_like_a_folder(fine_tuned, files, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["steps"] > 0

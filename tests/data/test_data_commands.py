@@ -64,7 +64,7 @@ def run(*arguments, stdin=None, hash_seed="0"):
     """A process of its own; its output is bytes."""
     command = [sys.executable, "-m", "palm_rlhf.cli", "data", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": hash_seed}
-    return subprocess.run(command, input=stdin, env=environment, capture_output=True, timeout=120)
+    return subprocess.run(command, input=stdin, env=environment, capture_output=True, timeout=900)
 
 
 def lines(path):
@@ -128,7 +128,7 @@ def test_a_reader_that_has_gone_is_no_crash(tmp_path):
     write_records(source, ({"messages": [*CLEAN[0]["messages"]], "id": i} for i in range(5000)))
     command = f"{sys.executable} -m palm_rlhf.cli data clean {source} --keep-duplicates --out - | head -n 1"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    found = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=120)
+    found = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=900)
     assert json.loads(found.stdout)["id"] == 0
     assert b"Traceback" not in found.stderr and b"BrokenPipe" not in found.stderr
 

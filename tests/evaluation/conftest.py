@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             plan = {"status": 404}
         if server.barrier is not None:
-            server.barrier.wait(timeout=300)
+            server.barrier.wait(timeout=900)
         if "hang" in plan:
             server.closing.wait()
             self.close_connection = True

@@ -326,7 +326,7 @@ def hub(run_server, tmp_path):
             "NO_PROXY": "127.0.0.1",
         }
         command = [sys.executable, "-c", script, hub_id, revision or "", str(tmp_path / "copy")]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
 
     return open_and_copy
 

@@ -119,7 +119,7 @@ def client(server):
 def eventually():
     """Waits until something is true, and returns it; fails where it never is, on however slow a machine."""
 
-    def wait(condition, seconds: float = 60):
+    def wait(condition, seconds: float = 600):
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < deadline, "it did not become true"

@@ -58,7 +58,7 @@ def serving(checkpoint: Path, log: Path, *options: str):
             yield process, READY.search(line).group(1)
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            process.wait(900)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -257,7 +257,7 @@ async def load(url: str, process: subprocess.Popen, seconds: float, num_clients:
             await asyncio.sleep(min(seconds / 20, 5))
             memory.append(memory_of(process))
         await tasks
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while (left := await numbers(http))["palm_rlhf_running"] + left["palm_rlhf_waiting"] > 0:
             assert time.monotonic() < deadline, f"slots have leaked: {left}"
             await asyncio.sleep(0.05)

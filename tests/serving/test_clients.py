@@ -48,7 +48,7 @@ def connect(server):
     connections = []
 
     def open_one(sent: bytes = b"") -> socket.socket:
-        connection = socket.create_connection((host, int(port)), timeout=60)
+        connection = socket.create_connection((host, int(port)), timeout=900)
         connections.append(connection)
         connection.sendall(sent)
         return connection

@@ -25,7 +25,7 @@ def connect():
 
         def start(url: str, sent: bytes = b"") -> socket.socket:
             parts = urlsplit(url)
-            connection = stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=60))
+            connection = stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=900))
             connection.sendall(sent)
             return connection
 
@@ -153,7 +153,7 @@ def test_only_a_proxy_is_believed_whose_client_it_is(start_server, caplog, event
 def test_busy_connections_are_left_alone_and_the_new_one_is_refused(start_server, lines, eventually):
     url, _ = start_server(connections=ConnectionLimits(total=2, each=2), context=20_000)
     endless = {"model": "parrot", "prompt": "a", "max_tokens": 19_000, "logit_bias": {"256": -100}, "stream": True}
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=900) as client:
         with client.stream("POST", "/v1/completions", json=endless) as one:
             with client.stream("POST", "/v1/completions", json=endless) as other:
                 streams = [one.iter_bytes(), other.iter_bytes()]

@@ -23,7 +23,7 @@ LLAMA2 = JinjaTemplate(
 @pytest.fixture(scope="module")
 def ask(server):
     """Posts messages for the parrot, greedily."""
-    with httpx.Client(base_url=server[0], timeout=60) as http:
+    with httpx.Client(base_url=server[0], timeout=900) as http:
         yield lambda messages, **body: http.post(
             CHATS, json={"model": "parrot", "temperature": 0, "messages": messages, **body}
         )
@@ -48,7 +48,7 @@ def test_a_reply_goes_on_where_it_was_cut(ask, dialogues, cut):
 
 def test_its_tokens_can_be_counted(server):
     messages = turns("Count to ten.", "1 2 3")
-    reply = httpx.post(f"{server[0]}/tokenize", json={"messages": messages, **CONTINUED}, timeout=60).json()
+    reply = httpx.post(f"{server[0]}/tokenize", json={"messages": messages, **CONTINUED}, timeout=900).json()
     assert bytes(reply["tokens"][-5:]) == b"1 2 3"
 
 

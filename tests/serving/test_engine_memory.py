@@ -33,7 +33,7 @@ def test_replies_that_may_be_long_run_together_as_long_as_they_are_short(start_e
         for prompt in prompts
     ]
     for _ in replies:
-        assert finished.acquire(timeout=60)
+        assert finished.acquire(timeout=900)
     assert [served_model.tokenizer.decode(reply.tokens[:-1]) for reply in replies] == list(dialogues.values())
     assert max(running) == 6
     assert engine.counts["preempted"] == 0
@@ -71,7 +71,7 @@ def replies_where_memory_is_short(start_engine, palm, prefix_memory, **options):
     prompts = [[step * place % 100 for place in range(1, 21)] for step in (7, 8, 9, 11)]
     replies = engine.submit_all([ask(prompt, LONG, **options) for prompt in prompts], deliver)
     for _ in replies:
-        assert finished.acquire(timeout=60)
+        assert finished.acquire(timeout=900)
     assert max(sizes) <= 1000 * per_token
     return engine, replies, order
 

@@ -19,7 +19,7 @@ CHATS, TEXTS, SCORES = "/v1/chat/completions", "/v1/completions", "/v1/score"
 @pytest.fixture(scope="module")
 def http(server):
     """A client of the server, without OpenAI's."""
-    with httpx.Client(base_url=server[0], timeout=60, headers=JSON) as http:
+    with httpx.Client(base_url=server[0], timeout=900, headers=JSON) as http:
         yield http
 
 
@@ -274,7 +274,7 @@ def test_a_body_has_a_limit(start_server):
 def test_a_body_that_does_not_come_is_not_waited_for_long(start_server):
     url, _ = start_server(limits=RequestLimits(body_timeout=0.2))
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=900) as connection:
         head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50"
         connection.sendall(f"{head}\r\n\r\n{{".encode())
         assert b" 408 " in connection.recv(1000)
@@ -283,7 +283,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_long(start_server):
 def test_a_full_queue_says_when_to_come_again(start_server, eventually):
     url, engine = start_server(max_batch=1, queue=3)  # of which places a client has half
     endless = {"model": "parrot", "prompt": "a", "max_tokens": 250, "logit_bias": {"256": -100}, "stream": True}
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=900) as client:
         with client.stream("POST", TEXTS, json=endless), client.stream("POST", TEXTS, json=endless):
             assert engine.num_running + engine.num_waiting == 2
             reply = client.post(TEXTS, json={"model": "parrot", "prompt": "a"})

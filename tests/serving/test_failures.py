@@ -81,7 +81,7 @@ def test_a_prompt_without_memory_leaves_those_that_run(start_engine, palm, littl
 def iter_on(reply):
     """The pieces of a reply, which goes on when the loop is left."""
     while True:
-        yield reply._pieces.get(timeout=60)
+        yield reply._pieces.get(timeout=900)
 
 
 @pytest.mark.parametrize("layer", range(6))

@@ -77,7 +77,7 @@ PATHS = [(CHATS, {"messages": HELLO}, NO_CHAT, CHAT), (TEXTS, {"prompt": "Hello"
 @pytest.fixture(scope="module")
 def post(server):
     """Posts a body for the parrot, greedily unless told otherwise, and returns the reply."""
-    with httpx.Client(base_url=server[0], timeout=60) as http:
+    with httpx.Client(base_url=server[0], timeout=900) as http:
         yield lambda path, **body: http.post(path, json={"model": "parrot", "temperature": 0, **body})
 
 

@@ -130,7 +130,7 @@ def test_the_logits_of_a_long_prompt_are_never_held_at_once():
 @pytest.fixture(scope="module")
 def post(server):
     """Asks for completions and returns the JSON."""
-    with httpx.Client(base_url=server[0], timeout=60) as http:
+    with httpx.Client(base_url=server[0], timeout=900) as http:
 
         def ask(status=200, **body):
             reply = http.post(TEXTS, json={"model": "parrot", "temperature": 0, "max_tokens": 4, **body})

@@ -72,7 +72,7 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
         assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (404, SITE)
         assert httpx.get(f"{url}/healthz", headers={"Host": "other.example.org"}).status_code == 403
         host, number = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(number)), timeout=60) as half:
+        with socket.create_connection((host, int(number)), timeout=900) as half:
             assert b" 408 " in half.recv(1000)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=600)
@@ -86,7 +86,7 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
 def test_replies_that_outlast_the_grace_are_told_so(command, checkpoint):
     endless = {"model": "parrot", "prompt": "a", "max_tokens": 90_000, "logit_bias": {"256": -100}}
     with command(checkpoint, "--port", 0, "--context", 100_000) as (process, url), ThreadPoolExecutor() as pool:
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=900) as client:
             whole = pool.submit(client.post, "/v1/completions", json=endless)
             with client.stream("POST", "/v1/completions", json={**endless, "stream": True}) as reply:
                 lines = filter(None, reply.iter_lines())

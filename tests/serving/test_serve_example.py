@@ -13,7 +13,7 @@ def example(root):
 
     def run(*options):
         command = [sys.executable, str(root / "examples/serve_and_ask.py"), *map(str, options)]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=None)
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900, env=None)
 
     return run
 
@@ -33,7 +33,7 @@ def test_a_package_that_is_missing_is_told_before_training(root, package):
     script = root / "examples/serve_and_ask.py"
     code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['x', '--num-steps', '1000000']; "
     code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     assert done.stderr.startswith("serve_and_ask.py: ")
     assert "pip install" in done.stderr and "train" not in done.stdout

@@ -16,7 +16,7 @@ BOS = "<|start|>"
 @pytest.fixture(scope="module")
 def post(server):
     """Posts a body to a path, and returns the JSON."""
-    with httpx.Client(base_url=server[0], timeout=60) as http:
+    with httpx.Client(base_url=server[0], timeout=900) as http:
 
         def ask(path, status=200, **body):
             reply = http.post(path, json=body)

@@ -163,7 +163,7 @@ def test_calls_that_have_to_come_conform(with_tools, start_server, template):
                 "logit_bias": NO_BLANKS,
                 **options,
             }
-            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=900)
             assert reply.status_code == 200, reply.text
             for one in reply.json()["choices"]:
                 assert one["finish_reason"] == "tool_calls" and one["message"]["content"] is None
@@ -179,7 +179,7 @@ def test_a_model_that_goes_on_calling_is_stopped_in_the_end(with_tools, start_se
     now = {"type": "function", "function": {"name": "now-2_B", "parameters": {"const": {}}}}
     body = {"model": "caller", "messages": QUESTION, "tools": [now], "tool_choice": "required", "logit_bias": NO_BLANKS}
     no_end = {"logit_bias": {"9": -100, "32": -100, str(ByteTokenizer().eos_token): -100}}
-    reply = httpx.post(f"{url}/v1/chat/completions", json={**body, **no_end}, timeout=120)
+    reply = httpx.post(f"{url}/v1/chat/completions", json={**body, **no_end}, timeout=900)
     assert reply.status_code == 200, reply.text
     [choice] = reply.json()["choices"]
     assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == ("tool_calls", MOST_CALLS)

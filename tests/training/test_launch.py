@@ -18,7 +18,7 @@ print([step() for _ in range(2)][-1])
 
 def faults(start_python, prepare=""):
     """Page faults of the second step that asks for 160 MB, 40,960 pages, and frees them."""
-    out, error = start_python(FAULTS.format(prepare=prepare)).communicate(timeout=120)
+    out, error = start_python(FAULTS.format(prepare=prepare)).communicate(timeout=900)
     assert out, error
     return int(out)
 

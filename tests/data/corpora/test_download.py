@@ -144,7 +144,7 @@ def test_a_killed_download_is_resumed(server, archive, tmp_path, python):
     server.plans = [{"stall": 200_000}]
     folder = tmp_path / "cache"
     process = python(FETCH, json.dumps(vars(archive)), folder)
-    assert server.sent.wait(60)
+    assert server.sent.wait(900)
     part = folder / "enwik8.zip.part"
     while not (part.exists() and part.stat().st_size):
         assert process.poll() is None, process.stderr.read()

@@ -69,7 +69,7 @@ class Processes:
             process.stdin.write("\n")
             process.stdin.flush()
         for process in processes:
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=900)
             assert process.returncode == 0, err
             self.said.append(err)
             yield [Outcome(*json.loads(line)) for line in out.splitlines()]

@@ -107,8 +107,8 @@ class Page:
         return self.browser.execute_script(script, *arguments)
 
     def until(self, condition: str):
-        """Waits for an expression to be true, and returns it: a minute, or longer where the machine stood still."""
-        deadline, tries = time.monotonic() + 60, 0
+        """Waits for an expression to be true, and returns it: ten minutes, or longer where the machine stood still."""
+        deadline, tries = time.monotonic() + 600, 0
         while time.monotonic() < deadline or tries < 50:
             if found := self.js(f"return {condition}"):
                 return found
