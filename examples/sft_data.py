@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from palm_rlhf.data.steps.cleaning import mend_turns
+from palm_rlhf.data.curation.cleaning import mend_turns
 
 
 def dialogues() -> list[dict[str, Any]]:

@@ -13,10 +13,10 @@ from palm_rlhf.commands.run_folder import say
 from palm_rlhf.commands.start_models import ChatModel
 from palm_rlhf.data.conversation import encode, encode_all, encode_prompt, encode_response, has_tools
 from palm_rlhf.data.convert import ROWS, converted_records, form_of, prompt_rows
+from palm_rlhf.data.curation.context_length import fit_context
+from palm_rlhf.data.curation.held_out import is_held_out, key_digest
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.preferences.ranking_files import fit_rankings
-from palm_rlhf.data.steps.context_length import fit_context
-from palm_rlhf.data.steps.held_out import is_held_out, key_digest
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.rlhf.prompts import read_lines

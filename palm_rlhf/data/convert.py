@@ -8,6 +8,8 @@ from typing import Literal
 
 from beartype import beartype
 
+from palm_rlhf.data.curation.cleaning import Html, mend_turns, to_markdown, whole_prompts
+from palm_rlhf.data.curation.filters import keep_languages
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.files.records import read_records, unexpected_record
 from palm_rlhf.data.formats import oasst_trees
@@ -21,8 +23,6 @@ from palm_rlhf.data.formats.prompt_fields import FIELDS
 from palm_rlhf.data.formats.saved_pages import is_page
 from palm_rlhf.data.preferences.ranking_files import is_preference, pairs_of, read_rankings
 from palm_rlhf.data.preferences.unpaired_files import read_unpaired, unpaired_of
-from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown, whole_prompts
-from palm_rlhf.data.steps.filters import keep_languages
 
 Known = Literal["oasst", "sharegpt", "hh", "messages", "alpaca", "chatgpt", "prompts"]
 Form = Literal["auto", Known]

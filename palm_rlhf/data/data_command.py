@@ -15,12 +15,10 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from palm_rlhf.data.command_summary import CommandSummary
 from palm_rlhf.data.convert import Form, Target, converted_records, form_of
-from palm_rlhf.data.files.json_record import BrokenRecord, Record
-from palm_rlhf.data.files.records import STANDARD, write_records
-from palm_rlhf.data.steps.cleaning import Html, mend_turns, to_markdown
-from palm_rlhf.data.steps.context_length import fit_context, num_utf8_bytes
-from palm_rlhf.data.steps.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
-from palm_rlhf.data.steps.filters import (
+from palm_rlhf.data.curation.cleaning import Html, mend_turns, to_markdown
+from palm_rlhf.data.curation.context_length import fit_context, num_utf8_bytes
+from palm_rlhf.data.curation.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.curation.filters import (
     drop_blocked_words,
     drop_provider_errors,
     drop_repeated_digits,
@@ -28,7 +26,9 @@ from palm_rlhf.data.steps.filters import (
     keep_languages,
     keep_model,
 )
-from palm_rlhf.data.steps.held_out import is_held_out
+from palm_rlhf.data.curation.held_out import is_held_out
+from palm_rlhf.data.files.json_record import BrokenRecord, Record
+from palm_rlhf.data.files.records import STANDARD, write_records
 
 File = Annotated[Positional[str], arg(metavar="FILE")]
 Out = Annotated[str, arg(metavar="OUT.jsonl|.csv|.parquet")]

@@ -10,11 +10,11 @@ import tracemalloc
 import pytest
 
 from palm_rlhf.cli import main
+from palm_rlhf.data.curation.cleaning import mend_turns, to_markdown
+from palm_rlhf.data.curation.context_length import fit_context
+from palm_rlhf.data.curation.deduplicate import drop_duplicates
 from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.formats.conversation_files import read_conversations
-from palm_rlhf.data.steps.cleaning import mend_turns, to_markdown
-from palm_rlhf.data.steps.context_length import fit_context
-from palm_rlhf.data.steps.deduplicate import drop_duplicates
 
 HTML = (
     '<div class="markdown prose"><p>So:</p><pre><div><span>python</span><button>Copy code</button></div>'

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palm_rlhf.data.curation.held_out import is_held_out, key_digest
 from palm_rlhf.data.formats.oasst_messages import LANGUAGES, MessageFilter
 from palm_rlhf.data.formats.oasst_trees import is_oasst, prompts, rankings, read_trees, threads, walk
-from palm_rlhf.data.steps.held_out import is_held_out, key_digest
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 

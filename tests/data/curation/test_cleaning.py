@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from palm_rlhf.data.steps.cleaning import mend_turns, to_markdown
-from palm_rlhf.data.steps.copied_buttons import without_copied_buttons
-from palm_rlhf.data.steps.html_to_markdown import html_to_markdown
-from palm_rlhf.data.steps.page_detection import are_pages
+from palm_rlhf.data.curation.cleaning import mend_turns, to_markdown
+from palm_rlhf.data.curation.copied_buttons import without_copied_buttons
+from palm_rlhf.data.curation.html_to_markdown import html_to_markdown
+from palm_rlhf.data.curation.page_detection import are_pages
 
 CODE = """<div class="markdown prose w-full break-words dark:prose-invert light">
 <p>Use <code>my_name</code> &amp; 2*3*4:</p>

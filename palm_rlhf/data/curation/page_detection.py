@@ -6,7 +6,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.steps.copied_buttons import without_page_counter
+from palm_rlhf.data.curation.copied_buttons import without_page_counter
 
 # The class names of a chat's page. The pages of other people also have the class names of MAYBE_PAGE.
 CHAT_PAGE = re.compile(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.data.steps.deduplicate import conversation_digest
-from palm_rlhf.data.steps.held_out import is_held_out, key_digest
+from palm_rlhf.data.curation.deduplicate import conversation_digest
+from palm_rlhf.data.curation.held_out import is_held_out, key_digest
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palm_rlhf.data.steps.context_length import fit_context
-from palm_rlhf.data.steps.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
-from palm_rlhf.data.steps.filters import (
+from palm_rlhf.data.curation.context_length import fit_context
+from palm_rlhf.data.curation.deduplicate import conversation_digest, drop_duplicates, drop_near_duplicates
+from palm_rlhf.data.curation.filters import (
     drop_blocked_words,
     drop_provider_errors,
     drop_repeated_digits,

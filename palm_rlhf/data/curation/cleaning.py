@@ -7,11 +7,11 @@ from typing import Literal
 
 from beartype import beartype
 
+from palm_rlhf.data.curation.copied_buttons import without_copied_buttons, without_page_counter
+from palm_rlhf.data.curation.html_to_markdown import html_to_markdown, without_unread
+from palm_rlhf.data.curation.page_detection import are_pages
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.formats.messages import Turn
-from palm_rlhf.data.steps.copied_buttons import without_copied_buttons, without_page_counter
-from palm_rlhf.data.steps.html_to_markdown import html_to_markdown, without_unread
-from palm_rlhf.data.steps.page_detection import are_pages
 
 Html = Literal["auto", "always", "never"]
 # Questions and replies by the first letters of roles; before a reply the assistant may call tools, which answer it.

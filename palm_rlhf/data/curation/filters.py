@@ -8,9 +8,9 @@ from typing import Any
 
 from beartype import beartype
 
+from palm_rlhf.data.curation.context_length import num_message_tokens, num_utf8_bytes
 from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import Record
-from palm_rlhf.data.steps.context_length import num_message_tokens, num_utf8_bytes
 
 # Beginnings of the error messages that stand in place of a reply, or at its end.
 PROVIDER_ERRORS = (

@@ -1,0 +1,1 @@
+"""The curation of conversations: steps that clean, choose and cut them, each a generator over conversations."""

@@ -1,1 +1,0 @@
-"""Steps that clean, choose and cut conversations; each is a generator over them."""
