@@ -78,12 +78,12 @@ def parts_of(
         checkpoint()
         guarded.append({**_guarded_message(message, names, guard), "role": message["role"]})
     if isinstance(template, ChatTemplate):
-        texts = _texts_of_turns(guarded, template, add_generation_prompt)
+        pieces = _pieces_by_turn(guarded, template, add_generation_prompt)
     else:
         definitions = [guarded_value(tool, names, guard) for tool in tools] or None
-        texts = _texts(guarded, template, add_generation_prompt, definitions)
+        pieces = _pieces_by_rendering(guarded, template, add_generation_prompt, definitions)
     spaces, before = "", None
-    for text, index in texts:
+    for text, index in pieces:
         checkpoint()
         text, spaces = spaces + text, ""
         if index is None:
@@ -102,10 +102,10 @@ def parts_of(
         before = tokens[-1] if tokens else before
 
 
-def _texts_of_turns(
+def _pieces_by_turn(
     messages: Messages, template: ChatTemplate, add_generation_prompt: bool
 ) -> Iterator[tuple[str, int | None]]:
-    """Yield the texts of `_texts` for a `ChatTemplate`, without rendering earlier messages again for each message."""
+    """Yield the pieces of a conversation, each rendered once; those of the assistant have the index of the message."""
     opening = template.opening(messages)
     for index, message in enumerate(messages):
         before, after = getattr(template, message["role"])
@@ -119,10 +119,10 @@ def _texts_of_turns(
         yield template.assistant[0], None
 
 
-def _texts(
+def _pieces_by_rendering(
     messages: Messages, template: JinjaTemplate, add_generation_prompt: bool, tools: Tools | None
 ) -> Iterator[tuple[str, int | None]]:
-    """Yield the rendered conversation in pieces; those of the assistant have the index of the message."""
+    """Yield the same pieces for a `JinjaTemplate`, which renders all earlier messages again for each message."""
 
     def rendered(end: int, add_generation_prompt: bool = False) -> str:
         return template.render(messages[:end], add_generation_prompt=add_generation_prompt, tools=tools)
