@@ -119,15 +119,15 @@ PEAK = """
 import resource, sys, torch
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 loss = {"chunked": linear_cross_entropy, "all": linear_cross_entropy_reference}[sys.argv[1]]
-x, weight = torch.randn(4, 1024, 512, requires_grad=True), torch.randn(50257, 512, requires_grad=True)
-targets = torch.randint(50257, (4, 1024))
+x, weight = torch.randn(4, 512, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
+targets = torch.randint(50257, (4, 512))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-loss(x, weight, targets, scale=512**-0.5).backward()
+loss(x, weight, targets, scale=1 / 8).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.slow(32)
+@pytest.mark.slow(8)
 def test_its_peak_memory_is_a_quarter_at_most_of_that_with_all_logits(root):
     def peak(which: str) -> int:
         command = [sys.executable, "-c", PEAK, which]
