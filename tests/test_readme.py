@@ -88,6 +88,7 @@ def test_every_block_names_its_language():
     assert {block.info for block in BLOCKS} <= LANGUAGES
 
 
+@pytest.mark.slow(50)
 @pytest.mark.parametrize("section", SECTIONS)
 def test_python_runs(section, tmp_path):
     script = tmp_path / "README.md"

@@ -46,6 +46,7 @@ TESTS = {
         "tests/training/test_rlhf_turns.py",
         "tests/training/test_rlhf_resume.py",
         "tests/training/test_resumed_settings.py",
+        "tests/training/test_first_step.py",
     ],
     "palm_rlhf/training/online_preference.py": ["tests/training/test_online_preference.py"],
     "palm_rlhf/training/preference_learner.py": [

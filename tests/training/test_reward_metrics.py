@@ -75,5 +75,6 @@ def test_ranking_metrics_by_hand():
     assert measured.score_std == pytest.approx(np.std(flat) / 2)
     assert measured.accuracy_low < measured.accuracy < measured.accuracy_high
     assert correlation(torch.ones(3), torch.arange(3)) == 0
-    assert json.loads(json.dumps(measured.numbers()))["accuracy_margin_4"] == 1.0
+    numbers = json.loads(json.dumps(measured.numbers()))
+    assert [numbers[f"accuracy_margin_{group}"] for group in (1, 2, 3, 4)] == [0.5, 1.0, 0.0, 1.0]
     assert "62.5% (95% interval" in str(measured) and "4 pairs of 2 prompts" in str(measured)
