@@ -222,7 +222,7 @@ def test_a_preset_takes_overrides_and_refuses_what_it_does_not_know():
     with torch.device("meta"):
         palm = PaLM.preset("8B", num_tokens=100, depth=1)
     assert (palm.num_tokens, len(palm.layers), palm.config.dim) == (100, 1, 4096)
-    with pytest.raises(ValueError, match=r"preset '9B'; expected one of .*540B"):
+    with pytest.raises(ValueError, match=r"got preset '9B', expected one of .*540B"):
         PaLM.preset("9B")
 
 
