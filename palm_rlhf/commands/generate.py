@@ -1,10 +1,11 @@
 """The command ``palm-rlhf generate``: a text continued by a model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from beartype import beartype
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.data.stream_decoder import StreamDecoder
@@ -53,7 +54,7 @@ def generate(
         **sampling.options,
     )
     for token in steps:
-        print(decoder.push(int(token)), end="", flush=True)
+        print(decoder.push(int(cast(Tensor, token))), end="", flush=True)
     print(decoder.finish())
 
 

@@ -1,4 +1,4 @@
-"""One layer of PaLM: attention and feed-forward side by side, fed by one norm and one matrix."""
+"""One layer of PaLM: attention and feed-forward in parallel, from one norm and one input projection."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from palm_rlhf.ops.rotary import rotary_split, rotary_tables, xpos_scales
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation without a bias (Ba et al. 2016), its scale starting at 1.
+    """Layer normalisation over the last axis, without a bias (Ba et al. 2016); its scale starts at 1.
 
-    `shape` may hold more than the axis that is normalised, for a scale of its own in every head.
+    `shape` is that of the scale: the last axis alone, or heads and last axis, where every head has its own scale.
     """
 
     weight: nn.Parameter
@@ -34,7 +34,7 @@ class LayerNorm(nn.Module):
 class ParallelBlock(nn.Module):
     """y = x + attention(norm(x)) + ff(norm(x)) (Chowdhery et al. 2022, section 2): `b n e -> b n e`.
 
-    `in_proj` holds, row under row: queries, keys, values, the feed-forward's gate, its value.
+    The rows of `in_proj` are, in this order: queries, keys, values, the gate of the feed-forward, its value.
     """
 
     norm: LayerNorm
@@ -91,7 +91,7 @@ class ParallelBlock(nn.Module):
         return x + (self.dropout(out) if cache is None else out)
 
     def _heads(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised and rotated queries and keys, and values: `b n (q k v) -> b h n d`, `b hk n d`, `b hk n d`."""
+        """Return normalised and rotated queries and keys, and values: `b n (q k v) -> b h n d, b hk n d, b hk n d`."""
         qkv = qkv.unflatten(-1, (-1, self.config.dim_head))  # b n (q k v) d
         if self.config.qk_norm:
             qkv = self._normalised(qkv)
@@ -99,14 +99,14 @@ class ParallelBlock(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _normalised(self, qkv: Tensor) -> Tensor:
-        """Each query and key head normalised, values as they are: `... (q k v) d`."""
+        """Normalise each query and key head, and leave the values as they are: `... (q k v) d`."""
         heads, kv_heads = self.config.heads, self.config.kv_heads
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=-2)
         return torch.cat((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=-2)
 
 
 def position_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `rotary_split`: `b n -> b n 1 d`, or with xPos `b n (h + hk) d`, its scales included."""
+    """Return cosines and sines for `rotary_split`: `b n -> b n 1 d`, or with xPos, scaled, `b n (h + hk) d`."""
     tables = rotary_tables(positions, config.dim_head, theta=config.rotary_theta, dtype=dtype)
     cos, sin = (table.unsqueeze(-2) for table in tables)
     if not config.xpos:

@@ -1,4 +1,4 @@
-"""The numbers that make a PaLM."""
+"""The config of a PaLM, and the sizes of the paper."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaLMConfig:
-    """What is saved beside the weights; every field is a keyword of `PaLM`.
+    """The config of a model, which is saved beside its weights; every field is a keyword of `PaLM`.
+
+    Raises ValueError for a number out of its range.
 
     Args:
         num_tokens: size of the vocabulary.
@@ -21,13 +23,13 @@ class PaLMConfig:
         rotary_theta: base of the rotary wavelengths.
         xpos: rotary with the length-extrapolating scales of xPos.
         logit_scale: factor of the logits; None is the paper's `dim**-0.5`.
-        z_loss: weight of the auxiliary `log(Z)^2`, which counts in `train()` only.
+        z_loss: weight of the auxiliary loss `log(Z)^2`, which is added in `train()` mode only.
         norm_eps: epsilon of every layer norm.
         qk_norm: layer-normalise the queries and keys of each head, before the rotary.
-        dropout: on the embeddings and on each block's output.
-        max_seq_len: the context a server offers, in tokens; rotary itself has no limit.
-        flash_attn: False takes the eager float32 attention.
-        gradient_checkpointing: keep only the blocks' inputs in training, and compute the rest again.
+        dropout: rate of dropout on the embeddings and on the output of each block.
+        max_seq_len: the context that a server offers, in tokens; the rotary positions have no limit.
+        flash_attn: False computes attention eagerly in float32.
+        gradient_checkpointing: keep the inputs of the blocks in training, and compute the rest again in the backward.
     """
 
     num_tokens: int
@@ -50,7 +52,7 @@ class PaLMConfig:
     flash_attn: bool = True
     gradient_checkpointing: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "kv_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -67,23 +69,25 @@ class PaLMConfig:
         if self.dim_head % 2:
             raise ValueError(f"dim_head is {self.dim_head}; expected an even number, since rotary turns pairs")
         if self.inner_dim < 1:
-            raise ValueError(f"the feed-forward has {self.inner_dim} units; raise ff_mult or ff_inner_dim to get 1")
+            raise ValueError(
+                f"the feed-forward has {self.inner_dim} units; expected at least 1: raise ff_mult or ff_inner_dim"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
 
     @property
     def inner_dim(self) -> int:
-        """Hidden units of the feed-forward."""
+        """The number of hidden units of the feed-forward."""
         return int(self.dim * self.ff_mult) if self.ff_inner_dim is None else self.ff_inner_dim
 
     @property
     def output_scale(self) -> float:
-        """What the logits are multiplied with."""
+        """The factor of the logits."""
         return self.dim**-0.5 if self.logit_scale is None else self.logit_scale
 
     @classmethod
     def from_dict(cls, values: dict) -> "PaLMConfig":
-        """Read what `dataclasses.asdict` wrote; a field that this version does not know is refused by name."""
+        """Return the config of a `dataclasses.asdict`; ValueError names the fields that this version does not know."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the config holds unknown fields {unknown}; was it written by a newer palm_rlhf?")

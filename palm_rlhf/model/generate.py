@@ -77,8 +77,7 @@ def generate(
     check_options(palm.num_tokens, eos_token, allowed_tokens, num_samples)
     prompts = read_prompts(palm, prompt, generator, allowed_tokens)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
-    options = {"eos_token": eos_token, "allowed_tokens": allowed_tokens, "finetune_scope": finetune_scope}
-    steps = _steps(palm, prompts, limits, sampling, generator, **options)
+    steps = _steps(palm, prompts, limits, sampling, eos_token, allowed_tokens, generator, finetune_scope)
     drawn = list(tqdm(steps, total=int(limits.max()), desc="generate", unit="tok", disable=not use_tqdm))
     tokens, logprobs = (torch.stack(parts, dim=-1) for parts in zip(*drawn, strict=True))
 
@@ -134,8 +133,7 @@ def stream(
     check_options(palm.num_tokens, eos_token, allowed_tokens, num_samples)
     prompts = read_prompts(palm, prompt, generator, allowed_tokens)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
-    options = {"eos_token": eos_token, "allowed_tokens": allowed_tokens, "finetune_scope": finetune_scope}
-    steps = _steps(palm, prompts, limits, sampling, generator, **options)
+    steps = _steps(palm, prompts, limits, sampling, eos_token, allowed_tokens, generator, finetune_scope)
     return steps if return_logprobs else (tokens for tokens, _ in steps)
 
 
@@ -145,10 +143,9 @@ def _steps(
     prompts: Prompts,
     limits: Tensor,
     sampling: Sampling,
-    generator: torch.Generator | None,
-    *,
     eos_token: int | None,
     allowed_tokens: Tensor | None,
+    generator: torch.Generator | None,
     finetune_scope: str | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the tokens of a step and their log-probabilities; `limits` has one entry for each row to sample."""

@@ -42,7 +42,8 @@ def native_step(
     if window is None:
         return None
     keys, values, first, lengths = window
-    blocks = list(map(_tensors, layers, adapters or [None] * c.depth, keys, values))
+    of_blocks: Sequence[BlockLoRA | None] = adapters or [None] * c.depth
+    blocks = list(map(_tensors, layers, of_blocks, keys, values))
     scales = {part.scale for block in adapters or () for part in block.parts} or {1.0}
     decoder = cache.kernels.get("decoder")
     if decoder is None or not decoder.reads(blocks, scales):

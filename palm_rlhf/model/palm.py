@@ -1,9 +1,7 @@
 """PaLM (Chowdhery et al. 2022): the decoder-only language model."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +10,8 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from palm_rlhf.model import checkpoint as storage
 from palm_rlhf.model import generate as generation
-from palm_rlhf.model import lora
+from palm_rlhf.model import lora, pretrained
 from palm_rlhf.model.block import LayerNorm, ParallelBlock, position_tables
 from palm_rlhf.model.cache import Cache, KVCache
 from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
@@ -34,7 +31,7 @@ class PaLM(nn.Module):
     norm: LayerNorm
     finetune_modules: nn.ModuleDict  # a ModuleList of BlockLoRA for each LoRA scope
 
-    # Methods that are functions of model/generate.py and model/lora.py, with the model as their first argument.
+    # Methods that are functions of generate.py, lora.py and pretrained.py, with the model as their first argument.
     generate = generation.generate
     stream = generation.stream
     add_finetune_params = lora.add_finetune_params
@@ -42,6 +39,10 @@ class PaLM(nn.Module):
     merge_finetune_params = lora.merge_finetune_params
     finetune_parameters = lora.finetune_parameters
     palm_parameters = lora.palm_parameters
+    save_pretrained = pretrained.save_pretrained
+    from_pretrained = classmethod(pretrained.from_pretrained)
+    from_palm_rlhf_pytorch = classmethod(pretrained.from_palm_rlhf_pytorch)
+    load = pretrained.load
 
     @beartype
     def __init__(
@@ -98,7 +99,7 @@ class PaLM(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Kernels N(0, 1/fan_in), embeddings N(0, 1), scales 1 (Chowdhery et al. 2022, section 5)."""
+        """Draw kernels from N(0, 1/fan_in) and embeddings from N(0, 1) (Chowdhery et al. 2022, section 5)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=module.in_features**-0.5)
@@ -264,7 +265,7 @@ class PaLM(nn.Module):
         adapters: Sequence[BlockLoRA] | None,
     ) -> Tensor:
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        of_blocks = adapters or [None] * len(self.layers)
+        of_blocks: Sequence[BlockLoRA | None] = adapters or [None] * len(self.layers)
         for i, (layer, block_adapters) in enumerate(zip(self.layers, of_blocks, strict=True)):
             args = (x, tables, key_mask, document_ids, cache, i, block_adapters)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
@@ -291,61 +292,3 @@ class PaLM(nn.Module):
             device=self.device,
             dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype,
         )
-
-    @beartype
-    def save_pretrained(
-        self, directory: str | os.PathLike, *, format: str = "palm", max_shard_size: int | str = "5GB"
-    ) -> None:
-        """Write the model and its LoRA scopes as config.json and safetensors, atomically.
-
-        Args:
-            directory: the folder; its earlier contents stay intact if writing fails.
-            format: "palm", or "cohere" for Hugging Face transformers. The latter has no place for the numbers of
-                training, such as the z-loss, and refuses xPos, bidirectional models and unmerged scopes.
-            max_shard_size: in bytes or like "5GB"; larger weights are split into several files.
-
-        Raises OSError on a full disk.
-        """
-        storage.save_pretrained(self, Path(directory), format=format, max_shard_size=max_shard_size)
-
-    @classmethod
-    @beartype
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-    ) -> "PaLM":
-        """Open a `save_pretrained` folder, a Hugging Face `cohere` folder, or the hub id of one.
-
-        Args:
-            source: the folder, or the hub id, "owner/name".
-            dtype: of the weights; None keeps the dtype of the file.
-            device: where to put the weights.
-            revision: a branch, tag or commit on the hub.
-
-        Raises FileNotFoundError where there is no such model, and ValueError for a file that is damaged or describes a
-        model that a PaLM cannot compute.
-        """
-        return storage.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision)
-
-    @classmethod
-    @beartype
-    def from_palm_rlhf_pytorch(cls, source: str | os.PathLike | dict, *, causal: bool = True) -> "PaLM":
-        """Read a `.pt` of the PyPI package palm-rlhf-pytorch 0.8.0, or a state dict of its PaLM.
-
-        Its causal models have xPos with a scale base of 512. Its loss leaves token 0 out by default; ours does not.
-        """
-        return storage.from_palm_rlhf_pytorch(cls, source, causal=causal)
-
-    @beartype
-    def load(self, path: str | os.PathLike) -> "PaLM":
-        """Load a folder, a `.pt` state dict of a PaLM, or one of palm-rlhf-pytorch, in place; dtype and device stay.
-
-        LoRA scopes that the model lacks are added. A pickle is never executed. Raises FileNotFoundError where there is
-        no file, and ValueError for a file that is damaged or of another model; the model is unchanged then.
-        """
-        storage.load_into(self, Path(path))
-        return self

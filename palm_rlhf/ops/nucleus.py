@@ -1,27 +1,27 @@
-"""Where top-k and top-p cut a distribution off, found without sorting a large vocabulary."""
+"""The logits at which top-k and top-p cut a distribution off, found without sorting a large vocabulary."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SORTED = 2048  # tokens that are sorted as fast as they are counted
+SORTED = 2048  # below this vocabulary, sorting is as fast as counting
 BINS = 1024
-NATS = 32.0  # below the likeliest token: what lies further down holds no mass to speak of, and shares the last bin
-CHUNK = 1 << 18  # logits at hand at once: they stay in a CPU's cache
+NATS = 32.0  # below the likeliest token, which the bins span; tokens further down hold no mass and share the last bin
+CHUNK = 1 << 18  # logits that are processed at once, so that they stay in a CPU's cache
 
 
 class Cut(NamedTuple):
-    """Where a distribution is cut off; both `... 1`.
+    """The place where a distribution is cut off; both tensors are `... 1`.
 
-    Tokens stay down to the logit `floor`, and of the tokens that have exactly this logit, those up to the id `last`.
+    Tokens of logits above `floor` stay; of the tokens at exactly this logit, those of ids up to `last` stay.
     """
 
     floor: Tensor
     last: Tensor
 
     def keeps(self, logits: Tensor) -> Tensor:
-        """True for the tokens that stay, and for NaN: `... v` -> `... v` bool."""
+        """Return True for the tokens that stay, and for NaN: `... v` -> `... v` bool."""
         kept = (logits < self.floor).logical_not_()
         final = logits.shape[-1] - 1
         if torch.compiler.is_compiling() or (self.last < final).any():
@@ -31,31 +31,33 @@ class Cut(NamedTuple):
 
 @torch.no_grad()
 def top_k_cut(logits: Tensor, k: int) -> Cut:
-    """Below the k-th largest logit; all tokens that equal it stay: `... v`."""
+    """Cut below the k-th largest logit; all tokens that equal it stay: `... v`."""
     floor = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return Cut(floor, torch.full_like(floor, logits.shape[-1] - 1, dtype=torch.int64))
 
 
 def truncates(top_k: int | None, top_p: float | None) -> bool:
-    """Whether top-k or top-p cuts anything off."""
+    """Return whether top-k or top-p leaves any token out."""
     return top_k is not None or (top_p is not None and top_p < 1.0)
 
 
 def find_cut(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Cut:
-    """The cut of top-k, and then that of top-p in what is left; one of them `truncates`: `... v`."""
-    if not truncates(None, top_p):
-        return top_k_cut(logits, top_k)
+    """Return the cut of top-p among the tokens that top-k keeps, for options that `truncates` is True of: `... v`."""
     if top_k is not None:
-        logits = torch.where(top_k_cut(logits, top_k).keeps(logits), logits, -torch.inf)
+        of_top_k = top_k_cut(logits, top_k)
+        if top_p is None or top_p >= 1.0:
+            return of_top_k
+        logits = torch.where(of_top_k.keeps(logits), logits, -torch.inf)
+    assert top_p is not None, "top-k or top-p truncates"
     return nucleus_cut(logits, top_p)
 
 
 @torch.no_grad()
 def nucleus_cut(logits: Tensor, p: float) -> Cut:
-    """Below the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
+    """Cut below the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
 
-    It has one token at least; of tokens of one logit, those with the smaller ids come first. A large vocabulary is
-    sorted on a GPU alone. On a CPU its masses are counted in bins, and only the tokens of a single bin are sorted.
+    The set has one token at least; of tokens with equal logits, those with the smaller ids come first. A GPU sorts a
+    large vocabulary. A CPU counts its masses in bins, and sorts the tokens of a single bin only.
 
     logits: `... v`
     """
@@ -67,7 +69,7 @@ def nucleus_cut(logits: Tensor, p: float) -> Cut:
 
 
 def _by_sorting(logits: Tensor, p: float) -> Cut:
-    """The definition: `b v`."""
+    """Find the cut by its definition: `b v`."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     num_kept = (probs.cumsum(dim=-1) - probs < p).sum(dim=-1, keepdim=True).clamp_(min=1)
@@ -75,9 +77,9 @@ def _by_sorting(logits: Tensor, p: float) -> Cut:
 
 
 def _by_counting(logits: Tensor, p: float) -> Cut:
-    """The bin of logits in which the share is reached, and the place in it: `b v`.
+    """Find the bin of logits in which the share p is reached, and the place within the bin: `b v`.
 
-    Masses are added in float64, where their order hardly matters.
+    Masses are added in float64, where the order of the sum hardly matters.
     """
     largest, smallest = logits.amax(dim=-1, keepdim=True), logits.amin(dim=-1, keepdim=True)
     below = largest - logits
@@ -91,7 +93,7 @@ def _by_counting(logits: Tensor, p: float) -> Cut:
     in_bin = bins == decisive
     counts = in_bin.sum(dim=-1)
     most = int(counts.max())
-    if most > logits.shape[-1] // 8:  # as where many tokens are equal
+    if most > logits.shape[-1] // 8:  # many logits are equal
         return _by_sorting(logits, p)
 
     row, token = in_bin.nonzero(as_tuple=True)
@@ -106,7 +108,7 @@ def _by_counting(logits: Tensor, p: float) -> Cut:
 
 
 def _after(num_kept: Tensor, ordered: Tensor, tokens: Tensor, num_tokens: int) -> Cut:
-    """The cut after so many, `b 1`, of ordered logits, whose tokens these are: `b n`, twice."""
+    """Return the cut after the first `num_kept`, `b 1`, of the ordered logits, `b n`, of the given tokens, `b n`."""
     floor = ordered.gather(-1, num_kept - 1)
     follower = ordered.gather(-1, num_kept.clamp(max=ordered.shape[-1] - 1))
     last = tokens.gather(-1, num_kept - 1).masked_fill_(follower != floor, num_tokens - 1)

@@ -1,8 +1,8 @@
-"""What the policy says to prompts, and the best of it by a reward."""
+"""Rollouts: responses that the policy samples to prompts, and the best of them by a reward."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from beartype import BeartypeConf, beartype
@@ -65,17 +65,19 @@ class ResponseSampling(Sampling):
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to prompts, those to one prompt next to each other."""
+    """Responses to prompts; the responses to one prompt are neighbours."""
 
     sequences: Sequences
-    logprobs: Tensor  # b t, of each action under the distribution that it was drawn from; 0 where there is none
-    truncated: Tensor  # b, True where an EOS was looked for and the room ended first, or a conversation was cut off
+    logprobs: Tensor  # b t, of each action under the distribution it was drawn from; 0 at other tokens
+    truncated: Tensor  # b, True where a response reached its length limit before its EOS, or a conversation was cut off
     messages: list[list[Message]] | None = None  # of each conversation, where an environment answered
-    columns: Mapping[str, list] = field(default_factory=dict)  # what else is known of each response's prompt
+    columns: Mapping[str, list] = field(
+        default_factory=dict
+    )  # further columns, one entry for each response
 
     @property
     def keywords(self) -> dict[str, list]:
-        """What reward functions can ask for of each response, beside its tokens."""
+        """The columns that reward functions can ask for beside the tokens, one entry for each response."""
         messages = {} if self.messages is None else {"messages": self.messages}
         return {**self.columns, "truncated": self.truncated.tolist(), **messages}
 
@@ -96,20 +98,24 @@ def collect(
 ) -> Rollout:
     """Draw `num_samples` responses to each prompt (1-d tensors of any lengths), up to `batch_size` rows at once.
 
-    `columns` have an entry for each prompt, which goes with its responses. Every token is read once, through the cache;
-    the responses to one prompt are drawn together, however many. What is kept does not grow with the vocabulary. With
-    `turns` a response is all that follows the prompt in a conversation with an environment, whose every turn reads what
-    came before anew; the room is that of the whole response.
+    Every token is read once, through the cache, and the prompt of several responses once for all of them. The memory of
+    a rollout does not grow with the vocabulary.
+
+    Args:
+        columns: further columns of the prompts; each response gets the entries of its prompt.
+        turns: a conversation with an environment. A response is then all that follows the prompt, every turn reads the
+            conversation so far again, and the length limit is that of the whole response.
     """
     if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"got num_samples={num_samples} and batch_size={batch_size}; expected at least 1 of each")
+        raise ValueError(f"got num_samples={num_samples} and batch_size={batch_size}, expected at least 1 of each")
 
     def draw(contexts: Sequence[Tensor], num_samples: int, limits: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        responses, logprobs = [], []
+        responses: list[Tensor] = []
+        logprobs: list[Tensor] = []
         at_once = max(batch_size // num_samples, 1)
         for first in range(0, len(contexts), at_once):
             rows = slice(first, first + at_once)
-            said, recorded = palm.generate(
+            drawn = palm.generate(
                 sampling.max_seq_len if limits is None else None,
                 list(contexts[rows]),
                 max_new_tokens=sampling.max_new_tokens if limits is None else limits[rows],
@@ -119,16 +125,25 @@ def collect(
                 finetune_scope=finetune_scope,
                 **sampling.options,
             )
-            responses, logprobs = responses + said, logprobs + recorded
+            tokens, recorded = cast(tuple[list[Tensor], list[Tensor]], drawn)
+            responses, logprobs = responses + tokens, logprobs + recorded
         return responses, logprobs
 
-    columns = {
+    repeated_columns = {
         name: [value for value in values for _ in range(num_samples)] for name, values in (columns or {}).items()
     }
     if turns is not None:
         rooms = new_token_limits(read_prompts(palm, list(prompts), None), sampling.max_seq_len, sampling.max_new_tokens)
-        options = {"num_samples": num_samples, "eos_token": sampling.eos_token, "columns": columns}
-        return _rollout_of(turns.converse(palm, draw, prompts, rooms, **options), columns)
+        conversations = turns.converse(
+            palm,
+            draw,
+            prompts,
+            rooms,
+            num_samples=num_samples,
+            eos_token=sampling.eos_token,
+            columns=repeated_columns,
+        )
+        return _rollout_of(conversations, repeated_columns)
     responses, logprobs = draw(prompts, num_samples, None)
     repeated = [prompt.to(palm.device) for prompt in prompts for _ in range(num_samples)]
     truncated = [sampling.eos_token is not None and int(row[-1]) != sampling.eos_token for row in responses]
@@ -136,7 +151,7 @@ def collect(
         join(repeated, responses),
         pad_sequence(logprobs, batch_first=True),
         torch.tensor(truncated, device=palm.device),
-        columns=columns,
+        columns=repeated_columns,
     )
 
 
@@ -173,11 +188,11 @@ def best_of_n(
     generator: torch.Generator | None = None,
     turns: Turns | None = None,
 ) -> Tensor:
-    """The response of highest score among `num_samples`: prompt `n` -> `t`, its EOS included.
+    """Return the response with the highest score among `num_samples`: prompt `n` -> `t`, its EOS included.
 
-    With `turns` it is all that follows the prompt, an environment's replies included. Rewards, weights, timeout and
-    keywords are those of `score`; `columns` are the prompt's, a value each. ValueError where the rewards can say of
-    none.
+    With `turns` the response is all that follows the prompt, the replies of the environment included. Reward, weights,
+    timeout and keywords are those of `score`; `columns` has one value of each further column of the prompt. Raises
+    ValueError where the reward returns None for every response.
     """
     rollout = collect(
         palm,

@@ -218,7 +218,7 @@ def test_what_is_kept_does_not_grow_with_the_vocabulary(wandering_palm):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_samples": 0}, "num_samples=0 and batch_size=64; expected at least 1 of each"),
+        ({"num_samples": 0}, "num_samples=0 and batch_size=64, expected at least 1 of each"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"prompts": []}, "expected the same number, at least one"),
         ({"prompts": [torch.tensor([[1, 2]])]}, "wrong number of axes"),

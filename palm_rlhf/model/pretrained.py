@@ -1,0 +1,81 @@
+"""Saving and loading of a PaLM: functions that `PaLM` has as its methods; `model/checkpoint.py` does the work."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from beartype import beartype
+
+from palm_rlhf.model import checkpoint
+
+if TYPE_CHECKING:
+    import palm_rlhf.model.palm
+
+
+@beartype
+def save_pretrained(
+    palm: "palm_rlhf.model.palm.PaLM",
+    directory: str | os.PathLike,
+    *,
+    format: str = "palm",
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model and its LoRA scopes as config.json and safetensors, atomically.
+
+    Args:
+        directory: the folder; its earlier contents stay intact if writing fails.
+        format: "palm", or "cohere" for Hugging Face transformers. The latter has no place for the numbers of training,
+            such as the z-loss, and refuses xPos, bidirectional models and unmerged scopes.
+        max_shard_size: in bytes or like "5GB"; larger weights are split into several files.
+
+    Raises OSError on a full disk.
+    """
+    checkpoint.save_pretrained(palm, Path(directory), format=format, max_shard_size=max_shard_size)
+
+
+@beartype
+def from_pretrained(
+    cls: type["palm_rlhf.model.palm.PaLM"],
+    source: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> "palm_rlhf.model.palm.PaLM":
+    """Open a `save_pretrained` folder, a Hugging Face `cohere` folder, or the hub id of one.
+
+    Args:
+        source: the folder, or the hub id, "owner/name".
+        dtype: of the weights; None keeps the dtype of the file.
+        device: where to put the weights.
+        revision: a branch, tag or commit on the hub.
+
+    Raises FileNotFoundError where there is no such model, and ValueError for a file that is damaged or describes a
+    model that a PaLM cannot compute.
+    """
+    palm = checkpoint.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision)
+    return cast("palm_rlhf.model.palm.PaLM", palm)
+
+
+@beartype
+def from_palm_rlhf_pytorch(
+    cls: type["palm_rlhf.model.palm.PaLM"], source: str | os.PathLike | Mapping[str, Any], *, causal: bool = True
+) -> "palm_rlhf.model.palm.PaLM":
+    """Read a `.pt` of the PyPI package palm-rlhf-pytorch 0.8.0, or a state dict of its PaLM.
+
+    Its causal models have xPos with a scale base of 512. Its loss leaves token 0 out by default; ours does not.
+    """
+    return cast("palm_rlhf.model.palm.PaLM", checkpoint.from_palm_rlhf_pytorch(cls, source, causal=causal))
+
+
+@beartype
+def load(palm: "palm_rlhf.model.palm.PaLM", path: str | os.PathLike) -> "palm_rlhf.model.palm.PaLM":
+    """Load a folder, a `.pt` state dict of a PaLM, or one of palm-rlhf-pytorch, in place; dtype and device stay.
+
+    LoRA scopes that the model lacks are added. A pickle is never executed. Raises FileNotFoundError where there is no
+    file, and ValueError for a file that is damaged or of another model; the model is unchanged then.
+    """
+    checkpoint.load_into(palm, Path(path))
+    return palm
