@@ -1,1 +1,1 @@
-"""The trained model at work: a batching engine over the cache, and a server that speaks OpenAI's protocol."""
+"""Replies from a trained model: an engine that batches requests, a server with OpenAI's protocol, a terminal chat."""

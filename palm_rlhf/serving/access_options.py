@@ -1,4 +1,4 @@
-"""The options of the command that say who may connect, and how much of the server they may hold."""
+"""The options of the serve command that say who may connect, and how much of the server a client may use."""
 
 import os
 from dataclasses import dataclass
@@ -16,38 +16,38 @@ from palm_rlhf.serving.http.request_bodies import RequestLimits
 @beartype
 @dataclass(frozen=True)
 class AccessOptions:
-    """Who may connect, and how much they may hold."""
+    """Who may connect, and how much of the server a client may use."""
 
     api_key_file: Path | None = None
-    """A file of lines NAME: KEY, or of keys alone. It is read again when it changes; the names go to the log."""
+    """A file with lines NAME: KEY, or KEY alone. It is read again when it changes; the log shows the names."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that clients reach the server by (the Host header), with or without a port; *.NAME is all below one, and *
-    any. On a loopback address those of this machine are allowed too; on others all are, unless some are named."""
+    """Host names by which clients may reach the server, with or without a port; *.NAME is every name below NAME, and *
+    any. On a loopback address the names of this machine are allowed too; on others all are, unless some are given."""
     cors_origin: tuple[str, ...] = ()
-    """Web pages of other sites that may ask, such as https://chat.example.org; * is any."""
+    """Web pages of other sites that may send requests, such as https://chat.example.org; * is any."""
     forwarded_allow_ips: str = ""
     """Addresses or networks of proxies in front, separated by commas, whose X-Forwarded-For and X-Forwarded-Proto are
     believed; * is any."""
     max_connections: int = 1000
-    """Connections at once, as far as the limit of open files allows."""
+    """The most connections at once, as far as the limit of open files allows."""
     max_connections_per_client: int = 256
-    """Those from one address, but for proxies."""
+    """The most connections from one address, except from proxies."""
     header_timeout: float = 20.0
-    """Seconds in which the header of a request has to come."""
+    """Seconds in which the header of a request has to arrive."""
     body_timeout: float = 30.0
-    """Seconds in which its body has to come."""
+    """Seconds in which the body of a request has to arrive."""
     max_body: str = "4MB"
-    """What a body may hold."""
+    """The largest body of a request."""
     body_memory: str = "64MB"
-    """Memory of all bodies that are being read, of which one client may have half."""
+    """Memory for all bodies that are being read, of which one client may use half."""
     write_timeout: float = 30.0
-    """Seconds after which a client that reads nothing of its reply is hung up on."""
+    """Seconds after which the connection of a client that reads nothing of its reply is closed."""
     max_n: int = 128
-    """Replies that one request may ask for; one client may also have at most half of all places."""
+    """The most replies that one request may ask for; one client may also have at most half of all places."""
     max_output: int = 131072
-    """Tokens and log-probabilities that the replies to one request may hold together."""
+    """The most tokens and log-probabilities that the replies to one request may hold together."""
     grace: float = 5.0
-    """Seconds that replies have to end when the server is told to stop."""
+    """Seconds for running replies to end after the server is told to stop."""
 
     def __post_init__(self):
         for name in ("max_connections", "max_connections_per_client"):
@@ -60,22 +60,27 @@ class AccessOptions:
             raise ValueError(f"grace is {self.grace}; expected seconds of at least 0")
 
     def hosts_and_origins(self, host: str, *, loopback: bool) -> Access:
-        """Which hosts and origins may ask a server that listens on `host`."""
+        """Return the hosts and origins from which a server that listens on `host` may be asked."""
         own = (*LOOPBACK, f"[{host}]" if ":" in host else host)
         hosts = (*own, *self.allowed_hosts) if loopback or self.allowed_hosts else ("*",)
         return Access(hosts, self.cors_origin)
 
     def keys(self) -> ApiKeys:
-        """The keys of the file, and of the environment."""
+        """Return the API keys of the file and of the environment."""
         return ApiKeys(keys_of_environment(os.environ.get(KEYS_VARIABLE, "")), self.api_key_file)
 
     def limits(self) -> RequestLimits:
-        """What requests may hold, and ask for."""
-        sizes = {name: num_bytes(name, getattr(self, name)) for name in ("max_body", "body_memory")}
-        return RequestLimits(**sizes, body_timeout=self.body_timeout, max_n=self.max_n, max_output=self.max_output)
+        """Return the limits of single requests."""
+        return RequestLimits(
+            max_body=num_bytes("max_body", self.max_body),
+            body_memory=num_bytes("body_memory", self.body_memory),
+            body_timeout=self.body_timeout,
+            max_n=self.max_n,
+            max_output=self.max_output,
+        )
 
     def connections(self) -> ConnectionLimits:
-        """Of how many connections, and how long each may take to ask."""
+        """Return the limits of connections."""
         return ConnectionLimits(
             total=most_connections(self.max_connections),
             each=self.max_connections_per_client,
@@ -87,7 +92,7 @@ class AccessOptions:
 
 
 def num_bytes(name: str, size: str) -> int:
-    """Bytes in a size such as "2GB" or "4096"; ValueError that names the option."""
+    """Return the bytes of a size such as "2GB" or "4096"; ValueError that names the option."""
     if size.isascii() and size.isdigit():
         return int(size)
     try:

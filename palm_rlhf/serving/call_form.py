@@ -1,4 +1,4 @@
-"""The two forms in which models write calls of tools, and which of them a chat template uses."""
+"""The two forms in which models write calls of tools, and the form that a chat template uses."""
 
 from typing import Literal
 

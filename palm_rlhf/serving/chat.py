@@ -1,6 +1,7 @@
 """The command ``palm-rlhf chat``: a conversation with a model, in a terminal or by pipes."""
 
 import contextlib
+import io
 import math
 import sys
 from typing import Annotated, Literal
@@ -30,39 +31,40 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal: it remembers what was said, and its replies come word by word.
 
-    /help lists the commands, such as /reset, /system and /save. Where the input is a pipe, each of its lines is a
-    message, and the output has the replies alone.
+    /help lists the commands, such as /reset, /system and /save. Where the input is a pipe, each line is a message, and
+    the output has only the replies.
 
     Args:
         checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
             a tokenizer the tokens are bytes.
-        system: The message that tells the model how to be.
-        sampling: How each token is drawn.
-        max_tokens: The longest reply; by default what the context has room for.
-        seed: Makes the replies repeatable; others each time by default.
-        context: Tokens of what is remembered with the reply; the model's max_seq_len by default.
-        template: How conversations are written; auto is the model's own, plain has roles as words.
+        system: A system message, such as "You are brief."
+        sampling: How each token is sampled.
+        max_tokens: The most tokens of a reply; by default as many as the context has room for.
+        seed: Makes the replies repeatable; by default they differ each time.
+        context: The most tokens of the conversation with the reply; the model's max_seq_len by default.
+        template: The chat template; auto is the model's own, plain writes roles as words.
         lora_scope: A LoRA scope to merge into the weights.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; expected at least 1")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (it gives `input` its history)
+        import readline  # noqa: F401 (importing it gives `input` a history)
     model = load(checkpoint, template=template, lora_scope=lora_scope)
     size = (context or model.palm.config.max_seq_len) * SlotCache.bytes_per_token(model.palm)
     config = EngineConfig(
         context=context,
         max_batch=1,
-        queue=8,  # replies that were stopped, and leave with the next token
+        queue=8,  # for replies that were stopped: they leave with the next token
         cache_memory=max(2 * size, 2**31),
         prefix_memory=max(2 * size, 2**28),
         timeout=math.inf,
     )
     with Engine(model.palm, model.tokenizer, config) as engine:
-        options = {"sampling": sampling, "max_tokens": max_tokens, "seed": seed}
-        session = TerminalSession(Dialogue(model, engine, system=system, **options))
+        dialogue = Dialogue(model, engine, system=system, sampling=sampling, max_tokens=max_tokens, seed=seed)
+        session = TerminalSession(dialogue)
         if session.is_person:
             note(f"{model.name}, with {engine.context:,} tokens of context. /help lists the commands, Ctrl-D ends.")
         session.run()

@@ -16,10 +16,10 @@ CHATTING = Sampling(temperature=0.7)
 
 
 class Dialogue:
-    """What was said, and what the model says next.
+    """A conversation of a user and a model.
 
-    `messages` are those of the user and the assistant in turn, whole exchanges only: all that was said, of which the
-    model reads what its context has room for. `num_forgotten` counts the exchanges before that.
+    `messages` are the messages of the user and the assistant in turn, whole exchanges only. The model reads as many of
+    the last exchanges as its context has room for; `num_forgotten` counts the exchanges before them.
     """
 
     @beartype
@@ -38,32 +38,32 @@ class Dialogue:
         self.messages: list[dict[str, str]] = []
         self.num_forgotten = self.num_replies = 0
         self.finish_reason: str | None = None  # of the last reply
-        self._request([0], 1)  # an option out of range is told now
+        self._request([0], 1)  # so that an option out of range fails now
 
     @beartype
     def say(self, text: str) -> Iterator[str]:
-        """The reply to a message, as it comes.
+        """Yield the reply to a message as it is generated.
 
-        Both are remembered from its first words on: whoever stops listening keeps what was said. ValueError for a
-        message that the context has no room for.
+        From the first words of the reply on, the message and the reply are remembered: a reader who stops early keeps
+        the reply so far. Raises ValueError for a message that the context has no room for.
         """
         return self._reply([*self.messages, {"role": "user", "content": text}])
 
     def say_again(self) -> Iterator[str]:
-        """Another reply to the last message, which takes the place of the one there is."""
+        """Yield another reply to the last message, which replaces the reply it has."""
         if not self.messages:
-            raise ValueError("nothing was said yet: there is no reply to say anew")
+            raise ValueError("nothing was said yet: there is no reply to replace")
         return self._reply(self.messages[:-1])
 
     def reset(self) -> None:
-        """Forgets what was said, but not the system message."""
+        """Forget the messages, but not the system message."""
         self.messages, self.num_forgotten = [], 0
 
     @beartype
     def save(self, path: Path) -> None:
-        """Writes all that was said to a new file, as a line of JSON; FileExistsError where there is one."""
+        """Write all messages to a new file, as a line of JSON; FileExistsError where the file exists."""
         with open(path, "x"):
-            pass  # the name is ours now: nobody's file is written over
+            pass  # the name is taken now, and no other file is overwritten
         try:
             write_text(path, json.dumps({"messages": [*self._opening, *self.messages]}, ensure_ascii=False) + "\n")
         except BaseException:
@@ -80,21 +80,29 @@ class Dialogue:
         request = self._request(prompt, min(self.max_tokens or room, room))
         self.num_replies += 1
         reply = {"role": "assistant", "content": ""}
-        said = [*messages, reply]
+        exchanges = [*messages, reply]
         for piece in self.engine.submit(request):
             reply["content"] += piece.text
             self.finish_reason = piece.finish_reason
             if piece.text or piece.finish_reason == "stop":
-                self.messages, self.num_forgotten = said, num_forgotten
+                self.messages, self.num_forgotten = exchanges, num_forgotten
             yield piece.text
 
     def _request(self, prompt: list[int], max_new_tokens: int) -> Request:
-        ends = {"stop": self.model.turn_end_strings, "stop_tokens": self.model.turn_ends}
-        return Request(prompt, max_new_tokens, index=self.num_replies, seed=self.seed, **ends, **self.sampling.options)
+        return Request(
+            prompt,
+            max_new_tokens,
+            seed=self.seed,
+            index=self.num_replies,
+            stop=self.model.turn_end_strings,
+            stop_tokens=self.model.turn_ends,
+            **self.sampling.options,
+        )
 
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-        """The tokens of the latest exchanges that leave a quarter of the context to the reply, and how many they leave
-        out. The last message may take more of it.
+        """Return the tokens of the latest exchanges that fit the context, and the number of exchanges left out.
+
+        A quarter of the context is left to the reply; the last message alone may take more.
         """
         context, forgotten = self.engine.context, self.num_forgotten
         wanted = min(self.max_tokens or context, max(context // 4, 1))
@@ -105,7 +113,7 @@ class Dialogue:
                 return prompt, forgotten
             if is_last:
                 raise ValueError(
-                    f"the message has {len(prompt)} tokens with what stands around it, and the context has {context} "
-                    "for it and the reply: say it in fewer words"
+                    f"the message has {len(prompt)} tokens with its template, and the context has {context} for it "
+                    "and the reply: say it in fewer words"
                 )
             forgotten += 1

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and the handle on what becomes of it."""
+"""A request to the engine, and the reply to it while it is generated."""
 
 import logging
 import queue
@@ -19,7 +19,7 @@ FINISH_REASONS = ("stop", "length", "cancelled", "timeout", "error")
 
 
 class EngineFull(RuntimeError):
-    """The queue is at its limit; `retry_after` is a guess, in seconds, of when it will not be."""
+    """The queue is at its limit; `retry_after` estimates, in seconds, when it will have room again."""
 
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
@@ -27,21 +27,28 @@ class EngineFull(RuntimeError):
 
 
 class EngineError(RuntimeError):
-    """The reply was lost by no fault of its request: the model failed, or the engine was closed."""
+    """A reply that failed through no fault of its request: the model failed, or the engine was closed."""
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class Request(Sampling):
-    """A prompt, and the distribution that its continuation is drawn from, with all options of `Sampling`.
+    """A prompt, and how to sample its continuation, with all options of `Sampling`.
 
-    `seed` and `index` decide the sample: the same pair gives the same one, whatever else runs. `logit_bias` is added to
-    the logits of tokens by their ids, after the penalties and before the temperature. `stop` are
-    strings that end the reply and are left out of it, `stop_tokens` ids that do. `logprobs` asks for the
-    log-probability of each token and so many alternatives, `prompt_logprobs` for the same of the prompt's tokens, which
-    are then read anew whatever is known of them. `grammar` is what the reply has to follow. `timeout` is in
-    seconds, the time in the queue included. `client` names whoever asks, by any string: clients share the machine
-    fairly, and none is told of another's prompts.
+    Args:
+        prompt: The token ids of the prompt.
+        max_new_tokens: The most tokens of the reply; 0 only reads the prompt.
+        seed: Makes the sample repeatable: equal `seed` and `index` draw equal samples, whatever else runs.
+        index: The number of this reply among the replies to one prompt.
+        stop: Strings that end the reply, and are left out of it.
+        stop_tokens: Token ids that end the reply, and are left out of its text.
+        logit_bias: Added to the logits of these token ids, after the penalties and before the temperature.
+        logprobs: Reports the log-probability of each token, and of so many of the likeliest alternatives.
+        prompt_logprobs: Reports the same of the prompt's tokens, which are computed anew even where they are cached.
+        grammar: The grammar that the reply has to follow.
+        timeout: Seconds until the reply is ended, its time in the queue included.
+        client: Names who asks, by any string. Clients share the machine fairly, and no client can learn of the prompts
+            of another.
     """
 
     prompt: list[int]
@@ -60,7 +67,7 @@ class Request(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, fine, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0, which reads the prompt alone"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0, which only reads the prompt"),
             ("stop", all(self.stop), "no empty string"),
             ("logprobs", (self.logprobs or 0) >= 0, "0 or more alternatives, or None"),
             ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more alternatives, or None"),
@@ -73,39 +80,39 @@ class Request(Sampling):
 
 
 class TokenLogprob(NamedTuple):
-    """A token's log-probability in nats, by the model alone: before temperature, penalties and bias."""
+    """A token's log-probability in nats under the model's own distribution: no temperature, penalties or bias."""
 
     token: int
     logprob: float | None  # None for the first token of a prompt
-    alternatives: tuple[tuple[int, float], ...]  # the likeliest tokens, best first
+    alternatives: tuple[tuple[int, float], ...]  # the likeliest tokens and their log-probabilities, likeliest first
     rank: int = 1  # 1 for the likeliest
-    offset: int = 0  # where its text begins in that of the reply, in characters
+    offset: int = 0  # where the text of the token begins in the text of the reply, in characters
 
 
 class ToolCall(NamedTuple):
-    """A function that a model wants called: the `index`-th call of its reply. `arguments` is JSON."""
+    """A function that a model wants to have called: call `number` of its reply, from 0. `arguments` is JSON."""
 
-    index: int
+    number: int
     id: str
     name: str
     arguments: str
 
 
 class Piece(NamedTuple):
-    """Some text of a reply, and the tokens that it is made of; the last one says why the reply ends."""
+    """A part of a reply as it is generated: text, and data about its tokens. The last piece has a `finish_reason`."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # one of FINISH_REASONS
-    num_tokens: int = 0  # of the reply so far
-    calls: tuple[ToolCall, ...] = ()  # found in its text
+    num_tokens: int = 0  # sampled for the reply so far
+    calls: tuple[ToolCall, ...] = ()  # of tools, found in the text
 
 
 class Generation:
-    """One reply, as it comes.
+    """One reply while it is generated.
 
-    Iterating gives its pieces, and raises what broke it; leaving the loop early cancels it. The engine's thread writes,
-    everyone may read.
+    Iterate over it for its pieces; leaving the loop early cancels the reply. An error that ended the reply is raised
+    after the last piece. The engine's thread writes the attributes, and any thread may read them.
     """
 
     def __init__(
@@ -116,67 +123,68 @@ class Generation:
         wake: Callable[[], None],
     ):
         self.request = request
-        self.tokens: list[int] = []  # sampled so far, the one that ends the reply included
-        self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on, as far as they are known
-        self.started: float | None = None  # when it first had a row
-        self.num_cached = 0  # tokens of the prompt that were not computed again
+        self.tokens: list[int] = []  # sampled so far, including the token that ends the reply
+        self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens from the second on, as far as computed
+        self.started: float | None = None  # when it was first given a row of the batch
+        self.num_cached = 0  # tokens of the prompt whose keys and values were cached already
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.submitted = time.monotonic()
-        self.first_token: float | None = None  # when it was sampled
+        self.first_token: float | None = None  # the time at which it was sampled
         self.cancelled = False
-        self.paused = False  # whether it waits for its reader
+        self.paused = False  # whether it waits until its reader has caught up
         self.num_read = 0  # tokens whose keys and values are in the cache
         self.random = random.Random(None if request.seed is None else f"{request.seed}/{request.index}")
         self.constraint = None if request.grammar is None else request.grammar.start()
-        self.counts: dict[int, int] = {}  # how often each token was sampled, where a penalty asks for it
+        self.counts: dict[int, int] = {}  # how often each token was sampled; only kept where a penalty needs it
         self._text, self._wake = text, wake
-        self._pending: list[TokenLogprob] = []  # of tokens whose text is held back
+        self._pending: list[TokenLogprob] = []  # of tokens whose text is still held back
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._deliver = deliver
 
     @property
     def admitted(self) -> bool:
-        """Whether it has ever had a row."""
+        """Whether the reply has ever had a row of the batch."""
         return self.started is not None
 
     @property
     def sequence(self) -> list[int]:
-        """The prompt, and what was sampled after it."""
+        """The token ids of the prompt and of the reply so far."""
         return self.request.prompt + self.tokens
 
     @property
     def length(self) -> int:
-        """Tokens of that sequence."""
+        """Number of tokens of the prompt and of the reply so far."""
         return len(self.request.prompt) + len(self.tokens)
 
     @property
     def limit(self) -> int:
-        """Tokens that it may grow to."""
+        """The most tokens that prompt and reply may have together."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
     @property
     def num_reusable(self) -> int:
-        """Tokens whose keys and values may come from elsewhere.
+        """The first tokens of the sequence whose keys and values may be taken from another sequence.
 
-        The last token is always read, since the logits after it are wanted; so are those before it that are wanted too.
+        The last token is always computed, since the next token is sampled from its logits. So are tokens of the prompt
+        whose log-probabilities are asked for and not known yet.
         """
         num_scored = len(self.prompt_logprobs)
-        wanted = self.request.prompt_logprobs is not None and num_scored < len(self.request.prompt) - 1
-        return num_scored if wanted else self.length - 1
+        needs_scores = self.request.prompt_logprobs is not None and num_scored < len(self.request.prompt) - 1
+        return num_scored if needs_scores else self.length - 1
 
     @property
     def failure(self) -> ValueError | None:
-        """Why no token may come next, where the grammar is at fault."""
+        """Why the grammar allows no next token; None where it allows one."""
         return None if self.constraint is None else self.constraint.failure
 
     def cancel(self) -> None:
-        """Ends the reply, and frees its place before the next token; nothing happens where it has ended already."""
+        """End the reply, and free its row before the next token; do nothing where it has ended already."""
         self.cancelled = True
         self._wake()
 
     def pause(self, paused: bool) -> None:
-        """Lets the reply wait without a row until its reader has caught up, or go on."""
+        """Let the reply wait without a row until its reader has caught up, or let it go on."""
         self.paused = paused
         self._wake()
 
@@ -194,11 +202,11 @@ class Generation:
             raise self.error
 
     def text(self) -> str:
-        """Waits for the whole reply; raises what broke it."""
+        """Wait for the whole reply and return its text; raise the error that ended it."""
         return "".join(piece.text for piece in self)
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Piece | None:
-        """Takes the next token; what it adds, if anything, is for `deliver`. For the engine's thread alone."""
+        """Add the next token, and return the piece to be delivered, if there is one. For the engine's thread only."""
         request = self.request
         if request.max_new_tokens == 0:
             return self.end("length")
@@ -223,19 +231,22 @@ class Generation:
         return self._piece(text, None) if text else None
 
     def end(self, reason: str, error: BaseException | None = None) -> Piece:
-        """Ends the reply with what was held back, unless it broke. For the engine's thread alone."""
+        """End the reply, and return its last piece: text that was held back, except after an error.
+
+        For the engine's thread only.
+        """
         self.error = error
         return self._piece("" if reason == "error" else self._text.finish(), reason)
 
     def deliver(self, piece: Piece) -> None:
-        """Hands a piece to whoever asked; what their function raises is theirs. For the engine's thread alone."""
+        """Hand a piece to the reader. For the engine's thread only, which an error of the reader does not stop."""
         if self._deliver is None:
             self._pieces.put(piece)
             return
         try:
             self._deliver(self, piece)
         except Exception:
-            logger.exception("a function that was given a piece of a reply failed")
+            logger.exception("the function that received a piece of a reply failed")
 
     def _piece(self, text: str, reason: str | None) -> Piece:
         piece = Piece(text, tuple(self._pending), reason, len(self.tokens))

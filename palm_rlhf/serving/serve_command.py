@@ -41,8 +41,8 @@ def serve(
 ) -> None:
     """Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.
 
-    Keys that clients have to send are read from --api-key-file, and from the environment variable PALM_RLHF_API_KEYS,
-    separated by commas. Without any, everyone who reaches the port is answered.
+    API keys are read from --api-key-file, and from the environment variable PALM_RLHF_API_KEYS, separated by commas.
+    Without any key, everyone who reaches the port is answered.
 
     Args:
         checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
@@ -50,19 +50,19 @@ def serve(
         host: The address to listen on; 0.0.0.0 is every network that the machine is in.
         port: The port; 0 takes any that is free.
         name: What clients call the model; the folder's name by default.
-        context: Tokens of a prompt with its reply; the model's max_seq_len by default.
-        template: How conversations are written; auto is the model's own, plain has roles as words.
+        context: The most tokens of a prompt with its reply; the model's max_seq_len by default.
+        template: The chat template; auto is the model's own, plain writes roles as words.
         lora_scope: A LoRA scope to merge into the weights.
         reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
-        dtype: The numbers to compute with; auto is those of the file.
-        max_batch: Replies that are computed together.
-        queue: Replies that may wait beyond them; more are refused with status 429.
-        timeout: Seconds that a reply may take, the time in the queue included.
-        prefill_chunk: Tokens of prompts that are read between two tokens of the running replies.
-        cache_memory: Memory of the keys and values of running replies.
-        prefix_memory: Memory of those of what prompts may begin with; 0 keeps none.
+        dtype: The numeric type to compute with; auto is the type of the saved weights.
+        max_batch: The most replies that are computed together.
+        queue: The most replies that may wait beyond them; more are refused with status 429.
+        timeout: Seconds that a reply may take, its time in the queue included.
+        prefill_chunk: The most tokens of prompts that are read between two tokens of the running replies.
+        cache_memory: Memory for the keys and values of running replies.
+        prefix_memory: Memory for keys and values of ended replies, which prompts that begin alike reuse; 0 keeps none.
         device: Where to compute, such as cpu or cuda:1; by default the first GPU where there is one.
-        access: Who may connect, and how much they may hold.
+        access: Who may connect, and how much of the server they may use.
     """
     from palm_rlhf.serving.engine import EngineConfig
 
@@ -76,28 +76,34 @@ def serve(
         prefix_memory=num_bytes("prefix_memory", prefix_memory),
         timeout=timeout,
     )
-    dtype = None if dtype == "auto" else getattr(torch, dtype)
-    options = {"name": name, "template": template, "lora_scope": lora_scope, "reward_model": reward_model}
-    serve_checkpoint(host, port, checkpoint, {**options, "dtype": dtype, "device": device}, config, access)
+    loading = {
+        "name": name,
+        "template": template,
+        "lora_scope": lora_scope,
+        "reward_model": reward_model,
+        "dtype": None if dtype == "auto" else getattr(torch, dtype),
+        "device": device,
+    }
+    serve_checkpoint(host, port, checkpoint, loading, config, access)
 
 
 def serve_checkpoint(
-    host: str, port: int, checkpoint: str, options: dict[str, Any], config: "EngineConfig", access: AccessOptions
+    host: str, port: int, checkpoint: str, loading: dict[str, Any], config: "EngineConfig", access: AccessOptions
 ) -> None:
-    """Loads a checkpoint with its options, and answers until it is interrupted."""
+    """Load a checkpoint, and answer requests until the command is interrupted."""
     from palm_rlhf.serving.engine import Engine
     from palm_rlhf.serving.http.app import create_app
     from palm_rlhf.serving.http.fastapi_import import fastapi_module
     from palm_rlhf.serving.http.run_server import listen, make_server, url_of
     from palm_rlhf.serving.served_model import load
 
-    fastapi_module()  # a package that is missing should not cost the time to load a model either
+    fastapi_module()  # before the model is loaded, which takes time that a missing package should not cost
     keys, limits, connections = access.keys(), access.limits(), access.connections()
     hosts_and_origins = access.hosts_and_origins(host, loopback=is_loopback(host))
     if not keys.secured and not is_loopback(host):
-        logger.warning("%s is not this machine alone, and there are no API keys: everyone who reaches it may ask", host)
-    with closing(listen(host, port)) as listener:  # first: a port in use should not cost the time to load a model
-        model = load(checkpoint, **options)
+        logger.warning("other machines reach %s, and there are no API keys: everyone who reaches it is answered", host)
+    with closing(listen(host, port)) as listener:  # before the model is loaded: the port may be in use
+        model = load(checkpoint, **loading)
         with Engine(model.palm, model.tokenizer, config) as engine:
             app = create_app(model, engine, api_keys=keys, limits=limits, access=hosts_and_origins)
             server = make_server(
@@ -107,12 +113,12 @@ def serve_checkpoint(
                 when_ready=lambda: print(f"{model.name} answers at {url_of(listener)}", flush=True),
                 when_late=engine.close,
             )
-            with suppress(KeyboardInterrupt):  # which is how it is stopped
+            with suppress(KeyboardInterrupt):  # Ctrl-C is how the server is stopped
                 server.run([listener])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Return whether an address is reached from this machine only."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint with all that a conversation with it needs: tokenizer, chat template, reward model."""
+"""A checkpoint with everything that a conversation with it needs: tokenizer, chat template, reward model."""
 
 import logging
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.structured import Grammars
 
 logger = logging.getLogger(__name__)
-OWN_TEMPLATES = ("default", "oasst")  # whose names of special tokens no one else uses
+OWN_TEMPLATES = ("default", "oasst")  # templates whose special tokens have names that nobody else uses
 ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model, and how it is talked to.
+    """A model, with the tokenizer and the template by which conversations become tokens.
 
-    Without a `template` (a model of bytes has no special tokens to write one with) a conversation is a transcript, with
-    roles as words: the model has to have seen such texts, and a user can forge the roles.
+    Without a `template` a conversation is written as a transcript, with roles as words (a model of bytes has no special
+    tokens to write a template with). The model has to have seen such texts, and a user can forge the roles.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ServedModel:
 
     @cached_property
     def eos_tokens(self) -> frozenset[int]:
-        """The ids that end a text, among those of the model."""
+        """The ids that end a text, as far as the model's vocabulary has them."""
         return frozenset({self.tokenizer.eos_token} & set(range(self.palm.num_tokens)))
 
     @cached_property
@@ -56,7 +56,7 @@ class ServedModel:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Compiles what the assistant's replies have to follow; ValueError where the tokenizer does not allow it."""
+        """The compiler of grammars for replies; ValueError where the tokenizer does not allow it."""
         return Grammars(self.tokenizer, self.palm.num_tokens, self.turn_ends)
 
     @cached_property
@@ -68,20 +68,24 @@ class ServedModel:
 
     @property
     def turn_end_strings(self) -> tuple[str, ...]:
-        """The strings that end it, where roles are words."""
+        """The strings that end the assistant's turn, where roles are words."""
         return () if self.template is not None else (f"\n\n{ROLE_NAMES['user']}:\n",)
 
     @cached_property
     def call_form(self) -> CallForm | None:
-        """How the model writes calls of tools; None where its template knows none, or another form."""
-        knows_tools = isinstance(self.template, JinjaTemplate) and self.template.knows_tools
-        return call_form(self.template.source) if knows_tools else None
+        """The form in which the model writes calls of tools; None where its template knows none, or another form."""
+        if not isinstance(self.template, JinjaTemplate) or not self.template.knows_tools:
+            return None
+        return call_form(self.template.source)
 
     @beartype
     def encode_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """The tokens of a conversation, up to where the assistant is to speak; ValueError where it has none."""
+        """Return the tokens of a conversation, up to where the assistant is to speak.
+
+        Raises ValueError for a conversation that the template or the tokenizer cannot write.
+        """
         if has_tools(messages, tools) and self.call_form is None:
-            raise ValueError("its chat template writes no tools, or in a form that is not read here")
+            raise ValueError("its chat template does not write tools, or writes calls in a form that is not known here")
         if self.template is not None:
             tokens = encode_prompt(messages, self.tokenizer, self.template, tools=tools, checkpoint=check_deadline)
             return tokens.tolist()
@@ -90,11 +94,11 @@ class ServedModel:
 
     @beartype
     def encode_continued(self, messages: Messages) -> list[int]:
-        """The tokens of a conversation up to the last words of the assistant, whose turn goes on; see `encode_chat`."""
+        """Return the tokens of a conversation whose last message, the assistant's, goes on; see `encode_chat`."""
         *before, last = messages
         words = last["content"]
         tokens = self.encode_reply(before, words)
-        if self.template is not None:  # the end of the turn is left out, with the blanks that the template puts there
+        if self.template is not None:  # without the end of the turn, and the white space that the template puts there
             tokens.pop()
             while tokens and words == words.rstrip() and not self.tokenizer.decode(tokens[-1:]).strip():
                 tokens.pop()
@@ -102,14 +106,14 @@ class ServedModel:
 
     @beartype
     def encode_reply(self, messages: Messages, reply: str) -> list[int]:
-        """The tokens of what the assistant says to a conversation, with the end of its turn."""
+        """Return the tokens of the assistant's reply to a conversation, with the end of its turn."""
         if self.template is not None:
             return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=check_deadline).tolist()
         return self.tokenizer.encode_continuation(reply)
 
     @cached_property
     def text_start(self) -> list[int]:
-        """The special tokens that the tokenizer itself puts before a text, such as that of its beginning."""
+        """The special tokens that the tokenizer itself puts before a text, such as one that marks its beginning."""
         if not isinstance(self.tokenizer, HuggingFaceTokenizer):
             return []
         encoding = self.tokenizer.backend.encode("a", add_special_tokens=True)
@@ -117,15 +121,17 @@ class ServedModel:
 
     @beartype
     def encode_text(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """The tokens of a text; the end of the text before it stands for none."""
+        """Return the tokens of a text; an empty text becomes the token that ends the text before it."""
         start = self.text_start if add_special_tokens else []
         return [*start, *self.tokenizer.encode(text)] or sorted(self.eos_tokens)
 
     @torch.inference_mode()
     def score(self, prompt: list[int], replies: Sequence[list[int]]) -> list[float]:
-        """What the reward model makes of replies to a prompt, one forward for all."""
-        rows = [torch.tensor(reply, device=self.reward_model.palm.device) for reply in replies]
-        prompts = [torch.tensor(prompt, device=self.reward_model.palm.device)] * len(rows)
+        """Return the reward model's scores of replies to a prompt, by one forward for all of them."""
+        assert self.reward_model is not None  # the server refuses such a request where there is none
+        device = self.reward_model.palm.device
+        rows = [torch.tensor(reply, device=device) for reply in replies]
+        prompts = [torch.tensor(prompt, device=device)] * len(rows)
         return self.reward_model.score(join(prompts, rows)).tolist()
 
 
@@ -140,11 +146,15 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> ServedModel:
-    """Opens a checkpoint with the tokenizer and template beside it: a folder, that of a run, or a hub id.
+    """Open a checkpoint: a folder with a model, the folder of a run, or an id on the Hugging Face hub.
 
-    `name` is the folder's by default. `template` is one of PRESETS, "plain" for a transcript, or "auto". `lora_scope`
-    is merged into the weights. `reward_model` is a folder of RewardModel, of the same tokenizer. ValueError for what
-    does not fit together.
+    Raises ValueError for parts that do not belong together.
+
+    Args:
+        name: The name by which clients call the model; by default the name of its folder.
+        template: One of PRESETS, "plain" for a transcript, or "auto" for the checkpoint's own.
+        lora_scope: A LoRA scope that is merged into the weights.
+        reward_model: A folder with a RewardModel, or its id on the hub; its tokenizer has to be the same.
     """
     folder = local_folder(checkpoint)
     device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -163,12 +173,12 @@ def load(
         if reward_model is None
         else _reward_model_of(local_folder(reward_model), folder, palm, device),
     )
-    _ = model.turn_ends  # a template that does not fit is told now, and not to the first who asks
+    _ = model.turn_ends  # so that a template that does not fit fails now, and not at the first request
     return model
 
 
 def checked_device(name: str | torch.device) -> torch.device:
-    """A device of this machine; ValueError for one that torch does not know or see."""
+    """Return a device of this machine; ValueError for one that torch does not know or see."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -181,7 +191,7 @@ def checked_device(name: str | torch.device) -> torch.device:
 
 
 def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
-    """The tokenizer beside a model, or bytes where there is none and the vocabulary has them."""
+    """Return the tokenizer beside a model, or bytes where there is none and the vocabulary has room for them."""
     try:
         tokenizer = load_tokenizer(folder)
     except FileNotFoundError:
@@ -203,7 +213,7 @@ def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
 
 
 def _template_of(folder: Path, tokenizer: Tokenizer, palm: PaLM, name: str) -> Template | None:
-    """The template beside a model; one of ours whose special tokens it has; or None."""
+    """Return the template beside a model, or one of ours whose special tokens it has, or None."""
     if name == "plain":
         return None
     if name != "auto":
@@ -211,28 +221,30 @@ def _template_of(folder: Path, tokenizer: Tokenizer, palm: PaLM, name: str) -> T
             raise ValueError(f"template is {name!r}; expected auto, plain or one of {sorted(PRESETS)}")
         return PRESETS[name]
     try:
-        template = load_template(folder)
+        return load_template(folder)
     except FileNotFoundError:
         usable = {token for token, index in tokenizer.special_tokens.items() if index < palm.num_tokens}
         found = (PRESETS[own] for own in OWN_TEMPLATES if usable.issuperset(PRESETS[own].special_tokens))
         template = next(found, None)
         if template is None:
             logger.warning("%s has no chat template: conversations are written as transcripts", folder)
-    return template
+        return template
 
 
-def _reward_model_of(folder: Path, model: Path, palm: PaLM, device: str | torch.device) -> RewardModel:
-    """A reward model of the same tokens."""
+def _reward_model_of(folder: Path, model_folder: Path, palm: PaLM, device: str | torch.device) -> RewardModel:
+    """Return a reward model, which has to have the vocabulary and the tokenizer of the model beside it."""
     reward_model = RewardModel.from_pretrained(folder, device=device).eval()
     if reward_model.palm.num_tokens != palm.num_tokens:
         raise ValueError(
             f"the reward model {folder} has {reward_model.palm.num_tokens} tokens, and the model {palm.num_tokens}; "
-            "expected as many: both have to be of one tokenizer"
+            "expected as many, since both need the same tokenizer"
         )
     try:
-        same = load_tokenizer(folder).fingerprint == load_tokenizer(model).fingerprint
+        same = load_tokenizer(folder).fingerprint == load_tokenizer(model_folder).fingerprint
     except FileNotFoundError:
-        same = True  # one of them says nothing about it
+        same = True  # one of the folders has no tokenizer to compare
     if not same:
-        raise ValueError(f"the reward model {folder} and the model {model} have different tokenizers; expected one")
+        raise ValueError(
+            f"the tokenizers of the reward model {folder} and the model {model_folder} differ; expected one"
+        )
     return reward_model

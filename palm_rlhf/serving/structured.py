@@ -1,4 +1,4 @@
-"""Replies that follow a grammar, such as JSON by a schema: which tokens may come next. llguidance parses."""
+"""Grammars that replies have to follow, such as JSON by a schema: llguidance tells which tokens may come next."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,20 +12,21 @@ from torch import Tensor
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
-# Measured: what these bounds let through compiles within about a second, and a mask takes a few milliseconds at most.
+# Measured: a schema within these bounds compiles within about a second, and a mask takes a few milliseconds at most.
 MAX_SCHEMA_CHARS = 2**16
 MAX_SCHEMA_DEPTH = 64
 MAX_LEXER_STATES = 20_000  # one or two kilobytes each
 KEPT_GRAMMARS = 64
-NUM_PROBED = 4  # tokens of a new grammar that are tried, where only one is allowed: some fail after the first bracket
-# One blank, or a line break and an indent: a model can otherwise write blanks until its tokens are used up.
+# Tokens of a new grammar that are tried, as long as only one is allowed: some grammars fail after the first bracket.
+NUM_PROBED = 4
+# One space, or a line break and an indent: a model could otherwise write spaces until its tokens are used up.
 WHITESPACE = r"\x20|\x0A[\x20\x09]{0,32}"
 
 
 class Constraint:
-    """How far a reply has followed a grammar. For one thread at a time.
+    """The state of one reply that follows a grammar. For one thread at a time.
 
-    `failure` says why it cannot be followed any further; no token is allowed then.
+    `failure` says why the reply can follow the grammar no further; no token is allowed then.
     """
 
     def __init__(self, matcher: Any, num_tokens: int):
@@ -34,13 +35,13 @@ class Constraint:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing can follow but the end of the reply."""
+        """Whether only the end of the reply can follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def mask(self) -> Tensor:
-        """True for the tokens that may come next: `v` bool, on the CPU.
+        """Return True for the tokens that may come next: `v` bool, on the CPU.
 
-        Those that end a reply are among them exactly where the grammar allows an end.
+        Tokens that end a reply are among them exactly where the grammar allows an end.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.zeros(self._num_tokens, dtype=torch.bool)
@@ -52,9 +53,10 @@ class Constraint:
         return allowed
 
     def push(self, token: int) -> None:
-        """Takes the next token, which `mask` has to allow."""
+        """Add the next token, which `mask` has to allow."""
         if not self._matcher.consume_token(token):
-            self.failure = ValueError(f"the token {token} is not of the reply's grammar: {reason(self._matcher)}")
+            message = f"got the token {token}; expected one that the grammar allows: {reason(self._matcher)}"
+            self.failure = ValueError(message)
 
 
 class Grammar:
@@ -64,14 +66,17 @@ class Grammar:
         self._matcher, self._num_tokens = matcher, num_tokens
 
     def start(self) -> Constraint:
-        """The state of a reply that has not begun."""
+        """Return the state of a reply that has not begun."""
         return Constraint(self._matcher.deep_copy(), self._num_tokens)
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, and keeps the last ones. Safe to use from several threads.
+    """A compiler of grammars for one tokenizer, which keeps the grammars used last. Safe to use from several threads.
 
-    `num_tokens` is the model's vocabulary, `ends` the ids that end a reply.
+    Args:
+        tokenizer: The tokenizer, which has to tell the bytes of its tokens.
+        num_tokens: The vocabulary of the model.
+        ends: The token ids that end a reply.
     """
 
     @beartype
@@ -81,21 +86,22 @@ class Grammars:
 
     @beartype
     def json(self, schema: dict[str, Any]) -> Grammar:
-        """JSON that conforms to a JSON Schema (Draft 2020-12), with the properties in the order of the schema.
+        """Return the grammar of a JSON Schema (Draft 2020-12), with the properties in the order of the schema.
 
-        Raises:
-            ValueError: a schema that is too large or deep, that no JSON conforms to, or with keywords that cannot be
-                followed token by token.
+        Raises ValueError for a schema that is too large or too deep, that no JSON conforms to, or that has keywords
+        which cannot be followed token by token.
         """
         from llguidance import LLMatcher
 
         source = checked_schema({key: value for key, value in schema.items() if key != "x-guidance"})
-        options = {"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
-        return self._compiled(LLMatcher.grammar_from_json_schema(source, overrides=options))
+        grammar = LLMatcher.grammar_from_json_schema(
+            source, overrides={"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
+        )
+        return self._compiled(grammar)
 
     @beartype
     def lark(self, source: str) -> Grammar:
-        """What a grammar in llguidance's form of Lark describes; ValueError where it is none."""
+        """Return the grammar of a source in llguidance's form of Lark; ValueError where the source is wrong."""
         from llguidance import LLMatcher
 
         return self._compiled(LLMatcher.grammar_from_lark(source))
@@ -121,9 +127,10 @@ class Grammars:
 
 @beartype
 def guidance_tokenizer(tokenizer: Tokenizer, ends: frozenset[int]) -> Any:
-    """A tokenizer as llguidance has them, for which too no text becomes a special token.
+    """Return llguidance's view of a tokenizer, in which no text becomes a special token either.
 
-    `ends` are the ids that end a reply. ValueError for a tokenizer that does not tell the bytes of its tokens.
+    `ends` are the token ids that end a reply. Raises ValueError for a tokenizer that does not tell the bytes of its
+    tokens.
     """
     from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -144,7 +151,7 @@ class _Tokens:
 
 @beartype
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that are no text, the one for what the tokenizer does not know included."""
+    """Return the ids that stand for no text, including the id for text that the tokenizer does not know."""
     ids = set(tokenizer.special_tokens.values())
     if isinstance(tokenizer, HuggingFaceTokenizer):
         ids |= {index for index, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
@@ -153,7 +160,7 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
 
 @beartype
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that each id stands for; ValueError for a tokenizer whose tokens depend on their neighbours."""
+    """Return the bytes of each token id; ValueError for a tokenizer whose tokens depend on their neighbours."""
     from llguidance import LLTokenizer
 
     ids = range(tokenizer.num_tokens)
@@ -163,7 +170,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         raise ValueError(f"got a {type(tokenizer).__name__}; expected a ByteTokenizer or a HuggingFaceTokenizer")
     source = tokenizer.backend.to_str()
     decoder = json.loads(source)["decoder"] or {}
-    if decoder.get("type") == "Metaspace":  # which llguidance does not know: a mark stands for a blank
+    if decoder.get("type") == "Metaspace":  # llguidance does not know it: a mark stands for a space
         names = {index: name for name, index in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
         return [names.get(token, "").replace(decoder["replacement"], " ").encode() for token in ids]
     try:
@@ -174,19 +181,19 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def checked_schema(schema: dict[str, Any]) -> str:
-    """A schema as JSON; ValueError for one that is above the bounds, or asks for what a grammar cannot count."""
-    every = list(parts(schema))
+    """Return a schema as JSON; ValueError for a schema above the bounds, or one that asks a grammar to count."""
+    values = list(nested_values(schema))
     if (size := len(text := json.dumps(schema))) > MAX_SCHEMA_CHARS:
         raise ValueError(f"the schema has {size:,} characters; expected at most {MAX_SCHEMA_CHARS:,}")
-    for part in every:
-        least = part.get("minProperties") if isinstance(part, dict) else None
+    for value in values:
+        least = value.get("minProperties") if isinstance(value, dict) else None
         if isinstance(least, int | float) and least > 1:
-            raise ValueError("minProperties above 1 is not supported: a grammar does not tell names apart")
+            raise ValueError(f"minProperties is {least}; expected at most 1, since a grammar cannot count properties")
     return text
 
 
-def parts(value: Any) -> Iterator[Any]:
-    """A value of JSON and all that it holds; ValueError where it is nested too deep."""
+def nested_values(value: Any) -> Iterator[Any]:
+    """Yield a value of JSON and everything in it; ValueError where it is nested too deep."""
     level, depth = [value], 0
     while level:
         depth += 1
@@ -197,13 +204,13 @@ def parts(value: Any) -> Iterator[Any]:
 
 
 def children(value: Any) -> Sequence[Any]:
-    """What a list or an object of JSON holds."""
+    """Return the values that a list or an object of JSON holds."""
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else ()
 
 
 def reason(matcher: Any) -> str:
-    """Why llguidance gave up, in a line."""
+    """Return the error of llguidance in one line."""
     lines = (matcher.get_error() or "it has no end").splitlines()
     return " ".join(line.strip() for line in lines if not line.startswith("<"))[:300]

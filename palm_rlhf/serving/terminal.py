@@ -1,8 +1,9 @@
-"""A conversation in a terminal or by pipes: its lines, its commands, and how replies are printed."""
+"""A conversation in a terminal or by pipes: reading messages, the commands, and printing replies."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from beartype import beartype
@@ -13,35 +14,35 @@ PROMPT, MORE = "> ", ". "
 QUOTES = '"""'
 HELP = """\
 Enter ends a message. A backslash before it goes on in the next line; so does everything between \"\"\" and \"\"\".
-/reset         forget what was said, but not the system message
-/regenerate    say the last reply anew
+/reset         forget the conversation, but not the system message
+/regenerate    replace the last reply by another
 /system TEXT   set the system message, from the next reply on; without a text there is none
 /save FILE     write the conversation to a new file, as a line of JSON that `palm-rlhf data` and trainers read
 /help          show this
 /quit          end; so does Ctrl-D
-Ctrl-C stops a reply, and keeps what was said of it. A message that begins with / goes between \"\"\" and \"\"\"."""
-# A model may say what moves the cursor or renames the window: a terminal is shown pictures of such characters.
+Ctrl-C stops a reply, and keeps its words so far. A message that begins with / goes between \"\"\" and \"\"\"."""
+# Control characters in a reply could move the cursor or rename the window: a terminal gets visible symbols instead.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
 class TerminalSession:
-    """A conversation with whoever is at standard input; replies go to standard output, everything else to stderr."""
+    """A dialogue on standard input; replies go to standard output, everything else to standard error."""
 
-    def __init__(self, conversation: Dialogue):
-        self.conversation = conversation
+    def __init__(self, dialogue: Dialogue):
+        self.dialogue = dialogue
         self.is_person = sys.stdin.isatty()
         self.is_screen = sys.stdout.isatty()
         self.commands: dict[str, Callable[[str], None]] = {
             "/reset": self.reset,
-            "/regenerate": lambda _: self.show(conversation.say_again),
+            "/regenerate": lambda _: self.show(dialogue.say_again),
             "/system": self.set_system,
             "/save": self.save,
             "/help": lambda _: note(HELP),
         }
 
     def run(self) -> None:
-        """Answers until the input ends."""
+        """Answer messages until the input ends."""
         while True:
             try:
                 text, is_quoted = read_message(self.read_line)
@@ -51,10 +52,10 @@ class TerminalSession:
                         return
                     self.commands.get(name, self.refuse)(rest.strip())
                 elif text:
-                    self.show(lambda text=text: self.conversation.say(text))
+                    self.show(partial(self.dialogue.say, text))
             except EOFError:
                 if self.is_person:
-                    note("")  # the shell's prompt goes to a line of its own
+                    note("")  # so that the shell's prompt begins a line
                 return
             except KeyboardInterrupt:
                 if not self.is_person:
@@ -62,7 +63,7 @@ class TerminalSession:
                 note("\n(Ctrl-D ends)")
 
     def read_line(self, prompt: str) -> str:
-        """A line without its end; EOFError after the last."""
+        """Return a line without its end; EOFError after the last line."""
         if self.is_person and self.is_screen:
             return input(prompt)
         if self.is_person:
@@ -72,49 +73,49 @@ class TerminalSession:
             raise EOFError
         return line.removesuffix("\n").removeprefix("\ufeff")  # a file's byte order mark
 
-    def show(self, ask: Callable[[], Iterator[str]]) -> None:
-        """Prints a reply as it comes; Ctrl-C stops it."""
-        conversation = self.conversation
-        known, forgotten = conversation.messages, conversation.num_forgotten
+    def show(self, make_reply: Callable[[], Iterator[str]]) -> None:
+        """Print a reply while it is generated; Ctrl-C stops it."""
+        dialogue = self.dialogue
+        known, forgotten = dialogue.messages, dialogue.num_forgotten
         try:
-            for text in ask():
+            for text in make_reply():
                 print(text.translate(VISIBLE) if self.is_screen else text, end="", flush=True)
             print(flush=True)
         except KeyboardInterrupt:
             if not self.is_person:
                 raise
             print(flush=True)
-            note("(stopped)" if conversation.messages is not known else "(stopped before a word: nothing was said)")
+            note("(stopped)" if dialogue.messages is not known else "(stopped before the first word)")
         except (ValueError, RuntimeError) as error:
-            if conversation.messages is not known:
+            if dialogue.messages is not known:
                 print(flush=True)
             note(f"({error})")
         else:
-            if conversation.finish_reason == "length":
+            if dialogue.finish_reason == "length":
                 note("(the reply was cut: it reached its limit of tokens)")
-        if conversation.num_forgotten > forgotten:
-            number = conversation.num_forgotten
+        if dialogue.num_forgotten > forgotten:
+            number = dialogue.num_forgotten
             what = "exchange is" if number == 1 else f"{number} exchanges are"
-            note(f"(the context of {conversation.engine.context} tokens is full: the first {what} forgotten)")
+            note(f"(the context of {dialogue.engine.context} tokens is full: the first {what} forgotten)")
 
     def reset(self, _: str) -> None:
-        """Begins anew."""
-        self.conversation.reset()
+        """Forget the messages."""
+        self.dialogue.reset()
         note("(forgotten)")
 
     def set_system(self, text: str) -> None:
-        """Sets the system message, or removes it."""
-        self.conversation.system = text or None
+        """Set the system message, or remove it."""
+        self.dialogue.system = text or None
         note("(the system message is set)" if text else "(there is no system message)")
 
     def save(self, name: str) -> None:
-        """Saves the conversation, and never over another file."""
-        if not name or not self.conversation.messages:
+        """Save the conversation to a new file."""
+        if not name or not self.dialogue.messages:
             note("(name a file: /save FILE)" if not name else "(nothing was said yet)")
             return
         path = Path(name).expanduser()
         try:
-            self.conversation.save(path)
+            self.dialogue.save(path)
         except FileExistsError:
             note(f"({path} exists, and stays as it is: choose another name)")
         except OSError as error:
@@ -123,20 +124,20 @@ class TerminalSession:
             note(f"(saved to {path})")
 
     def refuse(self, _: str) -> None:
-        """Tells what to do about a command that there is not."""
+        """Explain that there is no such command."""
         note("(there is no such command: /help lists those there are)")
 
 
 def note(text: str) -> None:
-    """Says something that is not the model's."""
+    """Print a line that is not part of a reply."""
     print(text, file=sys.stderr, flush=True)
 
 
 @beartype
 def read_message(read_line: Callable[[str], str]) -> tuple[str, bool]:
-    """A message from lines, and whether it stood in quotes; `read_line` takes a prompt and raises EOFError at the end.
+    """Return a message from lines, and whether it was in quotes.
 
-    An end of the input inside of a message ends the message.
+    `read_line` takes a prompt, and raises EOFError at the end of the input, which ends the message too.
     """
     line = read_line(PROMPT)
     quoted = line.lstrip().startswith(QUOTES)

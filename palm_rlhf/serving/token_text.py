@@ -1,4 +1,4 @@
-"""Text from tokens as they come: whole characters, up to a stop string."""
+"""Text from tokens as they are sampled: whole characters only, up to a stop string."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,11 @@ from palm_rlhf.data.tokenizer import Tokenizer
 
 
 def spelled(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of tokens, special ones by their names, and where the text of each begins in it, in characters."""
+    """Return the text of tokens, special tokens by their names, and the offset of each token in it, in characters."""
     names = {token: name for name, token in tokenizer.special_tokens.items()}
-    decoder, parts, offsets, size = StreamDecoder(tokenizer), [], [], 0
+    decoder, size = StreamDecoder(tokenizer), 0
+    parts: list[str] = []
+    offsets: list[int] = []
     for token in tokens:
         offsets.append(size)
         parts.append(decoder.finish() + names[token] if token in names else decoder.push(token))
@@ -18,27 +20,27 @@ def spelled(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[int]
 
 
 class TextStream:
-    """The text of tokens as they come, up to the `stop` string that is whole first, which is left out.
+    """The text of tokens as they are sampled, up to the `stop` string that is complete first, which is left out.
 
-    What may yet become a stop string is held back, and so is a character that lacks bytes: a reply that ends inside of
-    one ends before it.
+    Text that may be the beginning of a stop string is held back, and so is a character whose bytes are incomplete. A
+    reply that ends inside a character ends before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self.stopped = False
-        self.num_chars = 0  # of all that was decoded, held back or not
+        self.num_chars = 0  # decoded so far, including text that is held back
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._held = ""
         self._decoder = StreamDecoder(tokenizer)
 
     def push(self, token: int) -> str:
-        """What one more token adds."""
+        """Add a token, and return the text that is certain now."""
         text = self._decoder.push(token)
         return self._until_stop(text) if text else ""
 
     def finish(self) -> str:
-        """What was held back, without a character that is not whole; nothing after a stop string."""
+        """Return the text that was held back, without an incomplete character; nothing after a stop string."""
         if self.stopped:
             return ""
         text = self._until_stop(self._decoder.finish().rstrip("\ufffd"))

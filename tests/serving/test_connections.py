@@ -116,7 +116,7 @@ def test_a_body_nobody_waits_for_has_to_come_too(start_server, connect, lines, e
     while part := connection.recv(65536):
         data += part
     assert b" 401 " in data
-    assert "the body did not come within 0.2 seconds" in eventually(lines)[0]
+    assert "the body did not arrive within 0.2 seconds" in eventually(lines)[0]
 
 
 def test_connections_that_ask_nothing_keep_nobody_out(start_server, connect, lines, eventually):

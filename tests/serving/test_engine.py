@@ -280,7 +280,7 @@ def test_a_model_without_numbers_breaks_replies_and_not_the_engine(start_engine,
     engine = start_engine(palm)
     with torch.no_grad():
         palm.norm.weight.fill_(float("nan"))
-    with pytest.raises(EngineError, match="no finite numbers"):
+    with pytest.raises(EngineError, match="not finite"):
         engine.submit(ask([1, 2, 3], 5)).text()
     with torch.no_grad():
         palm.norm.weight.fill_(1.0)

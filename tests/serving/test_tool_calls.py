@@ -280,7 +280,7 @@ def read(text: str, form: str = "tags", size: int = 1) -> tuple[str, list[tuple[
     for piece in [*map(Piece, cuts), Piece("", finish_reason="stop")]:
         found = reader.read(piece)
         said += found.text
-        assert [call.index for call in found.calls] == list(range(len(calls), len(calls) + len(found.calls)))
+        assert [call.number for call in found.calls] == list(range(len(calls), len(calls) + len(found.calls)))
         calls += [(call.name, json.loads(call.arguments)) for call in found.calls]
     return said, calls, found.finish_reason
 

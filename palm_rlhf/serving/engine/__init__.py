@@ -1,4 +1,4 @@
-"""The engine that computes many replies together, a token of each at a time: continuous batching."""
+"""The engine that generates many replies together, one token of each per step: continuous batching."""
 
 from palm_rlhf.serving.engine.config import EngineConfig
 from palm_rlhf.serving.engine.engine import Engine

@@ -1,8 +1,8 @@
-"""The sequences that are being computed together: prompts read in chunks, and one token a step for each row."""
+"""The sequences that are computed together: prompts are read in chunks, and each row gets one token per step."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,25 +18,26 @@ from palm_rlhf.serving.generation import EngineError, Generation
 
 logger = logging.getLogger(__name__)
 COLUMN_STEP = 64  # reserved lengths are rounded up to it, so that the block is seldom reshaped
-FORWARD = 32  # tokens that a forward more would have taken the time of
-HEADROOM = 256  # tokens that each row may go on for when another one joins it, before memory can run out again
-Results = list[tuple[Generation, SampledToken | Exception]]
+FORWARD = 32  # the cost of one more forward, as the number of tokens that could be read in the same time
+HEADROOM = 256  # tokens that each row can grow by after another joins, before memory can run out again
+Outcome = SampledToken | Exception
+Results = list[tuple[Generation, Outcome]]
 
 
 class Batch:
     """Rows 0, 1, ... of the cache: sequences that are sampled from, then those being read, then those read in part.
 
-    A sequence that leaves is replaced by the last one, so that the rows of a step always lie next to each other. What
-    it leaves in the cache is kept for prompts of its client that begin as it did, within `prefix_bytes`. One that left
-    before its end may be admitted again, and goes on where it was.
+    The last sequence takes the row of one that leaves, so that the rows of a step always lie next to each other. The
+    keys and values of a sequence that leaves are kept for prompts of its client that begin as it did, within
+    `prefix_bytes`. A sequence that left before its end may be admitted again, and goes on where it was.
     """
 
     def __init__(self, palm: PaLM, sampler: Sampler, slots: SlotCache, *, prefix_bytes: int):
         self.palm, self.sampler, self.slots = palm, sampler, slots
         self.prefixes = PrefixCache(prefix_bytes)
         self.rows: list[Generation] = []
-        self.reading: list[Generation] = []  # as far as each other
-        self.halted: list[Generation] = []  # read in part, and to be read on later
+        self.reading: list[Generation] = []  # all read to the same position
+        self.halted: list[Generation] = []  # read in part, and left for later
 
     @property
     def members(self) -> list[Generation]:
@@ -44,10 +45,13 @@ class Batch:
         return [*self.rows, *self.reading, *self.halted]
 
     def admit(self, generation: Generation, num_tokens: int) -> bool:
-        """Begins to read a sequence, if there is a row and the memory for it, and it may join those being read.
+        """Begin to read a sequence; return False where there is no row or memory, or it may not join those being read.
 
-        That is memory to begin with, not for all that the replies may become: most end long before, and `make_room`
-        finds more for those that do not. `num_tokens` is what the next `read` will be given.
+        Only the memory to begin with is reserved, not the memory for the longest replies: most end long before, and
+        `make_room` finds more for the others.
+
+        Args:
+            num_tokens: The number of tokens that the next `read` will be given.
         """
         members = [*self.members, generation]
         if len(members) > self.slots.max_rows:
@@ -64,7 +68,7 @@ class Batch:
         start = self.reading[0].num_read if self.reading else known
         if isinstance(source, Tensor):
             self.slots.write(row, source[:, :, :start])
-        elif start:
+        elif source is not None and start:
             self.slots.move(source, row, start)
         self.reading.append(generation)
         generation.num_read = start
@@ -73,10 +77,11 @@ class Batch:
         return True
 
     def _may_join(self, generation: Generation, known: int, num_tokens: int) -> bool:
-        """Whether it is better read with those being read, from where they are and padded to the longest, than alone.
+        """Return whether a sequence is better read beside those being read, padded to the longest, than alone.
 
-        Alone, it would begin after what is known of it by then, its client's own that are read included. Between
-        clients, both have to begin where they would alone: one would else be told how much of the other's was known.
+        Alone, it would begin after the prefix that is known by then, which includes sequences of its client that are
+        being read. Sequences of different clients are only read together where both would begin at the same place
+        alone: otherwise the time of one would tell how much of the other was cached.
         """
         start, others = self.reading[0].num_read, len(self.reading)
         own = [other for other in self.reading if other.request.client == generation.request.client]
@@ -89,15 +94,15 @@ class Batch:
         return known >= start and together <= num_tokens and together <= others * longest + alone + FORWARD
 
     def halt(self) -> None:
-        """Leaves what is being read for later, so that others are read first."""
+        """Leave the sequences being read for later, so that others are read first."""
         self.halted, self.reading = [*self.reading, *self.halted], []
 
     def resume(self) -> None:
-        """Goes on with the first that was left for later."""
+        """Go on with the first sequence that was left for later."""
         self.reading = [self.halted.pop(0)]
 
     def make_room(self) -> bool:
-        """Sees to the memory for a token more of every row; False where the budget has none."""
+        """Reserve the memory for one more token of every row; return False where the budget has none."""
         return self._reserve(self.members, max(member.length for member in self.members))
 
     def _reserve(self, members: list[Generation], columns: int) -> bool:
@@ -105,8 +110,12 @@ class Batch:
         return self.slots.reserve(len(members), columns, [member.num_read for member in self.members])
 
     def _find(self, generation: Generation) -> tuple[int, int | Tensor | None]:
-        """The longest beginning that its client's sequences know, in tokens, and the row or the contents it is in."""
+        """Return the longest prefix known from sequences of the same client, in tokens, and where it is.
+
+        Its place is a row, or a tensor of keys and values of the prefix cache.
+        """
         wanted, client = generation.sequence[: generation.num_reusable], generation.request.client
+        source: int | Tensor | None
         length, source = self.prefixes.find(np.array(wanted), client)
         for row, other in enumerate(self.rows):
             if other.request.client != client:
@@ -116,20 +125,21 @@ class Batch:
         return length, source
 
     def read(self, num_tokens: int) -> tuple[int, Results]:
-        """Reads a sequence, up to so many tokens of it, or all that were admitted to be read together.
+        """Read up to `num_tokens` of one sequence, or all the tokens of several that were admitted together.
 
-        Returns how many tokens were read, and the next token of each sequence that has ended, which has a place in the
-        rows now; or what broke it. One that has not ended is still in `reading`.
+        Returns the number of tokens read, and for each sequence that was read to its end, which has a row to sample
+        from now, its next token or the error that ended it. A sequence not read to its end stays in `reading`.
         """
         group, sequences = self.reading, [generation.sequence for generation in self.reading]
         start, longest = group[0].num_read, max(map(len, sequences))
         stop = min(start + num_tokens, longest) if len(group) == 1 else longest
         parts = [sequence[start:stop] for sequence in sequences]
 
-        def forward(first: int, count: int) -> list[SampledToken] | None:
+        def forward(first: int, count: int) -> list[Outcome] | None:
             some = parts[first : first + count]
             cache = self.slots.row(len(self.rows) + first, start, count)
-            embeds = self._embed([part + [0] * (stop - start - len(part)) for part in some], cache)  # never seen
+            # token 0 is padding, which attention and sampling never see
+            embeds = self._embed([part + [0] * (stop - start - len(part)) for part in some], cache)
             for generation, part, embedded in zip(group[first : first + count], some, embeds, strict=True):
                 if generation.request.prompt_logprobs is not None:
                     score_prompt(generation, start, embedded[: len(part)], self.palm, self.sampler)
@@ -144,56 +154,60 @@ class Batch:
                 generation.num_read = start + len(part)
         if stop == longest:
             self.rows, self.reading = [*self.rows, *self.reading], []
-        return sum(map(len, parts)), [result for result in results if result[1] is not None]
+        return sum(map(len, parts)), [(generation, found) for generation, found in results if found is not None]
 
     def step(self) -> Results:
-        """The next token of every row, or what broke it."""
+        """Return the next token of every row, or the error that ended it."""
         rows = list(self.rows)
 
-        def forward(first: int, count: int) -> list[SampledToken]:
+        def forward(first: int, count: int) -> list[Outcome]:
             some = rows[first : first + count]
             lengths = [row.num_read for row in some]
             cache = self.slots.rows(lengths) if count == len(rows) else self.slots.row(first, *lengths)
             return self._sample(self._embed([[row.tokens[-1]] for row in some], cache)[:, -1], some)
 
-        results = self._each(rows, forward)
+        results = [(row, found) for row, found in self._each(rows, forward) if found is not None]
         for row, found in results:
             row.num_read += not isinstance(found, Exception)
         return results
 
-    def _each(self, members: list[Generation], forward: Callable[[int, int], list[SampledToken] | None]) -> Results:
-        """The results of a forward for all of them, or where it fails for each alone, so that only its own is lost.
+    def _each(
+        self, members: list[Generation], forward: Callable[[int, int], list[Outcome] | None]
+    ) -> list[tuple[Generation, Outcome | None]]:
+        """Run one forward for all sequences; where it fails, run one for each alone, so that only the cause is lost.
 
-        `forward` takes the first and the number of those that it is for.
+        `forward` takes the first of the sequences it is for, and their number.
         """
         try:
-            return list(zip(members, forward(0, len(members)) or [None] * len(members), strict=True))
+            outcomes: Sequence[Outcome | None] = forward(0, len(members)) or [None] * len(members)
+            return list(zip(members, outcomes, strict=True))
         except Exception as error:
             if len(members) == 1:
                 return [(members[0], error)]
             logger.warning("a forward for %d replies failed; each is tried alone", len(members), exc_info=True)
-        results: Results = []
+        results: list[tuple[Generation, Outcome | None]] = []
         for place, member in enumerate(members):
             try:
-                results.append((member, (forward(place, 1) or [None])[0]))
+                own = forward(place, 1)
+                results.append((member, own[0] if own else None))
             except Exception as error:
                 results.append((member, error))
         return results
 
     def _embed(self, tokens: list[list[int]], cache: Cache) -> Tensor:
-        """The final embeddings: `b i -> b i e`."""
+        """Return the final embeddings: `b i -> b i e`."""
         return self.palm(torch.tensor(tokens, device=self.palm.device), cache=cache, return_only_embedding=True)
 
-    def _sample(self, embeds: Tensor, members: list[Generation]) -> list[SampledToken | Exception]:
-        """The next tokens after these embeddings, `b e`, or why there is none."""
+    def _sample(self, embeds: Tensor, members: list[Generation]) -> list[Outcome]:
+        """Return the next tokens after embeddings, `b e`, or the reasons why there is none."""
         found = self.sampler(self.palm.to_logits(embeds), members)
         return [
-            sampled or member.failure or EngineError("the model computed logits that are no finite numbers")
+            sampled or member.failure or EngineError("the model computed logits that are not finite")
             for member, sampled in zip(members, found, strict=True)
         ]
 
     def remove(self, generation: Generation, *, keep: bool = True) -> None:
-        """Takes a sequence out; its row is free at once. What was read of one that broke is not to be kept."""
+        """Take a sequence out, which frees its row. `keep` is False after an error: its keys and values are lost."""
         before = self.members
         if keep:
             self._keep(before.index(generation), generation)
@@ -203,12 +217,12 @@ class Batch:
         last = group.pop()
         if last is not generation:
             group[group.index(generation)] = last
-        for row, member in enumerate(self.members):  # all move down, to what is free by then
+        for row, member in enumerate(self.members):  # each moves down, to a row that is free by then
             if before[row] is not member:
                 self.slots.move(before.index(member), row, member.num_read)
 
     def _keep(self, row: int, generation: Generation) -> None:
-        """Remembers what was read of a sequence."""
+        """Keep the keys and values of a sequence for later prompts."""
         length, client = generation.num_read, generation.request.client
         if not self.prefixes.max_bytes:
             return
@@ -217,12 +231,13 @@ class Batch:
             self.prefixes.put(tokens, self.slots.read(row, length), client)
 
     def clear(self) -> None:
-        """Forgets all sequences and everything known of others."""
+        """Forget all sequences and all cached prefixes."""
         self.rows, self.reading, self.halted = [], [], []
         self.slots.clear()
         self.prefixes.clear()
 
 
 def _shared(one: list[int], other: list[int]) -> int:
+    """Return the number of tokens that two sequences share from their beginning."""
     size = min(len(one), len(other))
     return common_prefix(np.array(one[:size]), np.array(other[:size]))

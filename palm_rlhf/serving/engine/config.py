@@ -10,12 +10,17 @@ from beartype import beartype
 class EngineConfig:
     """How much an engine takes on at once.
 
-    `context`: tokens of a prompt with its reply; None is the model's `max_seq_len`. `max_batch`: replies computed
-    together. `queue`: replies that may wait beyond them. `prefill_chunk`: tokens of prompts read between two tokens of
-    the others. `cache_memory` and `prefix_memory`: bytes for running sequences, and for what prompts may begin with.
-    Where the first is short, those who came last wait again, and go on when there is room.
-    `timeout`: seconds for each reply, its time in the queue included. `stall_timeout`: seconds without a token, a part
-    of a prompt or an end, with work to do, after which the engine counts as stalled.
+    Args:
+        context: The most tokens of a prompt with its reply; None is the model's `max_seq_len`.
+        max_batch: The most replies that are computed together.
+        queue: The most replies that may wait beyond them.
+        prefill_chunk: The most tokens of prompts that are read in one step, between two tokens of the running replies.
+        cache_memory: Bytes for the keys and values of running replies. Where they are short, the replies that came last
+            wait again, and go on when there is room.
+        prefix_memory: Bytes for the keys and values of ended sequences, for prompts that begin as they did.
+        timeout: Seconds for each reply, its time in the queue included.
+        stall_timeout: Seconds without progress, while there is work to do, after which the engine counts as stalled.
+            Progress is a token, a part of a prompt, or the end of a reply.
     """
 
     context: int | None = None

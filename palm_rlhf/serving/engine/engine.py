@@ -28,21 +28,21 @@ from palm_rlhf.serving.token_text import TextStream
 logger = logging.getLogger(__name__)
 LONGEST_RETRY = 60
 IDLE_STEP = 1.0  # seconds between two looks at replies that all wait for their readers
-# what is counted where something has been done for a client, of all that `counts` has
+# the names in `counts` whose growth is progress
 PROGRESS = ("tokens", "prompt_tokens_computed", "tasks", *(f"finished_{reason}" for reason in FINISH_REASONS))
 
 
 class Engine:
-    """Replies to many at once; use it as a context manager, or `close` it.
+    """An engine that generates many replies at once; use it as a context manager, or `close` it.
 
-    A greedy reply is that of `PaLM.generate`, and a seeded one the same at every time, whatever the others ask: their
-    rows are only computed beside it. That is exact but for rounding, since products over more rows add in another
-    order: it could tip a choice between two tokens whose logits are equal to the last digits.
+    A greedy reply equals the reply of `PaLM.generate`, and a seeded reply is the same at every time, whatever runs
+    beside it: other replies only add rows to a forward. This is exact up to rounding, since products over more rows add
+    in another order. Rounding can tip the choice between two tokens whose logits are equal to the last digits.
 
-    Clients, who are named by their requests, take turns: a row, a place in the queue or the memory of one of them goes
-    to another that has less, and each has prefixes of its own. What breaks a reply ends that reply alone.
+    Requests name their clients, and clients take turns: a row, a place in the queue or memory goes to the client that
+    has least, and cached prefixes are never shared between clients. An error of one reply ends that reply only.
 
-    The model is put into eval mode, and all that is computed with it is computed in the engine's thread.
+    The model is put into eval mode, and everything that is computed with it is computed in the engine's thread.
     """
 
     @beartype
@@ -50,14 +50,14 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.palm, self.tokenizer = palm.eval(), tokenizer
         self.context = palm.config.max_seq_len if config.context is None else config.context
-        self.counts: Counter[str] = Counter()  # what has happened since the start, for whoever watches
-        self.limit = config.max_batch + config.queue  # replies that may run or wait
+        self.counts: Counter[str] = Counter()  # of events since the start, for the metrics
+        self.limit = config.max_batch + config.queue  # the most replies that may run or wait
         batch = self._make_batch()
         self._scheduler = Scheduler(
             batch, chunk=config.prefill_chunk, timeout=config.timeout, counts=self.counts, ended=self._ended
         )
         self._inbox: deque[Generation] = deque()
-        self._jobs: dict[str, deque[tuple[Callable[[], Any], Future]]] = {}  # of clients, who take turns
+        self._jobs: dict[str, deque[tuple[Callable[[], Any], Future]]] = {}  # by client: clients take turns
         self._changed = threading.Condition()
         self._open: Counter[str] = Counter()  # replies of each client that run or wait
         self._mean_seconds, self._closed = 1.0, False
@@ -68,7 +68,7 @@ class Engine:
     def _make_batch(self) -> Batch:
         config, per_token = self.config, SlotCache.bytes_per_token(self.palm)
         if not self.palm.config.causal:
-            raise ValueError("a bidirectional PaLM cannot be sampled from; expected one with causal=True")
+            raise ValueError("got a bidirectional PaLM, which cannot be sampled from; expected one with causal=True")
         least = -(-self.context // COLUMN_STEP) * COLUMN_STEP
         if config.cache_memory < least * per_token:
             raise ValueError(
@@ -82,47 +82,46 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Replies that have a row in the cache."""
+        """Number of replies that have a row of the cache."""
         return len(self._scheduler.batch.members)
 
     @property
     def num_waiting(self) -> int:
-        """Replies that wait for one."""
+        """Number of replies that wait for a row."""
         with self._changed:
             return len(self._scheduler.waiting) + len(self._inbox)
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the cache of those that run."""
+        """Memory of the cache of running replies, in bytes."""
         slots = self._scheduler.batch.slots
         return slots.num_rows * slots.num_columns * SlotCache.bytes_per_token(self.palm)
 
     @property
     def prefix_bytes(self) -> int:
-        """Memory of what prompts may begin with."""
+        """Memory of the cached prefixes, in bytes."""
         return self._scheduler.batch.prefixes.num_bytes
 
     @property
     def alive(self) -> bool:
-        """Whether it computes."""
+        """Whether the thread of the engine runs."""
         return self._thread.is_alive() and not self._closed
 
     @property
     def stalled(self) -> bool:
-        """Whether there is something to do and nothing has been done for longer than `stall_timeout`."""
+        """Whether there is work to do and no progress was made for longer than `stall_timeout`."""
         return self._busy and time.monotonic() - self._progressed > self.config.stall_timeout
 
     def most_of(self, client: str) -> int:
-        """Replies that a client may ask for at once while no one else does."""
+        """Return how many replies a client may ask for at once while no other client has any."""
         return max(self.config.max_batch, self.limit // 2) if client else self.limit
 
     @beartype
     def submit(self, request: Request, deliver: Callable[[Generation, Piece], None] | None = None) -> Generation:
-        """Asks for a reply: iterate over it, or give a function that the engine's thread calls with each piece.
+        """Ask for a reply: iterate over it, or give a function that the engine's thread calls with each piece.
 
-        Raises:
-            ValueError: a prompt that does not fit the context, or ids outside of the vocabulary.
-            EngineFull: the queue is at its limit, or the client at its share of it.
+        Raises ValueError for a prompt that does not fit the context or has ids outside the vocabulary, and EngineFull
+        where the queue is at its limit, or the client at its share of it.
         """
         return self.submit_all([request], deliver)[0]
 
@@ -130,7 +129,7 @@ class Engine:
     def submit_all(
         self, requests: Sequence[Request], deliver: Callable[[Generation, Piece], None] | None = None
     ) -> list[Generation]:
-        """Asks for several replies, all or none; see `submit`."""
+        """Ask for several replies, all or none; see `submit`."""
         for request in requests:
             self._check(request)
         if len(requests) > self.limit:
@@ -162,10 +161,10 @@ class Engine:
                 raise ValueError(f"{name} has the token id {bad}; expected 0 to {size - 1}")
 
     def _check_room(self, client: str, count: int, total: int) -> None:
-        """EngineFull where so many replies of a client, of so many asked for in all, have no room.
+        """Raise EngineFull where `count` replies of a client, of `total` asked for together, have no room.
 
         A named client has to leave as many places free as it takes (the dynamic thresholds of Choudhury and Hahne,
-        1998), so that there are always some for those who come; whoever is alone may take all rows.
+        1998), so that there is room for others who come later. A client that is alone may take all rows.
         """
         used, own = self._open.total(), self._open[client]
         share = max(self.limit - used - total, self.config.max_batch if own == used else 0) if client else self.limit
@@ -180,10 +179,9 @@ class Engine:
 
     @beartype
     def call(self, function: Callable[[], Any], client: str = "") -> Future:
-        """Runs a function for a client in the engine's thread, between two tokens, without gradients.
+        """Run a function for a client in the engine's thread, between two tokens, without gradients.
 
-        Raises:
-            EngineFull: as many of the client's functions wait as there may be replies.
+        Raises EngineFull where as many functions of the client wait as there may be replies.
         """
         future: Future = Future()
         with self._changed:
@@ -197,7 +195,7 @@ class Engine:
         return future
 
     def close(self) -> None:
-        """Ends the thread, and every reply with an error."""
+        """Stop the thread, and end every reply with an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -207,7 +205,7 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _wake(self) -> None:
@@ -215,11 +213,11 @@ class Engine:
             self._changed.notify()
 
     def _retry_after(self) -> int:
-        """Seconds until a reply has probably ended: how long one takes, by how many are computed at once."""
+        """Return the seconds until a reply has probably ended: the mean time of one, by the number computed at once."""
         seconds = self._mean_seconds / self.config.max_batch * max(1, self.config.queue / 2)
         return min(max(math.ceil(seconds), 1), LONGEST_RETRY)
 
-    # From here on, the engine's thread.
+    # The methods from here on run in the engine's thread.
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -238,11 +236,11 @@ class Engine:
             future.set_exception(closed)
 
     def _has_work(self) -> bool:
-        """Waits for something to do; False when the engine is closed."""
+        """Wait for something to do; return False when the engine is closed."""
         with self._changed:
             while not (self._closed or self._inbox or self._jobs or self._scheduler.has_work):
                 self._busy = False
-                # whoever waits for its reader may leave, or take too long
+                # a reply that waits for its reader may be cancelled, or take too long
                 if not self._changed.wait(IDLE_STEP if len(self._scheduler.waiting) else None):
                     break
             while self._inbox:
@@ -252,7 +250,7 @@ class Engine:
             return not self._closed
 
     def _note_progress(self) -> None:
-        """Notes when something has last been done, which a loop that only turns does not."""
+        """Note the time of the last progress, which a loop that does nothing does not make."""
         done = sum(self.counts[name] for name in PROGRESS)
         if done != self._done:
             self._done, self._progressed = done, time.monotonic()
@@ -274,7 +272,7 @@ class Engine:
         self.counts["tasks"] += 1
 
     def _ended(self, generation: Generation) -> None:
-        """Makes room in the queue, before whoever waits for the end hears of it and asks for more."""
+        """Make room in the queue, before the reader of the reply hears of its end and asks for more."""
         seconds = time.monotonic() - generation.submitted
         self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
         with self._changed:

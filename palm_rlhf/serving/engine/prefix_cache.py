@@ -5,36 +5,37 @@ from collections import OrderedDict
 import numpy as np
 from torch import Tensor
 
-MAX_ENTRIES = 256  # sequences of a client: all are compared with each new prompt
+MAX_ENTRIES = 256  # sequences of one client; each new prompt is compared with all of them
+Entries = OrderedDict[bytes, tuple[np.ndarray, Tensor]]  # token ids, and their keys and values
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two sequences share from their beginning."""
+    """Return the number of tokens that two sequences share from their beginning."""
     size = min(len(one), len(other))
     different = one[:size] != other[:size]
     return int(different.argmax()) if different.any() else size
 
 
 class PrefixCache:
-    """The sequences last used, as many as fit into `max_bytes`, found by their token ids.
+    """The sequences used last, as many as fit into `max_bytes`, found by their token ids.
 
-    Each client has sequences of its own. A prompt is never compared with those of other clients, so that neither the
-    length that is found nor the time that it saves tells one client what another has asked. Where memory is short, the
-    client whose sequences take most of it loses the one that it has not used for longest.
+    Each client has sequences of its own. A prompt is never compared with the sequences of other clients, so that
+    neither the length that is found nor the time that it saves tells one client what another has asked. Where memory is
+    short, the client whose sequences take most of it loses the sequence that it has not used for longest.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes = max_bytes, 0
-        # of each client, the last used at the end
-        self._kept: dict[str, OrderedDict[bytes, tuple[np.ndarray, Tensor]]] = {}
-        self._sizes: dict[str, int] = {}  # bytes of each client
+        self._kept: dict[str, Entries] = {}  # by client, the entry used last at the end
+        self._sizes: dict[str, int] = {}  # bytes by client
 
     def __len__(self) -> int:
         return sum(map(len, self._kept.values()))
 
     def find(self, tokens: np.ndarray, client: str = "") -> tuple[int, Tensor | None]:
-        """The longest prefix that a client's sequences have, in tokens, and its keys and values: `... hk n d`."""
-        kept, best, length = self._kept.get(client, {}), None, 0
+        """Return the length of the longest known prefix, in tokens, and its keys and values: `... hk n d`."""
+        kept: Entries = self._kept.get(client, OrderedDict())
+        best, length = None, 0
         for key, (known, _) in kept.items():
             if (shared := common_prefix(known, tokens)) > length:
                 best, length = key, shared
@@ -44,27 +45,27 @@ class PrefixCache:
         return length, kept[best][1][:, :, :length]
 
     def wants(self, tokens: np.ndarray, num_bytes: int, client: str = "") -> bool:
-        """Whether these tokens of a client would fit and are not known already."""
+        """Return whether these tokens of a client would fit and are not known already."""
         fits = len(tokens) > 0 and num_bytes <= self.max_bytes
-        kept = self._kept.get(client, {}).values()
-        return fits and all(common_prefix(known, tokens) < len(tokens) for known, _ in kept)
+        kept: Entries = self._kept.get(client, OrderedDict())
+        return fits and all(common_prefix(known, tokens) < len(tokens) for known, _ in kept.values())
 
     def put(self, tokens: np.ndarray, contents: Tensor, client: str = "") -> None:
-        """Keeps a client's sequence, in place of its own that this one goes on from."""
-        for key, (known, _) in list(self._kept.get(client, {}).items()):
-            if common_prefix(known, tokens) == len(known):
-                self._drop(client, key)
+        """Keep a client's sequence, in place of its sequences that are a beginning of this one."""
+        entries = self._kept.get(client, OrderedDict())
+        for key in [key for key, (known, _) in entries.items() if common_prefix(known, tokens) == len(known)]:
+            self._drop(client, key)
         self._kept.setdefault(client, OrderedDict())[tokens.tobytes()] = (tokens, contents)
         self._sizes[client] = self._sizes.get(client, 0) + contents.nbytes
         self.num_bytes += contents.nbytes
         if len(self._kept[client]) > MAX_ENTRIES:
             self._drop(client, next(iter(self._kept[client])))
         while self.num_bytes > self.max_bytes:
-            largest = max(self._sizes, key=self._sizes.get)
+            largest = max(self._sizes, key=lambda name: self._sizes[name])
             self._drop(largest, next(iter(self._kept[largest])))
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forget all sequences."""
         self._kept.clear()
         self._sizes.clear()
         self.num_bytes = 0

@@ -1,4 +1,4 @@
-"""The next token of every row of a batch, each by its own request."""
+"""The next token of every row of a batch, each by the options of its own request."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,16 +18,19 @@ class SampledToken(NamedTuple):
 
 
 class Sampler:
-    """Draws tokens by one uniform number of each row's own generator, so that no row's sample depends on the others.
+    """A sampler that draws each token by one uniform number from the row's own generator, so that rows are independent.
 
-    `allowed`: `v` bool, False for ids that are never sampled; they have no part of any distribution.
+    `allowed`: `v` bool, False for ids that are never sampled, which have no part in any distribution.
     """
 
     def __init__(self, allowed: Tensor | None = None):
         self.forbidden = None if allowed is None or bool(allowed.all()) else ~allowed
 
     def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[SampledToken | None]:
-        """logits: `b v`, one row for each generation; None where the model gave no number, or no token is allowed."""
+        """Return the next token of each row; None where the logits are not finite, or no token is allowed.
+
+        logits: `b v`, one row for each generation.
+        """
         logits = self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
         chosen = choose(adjusted, rows)
@@ -39,15 +42,15 @@ class Sampler:
         ]
 
     def masked(self, logits: Tensor) -> Tensor:
-        """The logits of the model's own distribution, in float32 or wider: `... v -> ... v`."""
+        """Return the logits of the model's own distribution, in float32 or wider: `... v -> ... v`."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.forbidden is None else logits.masked_fill(self.forbidden, -torch.inf)
 
 
 def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
-    """Logits with the penalties and the bias of the rows that ask for them: `b v -> b v`.
+    """Return logits with the penalties and the bias of each row: `b v -> b v`.
 
-    The penalty of repetition comes first, since it asks for the sign that the model gave a logit.
+    The repetition penalty comes first, since it depends on the sign of the model's own logit.
     """
     adjusted = logits
     for index, row in enumerate(rows):
@@ -69,7 +72,7 @@ def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
 
 
 def constrain(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
-    """Logits without the tokens that the grammar of a row does not allow next: `b v -> b v`."""
+    """Return logits without the tokens that a row's grammar does not allow next: `b v -> b v`."""
     masks = {index: row.constraint.mask() for index, row in enumerate(rows) if row.constraint is not None}
     constrained = logits.clone() if masks else logits
     for index, mask in masks.items():
@@ -87,7 +90,7 @@ def truncate_rows(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
 
 
 def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
-    """The likeliest token where the temperature is 0, else a draw from the distribution: `b v -> b`."""
+    """Return the likeliest token at temperature 0, else a draw from the distribution: `b v -> b`."""
     chosen = logits.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.request.temperature > 0]
     if not drawn:
@@ -98,13 +101,13 @@ def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
 
     index = torch.tensor(drawn, device=logits.device)
-    # shifted before they are divided: a temperature near 0 is then near greedy, where it would overflow
+    # shifted before the division: a temperature near 0, which could overflow, is then close to greedy
     scaled = logits[index].double()
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / column([request.temperature for request in requests])
     scaled = truncate_rows(scaled, requests)
     mass = scaled.exp().cumsum(dim=-1)
     total = mass[:, -1:]
-    # never the total itself, which no token reaches beyond
+    # always below the total, since no token lies beyond it
     drawn_mass = column([rows[place].random.random() for place in drawn]) * total
     drawn_mass = torch.minimum(drawn_mass, total.nextafter(torch.zeros_like(total)))
     chosen[index] = torch.searchsorted(mass, drawn_mass, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
@@ -112,23 +115,27 @@ def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Generation]) -> list[TokenLogprob | None]:
-    """What each row that asks for it is told of its token: logits `b v`, chosen `b`."""
+    """Return the log-probability of the next token for each row that asks for it, else None.
+
+    logits: `b v`; chosen: `b`.
+    """
     found: list[TokenLogprob | None] = [None] * len(rows)
-    asking = [index for index, row in enumerate(rows) if row.request.logprobs is not None]
-    if not asking:
+    wanted = {index: row.request.logprobs for index, row in enumerate(rows) if row.request.logprobs is not None}
+    if not wanted:
         return found
-    most = max(rows[index].request.logprobs for index in asking)
-    for index, one in zip(asking, with_alternatives(logits[asking], chosen[asking], most), strict=True):
-        found[index] = one._replace(alternatives=one.alternatives[: rows[index].request.logprobs])
+    indices = list(wanted)
+    logprobs = with_alternatives(logits[indices], chosen[indices], max(wanted.values()))
+    for (index, most), logprob in zip(wanted.items(), logprobs, strict=True):
+        found[index] = logprob._replace(alternatives=logprob.alternatives[:most])
     return found
 
 
 def with_alternatives(logits: Tensor, tokens: Tensor, most: int) -> list[TokenLogprob]:
-    """The log-probabilities of tokens, and of so many of the likeliest at each place: logits `n v`, tokens `n`."""
+    """Return the log-probabilities of tokens, with the `most` likeliest alternatives: logits `n v`, tokens `n`."""
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(-1, tokens.unsqueeze(-1))
     ranks = (logprobs > own).sum(dim=-1) + 1
-    # never an id that cannot be sampled: there are at least as many others as anyone may ask for
+    # ids that cannot be sampled have minus infinity, and are left out below
     best = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
     columns = (tensor.tolist() for tensor in (tokens, own.squeeze(-1), ranks, best.indices, best.values))
     return [

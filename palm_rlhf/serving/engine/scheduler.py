@@ -1,4 +1,4 @@
-"""Which replies are computed together: one step is a token more for each of them."""
+"""Which replies are computed together: one step is one more token for each of them."""
 
 import logging
 import math
@@ -17,11 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Those that wait and those that run, for one thread.
+    """The replies that wait and those that run, for one thread.
 
-    A reply that cannot be computed ends with its reason, and the others go on. `chunk` is the number of tokens of
-    prompts that are read in a step, `timeout` the seconds that a reply may take; `ended` is called when one has ended,
-    before its reader hears of it.
+    A reply that cannot be computed ends with the error, and the others go on.
+
+    Args:
+        chunk: The most tokens of prompts that are read in a step.
+        timeout: Seconds that a reply may take.
+        counts: Counts events for the metrics.
+        ended: Called when a reply has ended, before its reader hears of it.
     """
 
     def __init__(
@@ -42,8 +46,8 @@ class Scheduler:
         return bool(self.batch.members) or self.waiting.next() is not None
 
     def step(self) -> None:
-        """One token for every reply that runs, and a part of the prompts of those that come."""
-        self._drop_those_who_left()
+        """Sample one token for every reply that runs, and read a part of the prompts of new replies."""
+        self._drop_ended()
         self._make_room()
         if self.batch.rows:
             self.counts["steps"] += 1
@@ -57,7 +61,7 @@ class Scheduler:
             self._read()
 
     def end_all(self, error: Exception, *, waiting: bool) -> None:
-        """Ends every reply that runs, and those that wait if there is none or it is asked for."""
+        """End every reply that runs, and those that wait too if none runs or `waiting` asks for it."""
         running = self.batch.members
         self.batch.clear()
         for generation in running:
@@ -66,7 +70,7 @@ class Scheduler:
             self.waiting.remove(generation)
             self._finish(generation, "error", error)
 
-    def _drop_those_who_left(self) -> None:
+    def _drop_ended(self) -> None:
         now = time.monotonic()
         for generation in (*self.batch.members, *self.waiting):
             timeout = min(generation.request.timeout or math.inf, self.timeout)
@@ -78,24 +82,23 @@ class Scheduler:
                 self._put_back(generation, "paused")
 
     def _make_room(self) -> None:
-        """Sees to the memory for a token more of each reply; where it is short, some wait again."""
+        """Reserve memory for one more token of each reply; where it is short, some replies wait again."""
         while self.batch.rows:
             try:
                 if self.batch.make_room():
                     return
                 self._put_back(last_of(self.batch.members, largest=tokens_by_client(self.batch.members)), "preempted")
-            except Exception as error:  # which the longest alone has asked for
+            except Exception as error:  # the longest reply is what asked for so much memory
                 self._fail(max(self.batch.members, key=lambda member: member.length), error)
 
     def _admit(self) -> bool:
-        """Gives whose turn it is a row; the others wait behind it, so that no one is overtaken for ever."""
+        """Give a row to the next reply; the others wait behind it, so that nobody is overtaken for ever."""
         generation = self.waiting.next()
         if generation is None:
             return False
-        if self.batch.halted and self.waiting.computed_for(self.batch.halted[0]) < self.waiting.computed_for(
-            generation
-        ):
-            return False  # what was read in part is read on first
+        computed_for = self.waiting.computed_for
+        if self.batch.halted and computed_for(self.batch.halted[0]) < computed_for(generation):
+            return False  # the prompt that was read in part is read first
         self._halt_for(generation)
         is_new = not generation.admitted
         try:
@@ -112,7 +115,7 @@ class Scheduler:
         return True
 
     def _halt_for(self, generation: Generation) -> None:
-        """Reads a long prompt on later, where one is to be read of a client that less has been computed for."""
+        """Halt the reading of a long prompt, for a reply of a client that less has been computed for."""
         if len(self.batch.reading) == 1:
             (other,) = self.batch.reading
             is_long = other.length - other.num_read > self.chunk
@@ -120,7 +123,10 @@ class Scheduler:
                 self.batch.halt()
 
     def _make_way(self, generation: Generation) -> bool:
-        """Lets the client of most rows wait with its last one, where it has two more than who is to be admitted."""
+        """Let the last reply of the client with most rows wait, where that client has two rows more than the other.
+
+        Returns whether a row was freed.
+        """
         rows = Counter(member.request.client for member in self.batch.members)
         if max(rows.values(), default=0) < rows[generation.request.client] + 2:
             return False
@@ -128,7 +134,7 @@ class Scheduler:
         return True
 
     def _put_back(self, generation: Generation, reason: str) -> None:
-        """Sends a reply back to wait; it goes on later where it was."""
+        """Let a reply wait again; it goes on later where it was."""
         self.batch.remove(generation)
         self.waiting.put_back(generation)
         self.counts[reason] += 1
@@ -160,12 +166,14 @@ class Scheduler:
             generation.deliver(piece)
 
     def _fail(self, generation: Generation, error: Exception) -> None:
-        """Ends a reply with what broke it."""
+        """End a reply with an error."""
         is_known = isinstance(error, (EngineError, ValueError))
         logger.log(logging.WARNING if is_known else logging.ERROR, "a reply failed", exc_info=error)
         if is_out_of_memory(error):
             length = generation.length
-            error = MemoryError(f"there is no memory for this reply after {length} tokens; ask for fewer, or later")
+            error = MemoryError(
+                f"there is no memory for this reply after {length} tokens; ask for fewer tokens, or later"
+            )
         self._leave(generation, "error", error)
 
     def _leave(self, generation: Generation, reason: str, error: BaseException | None = None) -> None:
@@ -187,7 +195,7 @@ class Scheduler:
 
 
 def tokens_by_client(members: list[Generation]) -> Counter[str]:
-    """Tokens in the cache of each client."""
+    """Return the tokens in the cache by client."""
     found: Counter[str] = Counter()
     for member in members:
         found[member.request.client] += member.length
@@ -195,14 +203,14 @@ def tokens_by_client(members: list[Generation]) -> Counter[str]:
 
 
 def last_of(members: list[Generation], largest: Counter[str]) -> Generation:
-    """Of the client with the largest number, the reply that came last."""
+    """Return the reply that came last, of the client with the largest number."""
     client = largest.most_common(1)[0][0]
     own = (member for member in members if member.request.client == client)
     return max(own, key=lambda member: member.submitted)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch's allocator of the CPU raises a plain RuntimeError."""
+    """Return whether an allocation failed; torch's CPU allocator raises a plain RuntimeError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -15,38 +15,40 @@ if TYPE_CHECKING:
 class SlotCache:
     """A row for each sequence, each filled from its left, in one block `rows hk columns d` for each layer.
 
-    The block grows with what is reserved and never beyond `max_tokens` = rows x columns. What a row holds after its
-    length are old numbers, which attention masks. `row` and `rows` are what a PaLM takes for its cache.
+    The block grows with what is reserved, and never beyond `max_tokens` = rows x columns. A row holds old numbers
+    beyond its length, which attention masks. `row` and `rows` return views that a PaLM takes as its cache.
     """
 
     def __init__(self, palm: PaLM, *, max_tokens: int, max_rows: int):
         config = palm.config
         self.depth, self.kv_heads, self.dim_head = config.depth, config.kv_heads, config.dim_head
-        self.like = {"device": palm.device, "dtype": palm.dtype}
+        self.device, self.dtype = palm.device, palm.dtype
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.clear()
 
     @staticmethod
     def bytes_per_token(palm: PaLM) -> int:
-        """Memory of the keys and values of one token in all layers."""
+        """Return the memory of the keys and values of one token in all layers, in bytes."""
         config = palm.config
         return 2 * config.depth * config.kv_heads * config.dim_head * palm.dtype.itemsize
 
     def clear(self) -> None:
-        """Forgets everything, and gives the memory back."""
+        """Forget all sequences, and free the memory."""
         self.num_rows = self.num_columns = 0
         self.kernels: dict[str, NativeDecoder] = {}
         self.keys, self.values = ([self._block(0, 0) for _ in range(self.depth)] for _ in range(2))
 
     def _block(self, rows: int, columns: int) -> Tensor:
-        # zeros: a mask hides any number but the NaN that fresh memory may hold
-        return torch.zeros(rows, self.kv_heads, columns, self.dim_head, **self.like)
+        # zeros, since new memory may hold NaN, which no mask would hide
+        return torch.zeros(rows, self.kv_heads, columns, self.dim_head, device=self.device, dtype=self.dtype)
 
     def reserve(self, rows: int, columns: int, used: list[int]) -> bool:
-        """Makes room for so many rows of so many columns; False, and no change, where the budget forbids it.
+        """Make room for `rows` of `columns`; return False, and change nothing, where the budget forbids it.
 
-        `used` are the lengths of the rows there are, whose contents stay. MemoryError, and no change, where the machine
-        has less than the budget.
+        Raises MemoryError, and changes nothing, where the machine has less memory than the budget.
+
+        Args:
+            used: The lengths of the rows in use, whose contents stay.
         """
         if rows <= self.num_rows and columns <= self.num_columns:
             return True
@@ -67,7 +69,7 @@ class SlotCache:
         return False
 
     def _resize(self, shape: tuple[int, int], num_used: int, longest: int) -> None:
-        self.kernels.clear()  # which hold the old blocks
+        self.kernels.clear()  # they hold the old blocks
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
                 if (old.shape[0], old.shape[2]) != shape:
@@ -76,26 +78,26 @@ class SlotCache:
         self.num_rows, self.num_columns = shape
 
     def wipe(self, row: int) -> None:
-        """Forgets what a row holds, numbers that are none among it, which no mask would hide."""
+        """Set a row to zero: it may hold NaN, which no mask would hide."""
         for block in (*self.keys, *self.values):
             block[row] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first tokens of one row to another."""
+        """Copy the first tokens of one row to another."""
         for block in (*self.keys, *self.values):
             block[target, :, :length] = block[source, :, :length]
 
     def read(self, row: int, length: int) -> Tensor:
-        """A copy of the first tokens of a row: `layers-and-kinds hk n d`."""
+        """Return a copy of the first tokens of a row: `layers-and-kinds hk n d`."""
         return torch.stack([block[row, :, :length] for block in (*self.keys, *self.values)])
 
     def write(self, row: int, contents: Tensor) -> None:
-        """Puts what `read` gave at the beginning of a row."""
+        """Put contents that `read` returned at the beginning of a row."""
         for block, part in zip((*self.keys, *self.values), contents, strict=True):
             block[row, :, : part.shape[1]] = part
 
     def views(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
-        """The keys and the values of some rows, by layers."""
+        """Return the keys and the values of some rows, by layer."""
         return [block[rows] for block in self.keys], [block[rows] for block in self.values]
 
     def row(self, row: int, length: int, count: int = 1) -> "AlignedRows":
@@ -115,7 +117,7 @@ class AlignedRows:
 
     def window(self) -> DecodingWindow:
         """Return the keys and values of these rows, and the columns that each row reads from and writes to."""
-        count, like = self.index.stop - self.index.start, self.slots.like["device"]
+        count, like = self.index.stop - self.index.start, self.slots.device
         first, lengths = torch.tensor([[0] * count, [self.length] * count], device=like)
         return *self.slots.views(self.index), first, lengths
 
@@ -144,8 +146,8 @@ class RaggedRows:
 
     def __init__(self, slots: SlotCache, lengths: list[int]):
         self.slots, self.longest, self.kernels = slots, max(lengths), slots.kernels
-        self.lengths = torch.tensor(lengths, device=slots.like["device"])
-        self.index = torch.arange(len(lengths), device=slots.like["device"])
+        self.lengths = torch.tensor(lengths, device=slots.device)
+        self.index = torch.arange(len(lengths), device=slots.device)
         self.ragged = min(lengths) < self.longest
 
     def window(self) -> DecodingWindow:

@@ -1,7 +1,7 @@
-"""Which web pages may drive a server: browsers send its name as Host, and that of the page as Origin.
+"""Which hosts and which web pages may use a server: browsers send the server's name as Host, the page's site as Origin.
 
-A page of any site can send requests to any address that the browser reaches. It is refused by its Origin, and where its
-own name was made to point here (DNS rebinding), by the Host.
+A page of any site can send requests to any address that its browser reaches. It is refused by its Origin, or by the
+Host where its own name was made to point here (DNS rebinding).
 """
 
 import re
@@ -15,14 +15,16 @@ HOST = re.compile(r"\*|(\*\.)?[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?")
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 METHODS = "GET, HEAD, POST"
 EXPOSED = "x-request-id, retry-after"
-KEPT = "600"  # seconds for which a browser need not ask again
+KEPT = "600"  # seconds for which a browser keeps the reply to a preflight request
 
 
 @dataclass(frozen=True)
 class Access:
-    """`hosts` are the names that clients may reach the server by, with or without a port; `*.name` is all below one.
+    """The hosts and origins that a server answers; `*` is any.
 
-    `origins` are those of pages of other sites that may ask, such as https://chat.example.org. `*` is any.
+    Args:
+        hosts: Names by which clients may reach the server, with or without a port; `*.name` is every name below it.
+        origins: Sites whose pages may send requests, such as https://chat.example.org.
     """
 
     hosts: Sequence[str] = LOOPBACK
@@ -38,18 +40,18 @@ class Access:
                     raise ValueError(f"got {value!r}; expected {expected}, or *")
 
     def refusal(self, headers: Mapping[str, str]) -> ApiError | None:
-        """Why a request may not be answered, or None."""
+        """Return why a request may not be answered, or None."""
         host, origin = headers.get("host"), headers.get("origin")
         if host is not None and not self.knows(host):
-            message = f"this server is not known as {host!a:.80}; the option --allowed-hosts names more hosts"
+            message = f"this server is not known as {host!a:.80}; name the host by the option --allowed-hosts"
             return ApiError(403, message, code="host_not_allowed")
         if origin is None or self.allows(origin) or origin.partition("://")[2] == host:
             return None
-        message = f"pages of {origin!a:.80} may not ask this server; the option --cors-origin lets them"
+        message = f"pages of {origin!a:.80} may not ask this server; allow them by the option --cors-origin"
         return ApiError(403, message, code="origin_not_allowed")
 
     def knows(self, host: str) -> bool:
-        """Whether a Host is one of the server's names."""
+        """Return whether a Host is one of the server's names."""
         host = host.lower()
         name = host if host.endswith("]") else re.sub(r":\d*$", "", host)
         for known in map(str.lower, self.hosts):
@@ -58,11 +60,11 @@ class Access:
         return False
 
     def allows(self, origin: str) -> bool:
-        """Whether pages of another site may ask."""
+        """Return whether pages of another site may send requests."""
         return origin in self.origins or "*" in self.origins
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """The headers that let a browser hand a reply to such a page."""
+        """Return the headers with which a browser hands a reply to a page of another site."""
         origin = headers.get("origin")
         if not self.origins:
             return {}
@@ -71,7 +73,7 @@ class Access:
         return {"vary": "Origin", "access-control-allow-origin": origin, "access-control-expose-headers": EXPOSED}
 
     def preflight(self, method: str, headers: Mapping[str, str]) -> dict[str, str] | None:
-        """The reply to a browser that asks whether a page may ask, as headers; None where it asks anything else."""
+        """Return the headers of the reply to a browser's preflight request; None for any other request."""
         if method != "OPTIONS" or "access-control-request-method" not in headers:
             return None
         found = {"access-control-allow-methods": METHODS, "access-control-max-age": KEPT}

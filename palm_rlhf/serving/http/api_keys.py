@@ -1,4 +1,4 @@
-"""The API keys of a server: who has which, from a file that may change while it runs."""
+"""The API keys of a server: the name of the owner of each, from a file that may change while the server runs."""
 
 import hashlib
 import hmac
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class KeyOwner(NamedTuple):
-    """Whose key it is: the `name` for the log, and an id, which the key cannot be found from."""
+    """The owner of a key: the `name` for the log, and an `id` from which the key cannot be found."""
 
     name: str
     id: str
@@ -27,8 +27,8 @@ class KeyOwner(NamedTuple):
 class ApiKeys:
     """The keys that clients have to send, in memory as salted hashes.
 
-    Those of a file are read again when the file changes. A file that cannot be read then, or has no key, leaves the
-    former ones valid, and the log says so: nobody is let in by it, and nobody is shut out by half a file.
+    The keys of a file are read again when it changes. Where the file cannot be read then, or has no key, the former
+    keys stay valid and the log says so: nobody is let in by a broken file, and nobody is shut out by half of one.
     """
 
     def __init__(self, keys: Iterable[tuple[str, str]] = (), file: Path | None = None):
@@ -39,27 +39,25 @@ class ApiKeys:
 
     @property
     def secured(self) -> bool:
-        """Whether a key is asked for."""
+        """Whether a key is required."""
         return bool(self._fixed or self._file)
 
     def owner(self, key: bytes) -> KeyOwner | None:
-        """Who has this key; None where it is nobody's."""
-        if self._file is not None:
-            self._look_again()
-        found = self._hash(key)  # compared as hashes of a secret salt: the time tells nothing of the keys
+        """Return the owner of a key; None for a key that is not valid."""
+        self._reload_if_changed()
+        found = self._hash(key)  # hashes with a secret salt are compared: their time tells nothing of the keys
         name = self._fixed.get(found) or self._read.get(found)
         return None if name is None else KeyOwner(name, found.hex()[:16])
 
-    def _look_again(self) -> None:
-        found = signature(self._file)
-        if found == self._signature:
+    def _reload_if_changed(self) -> None:
+        if self._file is None or (found := signature(self._file)) == self._signature:
             return
         self._signature = found
         try:
             self._read = self._hashed(read_keys(self._file))
             logger.info("%s has changed: %d keys are valid now", self._file, len({**self._fixed, **self._read}))
         except (OSError, ValueError) as error:
-            logger.error("the changed keys are not taken, and the former ones stay valid: %s", error)
+            logger.error("the changed keys cannot be read, and the former keys stay valid: %s", error)
 
     def _hashed(self, keys: Iterable[tuple[str, str]]) -> dict[bytes, str]:
         return {self._hash(key.encode()): name for name, key in keys}
@@ -69,7 +67,7 @@ class ApiKeys:
 
 
 def signature(file: Path) -> tuple[int, ...] | None:
-    """What tells one version of a file from the next; None where there is no file."""
+    """Return numbers that tell one version of a file from the next; None where there is no file."""
     try:
         found = file.stat()
     except OSError:
@@ -78,10 +76,10 @@ def signature(file: Path) -> tuple[int, ...] | None:
 
 
 def read_keys(file: Path) -> list[tuple[str, str]]:
-    """Names and keys of a file: lines of `name: key`, or of a key alone, whose name is then its line.
+    """Return the names and keys of a file, which has lines of `name: key`, or of a key alone, named by its line.
 
-    Blank lines and those that begin with # are passed over. ValueError for a file without any key, or a name that
-    would not be one word of a log.
+    Blank lines and lines that begin with # are skipped. Raises ValueError for a file without any key, or for a name
+    that would not fit a line of the log.
     """
     found = []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
@@ -102,6 +100,6 @@ def read_keys(file: Path) -> list[tuple[str, str]]:
 
 
 def keys_of_environment(value: str) -> list[tuple[str, str]]:
-    """Names and keys of a list that is separated by commas."""
+    """Return the names and keys of a list that is separated by commas."""
     keys = filter(None, (key.strip() for key in value.split(",")))
     return [(f"environment {number}", key) for number, key in enumerate(keys, start=1)]

@@ -1,6 +1,6 @@
 """The OpenAI-compatible server as a FastAPI application."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from palm_rlhf import __version__
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.http.access import Access
 from palm_rlhf.serving.http.api_keys import ApiKeys
+from palm_rlhf.serving.http.engine_requests import Kind
 from palm_rlhf.serving.http.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
 from palm_rlhf.serving.http.handlers import Handlers
@@ -20,17 +21,17 @@ from palm_rlhf.serving.http.tokenize_api import DETOKENIZE, TOKENIZE
 from palm_rlhf.serving.served_model import ServedModel
 
 PAGE = Path(__file__).parents[1] / "page"
-# What the page may reach: this server alone, so that no reply of a model can make it call others.
+# The page may only reach this server, so that no reply of a model can make it call others.
 PAGE_POLICY = "default-src 'self'; frame-ancestors 'none'"
 ERRORS = {
-    400: "What was sent cannot be answered.",
-    401: "The key is missing or wrong.",
-    403: "The Host or the Origin may not ask.",
+    400: "The request cannot be answered.",
+    401: "The API key is missing or wrong.",
+    403: "The Host or the Origin is not allowed.",
     404: "There is no such model.",
-    408: "The body did not come in time.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The body is not said to be JSON.",
-    429: "The queue is full, or too much of it is yours: try again after Retry-After seconds.",
+    415: "The Content-Type is not application/json.",
+    429: "The queue is full, or your share of it is: try again after Retry-After seconds.",
     499: "The client went away.",
     500: "The server failed.",
     503: "The engine has stopped, or the server is full.",
@@ -46,28 +47,31 @@ def create_app(
     limits: RequestLimits | None = None,
     access: Access | None = None,
 ) -> Any:
-    """The application; whoever makes it closes the engine after it.
+    """Return the FastAPI application; close the engine after it.
 
-    With `api_keys`, all paths under /v1 ask for one of them. `access` is by default for this machine alone.
+    Args:
+        api_keys: Keys, one of which every path under /v1 requires; without any, no key is required.
+        limits: The limits of single requests.
+        access: The hosts and origins that are answered; by default only those of this machine.
     """
-    fastapi = fastapi_module()
-    from fastapi import Response
+    fastapi_module()  # an ImportError says how to install what is missing
+    from fastapi import FastAPI, Response
 
     keys = (
         api_keys
         if isinstance(api_keys, ApiKeys)
         else ApiKeys((f"key {i}", key) for i, key in enumerate(api_keys, start=1))
     )
-    metrics, access = Metrics(engine), access or Access()
+    metrics, hosts_and_origins = Metrics(engine), access or Access()
 
-    class App(fastapi.FastAPI):
-        """The application behind the door, which sees also what FastAPI's own layers answer."""
+    class App(FastAPI):
+        """The application behind the middleware, which also sees the replies of FastAPI's own layers."""
 
         def build_middleware_stack(self) -> Callable:
-            return AccessMiddleware(super().build_middleware_stack(), keys, access, metrics)
+            return AccessMiddleware(super().build_middleware_stack(), keys, hosts_and_origins, metrics)
 
     handlers = Handlers(model, engine, metrics, limits or RequestLimits())
-    # FastAPI's pages about the API would need a CDN
+    # without FastAPI's pages about the API, which need a CDN
     app = App(title="palm-rlhf", version=__version__, docs_url=None, redoc_url=None)
     add_protocol(app, handlers, secured=keys.secured)
     add_operations(app, handlers, metrics)
@@ -76,7 +80,7 @@ def create_app(
         from fastapi.staticfiles import StaticFiles
 
         class PageFiles(StaticFiles):
-            """Files that a browser asks for again, so that it never mixes those of two versions."""
+            """Files that a browser asks for again each time, so that it never mixes the files of two versions."""
 
             def file_response(self, *args: Any, **kwargs: Any) -> Response:
                 response = super().file_response(*args, **kwargs)
@@ -88,11 +92,11 @@ def create_app(
 
 
 def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
-    """The paths of OpenAI's protocol, and that of the reward model."""
+    """Add the paths of OpenAI's protocol, and the paths for scores and tokens."""
     from fastapi import Depends, Request, Response
     from fastapi.security import HTTPBearer
 
-    # for the description: Front has asked for the key by then
+    # only for the description: AccessMiddleware has checked the key by then
     keyed = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if secured else []}
 
     class Streamed(Response):
@@ -102,10 +106,10 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
             super().__init__()
             self.stream = stream
 
-        async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def __call__(self, scope: MutableMapping[str, Any], receive: Callable, send: Callable) -> None:
             await self.stream(scope, receive, send)
 
-    async def generate(request: Request, kind: str) -> Response:
+    async def generate(request: Request, kind: Kind) -> Response:
         return Streamed(await handlers.generate(request, kind))
 
     @app.post("/v1/chat/completions", **described(CHAT, stream=True), **keyed)
@@ -140,7 +144,7 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
 
     @app.get("/v1/models", **described(None), **keyed)
     async def list_models() -> Response:
-        """The model that is served."""
+        """The model that this server has."""
         return json_response(handlers.model_list())
 
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -152,18 +156,18 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
 
 
 def add_operations(app: Any, handlers: Handlers, metrics: Metrics) -> None:
-    """The page, and what watches over a server asks."""
+    """Add the page, and the paths by which a server is monitored."""
     from fastapi import Response
 
     @app.get("/health", operation_id="health", **described(None))
     @app.get("/healthz", **described(None))
     async def health() -> Response:
-        """Whether the engine computes: where it does not, the server has to be started anew."""
+        """Whether the engine computes; where it does not, restart the server."""
         return json_response(handlers.health())
 
     @app.get("/readyz", **described(None))
     async def ready() -> Response:
-        """Whether it takes more requests now: where it does not, they had better go to another server."""
+        """Whether the server takes more requests now; where it does not, send them to another server."""
         return json_response(handlers.ready())
 
     @app.get("/metrics", include_in_schema=False)
@@ -181,14 +185,14 @@ def add_operations(app: Any, handlers: Handlers, metrics: Metrics) -> None:
 
 
 def add_errors(app: Any) -> None:
-    """Every error in OpenAI's form."""
+    """Answer every error in OpenAI's form."""
 
     @app.exception_handler(ApiError)
-    async def refused(_, error: ApiError) -> Any:
+    async def refused(_: Any, error: ApiError) -> Any:
         return error_response(error)
 
     @app.exception_handler(404)
-    async def unknown_path(request: Any, _) -> Any:
+    async def unknown_path(request: Any, _: Any) -> Any:
         return error_response(ApiError(404, f"there is nothing at {request.url.path!a}"))
 
     @app.exception_handler(405)
@@ -197,7 +201,7 @@ def add_errors(app: Any) -> None:
         return error_response(ApiError(405, message, headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
-    async def failed(_, error: Exception) -> Any:
+    async def failed(_: Any, error: Exception) -> Any:
         return error_response(ApiError(500, "the server failed on this request; its log says why"))
 
 
@@ -207,7 +211,7 @@ def described(
     stream: bool = False,
     parameters: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What FastAPI is told of a path for its description."""
+    """Return FastAPI's options for the description of a path."""
     content = {"application/json": {"schema": {"type": "object"}}}
     if stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}

@@ -1,4 +1,4 @@
-"""The prompt as the beginning of its reply, for those who ask for an echo."""
+"""The prompt as the beginning of its reply, for requests that ask for an echo."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -16,7 +16,10 @@ async def with_prompts(
     prompts: Sequence[Any],
     generations: Sequence[Generation],
 ) -> AsyncGenerator[list[tuple[int, Piece]], None]:
-    """Pieces of replies, the first of each behind a piece that is its prompt; `prompts` are texts or token ids."""
+    """Yield the pieces of replies, each reply after a piece that is its prompt.
+
+    `prompts` are texts or token ids, by the number of the reply.
+    """
     lengths: dict[int, int] = {}
     async with aclosing(blocks):
         async for found in blocks:
@@ -32,17 +35,17 @@ async def with_prompts(
 
 
 def prompt_piece(tokenizer: Tokenizer, prompt: str | list[int], generation: Generation) -> Piece:
-    """A prompt that has been read as a piece of text, with its log-probabilities where those of the reply are wanted.
+    """Return a prompt that has been read as a piece of text, with log-probabilities where the request asks for them.
 
-    Nothing comes before the first token that could make it likely or not: its log-probability is None.
+    Nothing comes before the first token, so its log-probability is None.
     """
     request = generation.request
     text, offsets = spelled(tokenizer, request.prompt)
-    logprobs = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     if request.logprobs is not None:
-        told = [TokenLogprob(request.prompt[0], None, ()), *generation.prompt_logprobs]
+        known = [TokenLogprob(request.prompt[0], None, ()), *generation.prompt_logprobs]
         logprobs = tuple(
             one._replace(alternatives=one.alternatives[: request.logprobs], offset=offset)
-            for one, offset in zip(told, offsets)
+            for one, offset in zip(known, offsets)
         )
     return Piece(prompt if isinstance(prompt, str) else text, logprobs)

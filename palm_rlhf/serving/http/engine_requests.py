@@ -1,4 +1,4 @@
-"""From what a client asks to what the engine is asked: texts become tokens, and have to fit."""
+"""From a parsed request to requests to the engine: texts become tokens, which have to fit the context."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,13 +15,13 @@ from palm_rlhf.serving.structured import Grammar
 
 Kind = Literal["chat", "completion", "response"]
 PROMPTS = {"chat": "messages", "completion": "prompt", "response": "input"}
-HOPELESS = 4  # a text of so many contexts, however long its tokens are, is not read to count them
+HOPELESS = 4  # a text that is longer than so many contexts of longest tokens is refused before it is tokenized
 
 
 def engine_requests(
     model: ServedModel, context: int, kind: Kind, parsed: ParsedRequest, client: str = ""
 ) -> list[Request]:
-    """One request of a client for each reply that is to be drawn, those to one prompt next to each other."""
+    """Return a request to the engine for each reply; those to one prompt lie next to each other."""
     check_ids(parsed.options["logit_bias"], model.palm.num_tokens, "logit_bias")
     chat, name = kind != "completion", PROMPTS[kind]
     options = {**parsed.options, "client": client, "grammar": grammar_of(model, parsed)}
@@ -39,12 +39,12 @@ def engine_requests(
 
 
 def within_output(requests: list[Request], most: int, *, fixed: bool) -> list[Request]:
-    """Requests whose replies hold so many tokens and log-probabilities at most, all together.
+    """Return requests whose replies hold at most so many tokens and log-probabilities, all together.
 
-    Where their length is not `fixed`, by their client, they are shortened as far as that needs; ApiError where it is.
+    Where the client has not `fixed` their length, they are shortened as far as needed; else ApiError is raised.
     """
-    prompts = sum(len(request.prompt) * told(request.prompt_logprobs) for request in requests)
-    prices = [1 + told(request.logprobs) for request in requests]
+    prompts = sum(len(request.prompt) * num_logprobs(request.prompt_logprobs) for request in requests)
+    prices = [1 + num_logprobs(request.logprobs) for request in requests]
     total = prompts + sum(price * request.max_new_tokens for price, request in zip(prices, requests))
     if total <= most:
         return requests
@@ -60,30 +60,27 @@ def within_output(requests: list[Request], most: int, *, fixed: bool) -> list[Re
     )
 
 
-def told(alternatives: int | None) -> int:
-    """Log-probabilities that are told of a token: its own, and those of so many alternatives; None asks for none."""
+def num_logprobs(alternatives: int | None) -> int:
+    """Return the number of log-probabilities reported for a token: its own and its alternatives; 0 for None."""
     return 0 if alternatives is None else 1 + alternatives
 
 
 def grammar_of(model: ServedModel, parsed: ParsedRequest) -> Grammar | None:
-    """What replies have to follow; ApiError where this server cannot see to it."""
-    if parsed.tools is not None and model.call_form is None:
-        message = "tools are not supported by this model: its chat template writes none, or in a form not read here"
-        raise ApiError(400, message, param="tools", code="unsupported_parameter")
-    if parsed.json_schema is None and (parsed.tools is None or parsed.tools.free):
-        return None
+    """Return the grammar that replies have to follow, or None; ApiError where this model cannot follow it."""
+    name = parsed.schema_name if parsed.tools is None else "tools"
     try:
-        grammars = model.grammars
         if parsed.tools is not None:
-            return call_grammar(parsed.tools, model.call_form, grammars)
-        return grammars.json(parsed.json_schema)
+            if model.call_form is None:
+                message = "tools are not supported by this model: its chat template does not write them in a known form"
+                raise ApiError(400, message, param="tools", code="unsupported_parameter")
+            return None if parsed.tools.free else call_grammar(parsed.tools, model.call_form, model.grammars)
+        return None if parsed.json_schema is None else model.grammars.json(parsed.json_schema)
     except ValueError as error:
-        name = parsed.schema_name if parsed.tools is None else "tools"
         raise ApiError(400, f"{name} cannot be followed: {error}", param=name) from error
 
 
 def check_counts(values: dict[str, Any], context: int) -> None:
-    """ApiError for a conversation of more messages than the context has tokens, before any of them is looked at."""
+    """Raise ApiError for a conversation with more messages than the context has tokens, before it is read."""
     for name in ("messages", "input"):
         if isinstance(values.get(name), list) and (count := len(values[name])) > context:
             message = f"{name} has at least {count} tokens, and the context of this model is {context} tokens"
@@ -100,9 +97,14 @@ def prompt_tokens(
     continued: bool = False,
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The tokens of a text, of a conversation in which tools may be called, or those given; errors say the name.
+    """Return the tokens of a text, of a conversation in which tools may be called, or the token ids themselves.
 
-    A conversation that is continued ends with words of the assistant, which the reply goes on with.
+    Raises ApiError, which names the parameter.
+
+    Args:
+        name: The parameter that the prompt came in.
+        continued: Whether the reply goes on with the last message, which is the assistant's.
+        add_special_tokens: Whether a text begins with the special tokens that the tokenizer puts there.
     """
     if isinstance(prompt, list) and isinstance(prompt[0], int):
         check_ids(prompt, model.palm.num_tokens, "prompt")
@@ -126,7 +128,7 @@ def prompt_tokens(
 
 
 def room_for_reply(length: int, asked: int | None, context: int, name: str) -> int:
-    """Tokens that a reply may have; ApiError where they do not fit."""
+    """Return the tokens that a reply may have; ApiError where they do not fit the context."""
     if length + (asked != 0) > context:
         raise overflow(f"{name} has {length} tokens, and the context of this model is {context} tokens", name)
     if asked is not None and length + asked > context:
@@ -139,12 +141,12 @@ def room_for_reply(length: int, asked: int | None, context: int, name: str) -> i
 
 
 def overflow(message: str, param: str) -> ApiError:
-    """Says that something is longer than the context."""
+    """Make the error for a prompt or reply that is longer than the context."""
     return ApiError(400, f"{message}: shorten it, or ask for fewer", param=param, code="context_length_exceeded")
 
 
 def check_ids(ids: list[int] | dict[int, float], num_tokens: int, name: str) -> None:
-    """ApiError for an id outside of the vocabulary."""
+    """Raise ApiError for an id outside the vocabulary."""
     if ids and max(ids) >= num_tokens:
         raise ApiError(400, f"{name} has the token id {max(ids)}; expected 0 to {num_tokens - 1}", param=name)
 
@@ -152,7 +154,7 @@ def check_ids(ids: list[int] | dict[int, float], num_tokens: int, name: str) -> 
 def score_tokens(
     model: ServedModel, context: int, prompt: str | list, replies: list[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """The tokens of a prompt, and those of replies to it."""
+    """Return the tokens of a prompt, and the tokens of each reply to it."""
     tokens = prompt_tokens(model, context, prompt)
     found = []
     for index, reply in enumerate(replies):

@@ -10,7 +10,7 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 
 
 class ApiError(Exception):
-    """What a client is told: a status, and `{"error": {"message", "type", "param", "code"}}`."""
+    """The error that a client is told: a status, and `{"error": {"message", "type", "param", "code"}}`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ ERROR_SCHEMA = {
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error of the engine."""
+    """Return the error that a client is told, for an error of the engine."""
     match error:
         case ApiError():
             return error
@@ -70,5 +70,5 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def gone() -> ApiError:
-    """That nobody waits for the answer any more: for the log and the metrics, with the status that nginx has for it."""
+    """Make the error for a client that has gone away, for the log and the metrics, with the status that nginx uses."""
     return ApiError(499, "the client went away")

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop, and from there to clients that may go away at any time."""
+"""Pieces of replies on their way from the engine's thread to the event loop, and to clients that may go away."""
 
 import asyncio
 from collections import deque
@@ -15,8 +15,8 @@ PART = 2**16  # bytes of a reply that are written at once
 class Inbox:
     """Pieces of some generations on their way to one reader on the event loop.
 
-    `patience` is how many pieces of each generation may wait. Where the reader has fallen behind further, the
-    generations wait too, without a row, until half of these are read. None for a reader that always keeps up.
+    `patience` is how many pieces of each generation may wait. Where the reader falls behind further, the generations
+    wait too, without a row, until half of these are read. None is for a reader that always keeps up.
     """
 
     def __init__(self, patience: int | None = None):
@@ -29,14 +29,14 @@ class Inbox:
         return len(self._pieces)
 
     def put(self, generation: Generation, piece: Piece) -> None:
-        """Takes a piece in."""
+        """Add a piece."""
         self._pieces.append((generation, piece))
         self._came.set()
         if not self._paused and self._behind(1):
             self._pause(True)
 
     async def take(self) -> list[tuple[Generation, Piece]]:
-        """The pieces that have come, BLOCK of them at most; waits for the first, and lets others go on in any case."""
+        """Return the pieces that have come, at most BLOCK of them; wait for the first, and let other tasks run."""
         await asyncio.sleep(0)
         await self._came.wait()
         found = [self._pieces.popleft() for _ in range(min(len(self._pieces), BLOCK))]
@@ -56,14 +56,14 @@ class Inbox:
 
 
 class Mailbox:
-    """Carries pieces from the engine's thread to the inboxes of an event loop, which is woken once for many of them."""
+    """Carries pieces from the engine's thread to the inboxes of an event loop, which is woken once for many pieces."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._scheduled = loop, False
         self._pieces: deque[tuple[Inbox, Generation, Piece]] = deque()
 
     def deliver_to(self, inbox: Inbox) -> Callable[[Generation, Piece], None]:
-        """The function that puts pieces of generations into an inbox."""
+        """Return the function that puts pieces of generations into an inbox."""
 
         def deliver(generation: Generation, piece: Piece) -> None:
             self._pieces.append((inbox, generation, piece))
@@ -71,22 +71,22 @@ class Mailbox:
                 self._scheduled = True
                 try:
                     self._loop.call_soon_threadsafe(self._drain)
-                except RuntimeError:  # the loop is closed: no one is left to read
+                except RuntimeError:  # the loop is closed, and nobody reads any more
                     self._pieces.clear()
 
         return deliver
 
     def _drain(self) -> None:
-        self._scheduled = False  # before the last look: what comes after it is carried by the next call
+        self._scheduled = False  # before the pieces are taken: a later piece schedules the next call
         while self._pieces:
             inbox, generation, piece = self._pieces.popleft()
             inbox.put(generation, piece)
 
 
 async def pieces(inbox: Inbox) -> AsyncGenerator[list[tuple[int, Piece]], None]:
-    """All pieces as they come, each with the number of its generation, until all have ended.
+    """Yield all pieces as they come, each with the number of its generation, until all have ended.
 
-    Raises what broke one of them.
+    Raises the error of a generation that failed.
     """
     numbers = {id(generation): number for number, generation in enumerate(inbox.generations)}
     num_open = len(numbers)
@@ -100,14 +100,14 @@ async def pieces(inbox: Inbox) -> AsyncGenerator[list[tuple[int, Piece]], None]:
 
 
 def cancel(generations: list[Generation]) -> None:
-    """Frees the places of those that have not ended."""
+    """Cancel the generations that have not ended."""
     for generation in generations:
         if generation.finish_reason is None:
             generation.cancel()
 
 
 async def unless_gone(receive: Callable[[], Awaitable[dict[str, Any]]], work: Awaitable[Any]) -> Any:
-    """The result of some work, which is cancelled when the client goes away; None then."""
+    """Return the result of some work; cancel the work and return None when the client goes away."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -119,15 +119,15 @@ async def unless_gone(receive: Callable[[], Awaitable[dict[str, Any]]], work: Aw
 
 
 async def until_gone(receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-    """Waits for the end of a connection whose request has been read."""
+    """Wait for the end of a connection whose request has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream:
-    """An ASGI reply of server-sent events, which stops when the client goes away, also while there is nothing to send.
+    """An ASGI reply of server-sent events, which stops as soon as the client goes away.
 
-    `events` are blocks of one or more whole events; the generations that they come from are cancelled at the end.
+    `events` are blocks of one or more whole events. The generations that they come from are cancelled at the end.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], generations: list[Generation]):
@@ -137,14 +137,14 @@ class EventStream:
         try:
             await unless_gone(receive, self._write(send))
         finally:
-            cancel(self.generations)  # here, since a generator that has not begun does not clean up
+            cancel(self.generations)  # here, since a generator that has not started runs no `finally`
             await self.events.aclose()
 
     async def _write(self, send: Callable) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # proxies that would collect the events
+            (b"x-accel-buffering", b"no"),  # stops proxies from buffering the events
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for block in self.events:
@@ -153,7 +153,7 @@ class EventStream:
 
 
 class JsonReply:
-    """An ASGI reply of JSON, written in parts: who reads slowly is told from who has stopped."""
+    """An ASGI reply of JSON, written in parts, so that a client that reads slowly is told from one that has stopped."""
 
     def __init__(self, body: bytes):
         self.body = body

@@ -1,10 +1,10 @@
-"""The packages of the server, which are an extra."""
+"""The packages of the server, which belong to the extra `serve`."""
 
 from types import ModuleType
 
 
 def fastapi_module() -> ModuleType:
-    """FastAPI, or an ImportError that says how to get it."""
+    """Return FastAPI; ImportError that says how to install what is missing."""
     try:
         import fastapi
         import llguidance  # noqa: F401

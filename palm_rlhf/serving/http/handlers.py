@@ -1,4 +1,4 @@
-"""What each path of the server does, whatever framework calls it."""
+"""The work of each path of the server, whatever framework calls it."""
 
 import asyncio
 import json
@@ -38,28 +38,28 @@ from palm_rlhf.serving.http.tool_calls import reading_calls
 from palm_rlhf.serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
-NUM_WRITERS = 2
+NUM_WRITERS = 2  # threads that write long replies; few, since each holds a whole reply twice
 READERS = {"chat": read_chat, "completion": read_completion, "response": read_response}
-SCORED_AT_ONCE = 8  # between two tokens of those that run
+SCORED_AT_ONCE = 8  # replies that are scored between two tokens of running replies
 
 
 def client_of(scope: dict[str, Any]) -> str:
-    """Who asks: the name of an API key or an address, as the front has found it, or "" where nobody is known."""
+    """Return who asks, by the name that the middleware has given the client, or "" where nobody is known."""
     return scope.get("palm_rlhf.client") or ""
 
 
 class Handlers:
-    """The engine behind the protocol."""
+    """The paths of the protocol, around one engine."""
 
     def __init__(self, model: ServedModel, engine: Engine, metrics: Metrics, limits: RequestLimits):
         self.model, self.engine, self.metrics, self.limits = model, engine, metrics, limits
         self.bodies, self.preparation = BodyReader(limits), Preparation(limits.prepare_timeout)
         self.started = int(time.time())
         self._mailbox: Mailbox | None = None
-        self._writers = ThreadPoolExecutor(NUM_WRITERS, "palm-rlhf-replies")  # few: each holds a whole reply twice
+        self._writers = ThreadPoolExecutor(NUM_WRITERS, "palm-rlhf-replies")
 
     async def generate(self, request: Any, kind: Kind) -> JsonReply | EventStream:
-        """A chat completion or a completion, whole or as a stream."""
+        """Answer a request for a chat completion, a completion or a response, whole or as a stream."""
         client = client_of(request.scope)
         parsed, requests = await self._prepared(request, lambda body: self._parse(kind, body, client))
         writer = self._writer(kind, parsed)
@@ -74,14 +74,14 @@ class Handlers:
         counting = (parsed.include_usage, parsed.continuous_usage, parsed.prompt_logprobs)
         return CompletionWriter(kind, self.model.name, self.model.tokenizer, *counting)
 
-    def _parse(self, kind: Kind, body: bytes, client: str) -> tuple[ParsedRequest, list[Request]]:
-        """What a client's body asks for."""
+    def _parse(self, kind: Kind, body: bytearray, client: str) -> tuple[ParsedRequest, list[Request]]:
+        """Return a parsed body, and its requests to the engine."""
         values = read_json(body)
         check_counts(values, self.engine.context)
         parsed = READERS[kind](values)
         self._check_model(parsed.model)
         if parsed.best_of > parsed.n and self.model.reward_model is None:
-            raise ApiError(400, "best_of needs a reward model to choose by: start with --reward-model", param="best_of")
+            raise ApiError(400, "best_of needs a reward model: start the server with --reward-model", param="best_of")
         most = min(self.engine.most_of(client), self.limits.max_n)
         if (count := len(parsed.prompts) * parsed.best_of) > most:
             name = "prompt" if len(parsed.prompts) > most else "best_of" if parsed.best_of > parsed.n else "n"
@@ -91,7 +91,7 @@ class Handlers:
         return parsed, within_output(requests, self.limits.max_output, fixed=parsed.max_new_tokens is not None)
 
     async def score(self, request: Any) -> dict[str, Any]:
-        """What the reward model makes of replies to a prompt."""
+        """Return the reward model's scores of replies to a prompt."""
         tokens, answers = await self._prepared(request, self._parse_score)
         work = self._scores(tokens, answers, client_of(request.scope))
         scores = await self._while_connected(request, work)
@@ -103,8 +103,8 @@ class Handlers:
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
 
-    def _parse_score(self, body: bytes) -> tuple[list[int], list[list[int]]]:
-        """The tokens of a prompt and of replies to it; see `_parse`."""
+    def _parse_score(self, body: bytearray) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of a prompt and of replies to it."""
         values = read_json(body)
         check_counts(values, self.engine.context)
         name, prompt, replies = read_score(values)
@@ -114,16 +114,16 @@ class Handlers:
         return score_tokens(self.model, self.engine.context, prompt, replies)
 
     async def tokenize(self, request: Any) -> dict[str, Any]:
-        """The tokens of a text or a conversation."""
+        """Return the tokens of a text or a conversation."""
         context = self.engine.context
         return await self._prepared(request, lambda body: tokenize(self.model, context, self._values(body, TOKENIZE)))
 
     async def detokenize(self, request: Any) -> dict[str, Any]:
-        """The text of tokens."""
+        """Return the text of tokens."""
         return await self._prepared(request, lambda body: detokenize(self.model, self._values(body, DETOKENIZE)))
 
-    def _values(self, body: bytes, schema: dict[str, Any]) -> dict[str, Any]:
-        """The entries of a body that needs not name the model."""
+    def _values(self, body: bytearray, schema: dict[str, Any]) -> dict[str, Any]:
+        """Return the checked entries of a body that need not name the model."""
         values = read_json(body)
         check_counts(values, self.engine.context)
         values = check(values, schema)
@@ -131,7 +131,7 @@ class Handlers:
         return values
 
     def model_entry(self, name: str) -> dict[str, Any]:
-        """The entry of a model."""
+        """Return the entry of a model; ApiError for a model that is not here."""
         self._check_model(name)
         return {
             "id": self.model.name,
@@ -142,11 +142,11 @@ class Handlers:
         }
 
     def model_list(self) -> dict[str, Any]:
-        """The list of models, which has one."""
+        """Return the list of models, which has one entry."""
         return {"object": "list", "data": [self.model_entry(self.model.name)]}
 
     def health(self) -> dict[str, Any]:
-        """Whether the engine computes, and for how many; ApiError where it does not."""
+        """Return how many replies the engine computes; ApiError where it does not compute."""
         if not self.engine.alive:
             raise ApiError(503, "the engine has stopped", code="unavailable")
         if self.engine.stalled:
@@ -155,14 +155,14 @@ class Handlers:
         return {"status": "ok", "running": self.engine.num_running, "waiting": self.engine.num_waiting}
 
     def ready(self) -> dict[str, Any]:
-        """Whether there is room for another reply; ApiError where there is none."""
+        """Return the same where there is room for another reply; ApiError where there is none."""
         health = self.health()
         if (taken := health["running"] + health["waiting"]) >= self.engine.limit:
             raise ApiError(503, f"{taken} replies run and wait, as many as may", code="queue_full")
         return {**health, "status": "ready"}
 
-    async def _prepared(self, request: Any, work: Callable[[bytes], Any]) -> Any:
-        """What some work in a thread makes of the body of a request."""
+    async def _prepared(self, request: Any, work: Callable[[bytearray], Any]) -> Any:
+        """Return the result of some work on the body of a request, which runs in a thread."""
         client = client_of(request.scope)
         async with self.bodies.read(client, request.receive) as body:
             found = await self.preparation.run(client, request.receive, body, work)
@@ -189,7 +189,7 @@ class Handlers:
         return found
 
     def _submit(self, requests: list[Request], patience: int | None = None) -> Inbox:
-        """Where the pieces of replies arrive, for a reader that may fall behind by so many."""
+        """Return the inbox in which the pieces of replies arrive; `patience` is how far its reader may fall behind."""
         if self._mailbox is None:
             self._mailbox = Mailbox(asyncio.get_running_loop())
         inbox = Inbox(patience)
@@ -216,13 +216,13 @@ class Handlers:
         return await self._off_loop(lambda: encoded(writer.whole(best, generations)))
 
     async def _off_loop(self, work: Callable[[], Any]) -> Any:
-        """The result of long work on a reply, in a thread, so that the loop answers others meanwhile."""
+        """Return the result of long work on a reply, which runs in a thread so that the loop answers others."""
         return await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
     def _pieces(self, parsed: ParsedRequest, inbox: Inbox) -> AsyncGenerator:
-        """The pieces of replies as they come, behind their prompts where that is asked for, with the calls in them."""
+        """Return the pieces of replies as they come, with their prompts where asked for, and with the calls in them."""
         blocks = pieces(inbox)
-        if parsed.tools is not None:
+        if parsed.tools is not None and self.model.call_form is not None:
             return reading_calls(blocks, inbox.generations, self.model.call_form)
         if not parsed.echo:
             return blocks
@@ -230,7 +230,7 @@ class Handlers:
         return with_prompts(blocks, self.model.tokenizer, prompts, inbox.generations)
 
     async def _best(self, parsed: ParsedRequest, replies: list[tuple[Generation, list[Piece]]]) -> list[tuple]:
-        """Of the replies to each prompt the n of highest score, best first."""
+        """Return the n replies of highest score to each prompt, best first."""
         if parsed.best_of == parsed.n:
             return replies
         kept = []
@@ -243,18 +243,18 @@ class Handlers:
         return kept
 
     async def _scores(self, prompt: list[int], answers: list[list[int]], client: str) -> list[float]:
-        """Scores of replies, a few at a time, so that those that run go on, and other clients take turns."""
+        """Return scores of replies, computed a few at a time, so that running replies and other clients take turns."""
         scores: list[float] = []
         for start in range(0, len(answers), SCORED_AT_ONCE):
             some = answers[start : start + SCORED_AT_ONCE]
-            job = self.engine.call(lambda some=some: self.model.score(prompt, some), client)
+            job = self.engine.call(partial(self.model.score, prompt, some), client)
             scores += await asyncio.wrap_future(job)
         return scores
 
     async def _events(
         self, writer: CompletionWriter | ResponseWriter, parsed: ParsedRequest, inbox: Inbox
     ) -> AsyncGenerator[bytes, None]:
-        """The blocks of a stream; an error comes as an event, since the status has been sent."""
+        """Yield the blocks of a stream; an error comes as an event, since the status has been sent."""
         generations = inbox.generations
         if opening := writer.opening(generations):
             yield opening
@@ -268,16 +268,16 @@ class Handlers:
             if closing := writer.closing(generations):
                 yield closing
         except Exception as error:
-            told = as_api_error(error)
-            note_reason(str(told))
-            yield writer.failure(told)
+            api_error = as_api_error(error)
+            note_reason(str(api_error))
+            yield writer.failure(api_error)
         finally:
             self._note(parsed, generations)
         if writer.end:
             yield writer.end
 
     def _note(self, parsed: ParsedRequest, generations: list[Generation]) -> None:
-        """Writes a request to the log, and its times to the metrics."""
+        """Write a request to the log, and its times to the metrics."""
         now = time.monotonic()
         for generation in generations:
             self.metrics.observe_reply(generation, now)

@@ -1,4 +1,4 @@
-"""The door of the server, before every route: who asks, whether they may, and what the log says of it."""
+"""The middleware before every route: access, the name of the client, and the log of refused requests."""
 
 import json
 import logging
@@ -12,19 +12,19 @@ from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.prometheus import Metrics
 from palm_rlhf.serving.http.request_log import RequestRecord, begin, note_reason
 
-# for these, and the page's files, no key is asked
+# no key is required for these paths, nor for the files of the page
 OPEN_PATHS = ("/", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")
-CLIENT = "palm_rlhf.client"  # where the ASGI scope names who asks
+CLIENT = "palm_rlhf.client"  # the entry of the ASGI scope that names the client
 WITH_BODY = ("POST", "PUT", "PATCH")
 logger = logging.getLogger(__name__)
 
 
 class AccessMiddleware:
-    """An ASGI middleware around all others: it lets in who may ask, names them, and logs what was refused or failed.
+    """An ASGI middleware around all others: it checks access, names the client, and logs refusals and failures.
 
     `scope["palm_rlhf.client"]` is a short string, the same for all requests with one key, or from one address where no
-    key was sent. A key cannot be found from it. Every reply has an `x-request-id`, by which the log knows it. A HEAD is
-    answered as a GET without its body.
+    key was sent. The key cannot be found from it. Every reply has an `x-request-id`, which the log shows too. A HEAD
+    request is answered as a GET without its body.
     """
 
     def __init__(self, app: Callable, keys: ApiKeys, access: Access, metrics: Metrics):
@@ -50,7 +50,7 @@ class AccessMiddleware:
             self._log(method, scope["path"], record, time.monotonic() - started)
 
     def _answering(self, scope: dict, headers: Mapping[str, str], record: RequestRecord) -> Callable:
-        """The application for those who may ask, or the reply to those who may not."""
+        """Return the application for a request that may be answered, else the reply that refuses it."""
         if error := self.access.refusal(headers):
             return error_response(error)
         if (found := self.access.preflight(scope["method"], headers)) is not None:
@@ -61,7 +61,9 @@ class AccessMiddleware:
             return error_response(unauthorized(headers))
         if scope["method"] in WITH_BODY:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":  # a page of another site may send any other without asking the browser
+            if (
+                kind != "application/json"
+            ):  # the browser lets pages of other sites send some other types without a preflight
                 got = f"is {kind!a:.80}" if kind else "is missing"
                 message = f"the Content-Type {got}; expected application/json"
                 return error_response(ApiError(415, message, code="invalid_content_type"))
@@ -70,7 +72,7 @@ class AccessMiddleware:
     def _sending(
         self, scope: dict, headers: Mapping[str, str], record: RequestRecord, send: Callable, *, with_body: bool
     ) -> Callable:
-        """`send`, with more headers for each reply, whose status goes to the record and the metrics."""
+        """Return `send` with more headers for each reply, whose status goes to the record and the metrics."""
         more = {"x-request-id": record.id, **self.access.cors(headers)}
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in more.items()]
 
@@ -93,7 +95,7 @@ class AccessMiddleware:
         return self.keys.owner(given.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
 
     def _log(self, method: str, path: str, record: RequestRecord, seconds: float) -> None:
-        """A line for what was refused or failed, also while it was being sent."""
+        """Write a line for a request that was refused or failed, also while its reply was being sent."""
         if record.reason is None and record.status is not None and record.status < 400:
             return
         level = logging.WARNING if record.status is None or record.status >= 500 else logging.INFO
@@ -103,27 +105,27 @@ class AccessMiddleware:
 
 
 def unauthorized(headers: Mapping[str, str]) -> ApiError:
-    """Asks for a key, as RFC 6750 has it."""
+    """Make the error that asks for a key, in the form of RFC 6750."""
     challenge = 'Bearer realm="palm-rlhf"' + (', error="invalid_token"' if "authorization" in headers else "")
-    message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+    message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": challenge})
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
-    """A reply of JSON, in ASCII, so that no text that a client sent can break it."""
+    """Return a reply of JSON, in ASCII, so that no text from a client can break it."""
     from fastapi import Response
 
     return Response(json.dumps(value), status, headers=headers, media_type="application/json")
 
 
 def empty_response(headers: dict[str, str]) -> Any:
-    """A reply that has headers only."""
+    """Return a reply that has headers only."""
     from fastapi import Response
 
     return Response(status_code=204, headers=headers)
 
 
 def error_response(error: ApiError) -> Any:
-    """The reply that says an error, as the log does."""
+    """Return the reply for an error, and note it for the log."""
     note_reason(str(error))
     return json_response(error.body, error.status, error.headers)

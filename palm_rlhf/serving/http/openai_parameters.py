@@ -1,4 +1,4 @@
-"""What requests in OpenAI's protocol may hold, as JSON Schema: the description of the API, and what is checked."""
+"""The parameters of OpenAI's protocol as JSON Schemas: they describe the API, and requests are checked by them."""
 
 from typing import Any
 
@@ -8,27 +8,27 @@ MOST_STOPS = 64  # OpenAI takes 4; evaluation harnesses send more
 
 
 def integer(minimum: int, maximum: int, description: str) -> dict[str, Any]:
-    """The schema of a whole number."""
+    """Return the schema of a whole number."""
     return {"type": "integer", "minimum": minimum, "maximum": maximum, "description": description}
 
 
 def number(minimum: float, maximum: float, description: str) -> dict[str, Any]:
-    """The schema of a number."""
+    """Return the schema of a number."""
     return {"type": "number", "minimum": minimum, "maximum": maximum, "description": description}
 
 
 def string(most: int, description: str) -> dict[str, Any]:
-    """The schema of a short text."""
+    """Return the schema of a short text."""
     return {"type": "string", "maxLength": most, "description": description}
 
 
 def boolean(description: str) -> dict[str, Any]:
-    """The schema of a switch."""
+    """Return the schema of a switch."""
     return {"type": "boolean", "description": description}
 
 
 def record(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    """The schema of an object of these entries and no others."""
+    """Return the schema of an object of these entries and no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -38,49 +38,51 @@ def record(properties: dict[str, Any], *required: str) -> dict[str, Any]:
 
 
 def items(schema: dict[str, Any], minimum: int = 1, maximum: int | None = None) -> dict[str, Any]:
-    """The schema of a list."""
+    """Return the schema of a list."""
     return {"type": "array", "items": schema, "minItems": minimum, **({} if maximum is None else {"maxItems": maximum})}
 
 
 def neutral(*values: Any) -> dict[str, Any]:
-    """The schema of a parameter that is not supported, and taken at the values that ask for nothing."""
-    return {"enum": list(values), "description": "Not supported: taken only at a value that changes nothing."}
+    """Return the schema of an unsupported parameter, which is accepted at values that ask for nothing."""
+    return {"enum": list(values), "description": "Not supported: accepted only at a value that changes nothing."}
 
 
 STRING = {"type": "string"}
-MODEL = {"type": "string", "description": "The name that /v1/models tells."}
+MODEL = {"type": "string", "description": "The name of the model, as /v1/models lists it."}
 TOKENS = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 STOP = {"type": "string", "minLength": 1, "maxLength": 256}
-COUNT = integer(1, 2**31 - 1, "Most tokens of a reply.")
+COUNT = integer(1, 2**31 - 1, "The most tokens of a reply.")
 SAMPLING = {
     "temperature": number(0, 2, "Divides the logits; 0 is greedy."),
-    "top_k": integer(-1, 2**31 - 1, "Samples from so many of the likeliest tokens; 0 or -1 from all."),
+    "top_k": integer(-1, 2**31 - 1, "Samples from this many of the likeliest tokens; 0 or -1: from all."),
     "top_p": number(0, 1, "Samples from the fewest tokens that hold this much of the probability."),
-    "min_p": number(0, 1, "Samples from tokens of at least so many times the probability of the likeliest."),
+    "min_p": number(0, 1, "Samples from tokens of at least this fraction of the likeliest token's probability."),
     "seed": integer(-(2**63), 2**63 - 1, "Makes the sample repeatable."),
     "repetition_penalty": number(
-        0.01, 100, "Divides positive logits of tokens of the prompt and reply, multiplies negative ones; 1: none."
+        0.01,
+        100,
+        "Divides positive logits of tokens in the prompt and the reply, multiplies negative ones; 1: no penalty.",
     ),
-    "presence_penalty": number(-2, 2, "Taken from the logits of tokens that have been sampled."),
-    "frequency_penalty": number(-2, 2, "Taken from those for each time they have been sampled."),
+    "presence_penalty": number(-2, 2, "Subtracted from the logits of tokens that have been sampled."),
+    "frequency_penalty": number(-2, 2, "Subtracted from the logit of a token for each time it has been sampled."),
     "logit_bias": {
         "type": "object",
         "additionalProperties": number(-100, 100, "Added to the logit."),
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-        "description": "Token ids, and what is added to their logits.",
+        "description": "Token ids, and the number that is added to the logit of each.",
     },
 }
 ENDING = {
     "max_tokens": COUNT,
     "max_completion_tokens": {**COUNT, "description": "The newer name of max_tokens."},
     "stop": {
-        "anyOf": [string(256, "One; an empty one is none."), items(STOP, minimum=0, maximum=MOST_STOPS)],
-        "description": "Strings that end a reply.",
+        "anyOf": [string(256, "One string; an empty one stops nothing."), items(STOP, minimum=0, maximum=MOST_STOPS)],
+        "description": "Strings that end a reply, and are left out of it.",
     },
-    "ignore_eos": boolean("Go on after the token that ends a text or turn, up to the most tokens."),
+    "ignore_eos": boolean("Go on after tokens that end a text or a turn, up to the most tokens."),
 }
 STREAMING = {
-    "stream": boolean("Send server-sent events as tokens come."),
+    "stream": boolean("Send server-sent events as tokens are generated."),
     "stream_options": record(
         {
             "include_usage": boolean("Send the usage in a last chunk."),
@@ -89,7 +91,9 @@ STREAMING = {
         }
     ),
 }
-PROMPT_LOGPROBS = integer(0, 20, "Return the log-probability of each token of the prompt, and of the likeliest others.")
+PROMPT_LOGPROBS = integer(
+    0, 20, "Return the log-probability of each token of the prompt, and of so many of the likeliest others."
+)
 NOTED = {
     "user": string(512, "Written to the log beside the request."),
     "safety_identifier": string(512, "The newer name of user."),
@@ -100,11 +104,9 @@ NOTED = {
         "maxProperties": 16,
         "description": "Written to the log beside the request.",
     },
-    "prompt_cache_key": string(
-        512, "A hint that needs no following here: prompts that begin alike are found by what they say."
-    ),
+    "prompt_cache_key": string(512, "Accepted and not needed: prompts that begin alike are found by their tokens."),
 }
-# What clients of OpenAI's and of vLLM's servers send where they ask for nothing. Null is taken for any name.
+# Parameters that clients of OpenAI's and vLLM's servers send at values that ask for nothing. Any may be null.
 NEUTRAL = {
     "store": neutral(False),
     "service_tier": neutral("auto", "default"),
@@ -151,12 +153,14 @@ COMMON = {
     **ENDING,
     **STREAMING,
     **NOTED,
-    "n": integer(1, MOST_CHOICES, "Replies."),
-    "best_of": integer(1, MOST_CHOICES, "Draws so many replies, and returns the n best by the reward model."),
+    "n": integer(1, MOST_CHOICES, "The number of replies."),
+    "best_of": integer(
+        1, MOST_CHOICES, "Samples so many replies, and returns the n that the reward model scores highest."
+    ),
     **NEUTRAL,
 }
 FREE = {"type": "object", "additionalProperties": True}
-RESPONSE_FORMAT = {
+RESPONSE_FORMAT: dict[str, Any] = {
     "anyOf": [
         record({"type": {"type": "string", "enum": ["text", "json_object"]}}, "type"),
         record(
@@ -166,8 +170,8 @@ RESPONSE_FORMAT = {
                     {
                         "name": {"type": "string", "minLength": 1, "maxLength": 64},
                         "description": STRING,
-                        "schema": {**FREE, "description": "A JSON Schema; any JSON where there is none."},
-                        "strict": {"type": "boolean", "description": "Taken for true: replies always conform."},
+                        "schema": {**FREE, "description": "A JSON Schema; without one, any JSON."},
+                        "strict": {"type": "boolean", "description": "Always true: replies always conform."},
                     },
                     "name",
                 ),
@@ -176,7 +180,7 @@ RESPONSE_FORMAT = {
             "json_schema",
         ),
     ],
-    "description": "The form of the reply: text, any object of JSON, or JSON by a schema.",
+    "description": "The form of the reply: text, any object of JSON, or JSON that follows a schema.",
 }
 FUNCTION_NAME = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
 FUNCTION = record(
@@ -198,13 +202,13 @@ TOOL_CHOICE = {
         {"type": "string", "enum": ["none", "auto", "required"]},
         record({"type": IS_FUNCTION, "function": record({"name": FUNCTION_NAME}, "name")}, "type", "function"),
     ],
-    "description": "Whether the model may or has to call a function, or which one.",
+    "description": "Whether the model may call a function, has to call one, or which one it has to call.",
 }
 TOOL_CALL = record(
     {
-        "id": string(256, "What the message with its result refers to."),
+        "id": string(256, "The id by which the message with the result refers to the call."),
         "type": IS_FUNCTION,
-        "index": integer(0, MOST_TOOLS, "Its place, as chunks of a stream have it."),
+        "index": integer(0, MOST_TOOLS, "The number of the call, as in the chunks of a stream."),
         "function": record({"name": FUNCTION_NAME, "arguments": {"type": "string"}}, "name", "arguments"),
     },
     "id",
@@ -214,7 +218,7 @@ PART = record({"type": {"type": "string", "enum": ["text"]}, "text": STRING}, "t
 CONTENT = {"anyOf": [STRING, items(PART)]}
 MESSAGE = record(
     {
-        "name": string(64, "Who of several speaks, for chat templates that show it."),
+        "name": string(64, "The name of the speaker, for chat templates that show it."),
         "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
         "content": CONTENT,
         **NEUTRAL_IN_MESSAGES,
@@ -234,7 +238,7 @@ TOOL_MESSAGE = record(
     {
         **MESSAGE["properties"],
         "role": {"type": "string", "enum": ["tool"]},
-        "tool_call_id": string(256, "The id of the call that this is the result of."),
+        "tool_call_id": string(256, "The id of the call whose result this message is."),
     },
     "role",
     "content",
@@ -250,11 +254,11 @@ CHAT = record(
         "tool_choice": TOOL_CHOICE,
         "parallel_tool_calls": boolean("Whether one reply may hold several calls."),
         "logprobs": boolean("Return the log-probability of each token."),
-        "top_logprobs": integer(0, 20, "Return those of the likeliest tokens, too."),
+        "top_logprobs": integer(0, 20, "Return the log-probabilities of so many of the likeliest tokens, too."),
         "prompt_logprobs": PROMPT_LOGPROBS,
         "response_format": RESPONSE_FORMAT,
         "continue_final_message": boolean("Go on with the last message, which is the assistant's, as vLLM does."),
-        "add_generation_prompt": boolean("Begin a message of the assistant; false only to continue the last one."),
+        "add_generation_prompt": boolean("Begin a message of the assistant; false only with continue_final_message."),
         **NEUTRAL_IN_CHATS,
     },
     "model",
@@ -266,13 +270,16 @@ COMPLETION = record(
     {
         **COMMON,
         "prompt": PROMPT,
-        "add_special_tokens": boolean("Begin a text as the tokenizer begins one; true unless said otherwise."),
-        "max_tokens": integer(0, 2**31 - 1, "Most tokens of a reply; 0 reads the prompt alone."),
-        "echo": boolean(
-            "Begin the text, and the log-probabilities where they are asked for, with those of the prompt."
-        ),
+        "add_special_tokens": boolean("Begin a text with the tokenizer's own special tokens; true by default."),
+        "max_tokens": integer(0, 2**31 - 1, "The most tokens of a reply; 0 only reads the prompt."),
+        "echo": boolean("Begin the text, and the log-probabilities where asked for, with those of the prompt."),
         "prompt_logprobs": PROMPT_LOGPROBS,
-        "logprobs": {"anyOf": [integer(0, 5, "Return those of each token and the likeliest others."), neutral(False)]},
+        "logprobs": {
+            "anyOf": [
+                integer(0, 5, "Return the log-probability of each token, and of so many of the likeliest."),
+                neutral(False),
+            ]
+        },
         **NEUTRAL_IN_COMPLETIONS,
     },
     "model",

@@ -14,12 +14,16 @@ from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.token_display import token_text
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
-ENCODED_LEVELS = 5  # down to what is told of one token: reply, choices, choice, logprobs, content
+ENCODED_LEVELS = 5  # down to the entry of one token: reply, choices, choice, logprobs, content
 FINGERPRINT = f"palm-rlhf-{__version__}"
 
 
 def usage(generations: Sequence[Generation], completion_tokens: int | None = None) -> dict[str, Any]:
-    """Tokens read and sampled, or so many sampled so far; a prompt that is answered several times counts once."""
+    """Return the numbers of tokens read and sampled; a prompt with several replies counts once.
+
+    Args:
+        completion_tokens: The tokens sampled so far; by default all tokens of the replies.
+    """
     prompts = {id(generation.request.prompt): generation for generation in generations}.values()
     prompt_tokens = sum(len(generation.request.prompt) for generation in prompts)
     if completion_tokens is None:
@@ -34,10 +38,13 @@ def usage(generations: Sequence[Generation], completion_tokens: int | None = Non
 
 @dataclass(frozen=True)
 class CompletionWriter:
-    """One reply's objects, of a chat or of a completion.
+    """A writer of one reply's objects, for a chat or a completion.
 
-    The chunks of a stream have a place for the usage where it is asked for; `continuous_usage` fills it in every one.
-    `prompt_logprobs` is how many alternatives are told of each token of the prompt, in vLLM's form.
+    Args:
+        include_usage: Whether the chunks of a stream have a place for the usage, which the last chunk fills.
+        continuous_usage: Whether every chunk has the usage so far.
+        prompt_logprobs: The number of alternatives reported for each token of the prompt, in vLLM's form; None reports
+            none.
     """
 
     kind: Literal["chat", "completion"]
@@ -64,40 +71,46 @@ class CompletionWriter:
         }
 
     def whole(self, replies: Sequence[tuple[Generation, list[Piece]]], everything: Sequence[Generation]) -> dict:
-        """The object of a reply that was not streamed; `everything` is what it cost."""
-        choices = []
+        """Return the object of a reply that is not streamed; `everything` are the generations it cost."""
+        choices: list[dict[str, Any]] = []
         for index, (generation, pieces) in enumerate(replies):
             text = "".join(piece.text for piece in pieces)
             logprobs = self._logprobs([one for piece in pieces for one in piece.logprobs], generation.request)
             calls = [call_object(call) for piece in pieces for call in piece.calls]
             said = {"message": message(text, calls)} if self.kind == "chat" else {"text": text}
-            choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
+            choice: dict[str, Any] = {"index": index, **said, "logprobs": logprobs}
+            choice["finish_reason"] = pieces[-1].finish_reason
             if self.prompt_logprobs is not None and self.kind == "completion":
                 choice["prompt_logprobs"] = self._prompt_logprobs(generation)
             choices.append(choice)
-        more = {"usage": usage(everything)}
+        more: dict[str, Any] = {"usage": usage(everything)}
         if self.prompt_logprobs is not None and self.kind == "chat":
             more["prompt_logprobs"] = self._prompt_logprobs(replies[0][0])
         return self._envelope(choices, chunk=False, **more)
 
     def first(self, index: int, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The chunk that opens a choice of a chat."""
+        """Return the chunk that opens a choice of a chat."""
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}}, generations, 0)
 
     def chunks(
         self, index: int, piece: Piece, generations: Sequence[Generation], num_tokens: int
     ) -> list[dict[str, Any]]:
-        """What one piece adds to a choice: its text, and why the choice ends. `num_tokens` were sampled so far."""
+        """Return the chunks of one piece: its text, its calls, and the reason why the choice ends.
+
+        Args:
+            index: The number of the choice.
+            num_tokens: The tokens sampled so far for all choices.
+        """
         found, logprobs = [], self._logprobs(piece.logprobs, generations[index].request)
         if piece.text or logprobs is not None:
             said = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
             found.append(self._chunk({"index": index, **said, "logprobs": logprobs}, generations, num_tokens))
         if piece.calls:
-            delta = {"tool_calls": [{"index": call.index, **call_object(call)} for call in piece.calls]}
+            delta = {"tool_calls": [{"index": call.number, **call_object(call)} for call in piece.calls]}
             found.append(self._chunk({"index": index, "delta": delta}, generations, num_tokens))
         if piece.finish_reason is not None:
-            said = {"delta": {}} if self.kind == "chat" else {"text": ""}
-            end = {"index": index, **said, "finish_reason": piece.finish_reason}
+            empty: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
+            end = {"index": index, **empty, "finish_reason": piece.finish_reason}
             found.append(self._chunk(end, generations, num_tokens))
         return found
 
@@ -107,13 +120,13 @@ class CompletionWriter:
         return self._envelope([choice], chunk=True, **({"usage": so_far} if self.include_usage else {}))
 
     def opening(self, generations: Sequence[Generation]) -> bytes:
-        """What a stream begins with: the chunks that open the choices of a chat."""
+        """Return the beginning of a stream: the chunks that open the choices of a chat."""
         if self.kind == "completion":
             return b""
         return b"".join(event(self.first(index, generations)) for index in range(len(generations)))
 
     def block(self, found: Sequence[tuple[int, Piece]], generations: Sequence[Generation]) -> bytes:
-        """The chunks of the pieces that have come."""
+        """Return the chunks of the pieces that have come."""
         chunks = []
         for number, piece in found:
             self.num_tokens[number] = piece.num_tokens
@@ -121,11 +134,11 @@ class CompletionWriter:
         return b"".join(map(event, chunks))
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """What a stream ends with: the chunk with the usage, where it is asked for."""
+        """Return the end of a stream: the chunk with the usage, where it is asked for."""
         return event(self._envelope([], chunk=True, usage=usage(generations))) if self.include_usage else b""
 
     def failure(self, error: ApiError) -> bytes:
-        """What a stream ends with that an error has broken, since the status has been sent."""
+        """Return the end of a stream that failed; its status has been sent already."""
         return event(error.body)
 
     @property
@@ -133,7 +146,7 @@ class CompletionWriter:
         return event("[DONE]")
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob], request: Request) -> dict[str, Any] | None:
-        """In OpenAI's forms, where a completion tells of the token that ends it, and a chat does not."""
+        """Return log-probabilities in OpenAI's forms: a chat leaves out the token that ends it."""
         if self.kind == "chat":
             logprobs = [one for one in logprobs if one.token not in request.stop_tokens]
         if not logprobs:
@@ -148,17 +161,19 @@ class CompletionWriter:
         }
 
     def _named(self, one: TokenLogprob) -> dict[str, float]:
-        """The alternatives, and the token itself; of those that look alike the likeliest."""
+        """Return log-probabilities by the text of the token; of tokens with equal texts the likeliest."""
+        own = () if one.logprob is None else ((one.token, one.logprob),)
         found: dict[str, float] = {}
-        for token, value in (*one.alternatives, (one.token, one.logprob)):
+        for token, value in (*one.alternatives, *own):
             found.setdefault(self._name(token), finite(value))
         return found
 
     def _prompt_logprobs(self, generation: Generation) -> list[dict[str, Any] | None]:
-        """By ids, each token of the prompt and its alternatives; None for the first, which nothing precedes."""
+        """Return the tokens of the prompt and their alternatives, by id; None for the first token."""
         found: list[dict[str, Any] | None] = [None]
         for one in generation.prompt_logprobs:
             best = enumerate(one.alternatives[: self.prompt_logprobs], start=1)
+            assert one.logprob is not None  # only the first token, which is not among these, has none
             ranked = ((one.rank, one.token, one.logprob), *((rank, *alternative) for rank, alternative in best))
             entries: dict[str, Any] = {}
             for rank, token, value in ranked:
@@ -168,6 +183,7 @@ class CompletionWriter:
         return found
 
     def _entry(self, one: TokenLogprob) -> dict[str, Any]:
+        assert one.logprob is not None  # a chat has no echo, and so no first token of a prompt
         return {
             **self._one(one.token, one.logprob),
             "top_logprobs": [self._one(token, value) for token, value in one.alternatives],
@@ -182,28 +198,28 @@ class CompletionWriter:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability as JSON can have it."""
+    """Return a log-probability that JSON can hold."""
     return max(logprob, LEAST_LOGPROB)
 
 
 def message(text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the assistant says, and which functions it wants called."""
+    """Return the assistant's message, with the calls of functions in it."""
     said = {"role": "assistant", "content": text}
     return {**said, "content": text or None, "tool_calls": list(calls)} if calls else said
 
 
 def call_object(call: ToolCall) -> dict[str, Any]:
-    """A call of a function."""
+    """Return a call of a function."""
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def encoded(value: Any) -> bytes:
-    """A large reply as JSON, by many calls of the encoder, which holds up every other thread while it is at work."""
+    """Return a large reply as JSON, by many calls of the encoder, since each call holds up every other thread."""
     return "".join(json_pieces(value, ENCODED_LEVELS)).encode()
 
 
 def json_pieces(value: Any, levels: int) -> Iterator[str]:
-    """JSON in pieces: entry by entry in the objects and lists of so many levels."""
+    """Yield JSON in pieces: entry by entry in the objects and lists of so many levels."""
     if not levels or not value or not isinstance(value, (dict, list)):
         yield json.dumps(value)
         return
@@ -217,5 +233,5 @@ def json_pieces(value: Any, levels: int) -> Iterator[str]:
 
 
 def event(data: dict[str, Any] | str) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's protocol: what they ask for."""
+"""Requests in OpenAI's protocol: their parameters, read and checked."""
 
 import json
 from dataclasses import dataclass, field, fields, replace
@@ -15,47 +15,47 @@ COMPLETION_TOKENS = 16  # OpenAI's default, where a chat may fill the context
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request that has been read: `prompts` are conversations, texts or token ids; `options` those of the engine."""
+    """A request that has been read: `prompts` are conversations, texts or token ids; `options` go to the engine."""
 
-    model: str | None
+    model: str
     prompts: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None  # None: as many as the context has room for
     n: int = 1
     best_of: int = 1
     stream: bool = False
-    add_special_tokens: bool = False  # whether a text begins as the tokenizer begins one
+    add_special_tokens: bool = False  # whether a text begins with the tokenizer's own special tokens
     echo: bool = False
-    prompt_logprobs: int | None = None  # alternatives that are told of each token of the prompt
+    prompt_logprobs: int | None = None  # alternatives reported for each token of the prompt
     ignore_eos: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
     user: str | None = None
-    json_schema: dict[str, Any] | None = None  # what a reply has to conform to
-    schema_name: str = "response_format"  # of the parameter that says so
-    tools: Tools | None = None  # what a reply may call
+    json_schema: dict[str, Any] | None = None  # which a reply has to conform to
+    schema_name: str = "response_format"  # of the parameter that asks for it
+    tools: Tools | None = None  # which a reply may call
     continued: bool = False  # whether the reply goes on with the last message
-    repeated: dict[str, Any] = field(default_factory=dict)  # what a response says again
+    repeated: dict[str, Any] = field(default_factory=dict)  # parameters that a response repeats
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """A body as an object of JSON; ApiError where it is none."""
+def read_json(body: bytes | bytearray) -> dict[str, Any]:
+    """Return a body as an object of JSON; ApiError where it is none."""
 
     def refuse(literal: str) -> None:
-        raise ValueError(f"{literal} is no JSON")
+        raise ValueError(f"{literal} is not JSON")
 
     try:
         value = json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}; expected an object", code="invalid_json")
     return value
 
 
 def read_chat(body: dict[str, Any]) -> ParsedRequest:
-    """A request for a chat completion."""
+    """Return a parsed request for a chat completion."""
     values = check(body, CHAT)
     logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
     if values.get("top_logprobs") and logprobs is None:
@@ -72,7 +72,7 @@ def read_chat(body: dict[str, Any]) -> ParsedRequest:
 
 
 def continues(values: dict[str, Any], messages: list[dict[str, Any]], *, free: bool) -> bool:
-    """Whether a reply goes on with the last message; ApiError where it cannot."""
+    """Return whether a reply goes on with the last message; ApiError where it cannot."""
     if not values.get("continue_final_message", False):
         if values.get("add_generation_prompt", True):
             return False
@@ -89,7 +89,7 @@ def continues(values: dict[str, Any], messages: list[dict[str, Any]], *, free: b
 
 
 def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
-    """The JSON Schema that a format asks for; None for text."""
+    """Return the JSON Schema that a response format asks for; None for text."""
     match response_format["type"]:
         case "json_schema":
             return response_format["json_schema"].get("schema", {})
@@ -99,15 +99,15 @@ def json_schema(response_format: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_completion(body: dict[str, Any]) -> ParsedRequest:
-    """A request for completions of one prompt or several."""
+    """Return a parsed request for completions of one prompt or several."""
     values = check(body, COMPLETION)
     prompt = values["prompt"]
     alone = isinstance(prompt, str) or isinstance(prompt[0], int)
     limit, echo = most_tokens(values), values.get("echo", False)
     limit = COMPLETION_TOKENS if limit is None else limit
     logprobs = None if values.get("logprobs") is False else values.get("logprobs")
-    told = [number for number in (logprobs if echo else None, values.get("prompt_logprobs")) if number is not None]
-    parsed = common(values, [prompt] if alone else prompt, limit, logprobs, max(told, default=None))
+    counts = [count for count in (logprobs if echo else None, values.get("prompt_logprobs")) if count is not None]
+    parsed = common(values, [prompt] if alone else prompt, limit, logprobs, max(counts, default=None))
     return replace(
         parsed,
         add_special_tokens=values.get("add_special_tokens", True),
@@ -117,7 +117,7 @@ def read_completion(body: dict[str, Any]) -> ParsedRequest:
 
 
 def most_tokens(values: dict[str, Any]) -> int | None:
-    """The most tokens of a reply, by either name; None where neither is given."""
+    """Return the most tokens of a reply, by either name; None where neither is given."""
     limit = values.get("max_completion_tokens", values.get("max_tokens"))
     if values.get("max_tokens", limit) != limit:
         raise ApiError(
@@ -130,7 +130,7 @@ def most_tokens(values: dict[str, Any]) -> int | None:
 
 
 def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:
-    """A request for scores: the model's name, a conversation or text, and replies to it."""
+    """Return the parts of a request for scores: the model's name, a conversation or text, and replies to it."""
     values = check(body, SCORE)
     if ("messages" in values) == ("prompt" in values):
         raise ApiError(400, "expected messages or a prompt, exactly one of them", param="messages")
@@ -139,7 +139,7 @@ def read_score(body: dict[str, Any]) -> tuple[str | None, Any, list[str]]:
 
 
 def with_calls(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """A message of a role of ours and one text, with the calls that it makes or answers."""
+    """Return a message with one text, and the calls of tools that it makes or answers."""
     calls = message.get("tool_calls", [])
     if not calls and "content" not in message:
         raise ApiError(400, f"{name}.content is missing; it is required", param=f"{name}.content", code="missing")
@@ -150,7 +150,7 @@ def with_calls(message: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of a role of ours and one text, with the name of who speaks."""
+    """Return a message with one of our roles, one text, and the speaker's name if it has one."""
     role, content = message["role"], message.get("content", "")
     content = content if isinstance(content, str) else "".join(part["text"] for part in content)
     name = {"name": message["name"]} if message.get("name") else {}
@@ -160,19 +160,23 @@ def plain(message: dict[str, Any]) -> dict[str, Any]:
 def common(
     values: dict[str, Any], prompts: list[Any], limit: int | None, logprobs: int | None, prompt_logprobs: int | None
 ) -> ParsedRequest:
-    """What requests of all kinds have in common."""
+    """Return the part of a request that all kinds have in common."""
     stream, n = values.get("stream", False), values.get("n", 1)
     best_of, stop = values.get("best_of", n), values.get("stop", ())
     if best_of < n:
         raise ApiError(400, f"best_of is {best_of}; expected at least n, which is {n}", param="best_of")
     if stream and best_of > n:
-        raise ApiError(400, "the best replies are known at the end only; expected best_of or stream", param="best_of")
+        raise ApiError(
+            400,
+            "got best_of with stream; expected one of them, since the best replies are only known at the end",
+            param="best_of",
+        )
     streaming = values.get("stream_options", {})
     if any(streaming.values()) and not stream:
         raise ApiError(400, "got stream_options without stream; set stream to true", param="stream_options")
     names = ("seed", *(option.name for option in fields(Sampling)))
     if stream and "prompt_logprobs" in values:
-        message = "prompt_logprobs come with a whole reply only; expected it or stream"
+        message = "got prompt_logprobs with stream; expected one of them"
         raise ApiError(400, message, param="prompt_logprobs")
     top_k = values.get("top_k", 0)
     include_usage = streaming.get("include_usage", False)

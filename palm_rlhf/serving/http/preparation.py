@@ -1,7 +1,7 @@
-"""What is done to a request before the engine gets it: in threads of its own, up to a deadline, while its client waits.
+"""Work on a request before the engine gets it: in threads of its own, up to a deadline, while its client waits.
 
-Reading JSON, rendering a conversation and cutting it into tokens are a millisecond's work for an ordinary request, and
-seconds' for a hostile one. A thread cannot be ended from outside: long work calls `check_deadline` between its pieces.
+Reading JSON, rendering a conversation and cutting it into tokens take a millisecond for an ordinary request, and
+seconds for a hostile one. A thread cannot be ended from outside: long work calls `check_deadline` between its pieces.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ NUM_THREADS = 4  # for ordinary bodies; large ones share one
 
 
 class ClientGone(Exception):
-    """Ends work whose client has left; no one is told."""
+    """Ends work whose client has left; nobody is told."""
 
 
 class Preparation:
-    """The threads for such work, in two lanes, so that no large body holds up an ordinary one.
+    """The threads for such work, in two lanes, so that large bodies do not hold up ordinary ones.
 
-    In the lane of large bodies each client has one at a time, and those of several clients take turns.
-    `seconds` is how long one may take.
+    In the lane of large bodies each client has one at a time, and clients take turns. `seconds` is the limit for one
+    body.
     """
 
     def __init__(self, seconds: float):
@@ -45,9 +45,9 @@ class Preparation:
         body: bytearray,
         work: Callable[[bytearray], Any],
     ) -> Any:
-        """What `work` makes of a body, in one of the threads; None where the client has gone.
+        """Return the result of `work` on a body, in one of the threads; None where the client has gone.
 
-        ApiError where it took too long.
+        Raises ApiError where it took too long.
         """
         stopped = threading.Event()
         large = len(body) > LONG or body.count(b"{") > MANY

@@ -1,4 +1,4 @@
-"""What the log says of one request, whoever answers it: its id, whose it is, and why it was refused or failed."""
+"""The record of one request for the log: its id, its client, and why it was refused or failed."""
 
 import secrets
 from contextvars import ContextVar
@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class RequestRecord:
-    """One request: `key` is the name of its API key, `reason` that of a refusal or failure, `status` that of the reply.
+    """The record of one request.
 
-    `client` is the address that it came from.
+    Args:
+        client: The address that the request came from.
+        key: The name of its API key.
+        status: The status of the reply.
+        reason: Why the request was refused or failed.
+        id: The id of the request, which the reply has too.
     """
 
     client: str = "unknown"
@@ -20,7 +25,7 @@ class RequestRecord:
 
     @property
     def who(self) -> str:
-        """The start of a line of the log. What a client could have written is escaped: it cannot forge a line."""
+        """The start of a line of the log. Text from the client is escaped, so that it cannot forge a line."""
         return f"request={self.id} client={self.client!a} key={'-' if self.key is None else ascii(self.key)}"
 
 
@@ -28,15 +33,15 @@ _current: ContextVar[RequestRecord | None] = ContextVar("record", default=None)
 
 
 def begin(record: RequestRecord) -> None:
-    """Makes it the record of the request that this task answers."""
+    """Set the record of the request that this task answers."""
     _current.set(record)
 
 
 def current() -> RequestRecord:
-    """The record of the request that is being answered; an empty one outside of a request."""
+    """Return the record of the request that is being answered; an empty one outside a request."""
     return _current.get() or RequestRecord()
 
 
 def note_reason(reason: str) -> None:
-    """Says why the request that is being answered was refused or failed."""
+    """Note why the request that is being answered was refused or failed."""
     current().reason = reason

@@ -16,7 +16,7 @@ from palm_rlhf.serving.http.schema import check
 
 
 def read_response(body: dict[str, Any]) -> ParsedRequest:
-    """A request for a response."""
+    """Return a parsed request for a response."""
     values = check(body, RESPONSE)
     messages, instructions = values["input"], values.get("instructions")
     if isinstance(messages, str):
@@ -40,7 +40,7 @@ def read_response(body: dict[str, Any]) -> ParsedRequest:
 
 
 class ResponseWriter:
-    """The objects of one response, and the events of its stream: response.created to response.completed.
+    """A writer of one response's objects, and of the events of its stream: response.created to response.completed.
 
     Source: https://platform.openai.com/docs/api-reference/responses-streaming
     """
@@ -51,16 +51,16 @@ class ResponseWriter:
         self.model, self.repeated = model, repeated
         self.id, self.item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self._said, self._num_events = "", 0
+        self._text, self._num_events = "", 0
 
     def whole(self, replies: Sequence[tuple[Generation, list[Piece]]], everything: Sequence[Generation]) -> dict:
-        """The object of a response that was not streamed."""
+        """Return the object of a response that is not streamed."""
         [(generation, pieces)] = replies
         text = "".join(piece.text for piece in pieces)
         return self._response(_status(generation), [self._item(_status(generation), text)], everything)
 
     def opening(self, generations: Sequence[Generation]) -> bytes:
-        """What a stream begins with."""
+        """Return the beginning of a stream."""
         response = self._response("in_progress", [])
         return b"".join(
             [
@@ -72,14 +72,14 @@ class ResponseWriter:
         )
 
     def block(self, found: Sequence[tuple[int, Piece]], generations: Sequence[Generation]) -> bytes:
-        """The text that has come."""
+        """Return the event with the text that has come."""
         new = "".join(piece.text for _, piece in found)
-        self._said += new
+        self._text += new
         return self._event("response.output_text.delta", **self._place(), delta=new, logprobs=[]) if new else b""
 
     def closing(self, generations: Sequence[Generation]) -> bytes:
-        """What a stream ends with."""
-        status, text = _status(generations[0]), self._said
+        """Return the end of a stream."""
+        status, text = _status(generations[0]), self._text
         item = self._item(status, text)
         return b"".join(
             [
@@ -91,9 +91,10 @@ class ResponseWriter:
         )
 
     def failure(self, error: ApiError) -> bytes:
-        """What a stream ends with that an error has broken."""
-        told = {"code": error.body["error"]["code"] or "server_error", "message": str(error)}
-        return self._event("response.failed", response={**self._response("failed", []), "error": told})
+        """Return the end of a stream that failed."""
+        response = self._response("failed", [])
+        response["error"] = {"code": error.body["error"]["code"] or "server_error", "message": str(error)}
+        return self._event("response.failed", response=response)
 
     def _event(self, kind: str, **content: Any) -> bytes:
         data = json.dumps({"type": kind, "sequence_number": self._num_events, **content})
@@ -137,7 +138,7 @@ def _part(text: str) -> dict[str, Any]:
 
 
 def _usage(generations: Sequence[Generation]) -> dict[str, Any]:
-    """The tokens of a reply by the names of this API."""
+    """Return the numbers of tokens of a reply by the names of this API."""
     counts = usage(generations)
     return {
         "input_tokens": counts["prompt_tokens"],

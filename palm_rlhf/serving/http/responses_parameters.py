@@ -1,4 +1,4 @@
-"""What requests to OpenAI's Responses API may hold, as JSON Schema; see `parameters`."""
+"""The parameters of OpenAI's Responses API as JSON Schemas; see `openai_parameters`."""
 
 from palm_rlhf.serving.http.openai_parameters import (
     COUNT,
@@ -47,7 +47,7 @@ RESPONSE_MESSAGE = record(
         "type": {"type": "string", "enum": ["message"]},
         "role": MESSAGE["properties"]["role"],
         "content": {"anyOf": [STRING, items(RESPONSE_PART)]},
-        "id": string(256, "Of an earlier reply; it is not looked up."),
+        "id": string(256, "The id of an earlier reply; nothing is looked up by it."),
         "status": neutral("completed", "incomplete"),
     },
     "role",
@@ -57,10 +57,10 @@ RESPONSE = record(
     {
         "model": MODEL,
         "input": {"anyOf": [STRING, items(RESPONSE_MESSAGE)], "description": "A text, or messages."},
-        "instructions": {"type": "string", "description": "A system message before them."},
+        "instructions": {"type": "string", "description": "A system message before the input."},
         "max_output_tokens": COUNT,
         **SAMPLING,
-        "stop": ENDING["stop"],  # as vLLM has it here too, and the next
+        "stop": ENDING["stop"],  # vLLM accepts this and the next parameter here, too
         "ignore_eos": ENDING["ignore_eos"],
         "text": record({"format": TEXT_FORMAT, "verbosity": neutral("medium")}),
         "stream": STREAMING["stream"],

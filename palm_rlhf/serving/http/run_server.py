@@ -11,17 +11,17 @@ from typing import Any
 from palm_rlhf.serving.http.connections import ConnectionLimits, limited_protocol
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
 
-GRACE = 5  # seconds that replies have to end after the server was told to
-LAST_WORDS = 5  # seconds that clients have to read what they are told when those are over
-# Seconds that an idle connection is kept, longer than clients do: closing one just as it is used fails what is sent.
+GRACE = 5  # seconds for running replies to end after the server is told to stop
+LAST_WORDS = 5  # seconds after that for clients to read the error
+# Seconds that an idle connection is kept, longer than clients keep it: a request on a connection that closes fails.
 KEEP_ALIVE = 75
 MAX_PORT = 2**16 - 1
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for connections; port 0 takes any that is free.
+    """Return a socket that waits for connections; port 0 takes any free port.
 
-    ValueError for a number that is no port, OSError where the port cannot be had.
+    Raises ValueError for a number that is not a port, and OSError where the port cannot be had.
     """
     if not 0 <= port <= MAX_PORT:
         raise ValueError(f"port is {port}; expected 0, which takes any that is free, to {MAX_PORT}")
@@ -30,7 +30,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a socket is found."""
+    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -43,9 +43,13 @@ def make_server(
     when_ready: Callable[[], None],
     when_late: Callable[[], None] = lambda: None,
 ) -> Any:
-    """A uvicorn server, which calls a function when it takes requests, and one to end what outlasts the grace.
+    """Return a uvicorn server.
 
-    The addresses that the proxies among `connections` tell of their clients are believed.
+    Args:
+        grace: Seconds for running replies to end after the server is told to stop.
+        connections: The limits of connections. The addresses that its proxies report of their clients are believed.
+        when_ready: Called when the server takes requests.
+        when_late: Called when replies outlast the grace, to end them.
     """
     fastapi_module()
     import uvicorn
@@ -82,7 +86,7 @@ def make_server(
 def running(
     app: Any, *, host: str = "127.0.0.1", port: int = 0, connections: ConnectionLimits | None = None
 ) -> Iterator[str]:
-    """Serves an application in a thread, and gives its URL."""
+    """Serve an application in a thread, and yield its URL."""
     ready = threading.Event()
     with closing(listen(host, port)) as listener:
         server = make_server(app, grace=1, connections=connections, when_ready=ready.set)

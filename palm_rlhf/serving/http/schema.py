@@ -70,7 +70,7 @@ def check(value: Any, schema: dict[str, Any], place: Place = ()) -> Any:
 def _fits(value: Any, schema: dict[str, Any]) -> bool:
     """Whether a value is of the type of its schema and within its bounds; what an array or object holds apart."""
     kind = schema["type"]
-    if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "boolean"):
+    if not _is_of(value, kind):
         return False
     if ("enum" in schema and value not in schema["enum"]) or (
         "pattern" in schema and not re.fullmatch(schema["pattern"], value)
@@ -82,6 +82,11 @@ def _fits(value: Any, schema: dict[str, Any]) -> bool:
         unit = "Length" if kind == "string" else "Items"
         return schema.get(f"min{unit}", 0) <= len(value) <= schema.get(f"max{unit}", len(value))
     return True
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of a type of JSON, where true and false are no numbers."""
+    return isinstance(value, KINDS[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
 def _check_neutral(value: Any, schema: dict[str, Any], place: Place) -> Any:

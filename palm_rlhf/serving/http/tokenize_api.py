@@ -22,11 +22,11 @@ from palm_rlhf.serving.served_model import ServedModel
 TOKENIZE = record(
     {
         "model": MODEL,
-        "prompt": {**STRING, "description": "A text; or else:"},
-        "add_special_tokens": boolean("Begin a text as the tokenizer begins one; true unless said otherwise."),
-        "messages": {**CHAT["properties"]["messages"], "description": "A conversation, up to where a reply begins."},
+        "prompt": {**STRING, "description": "A text; either this or messages."},
+        "add_special_tokens": boolean("Begin a text with the tokenizer's own special tokens; true by default."),
+        "messages": {**CHAT["properties"]["messages"], "description": "A conversation, up to where the reply begins."},
         "tools": CHAT["properties"]["tools"],
-        "return_token_strs": boolean("Return what each token looks like, too."),
+        "return_token_strs": boolean("Return each token as text, too."),
         "chat_template_kwargs": NEUTRAL_IN_CHATS["chat_template_kwargs"],
         **{name: CHAT["properties"][name] for name in ("add_generation_prompt", "continue_final_message")},
     }
@@ -35,15 +35,13 @@ DETOKENIZE = record({"model": MODEL, "tokens": items(TOKENS, minimum=0)}, "token
 
 
 def tokenize(model: ServedModel, context: int, values: dict[str, Any]) -> dict[str, Any]:
-    """The tokens that a completion or a chat would read, how many they are, and how many the model has room for."""
+    """Return the tokens that a completion or a chat would read, their number, and the context of the model."""
     if ("messages" in values) == ("prompt" in values):
         raise ApiError(400, "expected messages or a prompt, exactly one of them", param="messages")
     if "prompt" in values:
         tokens = _text_tokens(model, values["prompt"], values.get("add_special_tokens", True))
     elif values.get("add_special_tokens"):
-        message = (
-            "add_special_tokens is true; expected it with a prompt, since the chat template writes those of messages"
-        )
+        message = "add_special_tokens is true; expected it only with a prompt: the chat template writes special tokens"
         raise ApiError(400, message, param="add_special_tokens")
     else:
         messages = [with_calls(message, f"messages[{index}]") for index, message in enumerate(values["messages"])]
@@ -63,7 +61,7 @@ def _text_tokens(model: ServedModel, text: str, add_special_tokens: bool) -> lis
 
 
 def detokenize(model: ServedModel, values: dict[str, Any]) -> dict[str, Any]:
-    """The text of tokens, special ones by their names."""
+    """Return the text of tokens, special tokens by their names."""
     check_ids(values["tokens"], model.palm.num_tokens, "tokens")
     try:
         return {"prompt": model.tokenizer.decode(values["tokens"], with_special_tokens=True)}

@@ -1,4 +1,4 @@
-"""Tools in chats: what a request offers, the grammar of calls, and the calls in what a model says."""
+"""Tools in chats: the tools that a request offers, the grammar of calls, and the calls in a reply."""
 
 import json
 import uuid
@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from palm_rlhf.serving.call_form import ARGUMENTS, CLOSE, OPEN, CallForm
 from palm_rlhf.serving.deadline import check_deadline
-from palm_rlhf.serving.generation import Generation, Piece, ToolCall
+from palm_rlhf.serving.generation import Generation, Piece, TokenLogprob, ToolCall
 from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, WHITESPACE, Grammar, Grammars, parts
+from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, WHITESPACE, Grammar, Grammars, nested_values
 
-MOST_CALLS = 16  # that a reply is made to hold: a model that has to call may otherwise never stop
+MOST_CALLS = 16  # in one reply: a model that has to call could otherwise go on for ever
 ANY = {"type": "object"}
 
 
@@ -22,7 +22,7 @@ ANY = {"type": "object"}
 class Tools:
     """The functions of a request, in OpenAI's form, and how they may be called.
 
-    `choice` is "auto", "required", or "named" for the one function that is left then.
+    `choice` is "auto", "required", or "named" where one function was chosen, which is the only definition left then.
     """
 
     definitions: list[dict[str, Any]] = field(default_factory=list)
@@ -31,13 +31,13 @@ class Tools:
 
     @property
     def free(self) -> bool:
-        """Whether the model may say what it wants."""
+        """Whether replies need no grammar."""
         strict = any(tool["function"].get("strict", False) for tool in self.definitions)
         return self.choice == "auto" and self.parallel and not strict
 
 
 def read_tools(values: dict[str, Any]) -> Tools | None:
-    """The tools of a chat that may be called; ApiError where the choice among them is none."""
+    """Return the tools of a chat that may be called; ApiError where tool_choice names none of them."""
     tools, choice = values.get("tools", []), values.get("tool_choice")
     if not tools or choice == "none":
         if choice not in (None, "none", "auto"):
@@ -58,15 +58,15 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
 
 
 def check_depth(value: Any, name: str) -> None:
-    """ApiError for a value of JSON that is nested too deep to be worked on."""
+    """Raise ApiError for a value of JSON that is nested too deep."""
     try:
-        deque(parts(value), maxlen=0)
+        deque(nested_values(value), maxlen=0)
     except ValueError as error:
         raise ApiError(400, f"{name} cannot be read: {error}", param=name) from error
 
 
 def read_history(call: dict[str, Any], name: str) -> dict[str, Any]:
-    """An earlier call as templates are shown it, its arguments as an object; ApiError where they are none."""
+    """Return an earlier call as templates expect it, with its arguments as an object; ApiError for other arguments."""
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"] or "{}")
@@ -81,10 +81,10 @@ def read_history(call: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def call_grammar(tools: Tools, form: CallForm, grammars: Grammars) -> Grammar:
-    """What replies have to follow where they are not `free`.
+    """Return the grammar that replies have to follow where the tools are not `free`.
 
-    A chosen or required call conforms to its function's parameters, and in free text those to functions that are
-    `strict` do. ApiError for parameters that cannot be followed.
+    A required or chosen call follows the parameters of its function; in free text, calls of functions that are `strict`
+    do. Raises ApiError for parameters that cannot be followed.
     """
     optional, functions = tools.choice == "auto", [tool["function"] for tool in tools.definitions]
     schemas = [
@@ -110,7 +110,7 @@ def call_grammar(tools: Tools, form: CallForm, grammars: Grammars) -> Grammar:
 
 
 def _call(number: int, name: str, parameters: dict[str, Any], form: CallForm) -> str:
-    """One call as an object of JSON. Its parameters get a name, so that references in them are to themselves."""
+    """Return the grammar of one call, an object of JSON. Its schema gets a name, to which its references refer."""
     schema = {
         "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False},
         "type": "object",
@@ -122,7 +122,7 @@ def _call(number: int, name: str, parameters: dict[str, Any], form: CallForm) ->
 
 
 def _shape(tools: Tools, form: CallForm, optional: bool) -> str:
-    """Where calls stand in a reply."""
+    """Return the grammar of the places of calls in a reply."""
     if form == "json":
         return "start: body" if not optional else "start: TEXT | body\nTEXT: /([^{](.|\\n)*)?/"
     call = f'"\\n" body "\\n{CLOSE}"'
@@ -133,8 +133,8 @@ def _shape(tools: Tools, form: CallForm, optional: bool) -> str:
     return f'start: "{OPEN}" {call}{more}'
 
 
-def read_call(text: str, form: CallForm, index: int) -> ToolCall | None:
-    """The call that a text is, if it is one, as the `index`-th of its reply."""
+def read_call(text: str, form: CallForm, number: int) -> ToolCall | None:
+    """Return the call that a text is, as call `number` of its reply; None for other text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -144,22 +144,23 @@ def read_call(text: str, form: CallForm, index: int) -> ToolCall | None:
     arguments = value.get(ARGUMENTS[form], {})
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(index, f"call_{uuid.uuid4().hex[:24]}", value["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(number, f"call_{uuid.uuid4().hex[:24]}", value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 class CallReader:
-    """Finds the calls in a reply as its text comes; text that is no call stays what it is.
+    """Finds the calls in the text of a reply as it comes; other text is left as it is.
 
-    Text is held back while it may yet become a call.
+    Text is held back while it may become a call.
     """
 
     def __init__(self, form: CallForm):
         self.form = form
         self.num_calls = 0
-        self._held, self._logprobs = "", ()
+        self._held = ""
+        self._logprobs: tuple[TokenLogprob, ...] = ()
 
     def read(self, piece: Piece) -> Piece:
-        """A piece of a reply without the text of calls, and with the calls that ended in it."""
+        """Return a piece of a reply without the text of calls, but with the calls that ended in it."""
         self._held += piece.text
         ended = piece.finish_reason is not None
         text, calls = self._tags(ended) if self.form == "tags" else self._json(ended)
@@ -174,24 +175,25 @@ class CallReader:
         )
 
     def _tags(self, ended: bool) -> tuple[str, list[ToolCall]]:
-        said, calls = "", []
+        outside = ""
+        calls: list[ToolCall] = []
         while True:
             before, found, rest = self._held.partition(OPEN)
             if not found:
                 size = 0 if ended else held_back(before, OPEN)
-                said, self._held = said + before[: len(before) - size], before[len(before) - size :]
+                outside, self._held = outside + before[: len(before) - size], before[len(before) - size :]
                 break
             inside, closed, after = rest.partition(CLOSE)
             if not closed and not ended:
-                said, self._held = said + before, OPEN + rest
+                outside, self._held = outside + before, OPEN + rest
                 break
             call = read_call(inside, self.form, self.num_calls + len(calls))
-            said += before + ("" if call else OPEN + inside + closed)
+            outside += before + ("" if call else OPEN + inside + closed)
             calls += [call] if call else []
             self._held = after
-        if self.num_calls + len(calls) and not said.strip():
-            said = ""  # line breaks around calls
-        return said, calls
+        if self.num_calls + len(calls) and not outside.strip():
+            outside = ""  # only line breaks around calls
+        return outside, calls
 
     def _json(self, ended: bool) -> tuple[str, list[ToolCall]]:
         if not ended and self._held.lstrip()[:1] in ("", "{"):
@@ -202,7 +204,7 @@ class CallReader:
 
 
 def held_back(text: str, mark: str) -> int:
-    """How many of the last characters of a text may be the beginning of a mark."""
+    """Return how many of the last characters of a text may be the beginning of a mark."""
     sizes = range(min(len(text), len(mark) - 1), 0, -1)
     return next((size for size in sizes if mark.startswith(text[-size:])), 0)
 
@@ -210,7 +212,7 @@ def held_back(text: str, mark: str) -> int:
 async def reading_calls(
     pieces: AsyncGenerator[list[tuple[int, Piece]], None], generations: Iterable[Generation], form: CallForm
 ) -> AsyncGenerator[list[tuple[int, Piece]], None]:
-    """The pieces of replies, with the calls in them found."""
+    """Yield the pieces of replies, with the calls in them found."""
     readers = [CallReader(form) for _ in generations]
     async with aclosing(pieces):
         async for found in pieces:
