@@ -62,7 +62,7 @@ def test_a_file_that_is_broken_now_changes_nothing(write, caplog, text):
     for _ in range(3):
         assert keys.owner(b"one").name == "alice" and keys.owner(b"") is None and keys.owner(b"key") is None
     assert keys.secured
-    assert caplog.text.count("the former ones stay valid") == 1
+    assert caplog.text.count("the former keys stay valid") == 1
     write("bob: two\n")
     assert keys.owner(b"one") is None and keys.owner(b"two").name == "bob"
 

@@ -103,7 +103,7 @@ def test_a_body_of_many_chunks_is_no_header(server, connect):
 
 def test_what_is_no_http_is_told_so(server, connect, lines, eventually):
     status, body = answer(connect(server[0], b"\x16\x03\x01 hello\r\n\r\n"))
-    assert status == 400 and "no HTTP" in body["error"]["message"]
+    assert status == 400 and "expected an HTTP request" in body["error"]["message"]
     assert eventually(lines)
 
 
