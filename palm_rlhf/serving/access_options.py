@@ -52,12 +52,12 @@ class AccessOptions:
     def __post_init__(self):
         for name in ("max_connections", "max_connections_per_client"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"got {name}={getattr(self, name)}, expected at least 1")
         for name in ("header_timeout", "body_timeout", "write_timeout"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
+                raise ValueError(f"got {name}={getattr(self, name)}, expected seconds above 0")
         if self.grace < 0:
-            raise ValueError(f"grace is {self.grace}; expected seconds of at least 0")
+            raise ValueError(f"got grace={self.grace}, expected seconds of at least 0")
 
     def hosts_and_origins(self, host: str, *, loopback: bool) -> Access:
         """Return the hosts and origins from which a server that listens on `host` may be asked."""
@@ -98,4 +98,4 @@ def num_bytes(name: str, size: str) -> int:
     try:
         return parse_size(size)
     except ValueError as error:
-        raise ValueError(f'{name} is {size!r}; expected bytes, or a size such as "2GB" or "512MiB"') from error
+        raise ValueError(f'got {name}={size!r}, expected bytes, or a size such as "2GB" or "512MiB"') from error

@@ -46,7 +46,7 @@ def chat(
         lora_scope: A LoRA scope to merge into the weights.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; expected at least 1")
+        raise ValueError(f"got max_tokens={max_tokens}, expected at least 1")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

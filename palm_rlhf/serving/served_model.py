@@ -182,10 +182,10 @@ def checked_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected one such as cpu, cuda or cuda:1") from error
+        raise ValueError(f"got device={name!r}, expected one such as cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device is {str(name)!r}; expected another, since torch sees {torch.cuda.device_count()} GPUs"
+            f"got device={str(name)!r}, expected another, since torch sees {torch.cuda.device_count()} GPUs"
         )
     return device
 
@@ -218,7 +218,7 @@ def _template_of(folder: Path, tokenizer: Tokenizer, palm: PaLM, name: str) -> T
         return None
     if name != "auto":
         if name not in PRESETS:
-            raise ValueError(f"template is {name!r}; expected auto, plain or one of {sorted(PRESETS)}")
+            raise ValueError(f"got template={name!r}, expected auto, plain or one of {sorted(PRESETS)}")
         return PRESETS[name]
     try:
         return load_template(folder)

@@ -55,7 +55,7 @@ class Constraint:
     def push(self, token: int) -> None:
         """Add the next token, which `mask` has to allow."""
         if not self._matcher.consume_token(token):
-            message = f"got the token {token}; expected one that the grammar allows: {reason(self._matcher)}"
+            message = f"got the token {token}, expected one that the grammar allows: {reason(self._matcher)}"
             self.failure = ValueError(message)
 
 
@@ -167,7 +167,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     if isinstance(tokenizer, ByteTokenizer):
         return [tokenizer.decode_bytes([token], with_special_tokens=True) for token in ids]
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise ValueError(f"got a {type(tokenizer).__name__}; expected a ByteTokenizer or a HuggingFaceTokenizer")
+        raise ValueError(f"got a {type(tokenizer).__name__}, expected a ByteTokenizer or a HuggingFaceTokenizer")
     source = tokenizer.backend.to_str()
     decoder = json.loads(source)["decoder"] or {}
     if decoder.get("type") == "Metaspace":  # llguidance does not know it: a mark stands for a space

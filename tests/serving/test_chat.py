@@ -273,8 +273,8 @@ def test_a_model_of_bytes_without_a_tokenizer_is_talked_to(chat, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--max-tokens", "0"), "max_tokens is 0"),
-        (("--context", "1"), "context is 1"),
+        (("--max-tokens", "0"), "max_tokens=0"),
+        (("--context", "1"), "context=1"),
         (("--lora-scope", "none"), "none"),
     ],
 )

@@ -324,9 +324,9 @@ def test_what_does_not_fit_is_refused(start_engine, served_model):
     engine = start_engine()
     with pytest.raises(ValueError, match="prompt has 200 tokens and asks for 57 more; the context is 256"):
         engine.submit(ask([1] * 200, 57))
-    with pytest.raises(ValueError, match="prompt has the token id 261"):
+    with pytest.raises(ValueError, match="got the token id 261 in prompt"):
         engine.submit(ask([261], 5))
-    with pytest.raises(ValueError, match="logit_bias has the token id -1"):
+    with pytest.raises(ValueError, match="got the token id -1 in logit_bias"):
         engine.submit(ask([1], 5, logit_bias={-1: 1.0}))
     for options in ({"temperature": -1}, {"top_p": 2}, {"stop": ("",)}, {"logprobs": -1}, {"timeout": 0}):
         with pytest.raises(ValueError, match=f"got {next(iter(options))}="):

@@ -193,9 +193,9 @@ def test_the_options_of_the_command_are_the_limits():
     limits, connections = access.limits(), access.connections()
     assert (limits.max_n, limits.max_output, connections.write_timeout) == (3, 77, 1.5)
     for name in ("max_n", "max_output"):
-        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+        with pytest.raises(ValueError, match=f"{name}=0, expected at least 1"):
             AccessOptions(**{name: 0}).limits()
-    with pytest.raises(ValueError, match="write_timeout is 0"):
+    with pytest.raises(ValueError, match="write_timeout=0"):
         AccessOptions(write_timeout=0.0)
 
 

@@ -113,25 +113,25 @@ def test_a_port_in_use_is_said_before_the_model_is_read(tmp_path):
 
 def test_a_number_that_is_no_port_is_refused_in_one_line(checkpoint):
     for port in ("80000", "-1"):
-        with pytest.raises(SystemExit, match=f"^palm-rlhf: port is {port}; expected 0, .* to 65535$"):
+        with pytest.raises(SystemExit, match=f"^palm-rlhf: got port={port}, expected 0, .* to 65535$"):
             main(["serve", str(checkpoint), "--port", port])
 
 
 def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
     (tmp_path / "empty").write_text("\n")
     for options, expected in (
-        ({"cache_memory": "much"}, "cache_memory is 'much'; expected bytes"),
+        ({"cache_memory": "much"}, "cache_memory='much', expected bytes"),
         ({"cache_memory": "10KB"}, "expected at least"),
-        ({"max_batch": 0}, "max_batch is 0"),
-        ({"queue": -1}, "queue is -1"),
-        ({"context": 1}, "context is 1"),
-        ({"timeout": 0.0}, "timeout is 0"),
+        ({"max_batch": 0}, "max_batch=0"),
+        ({"queue": -1}, "queue=-1"),
+        ({"context": 1}, "context=1"),
+        ({"timeout": 0.0}, "timeout=0"),
         ({"access": AccessOptions(api_key_file=tmp_path / "empty")}, "has no API key"),
-        ({"access": AccessOptions(max_body="much")}, "max_body is 'much'; expected bytes"),
-        ({"access": AccessOptions(max_body="4MB", body_memory="7MB")}, "body_memory is 7,000,000 bytes"),
-        ({"access": AccessOptions(allowed_hosts=("http://a",))}, "got 'http://a'; expected a name"),
-        ({"access": AccessOptions(cors_origin=("https://a/path",))}, "got 'https://a/path'; expected a scheme"),
-        ({"device": "toaster"}, "device is 'toaster'"),
+        ({"access": AccessOptions(max_body="much")}, "max_body='much', expected bytes"),
+        ({"access": AccessOptions(max_body="4MB", body_memory="7MB")}, "body_memory=7,000,000 bytes"),
+        ({"access": AccessOptions(allowed_hosts=("http://a",))}, "got 'http://a', expected a name"),
+        ({"access": AccessOptions(cors_origin=("https://a/path",))}, "got 'https://a/path', expected a scheme"),
+        ({"device": "toaster"}, "device='toaster'"),
         ({"device": "cuda:99"}, "torch sees . GPUs"),
         ({"template": "vicuna"}, "needs the special tokens"),
         ({"reward_model": str(checkpoint)}, "model_type"),
@@ -143,9 +143,9 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
 
 def test_limits_that_make_no_sense_are_refused():
     for name in ("max_connections", "max_connections_per_client", "header_timeout", "body_timeout"):
-        with pytest.raises(ValueError, match=f"{name} is 0"):
+        with pytest.raises(ValueError, match=f"{name}=0"):
             AccessOptions(**{name: 0 if name.startswith("max") else 0.0})
-    with pytest.raises(ValueError, match="grace is -1"):
+    with pytest.raises(ValueError, match="grace=-1"):
         AccessOptions(grace=-1.0)
 
 

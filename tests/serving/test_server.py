@@ -281,7 +281,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, checkpoint, reward_fold
         load(tmp_path / "bytes", reward_model=reward_folder)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="template is 'other'"):
+    with pytest.raises(ValueError, match="template='other'"):
         load(checkpoint, template="other")
 
 

@@ -36,7 +36,7 @@ class EngineConfig:
         for name, least in (("context", 2), ("max_batch", 1), ("queue", 0), ("prefill_chunk", 1), ("prefix_memory", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+                raise ValueError(f"got {name}={value}, expected at least {least}")
         for name in ("timeout", "stall_timeout"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0")
+                raise ValueError(f"got {name}={getattr(self, name)}, expected seconds above 0")

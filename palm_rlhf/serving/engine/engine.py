@@ -68,11 +68,11 @@ class Engine:
     def _make_batch(self) -> Batch:
         config, per_token = self.config, SlotCache.bytes_per_token(self.palm)
         if not self.palm.config.causal:
-            raise ValueError("got a bidirectional PaLM, which cannot be sampled from; expected one with causal=True")
+            raise ValueError("got a bidirectional PaLM, expected one with causal=True: only that can be sampled from")
         least = -(-self.context // COLUMN_STEP) * COLUMN_STEP
         if config.cache_memory < least * per_token:
             raise ValueError(
-                f"cache_memory is {config.cache_memory:,} bytes; expected at least {least * per_token:,}, for one "
+                f"got cache_memory={config.cache_memory:,} bytes, expected at least {least * per_token:,}, for one "
                 f"sequence of the context of {self.context} tokens: raise it, or lower the context"
             )
         slots = SlotCache(self.palm, max_tokens=config.cache_memory // per_token, max_rows=config.max_batch)
@@ -133,7 +133,7 @@ class Engine:
         for request in requests:
             self._check(request)
         if len(requests) > self.limit:
-            raise ValueError(f"got {len(requests)} requests at once; expected at most {self.limit}, rows and queue")
+            raise ValueError(f"got {len(requests)} requests at once, expected at most {self.limit}, rows and queue")
         generations = [
             Generation(request, TextStream(self.tokenizer, request.stop), deliver, self._wake) for request in requests
         ]
@@ -158,7 +158,7 @@ class Engine:
         for name, ids in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
             if ids and not 0 <= min(ids) <= max(ids) < size:
                 bad = min(ids) if min(ids) < 0 else max(ids)
-                raise ValueError(f"{name} has the token id {bad}; expected 0 to {size - 1}")
+                raise ValueError(f"got the token id {bad} in {name}, expected 0 to {size - 1}")
 
     def _check_room(self, client: str, count: int, total: int) -> None:
         """Raise EngineFull where `count` replies of a client, of `total` asked for together, have no room.

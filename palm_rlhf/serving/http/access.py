@@ -37,7 +37,7 @@ class Access:
         ):
             for value in values:
                 if not pattern.fullmatch(value):
-                    raise ValueError(f"got {value!r}; expected {expected}, or *")
+                    raise ValueError(f"got {value!r}, expected {expected}, or *")
 
     def refusal(self, headers: Mapping[str, str]) -> ApiError | None:
         """Return why a request may not be answered, or None."""

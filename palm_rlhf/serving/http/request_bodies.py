@@ -39,10 +39,10 @@ class RequestLimits:
     def __post_init__(self):
         for name in ("max_n", "max_output"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"got {name}={getattr(self, name)}, expected at least 1")
         if self.body_memory * SHARE < self.max_body:
             raise ValueError(
-                f"body_memory is {self.body_memory:,} bytes, of which one client may have half; expected at least "
+                f"got body_memory={self.body_memory:,} bytes, of which one client may use half, expected at least "
                 f"{int(self.max_body / SHARE):,}, for one body of max_body, {self.max_body:,} bytes"
             )
 

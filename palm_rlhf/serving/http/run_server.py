@@ -24,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises ValueError for a number that is not a port, and OSError where the port cannot be had.
     """
     if not 0 <= port <= MAX_PORT:
-        raise ValueError(f"port is {port}; expected 0, which takes any that is free, to {MAX_PORT}")
+        raise ValueError(f"got port={port}, expected 0, which takes any free port, to {MAX_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=1024)
 
