@@ -133,7 +133,7 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
         ({"access": AccessOptions(cors_origin=("https://a/path",))}, "got 'https://a/path', expected a scheme"),
         ({"device": "toaster"}, "device='toaster'"),
         ({"device": "cuda:99"}, "torch sees . GPUs"),
-        ({"template": "vicuna"}, "needs the special tokens"),
+        ({"template": "vicuna"}, "lacks the special tokens"),
         ({"reward_model": str(checkpoint)}, "model_type"),
         ({"lora_scope": "pirate"}, "finetune scope 'pirate'"),
     ):
