@@ -84,9 +84,14 @@ def candidates(node: ast.AST, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def is_for_checkers(node: ast.AST) -> bool:
+    """Whether a node is `if TYPE_CHECKING`, whose imports never run."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that run when the module is imported."""
-    for node in ast.iter_child_nodes(tree):
+    for node in filter(lambda node: not is_for_checkers(node), ast.iter_child_nodes(tree)):
         yield node
         if not isinstance(node, (*FUNCTIONS, ast.Lambda)):
             yield from outside_functions(node)
@@ -129,7 +134,7 @@ def circle(trees: dict[str, ast.AST]) -> list[str]:
     """
 
     def imported(module: str, node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if is_for_checkers(node):
             return
         parents = module.removesuffix(".__init__") if module.endswith(".__init__") else module.rpartition(".")[0]
         for name in candidates(node, package=parents):
@@ -265,7 +270,7 @@ LAWFUL = {
     "cli.py": "from palm_rlhf import PaLM\nfrom palm_rlhf.serving import chat\n",
     "serving/http/replies.py": "from palm_rlhf import __version__\nfrom palm_rlhf.serving.engine import Engine\n",
     "serving/engine/__init__.py": "from palm_rlhf.serving.engine.engine import Engine\n",
-    "serving/engine/engine.py": "if TYPE_CHECKING:\n    import palm_rlhf.serving.engine\n",
+    "serving/engine/engine.py": "if TYPE_CHECKING:\n    import matplotlib, palm_rlhf.serving.engine\n",
 }
 
 
