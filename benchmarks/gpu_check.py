@@ -18,8 +18,8 @@ import tyro
 from attention_work import TOLERANCE, Work, errors, exact, gradients, implementation
 from side_by_side import alternate, surroundings
 
-from palm_rlhf.ops.attention import available_implementations
 from palm_rlhf.ops.attention_reference import attention_reference
+from palm_rlhf.ops.devices import available_implementations
 
 NO_GPU = 3
 DTYPES = {"cuda": (torch.float32, torch.float16, torch.bfloat16), "cpu": (torch.float32,)}

@@ -218,7 +218,7 @@ def kernels(request, monkeypatch):
 
     def forget():
         native_library._load.cache_clear()
-        native_attention._runs.cache_clear()
+        native_attention._why_not_here.cache_clear()
 
     with monkeypatch.context() as patch:
         if request.param == "operations of PyTorch":

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 import palm_rlhf
 from palm_rlhf import PaLM
 from palm_rlhf.cli import COMMANDS, main
-from palm_rlhf.ops.cpu.native_library import refusal
+from palm_rlhf.ops.cpu.native_library import why_not
 
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -121,7 +121,7 @@ def test_everything_works_without_triton():
 import sys
 sys.modules["triton"] = None  # what an import finds where Triton is not installed
 import importlib, pkgutil, torch, palm_rlhf
-from palm_rlhf.ops.attention import available_implementations
+from palm_rlhf.ops.devices import available_implementations
 
 for module in pkgutil.walk_packages(palm_rlhf.__path__, "palm_rlhf."):
     if ".ops.triton." not in module.name:
@@ -229,7 +229,7 @@ def test_info_tells_versions_and_implementations():
     assert process.returncode == 0, process.stderr
     for fact in (palm_rlhf.__version__, torch.__version__, sys.version.split()[0], "eager on cpu: usable", "triton"):
         assert fact in process.stdout
-    native = "usable" if refusal() is None else f"refused, {refusal()}"
+    native = "usable" if why_not() is None else f"refused, {why_not()}"
     assert f"native     C kernels: {native}\n" in process.stdout
 
 
@@ -320,7 +320,7 @@ def test_a_triton_that_is_too_old_is_told_by_its_version(tmp_path):
     (tmp_path / "triton/language").mkdir(parents=True)
     (tmp_path / "triton/__init__.py").write_text('__version__ = "3.2.0"\n')
     (tmp_path / "triton/language/__init__.py").touch()
-    code = "from palm_rlhf.ops.attention import available_implementations as a; print(a('cuda')['triton'])"
+    code = "from palm_rlhf.ops.devices import available_implementations as a; print(a('cuda')['triton'])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     process = run_python("-c", code, text=True, env=environment)
     assert process.stdout == "Triton 3.8 or newer is needed, found 3.2.0\n", process.stderr

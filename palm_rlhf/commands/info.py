@@ -6,8 +6,7 @@ import platform
 import torch
 
 from palm_rlhf import __version__
-from palm_rlhf.ops.attention import available_implementations
-from palm_rlhf.ops.cpu import native_library
+from palm_rlhf.ops.devices import available_implementations, why_not_native
 
 
 def triton_version() -> str:
@@ -53,7 +52,7 @@ def info() -> None:
         "torch": [torch.__version__],
         "triton": [triton_version()],
         "devices": devices(),
-        "native": [f"C kernels: {usable(native_library.refusal())}"],
+        "native": [f"C kernels: {usable(why_not_native())}"],
         "attention": attention_implementations(),
     }
     for name, lines in rows.items():

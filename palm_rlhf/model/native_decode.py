@@ -11,8 +11,9 @@ from palm_rlhf.model.block import ParallelBlock, position_tables
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.lora import BlockLoRA
-from palm_rlhf.ops.cpu.native_decoding import BlockTensors, NativeDecoder, fit, max_rows
-from palm_rlhf.ops.cpu.native_library import library
+from palm_rlhf.ops.cpu import native_decoding
+from palm_rlhf.ops.cpu.native_decoding import BlockTensors, NativeDecoder
+from palm_rlhf.ops.devices import why_not_native
 
 if TYPE_CHECKING:
     from palm_rlhf.model.palm import PaLM
@@ -33,10 +34,10 @@ def native_step(
     kind, c, dtype = tokens.device.type, palm.config, palm.dtype
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(kind)
-    few = tokens.shape[1] == 1 and len(tokens) <= max_rows(dtype) and kind == "cpu"
+    few = tokens.shape[1] == 1 and native_decoding.is_faster(len(tokens), dtype) and kind == "cpu"
     plain = c.flash_attn and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     layers = cast("Sequence[ParallelBlock]", palm.layers)
-    if not few or not plain or library() is None or _is_special(layers, adapters or ()):
+    if not few or not plain or why_not_native() is not None or _is_special(layers, adapters or ()):
         return None
     window = cache.window()
     if window is None:
@@ -47,7 +48,8 @@ def native_step(
     scales = {part.scale for block in adapters or () for part in block.parts} or {1.0}
     decoder = cache.kernels.get("decoder")
     if decoder is None or not decoder.reads(blocks, scales):
-        if len(scales) > 1 or not fit(blocks, palm.dtype, (len(tokens), c.kv_heads, c.dim_head), dtype):
+        shape = (len(tokens), c.kv_heads, c.dim_head)
+        if len(scales) > 1 or native_decoding.why_not(blocks, palm.dtype, shape, dtype) is not None:
             return None
         decoder = cache.kernels["decoder"] = NativeDecoder(blocks, c.heads, c.norm_eps, scales.pop())
     return partial(decoder.step, first=first, lengths=lengths) if len(keys[0]) == len(tokens) else None

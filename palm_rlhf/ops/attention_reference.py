@@ -1,10 +1,19 @@
-"""Scaled dot-product attention, written out: the definition that every faster implementation is held against."""
+"""Scaled dot-product attention, written out: the definition that every faster implementation is tested against."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypedDict
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+
+class Masks(TypedDict):
+    """The keywords by which every implementation of attention is told which keys a query sees."""
+
+    causal: bool
+    key_mask: Tensor | None
+    document_ids: Tensor | None
 
 
 def visibility(
@@ -17,11 +26,18 @@ def visibility(
     queries: slice = slice(None),
     device: torch.device | None = None,
 ) -> Tensor | None:
-    """Which keys each query may see, or None where every query sees every key.
+    """Return which keys each query sees, `b i j` or `1 i j`, bool, or None if every query sees every key.
 
-    The last query stands at the last key, as it must when a few new tokens meet a cache.
+    The last query is at the position of the last key, as it is where a few new tokens meet a longer cache.
 
-    key_mask: `b j`, document_ids: `b j` -> `b i j` or `1 i j`, bool; `queries` picks rows of i.
+    Args:
+        num_queries: i.
+        num_keys: j.
+        causal: a query sees no later key.
+        key_mask: `b j`, bool, True for the keys to see.
+        document_ids: `b j`; a query sees only the keys of its own document.
+        queries: the rows of i to return.
+        device: the device of the result.
     """
     rows = torch.arange(num_keys - num_queries, num_keys, device=device)[queries]
     visible = None
@@ -39,7 +55,7 @@ def visibility(
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
-    """A context in which autocast leaves float32 products in float32."""
+    """Return a context in which autocast leaves float32 products in float32."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -54,11 +70,11 @@ def attention_reference(
     key_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v in float32 (float64 inputs stay float64); a query that sees no key returns 0.
+    """Return softmax(q k^T / sqrt(d)) v in float32, or in float64 for float64; a query that sees no key returns 0.
 
     Vaswani et al. 2017, equation 1; shared keys and values: Shazeer 2019 and Ainslie et al. 2023.
 
-    q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j` -> `b (hk g) i d`
+    q: `b (hk g) i d`, k and v: `b hk j d`, key_mask and document_ids: `b j` -> `b (hk g) i d`
     """
     dtype = q.dtype
     compute = torch.promote_types(dtype, torch.float32)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.devices import why_not_triton
 from palm_rlhf.ops.masked import masked_mean, shares, weighted_mean
 
 CHUNK = 1 << 23  # logits in memory at once
@@ -80,15 +80,15 @@ def linear_cross_entropy(
 
     x: `... e`, weight: `v e`, targets, mask and weights: `...` -> scalar
     """
-    triton = uses_triton(x, weight)
-    if torch.compiler.is_compiling() and not triton:
+    use_triton = why_not_triton(x, weight) is None
+    if torch.compiler.is_compiling() and not use_triton:
         options = {"weights": weights, "z_loss": z_loss, "denominator": denominator}
         return linear_cross_entropy_reference(x, weight, targets, mask, scale=scale, **options)
     wide, device = torch.promote_types(x.dtype, torch.float32), x.device
     counts = shares(targets.shape, mask, weights=weights, denominator=denominator, dtype=wide, device=device)
     dtype = product_dtype(x, weight)
     rows = x.flatten(0, -2), weight, targets.flatten(), counts.flatten()
-    if triton:
+    if use_triton:
         from palm_rlhf.ops.triton.fused_cross_entropy import linear_cross_entropy_triton
 
         return linear_cross_entropy_triton(*rows, scale, z_loss, dtype)

@@ -1,16 +1,71 @@
-"""Which tensors the fused GPU kernels take; attention chooses among more, and says why, in `attention.py`."""
+"""Which implementation of an operation runs where, and why not.
+
+PyTorch's own operations run everywhere. Kernels in C (`ops/cpu`) and in Triton (`ops/triton`) take their place where
+they can. Throughout `ops` an implementation answers two questions: `why_not` returns the reason why it cannot compute
+the given tensors here, or None if it can; `is_faster` says, where it can, whether it is worth it.
+"""
+
+from functools import cache
 
 import torch
+from beartype import beartype
 from torch import Tensor
+from torch.nn import Parameter
 
-from palm_rlhf.ops.attention import available_implementations
+from palm_rlhf.ops.cpu import native_library
 
-DEVICES = {"cuda"}  # ROCm calls itself so as well
-DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+GPUS = {"cuda"}  # the device type of ROCm as well
+TRITON_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
-def uses_triton(*tensors: Tensor) -> bool:
-    """Whether kernels in Triton take these tensors: all on a GPU that can run them, in types they compute in."""
-    if not all(t.device.type in DEVICES and t.dtype in DTYPES for t in tensors):
-        return False
-    return available_implementations(tensors[0].device.type)["triton"] is None
+def why_not_native(*tensors: Tensor) -> str | None:
+    """Return why kernels in C cannot compute with these tensors here, or None if they can.
+
+    The kernels read tensors by their addresses. Without tensors the answer is for this machine.
+    """
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return "a tensor is not on the CPU"
+        if type(tensor) not in (Tensor, Parameter):
+            return "a tensor is of a subclass, which may keep its numbers elsewhere"
+        if tensor.stride(-1) != 1:
+            return "the last axis of a tensor is not dense in memory"
+    return native_library.why_not()
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """Return why Triton kernels do not compute with these tensors, or None if they do.
+
+    They do so on GPUs only; on a CPU, Triton's interpreter is for tests.
+    """
+    for tensor in tensors:
+        if tensor.device.type not in GPUS:
+            return "a tensor is not on a GPU"
+        if tensor.dtype not in TRITON_DTYPES:
+            return "a tensor is neither float32, float16 nor bfloat16"
+    return why_not_triton_on(tensors[0].device.type)
+
+
+def why_not_triton_on(device_type: str) -> str | None:
+    """Return why Triton kernels cannot run on a type of device, or None if they can."""
+    return _find_why_not_triton_on(device_type)
+
+
+# torch.compile may not trace the function above, which imports Triton, but takes its result for a constant. This is
+# what `torch.compiler.assume_constant_result` does; that function imports the whole compiler, which takes a second.
+why_not_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions can have any attribute
+
+
+@cache
+def _find_why_not_triton_on(device_type: str) -> str | None:
+    try:
+        from palm_rlhf.ops.triton.tiles import why_not
+    except ImportError as error:
+        return str(error)
+    return why_not(device_type)
+
+
+@beartype
+def available_implementations(device_type: str = "cpu") -> dict[str, str | None]:
+    """Return, for each implementation of attention, why it cannot run on a type of device, or None if it can."""
+    return {"eager": None, "fused": None, "chunked": None, "triton": why_not_triton_on(device_type)}

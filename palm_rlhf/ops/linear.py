@@ -1,19 +1,21 @@
-"""The two products of a parallel block: one matrix with several outputs, and two matrices with one sum.
+"""The two products of a parallel block: one matrix with several outputs, and the sum of two products.
 
-Their backwards are written for a CPU. Gradients are read and written where they lie, where autograd would first join
-or split them; and the weight's gradient starts from an explicit transpose of the narrow operand, since oneDNN
-otherwise transposes the wide one, at a third of the product's speed.
+Their backwards are written for a CPU. They read and write gradients in place, where autograd would first concatenate
+or split them. For the gradient of a weight they transpose the narrow operand explicitly; oneDNN would transpose the
+wide one, and the product would take three times as long.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.devices import why_not_triton
 from palm_rlhf.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
 
 
 class _SplitLinear(torch.autograd.Function):
+    """`split_linear`, with a backward that never concatenates the gradients."""
+
     @staticmethod
     def forward(ctx, x, weight, sizes):
         ctx.save_for_backward(x, weight)
@@ -23,26 +25,27 @@ class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
-        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
             parts = weight.split(ctx.sizes)
-            d_x = grads[0] @ parts[0]
-            for grad, part in zip(grads[1:], parts[1:], strict=True):
+            d_x = rows[0] @ parts[0]
+            for grad, part in zip(rows[1:], parts[1:], strict=True):
                 d_x.addmm_(grad, part)
             d_x = d_x.view_as(x)
         if ctx.needs_input_grad[1]:
             columns = x.reshape(-1, x.shape[-1]).mT.contiguous()
             d_weight = torch.empty_like(weight)
-            for grad, part in zip(grads, d_weight.split(ctx.sizes), strict=True):
+            for grad, part in zip(rows, d_weight.split(ctx.sizes), strict=True):
                 part.copy_((columns @ grad).mT)
         return d_x, d_weight, None
 
 
 class _SwiGLUSumLinear(torch.autograd.Function):
-    """Hidden units are made again in the backward, which writes over the gradient that it no longer needs.
+    """`swiglu_sum_linear`, with a backward that computes the hidden units again.
 
-    Fresh memory costs a CPU more than the arithmetic: each page of it has to be asked for.
+    The backward writes over gradients that it no longer needs: allocating memory costs a CPU more than the arithmetic,
+    since the system has to hand out every page.
     """
 
     @staticmethod
@@ -55,7 +58,9 @@ class _SwiGLUSumLinear(torch.autograd.Function):
         x, weight, gate, value, hidden_weight = ctx.saved_tensors
         needs_x, needs_weight, needs_gate, needs_value, needs_hidden_weight = ctx.needs_input_grad
         rows = d_out.reshape(-1, d_out.shape[-1])
-        columns = rows.mT.contiguous() if needs_weight or needs_hidden_weight else None
+        columns = rows.mT
+        if needs_weight or needs_hidden_weight:
+            columns = columns.contiguous()
         d_x = (rows @ weight).view_as(x) if needs_x else None
         d_weight = columns @ x.reshape(-1, x.shape[-1]) if needs_weight else None
         d_hidden = rows @ hidden_weight
@@ -70,27 +75,27 @@ class _SwiGLUSumLinear(torch.autograd.Function):
 
 
 def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """`x @ weight.T`, split along the last axis into outputs of the given sizes.
+    """Return `x @ weight.T`, split along the last axis into outputs of the given sizes.
 
     x: `... i`, weight: `sum(sizes) i` -> one `... size` for each size
     """
-    if not _has_kernels(x):
+    if not _is_faster(x):
         return linear(x, weight).split_with_sizes(sizes, dim=-1)
     return _SplitLinear.apply(*_autocast(x, weight), sizes)
 
 
 def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hidden_weight: Tensor) -> Tensor:
-    """`x @ weight.T + swiglu(gate, value) @ hidden_weight.T`.
+    """Return `x @ weight.T + swiglu(gate, value) @ hidden_weight.T`.
 
     x: `... i`, weight: `o i`, gate and value: `... j`, hidden_weight: `o j` -> `... o`
     """
-    if not _has_kernels(x) or uses_triton(gate, value):
+    if not _is_faster(x) or why_not_triton(gate, value) is None:
         return linear(x, weight) + linear(swiglu(gate, value), hidden_weight)
     return _SwiGLUSumLinear.apply(*_autocast(x, weight, gate, value, hidden_weight))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`; for a single row on a CPU, by the matrix-vector product, which streams the weights faster there.
+    """Return `x @ weight.T`; for one row on a CPU as a matrix-vector product, which reads the weights faster.
 
     x: `... i`, weight: `o i` -> `... o`
     """
@@ -102,17 +107,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether the functions above compute a call, with gradients or without: on a CPU, of more than one new token.
+def _is_faster(x: Tensor) -> bool:
+    """Return whether the functions above are faster than autograd: on a CPU, for more than one new token.
 
-    A gradient must not decide: a policy's probabilities, recorded without one, are compared with those of training.
+    It must not matter whether gradients are wanted: RLHF compares the log-probabilities that it recorded while sampling
+    with those of the training forward.
     """
     one_token = x.ndim < 2 or x.shape[-2] == 1
     return x.device.type == "cpu" and not one_token and not torch.compiler.is_compiling()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would do to the operands of a product; autograd functions are not seen by it."""
+    """Cast the operands of a product as autocast would; it does not do so for an autograd.Function."""
     if not torch.is_autocast_enabled("cpu"):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype("cpu")) for t in tensors)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf.ops.cross_entropy import CHUNK, product_dtype
-from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.devices import why_not_triton
 from palm_rlhf.ops.nucleus import Cut, find_cut, truncates
 from palm_rlhf.ops.sampling import truncated_logits
 
@@ -88,15 +88,15 @@ def linear_logprobs_reference(
     return token_logprobs(logits, tokens), distribution_entropy(logits, needs_grad=entropy_needs_grad)
 
 
-def chunks_pay(x: Tensor, weight: Tensor, *, entropy_needs_grad: bool = False) -> bool:
-    """Return whether `linear_logprobs` saves memory without being slower than a forward with all logits in memory.
+def chunks_are_faster(x: Tensor, weight: Tensor, *, entropy_needs_grad: bool = False) -> bool:
+    """Return whether `linear_logprobs` is at least as fast as with all logits in memory, and uses less memory.
 
     The answer does not depend on whether gradients are wanted, so that log-probabilities computed with and without
     gradients are equal to the bit.
 
     x: `... e`, weight: `v e`
     """
-    if uses_triton(x, weight):
+    if why_not_triton(x, weight) is None:
         return True
     num_tokens, dim = weight.shape
     many = num_tokens >= 4 * dim and x.numel() // dim * num_tokens > CHUNK
@@ -120,13 +120,13 @@ def linear_logprobs(
 
     x: `... e`, weight: `v e`, tokens: `...` -> `...`, twice
     """
-    triton = uses_triton(x, weight) and not truncates(top_k, top_p)
-    if torch.compiler.is_compiling() and not triton:
+    use_triton = why_not_triton(x, weight) is None and not truncates(top_k, top_p)
+    if torch.compiler.is_compiling() and not use_triton:
         return linear_logprobs_reference(
             x, weight, tokens, scale=scale, top_k=top_k, top_p=top_p, entropy_needs_grad=entropy_needs_grad
         )
     rows = x.flatten(0, -2), weight, tokens.flatten(), scale, product_dtype(x, weight), entropy_needs_grad
-    if triton:
+    if use_triton:
         from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
 
         logprobs, entropy = linear_logprobs_triton(*rows)

@@ -1,28 +1,31 @@
-"""SwiGLU (Shazeer 2020, equation 6): a feed-forward's hidden units, gated by the SiLU of another projection."""
+"""SwiGLU (Shazeer 2020, equation 6): the hidden units of a feed-forward layer, gated by the SiLU of a projection."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf.ops.cpu.native_elementwise import swiglu_backward_native_, swiglu_native, takes
-from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.cpu.native_elementwise import swiglu_backward_native_, swiglu_native, why_not_swiglu
+from palm_rlhf.ops.devices import why_not_triton
 
 
 def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
-    """silu(gate) * value, both `... d`."""
+    """Return silu(gate) * value, both `... d`."""
     return F.silu(gate) * value
 
 
 def swiglu_forward(gate: Tensor, value: Tensor) -> Tensor:
-    """The same, unknown to autograd, by a kernel in C where it runs."""
-    if gate.is_contiguous() and value.is_contiguous() and takes(gate, value):
+    """Return silu(gate) * value without a graph for autograd, by the kernel in C where it can run: `... d`."""
+    if why_not_swiglu(gate, value) is None:
         return swiglu_native(gate, value)
     return F.silu(gate).mul_(value)
 
 
 def swiglu_backward_(d_hidden: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate and value, the latter over `d_hidden`, and the hidden units once more: all `... d`."""
-    if all(t.is_contiguous() for t in (d_hidden, gate, value)) and takes(d_hidden, gate, value):
+    """Return the gradients of gate and value, and the hidden units, computed again: all `... d`.
+
+    The gradient of value takes the memory of `d_hidden`.
+    """
+    if why_not_swiglu(d_hidden, gate, value) is None:
         return swiglu_backward_native_(d_hidden, gate, value)
     silu = F.silu(gate)
     d_gate = torch.ops.aten.silu_backward(d_hidden * value, gate)
@@ -30,7 +33,7 @@ def swiglu_backward_(d_hidden: Tensor, gate: Tensor, value: Tensor) -> tuple[Ten
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Saves its two inputs alone: the SiLU is computed again in the backward."""
+    """SwiGLU that saves only its two inputs: the backward computes the SiLU again."""
 
     @staticmethod
     def forward(ctx, gate, value):
@@ -44,10 +47,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    """silu(gate) * value, both `... d`; `torch.compile` gets the reference, which it fuses itself."""
+    """Return silu(gate) * value, both `... d`; `torch.compile` gets the reference, which it fuses itself."""
     if torch.compiler.is_compiling():
         return swiglu_reference(gate, value)
-    if uses_triton(gate, value):
+    if why_not_triton(gate, value) is None:
         from palm_rlhf.ops.triton.fused_swiglu import swiglu_triton
 
         return swiglu_triton(gate, value)

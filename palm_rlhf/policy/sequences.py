@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.logprobs import chunks_pay, distribution_entropy, linear_logprobs, token_logprobs
+from palm_rlhf.ops.logprobs import chunks_are_faster, distribution_entropy, linear_logprobs, token_logprobs
 from palm_rlhf.ops.sampling import truncated_logits
 from palm_rlhf.policy.shared_prompts import embeds_before_actions
 
@@ -182,7 +182,7 @@ def action_logprobs(
         num_allowed = int(allowed_tokens.sum())
         in_chunks = in_chunks and bool(allowed_tokens[:num_allowed].all())
         weight = weight[:num_allowed]
-    if in_chunks and chunks_pay(embeds, weight, entropy_needs_grad=entropy_needs_grad):
+    if in_chunks and chunks_are_faster(embeds, weight, entropy_needs_grad=entropy_needs_grad):
         scale = palm.config.output_scale / temperature
         return ActionLogprobs(
             *linear_logprobs(

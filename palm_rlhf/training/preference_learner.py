@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.preferences import kto_baseline
 from palm_rlhf.model.modes import evaluating, switch_off_dropout
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, token_logprobs
+from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, token_logprobs
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.actor_critic import check_model
 from palm_rlhf.policy.sequences import Sequences
@@ -42,7 +42,7 @@ class ResponseLogprobs(nn.Module):
             finetune_scope=self.scope,
         )
         embeds, weight = sequences.before_actions(embeds), self.palm.token_emb.weight
-        if chunks_pay(embeds, weight):
+        if chunks_are_faster(embeds, weight):
             logprobs, _ = linear_logprobs(embeds, weight, sequences.actions, scale=self.palm.config.output_scale)
         else:
             logprobs = token_logprobs(self.palm.to_logits(embeds, wide=True), sequences.actions)

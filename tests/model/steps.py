@@ -75,7 +75,7 @@ def read_at_once(palm, rows, steps=4, order=None, **options):
 @contextmanager
 def without_kernel():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("palm_rlhf.model.native_decode.library", lambda: None)
+        patch.setattr("palm_rlhf.model.native_decode.why_not_native", lambda: "switched off")
         yield
 
 
@@ -84,7 +84,7 @@ WAYS = {"kernel": nullcontext, "operations": without_kernel}
 
 def assert_way(cache, way):
     """A cache that the kernel has read keeps it; a machine without a compiler has none."""
-    assert ("decoder" in cache.kernels) == (way == "kernel" and native_library.refusal() is None)
+    assert ("decoder" in cache.kernels) == (way == "kernel" and native_library.why_not() is None)
 
 
 def assert_close(got, expected):

@@ -99,7 +99,7 @@ def test_the_kernel_is_right_where_its_mutants_are_wrong():
 
 @pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
 def test_the_kernel_is_right_on_older_processors(without, compile_native, monkeypatch):
-    if native_library.refusal() is None and platform.machine() == "x86_64":
+    if native_library.why_not() is None and platform.machine() == "x86_64":
         older = compile_native({name: (native_library.SOURCES / name).read_text() for name in SOURCES}, more=[without])
         monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.library", lambda: older)
         assert error() < EXACT
@@ -108,7 +108,7 @@ def test_the_kernel_is_right_on_older_processors(without, compile_native, monkey
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_line_is_noticed(name, use_mutant):
-    if native_library.refusal() is None:
+    if native_library.why_not() is None:
         code, wrong, harmless = MUTANTS[name]
         use_mutant(code, wrong)
         assert error() > 1e-7
@@ -116,7 +116,7 @@ def test_a_wrong_line_is_noticed(name, use_mutant):
 
 
 def test_an_own_value_that_is_not_rounded_is_noticed_in_bfloat16(use_mutant):
-    if native_library.refusal() is None:
+    if native_library.why_not() is None:
         use_mutant("OF(load)(OF(store)($value))", "$value")
         assert error() < EXACT
         assert bfloat16_error() > 1e-4

@@ -7,8 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops.attention import attention, available_implementations, choose
+from palm_rlhf.ops.attention import attention, choose
 from palm_rlhf.ops.attention_reference import visibility
+from palm_rlhf.ops.devices import available_implementations
 
 IMPLEMENTATIONS = ["eager", "fused", "chunked"]  # those that run everywhere
 BATCH, DIM_HEAD = 3, 6
@@ -269,12 +270,12 @@ def shaped(*shapes):
         (shaped((2, 4, 7, 6), (2, 2, 7, 6), (2, 2, 8, 6)), {}, "do not fit"),
         (shaped((2, 4, 7, 6), (3, 2, 7, 6), (3, 2, 7, 6)), {}, "do not fit"),
         (shaped((2, 4, 7, 6), (2, 2, 7, 8), (2, 2, 7, 8)), {}, "do not fit"),
-        (shaped((2, 4, 7, 6), (2, 3, 7, 6), (2, 3, 7, 6)), {}, "4 query heads over 3 key heads; expected a multiple"),
-        (shaped((2, 4, 7, 6), (2, 2, 6, 6), (2, 2, 6, 6)), {}, "7 queries over 6 keys"),
+        (shaped((2, 4, 7, 6), (2, 3, 7, 6), (2, 3, 7, 6)), {}, "4 query heads and 3 key heads; expected a multiple"),
+        (shaped((2, 4, 7, 6), (2, 2, 6, 6), (2, 2, 6, 6)), {}, "7 queries and 6 keys"),
         (
             shaped((2, 4, 7, 6), (2, 2, 6, 6), (2, 2, 6, 6)),
             {"causal": False, "document_ids": torch.zeros(2, 6, dtype=torch.long)},
-            "7 queries over 6 keys",
+            "7 queries and 6 keys",
         ),
         (shaped(*[(2, 4, 7, 6)] * 3), {"key_mask": torch.ones(2, 6, dtype=torch.bool)}, "key_mask has shape .2, 6."),
         (shaped(*[(2, 4, 7, 6)] * 3), {"key_mask": torch.ones(2, 7)}, "key_mask is torch.float32; expected torch.bool"),

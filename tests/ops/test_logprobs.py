@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.ops import logprobs as module
-from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, linear_logprobs_reference
+from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, linear_logprobs_reference
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_it_compiles_in_one_graph():
 def test_chunks_are_for_many_logits_that_are_not_dearer_to_compute_again():
     def pay(n: int, dim: int, num_tokens: int, trained: bool, **options) -> bool:
         x, weight = torch.empty(1, n, dim, device="meta"), torch.empty(num_tokens, dim, device="meta")
-        return chunks_pay(x, weight.requires_grad_(trained), **options)
+        return chunks_are_faster(x, weight.requires_grad_(trained), **options)
 
     assert pay(1024, 512, 50257, True)
     assert pay(1024, 512, 50257, False)

@@ -9,7 +9,7 @@ import torch
 from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.token_ids import known_tokens
-from palm_rlhf.ops.logprobs import chunks_pay
+from palm_rlhf.ops.logprobs import chunks_are_faster
 from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import action_logprobs, response_logprobs
 
@@ -127,7 +127,7 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_known_tokens
     embeds = torch.randn(8, 128, 16, dtype=torch.float64, requires_grad=True)
     actions = known.nonzero().squeeze(-1)[torch.randint(int(known.sum()), (8, 128))]
     if num_tokens > NUM_TOKENS:
-        assert chunks_pay(embeds, palm.token_emb.weight), "this size was to take the way in chunks"
+        assert chunks_are_faster(embeds, palm.token_emb.weight), "this size was to take the way in chunks"
     found = action_logprobs(palm, embeds, actions, temperature=0.7, allowed_tokens=known)
     found.logprobs.square().sum().backward()
     gradients = embeds.grad.clone(), palm.token_emb.weight.grad.clone()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.ops.cpu.native_library import refusal
+from palm_rlhf.ops.cpu.native_library import why_not
 from palm_rlhf.serving.engine.prefix_cache import MAX_ENTRIES, PrefixCache, common_prefix
 from palm_rlhf.serving.engine.slot_cache import RaggedRows, SlotCache
 from tests.factories import palm_of
@@ -53,9 +53,9 @@ class Overlong(RaggedRows):
 @pytest.mark.parametrize("mutant", [Unmasked, Shifted, Overlong])
 def test_a_wrong_cache_is_noticed(palm, monkeypatch, mutant):
     monkeypatch.setattr(SlotCache, "rows", lambda slots, lengths: mutant(slots, lengths))
-    if mutant is Unmasked or refusal() is not None:  # the kernel needs no mask
-        monkeypatch.setattr("palm_rlhf.model.native_decode.library", lambda: None)
-    if mutant is Overlong and refusal() is not None:
+    if mutant is Unmasked or why_not() is not None:  # the kernel needs no mask
+        monkeypatch.setattr("palm_rlhf.model.native_decode.why_not_native", lambda: "switched off")
+    if mutant is Overlong and why_not() is not None:
         return
     with pytest.raises(AssertionError):
         test_rows_of_different_lengths_compute_what_each_does_alone(palm)

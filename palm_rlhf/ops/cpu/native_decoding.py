@@ -1,4 +1,4 @@
-"""The next token through all blocks of a PaLM in one call of a kernel in C; `csrc/decode.c` is the kernel."""
+"""One decoding step through all blocks of a PaLM, in one call of the kernel in C of `csrc/decode.c`."""
 
 import ctypes
 from ctypes import c_double, c_int, c_long, c_void_p
@@ -10,12 +10,15 @@ from torch import Tensor
 from palm_rlhf.ops.cpu.native_library import has_amx, library, num_threads
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
-MAX_ROWS = 64  # beyond, one product after the other is as fast
-MAX_ROWS_WITH_AMX = 8  # of bfloat16
+MAX_ROWS = 64  # for more rows, computing one product after the other is as fast
+MAX_ROWS_WITH_AMX = 8  # for bfloat16 on a processor with AMX
 
 
 class BlockTensors(NamedTuple):
-    """What one block reads, and its part of the cache, all contiguous: weights of one dtype, keys and values of one."""
+    """The weights of one block, and its part of the cache.
+
+    All are contiguous. The weights have one dtype, and the keys and values have one dtype.
+    """
 
     norm: Tensor  # e
     in_proj: Tensor  # (q k v gate value) e
@@ -25,7 +28,7 @@ class BlockTensors(NamedTuple):
     k_norm: Tensor | None  # hk d
     keys: Tensor  # b hk capacity d
     values: Tensor
-    q_down: Tensor | None = None  # i r, of the adapters, all or none
+    q_down: Tensor | None = None  # i r; the adapters of LoRA, either all eight or none
     k_down: Tensor | None = None
     v_down: Tensor | None = None
     out_down: Tensor | None = None
@@ -36,6 +39,8 @@ class BlockTensors(NamedTuple):
 
 
 class _Shape(ctypes.Structure):
+    """`Shape` of `csrc/decode.c`."""
+
     _fields_ = [
         *((name, c_long) for name in ("depth", "dim", "heads", "kv_heads", "dim_head", "inner")),
         *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads", "rank")),
@@ -45,11 +50,17 @@ class _Shape(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
+    """`Layer` of `csrc/decode.c`, which has the fields of `BlockTensors` in their order."""
+
     _fields_ = [(name, c_void_p) for name in BlockTensors._fields]
 
 
 def _places(blocks: list[BlockTensors]) -> list[tuple]:
-    """Where everything is, and how often it was changed if it is not read there but copied."""
+    """Return the address of every tensor, and for those that the kernel copies a count of their changes.
+
+    A tensor of another dtype than the cache is copied, so that a change of it must be noticed. `_version` is the count
+    by which autograd notices changes in place; PyTorch has no public name for it.
+    """
     dtype = blocks[0].keys.dtype
     return [
         (t.data_ptr(), t.dtype, t.shape, 0 if t.dtype == dtype or t.is_inference() else t._version)
@@ -59,32 +70,39 @@ def _places(blocks: list[BlockTensors]) -> list[tuple]:
     ]
 
 
-def max_rows(dtype: torch.dtype) -> int:
-    """How many rows at once the kernel is good for; none of a type that it does not know."""
-    if dtype not in DTYPES:
-        return 0
-    return MAX_ROWS_WITH_AMX if dtype == torch.bfloat16 and has_amx() else MAX_ROWS
+def is_faster(num_rows: int, dtype: torch.dtype) -> bool:
+    """Return whether the kernel is faster than one block after the other; never for a dtype that it does not know."""
+    most = MAX_ROWS_WITH_AMX if dtype == torch.bfloat16 and has_amx() else MAX_ROWS
+    return num_rows <= most and dtype in DTYPES
 
 
-def fit(
+def why_not(
     blocks: list[BlockTensors], dtype: torch.dtype, cache_shape: tuple[int, int, int], cache_dtype: torch.dtype
-) -> bool:
-    """Whether all are of the types, sizes and memory order that the kernel counts on; cache_shape: `b hk d`."""
+) -> str | None:
+    """Return why the kernel cannot compute with these blocks, or None if it can.
+
+    Args:
+        blocks: the tensors of each block.
+        dtype: the dtype that all weights must have.
+        cache_shape: `b hk d`, the sizes that all keys and values must have.
+        cache_dtype: the dtype that all keys and values must have.
+    """
     caches = [t for block in blocks for t in (block.keys, block.values)]
-    weights = [t for block in blocks for t in block._replace(keys=None, values=None) if t is not None]
+    weights = [t for block in blocks for t in (*block[:6], *block[8:]) if t is not None]
     ranks = {block.q_down.shape[1] for block in blocks if block.q_down is not None}
-    return (
-        all(t.is_contiguous() for t in (*weights, *caches))
-        and {t.dtype for t in weights} == {dtype}
-        and {(*t.shape[:2], t.shape[3], t.dtype) for t in caches} == {(*cache_shape, cache_dtype)}
-        and len(ranks) <= 1
-    )
+    if not all(t.is_contiguous() for t in (*weights, *caches)):
+        return "a tensor is not contiguous"
+    if {t.dtype for t in weights} != {dtype}:
+        return "a weight has another dtype than the model"
+    if {(*t.shape[:2], t.shape[3], t.dtype) for t in caches} != {(*cache_shape, cache_dtype)}:
+        return "a part of the cache has another shape or dtype than expected"
+    return None if len(ranks) <= 1 else "the adapters of the blocks have different ranks"
 
 
 class NativeDecoder:
-    """One token a row through given blocks, whose tensors are kept alive.
+    """The kernel together with the tensors of given blocks, which it keeps alive; it takes one token per row.
 
-    They are read where they lie, but weights of another dtype than the cache's are copied into that one now.
+    The kernel reads the tensors in place, except for weights of another dtype than the cache, which are converted once.
     """
 
     def __init__(self, blocks: list[BlockTensors], heads: int, eps: float, adapter_scale: float):
@@ -93,7 +111,7 @@ class NativeDecoder:
         dim, inner = first.ff_out.shape
         rank = 0 if first.q_down is None else first.q_down.shape[1]
         self.places, dtype = _places(blocks), first.keys.dtype
-        self.blocks = [BlockTensors(*(t if t is None else t.to(dtype) for t in block)) for block in blocks]
+        self.blocks = [BlockTensors._make(t if t is None else t.to(dtype) for t in block) for block in blocks]
         pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in self.blocks]
         self.layers = (_Layer * len(blocks))(*pointers)
         self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity)
@@ -102,30 +120,36 @@ class NativeDecoder:
         self.function.restype = None
         self.function.argtypes = [*(c_void_p,) * 8, c_int]
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self._make_room(num_threads())
+        self._allocate_scratch(num_threads())
 
-    def _make_room(self, threads: int) -> None:
-        library().decode_scratch.restype = c_long
-        size = library().decode_scratch(ctypes.byref(self.shape), c_int(threads))
+    def _allocate_scratch(self, threads: int) -> None:
+        scratch_numbers = library().decode_scratch
+        scratch_numbers.restype = c_long
+        size = scratch_numbers(ctypes.byref(self.shape), c_int(threads))
         self.scratch, self.threads = torch.empty(size, dtype=self.dtype, device="cpu"), threads
 
     def reads(self, blocks: list[BlockTensors], adapter_scales: set[float]) -> bool:
-        """Whether these are what it reads: weights are given other memory or types, and so are the rows of a cache."""
+        """Return whether the kernel still reads these blocks: weights and caches may have moved or changed dtype."""
         return _places(blocks) == self.places and adapter_scales == {self.shape.adapter_scale}
 
     def __reduce__(self):
-        return type(None), ()  # a copy of a cache makes a kernel of its own
+        return type(None), ()  # a copy of a cache starts without a kernel, whose addresses are those of the original
 
     def step(self, x: Tensor, tables: tuple[Tensor, Tensor], first: Tensor, lengths: Tensor) -> Tensor:
-        """Read the next token of each row into the cache, and through the blocks.
+        """Take the next token of each row through the blocks, and write its keys and values to the cache.
 
-        `lengths` counts the tokens that the cache holds of a row, which sees those from `first` on.
+        Args:
+            x: `b 1 e`, the embeddings of the tokens.
+            tables: cosines and sines, `b|1 (h + hk)|1 1 d`, float32 or wider.
+            first: `b`, int64, the first position of the cache that the row sees, after its padding.
+            lengths: `b`, int64, how many positions of the cache are in use.
 
-        x: `b 1 e`, tables: at least float32, `b|1 (h + hk)|1 1 d`, first and lengths: `b` int64 -> `b 1 e`
+        Returns:
+            `b 1 e`.
         """
         threads = num_threads()
-        if threads > self.threads:  # their number follows the load of the machine
-            self._make_room(threads)
+        if threads > self.threads:  # `threads.adapt` changes their number with the load of the machine
+            self._allocate_scratch(threads)
         cos, sin = (table.contiguous() for table in tables)
         wide = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self.shape.table_rows, self.shape.table_heads = cos.shape[:2]

@@ -1,4 +1,4 @@
-"""SwiGLU and rotary positions on a CPU by kernels in C, each in one pass; `csrc/elementwise.c` has them."""
+"""SwiGLU and rotary positions on a CPU, each in one pass, by the kernels in C of `csrc/elementwise.c`."""
 
 import ctypes
 from ctypes import c_float, c_int, c_long, c_void_p
@@ -6,12 +6,15 @@ from ctypes import c_float, c_int, c_long, c_void_p
 import torch
 from torch import Tensor
 
-from palm_rlhf.ops.cpu.native_library import library, num_threads, readable
+from palm_rlhf.ops.cpu.native_library import library, num_threads
+from palm_rlhf.ops.devices import why_not_native
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class _Rotation(ctypes.Structure):
+    """`Rotation` of `csrc/elementwise.c`."""
+
     _fields_ = [
         *((name, c_long) for name in ("batch", "length", "heads", "dim")),
         *((f"{name}_strides", c_long * 3) for name in ("x", "out")),
@@ -20,36 +23,58 @@ class _Rotation(ctypes.Structure):
     ]
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels compute these: all of one dtype on a CPU, float32 or bfloat16, the last axis dense."""
+def why_not_swiglu(*tensors: Tensor) -> str | None:
+    """Return why the kernels of SwiGLU cannot compute with these tensors, or None if they can."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return "a tensor is not contiguous"
+    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+        return "the tensors are of several dtypes"
+    return _why_not(*tensors)
+
+
+def why_not_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """Return why `rotate_native` cannot compute with these tensors, or None if it can; its tables are float32."""
+    if not cos.dtype == sin.dtype == torch.float32:
+        return "the tables are not float32"
+    if cos.stride() != sin.stride():
+        return "the two tables have different strides"
+    return _why_not(x, cos, sin)
+
+
+def _why_not(x: Tensor, *others: Tensor) -> str | None:
     if torch.compiler.is_compiling():
-        return False
-    dtypes = {t.dtype for t in tensors}
-    fit = len(dtypes) == 1 and dtypes <= set(DTYPES) and readable(*tensors)
-    return fit and tensors[0].numel() > 0 and library() is not None
-
-
-def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `rotate_native` computes these: its tables are float32, whatever x is."""
-    return cos.dtype == torch.float32 and cos.stride() == sin.stride() and takes(x) and takes(cos, sin)
+        return "torch.compile does not trace kernels in C"
+    if x.dtype not in DTYPES:
+        return "a tensor is neither float32 nor bfloat16"
+    if not x.numel():
+        return "a tensor is empty"
+    return why_not_native(x, *others)
 
 
 def swiglu_native(gate: Tensor, value: Tensor) -> Tensor:
-    """silu(gate) * value, both `... d` and contiguous."""
+    """Return silu(gate) * value, both `... d` and contiguous."""
     out = torch.empty_like(gate)
     _call("swiglu", gate, (gate, value, out), gate.numel())
     return out
 
 
 def swiglu_backward_native_(d_hidden: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the gate, that of the value, written over `d_hidden`, and the hidden units: all `... d`."""
+    """Return the gradients of gate and value, the latter in the memory of `d_hidden`, and the hidden units: `... d`."""
     d_gate, hidden = torch.empty_like(d_hidden), torch.empty_like(d_hidden)
     _call("swiglu_backward", gate, (d_hidden, gate, value, d_gate, d_hidden, hidden), gate.numel())
     return d_gate, d_hidden, hidden
 
 
 def rotate_native(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-    """`rotary.rotate` of `b n h d`, tables float32 `b|1 n h|1 d`; `inverse` turns back, `out` is where to write."""
+    """Return what `rotary.rotate` returns.
+
+    Args:
+        x: `b n h d`.
+        cos: `b|1 n h|1 d`, float32.
+        sin: of the shape and strides of `cos`.
+        inverse: turn back, by the negative angles.
+        out: `b n h d`, a tensor to write to, instead of a new one.
+    """
     batch, length, heads, dim = x.shape
     out = x.new_empty(x.shape) if out is None else out
     strides = ((c_long * 3)(*t.stride()[:3]) for t in (x, out))

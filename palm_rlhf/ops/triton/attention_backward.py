@@ -250,8 +250,8 @@ def describe_rows(q: Tensor, d_out: Tensor, group: int, tile: Tile) -> tuple[Ten
     if group & (group - 1):  # tiles hold whole groups, or groups whole tiles
         return None
     block = (1, max(1, tile.block_m // group), min(group, tile.block_m), block_dim(q.shape[-1]))
-    q, d_out = describe(q.transpose(1, 2), block), describe(d_out, block)
-    return None if q is None or d_out is None else (q, d_out)
+    queries, gradients = describe(q.transpose(1, 2), block), describe(d_out, block)
+    return None if queries is None or gradients is None else (queries, gradients)
 
 
 def shares(blocks: int, processors: int) -> int:

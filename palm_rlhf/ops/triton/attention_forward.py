@@ -176,8 +176,8 @@ def forward_kernel(
 
 def describe_keys(k: Tensor, v: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
     """Keys and values, both `b hk j d`, with the blocks in which they are copied, where the GPU can do so."""
-    k, v = (describe(t, (1, 1, tile.block_n, block_dim(t.shape[-1]))) for t in (k, v))
-    return None if k is None or v is None else (k, v)
+    keys, values = (describe(t, (1, 1, tile.block_n, block_dim(t.shape[-1]))) for t in (k, v))
+    return None if keys is None or values is None else (keys, values)
 
 
 def forward(

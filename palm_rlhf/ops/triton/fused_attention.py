@@ -22,8 +22,8 @@ MAX_DIM = 256
 MASKS = "bool causal, Tensor? key_mask, Tensor? document_ids"
 
 
-def cannot_run(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """None where the kernels take these tensors, else the reason why not."""
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Return why the kernels cannot compute this attention, or None if they can."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; it takes one of {DTYPES} for all three"
     if q.shape[-1] > MAX_DIM:

@@ -23,16 +23,20 @@ def _forward(x, weight, tokens, scale, dtype, ahead):
     with torch.autocast(x.device.type, enabled=False):
         matrix = weight.to(dtype)
         for rows, _, logits in chunks(x, matrix):
-            found = statistics(logits, tokens[rows], len(weight), scale, with_entropy=True)
-            logprobs[rows], log_z[rows], entropy[rows] = found
+            logprobs[rows], log_z[rows], found_entropy = statistics(
+                logits, tokens[rows], len(weight), scale, with_entropy=True
+            )
+            assert found_entropy is not None  # since it was asked for
+            entropy[rows] = found_entropy
             if ahead:
-                slopes = {"d_logprobs": torch.ones_like(found[0]), "log_z": log_z[rows]}
+                slopes = {"d_logprobs": torch.ones_like(log_z[rows]), "log_z": log_z[rows]}
                 d_x[rows] = differentiate_(logits, tokens[rows], len(weight), scale, **slopes) @ matrix
     return results
 
 
 def _results(x: Tensor, ahead: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *(x.new_empty(len(x), dtype=torch.float32) for _ in range(3)), x.new_empty(x.shape if ahead else 0)
+    logprobs, entropy, log_z = (x.new_empty(len(x), dtype=torch.float32) for _ in range(3))
+    return logprobs, entropy, log_z, x.new_empty(x.shape if ahead else 0)
 
 
 @_forward.register_fake

@@ -99,7 +99,8 @@ def _split(qkv, cos, sin, heads, kv_heads):
 
 
 def _parts(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(qkv.new_empty(*qkv.shape[:2], n, qkv.shape[-1]) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, qkv.shape[-1]) for n in (heads, kv_heads, kv_heads))
+    return q, k, v
 
 
 @_split.register_fake
@@ -114,7 +115,7 @@ def _(qkv, cos, sin, heads, kv_heads):
 )
 def _join(d_q, d_k, d_v, cos, sin):
     d_qkv = _joined(d_q, d_k)
-    _launch(d_qkv, *(t.contiguous() for t in (d_q, d_k, d_v)), cos, sin, reverse=True)
+    _launch(d_qkv, d_q.contiguous(), d_k.contiguous(), d_v.contiguous(), cos, sin, reverse=True)
     return d_qkv
 
 

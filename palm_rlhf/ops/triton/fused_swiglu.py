@@ -3,6 +3,8 @@
 Rows may lie apart, as those of a gate and a value that one projection has made side by side.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -60,7 +62,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(kernel, tensors: list[Tensor], results: list[Tensor]) -> None:
+def _launch(kernel: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
     """Run a kernel that reads tensors and writes results, all `... d`."""
     if not results[0].numel():
         return

@@ -43,8 +43,8 @@ FLOAT32_TILES = {
 }
 
 
-def refusal(device_type: str) -> str | None:
-    """None where Triton kernels can run on such a device, else the reason why not."""
+def why_not(device_type: str) -> str | None:
+    """Return why Triton kernels cannot run on a type of device, or None if they can."""
     if device_type == "cuda":
         if torch.version.cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_CUDA:
             name, needed = torch.cuda.get_device_name(), ".".join(map(str, OLDEST_CUDA))

@@ -17,7 +17,7 @@ def mutate(compile_native, monkeypatch):
         mutant = compile_native(sources)
         for module in (native_attention, native_elementwise):
             monkeypatch.setattr(module, "library", lambda: mutant)
-        native_attention._runs.cache_clear()
+        native_attention._why_not_here.cache_clear()
 
     yield run
-    native_attention._runs.cache_clear()
+    native_attention._why_not_here.cache_clear()

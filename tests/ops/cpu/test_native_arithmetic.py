@@ -61,7 +61,7 @@ def assert_bfloat16(library):
 
 @pytest.mark.parametrize("law", [assert_exp, assert_bfloat16])
 def test_arithmetic(law, compile_header):
-    if native_library.refusal() is None:
+    if native_library.why_not() is None:
         law(compile_header())
 
 
@@ -78,6 +78,6 @@ def test_arithmetic(law, compile_header):
     ],
 )
 def test_wrong_arithmetic_is_noticed(law, text, wrong, noticed, compile_header):
-    if native_library.refusal() is None:
+    if native_library.why_not() is None:
         with pytest.raises(AssertionError, match=noticed):
             law(compile_header(text, wrong))

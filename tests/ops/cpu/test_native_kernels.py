@@ -1,6 +1,7 @@
 """The kernels in C beside definitions in float64: attention, SwiGLU, rotary positions. Where they cannot run, that."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,15 +11,15 @@ from hypothesis import strategies as st
 from palm_rlhf.ops.attention import attention
 from palm_rlhf.ops.cpu import native_attention, native_elementwise
 from palm_rlhf.ops.cpu.native_attention import backward_native, forward_native, key_spans
-from palm_rlhf.ops.cpu.native_library import library
 from palm_rlhf.ops.rotary import rotary_tables
-
-HAS_ATTENTION = hasattr(library(), "attention_forward") and not torch.cpu._is_amx_tile_supported()
 
 
 def where_it_runs(test):
-    """The test, or on a processor without such products, that the kernels are refused."""
-    return test if HAS_ATTENTION else lambda: native_attention.takes(*qkv(1, 1, 1, 4, 4, 32)) is False or pytest.fail()
+    """The test, or on a processor without such products, that the kernels say why they cannot run."""
+    if not native_attention.is_faster():
+        return lambda: torch.cpu._is_amx_tile_supported() or pytest.fail()
+    reason = native_attention.why_not(*qkv(1, 1, 1, 4, 4, 32))
+    return test if reason is None else lambda: re.search("AVX512_BF16|compil|PALM_RLHF_NATIVE", reason) or pytest.fail()
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,7 +99,7 @@ TWICE_ROUNDED = 2 * 2**-9  # weights are rounded, and results
 @example(batch=1, kv_heads=2, group=2, queries=30, before=500, dim=32, causal=True, threads=5)
 def test_attention_is_its_definition(batch, kv_heads, group, queries, before, dim, causal, threads):
     inputs = qkv(batch, kv_heads * group, kv_heads, queries, queries + before, dim)
-    assert native_attention.takes(*inputs)
+    assert native_attention.why_not(*inputs) is None
     usual = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -207,9 +208,9 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
         attention(q, k, v, causal=True, **masks).backward(drawn(*q.shape, seed=9))
         for t, grad in zip((q, k, v), by_kernel(q.detach(), k.detach(), v.detach(), True, **masks)[2], strict=True):
             assert torch.equal(t.grad, grad)
-    assert not native_attention.takes(q.float(), k.float(), v.float())
-    assert not native_attention.takes(*(t[..., :40] for t in (q, k, v)))
-    assert not native_attention.takes(*(t.mT.contiguous().mT for t in (q, k, v)))
+    assert "bfloat16" in native_attention.why_not(q.float(), k.float(), v.float())
+    assert "multiple of 32" in native_attention.why_not(*(t[..., :40] for t in (q, k, v)))
+    assert "not dense" in native_attention.why_not(*(t.mT.contiguous().mT for t in (q, k, v)))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
 )
 def test_a_mutant_of_attention_is_found_out(mutate, file, old, new):
     inputs, masks = qkv(1, 4, 2, 120, 600, 32), {"document_ids": (torch.arange(600) // 190)[None]}
-    if not native_attention.takes(*inputs):
+    if native_attention.why_not(*inputs) is not None:
         return
     assert worst(*inputs, True, **masks) < TWICE_ROUNDED
     mutate(file, old, new)
@@ -263,12 +264,12 @@ def swiglu_distance(dtype, n=1003):
 @DTYPES
 @pytest.mark.parametrize("n", [1, 15, 64, 1003])
 def test_swiglu_is_its_definition_rounded_once(dtype, n):
-    if native_elementwise.takes(torch.ones(1)):
+    if native_elementwise.why_not_swiglu(torch.ones(1)) is None:
         assert swiglu_distance(dtype, n) < 8 * 2**-24 + ROUNDING[dtype]
 
 
 def test_swiglu_of_extreme_gates():
-    if native_elementwise.takes(torch.ones(1)):
+    if native_elementwise.why_not_swiglu(torch.ones(1)) is None:
         gate = torch.tensor([-1e30, -200.0, -0.0, 0.0, 200.0, 1e30, torch.nan])
         got = native_elementwise.swiglu_native(gate, torch.ones(7))
         torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 0.0, 0.0, 200.0, 1e30, torch.nan]), equal_nan=True)
@@ -292,7 +293,7 @@ def rotation_distance(dtype, *, per_head=False, rows=2):
 @pytest.mark.parametrize("per_head", [False, True], ids=["one table", "a table a head"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rotation_is_its_definition_and_turns_back(dtype, per_head, rows):
-    if native_elementwise.takes(torch.ones(1)):
+    if native_elementwise.why_not_swiglu(torch.ones(1)) is None:
         assert rotation_distance(dtype, per_head=per_head, rows=rows) < 2 * ROUNDING[dtype]
 
 
@@ -309,14 +310,19 @@ def test_rotation_is_its_definition_and_turns_back(dtype, per_head, rows):
     ],
 )
 def test_a_mutant_of_the_elementwise_kernels_is_found_out(mutate, old, new, distance_of):
-    if native_elementwise.takes(torch.ones(1)):
+    if native_elementwise.why_not_swiglu(torch.ones(1)) is None:
         assert distance_of(torch.float32) < 1e-5
         mutate("elementwise_body.h", old, new)
         assert distance_of(torch.float32) > 1e-3
 
 
 def test_kernels_take_neither_other_types_nor_strides():
-    assert not native_elementwise.takes(torch.ones(4, dtype=torch.float64))
-    assert not native_elementwise.takes(torch.ones(4, 4).mT)
-    assert not native_elementwise.takes(torch.ones(4), torch.ones(4).bfloat16())
-    assert not native_elementwise.takes(torch.ones(0))
+    why_not = native_elementwise.why_not_swiglu
+    assert "float32" in why_not(torch.ones(4, dtype=torch.float64))
+    assert "contiguous" in why_not(torch.ones(4, 5).mT)
+    assert "several dtypes" in why_not(torch.ones(4), torch.ones(4).bfloat16())
+    assert "empty" in why_not(torch.ones(0))
+    x, table = torch.ones(1, 4, 2, 6), torch.ones(1, 4, 1, 6)
+    assert "float32" in native_elementwise.why_not_rotate(x, table.double(), table.double())
+    assert "strides" in native_elementwise.why_not_rotate(x, table, torch.ones(4, 1, 1, 6).transpose(0, 1))
+    assert "not dense" in native_elementwise.why_not_rotate(torch.ones(1, 4, 6, 2).mT, table, table)

@@ -36,7 +36,7 @@ for changes in json.loads(sys.argv[1]):
     palm = PaLM(num_tokens=17, dim=12, depth=2, heads=3, dim_head=4)
     options = {"max_new_tokens": 12, "temperature": 0, "repetition_penalty": 100.0}
     tokens = palm.generate(prompt=torch.tensor([1, 2, 3]), **options)
-    print(json.dumps([native_library.refusal(), native_library.library() is not None, tokens.tolist()]))
+    print(json.dumps([native_library.why_not(), native_library._load()[0] is not None, tokens.tolist()]))
 """
 
 
@@ -179,10 +179,10 @@ def test_without_the_kernels_there_is_a_reason_and_the_same_text(later, environm
 
 def test_a_library_of_another_user_is_not_loaded(monkeypatch):
     """Who owns a file in a shared folder could have written anything into it."""
-    native_library.refusal()  # compiles it, if nobody has
+    native_library.why_not()  # compiles it, if nobody has
     monkeypatch.delenv("PALM_RLHF_NATIVE", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(native_library._Refused, match="belongs to another user" if COMPILER else NO_COMPILER):
+    with pytest.raises(native_library._Unusable, match="belongs to another user" if COMPILER else NO_COMPILER):
         native_library._compiled()
 
 

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from palm_rlhf.ops.attention import attention, available_implementations, choose
+from palm_rlhf.ops.attention import attention, choose
+from palm_rlhf.ops.devices import available_implementations
 
 INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py", "test_attention_descriptors.py"]
 
@@ -92,7 +93,7 @@ def test_results_lie_in_memory_as_the_model_joins_heads(num_queries):
 
 @pytest.mark.slow(6)
 def test_each_refusal_has_its_reason():
-    code = "from palm_rlhf.ops.attention import available_implementations as f; print(f('cpu')['triton'])"
+    code = "from palm_rlhf.ops.devices import available_implementations as f; print(f('cpu')['triton'])"
     assert "TRITON_INTERPRET=1" in run_python(code, TRITON_INTERPRET="0")
     version = "import triton; triton.__version__ = '{}'; " + code
     assert run_python(version.format("3.7.1"), TRITON_INTERPRET="1") == "Triton 3.8 or newer is needed, found 3.7.1"

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from palm_rlhf.ops.devices import uses_triton
-from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs, linear_logprobs_reference
+from palm_rlhf.ops.devices import why_not_triton
+from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, linear_logprobs_reference
 from palm_rlhf.ops.rotary import rotary_split, rotary_tables
 from palm_rlhf.ops.swiglu import swiglu
 
@@ -35,10 +35,10 @@ def test_a_gpu_takes_them_for_what_they_can_compute():
     with FakeTensorMode():
         for dtype in TYPES:
             x, weight, _ = layer(dtype)
-            assert uses_triton(x, weight) and chunks_pay(x, weight)
-            assert not uses_triton(x, weight.double()) and not uses_triton(x.cpu(), weight)
-            assert not uses_triton(*layer(dtype, device="cpu")[:2])
-        assert not uses_triton(*layer(torch.float64)[:2])
+            assert why_not_triton(x, weight) is None and chunks_are_faster(x, weight)
+            assert "float32" in why_not_triton(x, weight.double()) and "GPU" in why_not_triton(x.cpu(), weight)
+            assert "GPU" in why_not_triton(*layer(dtype, device="cpu")[:2])
+        assert "float32" in why_not_triton(*layer(torch.float64)[:2])
 
 
 def test_each_operation_takes_them():
@@ -75,10 +75,10 @@ def test_without_triton_a_gpu_takes_what_it_took_before():
 import sys
 sys.modules["triton"] = None  # what an import finds where Triton is not installed
 import torch
-from palm_rlhf.ops.devices import uses_triton
+from palm_rlhf.ops.devices import why_not_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 with FakeTensorMode():
-    print(uses_triton(torch.empty(2, device="cuda")))
+    print(why_not_triton(torch.empty(2, device="cuda")) is None)
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stdout.strip() == "False", process.stderr

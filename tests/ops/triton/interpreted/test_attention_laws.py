@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from palm_rlhf import PaLM
-from palm_rlhf.ops.attention import attention, available_implementations
+from palm_rlhf.ops.attention import attention
+from palm_rlhf.ops.devices import available_implementations
 from palm_rlhf.ops.triton import attention_backward, attention_forward, tiles
 from palm_rlhf.ops.triton.attention_backward import backward
 from palm_rlhf.ops.triton.attention_decode import decode

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from palm_rlhf import PaLM
 from palm_rlhf.ops import devices
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from palm_rlhf.ops.logprobs import chunks_pay, linear_logprobs
+from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs
 from palm_rlhf.ops.rotary import rotary_tables
 from palm_rlhf.ops.triton import fused_cross_entropy
 from palm_rlhf.ops.triton.fused_cross_entropy import chunks, linear_cross_entropy_triton
@@ -28,7 +28,7 @@ F32 = torch.float32
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """What is dispatched on a GPU, here."""
-    monkeypatch.setattr(devices, "DEVICES", {"cpu"})
+    monkeypatch.setattr(devices, "GPUS", {"cpu"})
     monkeypatch.setattr("palm_rlhf.ops.attention.choose", lambda *tensors, **masks: "triton")
 
 
@@ -410,5 +410,5 @@ def test_responses_are_said_as_the_reference_does(frozen, request):
 
 def test_kernels_are_for_the_types_they_compute_in(on_a_gpu):
     x, weight, _ = layer()
-    assert chunks_pay(x, weight) and chunks_pay(x.half(), weight.bfloat16())
-    assert not chunks_pay(x.double(), weight) and not devices.uses_triton(x, weight.double())
+    assert chunks_are_faster(x, weight) and chunks_are_faster(x.half(), weight.bfloat16())
+    assert not chunks_are_faster(x.double(), weight) and devices.why_not_triton(x, weight.double()) is not None
