@@ -32,6 +32,7 @@ from tqdm import tqdm
 from palm_rlhf.cli import replace_what_cannot_be_written
 from palm_rlhf.commands.run_folder import quoted, show_next
 from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.files import write_text
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.reward_model import RewardModel
@@ -39,13 +40,13 @@ from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.language_model_config import LMConfig
 from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
-from palm_rlhf.training.run.checkpoints import write_text
-from palm_rlhf.training.run.config import LMConfig, RunConfig
+from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.log import Result
 from palm_rlhf.training.run.muon import muon
 from palm_rlhf.training.run.optimizer import forward_precision, warmup_cosine

@@ -22,7 +22,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.training.language_model import LanguageModelTrainer
-from palm_rlhf.training.run.config import LMConfig
+from palm_rlhf.training.language_model_config import LMConfig
 
 # The defaults, for about ten minutes on two CPU cores that do nothing else.
 MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)

@@ -13,9 +13,9 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, token_name
+from palm_rlhf.model.files import write_text
 from palm_rlhf.model.text_file import read_text
 from palm_rlhf.model.weights_folder import read_json
-from palm_rlhf.training.run.checkpoints import write_text
 
 Messages = Sequence[Mapping[str, Any]]
 TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"

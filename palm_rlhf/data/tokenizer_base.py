@@ -8,7 +8,7 @@ from pathlib import Path
 
 from beartype import beartype
 
-from palm_rlhf.training.run.checkpoints import write_text
+from palm_rlhf.model.files import write_text
 
 NUM_BYTES = 256
 EOS, PAD = "<|endoftext|>", "<|pad|>"

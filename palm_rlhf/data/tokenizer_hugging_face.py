@@ -12,8 +12,8 @@ from beartype import beartype
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from palm_rlhf.data.tokenizer_base import CONFIG_FILE, DEFAULT_SPECIAL_TOKENS, EOS, NUM_BYTES, Tokenizer, checked_names
+from palm_rlhf.model.files import write_text
 from palm_rlhf.model.weights_folder import read_json
-from palm_rlhf.training.run.checkpoints import write_text
 
 LONG_TEXT = 2**14  # characters: some milliseconds of work
 # Texts to put before another text, to find the tokens that it has in the middle of a text.

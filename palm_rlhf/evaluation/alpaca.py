@@ -16,7 +16,7 @@ from palm_rlhf.data.files.records import read_records
 from palm_rlhf.evaluation.intervals import Interval, bootstrap_interval, exact_interval, standard_error
 from palm_rlhf.evaluation.length_control import LengthEffect, Regularizer, fit_length_effect
 from palm_rlhf.evaluation.message_text import finite_numbers
-from palm_rlhf.training.run.checkpoints import write_text
+from palm_rlhf.model.files import write_text
 
 DRAW = 1.5
 OUTPUT_KEYS = ("instruction", "output", "generator")

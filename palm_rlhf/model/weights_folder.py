@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from palm_rlhf.model.files import sync
 from palm_rlhf.model.text_file import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -299,16 +300,6 @@ def finish(path: Path) -> None:
         os.replace(written / CONFIG, path / CONFIG)
     written.rmdir()
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk (Windows has no such call for folders)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

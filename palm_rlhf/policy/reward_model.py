@@ -13,7 +13,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.masked import masked_mean, masked_sum
 from palm_rlhf.policy.reward_model_folder import StoredRewardModel
-from palm_rlhf.policy.sequences import Sequences
+from palm_rlhf.policy.sequences import Sequences, batches_by_length
 
 Pooling = Literal["last", "mean", "mean_all"]
 
@@ -161,10 +161,10 @@ class RewardModel(StoredRewardModel):
     @beartype
     def score(self, sequences: Sequences, *, batch_size: int = 64, raw: bool = False) -> Tensor:
         """Return the scores of prompts with responses, `b`, computed `batch_size` rows at a time without gradients."""
-        order = sequences.lengths.argsort(stable=True)  # rows of similar length together, for little padding
-        parts = [sequences.select(rows).to(self.palm.device) for rows in order.split(batch_size)]
+        batches = batches_by_length(sequences.lengths, batch_size)
+        parts = [sequences.select(rows).to(self.palm.device) for rows in batches]
         scores = [self(part.tokens, part.key_mask, prompt_mask=part.prompt_mask, raw=raw) for part in parts]
-        return torch.cat(scores)[order.argsort().to(self.palm.device)]
+        return torch.cat(scores)[torch.cat(batches).argsort().to(self.palm.device)]
 
     @torch.no_grad()
     @beartype

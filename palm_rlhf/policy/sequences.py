@@ -137,6 +137,17 @@ def join(
 
 
 @beartype
+def batches_by_length(lengths: Tensor, size: int, shard: tuple[int, int] = (0, 1)) -> list[Tensor]:
+    """Return the rows of batches of up to `size` rows of similar length, which need little padding: `b -> ...`.
+
+    With `shard=(i, k)` they are the batches of the i-th of k processes, which takes every k-th row by length.
+    """
+    index, num_shards = shard
+    rows = lengths.argsort(stable=True)[index::num_shards]
+    return [batch for batch in rows.split(size) if len(batch)]
+
+
+@beartype
 def spoken(sequences: Sequences, tokenizer: Any = None, eos_token: int | None = None) -> tuple[list, list]:
     """Return prompts and completions: texts if there is a tokenizer (completions without the EOS), else 1-d tensors."""
     prompts, completions = [], []

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from beartype import beartype
 
+from palm_rlhf.model.files import write_text
 from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.served_model import ServedModel
-from palm_rlhf.training.run.checkpoints import write_text
 
 CHATTING = Sampling(temperature=0.7)
 

@@ -1,6 +1,7 @@
 """Trainers: they take token tensors, never text."""
 
 from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.training.language_model_config import LMConfig
 from palm_rlhf.training.online_preference import OnlinePreferenceTrainer
 from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
@@ -11,7 +12,6 @@ from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.rollout_config import RolloutConfig
-from palm_rlhf.training.run.config import LMConfig
 from palm_rlhf.training.supervised import SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 from palm_rlhf.training.weighted_examples import Example

@@ -8,19 +8,19 @@ from itertools import islice
 import numpy as np
 import torch
 from beartype import beartype
-from torch import nn
 
 from palm_rlhf.model.modes import evaluating
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.token_windows import Window, read_windows
 
 
 @beartype
 def sliding_windows(length: int, seq_len: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Triples (start, first, stop): the tokens from `first` on are predicted from those from `start` on.
+    """Yield triples (start, first, stop): tokens `first` to `stop` are predicted, from the tokens `start` onwards.
 
     The windows hold at most `seq_len` + 1 tokens. Every token but the source's first is predicted once, and has at
-    least `context` tokens before it in its window, one where that is 0, or all there are.
+    least `context` tokens before it in its window (at least one), or all that the source has.
     """
     first = 1
     while first < length:
@@ -33,7 +33,7 @@ def sliding_windows(length: int, seq_len: int, context: int) -> Iterator[tuple[i
 @torch.no_grad()
 @beartype
 def total_nats(
-    palm: nn.Module,
+    palm: PaLM,
     arrays: Sequence[np.ndarray],
     *,
     seq_len: int,
@@ -42,10 +42,19 @@ def total_nats(
     shard: tuple[int, int] = (0, 1),
     autocast: Callable[[], AbstractContextManager],
 ) -> float:
-    """The nats that `palm` spends on `arrays`; with `shard=(i, k)` on every k-th window from the i-th on only.
+    """Return the negative log-likelihood of `arrays` under `palm`, in nats.
 
-    A source's first token, which has nothing before it, costs log(num_tokens) nats as under a uniform guess, so that
-    the sum over all shards is the length of a code from which the arrays could be decoded.
+    The first token of a source, which has no token before it, costs log(num_tokens) nats, as under a uniform guess. The
+    sum over all shards is then the length of a code from which the arrays could be decoded.
+
+    Args:
+        palm: the model; evaluated without dropout.
+        arrays: 1-d arrays of token ids, the sources.
+        seq_len: most tokens that are predicted in one window.
+        context: least tokens before a predicted token, where the source has as many.
+        batch_size: windows in one forward.
+        shard: `(i, k)` counts every k-th window from the i-th on alone, for the i-th of k processes.
+        autocast: makes the context of a forward.
     """
     device = next(palm.parameters()).device
     index, num_shards = shard

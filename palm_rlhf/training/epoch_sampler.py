@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 @beartype
 def require_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """ValueError where the state of a sampler is not that of one with this identity."""
+    """Raise ValueError where the state of a sampler has another identity: other data, or another setting."""
     for key, present in identity.items():
         if state.get(key) != present:
             raise ValueError(
@@ -23,7 +23,7 @@ def require_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> N
 class EpochSampler:
     """Draws the indices of `num_items` examples, reproducibly from a seed: each once an epoch, in a new random order.
 
-    `num_drawn` is all that changes: how many were drawn so far.
+    Its only state is `num_drawn`, the number of indices drawn so far.
     """
 
     @beartype
@@ -41,7 +41,7 @@ class EpochSampler:
 
     @beartype
     def draw(self, count: int) -> list[int]:
-        """The next `count` indices, over the ends of epochs; with several processes all draw the same ones."""
+        """Return the next `count` indices, which may cross the end of an epoch; all processes draw the same ones."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> int:
@@ -52,12 +52,12 @@ class EpochSampler:
         return int(self._order[1][position])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, as JSON."""
+        """Return the state of the sampler, as JSON."""
         return {**self._identity(), "num_drawn": self.num_drawn}
 
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; ValueError where it belongs to other data or another seed."""
+        """Go on from a `state_dict`. Raises ValueError where it belongs to other data or another seed."""
         require_identity(state, self._identity())
         self.num_drawn = state["num_drawn"]
 
@@ -67,9 +67,9 @@ class EpochSampler:
 
 @beartype
 def micro_batches(items: Sequence[Item], size: int, shard: tuple[int, int] = (0, 1)) -> list[Sequence[Item]]:
-    """What a process takes of a step's items, in batches of at most `size`; with `shard=(i, k)`, it is the i-th of k.
+    """Return a process's share of a step's items, in batches of at most `size`; `shard=(i, k)` is the i-th of k.
 
-    Where k divides the number of items, as the gradients of replicas need it, all processes have as many batches.
+    Where k divides the number of items, as replicas need it, all processes have the same number of batches.
     """
     index, num_shards = shard
     mine = items[index::num_shards]

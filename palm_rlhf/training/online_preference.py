@@ -1,4 +1,4 @@
-"""The trainer on preferences between the policy's own responses: a reward says which is the better one."""
+"""The trainer on preferences between the policy's own responses, of which a reward prefers one: online DPO."""
 
 import dataclasses
 import time
@@ -23,12 +23,12 @@ from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.preference_learner import PreferenceLearner
-from palm_rlhf.training.rlhf.metrics import SampleTable
 from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, read_prompts
-from palm_rlhf.training.rlhf.scoring import OF_ROLLOUT, OF_RUN, run_keywords
+from palm_rlhf.training.rlhf.reward_keywords import OF_ROLLOUT, OF_RUN, run_keywords
+from palm_rlhf.training.rlhf.sample_table import SampleTable
 from palm_rlhf.training.rollout_config import RolloutConfig
 from palm_rlhf.training.run.log import Metrics, Result
-from palm_rlhf.training.run.optimizer import warmup_cosine
+from palm_rlhf.training.run.loop import Loop
 
 CURVES = {
     "score": "score",
@@ -46,10 +46,19 @@ class OnlinePreferenceTrainer:
 
     A step draws `rollouts.num_samples` responses to each of batch_size * grad_accum prompts of every process, scores
     them, makes a pair of the best and the worst response to a prompt, and takes one optimiser step on the pairs.
-    Rewards and prompts come in the forms that `RLHFTrainer` takes. The reference is `palm` as it is given, frozen in a
-    copy, or with `lora_r` the base below the adapters, or another model. With `valid_prompts` (texts, 1-d tensors or
-    rows), evaluations score responses to prompts that are not learnt from. All that is saved goes to
-    `output_dir`; `resume=True` goes on from the newest checkpoint there, to the bit.
+
+    Args:
+        palm: the policy, trained in place; with `config.lora_r` its adapters "policy" are.
+        reward_model: rewards in the forms of `RLHFTrainer`.
+        prompt_token_ids, prompt_lengths, prompts, prompts_path: prompts in one of the forms of `read_prompts`.
+        valid_prompts: texts, 1-d tensors or rows, whose responses are scored in evaluations and not learnt from.
+        tokenizer: anything with `encode` and `decode`.
+        reference: the model that the policy is held to; None: a frozen copy of the palm, or with `config.lora_r` the
+            base below the adapters.
+        config: the loss and the settings of the optimiser.
+        rollouts: the settings of sampling and scoring.
+        output_dir: the folder of all that is saved.
+        resume: go on from the newest checkpoint in that folder, to the bit.
     """
 
     @beartype
@@ -91,7 +100,7 @@ class OnlinePreferenceTrainer:
             if isinstance(reward, RewardModel):
                 reward.to(self.run.device)
         self.sampling = rollouts.sampling.restricted_to(known_tokens(tokenizer, palm.num_tokens))
-        self.run.load_newest(self._read_checkpoint)
+        self._resume()
         settings = (dataclasses.asdict(part) for part in (palm.config, config, rollouts))
         self.run.open_log({name: value for part in settings for name, value in part.items()}, CURVES)
         self.samples = SampleTable(self.run, rollouts.samples_kept, tokenizer)
@@ -123,64 +132,60 @@ class OnlinePreferenceTrainer:
         return -(-self.config.num_epochs * self.sampler.num_items // self.learner.items_per_step)
 
     def train(self) -> Result:
-        """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
+        """Take the steps that are left, with a progress bar on standard error, and return the result of `finish`."""
         for _ in self.steps(progress_bar=True):
             pass
         return self.finish()
 
     @beartype
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
-        """The metrics of one step after another until the schedule ends; evaluates and saves when due.
+        """Yield the metrics of one step after another until the schedule ends; evaluate and save when due.
 
-        `score`, of the responses by the reward, and `score/NAME` by each of several; `score_margin`, of the best over
-        the worst in a pair; `pair_rate`, the share of prompts whose responses score differently, for the others make
-        no pair; `response_length` in tokens; `eos_rate`, the share of responses that ended by themselves; and over the
-        pairs, where there is one, those of `PreferenceTrainer.steps`. After evaluations those of `evaluate` are there
-        too, as `valid_score` and so on.
-        FloatingPointError where a loss, a gradient or a reward is not finite, RuntimeError where the reward raises.
+        They are `score`, the mean of the responses by the reward, and `score/NAME` by each of several; `score_margin`,
+        of the best over the worst response in a pair; `pair_rate`, the share of prompts whose responses differ in
+        score, since the others make no pair; `response_length` in tokens; `eos_rate`, the share of responses that ended
+        with an EOS; and, if there is a pair, the metrics of `PreferenceTrainer.steps`. Steps with an evaluation have
+        the metrics of `evaluate` as `valid_score` and so on. Raises FloatingPointError where a loss, a gradient or a
+        reward is not finite, RuntimeError where the reward raises.
         """
         self.palm.train()
-        return self.run.drive(
-            self._step,
-            lambda: self.step >= self.num_steps,
-            self.save,
-            num_steps=lambda: self.num_steps,
-            show=lambda metrics: {key: metrics[key] for key in SHOWN if key in metrics},
-            progress_bar=progress_bar,
-        )
+        run = self.run
+        with Loop(run, self.num_steps, SHOWN, progress_bar) as loop:
+            while loop.goes_on:
+                started = time.perf_counter()
+                rollout = self.collect()
+                scores = self.score(rollout)
+                pairs, margins = self.pair(rollout, scores)
+                metrics = self.update(pairs) | self._measured(rollout, scores)
+                metrics["pair_rate"] = len(pairs) / self.learner.items_per_step
+                metrics["epoch"] = self.sampler.num_drawn / self.sampler.num_items
+                metrics["tokens_per_second"] = metrics.pop("num_tokens") / (time.perf_counter() - started)
+                if margins:
+                    metrics["score_margin"] = sum(margins) / len(margins)
+                if run.is_due(self.rollouts.sample_every):
+                    self.samples.write(rollout, scores, self.rollouts.eos_token)
+                evaluates = "valid" in self.prompts and run.is_due(self.config.eval_every)
+                if evaluates:
+                    metrics |= self._validation()
+                if loop.finish_step(metrics, must_log=evaluates):
+                    self.save()
+                yield metrics
 
     def finish(self) -> Result:
-        """Evaluates on the held-out prompts, logs that, draws the curves and closes the trackers.
+        """Evaluate on the held-out prompts, log the result, draw the curves and close the trackers.
 
-        Returns what `evaluate` does as `valid_score` and so on, `steps`, `seconds` with this evaluation included, and
-        `stopped_early` where `max_seconds` ended the run before its last step.
+        Returns the metrics of `evaluate` as `valid_score` and so on, `steps`, `seconds` with this evaluation included,
+        and `stopped_early` where `max_seconds` ended the run before its last step.
         """
-        return self.run.finish(self._validation)
-
-    def _step(self) -> Metrics:
         started = time.perf_counter()
-        rollout = self.collect()
-        scores = self.score(rollout)
-        pairs, margins = self.pair(rollout, scores)
-        metrics = self.update(pairs)
-        metrics |= self._measured(rollout, scores)
-        metrics |= {"pair_rate": len(pairs) / self.learner.items_per_step, "step": self.step}
-        metrics["epoch"] = self.sampler.num_drawn / self.sampler.num_items
-        metrics["tokens_per_second"] = metrics.pop("num_tokens") / (time.perf_counter() - started)
-        if margins:
-            metrics["score_margin"] = sum(margins) / len(margins)
-        if self.run.is_due(self.rollouts.sample_every):
-            self.samples.write(rollout, scores, self.rollouts.eos_token)
-        if "valid" in self.prompts and self.run.is_due(self.config.eval_every):
-            metrics |= {**self._validation(), "log": True}
-        return metrics
+        return self.run.finish(self._validation(), started=started)
 
     def collect(self) -> Rollout:
         """Draw this process's share of a step's responses to the next prompts."""
         return self._drawn(self.prompts["train"], self.sampler.draw(self.learner.items_per_step))
 
     def _drawn(self, prompts: Prompts, places: Sequence[int], generator: torch.Generator | None = None) -> Rollout:
-        """Responses to this process's share of the prompts in some places."""
+        """Draw responses to this process's share of the prompts with these numbers."""
         mine = places[self.run.rank :: self.run.num_processes]
         with self.run.autocast():
             return collect(
@@ -196,7 +201,7 @@ class OnlinePreferenceTrainer:
 
     @beartype
     def score(self, rollout: Rollout) -> Scores:
-        """What the rewards say of the responses, before any penalty."""
+        """Return the scores of the responses by the rewards, before any penalty."""
         with self.run.autocast():
             scores = score(
                 self.reward_model,
@@ -214,9 +219,9 @@ class OnlinePreferenceTrainer:
 
     @beartype
     def pair(self, rollout: Rollout, scores: Scores) -> tuple[list[Preference], list[float]]:
-        """The best against the worst response to each prompt, and how far their scores are apart, of all processes.
+        """Return the best against the worst response to each prompt, and their differences in score, of all processes.
 
-        Prompts whose responses score the same, or say the same, make no pair.
+        Prompts whose responses have the same score, or are the same, make no pair.
         """
         shaped = scores.scores - self.rollouts.missing_eos_penalty * rollout.truncated.float()
         best, worst = best_and_worst(shaped, self.rollouts.num_samples, valid=scores.valid)
@@ -232,21 +237,16 @@ class OnlinePreferenceTrainer:
 
     @beartype
     def update(self, pairs: list[Preference]) -> Metrics:
-        """One optimiser step on the pairs; none where there is no pair."""
-        factor = warmup_cosine(
-            self.step, self.step / self.num_steps, self.config.warmup_steps, self.config.min_lr_ratio
-        )
-        if not pairs:
-            self.run.step += 1
-            return {"learning_rate": self.config.learning_rate * factor}
-        reference = self.learner.reference
-        ref_logprobs = None if reference is None else self.learner.logprobs(reference, pairs, as_in_steps=True)
-        return self.learner.optimizer_step(pairs, ref_logprobs, factor)
+        """Take one optimiser step on the pairs; none where there is no pair."""
+        reference, ref_logprobs = self.learner.reference, None
+        if pairs and reference is not None:
+            ref_logprobs = self.learner.logprobs(reference, pairs, as_in_steps=True)
+        return self.learner.update(pairs, ref_logprobs, num_steps=self.num_steps)
 
     def _measured(self, rollout: Rollout, scores: Scores) -> Metrics:
-        """Means over the responses of all processes, and the number of their tokens."""
+        """Return means over the responses of all processes, and the number of their tokens."""
         kinds = {"score": scores, **{f"score/{name}": part for name, part in scores.by_name.items()}}
-        sums = [rollout.sequences.num_actions, len(rollout.sequences), rollout.truncated.sum()]
+        sums: list[Tensor | int] = [rollout.sequences.num_actions, len(rollout.sequences), rollout.truncated.sum()]
         for part in kinds.values():
             sums += [masked_sum(part.scores.double(), part.valid), part.valid.sum()]
         totals = torch.tensor([float(total) for total in sums], dtype=torch.float64, device=self.run.device)
@@ -257,10 +257,10 @@ class OnlinePreferenceTrainer:
 
     @beartype
     def evaluate(self, prompts: Sequence[Prompt] | None = None) -> Metrics:
-        """`score`, `response_length` and `eos_rate` of responses to the held-out prompts or others, and the `kl` of the
-        policy to the reference, where there is one, in nats per response.
+        """Return `score`, `response_length`, `eos_rate` and `kl` of responses to the held-out prompts, or to others.
 
-        The responses are drawn from the same random numbers each time.
+        The KL to the reference is in nats per response, and missing without a reference. The responses are drawn from
+        the same random numbers each time.
         """
         if prompts is None and "valid" not in self.prompts:
             raise ValueError("there is nothing to evaluate on: give the trainer valid_prompts, or evaluate(prompts)")
@@ -283,12 +283,16 @@ class OnlinePreferenceTrainer:
         return {f"valid_{key}": value for key, value in self.evaluate().items()} if "valid" in self.prompts else {}
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, whole or not at all, and removes all but the newest `keep_checkpoints`.
+        """Write the checkpoint of this step, whole or not at all, and remove all but the newest `keep_checkpoints`.
 
-        OSError where the disk is full; what was saved before stays.
+        Raises OSError where the disk is full; the checkpoints before it stay.
         """
-        self.run.save(self.learner.write_models, {"sampler": self.sampler.state_dict()})
+        with self.run.new_checkpoint({"sampler": self.sampler.state_dict()}) as folder:
+            if folder is not None:
+                self.learner.write_models(folder)
 
-    def _read_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state["sampler"])
-        self.learner.read_models(folder)
+    def _resume(self) -> None:
+        with self.run.newest_checkpoint() as saved:
+            if saved is not None:
+                self.sampler.load_state_dict(saved.state["sampler"])
+                self.learner.read_models(saved.folder)

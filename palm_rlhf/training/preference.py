@@ -1,9 +1,9 @@
-"""The trainer on preferences that people have given: no reward model, no sampling."""
+"""The trainer on preferences of people, without a reward model and without sampling: DPO and its kin."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from beartype import beartype
@@ -17,22 +17,31 @@ from palm_rlhf.training.preference_data import Preferences, checked_preferences
 from palm_rlhf.training.preference_learner import PreferenceLearner
 from palm_rlhf.training.ranked_data import fingerprint
 from palm_rlhf.training.run.log import Metrics, Result
-from palm_rlhf.training.run.optimizer import computes_below_float32, warmup_cosine
+from palm_rlhf.training.run.loop import Loop
+from palm_rlhf.training.run.optimizer import computes_below_float32
 
 CURVES = {"loss": "loss", "accuracy": "accuracy", "reward_margin": "reward of the chosen minus the rejected"}
+SHOWN = ("loss", "accuracy")  # behind the progress bar
 
 
 class PreferenceTrainer:
     """Trains a PaLM on preferences: DPO, IPO, SimPO or ORPO on pairs, KTO on single responses (`config.loss`).
 
-    The data is of `Preference`, for KTO of `UnpairedPreference`. The reference is `palm` as it is given, or another
-    model; SimPO and ORPO have none. What it gives the responses is computed once, before the first step, and saved with
-    the checkpoints: no second copy of the model is made, but for KTO, which asks the reference in every step about
-    prompts with responses to others (with `lora_r` the base below the adapters answers, and there is no copy). With
-    `lora_r` adapters named "policy" are trained: sample with `finetune_scope="policy"`, or merge them. Dropout is
-    switched off in `palm` for good. All that is saved goes to `output_dir`; `resume=True` goes on from the newest
-    checkpoint there, if there is one, with the reference that it has. Seeds the random generators of Python, NumPy and
-    PyTorch. Runs on one process or those of `accelerate`. The user's loop over `steps()` is the callback.
+    The reference's log-probabilities of the responses are computed once, before the first step, and saved with the
+    checkpoints, so that no second copy of the model is needed. KTO alone asks the reference in every step, about
+    prompts with responses to others; with `config.lora_r` the base below the adapters answers, without a copy. With
+    `config.lora_r` adapters "policy" are trained: sample with `finetune_scope="policy"`, or merge them. Dropout is
+    switched off in `palm` for good. Runs on one process, or on those of `accelerate launch`. Seeds the random
+    generators of Python, NumPy and PyTorch. Loop over `steps` to act between steps, or call `train`.
+
+    Args:
+        palm: the policy, trained in place.
+        train_data: items to learn from, each a `Preference`, for KTO an `UnpairedPreference`.
+        valid_data: items for evaluations.
+        reference: the model that the policy is held to; None: the palm as it is given. SimPO and ORPO have none.
+        config: all settings that are numbers.
+        output_dir: the folder of all that is saved.
+        resume: go on from the newest checkpoint in `output_dir`, if there is one, with its reference.
     """
 
     @beartype
@@ -61,7 +70,7 @@ class PreferenceTrainer:
         if not config.is_paired and self.items_per_step < 2:
             raise ValueError("a step has one response, expected two or more for the loss kto: raise batch_size")
         self.ref_logprobs: dict[str, Tensor] = {}
-        self.run.load_newest(self._read_checkpoint)
+        self._resume()
         if config.has_reference and not self.ref_logprobs:
             self.ref_logprobs = {name: self._reference_logprobs(name) for name in self.items}
         panels = {
@@ -74,10 +83,10 @@ class PreferenceTrainer:
         return checked_preferences(items, name, paired=self.config.is_paired, **limits)
 
     def _reference_logprobs(self, name: str) -> Tensor:
-        """What the reference gives the responses of the data so called, before the first step.
+        """Return the reference's log-probabilities of the responses in "train" or "valid", before the first step.
 
-        Below float32 what it says of a row depends on the batch. It reads the training data in those of the first
-        epoch, so that a policy that starts as its reference has log-ratios of exactly 0.
+        Below float32 they depend on how rows are batched. The training data is read in the batches of the first epoch,
+        so that a policy that starts as its reference has log-ratios of exactly 0.
         """
         items = self.items[name]
         start = self.learner.policy if self.reference is None else self.reference
@@ -104,63 +113,60 @@ class PreferenceTrainer:
         return self.learner.items_per_step
 
     def train(self) -> Result:
-        """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
+        """Take the steps that are left, with a progress bar on standard error, and return the result of `finish`."""
         for _ in self.steps(progress_bar=True):
             pass
         return self.finish()
 
     @beartype
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
-        """The metrics of one optimiser step after another until the schedule ends; evaluates and saves when due.
+        """Yield the metrics of one optimiser step after another until the schedule ends; evaluate and save when due.
 
         Means over the step's pairs, before its update: `loss`; `accuracy`, the share whose chosen response has the
         higher reward; `chosen_rewards` and `rejected_rewards`; `reward_margin`, their difference; `chosen_logprobs` and
-        `rejected_logprobs`, in nats a response; for orpo, or with `nll_coef`, `nll` of the chosen in nats a token. A
-        reward is beta * (logprob - ref_logprob), for ipo of the means over tokens, for simpo simpo_beta times the mean
-        log-probability of a token, for orpo the log odds. Of kto the chosen are the desirable responses and the
-        rejected the undesirable ones (a step without any does not report them), the accuracy is the share with a reward
-        on its side of beta * `z_ref`, the estimated KL to the reference in nats a response.
-        Then `epoch`, `learning_rate`, `grad_norm` before clipping and `tokens_per_second`. After evaluations the
-        means over the validation data are there too, as `valid_loss` and so on. FloatingPointError where the loss or
-        the gradient is not finite.
+        `rejected_logprobs`, in nats per response; for orpo, or with `nll_coef`, `nll` of the chosen in nats per token.
+        A reward is beta * (logprob - ref_logprob); for ipo, of the means over tokens; for simpo, simpo_beta times the
+        mean log-probability of a token; for orpo, the log odds. With kto the chosen are the desirable responses, and
+        the rejected the undesirable ones (a step without any has no metrics of them). Its accuracy is the share of
+        desirable responses with a reward above beta * `z_ref` and of others with one below; `z_ref` is the estimated
+        KL to the reference, in nats per response.
+        The others are `epoch`, `learning_rate`, `grad_norm` before clipping and `tokens_per_second`. Steps with an
+        evaluation have the means over the validation data as `valid_loss` and so on. Raises FloatingPointError where
+        the loss or the gradient is not finite.
         """
         self.palm.train()
-        return self.run.drive(
-            self._optimizer_step,
-            lambda: self.step >= self.num_steps,
-            self.save,
-            num_steps=lambda: self.num_steps,
-            show=lambda metrics: {key: metrics[key] for key in ("loss", "accuracy")},
-            progress_bar=progress_bar,
-        )
+        with Loop(self.run, self.num_steps, SHOWN, progress_bar) as loop:
+            while loop.goes_on:
+                metrics = self.update()
+                evaluates = "valid" in self.items and self.run.is_due(self.config.eval_every)
+                if evaluates:
+                    metrics |= self._validation()
+                if loop.finish_step(metrics, must_log=evaluates):
+                    self.save()
+                yield metrics
 
     def finish(self) -> Result:
-        """Evaluates on the validation data, logs that, draws the curves and closes the trackers.
+        """Evaluate on the validation data, log the result, draw the curves and close the trackers.
 
-        Returns what `evaluate` does as `valid_loss` and so on, `steps`, `seconds` with this evaluation included, and
-        `stopped_early` where `max_seconds` ended the run before its last step.
+        Returns the metrics of `evaluate` as `valid_loss` and so on, `steps`, `seconds` with this evaluation included,
+        and `stopped_early` where `max_seconds` ended the run before its last step.
         """
-        return self.run.finish(self._validation)
+        started = time.perf_counter()
+        return self.run.finish(self._validation(), started=started)
 
-    def _optimizer_step(self) -> Metrics:
-        """One step on batch_size * grad_accum items of every process, every loss divided by the items of all."""
-        factor = warmup_cosine(
-            self.step, self.step / self.num_steps, self.config.warmup_steps, self.config.min_lr_ratio
-        )
+    def update(self) -> Metrics:
+        """Take one optimiser step on the next batch_size * grad_accum items of every process."""
         items, drawn = self.items["train"], self.sampler.draw(self.items_per_step)
         ref_logprobs = self.ref_logprobs["train"][:, drawn] if self.config.has_reference else None
-        metrics = self.learner.optimizer_step([items[index] for index in drawn], ref_logprobs, factor)
-        metrics["epoch"] = self.sampler.num_drawn / self.sampler.num_items
-        if "valid" in self.items and self.run.is_due(self.config.eval_every):
-            metrics |= {**self._validation(), "log": True}
-        return metrics
+        metrics = self.learner.update([items[index] for index in drawn], ref_logprobs, num_steps=self.num_steps)
+        return metrics | {"epoch": self.sampler.num_drawn / self.sampler.num_items}
 
     @beartype
     def evaluate(self, data: Preferences | None = None) -> Metrics:
-        """`loss`, `accuracy` and the other means that `steps` describes, over the validation data or other `data`.
+        """Return `loss`, `accuracy` and the other means of `steps` over the validation data or other `data`.
 
-        Other data needs a reference that is still there: one given to the trainer, the base below the adapters, or the
-        copy that kto has. Losses without a reference need none.
+        Other data needs a reference that training has not changed: a model given to the trainer, the base below the
+        adapters, or the copy of kto. Losses without a reference need none.
         """
         if data is None and "valid" not in self.items:
             raise ValueError("there is nothing to evaluate on: give the trainer valid_data, or evaluate(data)")
@@ -170,34 +176,35 @@ class PreferenceTrainer:
             raise ValueError(
                 "the model that training started from has changed: give the trainer a reference, or this as valid_data"
             )
-        items = self._checked(data, "data")
-        has_reference = self.reference is not None
-        return self.learner.evaluate(items, self.learner.logprobs(self.reference, items) if has_reference else None)
+        items, reference = self._checked(data, "data"), self.reference
+        return self.learner.evaluate(items, None if reference is None else self.learner.logprobs(reference, items))
 
     def _validation(self) -> Metrics:
         return {f"valid_{key}": value for key, value in self.evaluate().items()} if "valid" in self.items else {}
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, whole or not at all, and removes all but the newest `keep_checkpoints`.
+        """Write the checkpoint of this step, whole or not at all, and remove all but the newest `keep_checkpoints`.
 
-        OSError where the disk is full; what was saved before stays.
+        Raises OSError where the disk is full; the checkpoints before it stay.
         """
+        state = {"sampler": self.sampler.state_dict(), "data": self.fingerprints}
+        with self.run.new_checkpoint(state) as folder:
+            if folder is not None:
+                self.learner.write_models(folder)
+                if self.config.has_reference:
+                    save_file(self.ref_logprobs, folder / "reference.safetensors")
 
-        def write_models(folder: Path) -> None:
-            self.learner.write_models(folder)
+    def _resume(self) -> None:
+        with self.run.newest_checkpoint() as saved:
+            if saved is None:
+                return
+            self.sampler.load_state_dict(saved.state["sampler"])
+            for name, digest in self.fingerprints.items():
+                if saved.state["data"].get(name) != digest:
+                    raise ValueError(
+                        f"{name}_data has changed since {saved.folder}, or is cut to another max_seq_len, but the "
+                        f"reference's log-probabilities of it were computed before the run: resume with the same pairs"
+                    )
+            self.learner.read_models(saved.folder)
             if self.config.has_reference:
-                save_file(self.ref_logprobs, folder / "reference.safetensors")
-
-        self.run.save(write_models, {"sampler": self.sampler.state_dict(), "data": self.fingerprints})
-
-    def _read_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state["sampler"])
-        for name, digest in self.fingerprints.items():
-            if state["data"].get(name) != digest:
-                raise ValueError(
-                    f"{name}_data has changed since {folder}, or is cut to another max_seq_len, but what the reference "
-                    f"gives it was computed before the run: resume with the same pairs"
-                )
-        self.learner.read_models(folder)
-        if self.config.has_reference:
-            self.ref_logprobs = load_file(folder / "reference.safetensors")
+                self.ref_logprobs = load_file(saved.folder / "reference.safetensors")

@@ -103,16 +103,15 @@ class PreferenceConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.expect_positive("beta", "batch_size", "grad_accum", "num_epochs", "learning_rate", "eps", "eval_every")
+        self.expect_adamw()
+        self.expect_positive("beta", "batch_size", "grad_accum", "num_epochs", "eval_every")
         self.expect_positive("desirable_weight", "undesirable_weight", "simpo_beta")
-        self.expect_not_negative("warmup_steps", "weight_decay", "lora_r", "nll_coef", "simpo_gamma")
+        self.expect_not_negative("lora_r", "nll_coef", "simpo_gamma")
         self.expect("max_seq_len", self.max_seq_len >= 2, "at least 2, one of the prompt and one of the response")
         self.expect("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 to below 0.5")
         inert = [name for name, losses in LOSSES_WITH.items() if self.loss not in losses]
         self.expect_default(f"with the loss {self.loss}, which it does not reach", *inert)
-        self.expect("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "None or a number above 0")
-        self.expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
-        self.expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        self.expect_positive_or_none("lora_alpha")
 
     @property
     def is_paired(self) -> bool:

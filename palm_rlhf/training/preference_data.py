@@ -1,4 +1,4 @@
-"""What a policy learns preferences from: pairs of responses, and single responses that people liked or did not."""
+"""The data of preference trainers: pairs of responses, and single responses that people liked or did not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class Preference:
 
     @property
     def responses(self) -> tuple[Tensor, ...]:
-        """The chosen one, then the rejected one."""
+        """The chosen response, then the rejected one."""
         return self.chosen, self.rejected
 
     @property
@@ -31,7 +31,7 @@ class Preference:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that it costs: the prompt is read with each of its responses."""
+        """Tokens that a forward reads: the prompt comes with each response."""
         return sum(len(self.prompt) + len(response) for response in self.responses)
 
 
@@ -56,18 +56,18 @@ class UnpairedPreference:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that it costs."""
+        """Tokens that a forward reads."""
         return len(self.prompt) + len(self.response)
 
 
-Preferences = Sequence[Preference] | Sequence[UnpairedPreference]
+Preferences = Sequence[Preference | UnpairedPreference]  # all of one kind
 
 
 @beartype
 def checked_preferences(
     data: Preferences, name: str, *, paired: bool, num_tokens: int, max_seq_len: int
-) -> list[Preference] | list[UnpairedPreference]:
-    """The data as int64 on the CPU, cut to `max_seq_len`; ValueError by name for what cannot be learnt from."""
+) -> Preferences:
+    """Return the data as int64 on the CPU, cut to `max_seq_len`. Raises ValueError for unsuitable items, by name."""
     expected = Preference if paired else UnpairedPreference
     if not all(isinstance(item, expected) for item in data):
         got = sorted({type(item).__name__ for item in data})
@@ -79,19 +79,22 @@ def checked_preferences(
         raise ValueError(f"{name} has one item, expected two or more: kto needs responses to other prompts")
     limits = {"num_tokens": num_tokens, "max_seq_len": max_seq_len}
     cut = checked([item.comparison for item in data], name, **limits)
-    if paired:
-        return [Preference(ranking.prompt, *ranking.responses) for ranking in cut]
-    return [replace(item, prompt=one.prompt, response=one.response) for item, one in zip(data, cut, strict=True)]
+    return [
+        replace(item, prompt=one.prompt, response=one.responses[0])
+        if isinstance(item, UnpairedPreference)
+        else Preference(one.prompt, *one.responses)
+        for item, one in zip(data, cut, strict=True)
+    ]
 
 
 @beartype
 def mismatched(items: Sequence[UnpairedPreference]) -> list[UnpairedPreference]:
-    """Each prompt with the response of the item before it, the first with that of the last."""
+    """Return each prompt with the response to the prompt before it, and the first with the last response."""
     return [replace(item, response=before.response) for item, before in zip(items, [items[-1], *items[:-1]])]
 
 
 @beartype
 def as_rows(items: Preferences) -> Sequences:
-    """Rows of one forward, one for each response: of pairs first the chosen responses, then the rejected ones."""
+    """Return the rows of one forward, one for each response: of pairs, all chosen ones come first."""
     responses = [response for side in zip(*(item.responses for item in items)) for response in side]
     return join([item.prompt for item in items] * len(items[0].responses), responses)

@@ -1,9 +1,10 @@
-"""A policy beside its reference, and optimiser steps on preferences, wherever those come from."""
+"""A policy beside its reference, and optimiser steps on preferences, for both preference trainers."""
 
 import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from beartype import beartype
@@ -15,20 +16,20 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, token_logprobs
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.actor_critic import check_model
-from palm_rlhf.policy.sequences import Sequences
+from palm_rlhf.policy.sequences import Sequences, batches_by_length
 from palm_rlhf.training.epoch_sampler import micro_batches
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, UnpairedPreference, as_rows, mismatched
 from palm_rlhf.training.preference_objective import Counts, metric_names, objective
 from palm_rlhf.training.run.log import Metrics
-from palm_rlhf.training.run.optimizer import adamw
+from palm_rlhf.training.run.optimizer import adamw, warmup_cosine
 from palm_rlhf.training.run.run import Run
 
 SCOPE = "policy"
 
 
 class ResponseLogprobs(nn.Module):
-    """The log-probability that a PaLM, with one LoRA scope or none, gives each whole response, in nats: `-> b`."""
+    """The log-probability of each whole response under a PaLM, with one LoRA scope or none, in nats: `-> b`."""
 
     def __init__(self, palm: PaLM, scope: str | None):
         super().__init__()
@@ -50,11 +51,17 @@ class ResponseLogprobs(nn.Module):
 
 
 class PreferenceLearner:
-    """The policy, the reference, the run and its optimiser steps, for a trainer that brings the preferences.
+    """The policy, the reference, the run and its optimiser steps, for a trainer that supplies the preferences.
 
-    `palm` is trained in place, or with `lora_r` its adapters are. `reference` is None where nothing can be asked of one
-    any more: with a loss that has none, or where it is the trained `palm` as it was. With `asks_reference` it is asked
-    in every step, and so is the base below the adapters, or else a frozen copy.
+    Args:
+        palm: the policy, trained in place; with `config.lora_r` its adapters are.
+        reference: the model that the policy is held to; None: the palm as it is given.
+        config: the loss and all other settings.
+        asks_reference: whether steps need log-probabilities of the reference. Then a palm as reference is copied,
+            unless adapters leave it as the base below them. Otherwise the attribute `reference` is None for a palm
+            that is its own reference, which training changes.
+        output_dir: the folder of all that is saved.
+        resume: go on from the newest checkpoint in that folder.
     """
 
     @beartype
@@ -74,7 +81,11 @@ class PreferenceLearner:
         if is_copied:
             reference = switch_off_dropout(copy.deepcopy(reference or palm).requires_grad_(False))
         self.policy = ResponseLogprobs(switch_off_dropout(palm), SCOPE if config.lora_r > 0 else None)
-        self.run = Run(self.policy, self._make_optimizer, config, output_dir=output_dir, resume=resume)
+        self.run = Run(config, output_dir=output_dir, resume=resume)
+        palm.to(self.run.device)
+        if config.lora_r > 0:  # not before the run has seeded the generator that adapters are drawn with
+            palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha)
+        self.run.prepare(self.policy, adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay))
         self.reference: ResponseLogprobs | None = None
         if reference is not None:
             self.reference = ResponseLogprobs(reference.to(self.run.device), None)
@@ -91,54 +102,59 @@ class PreferenceLearner:
         if reference is not None:
             check_model("reference", reference, self.palm.num_tokens)
 
-    def _make_optimizer(self, policy: nn.Module) -> torch.optim.Optimizer:
-        c = self.config
-        if c.lora_r > 0:  # not before here, where the run has seeded what is drawn for them
-            self.palm.add_finetune_params(SCOPE, c.lora_r, alpha=c.lora_alpha)
-        return adamw(policy, c.learning_rate, c.betas, c.eps, c.weight_decay)
-
     @property
     def items_per_step(self) -> int:
         """Pairs, or single responses, of one optimiser step, over all micro-batches and processes."""
         return self.config.batch_size * self.config.grad_accum * self.run.num_processes
 
     @beartype
-    def optimizer_step(self, items: Preferences, ref_logprobs: Tensor | None, rate_factor: float) -> Metrics:
-        """One step on the items of all processes, which all have the same ones, every loss divided by their number.
+    def update(self, items: Preferences, ref_logprobs: Tensor | None, *, num_steps: int) -> Metrics:
+        """Take one optimiser step on the items of all processes, which all have the same ones; none where none is left.
 
-        `ref_logprobs` are what the reference gives the responses, `2 p`, or `1 p` of unpaired ones. Returns means over
-        the items before the update, and what the optimiser did.
+        The loss is the mean over the items. Returns means over them before the update, and what the optimiser did.
+
+        Args:
+            items: what the step learns from.
+            ref_logprobs: log-probabilities of the responses under the reference, `2 p`, or `1 p` of unpaired ones.
+            num_steps: steps of the whole run, for the schedule of the learning rate.
         """
         config, run, started = self.config, self.run, time.perf_counter()
+        factor = warmup_cosine(run.step, run.step / num_steps, config.warmup_steps, config.min_lr_ratio)
+        learning_rate = config.learning_rate * factor
+        if not items:
+            run.step += 1
+            return {"step": run.step, "learning_rate": learning_rate}
         counts, z_ref = Counts.of(items), self._baseline(items)
         names = metric_names(config, counts)
         totals = torch.zeros(len(names), device=run.device)
-
-        def loss_of(batch: Sequence[int]) -> Tensor:
-            if not batch:  # of fewer items than processes: this one adds nothing, but the others wait for it
-                return run.model(as_rows(items[:1]).to(run.device)).sum() * 0.0
-            rows = [items[index] for index in batch]
-            logprobs = run.model(as_rows(rows).to(run.device)).unflatten(0, (-1, len(rows)))
-            loss, metrics = objective(config, rows, logprobs, self._columns(ref_logprobs, batch), counts, z_ref)
-            totals.add_(metrics)
-            return loss
-
-        batches = micro_batches(list(range(len(items))), config.batch_size, (run.rank, run.num_processes)) or [[]]
-        loss, (norm,) = run.optimizer_step(batches, loss_of, rate_factor=rate_factor)
+        with run.optimizer_step(rate_factor=factor) as step:
+            # with fewer items than processes, some have an empty batch, whose backward the others wait for
+            batches = micro_batches(list(range(len(items))), config.batch_size, run.shard) or [[]]
+            for batch in step.micro_batches(batches):
+                rows = [items[index] for index in batch] or items[:1]
+                with run.autocast():
+                    logprobs = run.model(as_rows(rows).to(run.device)).unflatten(0, (-1, len(rows)))
+                    if batch:
+                        ref = None if ref_logprobs is None else ref_logprobs[:, batch].to(run.device)
+                        loss, metrics = objective(config, rows, logprobs, ref, counts, z_ref)
+                        totals += metrics
+                    else:
+                        loss = logprobs.sum() * 0.0
+                step.backward(loss)
         run.step += 1
         return {
             "step": run.step,
-            "loss": loss,
+            "loss": step.loss,
             **dict(zip(names, run.accelerator.reduce(totals, "sum").tolist(), strict=True)),
             **({} if z_ref is None else {"z_ref": float(z_ref)}),
-            "learning_rate": config.learning_rate * rate_factor,
-            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "grad_norm": step.norms[0],
             "tokens_per_second": sum(item.num_tokens for item in items) / (time.perf_counter() - started),
         }
 
     @beartype
     def evaluate(self, items: Preferences, ref_logprobs: Tensor | None) -> Metrics:
-        """The loss and the same means as of a step, over other items, which all processes share out."""
+        """Return the loss and the metrics of a step over other items, which the processes share out."""
         counts, z_ref = Counts.of(items), self._baseline(items)
         logprobs = self.logprobs(self.policy, items)
         loss, metrics = objective(self.config, items, logprobs, ref_logprobs, counts, z_ref)
@@ -146,48 +162,52 @@ class PreferenceLearner:
         known = {"loss": float(loss), **dict(zip(names, metrics.tolist(), strict=True))}
         return known if z_ref is None else {**known, "z_ref": float(z_ref)}
 
-    def _columns(self, ref_logprobs: Tensor | None, batch: Sequence[int]) -> Tensor | None:
-        return None if ref_logprobs is None else ref_logprobs[:, batch].to(self.run.device)
-
-    def _baseline(self, items: Sequence[UnpairedPreference]) -> Tensor | None:
-        """The KL to the reference that the loss kto needs, of all items of a step, however they are batched."""
+    def _baseline(self, items: Preferences) -> Tensor | None:
+        """Return the KL to the reference that the loss kto needs, over all items of a step."""
         if self.config.is_paired:
             return None
-        others = mismatched(items)
+        assert self.reference is not None  # where the loss is kto
+        others = mismatched(cast(Sequence[UnpairedPreference], items))
         return kto_baseline(*(self.logprobs(model, others)[0] for model in (self.policy, self.reference)))
 
     @torch.no_grad()
     @beartype
     def logprobs(self, model: ResponseLogprobs, items: Preferences, *, as_in_steps: bool = False) -> Tensor:
-        """What a model gives the responses, every process asking for its share: `2 p`, or `1 p` of unpaired ones.
+        """Return log-probabilities of the responses, of which every process reads its share: `2 p` (or `1 p`).
 
-        Items of like length share a batch; `as_in_steps`, those that do in optimiser steps on the items in their order.
+        Items of similar length share a batch. With `as_in_steps` the batches are those of optimiser steps on the items
+        in their order, for models that round by the batch.
         """
-        config, shard = self.config, (self.run.rank, self.run.num_processes)
+        size, shard = self.config.batch_size, self.run.shard
+        if as_in_steps:
+            steps = micro_batches(list(range(len(items))), self.items_per_step)
+            batches = [batch for step in steps for batch in micro_batches(step, size, shard)]
+        else:
+            lengths = torch.tensor([item.num_tokens for item in items])
+            batches = [batch.tolist() for batch in batches_by_length(lengths, size, shard)]
         result = torch.zeros(len(items[0].responses), len(items), device=self.run.device)
-        places = range(len(items))
-        by_length = sorted(places, key=lambda place: items[place].num_tokens)  # so that few pads are read
-        for step in micro_batches(places, self.items_per_step) if as_in_steps else [by_length]:
-            for batch in micro_batches(step, config.batch_size, shard):
-                rows = as_rows([items[place] for place in batch]).to(self.run.device)
-                with evaluating(model), self.run.autocast():
-                    result[:, batch] = model(rows).unflatten(0, (-1, len(batch)))
+        for batch in batches:
+            rows = as_rows([items[place] for place in batch]).to(self.run.device)
+            with evaluating(model), self.run.autocast():
+                result[:, batch] = model(rows).unflatten(0, (-1, len(batch)))
         return self.run.accelerator.reduce(result, "sum").cpu()
 
     @beartype
     def write_models(self, folder: Path) -> None:
-        """Puts the policy into a checkpoint, and the reference where there is a copy of its own."""
+        """Write the policy into a checkpoint, and the reference if it is a model of its own."""
         self.palm.save_pretrained(folder / "model")
         if self.saved_reference is not None:
             self.saved_reference.save_pretrained(folder / "reference")
 
     @beartype
     def read_models(self, folder: Path) -> None:
-        """Puts back what `write_models` wrote, in place."""
+        """Read the models that `write_models` wrote, in place."""
         if (folder / "reference").is_dir() != (self.saved_reference is not None):
             kinds = "the base below the adapters", "a model of its own"
             here, there = kinds[::-1] if self.saved_reference is not None else kinds
-            raise ValueError(f"this run's reference is {here}, that of {folder} is {there}: resume with what it had")
+            raise ValueError(
+                f"this run's reference is {here}, that of {folder} is {there}: resume with the reference that it had"
+            )
         self.palm.load(folder / "model")
         if self.saved_reference is not None:
             self.saved_reference.load(folder / "reference")

@@ -1,7 +1,7 @@
-"""From the log-probabilities of responses to the loss of a preference trainer, and to what is reported of it."""
+"""From the log-probabilities of responses to the loss of a preference trainer, and to its metrics."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from beartype import beartype
@@ -23,20 +23,20 @@ PAIR_METRICS = (
 
 
 class Counts(NamedTuple):
-    """What the means of a whole step, or of an evaluation, are taken over."""
+    """The numbers of items that the means of a whole step, or of an evaluation, are taken over."""
 
     items: int
     desirable: int = 0  # of unpaired ones
 
     @classmethod
     def of(cls, items: Preferences) -> "Counts":
-        """The counts of all items of a step, whichever process they are for."""
+        """Count all items of a step, over all processes."""
         return cls(len(items), sum(getattr(item, "desirable", False) for item in items))
 
 
 @beartype
 def metric_names(config: PreferenceConfig, counts: Counts) -> tuple[str, ...]:
-    """What `objective` reports beside the loss, in its order."""
+    """Return the names of the metrics that `objective` returns, in their order."""
     if not config.is_paired:
         chosen, rejected = counts.desirable > 0, counts.desirable < counts.items
         is_known = {"chosen": chosen, "rejected": rejected, "reward": chosen and rejected}
@@ -53,13 +53,20 @@ def objective(
     counts: Counts,
     z_ref: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A part of a step's loss, and of its `metric_names`: sums over these items divided by the counts of the step.
+    """Return the share of some items in a step's loss and in its metrics: sums over them, over the counts of the step.
 
-    `logprobs` are those of the policy, summed over the tokens of each response, and `ref_logprobs` the reference's:
-    `2 b`, or `1 b` of unpaired items. `z_ref` is the baseline of kto over the whole step.
+    Args:
+        config: the loss and its settings.
+        items: pairs, or unpaired items.
+        logprobs: log-probabilities of whole responses under the policy: `2 b`, or `1 b` of unpaired items.
+        ref_logprobs: the same under the reference; None for losses without one.
+        counts: of the whole step.
+        z_ref: the baseline of kto over the whole step.
     """
     if not config.is_paired:
-        return _unpaired(config, items, logprobs[0], ref_logprobs[0], counts, z_ref)
+        assert ref_logprobs is not None and z_ref is not None  # the loss kto has a reference
+        unpaired = cast(Sequence[UnpairedPreference], items)
+        return _unpaired(config, unpaired, logprobs[0], ref_logprobs[0], counts, z_ref)
     lengths = torch.tensor([[len(response) for response in item.responses] for item in items], device=logprobs.device).T
     means = logprobs / lengths
     (loss, chosen, rejected), nll = _paired(config, logprobs, means, ref_logprobs, lengths, counts), -means[0]
@@ -79,16 +86,17 @@ def _paired(
     counts: Counts,
 ) -> PreferenceLoss:
     if config.loss == "simpo":
-        options = {"beta": config.simpo_beta, "gamma": config.simpo_gamma}
-        return simpo_loss(*means, **options, denominator=counts.items)
+        return simpo_loss(*means, beta=config.simpo_beta, gamma=config.simpo_gamma, denominator=counts.items)
     if config.loss == "orpo":
         return orpo_loss(*means, beta=config.beta, denominator=counts.items)
-    taken, ref_taken = (means, ref_logprobs / lengths) if config.loss == "ipo" else (logprobs, ref_logprobs)
+    assert ref_logprobs is not None  # all other losses have a reference
+    by_length = config.loss == "ipo"
+    taken, ref_taken = (means, ref_logprobs / lengths) if by_length else (logprobs, ref_logprobs)
     return dpo_loss(
         *taken,
         *ref_taken,
         beta=config.beta,
-        kind=config.loss,
+        kind="ipo" if by_length else "sigmoid",
         label_smoothing=config.label_smoothing,
         denominator=counts.items,
     )

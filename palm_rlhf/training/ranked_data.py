@@ -1,4 +1,4 @@
-"""What a reward model learns from: rankings of responses, and ratings; checked, and cut to a length."""
+"""The data of a reward model: rankings of responses, and ratings; checked, and cut to a length."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from palm_rlhf.model.inputs import check_token_ids
 class Ranking:
     """A prompt and two or more responses to it, best first: 1-d tensors of token ids.
 
-    `margins` say how far the better response of a pair is to be ahead in score: one number for all pairs, or one each
+    `margins` are the differences in score that the better responses should have: one number for all pairs, or one each
     in the order of `itertools.combinations`: the first and the second, the first and the third, ...
     """
 
@@ -27,7 +27,7 @@ class Ranking:
 
     @property
     def num_pairs(self) -> int:
-        """K(K-1)/2 for K responses."""
+        """The number of pairs: K(K-1)/2 for K responses."""
         return math.comb(len(self.responses), 2)
 
     @property
@@ -36,7 +36,7 @@ class Ranking:
         return list(self.margins) if isinstance(self.margins, Sequence) else [self.margins] * self.num_pairs
 
     def cut(self, max_seq_len: int) -> "Ranking":
-        """The ranking within `max_seq_len`, with one prompt for all responses, as `cut_to` says."""
+        """Return the ranking cut by `cut_to`, with one prompt for all responses."""
         prompt, responses = cut_to(max_seq_len, self.prompt, self.responses)
         return replace(self, prompt=prompt, responses=responses)
 
@@ -57,20 +57,24 @@ class Rating:
 
     @property
     def num_pairs(self) -> int:
-        """None: there is nothing to compare it with."""
+        """0: a rating has no pairs."""
         return 0
 
     def cut(self, max_seq_len: int) -> "Rating":
-        """The rating within `max_seq_len`, as `cut_to` says."""
+        """Return the rating cut by `cut_to`."""
         prompt, (response,) = cut_to(max_seq_len, self.prompt, [self.response])
         return replace(self, prompt=prompt, response=response)
 
 
+Item = Ranking | Rating
+
+
 @beartype
 def cut_to(max_seq_len: int, prompt: Tensor, responses: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Responses cut at their ends so that a token of the prompt fits before each, and the last of the prompt that do.
+    """Return a prompt and responses of at most `max_seq_len` tokens together.
 
-    All responses keep the same prompt, which the longest decides: what is compared differs in the response alone.
+    Responses lose their ends until one token of the prompt fits, then the prompt loses its start. All responses keep
+    the same prompt, as much of it as fits before the longest one.
     """
     responses = [response[: max_seq_len - 1] for response in responses]
     return prompt[-(max_seq_len - max(map(len, responses))) :], responses
@@ -78,32 +82,33 @@ def cut_to(max_seq_len: int, prompt: Tensor, responses: Sequence[Tensor]) -> tup
 
 @beartype
 def checked(
-    data: Sequence[Ranking] | Sequence[Rating],
+    data: Sequence[Item],
     name: str,
     *,
     num_tokens: int,
     max_seq_len: int,
     num_bins: int = 0,
-) -> list[Ranking] | list[Rating]:
-    """The data as int64 on the CPU, cut to `max_seq_len`; ValueError by name for what cannot be learnt from.
+) -> list[Item]:
+    """Return the data as int64 on the CPU, cut to `max_seq_len`.
 
-    That includes responses of a ranking that are the same after the cut: no model can tell them apart.
+    Raises ValueError, with the name of the data, for items that cannot be learnt from, such as rankings in which two
+    responses are the same after the cut: no model can tell them apart.
     """
     if not data:
         raise ValueError(f"{name} is empty: expected at least one Ranking or Rating")
     if len({type(item) for item in data}) > 1:
         raise ValueError(f"{name} mixes Rankings and Ratings: expected one kind, each has losses of its own")
-    ready = []
+    ready: list[Item] = []
     for index, item in enumerate(data):
         label = f"{name}[{index}]"
         _check_tokens(label, item.prompt, item.responses, num_tokens)
+        prompt, responses = item.prompt.cpu().long(), [response.cpu().long() for response in item.responses]
         if isinstance(item, Rating):
             _check_label(label, item.label, num_bins)
-            tensors = {"response": item.response.cpu().long()}
+            ready.append(replace(item, prompt=prompt, response=responses[0]).cut(max_seq_len))
         else:
             _check_ranking(label, item)
-            tensors = {"responses": [response.cpu().long() for response in item.responses]}
-        ready.append(replace(item, prompt=item.prompt.cpu().long(), **tensors).cut(max_seq_len))
+            ready.append(replace(item, prompt=prompt, responses=responses).cut(max_seq_len))
         _check_distinct(label, item.responses, ready[-1].responses, max_seq_len)
     return ready
 
@@ -152,8 +157,8 @@ def _check_distinct(label: str, whole: Sequence[Tensor], cut: Sequence[Tensor], 
 
 
 @beartype
-def fingerprint(data: Sequence[Ranking] | Sequence[Rating]) -> str:
-    """A digest of all that is learnt from, to know the same data again."""
+def fingerprint(data: Sequence[Item]) -> str:
+    """Return a digest of the data, by which a resumed run knows that it has the same data."""
     digest = hashlib.sha256()
     for item in data:
         digest.update(repr(item.label if isinstance(item, Rating) else item.pair_margins).encode())

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from beartype import beartype
@@ -13,18 +13,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.algorithms.preferences import bradley_terry_loss, plackett_luce_loss, ranking_loss
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.sequences import Sequences, join
+from palm_rlhf.policy.sequences import Sequences, batches_by_length, join
 from palm_rlhf.training.epoch_sampler import EpochSampler, micro_batches
-from palm_rlhf.training.ranked_data import Ranking, Rating, checked, fingerprint
+from palm_rlhf.training.ranked_data import Item, Ranking, Rating, checked, fingerprint
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.reward_metrics import RatingMetrics, RewardMetrics, correlation, ranking_metrics
 from palm_rlhf.training.run.log import Metrics, Result
+from palm_rlhf.training.run.loop import Loop
 from palm_rlhf.training.run.optimizer import adamw, warmup_cosine
 from palm_rlhf.training.run.run import Run
 
 Data = Sequence[Ranking] | Sequence[Rating]
 
 CURVES = {"loss": "training loss", "learning_rate": "learning rate"}
+SHOWN = ("loss", "accuracy")  # behind the progress bar
 RANKING_CURVES = {"accuracy": "training pairs ranked right", "valid_accuracy": "validation pairs ranked right"}
 RATING_CURVES = {"valid_loss": "validation loss", "valid_label_correlation": "validation correlation with labels"}
 
@@ -32,10 +34,17 @@ RATING_CURVES = {"valid_loss": "validation loss", "valid_label_correlation": "va
 class RewardModelTrainer:
     """Trains a RewardModel on rankings or ratings, on one process or on those of `accelerate launch`.
 
-    All responses of a prompt are in one batch, and each is read once, whatever number of pairs it is in. Losses are on
-    scores before their normalisation. All that is saved goes to `output_dir`; `resume=True` goes on from the newest
-    checkpoint there, if there is one. Seeds the random generators of Python, NumPy and PyTorch. The user's loop over
-    `steps()` is the callback.
+    All responses to a prompt are in one batch, and each is read once, however many pairs it is in. Losses are of scores
+    before their normalisation. Seeds the random generators of Python, NumPy and PyTorch. Loop over `steps` to act
+    between steps, or call `train`.
+
+    Args:
+        reward_model: the model, trained in place.
+        train_data: rankings, or ratings, to learn from.
+        valid_data: the same, for evaluations.
+        config: all settings that are numbers.
+        output_dir: the folder of all that is saved.
+        resume: go on from the newest checkpoint in `output_dir`, if there is one.
     """
 
     @beartype
@@ -55,17 +64,17 @@ class RewardModelTrainer:
         self.valid_items = None if valid_data is None else self._checked(valid_data, "valid_data")
         self.sampler = EpochSampler(len(self.train_items), config.seed)
 
-        self.run = Run(reward_model, self._make_optimizer, config, output_dir=output_dir, resume=resume)
+        self.run = Run(config, output_dir=output_dir, resume=resume)
         self.accelerator = self.run.accelerator
-        self.run.load_newest(self._read_model)
+        reward_model.to(self.run.device)
+        self.run.prepare(
+            reward_model, adamw(reward_model, config.learning_rate, config.betas, config.eps, config.weight_decay)
+        )
+        self._resume()
         settings = {**dataclasses.asdict(reward_model.palm.config), **dataclasses.asdict(config)}
         self.run.open_log(settings, CURVES | (RATING_CURVES if self.loss == "labels" else RANKING_CURVES))
 
-    def _make_optimizer(self, reward_model: nn.Module) -> torch.optim.Optimizer:
-        c = self.config
-        return adamw(reward_model, c.learning_rate, c.betas, c.eps, c.weight_decay)
-
-    def _checked(self, data: Data, name: str) -> list[Ranking] | list[Rating]:
+    def _checked(self, data: Data, name: str) -> list[Item]:
         model = self.reward_model
         return checked(
             data,
@@ -76,7 +85,7 @@ class RewardModelTrainer:
         )
 
     def _loss_of_data(self) -> str:
-        """The loss, with "auto" decided; ValueError where it is not for such data."""
+        """Return the loss, with "auto" decided. Raises ValueError for a loss of other data."""
         rated, config = isinstance(self.train_items[0], Rating), self.config
         loss = ("labels" if rated else "ranking") if config.loss == "auto" else config.loss
         if rated != (loss == "labels"):
@@ -84,7 +93,11 @@ class RewardModelTrainer:
             raise ValueError(f"the loss is {loss} and train_data holds {kind}, expected {losses}, or auto")
         if rated and config.centering:
             raise ValueError(f"centering is {config.centering} and train_data holds Ratings, expected 0")
-        if not rated and loss != "bradley_terry" and any(any(item.pair_margins) for item in self.train_items):
+        if (
+            not rated
+            and loss != "bradley_terry"
+            and any(isinstance(item, Ranking) and any(item.pair_margins) for item in self.train_items)
+        ):
             raise ValueError(f"train_data has margins and the loss is {loss}, which has none: choose bradley_terry")
         return loss
 
@@ -102,77 +115,82 @@ class RewardModelTrainer:
         return self.config.batch_size * self.config.grad_accum * self.run.num_processes
 
     def train(self) -> Result:
-        """Runs what is left of the schedule with a progress bar on standard error; returns what `finish` returns."""
+        """Take the steps that are left, with a progress bar on standard error, and return the result of `finish`."""
         for _ in self.steps(progress_bar=True):
             pass
         return self.finish()
 
     @beartype
     def steps(self, progress_bar: bool = False) -> Iterator[Metrics]:
-        """The metrics of one optimiser step after another until the schedule ends; evaluates and saves when due.
+        """Yield the metrics of one optimiser step after another until the schedule ends; evaluate and save when due.
 
-        `loss`, and for rankings `accuracy`, the share of pairs ranked right, are of the step's data before its update.
-        Then `epoch`, `learning_rate`, `grad_norm` before clipping and `responses_per_second`; after evaluations the
-        fields of RewardMetrics or RatingMetrics as `valid_accuracy` and so on. FloatingPointError where the loss or
-        the gradient is not finite.
+        `loss`, and for rankings `accuracy`, the share of pairs in the right order, are of the step's data before its
+        update. The others are `epoch`, `learning_rate`, `grad_norm` before clipping and `responses_per_second`; steps
+        with an evaluation have the fields of RewardMetrics or RatingMetrics as `valid_accuracy` and so on. Raises
+        FloatingPointError where the loss or the gradient is not finite.
         """
         self.reward_model.train()
-        return self.run.drive(
-            self._optimizer_step,
-            lambda: self.step >= self.num_steps,
-            self.save,
-            num_steps=lambda: self.num_steps,
-            show=lambda metrics: {key: metrics[key] for key in ("loss", "accuracy") if key in metrics},
-            progress_bar=progress_bar,
-        )
+        with Loop(self.run, self.num_steps, SHOWN, progress_bar) as loop:
+            while loop.goes_on:
+                metrics = self.update()
+                evaluates = self.valid_items is not None and self.run.is_due(self.config.eval_every)
+                if evaluates:
+                    metrics |= self._validation()
+                if loop.finish_step(metrics, must_log=evaluates):
+                    self.save()
+                yield metrics
 
     def finish(self) -> Result:
-        """Evaluates on the validation data, logs that, draws the curves and closes the trackers.
+        """Evaluate on the validation data, log the result, draw the curves and close the trackers.
 
         Returns the metrics as `valid_accuracy` and so on, `steps`, `seconds` with this evaluation included, and
         `stopped_early` where `max_seconds` ended the run before its last step.
         """
-        return self.run.finish(self._validation)
+        started = time.perf_counter()
+        return self.run.finish(self._validation(), started=started)
 
-    def _optimizer_step(self) -> Metrics:
-        """One step on batch_size * grad_accum items of every process, every loss divided by what all of them hold."""
+    def update(self) -> Metrics:
+        """Take one optimiser step on the next batch_size * grad_accum items of every process.
+
+        The loss is the mean over all of them, or over their pairs.
+        """
         config, run, started = self.config, self.run, time.perf_counter()
         factor = warmup_cosine(self.step, self.step / self.num_steps, config.warmup_steps, config.min_lr_ratio)
         drawn = [self.train_items[index] for index in self.sampler.draw(self._items_per_step)]
         num_pairs = sum(item.num_pairs for item in drawn)
         num_right = torch.zeros((), device=run.device)
-
-        def loss_of(items: Sequence[Ranking] | Sequence[Rating]) -> Tensor:
-            if self.loss == "labels":
-                return self._label_loss(run.model, items, len(drawn))
-            loss, right = self._ranking_loss(items, len(drawn), num_pairs)
-            num_right.add_(right)
-            return loss
-
-        batches = micro_batches(drawn, config.batch_size, (run.rank, run.num_processes))
-        loss, (norm,) = run.optimizer_step(batches, loss_of, rate_factor=factor)
+        with run.optimizer_step(rate_factor=factor) as step:
+            for items in step.micro_batches(micro_batches(drawn, config.batch_size, run.shard)):
+                with run.autocast():
+                    if self.loss == "labels":
+                        loss = self._label_loss(run.model, cast(Sequence[Rating], items), len(drawn))
+                    else:
+                        loss, right = self._ranking_loss(cast(Sequence[Ranking], items), len(drawn), num_pairs)
+                        num_right += right
+                step.backward(loss)
         run.step += 1
-        metrics = {"step": self.step, "epoch": self.sampler.num_drawn / self.sampler.num_items, "loss": loss}
+        metrics: Metrics = {
+            "step": self.step,
+            "epoch": self.sampler.num_drawn / self.sampler.num_items,
+            "loss": step.loss,
+        }
         if num_pairs:
             metrics["accuracy"] = float(self.accelerator.reduce(num_right, "sum")) / num_pairs
         num_responses = sum(len(item.responses) for item in drawn)
-        metrics |= {
+        return metrics | {
             "learning_rate": config.learning_rate * factor,
-            "grad_norm": norm,
+            "grad_norm": step.norms[0],
             "responses_per_second": num_responses / (time.perf_counter() - started),
         }
-        if self.valid_items and run.is_due(config.eval_every):
-            metrics |= {**self._validation(), "log": True}
-        return metrics
 
     def _ranking_loss(self, rankings: Sequence[Ranking], num_rankings: int, num_pairs: int) -> tuple[Tensor, Tensor]:
-        """The rankings' part of the loss of so many rankings and pairs, and how many of their own pairs are right."""
+        """Return the share of some rankings in a step's loss, and how many of their pairs are in the right order."""
         block, config = self._block(rankings), self.config
         scores = self.run.model(block.tokens, block.key_mask, prompt_mask=block.prompt_mask, raw=True)
         rows = scores.split([len(ranking.responses) for ranking in rankings])
         mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
         scores = pad_sequence(rows, batch_first=True)  # b k
-        # In the order of itertools.combinations, row by row, as margins are.
+        # pairs in the order of itertools.combinations, row by row, as margins have it
         row, better, worse = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1).nonzero(as_tuple=True)
         chosen, rejected = scores[row, better], scores[row, worse]
         if self.loss == "ranking":
@@ -187,7 +205,7 @@ class RewardModelTrainer:
         return loss, (chosen > rejected).sum()
 
     def _label_loss(self, model: nn.Module, ratings: Sequence[Rating], num_ratings: int) -> Tensor:
-        """The ratings' part of the loss of so many."""
+        """Return the share of some ratings in the mean loss of `num_ratings`."""
         block = self._block(ratings)
         dtype = torch.long if self.reward_model.num_binned_output else torch.float32
         labels = torch.tensor([rating.label for rating in ratings], dtype=dtype, device=self.run.device)
@@ -195,49 +213,48 @@ class RewardModelTrainer:
             block.tokens, block.key_mask, prompt_mask=block.prompt_mask, labels=labels, denominator=num_ratings
         )
 
-    def _block(self, items: Sequence[Ranking] | Sequence[Rating]) -> Sequences:
-        """All responses as rows of one forward, those of one prompt next to each other."""
+    def _block(self, items: Sequence[Item]) -> Sequences:
+        """Return all responses as rows of one forward; responses to one prompt are next to each other."""
         pairs = [(item.prompt, response) for item in items for response in item.responses]
         return join(*zip(*pairs, strict=True)).to(self.run.device)
 
     @beartype
     def evaluate(self, data: Data | None = None) -> RewardMetrics | RatingMetrics:
-        """How good the model is on the validation data, or other `data`: see the two classes of metrics."""
-        if data is None and self.valid_items is None:
-            raise ValueError("there is nothing to evaluate on: give the trainer valid_data, or evaluate(data)")
+        """Measure the model on the validation data, or on other `data`."""
         items = self.valid_items if data is None else self._checked(data, "data")
-        model, scores = self.reward_model, self._raw_scores(items)
+        if items is None:
+            raise ValueError("there is nothing to evaluate on: give the trainer valid_data, or evaluate(data)")
+        model, raw_scores = self.reward_model, self._raw_scores(items)
         lengths = [torch.tensor([len(response) for response in item.responses]) for item in items]
         mean, std = float(model.score_mean), float(model.score_std)
         if isinstance(items[0], Ranking):
-            return ranking_metrics(scores, lengths, score_mean=mean, score_std=std)
-        scores = (torch.cat(scores).double() - mean) / std
+            return ranking_metrics(raw_scores, lengths, score_mean=mean, score_std=std)
+        ratings, scores = cast(Sequence[Rating], items), (torch.cat(raw_scores).double() - mean) / std
         return RatingMetrics(
-            num_ratings=len(items),
-            loss=self._mean_label_loss(items),
-            label_correlation=correlation(scores, torch.tensor([float(item.label) for item in items])),
+            num_ratings=len(ratings),
+            loss=self._mean_label_loss(ratings),
+            label_correlation=correlation(scores, torch.tensor([float(rating.label) for rating in ratings])),
             length_correlation=correlation(scores, torch.cat(lengths)),
             score_mean=float(scores.mean()),
             score_std=float(scores.std(correction=0)),
         )
 
     @torch.no_grad()
-    def _raw_scores(self, items: Sequence[Ranking] | Sequence[Rating]) -> list[Tensor]:
-        """The scores of each item's responses before their normalisation, every process reading its share."""
+    def _raw_scores(self, items: Sequence[Item]) -> list[Tensor]:
+        """Return the scores of each item's responses before normalisation; every process reads its share."""
         pairs = [(item.prompt, response) for item in items for response in item.responses]
         result = torch.zeros(len(pairs), device=self.run.device)
-        by_length = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))  # so few pads are read
-        size = self.config.eval_batch_size
-        for batch in micro_batches(by_length, size, (self.run.rank, self.run.num_processes)):
+        lengths, size = torch.tensor([sum(map(len, pair)) for pair in pairs]), self.config.eval_batch_size
+        for batch in batches_by_length(lengths, size, self.run.shard):
             with self.run.autocast():
-                block = join(*zip(*(pairs[index] for index in batch), strict=True))
+                block = join(*zip(*(pairs[index] for index in batch.tolist()), strict=True))
                 result[batch] = self.reward_model.score(block, batch_size=size, raw=True)
         return list(self.accelerator.reduce(result, "sum").cpu().split([len(item.responses) for item in items]))
 
     @torch.no_grad()
     def _mean_label_loss(self, ratings: Sequence[Rating]) -> float:
         total = torch.zeros((), device=self.run.device)
-        for batch in micro_batches(ratings, self.config.eval_batch_size, (self.run.rank, self.run.num_processes)):
+        for batch in micro_batches(ratings, self.config.eval_batch_size, self.run.shard):
             with self.run.autocast():
                 total += self._label_loss(self.reward_model, batch, len(ratings))
         return float(self.accelerator.reduce(total, "sum"))
@@ -248,22 +265,29 @@ class RewardModelTrainer:
 
     @beartype
     def normalise(self, data: Data) -> None:
-        """Gives the scores of all responses in `data` mean 0 and deviation 1, and saves the model so."""
+        """Normalise scores to mean 0 and deviation 1 over all responses in `data`, and save the model."""
         raw = torch.cat(self._raw_scores(self._checked(data, "data"))).to(self.run.device)
         self.reward_model.normalise((raw - self.reward_model.score_mean) / self.reward_model.score_std)
         self.save()
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, whole or not at all, and removes all but the newest `keep_checkpoints`.
+        """Write the checkpoint of this step, whole or not at all, and remove all but the newest `keep_checkpoints`.
 
-        Its folder `model` opens by `RewardModel.from_pretrained`. OSError where the disk is full; what was saved before
-        stays.
+        `RewardModel.from_pretrained` opens its folder `model`. Raises OSError where the disk is full; the checkpoints
+        before it stay.
         """
         state = {"sampler": self.sampler.state_dict(), "data": fingerprint(self.train_items)}
-        self.run.save(lambda folder: self.reward_model.save_pretrained(folder / "model"), state)
+        with self.run.new_checkpoint(state) as folder:
+            if folder is not None:
+                self.reward_model.save_pretrained(folder / "model")
 
-    def _read_model(self, folder: Path, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state["sampler"])
-        if state["data"] != fingerprint(self.train_items):
-            raise ValueError(f"train_data has changed since {folder}: resume with the same, or start another run")
-        self.reward_model.load(folder / "model")
+    def _resume(self) -> None:
+        with self.run.newest_checkpoint() as saved:
+            if saved is None:
+                return
+            self.sampler.load_state_dict(saved.state["sampler"])
+            if saved.state["data"] != fingerprint(self.train_items):
+                raise ValueError(
+                    f"train_data has changed since {saved.folder}: resume with the same, or start another run"
+                )
+            self.reward_model.load(saved.folder / "model")

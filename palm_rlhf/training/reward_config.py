@@ -63,11 +63,9 @@ class RewardConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.expect_positive("batch_size", "grad_accum", "num_epochs", "learning_rate", "eps", "eval_every",
-                              "eval_batch_size")  # fmt: skip
-        self.expect_not_negative("centering", "warmup_steps", "weight_decay")
+        self.expect_adamw()
+        self.expect_positive("batch_size", "grad_accum", "num_epochs", "eval_every", "eval_batch_size")
+        self.expect_not_negative("centering")
         pairs_alone = self.loss not in ("plackett_luce", "labels") or self.centering == 0
         self.expect("centering", pairs_alone, f"0 with the loss {self.loss}")
         self.expect("max_seq_len", self.max_seq_len >= 2, "at least 2, one of the prompt and one of the response")
-        self.expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
-        self.expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")

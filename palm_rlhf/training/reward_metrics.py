@@ -1,4 +1,4 @@
-"""How good a reward model is: how often it is right, how sure one can be of that, and how sure it is itself."""
+"""How good a reward model is: its accuracy on pairs, the interval of that accuracy, and its calibration."""
 
 import dataclasses
 import math
@@ -25,20 +25,20 @@ class MarginBin(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardMetrics:
-    """Of all pairs of all rankings, each pair counting the same, and of the scores of all responses."""
+    """Measures of rankings: over all pairs, which count the same, and over the scores of all responses."""
 
     num_pairs: int
     num_prompts: int
     accuracy: float
     """Share of the pairs whose better response has the higher score; equal scores count a half."""
     accuracy_low: float
-    """Lower end of the accuracy's 95 % interval, by Wilson, with the prompts as clusters."""
+    """Lower end of the accuracy's 95 % interval (Wilson), with the prompts as clusters."""
     accuracy_high: float
-    """Its upper end."""
+    """Upper end of that interval."""
     longer_accuracy: float
-    """The accuracy of always preferring the longer response: what a model has to beat to have read anything."""
+    """The accuracy of preferring the longer response, which a model that reads has to beat."""
     log_loss: float
-    """Mean of -log sigmoid(better - worse), in nats; ln 2 is that of a model which knows nothing."""
+    """Mean of -log sigmoid(better - worse), in nats; ln 2 for a model that knows nothing."""
     calibration_error: float
     """Expected difference between sigmoid(score difference) and the accuracy, over ten bins (Guo et al. 2017)."""
     length_correlation: float
@@ -57,7 +57,7 @@ class RewardMetrics:
         )
 
     def numbers(self) -> dict[str, float]:
-        """All that goes into a line of metrics, flat."""
+        """Return the measures by name, with a name for each group of margins."""
         numbers = dataclasses.asdict(self)
         groups = numbers.pop("accuracy_by_margin")
         return numbers | {f"accuracy_margin_{i}": group[2] for i, group in enumerate(groups, start=1)}
@@ -65,7 +65,7 @@ class RewardMetrics:
 
 @dataclass(frozen=True)
 class RatingMetrics:
-    """Of ratings: how far the scores are from the labels."""
+    """Measures of ratings: how far the scores are from the labels."""
 
     num_ratings: int
     loss: float
@@ -77,7 +77,7 @@ class RatingMetrics:
     score_std: float
 
     def numbers(self) -> dict[str, float]:
-        """All that goes into a line of metrics."""
+        """Return the measures by name."""
         return dataclasses.asdict(self)
 
 
@@ -85,7 +85,7 @@ class RatingMetrics:
 def ranking_metrics(
     raw_scores: Sequence[Tensor], lengths: Sequence[Tensor], *, score_mean: float = 0.0, score_std: float = 1.0
 ) -> RewardMetrics:
-    """The metrics of rankings, from the scores before normalisation, which took mean and deviation as given.
+    """Measure rankings by the scores before their normalisation, whose mean and deviation are given.
 
     raw_scores and lengths: for each prompt `k`, best response first
     """
@@ -117,17 +117,17 @@ def ranking_metrics(
 
 @beartype
 def correctness(differences: Tensor) -> Tensor:
-    """1 where the better response has the higher score, 0 where the lower, a half where they are equal: `p -> p`."""
+    """Return 1 where the better response has the higher score, 0 where it has the lower, else a half: `p -> p`."""
     return (differences.sign().double() + 1) / 2
 
 
 @beartype
 def effective_count(correct: Tensor, clusters: Tensor) -> float:
-    """As many independent pairs as tell the accuracy as exactly as these do, of which those of one prompt are alike.
+    """Return the number of independent pairs that would give the accuracy with the same precision.
 
-    The design effect (Kish 1965) is the variance of the mean with prompts as clusters over that of independent pairs;
-    below 1, it counts as 1. With one pair a prompt, the count is that of the pairs. Where all pairs are right, or all
-    wrong, nothing can be told of how alike they are: only the prompts count.
+    It is the number of pairs over the design effect (Kish 1965): the variance of the mean with prompts as clusters over
+    the variance of independent pairs, at least 1. Where all pairs are right, or all wrong, the similarity of the pairs
+    of a prompt cannot be estimated, and the number of prompts is returned.
 
     correct, and its prompt's index from 0: `p`
     """
@@ -143,7 +143,7 @@ def effective_count(correct: Tensor, clusters: Tensor) -> float:
 
 @beartype
 def wilson_interval(share: float, count: float | int, z: float = Z_95) -> tuple[float, float]:
-    """The interval in which the true share lies, of which `count` independent trials showed `share` (Wilson 1927)."""
+    """Return the interval of the true share after `count` independent trials that showed `share` (Wilson 1927)."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return max(centre - half, 0.0), min(centre + half, 1.0)
@@ -151,9 +151,9 @@ def wilson_interval(share: float, count: float | int, z: float = Z_95) -> tuple[
 
 @beartype
 def calibration_error(differences: Tensor, num_bins: int = 10) -> float:
-    """The mean distance between confidence and accuracy over bins of equal width (ECE: Guo et al. 2017, equation 5).
+    """Return the mean distance of confidence and accuracy over bins of equal width (Guo et al. 2017, equation 5).
 
-    The confidence is that in the response with the higher score, sigmoid(|difference|), from a half to 1.
+    The confidence in the response with the higher score is sigmoid(|difference|), from a half to 1.
 
     differences, better - worse: `p`
     """
@@ -165,7 +165,7 @@ def calibration_error(differences: Tensor, num_bins: int = 10) -> float:
 
 @beartype
 def accuracy_by_margin(differences: Tensor, num_bins: int = 4) -> tuple[MarginBin, ...]:
-    """The accuracy in groups of as many pairs each, by how far their scores differ; fewer groups for fewer pairs."""
+    """Return the accuracy in groups of equal size, ordered by the difference of scores; few pairs make fewer groups."""
     differences = differences[differences.abs().argsort(stable=True)]
     return tuple(
         MarginBin(float(part[0].abs()), float(part[-1].abs()), float(correctness(part).mean()), len(part))
@@ -175,7 +175,7 @@ def accuracy_by_margin(differences: Tensor, num_bins: int = 4) -> tuple[MarginBi
 
 @beartype
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation, 0 where one of them is constant: `n`, `n`."""
+    """Return Pearson's correlation, 0 where `x` or `y` is constant: `n, n -> scalar`."""
     x, y = (values.double() - values.double().mean() for values in (x, y))
     norm = float(x.norm() * y.norm())
     return float(x @ y) / norm if norm > 0 else 0.0

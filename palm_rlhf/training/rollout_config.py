@@ -1,4 +1,4 @@
-"""How a trainer on preferences draws the responses that it compares; the command line's help is made of the texts."""
+"""The settings of sampling in online preference training; the command line's help is made of the texts below them."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from palm_rlhf.training.sampling_config import SamplingConfig
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class RolloutConfig(SamplingConfig):
-    """How responses are drawn and what is made of their scores."""
+    """How responses are drawn and scored."""
 
     num_samples: int = 2
     """Responses to each prompt, of which the best and the worst become a pair; 2 in arXiv:2402.04792."""
@@ -45,14 +45,14 @@ class RolloutConfig(SamplingConfig):
         self.expect("num_samples", self.num_samples > 1, "at least 2, the best and the worst of which are compared")
         self.expect_positive("max_new_tokens", "rollout_batch_size", "sample_every", "samples_kept")
         self.expect_not_negative("missing_eos_penalty")
-        self.expect("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "None or more than 0")
         weights = (self.reward_weights or {}).values()
         self.expect("reward_weights", all(map(math.isfinite, weights)), "finite numbers")
         self.check_sampling()
+        self.expect_positive_or_none("reward_timeout")
         self.expect("eos_token", self.eos_token is None or self.eos_token >= 0, "None or the id of a token")
 
     def check_end(self) -> None:
-        """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
+        """Raise ValueError for a setting that needs an EOS token where none is given."""
         if self.eos_token is None:
             self.expect_default("where eos_token is None and no response is cut off", "missing_eos_penalty")
 

@@ -62,9 +62,8 @@ class SupervisedConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.expect_positive("batch_size", "grad_accum", "num_epochs", "learning_rate", "eps", "eval_every")
-        self.expect_not_negative("warmup_steps", "weight_decay", "lora_r")
+        self.expect_adamw()
+        self.expect_positive("batch_size", "grad_accum", "num_epochs", "eval_every")
+        self.expect_not_negative("lora_r")
         self.expect("lora_embeddings", self.lora_r > 0 or not self.lora_embeddings, "False without adapters (lora_r)")
-        self.expect("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "None or a number above 0")
-        self.expect("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
-        self.expect("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        self.expect_positive_or_none("lora_alpha")

@@ -1,4 +1,4 @@
-"""Training windows drawn from token arrays: an order that needs no memory but a few counters."""
+"""Training windows drawn from token arrays, in an order whose state is a few counters."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,13 +22,13 @@ class Window(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Tokens that the window asks for."""
+        """Tokens that are predicted in the window."""
         return self.stop - self.start - 1
 
 
 @beartype
 def token_arrays(data: Tokens | Sequence[Tokens], num_tokens: int, name: str, min_length: int = 2) -> list[np.ndarray]:
-    """The sources of `data` as 1-d integer arrays (views, nothing is copied), all ids checked against `num_tokens`.
+    """Return the sources of `data` as 1-d integer arrays, without copying them. Raises ValueError for wrong token ids.
 
     An array whose dtype cannot hold an id out of range, as bytes for a byte-level model, is not scanned.
     """
@@ -66,8 +66,8 @@ class WindowSampler:
     """Draws windows of up to `seq_len` targets, reproducibly from a seed.
 
     Each epoch of a source cuts it at a random offset into windows that do not overlap, and goes through them in random
-    order, so every token but the source's first is a target exactly once an epoch. The next window is always of the
-    source that is furthest behind its share, which is by `weights` (default: by their lengths).
+    order, so every token but the source's first is a target exactly once an epoch. The next window always comes from
+    the source that is furthest behind its share, by `weights` or else by length.
     """
 
     @beartype
@@ -86,7 +86,7 @@ class WindowSampler:
 
     @beartype
     def draw(self, count: int) -> list[Window]:
-        """The next `count` windows; with several processes all draw the same ones and read their own part."""
+        """Return the next `count` windows; all processes draw the same ones, and read their own part."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Window:
@@ -104,7 +104,7 @@ class WindowSampler:
         return Window(source, start, stop)
 
     def _order(self, source: int) -> tuple[int, np.ndarray]:
-        """The end of the first window, and the order of the windows, in the source's present epoch."""
+        """Return the end of the first window, and the order of the windows, in the source's present epoch."""
         epoch = self.epochs[source]
         if self._orders.get(source, (-1,))[0] != epoch:
             last = len(self.arrays[source]) - 1
@@ -116,11 +116,11 @@ class WindowSampler:
 
     @beartype
     def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor | None]:
-        """The windows' tokens `b n` (int64), and the mask `b n` of the real ones, None where no window is short."""
+        """Return the windows' tokens `b n` (int64), and their mask `b n`, which is None without padding."""
         return read_windows(self.arrays, windows, self.seq_len + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, as JSON: a few numbers for each source."""
+        """Return the state of the sampler, as JSON: a few numbers for each source."""
         return {
             **self._identity(),
             "drawn": self.drawn.tolist(),
@@ -130,7 +130,7 @@ class WindowSampler:
 
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; ValueError where it belongs to other data or another setting."""
+        """Go on from a `state_dict`. Raises ValueError where it belongs to other data or another setting."""
         require_identity(state, self._identity())
         self.drawn = np.array(state["drawn"], dtype=np.int64)
         self.epochs, self.positions = list(state["epochs"]), list(state["positions"])
@@ -142,7 +142,7 @@ class WindowSampler:
 
 @beartype
 def read_windows(arrays: Sequence[np.ndarray], windows: Sequence[Window], width: int) -> tuple[Tensor, Tensor | None]:
-    """Windows as a batch `b width`, zeros after short ones, and the mask of the real tokens if there is a short one."""
+    """Return windows as a batch `b width`, padded with zeros on the right, and its mask, None without padding."""
     tokens = np.zeros((len(windows), width), dtype=np.int64)
     for row, (source, start, stop) in zip(tokens, windows, strict=True):
         row[: stop - start] = arrays[source][start:stop]

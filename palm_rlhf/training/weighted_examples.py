@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: tokens with the weight that the loss gives each; and rows of several of them."""
+"""The data of supervised fine-tuning: tokens with their weights in the loss, and rows of several examples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from palm_rlhf.training.epoch_sampler import EpochSampler
 @beartype
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Tokens to read, and the weight of each as a target, 0 for those not to be learnt: both `n`.
+    """Tokens to read, and the weight of each as a target, 0 for tokens that are not learnt: both `n`.
 
     The first token is never a target, since nothing comes before it.
     """
@@ -36,7 +36,7 @@ class Example:
 
 @beartype
 def check_examples(examples: Sequence[Example], name: str, num_tokens: int) -> None:
-    """ValueError by name for an example that cannot be learnt from."""
+    """Raise ValueError, with the name of the data, for an example that cannot be learnt from."""
     if not examples:
         raise ValueError(f"{name} is empty, expected at least one example")
     for index, example in enumerate(examples):
@@ -59,7 +59,7 @@ def check_examples(examples: Sequence[Example], name: str, num_tokens: int) -> N
 
 @beartype
 def digest_of(examples: Sequence[Example]) -> str:
-    """What tells examples from others, in their order."""
+    """Return a digest of the examples in their order, by which a resumed run knows that it has the same data."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
@@ -79,47 +79,65 @@ class Rows(NamedTuple):
     document_ids: Tensor | None
 
     def to(self, device: torch.device | str) -> "Rows":
-        """The same rows on another device."""
-        return Rows(*(t if t is None else t.to(device) for t in self))
+        """Return the same rows on another device."""
+        ids = None if self.document_ids is None else self.document_ids.to(device)
+        return Rows(self.tokens.to(device), self.weights.to(device), ids)
 
 
 @beartype
 def lay_out(rows: Sequence[Sequence[Example]]) -> Rows:
-    """Each list of examples as one row; pads have weight 0, and come after all tokens that a causal model relates."""
+    """Return each list of examples as one row, padded on the right; padding has the weight 0."""
     tokens = [torch.cat([example.tokens for example in row]).long() for row in rows]
     weights = [torch.cat([example.weights for example in row]).float() for row in rows]
-    ids = None
+    document_ids = None
     if any(len(row) > 1 for row in rows):
         lengths = [torch.tensor([len(example) for example in row]) for row in rows]
         ids = [torch.arange(len(row)).repeat_interleave(length) for row, length in zip(rows, lengths, strict=True)]
-        ids = pad_sequence(ids, batch_first=True, padding_value=-1)
-    return Rows(pad_sequence(tokens, batch_first=True), pad_sequence(weights, batch_first=True), ids)
+        document_ids = pad_sequence(ids, batch_first=True, padding_value=-1)
+    return Rows(pad_sequence(tokens, batch_first=True), pad_sequence(weights, batch_first=True), document_ids)
 
 
 @runtime_checkable
 class RowSampler(Protocol):
-    """Deals examples out to rows, all of them once an epoch, in an order that its state brings back."""
+    """A sampler that puts examples into rows, each of them once an epoch, in an order that its state restores."""
 
     num_items: int
 
     @property
     def num_drawn(self) -> int:
-        """Examples drawn so far, epoch after epoch; those drawn ahead of others do not count."""
+        """Examples drawn so far, over all epochs; examples drawn ahead of others do not count."""
 
     def draw(self, count: int) -> list[list[int]]:
-        """The indices of the examples in each of the next `count` rows."""
+        """Return the indices of the examples in each of the next `count` rows."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, as JSON."""
+        """Return the state of the sampler, as JSON."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; ValueError where it belongs to other data or settings."""
+        """Go on from a `state_dict`. Raises ValueError where it belongs to other data or settings."""
 
 
-class OneInARow(EpochSampler):
+class OneInARow:
     """A row for each example, in a new random order every epoch."""
 
     @beartype
+    def __init__(self, num_items: int, seed: int):
+        self.num_items, self._sampler = num_items, EpochSampler(num_items, seed)
+
+    @property
+    def num_drawn(self) -> int:
+        return self._sampler.num_drawn
+
+    @beartype
     def draw(self, count: int) -> list[list[int]]:
-        """The next `count` indices, each a row of its own."""
-        return [[index] for index in super().draw(count)]
+        """Return the next `count` indices, each a row of its own."""
+        return [[index] for index in self._sampler.draw(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the sampler, as JSON."""
+        return self._sampler.state_dict()
+
+    @beartype
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`. Raises ValueError where it belongs to other data or another seed."""
+        self._sampler.load_state_dict(state)

@@ -90,9 +90,13 @@ TESTS = {
         "tests/training/laws/test_fields_without_rollouts.py",
         "tests/training/laws/test_run.py",
     ],
-    "palm_rlhf/training/language_model.py": [
+    "palm_rlhf/training/language_model*.py": [
         "tests/training/test_language_model.py",
         "tests/training/laws/test_fields_without_rollouts.py",
+        "tests/training/test_defaults.py",
+        "tests/training/test_config_bounds.py",
+        "tests/training/test_config.py",
+        "tests/training/laws/test_run.py",
     ],
     "palm_rlhf/training/run/optimizer.py": [
         "tests/training/test_optimization.py",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.training.run.config import LMConfig
+from palm_rlhf.training.language_model_config import LMConfig
 from tests.factories import palm_of
 
 

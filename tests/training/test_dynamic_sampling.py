@@ -9,7 +9,7 @@ import torch
 
 from palm_rlhf import PPOConfig, RLHFTrainer
 from palm_rlhf.policy.sequences import response_logprobs
-from palm_rlhf.training.rlhf.credit import shape_scores
+from palm_rlhf.training.rlhf.experience import shape_scores
 from tests.factories import palm_of
 
 EOS, NUM_PROMPTS, GROUPS = 5, 12, 4

@@ -63,7 +63,7 @@ def pairs_of(count):
             for _ in range(count)]
 """
 TWO_PROCESSES = """
-from palm_rlhf.training.run.checkpoints import write_text
+from palm_rlhf.model.files import write_text
 from pathlib import Path
 import json
 

@@ -15,7 +15,7 @@ from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
-from palm_rlhf.training.rlhf.credit import shape_scores
+from palm_rlhf.training.rlhf.experience import shape_scores
 from tests.factories import evens, palm_of
 
 EOS = 5
@@ -310,7 +310,7 @@ def test_whitening_that_counts_pads_is_noticed(monkeypatch):
     def unmasked(advantages, action_mask, reduce):
         return (advantages - advantages.mean()) / advantages.std(correction=0)
 
-    monkeypatch.setattr("palm_rlhf.training.rlhf.credit.whiten", unmasked)
+    monkeypatch.setattr("palm_rlhf.training.rlhf.experience.whiten", unmasked)
     experience = experience_of(make_trainer(kl_coef=0.0))
     kept = experience.advantages[experience.action_mask]
     assert abs(float(kept.mean())) > 1e-3 or abs(float(kept.std(correction=0)) - 1) > 1e-2
@@ -357,7 +357,7 @@ def test_every_metric_is_explained(options):
 def test_what_would_stop_a_run_half_way_is_refused_before_it():
     long = make_trainer(prompts=[torch.tensor([1])] * 99 + [torch.arange(8)], max_seq_len=8)
     with pytest.raises(ValueError, match="prompt 99 has 8 tokens, expected fewer than max_seq_len=8"):
-        long.steps()
+        next(long.steps())
     assert next(make_trainer(prompts=[torch.arange(7)], max_seq_len=8).steps())["response_length"] == 1
     for num_tokens in (11, 13):
         with pytest.raises(ValueError, match=f"the reward model has num_tokens={num_tokens}; expected 12"):
@@ -572,11 +572,15 @@ def test_the_upper_clip_is_higher_for_dapo_and_as_asked():
 
 def test_minibatches_cover_every_response_once_an_epoch(monkeypatch):
     trainer = make_trainer(minibatch_size=3, epochs=2)
-    seen = []
-    monkeypatch.setattr(
-        trainer, "_optimizer_step", lambda batch, statistics: seen.append(batch.sequences.tokens[:, 0].tolist())
-    )
     experience = experience_of(trainer)
+    seen, select = [], type(experience).select
+
+    def select_of(self, rows):
+        if self is experience:
+            seen.append(self.sequences.tokens[rows, 0].tolist())
+        return select(self, rows)
+
+    monkeypatch.setattr(type(experience), "select", select_of)
     trainer.update(experience)
     assert [len(rows) for rows in seen] == [3, 3, 2] * 2
     firsts = sorted(experience.sequences.tokens[:, 0].tolist())
@@ -607,7 +611,7 @@ def test_a_penalty_for_a_missing_end_is_refused_where_no_end_is_looked_for():
     trainer = make_trainer(eos_token=None, missing_eos_penalty=1.0, num_steps=1)
     message = "missing_eos_penalty is 1.0, expected 0.0, where eos_token is None"
     with pytest.raises(ValueError, match=message):
-        trainer.steps()
+        next(trainer.steps())
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.train(1, 8, eos_token=EOS)["step"] == 1

@@ -137,7 +137,7 @@ def test_the_reference_comes_back_though_a_trained_palm_is_given(make_trainer, t
     resumed = make_trainer(tmp_path / "run", resume=True)
     with torch.no_grad():
         resumed.palm.token_emb.weight.add_(1.0)
-    resumed.run.load_newest(resumed._read_checkpoint)
+    resumed._resume()
     for name, weight in first.reference.palm.state_dict().items():
         assert torch.equal(resumed.reference.palm.state_dict()[name], weight)
     assert not torch.equal(resumed.palm.token_emb.weight, resumed.reference.palm.token_emb.weight)

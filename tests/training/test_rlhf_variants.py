@@ -9,7 +9,7 @@ from palm_rlhf import PPOConfig, RLHFTrainer
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.training.rlhf.credit import shape_scores
+from palm_rlhf.training.rlhf.experience import shape_scores
 from palm_rlhf.training.rlhf.variants import VARIANTS
 from tests.factories import palm_of
 
@@ -117,10 +117,10 @@ def test_what_the_sampler_was_off_by_is_weighed_only_where_probabilities_are_com
     """Weights of bfloat16 are, whatever the precision; in float32 the weights would all be 1."""
     trainer = make_trainer(importance_cap=2.0, precision="float32")
     with pytest.raises(ValueError, match=r"importance_cap is 2[.]0, expected None, in float32"):
-        trainer.steps()
+        next(trainer.steps())
     trainer.palm.bfloat16()
-    trainer.steps()
-    make_trainer(importance_cap=2.0, precision="bf16").steps()
+    assert next(trainer.steps())["step"] == 1
+    assert next(make_trainer(importance_cap=2.0, precision="bf16").steps())["step"] == 1
 
 
 def test_the_table_of_variants_is_that_of_the_choices():
@@ -177,5 +177,5 @@ NO_END = "where eos_token is None and every response takes all the room there is
 )
 def test_what_would_reach_nothing_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(**changes).steps()
-    assert make_trainer(eos_token=None, mask_truncated=False).steps()
+        next(make_trainer(**changes).steps())
+    assert next(make_trainer(eos_token=None, mask_truncated=False).steps())["step"] == 1

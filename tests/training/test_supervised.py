@@ -332,7 +332,7 @@ def test_adapters_and_embeddings_go_on_to_the_bit(tmp_path):
     metrics = list(trainer_of(tmp_path / "whole", **options).steps())
     list(islice(trainer_of(tmp_path / "run", **options).steps(), 4))
     mutant = trainer_of(tmp_path / "run", resume=True, **options)
-    mutant.sampler.num_drawn = 0
+    mutant.sampler.load_state_dict({**mutant.sampler.state_dict(), "num_drawn": 0})
     assert mutant.step == 3 and plain([next(mutant.steps())]) != plain(metrics[3:4])
     resumed = trainer_of(tmp_path / "run", palm=palm_of(9), resume=True, **options)
     assert plain(list(resumed.steps())) == plain(metrics[3:])

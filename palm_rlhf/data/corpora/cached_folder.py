@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from palm_rlhf.model.files import sync
+
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 META = "meta.json"
 
@@ -40,15 +42,6 @@ def room_for(num_bytes: int, folder: Path) -> Iterator[None]:
         got = f"{shutil.disk_usage(folder).free:,} bytes are free and about {num_bytes:,} are needed"
         mend = "make room, or set PALM_RLHF_CACHE to a folder on a larger disk"
         raise OSError(error.errno, f"the disk is full ({error.strerror}): {got}; {mend}", str(folder)) from error
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from pathlib import Path
 from beartype import beartype
 from tqdm import tqdm
 
-from palm_rlhf.data.corpora.cached_folder import DISK_FULL, locked, room_for, sync
+from palm_rlhf.data.corpora.cached_folder import DISK_FULL, locked, room_for
+from palm_rlhf.model.files import sync
 
 CHUNK = 1 << 18  # bytes
 

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, TypeVar
 from beartype import beartype
 from tqdm import tqdm
 
-from palm_rlhf.data.corpora.cached_folder import sync
 from palm_rlhf.data.files.json_record import GZIP_ERRORS, BrokenRecord, Record, damaged_gzip
 from palm_rlhf.data.files.json_stream import json_objects
 from palm_rlhf.data.files.tabular import PARQUET_MAGIC, is_csv, read_csv, read_parquet, write_csv, write_parquet
+from palm_rlhf.model.files import replacing, sync
 
 MAX_RECORD_BYTES = 1 << 26
 STANDARD = "-"  # the path of standard input and output
@@ -120,19 +120,12 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> in
     if target.exists() and not target.is_file():
         with open(target, "wb") as stream:  # a pipe or device cannot be replaced
             return _write(stream, target.name, records)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with open(partial, "wb") as stream:
-            if target.name.endswith(".gz"):
-                with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
-                    num_records = _write(packed, target.name, records)
-            else:
-                num_records = _write(stream, target.name, records)
-        sync(partial)
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(target) as partial, open(partial, "wb") as stream:
+        if target.name.endswith(".gz"):
+            with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
+                num_records = _write(packed, target.name, records)
+        else:
+            num_records = _write(stream, target.name, records)
     sync(target.parent)
     return num_records
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.corpora.cached_folder import sync
+from palm_rlhf.model.files import sync
 
 Entry = dict[str, Any]
 START = b'{"key": "'

@@ -18,7 +18,7 @@ from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.training.rlhf.metrics import SAMPLES_FILE
+from palm_rlhf.training.rlhf.sample_table import SAMPLES_FILE
 from palm_rlhf.training.run.checkpoints import METRICS_FILE, complete_checkpoints, read_state
 from palm_rlhf.training.run.log import Metrics, read_metrics
 

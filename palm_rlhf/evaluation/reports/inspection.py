@@ -10,9 +10,10 @@ from typing import Any
 
 from beartype import beartype
 
+from palm_rlhf.model.files import write_text
 from palm_rlhf.training.rlhf.metrics import CURVES
 from palm_rlhf.training.rlhf.token_table import TOKENS_FILE
-from palm_rlhf.training.run.checkpoints import METRICS_FILE, write_text
+from palm_rlhf.training.run.checkpoints import METRICS_FILE
 from palm_rlhf.training.run.log import read_metrics
 
 PAGE = Path(__file__).with_name("page")

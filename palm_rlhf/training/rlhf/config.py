@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from beartype import BeartypeConf, beartype
+from torch import Tensor
 
 from palm_rlhf.algorithms.advantages import AdvantageScale
 from palm_rlhf.algorithms.ratios import RatioLevel
@@ -14,6 +15,8 @@ from palm_rlhf.training.rlhf.variants import VARIANTS, Aggregation, Variant, var
 from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.optimizer import Precision
 from palm_rlhf.training.sampling_config import SamplingConfig
+
+T = TypeVar("T", int, Tensor)
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -49,22 +52,22 @@ class PPOConfig(SamplingConfig, RunConfig):
     """Longest prompt and response together, in tokens; where it is given, max_new_tokens does not count."""
 
     temperature: float = 1.0
-    """Divides the logits, in sampling and wherever probabilities are compared."""
+    """Divides the logits, in sampling and wherever log-probabilities are compared."""
 
     max_turns: int = 8
-    """Most turns of the policy in a conversation with an environment; one that would go on is cut off, as truncated."""
+    """Most turns of the policy in a conversation with an environment; a longer one is cut off, as truncated."""
 
     max_turn_tokens: int | None = None
-    """Longest turn in such a conversation, in tokens; None: what room the response, replies included, has left."""
+    """Longest turn in such a conversation, in tokens; None: the room that the response, replies included, has left."""
 
     eos_token: int | None = None
-    """Ends a response, and is an action like any other; None: every response takes all the room there is."""
+    """Ends a response, and is an action like any other; None: every response fills its room."""
 
     minibatch_size: int = 16
     """Responses behind one optimiser step, of all processes together."""
 
     micro_batch_size: int | None = None
-    """Responses in one forward of one process, if fewer; the gradients are the same."""
+    """Responses in one forward of one process, where that is fewer; the gradients are the same."""
 
     epochs: int = 4
     """Times that a step goes through its responses."""
@@ -91,7 +94,7 @@ class PPOConfig(SamplingConfig, RunConfig):
     """Decoupled weight decay of the matrices."""
 
     clip_eps: float | None = None
-    """Ratios of probabilities beyond 1 - clip_eps and 1 + clip_eps earn nothing more (arXiv:1707.06347, equation 7).
+    """Ratios of probabilities are clipped at 1 - clip_eps and 1 + clip_eps (arXiv:1707.06347, equation 7).
     None: 0.2, with gspo 0.0003, with cispo 1, which is no lower bound."""
 
     clip_eps_high: float | None = None
@@ -99,18 +102,18 @@ class PPOConfig(SamplingConfig, RunConfig):
     0.0004, with cispo 4."""
 
     ratio_level: RatioLevel | None = None
-    """Whose ratio of probabilities is clipped: each token's; the whole response's (sequence), where a response is one
-    action; or the mean of a response's tokens (geometric). None: sequence for rloo, as in TRL and as the method has it,
-    geometric for gspo, else token."""
+    """The ratio of probabilities that is clipped: each token's; the whole response's, as one action (sequence); or the
+    geometric mean of a response's tokens (geometric). None: sequence for rloo, as in the paper and in TRL, geometric
+    for gspo, else token."""
 
     loss_aggregation: Aggregation | None = None
-    """The mean that the loss is: over tokens; over responses, of the means over their tokens (sequence); or over
-    responses, of their sums over the longest response that there is room for (constant; with max_seq_len, after the
-    shortest prompt). None: token for ppo, dapo and cispo, and for rloo where ratio_level is token; constant for
+    """The mean that is the loss: over tokens; over responses, of the means over their tokens (sequence); or over
+    responses, of their sums divided by the longest response that there is room for (constant; with max_seq_len, after
+    the shortest prompt). None: token for ppo, dapo and cispo, and for rloo where ratio_level is token; constant for
     dr_grpo; else sequence."""
 
     value_clip_eps: float | None = 0.2
-    """How far a value may move from the one at collection before it earns nothing more; None: no clipping."""
+    """Largest move of a value from its value at collection, beyond which it is clipped; None: no clipping."""
 
     value_coef: float = 0.1
     """Weight of the value loss."""
@@ -119,48 +122,47 @@ class PPOConfig(SamplingConfig, RunConfig):
     """Weight of an entropy bonus."""
 
     gamma: float = 1.0
-    """Discount of a reward for each action that it lies ahead; an environment's tokens are none."""
+    """Discount of a reward for each action before it; tokens of an environment do not count."""
 
     gae_lambda: float = 0.95
     """Weight of long returns against the critic's values (arXiv:1506.02438, equation 16)."""
 
     whiten_advantages: bool = True
-    """Bring ppo's advantages to mean 0 and deviation 1 over all tokens of a step."""
+    """Normalise ppo's advantages to mean 0 and deviation 1 over all tokens of a step."""
 
     early_stop_kl: float | None = None
-    """End a step's optimisation where the policy is this far from the one that spoke, in nats per token."""
+    """End a step's optimisation where the KL to the policy that sampled is larger, in nats per token."""
 
     kl_coef: float | None = None
-    """Weight of the KL to the reference, its starting value where kl_target is given; None: 0.05 as in TRL's PPO, but 0
-    for dr_grpo, dapo, gspo and cispo, which have no KL. With 0 no reference is copied, run or measured against."""
+    """Weight of the KL to the reference, its starting value where kl_target is given. None: 0.05 as in TRL's PPO, but 0
+    for dr_grpo, dapo, gspo and cispo, which have no KL. With 0 there is no reference."""
 
     kl_target: float | None = None
-    """The KL, in nats per response, that kl_coef is steered to; lm-human-preferences had 6. None: kl_coef is fixed."""
+    """The KL, in nats per response, that kl_coef is steered to; 6 in lm-human-preferences. None: kl_coef is fixed."""
 
     kl_horizon: int = 10_000
     """Responses over which kl_coef can grow or shrink by a fifth."""
 
     kl_penalty: Literal["reward", "loss"] | None = None
-    """Whether that KL is taken from each token's reward, or is a term of the loss; None: loss for grpo, else reward."""
+    """Whether that KL is part of each token's reward, or a term of the loss. None: loss for grpo, else reward."""
 
     kl_estimator: Literal["k2", "k3"] = "k3"
-    """The estimate of KL that a term of the loss is made of; one in the reward is k1, whose gradient is right there."""
+    """The estimate of the KL as a term of the loss. In the reward it is k1, whose gradient is right there."""
 
     grpo_variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
-    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor by lengths; dapo (arXiv:2503.14476) takes the mean
-    over tokens, clips higher, and draws again where the responses to a prompt score the same; its penalty of long
-    responses is in units of the task: give overlong_buffer. gspo (arXiv:2507.18071) clips one ratio for a whole
-    response, the geometric mean of its tokens'. cispo (arXiv:2506.13585) clips the weight of a token's log-probability,
-    and no token loses its gradient. A variant is made of values for the settings around this one; a setting that is
-    given goes before."""
+    """dr_grpo (arXiv:2503.20783) divides neither by deviations nor by lengths. dapo (arXiv:2503.14476) takes the mean
+    over tokens, clips higher, and draws again where all responses to a prompt have the same score; its penalty of long
+    responses depends on the task: give overlong_buffer. gspo (arXiv:2507.18071) clips one ratio for a whole response,
+    the geometric mean of its tokens' ratios. cispo (arXiv:2506.13585) clips the weight of a token's log-probability, so
+    that no token loses its gradient. A variant decides settings that are None; a given value goes before."""
 
     advantage_scale: AdvantageScale | None = None
     """The deviation that grpo's advantages are divided by: that of the prompt's responses (group), that of all scores
     of the step (batch, arXiv:2508.08221), or none. None: group, with dr_grpo none."""
 
     max_redraws: int | None = None
-    """Times that a step replaces the prompts whose responses all score the same by the next ones (dynamic sampling,
-    arXiv:2503.14476, section 3.2); the groups that are left so at the end do not count. None: 9 with dapo, else 0."""
+    """Times that a step replaces prompts whose responses all have the same score by the next prompts (dynamic sampling,
+    arXiv:2503.14476, section 3.2); such groups that are left at the end do not count. None: 9 with dapo, else 0."""
 
     mask_truncated: bool = False
     """Leave responses that ended for lack of room out of the loss (overlong filtering, arXiv:2503.14476, section 3.4);
@@ -168,47 +170,47 @@ class PPOConfig(SamplingConfig, RunConfig):
 
     importance_cap: float | None = None
     """Multiply each token's loss by the ratio of its recomputed probability to the one recorded in sampling, up to this
-    (truncated importance sampling; 2 is usual). None: do not."""
+    cap (truncated importance sampling; 2 is usual). None: no correction."""
 
     reward_weights: dict[str, float] | None = None
-    """Weights of named rewards in the score, 1 for those that are not listed; one of weight 0 is logged alone."""
+    """Weights of named rewards in the score, 1 for rewards that are not listed; a reward of weight 0 is only logged."""
 
     reward_timeout: float | None = None
-    """Seconds that the reward functions may take for a step's responses, all at the same time; None: any time."""
+    """Seconds that the reward functions, called at the same time, may take for a step's responses; None: any time."""
 
     scale_scores: bool = False
-    """Divide scores by their deviation so far (running, over the whole run)."""
+    """Divide scores by the standard deviation of all scores of the run so far."""
 
     score_clip: float | None = None
     """Largest absolute value of a score, after scaling."""
 
     missing_eos_penalty: float = 0.0
-    """Taken from the score of a response that ended for lack of room."""
+    """Subtracted from the score of a response that ended for lack of room."""
 
     overlong_buffer: int = 0
     """Tokens at the end of the room for a response over which a penalty rises from 0 to overlong_penalty (soft overlong
     punishment, arXiv:2503.14476, equation 13, where it is a fifth of the room); 0: no penalty."""
 
     overlong_penalty: float = 1.0
-    """Taken from the score of a response that fills its room, where overlong_buffer is given."""
+    """Subtracted from the score of a response that fills its room, where overlong_buffer is given."""
 
     actor_lora_r: int = 0
-    """Rank of the policy's adapters; its base is the reference then. 0 trains the whole policy, beside a copy."""
+    """Rank of the policy's adapters, whose base is the reference; 0 trains the policy itself, beside a copy."""
 
     critic_lora_r: int = 0
-    """Rank of the critic's adapters, where it is no reward model; 0 trains all of it."""
+    """Rank of the critic's adapters, unless it starts from a reward model; 0 trains all of it."""
 
     shared_trunk: bool = False
-    """Read values from the policy's own embeddings, instead of a critic beside it."""
+    """Read values from the policy's own embeddings, instead of a separate critic."""
 
     eval_every: int = 10
-    """Steps between evaluations on eval_prompts, where there are some; the last step has one in any case."""
+    """Steps between evaluations on eval_prompts, if there are some; the last step always has one."""
 
     eval_samples: int = 1
-    """Responses to each of eval_prompts in an evaluation, and of the reference's that they are compared with."""
+    """Responses to each of eval_prompts in an evaluation, and responses of the reference to compare them with."""
 
     eval_temperature: float | None = None
-    """Temperature of these responses, 0 for the likeliest tokens; None: that of the training."""
+    """Temperature of these responses, 0 for the likeliest tokens; None: the temperature of the training."""
 
     sample_every: int = 10
     """Steps between tables of responses in samples.jsonl."""
@@ -217,8 +219,8 @@ class PPOConfig(SamplingConfig, RunConfig):
     """Responses in such a table."""
 
     precision: Precision = "float32"
-    """Arithmetic of sampling and training; in bf16, or with weights in bfloat16, the probabilities of the responses are
-    computed again before training, in the batches of its first epoch, so that its ratios begin at exactly 1."""
+    """Arithmetic of sampling and training. In bf16, or with weights in bfloat16, the log-probabilities of responses are
+    computed again before the update, in the batches of its first epoch, so that ratios start at exactly 1."""
 
     save_every: int = 50
     """Steps between checkpoints."""
@@ -231,24 +233,24 @@ class PPOConfig(SamplingConfig, RunConfig):
         check_config(self)
 
     def check_end(self) -> None:
-        """ValueError for a setting that needs an EOS where there is none; eos_token may be given after the others."""
+        """Raise ValueError for a setting that needs an EOS token where none is given."""
         if self.eos_token is None:
             why = "where eos_token is None and every response takes all the room there is"
             self.expect_default(why, "missing_eos_penalty", "overlong_buffer", "mask_truncated")
 
     def check_arithmetic(self, *, below_float32: bool) -> None:
-        """ValueError for a setting that corrects recorded probabilities where they are those that are trained on."""
+        """Raise ValueError for a correction of recorded log-probabilities where the update uses the recorded ones."""
         if not below_float32:
             why = "in float32, where the probabilities recorded in sampling are those that are trained on"
             self.expect_default(why, "importance_cap")
 
     def check_environment(self, environment: Any) -> None:
-        """ValueError for settings of conversations where nobody answers."""
+        """Raise ValueError for settings of conversations where there is no environment."""
         if environment is None:
             self.expect_default("where there is no environment to talk with", "max_turns", "max_turn_tokens")
 
     def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
-        """The settings of so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""
+        """Return settings for so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""
         if min(num_episodes, max_timesteps) < 1:
             raise ValueError(
                 f"got num_episodes={num_episodes} and max_timesteps={max_timesteps}, expected at least 1 of each"
@@ -258,18 +260,25 @@ class PPOConfig(SamplingConfig, RunConfig):
         return replace(self, rollouts_per_step=per_step, num_steps=num_rollouts // per_step)
 
     def continues_kl_coef(self, there: Mapping[str, Any]) -> bool:
-        """Whether a run that resumes keeps the coefficient it had come to: not where another is given, or none steers.
+        """Return whether a resumed run keeps the KL coefficient of its checkpoint, whose config has the fields `there`.
 
-        `there` are the fields of the checkpoint's config.
+        It does not where another start is given, or where steering is switched on or off.
         """
         given = there["kl_coef"]
         start = VARIANTS[there["grpo_variant"]].kl_coef if given is None else given
         same_start = self.initial_kl_coef == start
         return same_start and (self.kl_target is None) == (there["kl_target"] is None)
 
+    def response_room(self, prompt_length: T) -> int | T:
+        """Return the longest response that there is room for after a prompt of so many tokens."""
+        if self.max_seq_len is not None:
+            return self.max_seq_len - prompt_length
+        assert self.max_new_tokens is not None
+        return self.max_new_tokens
+
     @property
     def sampling(self) -> ResponseSampling:
-        """How responses are drawn."""
+        """The distribution that responses are drawn from, and where they end."""
         return ResponseSampling(
             max_new_tokens=self.max_new_tokens if self.max_seq_len is None else None,
             max_seq_len=self.max_seq_len,
@@ -291,5 +300,5 @@ class PPOConfig(SamplingConfig, RunConfig):
 
     @property
     def variant(self) -> Variant:
-        """The settings that the algorithm and its variant decide where none are given."""
+        """The settings that the algorithm and its variant decide where the config gives none."""
         return variant_of(self)

@@ -1,4 +1,4 @@
-"""The rules of the settings of reinforcement learning: a wrong one is refused by name, and so is one without effect."""
+"""The rules of PPOConfig: a setting that is out of range, or that has no effect, is refused by its name."""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,19 +11,19 @@ CRITIC_FIELDS = ("critic_learning_rate", "value_clip_eps", "value_coef", "gamma"
 
 
 def check_config(config: "PPOConfig") -> None:
-    """ValueError for a field out of its range."""
-    config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size",
-                           "minibatch_size", "epochs", "learning_rate", "eps", "kl_horizon", "overlong_penalty",
-                           "sample_every", "samples_kept", "max_turns", "eval_every", "eval_samples")  # fmt: skip
-    config.expect_not_negative("warmup_steps", "weight_decay", "value_coef", "entropy_coef", "missing_eos_penalty",
-                               "overlong_buffer", "actor_lora_r", "critic_lora_r")  # fmt: skip
-    for name in ("max_new_tokens", "max_seq_len", "micro_batch_size", "critic_learning_rate", "score_clip",
-                 "clip_eps", "clip_eps_high", "value_clip_eps", "early_stop_kl", "kl_target", "max_turn_tokens",
-                 "reward_timeout", "importance_cap", "eos_token"):  # fmt: skip
-        value, least = getattr(config, name), 0 if name == "eos_token" else 1e-12
-        config.expect(name, value is None or value >= least, "None or a number above 0")
-    for name in ("gamma", "gae_lambda", "min_lr_ratio"):
-        config.expect(name, 0 <= getattr(config, name) <= 1, "0 to 1")
+    """Raise ValueError for a field that is out of range, or has no effect."""
+    config.expect_adamw()
+    config.check_sampling()
+    config.expect_positive("num_steps", "rollouts_per_step", "num_samples", "rollout_batch_size", "minibatch_size",
+                           "epochs", "kl_horizon", "overlong_penalty", "sample_every", "samples_kept", "max_turns",
+                           "eval_every", "eval_samples")  # fmt: skip
+    config.expect_not_negative("value_coef", "entropy_coef", "missing_eos_penalty", "overlong_buffer", "actor_lora_r",
+                               "critic_lora_r")  # fmt: skip
+    config.expect_positive_or_none("max_new_tokens", "max_seq_len", "micro_batch_size", "critic_learning_rate",
+                                   "score_clip", "clip_eps", "clip_eps_high", "value_clip_eps", "early_stop_kl",
+                                   "kl_target", "max_turn_tokens", "reward_timeout", "importance_cap")  # fmt: skip
+    config.expect("eos_token", config.eos_token is None or config.eos_token >= 0, "None or the id of a token")
+    config.expect_share("gamma", "gae_lambda")
     config.expect("kl_coef", config.kl_coef is None or config.kl_coef >= 0, "None or 0 or more")
     temperature = config.eval_temperature
     config.expect("eval_temperature", temperature is None or temperature >= 0, "None or 0 or more")
@@ -31,8 +31,6 @@ def check_config(config: "PPOConfig") -> None:
         config.expect("eval_samples", config.eval_samples == 1, "1 where eval_temperature is 0: all would be the same")
     weights = (config.reward_weights or {}).values()
     config.expect("reward_weights", all(math.isfinite(weight) for weight in weights), "finite numbers")
-    config.expect("betas", all(0 <= beta < 1 for beta in config.betas), "two numbers from 0 to below 1")
-    config.check_sampling()
     if config.max_seq_len is None:
         config.expect("max_new_tokens", config.max_new_tokens is not None, "a number where max_seq_len is None")
     if config.algorithm != "ppo":
@@ -53,7 +51,7 @@ def check_config(config: "PPOConfig") -> None:
 
 
 def _check_variant(config: "PPOConfig") -> None:
-    """ValueError for a setting that tells algorithms apart where it would reach nothing."""
+    """Raise ValueError for a setting of an algorithm where it has no effect."""
     if config.algorithm != "grpo":
         config.expect("grpo_variant", config.grpo_variant == "grpo", "'grpo' where the algorithm is not grpo")
         config.expect("advantage_scale", config.advantage_scale is None, "None where the algorithm is not grpo")
@@ -64,5 +62,5 @@ def _check_variant(config: "PPOConfig") -> None:
         config.expect("max_redraws", not config.max_redraws, "None or 0 for ppo, which compares no responses")
     if not config.overlong_buffer:
         config.expect_default("where overlong_buffer is 0", "overlong_penalty")
-    room = config.max_new_tokens if config.max_seq_len is None else config.max_seq_len
+    room = config.response_room(0)
     config.expect("overlong_buffer", config.overlong_buffer <= room, f"up to the {room} tokens that there is room for")

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,14 @@ from palm_rlhf.algorithms.overoptimization import LEVEL, Overoptimization, overo
 from palm_rlhf.algorithms.win_rate import win_rate
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.policy.rewards import Rewards, check_rewards, named
+from palm_rlhf.policy.rewards import Reward, Rewards, check_rewards, named
 from palm_rlhf.policy.rollout import Rollout, collect
-from palm_rlhf.training.rlhf.experience import by_length, in_batches
+from palm_rlhf.policy.sequences import batches_by_length
+from palm_rlhf.training.rlhf.experience import in_row_order
 from palm_rlhf.training.rlhf.prompts import Prompt, Prompts, check_room, read_prompts
-from palm_rlhf.training.rlhf.scoring import keyword_names, score_rollout
-from palm_rlhf.training.run.checkpoints import rng_state, set_rng_state
+from palm_rlhf.training.rlhf.reward_keywords import keyword_names
 from palm_rlhf.training.run.log import Metrics
+from palm_rlhf.training.run.random_state import undisturbed
 from palm_rlhf.training.run.sharding import whole
 
 if TYPE_CHECKING:
@@ -37,26 +37,27 @@ Table = dict[str, list[list[float | None]]]  # of each reward: prompts, and the 
 
 
 class Evaluator:
-    """Measures the policy on prompts that it does not learn from, and keeps what the run's evaluations found so far.
+    """Measures the policy on prompts that it does not learn from, and remembers the run's evaluations.
 
-    All that it draws comes from generators of its own, seeded alike in every evaluation; those of the training are put
-    back. `eval_reward` is asked in evaluations alone. It and the training's rewards of weight 0 are held out: the first
-    of them tells which checkpoint is the best (the score does, where there is none), and each of them is watched for
-    over-optimisation of the score.
+    Its random generators are its own, with the same seed in every evaluation; those of the training are left as they
+    were. `eval_reward`, which is asked in evaluations alone, and the training's rewards of weight 0 are held out. The
+    first held-out reward decides which checkpoint is the best (without one, the score does), and each of them is
+    watched for over-optimisation of the score.
     """
 
     def __init__(self, trainer: "RLHFTrainer", prompts: Prompts, eval_reward: Rewards | None):
         config, reward = trainer.config, trainer.reward_model
-        self.prompts, self.reward, self.eval_reward = prompts, reward, eval_reward
-        if eval_reward is not None and not isinstance(eval_reward, Mapping):
-            self.eval_reward = {HELD_OUT: eval_reward}
-        added = list(self.eval_reward or ())
+        self.prompts, self.reward = prompts, reward
+        self.eval_reward: Mapping[str, Reward] = {}
+        if eval_reward is not None:
+            self.eval_reward = eval_reward if isinstance(eval_reward, Mapping) else {HELD_OUT: eval_reward}
+        added = list(self.eval_reward)
         if twice := sorted({SCORE, *(named(reward) if isinstance(reward, Mapping) else ())} & set(added)):
             raise ValueError(f"eval_reward has the names {twice}, which are the training's; expected others")
         weights = config.reward_weights or {}
         self.held_out = [*added, *(name for name in named(reward) if name and not weights.get(name, 1.0))]
         names = keyword_names(prompts.columns, trainer.environment)
-        for rewards in filter(None, (reward, self.eval_reward)):
+        for rewards in (reward, self.eval_reward) if self.eval_reward else (reward,):
             check_rewards(rewards, num_tokens=trainer.palm.num_tokens, keywords=names)
         self.reference: Table | None = None  # the scores of its responses
         self.history: Table = {}  # of each reward: evaluations, the reference's first, and the prompts' means
@@ -65,11 +66,16 @@ class Evaluator:
 
     @property
     def best_metric(self) -> str:
-        """What tells the best checkpoint."""
+        """The metric that decides which checkpoint is the best."""
         return f"eval_score/{self.held_out[0]}" if self.held_out else "eval_score"
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint so far; None before the first evaluation."""
+        return None if self.best is None else self.best["step"]
+
     def begin(self, trainer: "RLHFTrainer") -> None:
-        """Score the reference's responses, unless that is done; without a reference, those of the policy as it is."""
+        """Score the responses of the reference, or without one of the policy as it is, unless that is done."""
         check_room(self.prompts.token_ids, trainer.config.max_seq_len)
         if (count := len(self.prompts.token_ids)) < trainer.run.num_processes:
             raise ValueError(f"got {count} eval_prompts for {trainer.run.num_processes} processes; expected as many")
@@ -86,7 +92,7 @@ class Evaluator:
         self._remember(self.reference)
 
     def evaluate(self, trainer: "RLHFTrainer") -> Metrics:
-        """The metrics of the policy as it is, by names that begin with eval_, the same on every process."""
+        """Return the metrics of the policy as it is, with names that begin with eval_, the same in every process."""
         with undisturbed(), trainer.run.autocast(), whole(trainer.actor_critic):
             rollout = self._collect(trainer, trainer.palm, trainer.actor_critic.actor_scope)
             rows = self._scored(trainer, rollout)
@@ -94,6 +100,7 @@ class Evaluator:
         measures = gather_object(measures)
         table = _table(gather_object(rows))
         self._remember(table)
+        assert self.reference is not None  # since `begin`
         metrics: Metrics = {f"eval_{name}": _mean(row[name] for row in measures) for name in measures[0]}
         for name, scores in table.items():
             if said := [number for row in scores for number in row if number is not None]:
@@ -105,16 +112,15 @@ class Evaluator:
         value = metrics.get(self.best_metric)
         if value is not None and (self.best is None or value > self.best["value"]):
             self.best = {"step": trainer.run.step, "metric": self.best_metric, "value": value}
-            metrics["save"] = True
-        return {**metrics, "log": True}
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What later evaluations need of those before, as JSON."""
+        """Return the state that later evaluations need, as JSON."""
         return {name: getattr(self, name) for name in ("reference", "history", "best", "has_warned")}
 
     @beartype
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; ValueError where that is of other prompts or rewards."""
+        """Go on from a `state_dict`. Raises ValueError where it is of other prompts or rewards."""
         there = {name: len(rows) for name, rows in (state["reference"] or {}).items()}
         here = dict.fromkeys((SCORE, *self._names()), len(self.prompts.token_ids))
         if there and there != here:
@@ -126,10 +132,10 @@ class Evaluator:
             setattr(self, name, value)
 
     def _names(self) -> list[str]:
-        return [*(name for name in named(self.reward) if name), *(self.eval_reward or ())]
+        return [*(name for name in named(self.reward) if name), *self.eval_reward]
 
     def _collect(self, trainer: "RLHFTrainer", palm: PaLM, scope: str | None) -> Rollout:
-        """Responses to this process's share of the prompts."""
+        """Draw responses to this process's share of the prompts."""
         config, run = trainer.config, trainer.run
         mine = slice(run.rank, None, run.num_processes)
         sampling = trainer.sampling
@@ -148,12 +154,12 @@ class Evaluator:
         )
 
     def _scored(self, trainer: "RLHFTrainer", rollout: Rollout) -> list[dict[str, Any]]:
-        """For each prompt of this process its place, and each reward's scores of its responses."""
+        """Return, for each prompt of this process, its place and the scores of its responses by each reward."""
         config, run = trainer.config, trainer.run
-        said = score_rollout(trainer, self.reward, rollout, config.reward_weights)
+        said = trainer.ask(self.reward, rollout, config.reward_weights)
         numbers = {SCORE: said.numbers(), **{name: part.numbers() for name, part in said.by_name.items()}}
-        if self.eval_reward is not None:
-            more = score_rollout(trainer, self.eval_reward, rollout).by_name
+        if self.eval_reward:
+            more = trainer.ask(self.eval_reward, rollout).by_name
             numbers |= {name: part.numbers() for name, part in more.items()}
         size = config.eval_samples
         return [
@@ -163,17 +169,18 @@ class Evaluator:
 
     @torch.no_grad()
     def _measures(self, trainer: "RLHFTrainer", rollout: Rollout) -> list[dict[str, float]]:
-        """What is measured of each response of this process beside its scores."""
+        """Return the measures of each response of this process, beside its scores."""
         sequences, mask = rollout.sequences, rollout.sequences.action_mask
         found = {"response_length": mask.sum(dim=-1)}
         if trainer.config.eos_token is not None:
             found["eos_rate"] = ~rollout.truncated
         if trainer.reference is not None:
-            options, batches = trainer.sampling.truncation, by_length(sequences, trainer.forward_size)
-            policy, reference = trainer.actor_critic, trainer.reference
-            (ours,) = in_batches(lambda part: policy(part, values=False, **options)[:1], sequences, batches)
-            (theirs,) = in_batches(lambda part: reference.logprobs(part, **options)[:1], sequences, batches)
-            found["kl"] = masked_sum(ours - theirs, mask, dim=-1)
+            sampling, ratios = trainer.sampling.truncation, []
+            batches = batches_by_length(sequences.lengths, trainer.forward_size)
+            for part in map(sequences.select, batches):
+                logprobs = trainer.actor_critic(part, values=False, **sampling).logprobs
+                ratios.append(logprobs - trainer.reference.logprobs(part, **sampling).logprobs)
+            found["kl"] = masked_sum(in_row_order(ratios, batches), mask, dim=-1)
         columns = {name: numbers.double().tolist() for name, numbers in found.items()}
         return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
 
@@ -182,7 +189,7 @@ class Evaluator:
             self.history.setdefault(name, []).append([_mean_or_none(row) for row in scores])
 
     def _watch(self, trainer: "RLHFTrainer") -> int:
-        """Whether the score has just been found to rise at the cost of a held-out reward; says so once in a run."""
+        """Return 1 if the score is found to rise at the cost of a held-out reward, else 0; warn once in a run."""
         proxy, level = _tensor(self.history[SCORE]), LEVEL / len(self.held_out)
         found = {name: overoptimization(proxy, _tensor(self.history[name]), level=level) for name in self.held_out}
         alarms = {name: alarm for name, alarm in found.items() if alarm is not None}
@@ -198,13 +205,13 @@ class Evaluator:
 def make_evaluator(
     trainer: Any, prompts: Sequence[Prompt] | str | Path | None, eval_reward: Rewards | None
 ) -> Evaluator | None:
-    """The evaluator of a trainer that has prompts for it; ValueError where other settings of evaluations have none."""
+    """Return a trainer's evaluator, None without prompts. Raises ValueError for other settings without prompts."""
     if prompts is None:
         if eval_reward is not None:
             raise ValueError("got eval_reward without eval_prompts, on whose responses it is asked: give both")
         trainer.config.expect_default("without eval_prompts", "eval_every", "eval_samples", "eval_temperature")
         return None
-    given = {"prompts_path" if isinstance(prompts, str | Path) else "prompts": prompts}
+    given: dict[str, Any] = {"prompts_path" if isinstance(prompts, str | Path) else "prompts": prompts}
     read = read_prompts(trainer.palm.num_tokens, **given, tokenizer=trainer.tokenizer, name="eval_prompts")
     return Evaluator(trainer, read, eval_reward)
 
@@ -221,18 +228,8 @@ def _warning(name: str, alarm: Overoptimization, trainer: "RLHFTrainer") -> str:
     )
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leaves the random generators of the training as they were, whatever the block draws."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The scores of all prompts in their order, whichever process had them."""
+    """Return the scores of all prompts, of all processes, in the order of the prompts."""
     ordered = sorted(rows, key=lambda row: row["place"])
     return {name: [row[name] for row in ordered] for name in ordered[0] if name != "place"}
 

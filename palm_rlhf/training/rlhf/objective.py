@@ -1,4 +1,4 @@
-"""The loss of an optimiser step: that of the policy, of the critic, the entropy bonus, and a KL to the reference."""
+"""The loss of an optimiser step: of the policy and the critic, an entropy bonus, and a KL to the reference."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from palm_rlhf.training.rlhf.experience import Experience
 
 
 class Objective(NamedTuple):
-    """A part's share of the loss, a scalar, and what is reported of it: means that add up over a step, and extremes."""
+    """A micro-batch's share of the loss, a scalar, and its metrics: means that add up over a step, and extremes."""
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -31,13 +31,18 @@ def objective(
     num_sequences: Tensor,
     max_length: int,
 ) -> Objective:
-    """The share of a part of an optimiser step in the step's loss.
+    """Return a micro-batch's share in the loss of an optimiser step.
 
-    `output` is what the policy (and critic) now say of the part. `kl_coef` weighs a KL to the reference in the loss;
-    None: there is no such term. `num_tokens` and `num_sequences` are those of the whole step, over all processes, and
-    `max_length` is the longest response that there is room for.
+    Args:
+        config: the algorithm and its settings.
+        part: the rows of the micro-batch.
+        output: the present outputs of policy and critic for these rows.
+        kl_coef: weight of a KL to the reference in the loss; None: no such term.
+        num_tokens, num_sequences: actions and responses of the whole step that count, over all processes.
+        max_length: the longest response that there is room for.
     """
     c, variant, mask = config, config.variant, part.action_mask
+    assert output.logprobs is not None and output.entropy is not None
     denominator = step_denominator(
         mask,
         aggregation=variant.loss_aggregation,

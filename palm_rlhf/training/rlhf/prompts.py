@@ -1,4 +1,4 @@
-"""The prompts of reinforcement learning, in whichever form they come, and the columns that rewards may ask for."""
+"""The prompts of reinforcement learning, in one of several forms, with columns that rewards can ask for."""
 
 import json
 import re
@@ -13,13 +13,13 @@ from torch import Tensor
 from palm_rlhf.model.inputs import check_token_ids
 from palm_rlhf.model.text_file import read_text
 
-LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028, which is part of a text
-PROMPT = "prompt"  # the column that is one
+LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at U+2028, which may be part of a text
+PROMPT = "prompt"  # the column of the prompt itself
 Prompt = str | Tensor | Mapping[str, Any]
 
 
 class Prompts(NamedTuple):
-    """Prompts as 1-d tensors, and what else their rows hold: a list for each column, None where a row has it not."""
+    """Prompts as 1-d tensors, and their other columns: a list each, with None for rows without the column."""
 
     token_ids: list[Tensor]
     columns: dict[str, list[Any]]
@@ -35,12 +35,16 @@ def read_prompts(
     tokenizer: Any = None,
     name: str | None = None,
 ) -> Prompts:
-    """Prompts in one of several forms, all ids checked against `num_tokens`; texts need the tokenizer.
+    """Return the prompts that are given in exactly one of three forms. Raises ValueError for wrong token ids.
 
-    Exactly one of `prompt_token_ids` (a list of 1-d tensors, or `b n` with lengths `b` where rows are padded on the
-    right), `prompts` (texts, 1-d tensors, or rows: mappings with a text or token ids as their "prompt", and other
-    columns), and the path of a file: a text on each line that is not blank, or, where its name ends in .jsonl, a row.
-    `name` is what messages call them, by default the one of these names.
+    Args:
+        num_tokens: size of the vocabulary.
+        prompt_token_ids: a list of 1-d tensors, or `b n`, padded on the right.
+        prompt_lengths: lengths of the rows of `b n`: `b`.
+        prompts: texts, 1-d tensors, or rows: mappings with a text or token ids as "prompt", and other columns.
+        prompts_path: a file with a text on each line that is not blank; with a row where its name ends in .jsonl.
+        tokenizer: encodes texts.
+        name: the argument that messages name; None: the one that is given.
     """
     given = {"prompt_token_ids": prompt_token_ids, "prompts": prompts, "prompts_path": prompts_path}
     names = [key for key, value in given.items() if value is not None]
@@ -53,9 +57,9 @@ def read_prompts(
         prompts = _read_file(Path(prompts_path))
     if isinstance(prompt_token_ids, Tensor):
         prompts = _without_padding(prompt_token_ids, prompt_lengths)
-    elif prompts is None:
+    elif prompt_token_ids is not None:
         prompts = prompt_token_ids
-    if not len(prompts):
+    if not prompts:
         raise ValueError(f"{source} holds no prompt, expected at least one")
     rows = [prompt if isinstance(prompt, Mapping) else {PROMPT: prompt} for prompt in prompts]
     token_ids = [_tokens(row, f"prompt {index}", source, tokenizer) for index, row in enumerate(rows)]
@@ -80,7 +84,7 @@ def _without_padding(padded: Tensor, lengths: Tensor | None) -> list[Tensor]:
 
 
 def _tokens(row: Mapping[str, Any], place: str, source: str, tokenizer: Any) -> Tensor:
-    """The prompt of a row as ids."""
+    """Return the prompt of a row as token ids."""
     if PROMPT not in row:
         raise ValueError(f"{place} has the keys {list(row)[:8]}, expected {PROMPT!r} among them")
     prompt = row[PROMPT]
@@ -99,7 +103,7 @@ def _tokens(row: Mapping[str, Any], place: str, source: str, tokenizer: Any) -> 
     )
 
 
-def _read_file(path: Path) -> list[Prompt]:
+def _read_file(path: Path) -> Sequence[Prompt]:
     lines = read_lines(path)
     if path.suffix != ".jsonl":
         return lines
@@ -117,13 +121,13 @@ def _read_file(path: Path) -> list[Prompt]:
 
 @beartype
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file that are not blank; ValueError where it is no text."""
+    """Return the lines of a file that are not blank. Raises ValueError where it is no text."""
     return [line for line in LINE_END.split(read_text(path)) if line.strip()]
 
 
 @beartype
 def check_room(prompts: Sequence[Tensor], max_seq_len: int | None) -> None:
-    """ValueError for a prompt that leaves no room for a response, before a run comes to it."""
+    """Raise ValueError for a prompt that leaves no room for a response, before a run comes to it."""
     for index, prompt in enumerate(prompts):
         if max_seq_len is not None and len(prompt) >= max_seq_len:
             raise ValueError(

@@ -1,7 +1,5 @@
-"""What an update did to each token of a few responses: the records that `palm-rlhf inspect` shows."""
+"""The effect of an update on each token of a few responses: the records that `palm-rlhf inspect` shows."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +13,7 @@ from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.experience import Experience
-from palm_rlhf.training.run.checkpoints import write_text, writing
-from palm_rlhf.training.run.log import read_metrics
+from palm_rlhf.training.run.log import append_lines, keep_lines
 from palm_rlhf.training.run.run import Run
 from palm_rlhf.training.run.sharding import whole
 
@@ -32,33 +29,28 @@ class TokenTable:
     logprob            log-probability of the token, in nats, under the policy that drew it
     new_logprob        the same under the policy after the update
     ref_logprob        the same under the reference, left out where there is none
-    advantage          that the update learnt from
+    advantage          in the loss
     value, return      of the critic, left out where there is none
-    ratio              of the probabilities after and before the update; of the whole response where the loss has it so
-    clipped            1 where the loss no longer moves the token, because its ratio is beyond the clip range; with
-                       CISPO, where the ratio that weighs the token is cut to that range
-    in_loss            0 for a token that the loss leaves out; an environment's have log-probabilities of 0
-
-    Lines of steps after the one that the run is at, left by a run that was cut off, are dropped.
+    ratio              of the probabilities after and before the update; of the whole response where the loss has that
+    clipped            1 where the loss has no gradient, because the ratio is beyond the clip range; with CISPO, where
+                       the weight of the token is cut to that range
+    in_loss            0 for a token that the loss leaves out; tokens of an environment have log-probabilities of 0
     """
 
     @beartype
     def __init__(self, run: Run, actor_critic: ActorCritic, reference: Reference | None, num_kept: int, tokenizer: Any):
         self.run, self.actor_critic, self.reference = run, actor_critic, reference
         self.num_kept, self.tokenizer = num_kept, tokenizer
-        self.path: Path | None = None
-        if run.output_dir is not None and run.is_main:
-            self.path = run.output_dir / TOKENS_FILE
-            kept = [line for line in read_metrics(self.path) if line["step"] <= run.step]
-            with writing(f"the tokens in {self.path}"):
-                write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        self.path = run.output_dir / TOKENS_FILE if run.output_dir is not None and run.is_main else None
+        if self.path is not None:
+            keep_lines(self.path, run.step)
 
     @torch.no_grad()
     @beartype
     def write(self, experience: Experience, scores: Scores, config: PPOConfig, truncation: dict[str, Any]) -> None:
         """Add a line for each of the first few responses of the main process, after the update on `experience`.
 
-        Every process takes part, for the policy that reads them once more may lie in shards.
+        All processes take part, since the policy, which reads the responses again, may be in shards.
         """
         if self.run.output_dir is None:
             return
@@ -81,9 +73,8 @@ class TokenTable:
                 line["pieces"] = pieces(self.tokenizer, response)
             for name, column in columns.items():
                 line[name] = [short(number) for number in column[row, :length].tolist()]
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        with writing(f"the tokens in {self.path}"), open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+            lines.append(line)
+        append_lines(self.path, lines)
 
 
 @torch.no_grad()
@@ -91,8 +82,9 @@ class TokenTable:
 def token_columns(
     kept: Experience, new_logprobs: Tensor, config: PPOConfig, *, has_reference: bool
 ) -> dict[str, Tensor]:
-    """The numbers of each token, by their names in tokens.jsonl: `b t` each."""
+    """Return the numbers of each token, by their names in tokens.jsonl: `b t` each."""
     variant = config.variant
+    assert variant.clip_eps_high is not None
     logprobs, new_logprobs, ref_logprobs = (
         numbers.masked_fill(~kept.sequences.action_mask, 0.0)
         for numbers in (kept.logprobs, new_logprobs, kept.ref_logprobs)
@@ -118,16 +110,16 @@ def token_columns(
 
 
 def split(sequences: Sequences, row: int) -> tuple[list[int], list[int]]:
-    """The ids of a row's prompt and of its response."""
+    """Return the token ids of a row's prompt and of its response."""
     start, length = int(sequences.prompt_lengths[row]), int(sequences.response_lengths[row])
     tokens = sequences.tokens[row].tolist()
     return tokens[:start], tokens[start : start + length]
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """The text that each token adds; "" where it adds none, as do the first bytes of a character.
+    """Return the text that each token adds; "" for a token that adds none, such as the first byte of a character.
 
-    Tokens are decoded after all those before them: alone, many tokenizers leave out the space in front of a word.
+    A token is decoded together with all tokens before it: alone, many tokenizers leave out the space before a word.
     """
     found, shown = [], ""
     for end in range(1, len(tokens) + 1):
@@ -140,5 +132,5 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
 
 
 def short(number: float | int) -> float | int:
-    """The number in six digits, which is more than a page shows."""
+    """Return the number with six digits, which is more than a page shows."""
     return number if isinstance(number, int) else float(f"{number:.6g}")

@@ -1,4 +1,4 @@
-"""What distinguishes one algorithm of reinforcement learning from another, as its paper has it."""
+"""The settings in which the algorithms of reinforcement learning differ, as their papers have them."""
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ Aggregation = Literal["token", "sequence", "constant"]
 
 
 class Variant(NamedTuple):
-    """The settings that algorithms differ in; the fields of a PPOConfig of these names say what each means."""
+    """The settings that an algorithm decides; the fields of PPOConfig with these names explain them."""
 
     ratio_level: RatioLevel = "token"
     loss_aggregation: Aggregation = "sequence"
@@ -21,7 +21,7 @@ class Variant(NamedTuple):
     advantage_scale: AdvantageScale = "group"
     kl_coef: float = 0.05
     max_redraws: int = 0
-    drops_equal_groups: bool = False  # from the losses, and from what they are divided by
+    drops_equal_groups: bool = False  # from the losses, and from the counts that divide them
 
 
 VARIANTS = {
@@ -29,7 +29,7 @@ VARIANTS = {
     "rloo": Variant(ratio_level="sequence"),
     "grpo": Variant(),
     "dr_grpo": Variant(loss_aggregation="constant", advantage_scale="none", kl_coef=0.0),
-    # 10 draws at most are those of its authors' recipe: max_num_gen_batches in run_dapo_qwen2.5_32b.sh of verl
+    # at most 10 draws, as in its authors' recipe: max_num_gen_batches in run_dapo_qwen2.5_32b.sh of verl
     "dapo": Variant(
         loss_aggregation="token",
         clip_eps_high=0.28,
@@ -38,13 +38,13 @@ VARIANTS = {
         drops_equal_groups=True,
     ),
     "gspo": Variant(ratio_level="geometric", clip_eps=3e-4, clip_eps_high=4e-4, kl_coef=0.0),
-    # the paper names no upper bound; 5 is that of ScaleRL (arXiv:2510.13786)
+    # the paper names no upper bound; ScaleRL (arXiv:2510.13786) has 5
     "cispo": Variant(loss_aggregation="token", clip_eps=1.0, clip_eps_high=4.0, kl_coef=0.0),
 }
 
 
 def variant_of(config: "PPOConfig") -> Variant:
-    """The settings of the algorithm and its variant, but for those that the config gives."""
+    """Return the settings of the algorithm and its variant; values that the config gives go before."""
     variant = VARIANTS[config.grpo_variant if config.algorithm == "grpo" else config.algorithm]
     if config.algorithm == "rloo" and config.ratio_level == "token":
         variant = variant._replace(loss_aggregation="token")

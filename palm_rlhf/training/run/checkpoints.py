@@ -1,9 +1,7 @@
 """The checkpoints of a run: a folder for each, complete or absent; safetensors and JSON, no pickles."""
 
-import base64
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,14 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from beartype import beartype
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from palm_rlhf.model.weights_folder import sync
+from palm_rlhf.model.files import sync, write_text
 from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.sharding import full_tensor, sharded_like
 
@@ -27,20 +24,20 @@ METRICS_FILE, STATE_FILE, BEST_FILE = "metrics.jsonl", "state.json", "best.json"
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a step's checkpoint."""
+    """Return the name of a step's checkpoint folder."""
     return f"step_{step:08d}"
 
 
 @beartype
 def complete_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first; half-written ones have other names and are not seen."""
+    """Return the complete checkpoints under `root`, oldest first; unfinished ones have other names."""
     folders = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted((path for path in folders if (path / STATE_FILE).is_file()), key=lambda path: int(path.name[5:]))
 
 
 @beartype
 def require_unused(output_dir: Path) -> None:
-    """FileExistsError where a run has left something in `output_dir`, which a new run would write over."""
+    """Raise FileExistsError where `output_dir` holds an earlier run, which a new run would write over."""
     for left in [*complete_checkpoints(output_dir / "checkpoints")[-1:], output_dir / METRICS_FILE]:
         if left.exists():
             raise FileExistsError(
@@ -51,7 +48,7 @@ def require_unused(output_dir: Path) -> None:
 @contextmanager
 @beartype
 def writing(what: str) -> Iterator[None]:
-    """Turns what a full disk raises into one OSError that says what was not written and the way out."""
+    """Turn the errors of a full disk into one OSError that names the file and the way out."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -63,7 +60,7 @@ def writing(what: str) -> Iterator[None]:
 
 @beartype
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint under `root` that best.json names, where there is one."""
+    """Return the checkpoint under `root` that best.json names; None where there is none."""
     path = root / BEST_FILE
     folder = root / json.loads(path.read_text(encoding="utf-8"))["checkpoint"] if path.is_file() else None
     return folder if folder is not None and (folder / STATE_FILE).is_file() else None
@@ -72,10 +69,15 @@ def best_checkpoint(root: Path) -> Path | None:
 @contextmanager
 @beartype
 def new_checkpoint(root: Path, step: int, keep: int, best: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """A folder to fill, which becomes the checkpoint of `step` when the block ends; then all but the newest `keep` go.
+    """Yield a folder to fill; at the end of the block it becomes the checkpoint of `step`, whole or not at all.
 
-    The best one stays, which best.json names from then on: that of `best["step"]`, or if None the one of before. The
-    folder has a temporary name until everything in it is on the disk. OSError where it cannot be written.
+    Then all checkpoints but the newest `keep`, and the best one, are removed. Raises OSError where the disk is full.
+
+    Args:
+        root: the folder of the run's checkpoints.
+        step: the step that the run is at.
+        keep: how many of the newest checkpoints stay.
+        best: the content of best.json, which names the best checkpoint by its "step"; None leaves the file as it is.
     """
     final = root / checkpoint_name(step)
     partial = root / f".{final.name}.partial"
@@ -103,7 +105,7 @@ def new_checkpoint(root: Path, step: int, keep: int, best: Mapping[str, Any] | N
 
 
 def _retire(checkpoint: Path) -> None:
-    """Renames a checkpoint before its removal, so that a kill half-way leaves nothing that looks complete."""
+    """Rename a checkpoint before its removal, so that a kill half-way leaves nothing that looks complete."""
     os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.retired"))
 
 
@@ -114,42 +116,33 @@ def _remove_leftovers(root: Path) -> None:
 
 @beartype
 def write_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Writes all that is not a tensor, as JSON."""
+    """Write the part of a run's state that is not a tensor, as JSON."""
     write_text(checkpoint / STATE_FILE, json.dumps(state) + "\n")
 
 
 @beartype
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads what `write_state` wrote."""
+    """Read the state that `write_state` wrote."""
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
 @beartype
 def require_same(checkpoint: Path, there: Mapping[str, Any], config: RunConfig) -> None:
-    """ValueError where a run would go on from a checkpoint with other values of the fixed fields of its config.
+    """Raise ValueError where a checkpoint is of a run with other values of the config's fixed fields.
 
-    A field that the checkpoint is older than had its default.
+    A field that is newer than the checkpoint had its default.
     """
     here = {name: getattr(config, name) for name in config.fixed}
     there = {**{field.name: field.default for field in fields(config)}, **there}
     if changed := [name for name in config.fixed if there[name] != here[name]]:
         got, expected = ([f"{name}={values[name]}" for name in changed] for values in (here, there))
-        raise ValueError(f"this run has {got}, {checkpoint} has {expected}: resume with what the run keeps")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader, or a kill, finds the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    sync(partial)
-    os.replace(partial, path)
+        raise ValueError(f"this run has {got}, {checkpoint} has {expected}: resume with the values of the checkpoint")
 
 
 @contextmanager
 @beartype
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Turns what a damaged checkpoint raises into one ValueError that names the folder and the way out."""
+    """Turn the errors of a damaged checkpoint into one ValueError that names the folder and the way out."""
     try:
         yield
     except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -161,7 +154,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 @beartype
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """What an optimiser keeps for each parameter, by the parameters' names, with all shards: all processes ask."""
+    """Return an optimiser's state by the names of the parameters, with all shards; all processes take part."""
     return {
         f"{names[parameter]}/{key}": full_tensor(value.detach()).cpu().contiguous()
         for parameter in _parameters(optimizer)
@@ -171,7 +164,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 
 @beartype
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Puts back what `optimizer_tensors` gave; parameters without gradients have nothing there."""
+    """Restore an optimiser from a file of `optimizer_tensors`; parameters without gradients have no state."""
     kept: dict[str, dict[str, Tensor]] = {}
     for name, value in load_file(path).items():
         parameter, _, key = name.rpartition("/")
@@ -186,38 +179,3 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@beartype
-def rng_state() -> dict[str, Any]:
-    """The states of this process's random generators - Python's, NumPy's, PyTorch's - as JSON."""
-    version, internal, gauss_next = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": _encode(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
-    return state
-
-
-@beartype
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators back where `rng_state` found them."""
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_decode(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

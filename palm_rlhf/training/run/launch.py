@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,20 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from beartype import beartype
 
 if dist.is_available():
-    # Imported once the processes are connected, it keeps the connection as a default argument: nothing ends it then.
+    # If it were imported after the processes are connected, its default arguments would keep the connection open.
     import torch.distributed.nn.functional
 
-# Parameters of glibc's mallopt: the largest value that it takes, and enough for a step of a model of a CPU's size.
+# Parameters of glibc's mallopt: the largest threshold that it takes, and enough for a step of a model on a CPU.
 MALLOC = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
 REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
 @beartype
 def build_accelerator(output_dir: Path | None, trackers: Sequence[str], may_shard: bool = False) -> Accelerator:
-    """The Accelerator of one process, or of those of `accelerate launch`, each with a replica of the model.
+    """Return the Accelerator of one process, or of those of `accelerate launch`, each with a replica of the model.
 
-    With `may_shard`, the processes may also have it in shards (FSDP2).
+    With `may_shard`, the processes may also have the model in shards (FSDP2). On a CPU, see `keep_freed_memory` for its
+    effect on the whole process.
     """
     if trackers and output_dir is None:
         raise ValueError(f"trackers is {tuple(trackers)} without output_dir: give the folder that they write to")
@@ -55,13 +57,18 @@ def build_accelerator(output_dir: Path | None, trackers: Sequence[str], may_shar
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one: fresh memory costs a fault, and clearing, for every 4 kB."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    """Let glibc keep the memory that a step frees for the next step, unless the environment sets its allocator.
+
+    Otherwise the kernel clears every page anew in every step. glibc has these settings for the whole process alone, so
+    there is no narrower place for them; a process that trains on a CPU frees and asks for gigabytes in each step.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and not chosen and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in MALLOC.values():
             libc.mallopt(parameter, value)
 
 
 def leave_the_others() -> None:
-    """Ends the connections to the other processes; their threads, still at work, would abort this one at its exit."""
+    """End the connections to the other processes, whose threads would abort this one at its exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

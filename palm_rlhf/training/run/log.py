@@ -1,24 +1,45 @@
 """The metrics of a run: a JSON line for each logged step, experiment trackers, and a picture of the curves."""
 
-import importlib.util
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from beartype import beartype
+from torch import Tensor
 
-from palm_rlhf.training.run.checkpoints import METRICS_FILE, write_text, writing
+from palm_rlhf.model.files import write_text
+from palm_rlhf.training.run.checkpoints import METRICS_FILE, writing
+from palm_rlhf.training.run.curves import has_matplotlib, plot_curves
 
 Metrics = dict[str, float | int]
-Result = dict[str, float | int | str]  # the metrics that a run ends with, and why it ended where that was early
+Result = dict[str, float | int | str]  # the metrics at the end of a run, and why it ended early
+
+
+@beartype
+def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps after `last_step`, which a run that was cut off left in a file; return the others."""
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+    with writing(f"the {path.stem} in {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(map(_as_line, kept)))
+    return kept
+
+
+@beartype
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines of JSON, in which tensors become lists; raises OSError where the disk is full."""
+    with writing(f"the {path.stem} in {path.parent}"), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(map(_as_line, lines)))
+
+
+def _as_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, default=Tensor.tolist) + "\n"
 
 
 class RunLog:
-    """Writes a run's metrics to `output_dir` (None: nowhere) and to the accelerator's trackers, from one process.
-
-    Lines of steps after `last_step`, left by a run that was cut off, are dropped.
-    """
+    """The metrics of a run, in `output_dir` (None: nowhere) and in the accelerator's trackers, from one process."""
 
     @beartype
     def __init__(
@@ -33,52 +54,46 @@ class RunLog:
     ):
         if plot and not has_matplotlib():
             raise ImportError("plot=True draws with matplotlib, which is missing: pip install palm-rlhf[plot]")
-        self.accelerator = accelerator
+        self.accelerator, self.panels = accelerator, panels
+        self.plot = has_matplotlib() if plot is None else plot
         self.folder = output_dir if accelerator.is_main_process else None
-        self.plot, self.panels = has_matplotlib() if plot is None else plot, panels
         self.lines: list[Metrics] = []
         if self.folder is not None:
-            self.lines = [line for line in read_metrics(self.folder / METRICS_FILE) if line["step"] <= last_step]
-            with writing(f"the metrics in {self.folder}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.lines))
+            self.lines = keep_lines(self.folder / METRICS_FILE, last_step)
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
         accelerator.init_trackers("palm-rlhf", config=plain)
 
     @beartype
     def write(self, metrics: Metrics, *, draw: bool = False) -> None:
-        """Adds a line, and draws the curves again if asked."""
+        """Add a line, and draw the curves again if asked."""
         self.accelerator.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
         if self.folder is not None:
             self.lines.append(metrics)
-            with writing(f"the metrics in {self.folder}"):
-                with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(metrics) + "\n")
-                if draw:
-                    self.draw()
+            append_lines(self.folder / METRICS_FILE, [metrics])
+        if draw:
+            self.draw()
 
     def close(self) -> None:
-        """Draws the curves a last time, and closes the trackers."""
+        """Draw the curves a last time, and close the trackers."""
         for tracker in self.accelerator.trackers:  # end_training would end the processes' communication as well
             tracker.finish()
         self.accelerator.trackers.clear()
-        if self.folder is not None:
-            with writing(f"the curves in {self.folder}"):
-                self.draw()
+        self.draw()
 
     def draw(self) -> None:
-        """Draws the curves of what is logged so far, where they are wanted."""
-        if self.plot and self.lines:
-            plot_curves(self.lines, self.folder / "curves.png", self.panels)
+        """Draw the curves of the metrics so far, where they are wanted."""
+        if self.folder is not None and self.plot and self.lines:
+            with writing(f"the curves in {self.folder}"):
+                plot_curves(self.lines, self.folder / "curves.png", self.panels)
 
 
 @beartype
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last one that was cut off; none where there is no file.
+    """Return the lines of a metrics file, without a last line that was cut off; no lines where there is no file.
 
-    ValueError, with the line, for what is no JSON object.
+    Raises ValueError, with the number of the line, for a line that is no JSON object.
     """
-    # of bytes: a text may hold other ends of lines, and a line may be cut off inside a character
+    # in bytes: a text may hold other ends of lines, and the last line may end inside a character
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     found = []
     for place, line in enumerate(lines, start=1):
@@ -90,28 +105,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {place}: got {line[:40]!r}, expected an object: mend or delete that line")
         found.append(values)
     return found
-
-
-def has_matplotlib() -> bool:
-    """Whether curves can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-@beartype
-def plot_curves(lines: list[Metrics], path: Path, panels: dict[str, str]) -> None:
-    """Draws the given metrics over the steps as a PNG, one panel each: metric -> title."""
-    from matplotlib.figure import Figure
-
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (key, title) in zip(all_axes, panels.items(), strict=False):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "")
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-    for axes in list(all_axes):  # what is left of the grid
-        axes.set_axis_off()
-    figure.savefig(path, dpi=120)

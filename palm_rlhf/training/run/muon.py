@@ -1,6 +1,7 @@
 """Muon for the matrices, AdamW for the rest: fewer steps to the same loss than AdamW alone."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -15,7 +16,7 @@ NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal matrices nearest to given ones, by Newton-Schulz steps in bfloat16: `k i o -> k i o`."""
+    """Return nearly orthogonal matrices near the given ones, by Newton-Schulz steps in bfloat16: `k i o -> k i o`."""
     a, b, c = QUINTIC
     x = matrices.bfloat16()
     if wide := x.shape[-2] > x.shape[-1]:
@@ -28,7 +29,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with a `momentum`: their matrices move along their orthogonalised momentum.
+    """AdamW, except for groups with a `momentum`, whose matrices move along their orthogonalised momentum.
 
     Each such parameter is cut into the row blocks that its group's `row_blocks` names by their sizes, since a fused
     projection is several matrices. Updates are scaled to the size that AdamW's have, so that one learning rate and one
@@ -37,14 +38,14 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of AdamW for the groups without a momentum, of Muon for the others; returns the closure's loss."""
+        """Take a step of AdamW for groups without a momentum, of Muon for the others; return the closure's loss."""
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if "momentum" not in group]
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        same_shape = defaultdict(list)  # orthogonalised together: many small products are slow one by one
+        same_shape = defaultdict(list)  # stacked: many small products are slow one by one
         for group in groups:
             for parameter in group["params"] if "momentum" in group else ():
                 if parameter.grad is not None:
@@ -60,18 +61,19 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def __setstate__(self, state):
-        # AdamW's looks into the state of every parameter for its own count of steps.
+        # AdamW expects its own count of steps in the state of every parameter.
         groups = state["param_groups"]
         super().__setstate__({**state, "param_groups": [group for group in groups if "momentum" not in group]})
         self.param_groups = groups
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's: the running average of the gradients, looked at one step ahead."""
-        state = self.state[parameter]
+        """Return Nesterov's momentum: the running average of the gradients, one step ahead."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum)
 
 
 @beartype
@@ -83,8 +85,8 @@ def muon(
     weight_decay: float | int,
     momentum: float = 0.95,
 ) -> Muon:
-    """Muon (Jordan et al. 2024) over the blocks' matrices, with decay, and AdamW over what else is trainable."""
-    groups = []
+    """Return Muon (Jordan et al. 2024) for the blocks' matrices, with AdamW for all other trainable parameters."""
+    groups: list[dict[str, Any]] = []
     for block in (module for module in model.modules() if isinstance(module, ParallelBlock)):
         config = block.config
         q_dim, kv_dim = config.heads * config.dim_head, config.kv_heads * config.dim_head

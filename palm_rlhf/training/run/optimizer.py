@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from beartype import beartype
@@ -21,7 +21,7 @@ def adamw(
     eps: float | int,
     weight_decay: float | int,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over the trainable parameters, with decay on matrices only; fused on CPU and CUDA."""
+    """Return AdamW (arXiv:1711.05101) for the trainable parameters, with weight decay on matrices alone."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return adamw_groups([(trainable, learning_rate)], betas, eps, weight_decay)
 
@@ -33,30 +33,35 @@ def adamw_groups(
     eps: float | int,
     weight_decay: float | int,
 ) -> torch.optim.AdamW:
-    """The same over groups of parameters, each with its own learning rate."""
-    split = [
-        {"params": [p for p in parameters if (p.ndim >= 2) == decays], "lr": rate, "weight_decay": decay}
-        for parameters, rate in groups
-        for decays, decay in ((True, weight_decay), (False, 0.0))
-    ]
-    split = nonempty(split)
+    """Return AdamW for groups of parameters, each with its own learning rate; fused on CPU and CUDA."""
+    split = nonempty(
+        [
+            {"params": [p for p in parameters if (p.ndim >= 2) == decays], "lr": rate, "weight_decay": decay}
+            for parameters, rate in groups
+            for decays, decay in ((True, weight_decay), (False, 0.0))
+        ]
+    )
     fused = {parameter.device.type for group in split for parameter in group["params"]} <= {"cpu", "cuda"}
     return torch.optim.AdamW(split, betas=betas, eps=eps, fused=fused)
 
 
-def nonempty(groups: list[dict]) -> list[dict]:
-    """The groups of an optimiser that hold parameters; ValueError where none does."""
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+def nonempty(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups of an optimiser that hold parameters. Raises ValueError where none does."""
+    filled = [group for group in groups if group["params"]]
+    if not filled:
         raise ValueError("all weights are frozen; expected some to train: call requires_grad_(), or train an adapter")
-    return groups
+    return filled
 
 
 @beartype
 def warmup_cosine(step: int, progress: float | int, warmup_steps: int, min_ratio: float | int) -> float:
-    """The factor of the peak learning rate before step `step` (from 0): linear warm-up times a cosine over `progress`.
+    """Return the factor of the peak learning rate: linear warm-up times a cosine (arXiv:1608.03983, equation 5).
 
-    `progress` runs from 0 to 1 over the whole run; the cosine ends at `min_ratio` (arXiv:1608.03983, equation 5).
+    Args:
+        step: steps that are done.
+        progress: the share of the run that is done, from 0 to 1.
+        warmup_steps: steps over which the factor rises.
+        min_ratio: the end of the cosine.
     """
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
@@ -65,7 +70,7 @@ def warmup_cosine(step: int, progress: float | int, warmup_steps: int, min_ratio
 
 @beartype
 def forward_precision(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the context of a forward: bfloat16 autocast, or none; "auto" takes bfloat16 where the hardware has it."""
+    """Return a function that makes the context of a forward: bfloat16 autocast, or none."""
     if precision == "bf16" or (precision == "auto" and computes_bfloat16(device)):
         return partial(torch.autocast, device.type, torch.bfloat16)
     return nullcontext
@@ -73,18 +78,18 @@ def forward_precision(precision: Precision, device: torch.device) -> Callable[[]
 
 @beartype
 def computes_below_float32(precision: Precision, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of weights of this type are rounded to less than float32: by autocast, their type, or TF32."""
+    """Return whether products are rounded to less than float32: by autocast, by the weights' type, or by TF32."""
     if forward_precision(precision, device) is not nullcontext or torch.finfo(dtype).bits < 32:
         return True
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # PyTorch's answer where a precision was set for a single backend
+    except RuntimeError:  # raised where a precision was set for a single backend
         return True
 
 
 @beartype
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic of its own; elsewhere it is emulated, and slower than float32."""
+    """Return whether the device computes in bfloat16; elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -1,20 +1,19 @@
-"""What every trainer needs around its loss: processes, precision, the optimiser step, metrics and checkpoints."""
+"""What every trainer needs around its loss: processes, precision, optimiser steps, metrics and checkpoints."""
 
 import dataclasses
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
 from beartype import beartype
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.run.checkpoints import (
@@ -26,55 +25,91 @@ from palm_rlhf.training.run.checkpoints import (
     reading,
     require_same,
     require_unused,
-    rng_state,
-    set_rng_state,
     write_state,
 )
 from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.launch import build_accelerator
 from palm_rlhf.training.run.log import Metrics, Result, RunLog
 from palm_rlhf.training.run.optimizer import forward_precision
-from palm_rlhf.training.run.sharding import prepare_shards
+from palm_rlhf.training.run.random_state import rng_state, set_rng_state
 
 Batch = TypeVar("Batch")
-BAR = "{percentage:3.0f}% |{bar:12}| {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
+
+
+class SavedRun(NamedTuple):
+    """The newest checkpoint of a run that is resumed: its folder, and its state that is not a tensor."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+class OptimizerStep:
+    """One optimiser step in the making. At its end, `loss` and the gradient `norms` before clipping are known."""
+
+    loss: float
+    norms: list[float]
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module):
+        self.accelerator, self.model = accelerator, model
+        self.total = torch.zeros((), device=accelerator.device)
+
+    def micro_batches(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield the batches; the processes exchange their gradients in the backward of the last one alone."""
+        for batch in batches[:-1]:
+            with self.accelerator.no_sync(self.model):
+                yield batch
+        yield batches[-1]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss, a scalar: the step's loss is the sum of the shares.
+
+        A share is divided by a count over the whole step, over all processes and micro-batches.
+        """
+        # Several processes take the mean of their gradients, whereas the shares of the loss add up.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        self.total += loss.detach()
 
 
 class Run:
-    """One training run: a module with its optimiser, on one process or on those of `accelerate launch`.
+    """One training run on one process, or on the processes of `accelerate launch`: tools for a trainer's own loop.
 
-    `model` is the module ready for a training forward (wrapped where there are several processes), `module` the same
-    one bare; with `may_shard` the weights may be in shards (FSDP2). Seeds the random generators of Python, NumPy and
-    PyTorch. All that is saved goes to `output_dir`.
+    A trainer makes the run, then its optimiser, and hands both to `prepare`. From then on `model` is the module ready
+    for a training forward (wrapped where there are several processes), and `module` is the bare one. The trainer's
+    `steps` are a `Loop` over one `optimizer_step` or several; it saves with `new_checkpoint` and resumes with
+    `newest_checkpoint`.
+
+    Args:
+        config: precision, seed, intervals; `config.seed` seeds the random generators of Python, NumPy and PyTorch.
+        output_dir: the folder of all that is saved; None saves nothing.
+        resume: go on from the newest checkpoint in that folder, if there is one.
+        may_shard: whether the weights may be in shards over the processes (FSDP2).
     """
 
+    model: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    log: RunLog
+
     @beartype
-    def __init__(
-        self,
-        module: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        config: RunConfig,
-        *,
-        output_dir: str | Path | None,
-        resume: bool,
-        may_shard: bool = False,
-    ):
-        self.module, self.config, self.resume = module, config, resume
+    def __init__(self, config: RunConfig, *, output_dir: str | Path | None, resume: bool, may_shard: bool = False):
+        self.config, self.resume = config, resume
         self.output_dir = None if output_dir is None else Path(output_dir)
-        if resume and output_dir is None:
+        if resume and self.output_dir is None:
             raise ValueError("resume=True without output_dir: give the folder of the run to go on with")
-        if output_dir is not None and not resume:
+        if self.output_dir is not None and not resume:
             require_unused(self.output_dir)
         self.accelerator = build_accelerator(self.output_dir, config.trackers, may_shard)
         self.autocast = forward_precision(config.precision, self.device)
         set_seed(config.seed, device_specific=True)
-        module.to(self.device)
-        self.model, self.optimizer = self.accelerator.prepare(module, make_optimizer(module))
-        prepare_shards(module)
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step, self.elapsed = 0, 0.0
         self.ending: dict[str, str] = {}  # {"stopped_early": "max_seconds"} where the time was over before the steps
-        self.log: RunLog | None = None
+
+    @beartype
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make a module, which is on `device`, and its optimiser ready for the processes of this run."""
+        self.module = module
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def device(self) -> torch.device:
@@ -89,16 +124,23 @@ class Run:
         return self.accelerator.num_processes
 
     @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of the data this process reads: `(i, k)` is the i-th of k, from 0."""
+        return self.rank, self.num_processes
+
+    @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints, where there is an output_dir."""
+        assert self.output_dir is not None
         return self.output_dir / "checkpoints"
 
     @beartype
     def open_log(self, settings: Mapping[str, Any], panels: Mapping[str, str]) -> None:
-        """Starts the metrics after the step that the run is at; `panels` are the curves: metric -> title."""
+        """Start the metrics after the step that the run is at; `panels` are the curves: metric -> title."""
         self.log = RunLog(
             self.accelerator,
             self.output_dir,
@@ -108,46 +150,35 @@ class Run:
             panels=dict(panels),
         )
 
+    @contextmanager
+    @beartype
     def optimizer_step(
-        self,
-        batches: Sequence[Batch],
-        loss_of: Callable[[Batch], Tensor],
-        *,
-        rate_factor: float = 1.0,
-        clip: Sequence[Sequence[nn.Parameter]] | None = None,
-    ) -> tuple[float, list[float]]:
-        """One optimiser step on the sum of `loss_of(batch)` over this process's batches and all processes.
+        self, *, rate_factor: float = 1.0, clip: Sequence[Sequence[nn.Parameter]] | None = None
+    ) -> Iterator[OptimizerStep]:
+        """Take one optimiser step at the end of the block, on the gradients that the block's micro-batches add up.
 
-        Each loss is its part of one mean: it is divided by what the batches of all processes hold together. `clip`
-        lists the groups of parameters whose gradients are clipped together, all at once if None.
+        Raises FloatingPointError where the loss or a norm is not finite; the weights are then as they were.
 
-        Returns the loss, and the gradient norm of each group before clipping. FloatingPointError where one is not
-        finite; the weights are as they were then.
+        Args:
+            rate_factor: multiplies the learning rates of the optimiser.
+            clip: groups of parameters; the gradients of each are clipped together. None: one group of all.
         """
         adapt(self.device.type)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * rate_factor
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                with self.autocast():
-                    loss = loss_of(batch)
-                # processes average their gradients, but each loss is already its part of one mean over them all
-                self.accelerator.backward(loss * self.num_processes)
-            total += loss.detach()
-        loss = float(self.accelerator.reduce(total, "sum"))
+        step = OptimizerStep(self.accelerator, self.model)
+        yield step
+        step.loss = float(self.accelerator.reduce(step.total, "sum"))
         limit = self.config.grad_clip or math.inf
         groups = [list(self.module.parameters())] if clip is None else clip
-        norms = [float(self.accelerator.clip_grad_norm_(group, limit)) for group in groups]
-        self.check_finite({"loss": loss, "gradient norm": sum(norms)})
+        step.norms = [float(self.accelerator.clip_grad_norm_(group, limit)) for group in groups]
+        self.check_finite({"loss": step.loss, "gradient norm": sum(step.norms)})
         self.optimizer.step()
-        return loss, norms
 
     @beartype
     def check_finite(self, values: Mapping[str, float]) -> None:
-        """FloatingPointError where one of the named numbers of the step in hand is NaN or infinite."""
+        """Raise FloatingPointError where one of the named numbers of the present step is NaN or infinite."""
         if all(math.isfinite(value) for value in values.values()):
             return
         saved = [] if self.output_dir is None else complete_checkpoints(self.checkpoints)
@@ -159,132 +190,75 @@ class Run:
         )
 
     @beartype
-    def save(
-        self,
-        write_models: Callable[[Path], None],
-        state: Mapping[str, Any],
-        best: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Writes the checkpoint of this step, whole or not at all, and removes all but the newest `keep_checkpoints`.
+    def is_due(self, every: int) -> bool:
+        """Whether what comes every so many steps comes after this one."""
+        return self.step % every == 0
 
-        `state` is what else the trainer has to find again, as JSON. `best` says, by its "step", which checkpoint is the
-        best so far: best.json has it, and that checkpoint is kept. OSError where the disk is full; what was saved
-        before stays.
+    @contextmanager
+    @beartype
+    def new_checkpoint(self, state: Mapping[str, Any], best: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
+        """The folder of this step's checkpoint, for the block to write models to; None where there is nothing to write.
+
+        That is so where no output_dir is given, and in all processes but the main one; all processes take part. The
+        checkpoint is whole or absent; all but the newest `keep_checkpoints` are removed. Then the curves are drawn.
+        Raises OSError where the disk is full; the checkpoints before it stay.
+
+        Args:
+            state: the trainer's state that is not a tensor, as JSON.
+            best: names, by its "step", the best checkpoint so far, for best.json; that checkpoint is kept.
         """
         if self.output_dir is None:
+            yield None
             return
         random_states = gather_object([rng_state()])
         moments = optimizer_tensors(self.optimizer, self._parameter_names())
         if self.is_main:
             with new_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints, best) as folder:
-                write_models(folder)
+                yield folder
                 save_file(moments, folder / "optimizer.safetensors")
                 own = {"step": self.step, "elapsed": self.elapsed, "config": dataclasses.asdict(self.config)}
                 write_state(folder, {**own, **state, "random_states": random_states})
+        else:
+            yield None
         self.accelerator.wait_for_everyone()
+        self.log.draw()
 
+    @contextmanager
     @beartype
-    def load_newest(self, read_models: Callable[[Path, dict[str, Any]], None]) -> None:
-        """Goes on from the newest checkpoint, where the run is to be resumed and has one.
+    def newest_checkpoint(self) -> Iterator[SavedRun | None]:
+        """The checkpoint that the run goes on from, for the block to read models from; None where it starts anew.
 
-        `read_models` gets its folder and its state, and refuses by ValueError what does not belong to this run.
+        After the block the optimiser, the step, the clock and the random generators go on from it as well. The block
+        raises ValueError for a checkpoint of another run.
         """
-        if not self.resume or not (saved := complete_checkpoints(self.checkpoints)):
+        saved = complete_checkpoints(self.checkpoints) if self.resume else []
+        if not saved:
+            yield None
             return
         folder = saved[-1]
         with reading(folder):
             state = read_state(folder)
             require_same(folder, state["config"], self.config)
-            read_models(folder, state)
+            yield SavedRun(folder, state)
             load_optimizer(folder / "optimizer.safetensors", self.optimizer, self._parameter_names())
             self.step, self.elapsed = state["step"], state["elapsed"]
             if self.rank < len(state["random_states"]):  # a process that the run did not have starts from its seed
                 set_rng_state(state["random_states"][self.rank])
 
     @beartype
-    def is_due(self, every: int) -> bool:
-        """Whether what comes every so many steps comes after this one."""
-        return self.step % every == 0
+    def finish(self, metrics: Metrics, *, started: float) -> Result:
+        """Log the metrics of the last evaluation, draw the curves, and close the trackers.
 
-    @beartype
-    def progress_bar(self, total: int | None, wanted: bool, unit: str = "step") -> tqdm:
-        """A bar on standard error with the time that is left, drawn by the main process alone."""
-        return tqdm(
-            total=total,
-            initial=self.step,
-            unit=unit,
-            bar_format=BAR,
-            smoothing=0.05,  # of about twenty steps: evaluations and a busy machine make single ones slow
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            file=sys.stderr,
-            disable=not (wanted and self.is_main),
-        )
-
-    @beartype
-    def drive(
-        self,
-        one_step: Callable[[], Metrics],
-        is_done: Callable[[], bool],
-        save: Callable[[], None],
-        *,
-        num_steps: Callable[[], int | None],
-        show: Callable[[Metrics], dict[str, Any]],
-        progress_bar: bool,
-    ) -> Iterator[Metrics]:
-        """Yields the metrics of one step after another until `is_done`, or for `max_seconds`; logs and saves when due.
-
-        A step that evaluates or wants to be logged for another reason has `"log"` among its metrics, one that wants to
-        be saved `"save"`. `num_steps` is
-        how many the run has, or seems to have (None: unknown), `show` makes what stands behind the progress bar.
+        Returns these metrics with `steps`, `seconds` and, where that is so, `stopped_early`. `seconds` includes the
+        time since `started`, by `time.perf_counter`, when that evaluation began.
         """
-        limit, before, started = self.config.max_seconds, self.elapsed, time.perf_counter() - self.elapsed
-        self.ending = {}
-        with self.progress_bar(num_steps(), progress_bar) as bar:
-            while not is_done() and not self.ending:
-                metrics = one_step()
-                must_log, must_save = bool(metrics.pop("log", False)), bool(metrics.pop("save", False))
-                self.elapsed = metrics["elapsed"] = self._agreed(time.perf_counter() - started)
-                if limit is not None and self.elapsed - before >= limit and not is_done():
-                    self.ending = {"stopped_early": "max_seconds"}
-                if must_log or self.is_due(self.config.log_every):
-                    self.log.write(metrics, draw=must_log)
-                if must_save or self.is_due(self.config.save_every) or is_done() or self.ending:
-                    save()
-                    self.log.draw()
-                bar.total = num_steps()
-                bar.set_postfix(show(metrics), refresh=False)
-                bar.update()
-                yield metrics
-        if self.ending and self.is_main:
-            self._say_why_it_ends(num_steps())
-
-    def _say_why_it_ends(self, num_steps: int | None) -> None:
-        of_steps = "" if num_steps is None else f" of {num_steps}"
-        saved = "nothing is saved, for there is no output_dir"
-        if self.output_dir is not None:
-            saved = f"what was learnt is saved in {self.checkpoints}, and a run that resumes goes on from there"
-        text = f"stopped early, after step {self.step}{of_steps}: max_seconds is {self.config.max_seconds:g}; {saved}"
-        tqdm.write(text, file=sys.stderr)
-
-    @beartype
-    def finish(self, validate: Callable[[], Metrics]) -> Result:
-        """Logs what `validate` finds out, draws the curves, and closes the trackers.
-
-        Returns that with `steps` and `seconds`, those of `validate` included, and `stopped_early` where that is so.
-        """
-        started = time.perf_counter()
-        result = validate()
-        if result:
-            self.log.write({"step": self.step, **result})
+        if metrics:
+            self.log.write({"step": self.step, **metrics})
         self.log.close()
         # The thread that sent what was gathered last lets go of it before this: at the exit of Python it would abort.
         self.accelerator.wait_for_everyone()
         seconds = self.elapsed + time.perf_counter() - started
-        return {**result, "steps": self.step, "seconds": seconds, **self.ending}
-
-    def _agreed(self, elapsed: float) -> float:
-        """The main process's clock, so that all processes log and decide the same."""
-        return elapsed if self.num_processes == 1 else broadcast_object_list([elapsed])[0]
+        return {**metrics, "steps": self.step, "seconds": seconds, **self.ending}
 
     def _parameter_names(self) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self.module.named_parameters()}

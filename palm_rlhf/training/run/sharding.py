@@ -1,11 +1,12 @@
-"""Weights in shards over the processes (FSDP2): whole for a while, whole for a checkpoint, and back into shards.
+"""Weights in shards over the processes (FSDP2): gathered for sampling and for checkpoints, and put back into shards.
 
-On a module that is not in shards all of this does nothing, or the ordinary thing. PyTorch's part of it is imported
-where it is used: it takes long, and loads Triton.
+For a module that is not in shards, these functions do nothing, or what they would do to ordinary tensors. PyTorch's
+FSDP is imported where it is used: the import takes long, and loads Triton.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from beartype import beartype
@@ -15,24 +16,24 @@ from palm_rlhf.model.checkpoint import scope_options
 from palm_rlhf.model.palm import PaLM
 
 
+@torch.no_grad()
 @beartype
-def prepare_shards(module: nn.Module) -> None:
-    """Make the module the root of its shards, which otherwise the first part would be whose forward runs."""
-    if sharded_parts(module):
-        from torch.distributed.fsdp import register_fsdp_forward_method
+def make_root(module: nn.Module, *example: Any) -> None:
+    """Run one forward of the whole module on a small example: FSDP2 takes the first module that runs for the root.
 
-        register_fsdp_forward_method(module, "extra_repr")  # a method without effect, run once as a forward
-        module.extra_repr()
-        del module.extra_repr
-        module.reshard()
+    Otherwise a part that samples, or is evaluated, before the first training step would be the root of its own shards.
+    """
+    if sharded_parts(module):
+        module(*example)
+        cast(Any, module).reshard()
 
 
 @contextmanager
 @beartype
 def whole(module: nn.Module) -> Iterator[None]:
-    """All weights at hand in every process, without gradients, so that each can sample for as long as it likes."""
+    """Gather all weights in every process for the block, without gradients, so that each can sample on its own."""
     parts = sharded_parts(module)
-    inner = [part for part in parts if part is not module]  # the root stays whole after its forward anyway
+    inner = [part for part in parts if part is not module]  # the root stays gathered after its forward
     for part in parts:
         part.unshard()
     for part in inner:
@@ -47,8 +48,8 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 @beartype
-def sharded_parts(module: nn.Module) -> list[nn.Module]:
-    """The parts of a module, itself among them, whose weights are in shards."""
+def sharded_parts(module: nn.Module) -> list[Any]:
+    """Return the parts of a module, itself included, whose weights are in shards."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -58,7 +59,7 @@ def sharded_parts(module: nn.Module) -> list[nn.Module]:
 
 @beartype
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has only its part of a tensor."""
+    """Return whether this process has only its shard of a tensor."""
     if type(tensor) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor
@@ -68,24 +69,25 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @beartype
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; all processes have to ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    """Return a tensor with all its shards; all processes take part."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 @beartype
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a module with all its shards; all processes have to ask."""
+    """Return the state dict of a module with all shards; all processes take part."""
     return {name: full_tensor(tensor.detach()) for name, tensor in module.state_dict().items()}
 
 
 @beartype
 def sharded_like(target: Tensor, full: Tensor) -> Tensor:
-    """A full tensor in the shards of another one of its shape; other shapes, such as a counter, stay as they are."""
+    """Return a full tensor in shards like the target; a tensor of another shape, such as a counter, stays as it is."""
     if not is_sharded(target) or full.shape != target.shape:
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
+    sharded = cast(Any, target)
+    return distribute_tensor(full.to(target.device), sharded.device_mesh, sharded.placements)
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def load_full(target: Tensor, full: Tensor) -> None:
 
 @beartype
 def plain_palm(palm: PaLM, state: dict[str, Tensor]) -> PaLM:
-    """A PaLM like the given one, LoRA scopes included, on the full tensors of `state`, which are not copied."""
+    """Return a PaLM like the given one, LoRA scopes included, with the tensors of `state`, which are not copied."""
     with torch.device("meta"):
         plain = PaLM.from_config(palm.config)
         for scope, options in scope_options(palm).items():
