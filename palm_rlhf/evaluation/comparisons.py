@@ -48,8 +48,8 @@ class Comparison:
     @property
     def conflicts(self) -> bool | None:
         """Whether the two orders come to different outcomes; None where one of them was not judged."""
-        by_order = [calibrated_scores(scores, ()) for scores in (self.given, self.swapped)]
-        return None if None in by_order else outcome(by_order[0]) != outcome(by_order[1])
+        given, swapped = (calibrated_scores(scores, ()) for scores in (self.given, self.swapped))
+        return None if given is None or swapped is None else outcome(given) != outcome(swapped)
 
     @property
     def entropy(self) -> float:
@@ -137,13 +137,15 @@ def summarise(comparisons: Sequence[Comparison], model_1: str, model_2: str) -> 
     """The figures of many comparisons of the same two models."""
     scores = [comparison.scores for comparison in comparisons if comparison.scores is not None]
     score_1, score_2 = (math.fsum(column) for column in zip(*scores)) if scores else (0.0, 0.0)
-    decided = [comparison for comparison in comparisons if comparison.outcome is not None]
-    outcomes = Counter(comparison.outcome for comparison in decided)
+    decided = [(comparison.question_id, found) for comparison in comparisons if (found := comparison.outcome)]
+    outcomes = Counter(found for _, found in decided)
     wins, losses = outcomes[WIN], outcomes[LOSS]
-    shares = [{WIN: 1.0, TIE: 0.5, LOSS: 0.0}[comparison.outcome] for comparison in decided]
-    both_orders = [comparison for comparison in comparisons if comparison.conflicts is not None]
-    agreed = Counter(outcome(comparison.scores) for comparison in both_orders if not comparison.conflicts)
-    conflicts = sum(comparison.conflicts for comparison in both_orders)
+    shares = [{WIN: 1.0, TIE: 0.5, LOSS: 0.0}[found] for _, found in decided]
+    both_orders = [
+        (comparison.scores, comparison.conflicts) for comparison in comparisons if comparison.conflicts is not None
+    ]
+    agreed = Counter(outcome(means) for means, conflicts in both_orders if means is not None and not conflicts)
+    num_conflicts = sum(conflicts for _, conflicts in both_orders if conflicts)
     return Summary(
         model_1=model_1,
         model_2=model_2,
@@ -157,12 +159,12 @@ def summarise(comparisons: Sequence[Comparison], model_1: str, model_2: str) -> 
         unparsed=sum(comparison.unparsed for comparison in comparisons),
         questions=len(decided),
         win_rate=math.fsum(shares) / len(shares) if shares else None,
-        win_rate_interval=bootstrap_interval(shares, clusters=[comparison.question_id for comparison in decided]),
+        win_rate_interval=bootstrap_interval(shares, clusters=[question_id for question_id, _ in decided]),
         decided_share=wins / (wins + losses) if wins + losses else None,
         decided_interval=exact_interval(wins, wins + losses),
         agreed_wins=agreed[WIN],
         agreed_losses=agreed[LOSS],
-        conflict_rate=conflicts / len(both_orders) if both_orders else None,
+        conflict_rate=num_conflicts / len(both_orders) if both_orders else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
@@ -213,9 +213,12 @@ COMMANDS = {
     "run": run,
     "report": merge,
 }
-Command = Union[  # noqa: UP007
-    tuple(Annotated[Any, subcommand(name=name, constructor=call)] for name, call in COMMANDS.items())
-]
+if TYPE_CHECKING:
+    Command = Any
+else:
+    Command = Union[  # noqa: UP007
+        tuple(Annotated[Any, subcommand(name=name, constructor=call)] for name, call in COMMANDS.items())
+    ]
 
 
 def evaluate(command: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:

@@ -59,23 +59,34 @@ def read_regularizer(path: str | os.PathLike[str]) -> Regularizer:
         )
     numbers = [_gamed_numbers(row, f"{path}, record {place}") for place, row in enumerate(rows, start=1)]
     difficulties: dict[int, float] = {}
-    for index, *_, difficulty in numbers:
-        difficulties.setdefault(int(index), difficulty)
-    shares, delta, difficulty = np.array([row[1:] for row in numbers if row[1] is not None], dtype=float).T
+    for row in numbers:
+        difficulties.setdefault(int(row.index), row.difficulty)
+    known = [row for row in numbers if row.preference is not None]
+    shares, delta, difficulty = np.array([(row.preference, row.delta, row.difficulty) for row in known], dtype=float).T
     return Regularizer(difficulties, np.stack([np.tanh(delta), difficulty, np.zeros(len(delta))], axis=1), shares)
 
 
-def _gamed_numbers(row: dict[str, str], place: str) -> list[float | None]:
-    """The numbers of a row, with None for a preference that is missing."""
+class _GamedRow(NamedTuple):
+    """A row of `df_gamed.csv`, in the order of GAMED_COLUMNS."""
+
+    index: float  # type: ignore[assignment]  # the name of the column, which hides tuple.index
+    preference: float | None
+    delta: float
+    difficulty: float
+
+
+def _gamed_numbers(row: dict[str, str], place: str) -> _GamedRow:
+    """Return the numbers of a row, with None for a preference that is missing."""
     try:
-        numbers = [
-            None if key == "preference" and row[key].strip().lower() in MISSING else float(row[key])
-            for key in GAMED_COLUMNS
-        ]
+        index, delta, difficulty = (float(row[key]) for key in GAMED_COLUMNS if key != "preference")
+        preference = None if row["preference"].strip().lower() in MISSING else float(row["preference"])
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{place} is not of numbers ({error}): copy or download the file again") from error
+        raise ValueError(
+            f"{place}: {error}; expected numbers as {', '.join(GAMED_COLUMNS)}: copy or download the file again"
+        ) from error
+    numbers = _GamedRow(index, preference, delta, difficulty)
     if not all(number is None or np.isfinite(number) for number in numbers):
-        raise ValueError(f"{place} has {numbers}, expected finite numbers: copy or download the file again")
+        raise ValueError(f"{place}: got {tuple(numbers)}, expected finite numbers: copy or download the file again")
     return numbers
 
 
@@ -123,12 +134,13 @@ def _features(
     scaled = np.tanh(delta / deviation) if deviation > 0 else np.zeros(len(delta))
     difficulties = np.zeros(len(delta))
     if regularizer is not None:
-        if unknown := sorted(set(indices) - regularizer.difficulties.keys(), key=str):
+        known: dict[object, float] = {**regularizer.difficulties}
+        if unknown := sorted(set(indices) - known.keys(), key=str):
             raise ValueError(
-                f"the instructions {unknown[:5]} have no difficulty in the regularizer, expected the indices of "
-                f"AlpacaEval's {len(regularizer.difficulties)} instructions: leave the regularizer out for others"
+                f"got the instructions {unknown[:5]}, which have no difficulty in the regularizer; expected indices of "
+                f"AlpacaEval's {len(known)} instructions: leave the regularizer out for other instructions"
             )
-        difficulties = np.array([regularizer.difficulties[index] for index in indices])
+        difficulties = np.array([known[index] for index in indices])
     return np.stack([scaled, difficulties, np.ones(len(delta))], axis=1)
 
 

@@ -50,10 +50,13 @@ def texts_of_choice(choice: Any) -> list[str]:
 @beartype
 def texts_of_turns(turns: Any) -> list[str]:
     """The text of every turn of a list, or a text alone; ValueError for a turn without one."""
-    found = [text_of(turn) for turn in (turns if isinstance(turns, list | tuple) else [turns])]
-    if None in found:
-        raise ValueError(f"turn {found.index(None) + 1} has no text")
-    return found
+    texts = []
+    for place, turn in enumerate(turns if isinstance(turns, list | tuple) else [turns], start=1):
+        text = text_of(turn)
+        if text is None:
+            raise ValueError(f"turn {place} has no text")
+        texts.append(text)
+    return texts
 
 
 @beartype

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def elo(
     models = models_of(battles)
     places = {model: place for place, model in enumerate(models)}
     pairs = [(places[first], places[second], score) for first, second, score in battles]
-    orders = [range(len(pairs))]
+    orders: Iterable[Iterable[int]] = [range(len(pairs))]
     if num_shuffles:
         generator = np.random.default_rng(seed)
         orders = (generator.permutation(len(pairs)) for _ in range(num_shuffles))

@@ -22,7 +22,7 @@ from palm_rlhf.evaluation.commands.evaluate_arguments import (
     different_names,
     finish,
 )
-from palm_rlhf.evaluation.comparisons import Comparison, most_doubtful, summarise
+from palm_rlhf.evaluation.comparisons import Comparison, UnparsedText, most_doubtful, summarise
 from palm_rlhf.evaluation.judging.answers import (
     ModelAnswers,
     Pair,
@@ -123,7 +123,7 @@ def judge(
     network = {"retries": retries, "backoff": backoff, "timeout": timeout}
     judging = None if judge == PERSON else open_judge(judge, model, api_key_env, template, options, network)
     with Journal(out) as journal:
-        if method == "rating":
+        if method == "rating" and judging is not None:
             made, numbers = _rate(loaded, asked, judging, journal, samples, concurrency)
         else:
             pairs, names = pair_answers(asked, *loaded), different_names(*(part.model for part in loaded))
@@ -180,8 +180,9 @@ def _compare(
     ask_person: int,
     annotations: Path | None,
 ) -> tuple[Report, dict[str, Any]]:
+    unparsed: list[UnparsedText] = []
     if judging is None:
-        name, comparisons, unparsed = PERSON, judged_by_person(pairs, names, journal), []
+        name, comparisons = PERSON, judged_by_person(pairs, names, journal)
     else:
         name = judging.name
         requests = pairwise_requests(pairs, names, method, samples=samples, sees_order=judging.sees_order)

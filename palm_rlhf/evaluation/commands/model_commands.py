@@ -63,8 +63,7 @@ def lm(
     """
     palm, tokenizer = open_palm(checkpoint)
     documents = read_documents(data, text_key=text_key, language_key=language_key)
-    options = {"seq_len": seq_len, "context": context, "batch_size": batch_size}
-    parts = measure_text(palm, tokenizer, documents, **options)
+    parts = measure_text(palm, tokenizer, documents, seq_len=seq_len, context=context, batch_size=batch_size)
     numbers = parts[ALL].numbers()
     if len(parts) > 1:
         numbers["by_language"] = {name: part.numbers() for name, part in parts.items() if name != ALL}
@@ -97,6 +96,7 @@ def reward(
     if not is_reward_model(local_folder(checkpoint)):
         raise ValueError(f"{checkpoint} holds no reward model, expected a folder of RewardModel.save_pretrained")
     model, tokenizer, chosen = open_chat_model(checkpoint, template)
+    assert isinstance(model, RewardModel)
     left_out: Counter[str] = Counter()
     result = score_trios(model, tokenizer, chosen, read_trios(file, left_out), batch_size=batch_size)
     numbers = {**result.numbers(), "rejected": dict(left_out)}

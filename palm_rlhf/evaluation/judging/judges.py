@@ -13,10 +13,11 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from beartype import beartype
+from torch import Tensor
 
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn
 from palm_rlhf.data.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ class ChatJudge(Judge):
         except (OSError, http.client.HTTPException) as error:
             raise _Transient(f"{type(error).__name__}: {error}") from error
 
-    def _refuse(self, error: urllib.error.HTTPError, body: str) -> None:
+    def _refuse(self, error: urllib.error.HTTPError, body: str) -> NoReturn:
         reason = f"HTTP {error.code}: {body.strip()[:300]}"
         if error.code in TRANSIENT:
             raise _Transient(reason, parse_retry_after(error.headers.get("Retry-After"))) from error
@@ -243,17 +244,18 @@ class LocalJudge(Judge):
         end = end_of_turn(self.tokenizer, self.template)
         prompt = encode_prompt(request.messages, self.tokenizer, self.template).to(self.palm.device)
         seed = int(request.key(self)[:15], 16)
-        said = self.palm.generate(
+        generated = self.palm.generate(
             prompt=prompt,
             max_new_tokens=self.identity["max_tokens"],
             temperature=self.identity["temperature"],
             eos_token=end,
             allowed_tokens=self._allowed_tokens,
             generator=torch.Generator(self.palm.device).manual_seed(seed),
-        ).tolist()
-        said = said[: said.index(end)] if end in said else said
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(said)}
-        return JudgeReply(self.tokenizer.decode(said), usage=usage)
+        )
+        response = cast(Tensor, generated).tolist()  # one prompt, one sample: `t`
+        response = response[: response.index(end)] if end in response else response
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(response)}
+        return JudgeReply(self.tokenizer.decode(response), usage=usage)
 
 
 class RewardJudge(Judge):

@@ -143,6 +143,7 @@ def _entry(key: str, request: JudgeRequest, judge: Judge) -> Entry:
 @beartype
 def scores_of(entry: Entry) -> Scores | None:
     """The two scores of a pairwise judgment, that of model 1 first whatever the order was; None if not parsed."""
+    scores: Scores | None
     if entry["scores"] is not None:
         first, second = entry["scores"]
         scores = float(first), float(second)

@@ -191,17 +191,17 @@ class StudyResult:
 @beartype
 def count_votes(votes: Sequence[Vote]) -> StudyResult:
     """What a study came to; votes without an opinion are counted as skipped, and nowhere else."""
-    cast = [vote for vote in votes if vote.share is not None]
+    cast = [(vote.question_id, vote.share) for vote in votes if vote.share is not None]
     by_question: dict[str, list[float]] = defaultdict(list)
-    for vote in cast:
-        by_question[vote.question_id].append(vote.share)
-    overall = _shares([vote.share for vote in cast])
+    for question_id, share in cast:
+        by_question[question_id].append(share)
+    overall = _shares([share for _, share in cast])
     return StudyResult(
         overall=overall,
         questions={question_id: _shares(shares) for question_id, shares in by_question.items()},
         skipped=len(votes) - len(cast),
-        participants=len({vote.participant for vote in cast}),
-        interval=bootstrap_interval([vote.share for vote in cast], clusters=[vote.question_id for vote in cast]),
+        participants=len({vote.participant for vote in votes if vote.share is not None}),
+        interval=bootstrap_interval([share for _, share in cast], clusters=[question_id for question_id, _ in cast]),
         decided_interval=exact_interval(overall.wins_1, overall.wins_1 + overall.wins_2),
     )
 

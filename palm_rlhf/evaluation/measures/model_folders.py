@@ -73,12 +73,14 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
     template.
     """
     folder = local_folder(model)
+    opened: PaLM | RewardModel
     if is_reward_model(folder):
         opened = RewardModel.from_pretrained(folder, device=default_device()).eval()
         num_tokens, tokenizer = opened.palm.num_tokens, open_tokenizer(folder, opened.palm.num_tokens)
     else:
         opened, tokenizer = open_palm(folder)
         num_tokens = opened.num_tokens
+    chosen: Template
     if template is not None:
         chosen = PRESETS[template]
     elif (folder / TEMPLATE_FILE).is_file() or (folder / JINJA_FILE).is_file() or (folder / CONFIG_FILE).is_file():

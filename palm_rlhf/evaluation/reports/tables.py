@@ -81,14 +81,13 @@ def pairwise(comparisons: Sequence[Comparison], summary: Summary, unparsed: Sequ
 
 
 def _win_rates(groups: Mapping[str, Summary], name: str) -> BarPlot:
-    judged = {category: part for category, part in groups.items() if part.win_rate is not None}
-    return BarPlot(
-        f"Win rate of {name} by category",
-        "win rate",
-        tuple(judged),
-        tuple(part.win_rate for part in judged.values()),
-        tuple(part.win_rate_interval for part in judged.values()),
-    )
+    judged = {
+        category: (rate, part.win_rate_interval)
+        for category, part in groups.items()
+        if (rate := part.win_rate) is not None
+    }
+    rates, intervals = tuple(rate for rate, _ in judged.values()), tuple(ends for _, ends in judged.values())
+    return BarPlot(f"Win rate of {name} by category", "win rate", tuple(judged), rates, intervals)
 
 
 @beartype
@@ -106,8 +105,8 @@ def ratings_of_models(ratings: Sequence[SingleAnswerRatings]) -> Sections:
     rows = []
     for rating in ratings:
         by_turn, means = rating.by_turn(), list(rating.means.values())
-        columns = [_mean(by_turn.get(turn, [])) for turn in turns]
-        rows.append((rating.model, _mean(means), *columns, rating.num_parsed, len(rating.unparsed)))
+        turn_means = [_mean(by_turn.get(turn, [])) for turn in turns]
+        rows.append((rating.model, _mean(means), *turn_means, rating.num_parsed, len(rating.unparsed)))
     columns = ("model", "rating", *(f"turn {turn}" for turn in turns), "understood", "not understood")
     unparsed = [text for rating in ratings for text in rating.unparsed]
     return (Table("Ratings", columns, tuple(rows)), *not_understood(unparsed))
@@ -155,12 +154,9 @@ def study(result: StudyResult, pairs: Sequence[Pair], models: tuple[str, str]) -
         (texts.get(name, name)[:80], shares.share_1, shares.share_2, shares.votes)
         for name, shares in result.questions.items()
     )
-    plot = BarPlot(
-        f"Share of {models[0]} by question",
-        "share",
-        tuple(map(str, range(1, len(rows) + 1))),
-        tuple(row[1] for row in rows),
-    )
+    plotted = tuple(share for shares in result.questions.values() if (share := shares.share_1) is not None)
+    places = tuple(map(str, range(1, len(plotted) + 1)))
+    plot = BarPlot(f"Share of {models[0]} by question", "share", places, plotted)
     return (
         Table("Overall", ("", ""), tuple(figures.items())),
         Table("Questions", ("question", *models, "votes"), rows),
