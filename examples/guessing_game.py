@@ -21,7 +21,7 @@ share_the_machine()  # before torch is imported
 import torch
 import tyro
 
-from palm_rlhf.cli import replace_what_cannot_be_written
+from palm_rlhf.cli import replace_unprintable_characters
 from palm_rlhf.commands.run_folder import say
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.rollout import Rollout, collect
@@ -171,7 +171,7 @@ def main(
 
 
 if __name__ == "__main__":
-    replace_what_cannot_be_written()
+    replace_unprintable_characters()
     try:
         tyro.cli(main)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -29,8 +29,9 @@ from rlhf_report import Measurement, draw_curves, report, say
 from torch import Tensor
 from tqdm import tqdm
 
-from palm_rlhf.cli import replace_what_cannot_be_written
+from palm_rlhf.cli import replace_unprintable_characters
 from palm_rlhf.commands.run_folder import quoted, show_next
+from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.files import write_text
 from palm_rlhf.model.palm import PaLM
@@ -58,6 +59,7 @@ try:
 except ImportError as error:
     sys.exit(f"rlhf.py: {error}; the dialogues and their annotator come with: pip install palm-rlhf[examples]")
 
+TOKENIZER = ByteTokenizer()  # the model has the 256 bytes alone, without the special tokens
 END_OF_TURN = ord("\n")
 LONGEST_TURN = 80  # bytes of a prompt or an answer; a few answers are programs of a thousand
 
@@ -93,19 +95,9 @@ PPO = PPOConfig(
 )
 
 
-class ByteTokenizer:
-    """A token is a byte."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, tokens: list[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
-
-
 def turn(text: str) -> Tensor:
-    """What somebody says, with its end."""
-    return torch.tensor([*text.encode(), END_OF_TURN])
+    """Return the bytes of a prompt or an answer, with the token that ends it."""
+    return torch.tensor([*TOKENIZER.encode(text), END_OF_TURN])
 
 
 def read_conversations() -> list[tuple[str, ...]]:
@@ -161,7 +153,7 @@ class Annotator:
         turns, generator = [turn(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
         rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
         _, tokens = spoken(rollout.sequences)
-        _, answers = spoken(rollout.sequences, ByteTokenizer(), END_OF_TURN)
+        _, answers = spoken(rollout.sequences, TOKENIZER, END_OF_TURN)
         rankings = []
         for prompt, first in zip(turns, range(0, len(answers), num_samples), strict=True):
             these = slice(first, first + num_samples)
@@ -191,7 +183,7 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     turns = [turn(prompt) for prompt in prompts]
     rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
-    _, answers = spoken(rollout.sequences, ByteTokenizer(), END_OF_TURN)
+    _, answers = spoken(rollout.sequences, TOKENIZER, END_OF_TURN)
     ref_logprobs = response_logprobs(reference, rollout.sequences, **sampling.truncation).logprobs
     kl = masked_sum(rollout.logprobs - ref_logprobs, rollout.sequences.action_mask, dim=-1)
     return Measurement(
@@ -371,7 +363,7 @@ def main(
         reward_model=reward_model,
         critic=reward_model,
         prompts=[f"{prompt}\n" for prompt in prompts],
-        tokenizer=ByteTokenizer(),
+        tokenizer=TOKENIZER,
         config=timed(ppo),
         output_dir=output_dir / "ppo",
         resume=resume,
@@ -387,7 +379,7 @@ def main(
 
 
 if __name__ == "__main__":
-    replace_what_cannot_be_written()
+    replace_unprintable_characters()
     try:
         tyro.cli(main)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -18,7 +18,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from palm_rlhf.cli import replace_what_cannot_be_written
+from palm_rlhf.cli import replace_unprintable_characters
 from palm_rlhf.data.conversation import encode
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
@@ -114,7 +114,7 @@ def main(
 
 
 if __name__ == "__main__":
-    replace_what_cannot_be_written()
+    replace_unprintable_characters()
     try:
         tyro.cli(main)
     except (ValueError, OSError, ImportError) as error:

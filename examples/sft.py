@@ -20,11 +20,11 @@ import tyro
 from sft_data import dialogues
 from torch import Tensor
 
-from palm_rlhf.cli import replace_what_cannot_be_written
-from palm_rlhf.commands.run_folder import finish, quoted, run_folder, say
-from palm_rlhf.commands.sft import make_trainer, save
+from palm_rlhf.cli import replace_unprintable_characters
+from palm_rlhf.commands.run_folder import finish_chat_model, run_folder, say
+from palm_rlhf.commands.sft_command import make_trainer
 from palm_rlhf.commands.start_models import ChatModel, TemplateName, open_chat_model
-from palm_rlhf.commands.training_data import Messages, fitted, opening, read, split
+from palm_rlhf.commands.training_data import Messages, fit_to_context, opening, read_records_for, split_held_out
 from palm_rlhf.data.conversation import Template, encode_prompt, end_of_turn, has_tools
 from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.templates import PRESETS
@@ -33,6 +33,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import spoken
+from palm_rlhf.training.supervised import SCOPE
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
 
@@ -116,12 +117,14 @@ def main(
         fresh: The numbers of a fresh model.
         training: How it is trained.
     """
-    conversations = dialogues() if data is None else read(data, "sft")
+    conversations = dialogues() if data is None else read_records_for(data, "sft")
     output_dir = run_folder("sft", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = fresh_model(fresh, template) if model is None else open_chat_model(model, template)
     palm, tokenizer, form = chat_model
-    train, valid = (fitted(side, seq_len, chat_model) for side in split(conversations, held_out, training.seed))
+    train, valid = (
+        fit_to_context(side, seq_len, chat_model) for side in split_held_out(conversations, held_out, training.seed)
+    )
     trainer = make_trainer(chat_model, train, valid, seq_len, training, output_dir, resume)
     plain = [piece["messages"] for piece in valid if not has_tools(piece["messages"], piece.get("tools") or ())]
     questions = list({json.dumps(opening(messages)): opening(messages) for messages in plain}.values())
@@ -139,26 +142,22 @@ def main(
         if "valid_loss" in metrics:
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
     result = trainer.finish()
-    save(trainer, chat_model, output_dir)
+    if training.lora_r:
+        palm.merge_finetune_params(SCOPE)
     if trainer.accelerator.is_main_process:
         after, replies = measure(palm, prompts, tokenizer, sampling)
         for question, *two in list(zip(questions, first_replies, replies, strict=True))[:5]:
             say("\n".join([f"--- {question[-1]['content']}", *(f"{w}: {t}" for w, t in zip(("before", "after"), two))]))
         say(f"{after:.0%} end by themselves now")
         rates = {"stop_rate_before": before, "stop_rate_after": after}
-        next_commands = [("talk with it", "chat"), ("serve it", "serve")]
-        finish(
-            {**rates, **result},
-            output_dir,
-            [(words, f"palm-rlhf {command} {quoted(output_dir)}") for words, command in next_commands],
-        )
+        finish_chat_model({**rates, **result}, output_dir, chat_model)
     if trainer.accelerator.is_main_process and (chat or sys.stdin.isatty()):
         with contextlib.suppress(KeyboardInterrupt):
             converse(palm, tokenizer, form, sampling, seq_len)
 
 
 if __name__ == "__main__":
-    replace_what_cannot_be_written()
+    replace_unprintable_characters()
     try:
         tyro.cli(main)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -2,7 +2,7 @@
 
 python examples/train.py --data notes/ --dim 512 --num-steps 5000
 
-This is the command `palm-rlhf train`, whose code is in palm_rlhf/commands/train.py.
+This is the command `palm-rlhf train`, whose code is in palm_rlhf/commands/train_command.py.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The console script ``palm-rlhf``: it imports the module of the subcommand that is asked for, and no other."""
+"""The console script ``palm-rlhf``: it imports the module of the named subcommand only."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from palm_rlhf.ops.cpu.threads import share_the_machine
 
 
 class Command(NamedTuple):
-    """Where the function of a subcommand is, and the first sentence of its docstring."""
+    """The module and function of a subcommand, and the first sentence of its docstring."""
 
     module: str
     function: str
@@ -21,47 +21,47 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "info": Command(
-        "palm_rlhf.commands.info",
+        "palm_rlhf.commands.info_command",
         "info",
         "Print the versions and devices in use, and which kernels and kinds of attention can run here or why not.",
     ),
     "generate": Command(
-        "palm_rlhf.commands.generate",
+        "palm_rlhf.commands.generate_command",
         "generate",
         "Continue a text, printing it as it is sampled.",
     ),
     "train": Command(
-        "palm_rlhf.commands.train",
+        "palm_rlhf.commands.train_command",
         "train",
-        "Train a language model on text, from nothing or from a model that there is, and sample from it.",
+        "Train a language model on text, a new one or an existing one, and sample from it.",
     ),
     "sft": Command(
-        "palm_rlhf.commands.sft",
+        "palm_rlhf.commands.sft_command",
         "sft",
-        "Fine-tune a model on conversations, with adapters if --lora-r asks for them, which are merged at the end.",
+        "Fine-tune a model on conversations; adapters (--lora-r) are merged at the end.",
     ),
     "reward": Command(
-        "palm_rlhf.commands.reward",
+        "palm_rlhf.commands.reward_command",
         "reward",
         "Train a reward model on rankings of replies, or on pairs of a chosen and a rejected one.",
     ),
     "rlhf": Command(
-        "palm_rlhf.commands.rlhf",
+        "palm_rlhf.commands.rlhf_command",
         "rlhf",
         "Improve a model by reinforcement learning from rewards, models or functions: PPO, GRPO or RLOO (--algorithm).",
     ),
     "inspect": Command(
-        "palm_rlhf.commands.inspect",
+        "palm_rlhf.commands.inspect_command",
         "inspect",
         "Write a page that shows a run of reinforcement learning token by token.",
     ),
     "dpo": Command(
-        "palm_rlhf.commands.dpo",
+        "palm_rlhf.commands.dpo_command",
         "dpo",
         "Train a model on pairs of a chosen and a rejected reply by DPO, or another --loss; no reward model.",
     ),
     "online-dpo": Command(
-        "palm_rlhf.commands.online_dpo",
+        "palm_rlhf.commands.online_dpo_command",
         "online_dpo",
         "Improve a model by DPO, or another --loss of pairs, on its own replies, which rewards compare.",
     ),
@@ -89,7 +89,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the top level, which only knows the names of the subcommands."""
+    """Return the parser of the top level, which knows the names of the subcommands only."""
     parser = argparse.ArgumentParser(prog="palm-rlhf", description=palm_rlhf.__doc__)
     parser.add_argument("--version", action="version", version=f"palm-rlhf {palm_rlhf.__version__}")
     subparsers = parser.add_subparsers(
@@ -100,15 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def replace_what_cannot_be_written() -> None:
-    """Has a terminal or pipe that is not UTF-8 show ? for a character that it does not have, rather than raise."""
+def replace_unprintable_characters() -> None:
+    """Make standard output and error print ? for a character that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def run(name: str, args: list[str]) -> None:
-    """Runs one subcommand with its arguments."""
+    """Run one subcommand with its arguments."""
     share_the_machine()
     import tyro
 
@@ -118,15 +118,15 @@ def run(name: str, args: list[str]) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the subcommand that the arguments name; those of the process by default."""
+    """Run the subcommand that the arguments name; by default the arguments of the process."""
     args = sys.argv[1:] if args is None else args
-    replace_what_cannot_be_written()
+    replace_unprintable_characters()
     try:
         if not args or args[0] not in COMMANDS:
             build_parser().parse_args(args)  # --help, --version or an error: each ends the process
         run(args[0], args[1:])
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it flushes that at its end.
+        # The reader of the pipe is gone. Python would raise again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

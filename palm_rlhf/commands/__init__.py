@@ -1,1 +1,1 @@
-"""Floor 7: subcommands of the console script that need more than one of the floors below."""
+"""The subcommands of `palm-rlhf` that need more than one of the other folders."""

@@ -1,4 +1,4 @@
-"""The folder of a training command's run: where it is, what is saved to it, and what to do with it next."""
+"""The folder of a training run, and the end of a training command: the saved model and the next commands."""
 
 import json
 import os
@@ -20,18 +20,18 @@ RUNS = Path("runs")
 
 @runtime_checkable
 class Saved(Protocol):
-    """What has a `save_pretrained`: models, tokenizers, templates."""
+    """An object with `save_pretrained`: a model, a tokenizer or a chat template."""
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes it to a folder."""
+        """Write the object to a folder."""
         ...
 
 
 @beartype
 def run_folder(command: str, output_dir: Path | None, resume: bool) -> Path:
-    """The folder of a run of `command`: the one given, the newest that can be resumed, or a new one in runs/.
+    """Return the folder of a run of `command`: the given one, the newest one to resume, or a new one in runs/.
 
-    ValueError where a run is to be resumed and runs/ has none of this command with a checkpoint.
+    Raises ValueError if `resume` is set and runs/ has no run of this command with a checkpoint.
     """
     if output_dir is not None:
         return output_dir
@@ -41,17 +41,17 @@ def run_folder(command: str, output_dir: Path | None, resume: bool) -> Path:
     started = {folder: found[-1].stat().st_mtime for folder, found in saved.items() if found}
     if not started:
         raise ValueError(
-            f"got --resume without --output-dir, and {RUNS.absolute()} has no run of `{command}` with a checkpoint; "
-            "expected one to go on with: name its folder by --output-dir"
+            f"got --resume without --output-dir, expected a run of `{command}` with a checkpoint in {RUNS.absolute()}: "
+            "name the folder of the run by --output-dir"
         )
     newest = max(started, key=started.__getitem__)
-    say(f"going on with {newest}, the newest run")
+    say(f"continuing {newest}, the newest run")
     return newest
 
 
 @beartype
 def save_model(output_dir: Path, *parts: Saved | None) -> None:
-    """Writes a model, and the tokenizer and template that it has, to the folder `model` of a run."""
+    """Write a model with its tokenizer and template (if any) to the folder `model` of a run."""
     for part in parts:
         if part is not None:
             part.save_pretrained(output_dir / MODEL)
@@ -59,10 +59,15 @@ def save_model(output_dir: Path, *parts: Saved | None) -> None:
 
 @beartype
 def finish(result: dict[str, Any], output_dir: Path, next_commands: Sequence[tuple[str, str]]) -> None:
-    """Ends a command: on standard error what to do next, (words, command) each; on standard output a line of JSON.
+    """End a command: print the next commands to standard error, and one line of JSON to standard output.
 
-    The connection of several processes ends when Python does: ended before the trainer is gone, as by accelerate's
-    `end_training`, its last reference can wait for a thread that waits for it.
+    The process group is left open until Python ends. Accelerate's `end_training` would close it while the trainer still
+    exists, and the trainer's deletion can then deadlock with a thread of the group.
+
+    Args:
+        result: The figures of the run.
+        output_dir: The folder of the run.
+        next_commands: Pairs of a description and a command.
     """
     say(f"the model is in {output_dir / MODEL}")
     show_next(next_commands)
@@ -70,20 +75,34 @@ def finish(result: dict[str, Any], output_dir: Path, next_commands: Sequence[tup
 
 
 @beartype
+def finish_chat_model(
+    result: dict[str, Any],
+    output_dir: Path,
+    parts: Sequence[Saved | None],
+    more_commands: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Save a model with its tokenizer and template, and end the command that trained it."""
+    save_model(output_dir, *parts)
+    folder = quoted(output_dir)
+    commands = [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")]
+    finish(result, output_dir, [*commands, *more_commands])
+
+
+@beartype
 def show_next(next_commands: Sequence[tuple[str, str]]) -> None:
-    """Says what can be done with what was made, (words, command) each."""
-    for words, command in next_commands:
-        say(f"  {words + ':':<19}{command}")
+    """Print pairs of a description and a command to standard error."""
+    for description, command in next_commands:
+        say(f"  {description + ':':<19}{command}")
 
 
 @beartype
 def quoted(path: str | Path) -> str:
-    """A path as a shell reads it."""
+    """Return a path quoted for a shell."""
     return shlex.quote(str(path))
 
 
 @beartype
 def say(text: str, end: str = "\n") -> None:
-    """Words for people go to standard error, from the first process alone; standard output has the numbers."""
+    """Print a text for people to standard error, from the first process only; standard output is for figures."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text, file=sys.stderr, end=end)

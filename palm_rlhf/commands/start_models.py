@@ -1,4 +1,4 @@
-"""The models that training commands start from, with the tokenizer and the chat template beside them."""
+"""The models that training commands start from, with tokenizer and chat template."""
 
 import contextlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from beartype import beartype
 from tyro.conf import arg
 
-from palm_rlhf.data.conversation import Template
+from palm_rlhf.data.conversation import Template, end_of_turn
 from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, add_special_tokens, load_tokenizer
 from palm_rlhf.evaluation.measures.model_folders import is_reward_model
@@ -21,24 +21,30 @@ ModelName = Annotated[str, arg(metavar="MODEL")]
 
 
 class ChatModel(NamedTuple):
-    """A PaLM, and what makes tokens of conversations for it."""
+    """A PaLM with its tokenizer and chat template."""
 
     palm: PaLM
     tokenizer: Tokenizer
     template: Template
 
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends a reply."""
+        return end_of_turn(self.tokenizer, self.template)
+
 
 @beartype
 def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
-    """A PaLM with room for the special tokens of its chat template, which it may gain here.
+    """Open a PaLM for conversations; embeddings for the special tokens of its chat template are added if missing.
 
-    `source` is its folder, that of a run, or a hub id. A model of 256 tokens without a tokenizer has bytes. `template`
-    is one of PRESETS, or "auto": the folder's own, or the default one.
+    Args:
+        source: Its folder, the folder of a run, or a hub id. A model of 256 tokens without a tokenizer reads bytes.
+        template: One of PRESETS, or "auto": the folder's own template, or the default preset.
     """
     folder = local_folder(source)
     if is_reward_model(folder):
         raise ValueError(
-            f"{source} is a reward model, expected a language model: give the one that it was trained from"
+            f"got the reward model {source}, expected a language model: name the model that it was trained from"
         )
     palm = PaLM.from_pretrained(folder)
     tokenizer = open_tokenizer(folder, palm)
@@ -49,7 +55,7 @@ def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
 
 @beartype
 def open_tokenizer(folder: Path, palm: PaLM) -> Tokenizer:
-    """The tokenizer in a model's folder, or that of bytes, for whose special tokens the model gains room."""
+    """Open the tokenizer in a model's folder, or bytes, for whose special tokens the model gains embeddings."""
     try:
         return load_tokenizer(folder)
     except FileNotFoundError:
@@ -62,7 +68,7 @@ def open_tokenizer(folder: Path, palm: PaLM) -> Tokenizer:
 
 @beartype
 def open_template(folder: Path, name: str) -> Template:
-    """One of PRESETS by its name, or for "auto" the one in the folder, and the default one where it has none."""
+    """Open one of PRESETS by its name, or for "auto" the folder's template, or the default preset."""
     if name == "auto":
         with contextlib.suppress(FileNotFoundError):
             return load_template(folder)
@@ -71,20 +77,20 @@ def open_template(folder: Path, name: str) -> Template:
 
 @beartype
 def open_reward_model(source: str | Path, policy: ChatModel, name: str) -> RewardModel:
-    """A reward model that reads the tokens of a policy called `name`; ValueError where it reads others."""
+    """Open a reward model for a policy called `name`. Raises ValueError if it reads other tokens."""
     folder = local_folder(source)
     reward_model = RewardModel.from_pretrained(folder)
     got, expected = reward_model.palm.num_tokens, policy.palm.num_tokens
-    with contextlib.suppress(FileNotFoundError):  # the numbers alone decide then
+    with contextlib.suppress(FileNotFoundError):  # without a tokenizer only the vocabulary sizes are compared
         if load_tokenizer(folder).fingerprint != policy.tokenizer.fingerprint:
             raise ValueError(
-                f"the reward model {source} and the model {name} have different tokenizers, expected one: train the "
-                f"reward model from a model of this tokenizer, palm-rlhf reward RANKINGS --model {name}"
+                f"got different tokenizers of the reward model {source} and the model {name}, expected one: train the "
+                f"reward model from this model, palm-rlhf reward RANKINGS --model {name}"
             )
     if got != expected:
         raise ValueError(
-            f"the reward model {source} has {got} tokens and the model {name} has {expected}, those of its chat "
-            f"template included; expected as many: fine-tune the model first (palm-rlhf sft), and train the reward "
-            "model from the result (palm-rlhf reward)"
+            f"got the reward model {source} with {got} tokens, expected {expected} as in the model {name} with its "
+            "chat template: fine-tune the model first (palm-rlhf sft), and train the reward model from the result "
+            "(palm-rlhf reward)"
         )
     return reward_model

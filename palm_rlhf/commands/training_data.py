@@ -1,4 +1,4 @@
-"""Files of any form that `palm-rlhf data` knows, as what a trainer learns from: tokens, some of them held out."""
+"""Training data of the commands: files in any format of `palm-rlhf data` as tokens, some of them held out."""
 
 import json
 from collections import Counter
@@ -28,10 +28,10 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 
 
 @beartype
-def read(file: Path, to: Literal["sft", "rankings", "prompts", "preferences", "unpaired"]) -> list[Record]:
-    """The records of a file, whose form is told by its content; what is left out is said, with its reasons.
+def read_records_for(file: Path, to: Literal["sft", "rankings", "prompts", "preferences", "unpaired"]) -> list[Record]:
+    """Read the records of a file in any known format, and print how many were left out, by reason.
 
-    ValueError for a file that has none.
+    Raises ValueError if no record is left.
     """
     return _counted_records(file, to, lambda rejected: converted_records(file, form_of(file), to, rejected=rejected))
 
@@ -43,15 +43,15 @@ def _counted_records(file: Path, to: str, read_them: Callable[[Counter[str]], It
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
         say(f"{file}: left out {reasons}")
     if not records:
-        raise ValueError(f"{file} has no {to} to learn from, expected at least one")
+        raise ValueError(f"{file}: got no {to}, expected at least one record")
     return records
 
 
 @beartype
-def split(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """The records to learn from, and those to measure with; all with one beginning are on one side.
+def split_held_out(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Split records into training and held-out records; records with the same prompt are on the same side.
 
-    ValueError where one side is empty, unless nothing is to be held out.
+    Raises ValueError if one side is empty, unless `held_out` is 0.
     """
     sides: tuple[list[Record], list[Record]] = [], []
     for record in records:
@@ -66,7 +66,7 @@ def split(records: Iterable[Record], held_out: float, seed: int) -> tuple[list[R
 def split_prompts(
     rows: list[dict[str, Any]], held_out: float, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of `read_prompt_rows` to learn from, and those to measure with; ValueError as of `split`."""
+    """Split the rows of `read_prompt_rows` into training and held-out rows, as `split_held_out` does."""
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for row in rows:
         key = json.dumps(row["prompt"].tolist())
@@ -78,43 +78,47 @@ def split_prompts(
 def _check_sides(sides: tuple[list, list], held_out: float) -> None:
     if not sides[0] or (held_out and not sides[1]):
         raise ValueError(
-            f"got {len(sides[0])} records to train on and {len(sides[1])} held out, expected some of each: give more "
-            "data, or another --held-out (0 holds out none)"
+            f"got {len(sides[0])} records to train on and {len(sides[1])} held out, expected some of each: add data, "
+            "or change --held-out (0 holds out none)"
         )
 
 
 @beartype
 def opening(messages: Messages) -> Messages:
-    """What comes before the assistant first speaks."""
+    """Return the messages before the assistant's first message."""
     return messages[: next(index for index, message in enumerate(messages) if message["role"] == "assistant")]
 
 
 @beartype
-def fitted(records: list[Record], seq_len: int, model: ChatModel) -> list[Record]:
-    """Conversations in pieces that rows of `seq_len` tokens have room for, with the marks of the template."""
+def fit_to_context(records: list[Record], seq_len: int, model: ChatModel) -> list[Record]:
+    """Split conversations between turns into pieces of at most `seq_len` tokens, template included."""
     empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     marks = -(-len(encode(empty, model.tokenizer, model.template)) // 2)
-    pieces = fit_context(records, seq_len, count_tokens=lambda text: len(model.tokenizer.encode(text)), overhead=marks)
-    if not (pieces := list(pieces)):
-        raise ValueError(f"no exchange of {len(records)} conversations fits seq_len={seq_len}: raise it")
+    pieces = list(
+        fit_context(records, seq_len, count_tokens=lambda text: len(model.tokenizer.encode(text)), overhead=marks)
+    )
+    if not pieces:
+        raise ValueError(
+            f"got seq_len {seq_len}, which no exchange of {len(records)} conversations fits; expected more: raise it"
+        )
     return pieces
 
 
 @beartype
 def examples_of(conversations: Iterable[Record], model: ChatModel) -> list[Example]:
-    """Conversations as tokens, with the weights of what the assistant says; those left out are counted aloud."""
+    """Encode conversations, with a weight for each token, and print how many were left out, by reason."""
     rejected: Counter[str] = Counter()
     examples = list(encode_all(conversations, model.tokenizer, model.template, rejected=rejected))
     for reason, number in rejected.items():
         say(f"left out {number} conversations: {reason}")
     if rejected and not examples:
-        raise ValueError("no conversation is left, expected some without tools: take a model whose template has them")
+        raise ValueError("got only conversations with tools, expected others: use a model whose template has tools")
     return examples
 
 
 @beartype
 def rankings_of(records: Iterable[Record], model: ChatModel, max_seq_len: int) -> list[Ranking]:
-    """Rankings as tokens within `max_seq_len`; replies that the cut makes equal are left out, and counted aloud."""
+    """Encode rankings within `max_seq_len` tokens; replies that are equal after the cut are left out and counted."""
     rankings = (
         Ranking(_prompt(record["prompt"], model), [_reply(record, text, model) for text in record["responses"]])
         for record in records
@@ -124,14 +128,14 @@ def rankings_of(records: Iterable[Record], model: ChatModel, max_seq_len: int) -
 
 @beartype
 def preferences_of(records: Iterable[Record], model: ChatModel, max_seq_len: int) -> list[Preference]:
-    """Pairs as tokens within `max_seq_len`; those that the cut makes equal are left out, and counted aloud."""
+    """Encode pairs within `max_seq_len` tokens; pairs that are equal after the cut are left out and counted."""
     pairs = [{**record, "responses": [record["chosen"], record["rejected"]]} for record in records]
     return [Preference(pair.prompt, *pair.responses) for pair in rankings_of(pairs, model, max_seq_len)]
 
 
 @beartype
 def unpaired_preferences_of(records: Iterable[Record], model: ChatModel) -> list[UnpairedPreference]:
-    """Labelled replies as tokens."""
+    """Encode labelled replies."""
     return [
         UnpairedPreference(
             _prompt(record["prompt"], model), _reply(record, record["completion"], model), record["label"]
@@ -142,19 +146,19 @@ def unpaired_preferences_of(records: Iterable[Record], model: ChatModel) -> list
 
 @beartype
 def read_prompts(file: Path, model: ChatModel) -> list[Tensor]:
-    """Prompts as tokens up to where the assistant is to speak: those of a file's records, or of its lines of text."""
+    """Read and encode the prompts of a file: of its records, or of its lines. They end where the assistant replies."""
     return [row["prompt"] for row in read_prompt_rows(file, model)]
 
 
 @beartype
 def read_prompt_rows(file: Path, model: ChatModel, *, with_columns: bool = False) -> list[dict[str, Any]]:
-    """The same as rows, with the tokens as their "prompt"; a prompt that comes twice with the same fields is one.
+    """Read prompts as rows with the encoded "prompt"; rows that are equal in all fields are merged.
 
-    `with_columns` keeps the other fields of records of a question, an answer to it among them.
+    `with_columns` keeps the other fields of records with a prompt or a question, such as the answer.
     """
     unique = {json.dumps(record): record for record in _prompt_records(file, with_columns)}
     if not unique:
-        raise ValueError(f"{file} has no prompt, expected one a line")
+        raise ValueError(f"{file}: got no prompt, expected one on each line")
     rows, with_tools = [], 0
     for record in unique.values():
         tools = record.get("tools") or ()
@@ -167,9 +171,9 @@ def read_prompt_rows(file: Path, model: ChatModel, *, with_columns: bool = False
         else:
             rows.append({**record.get("columns", {}), "prompt": tokens})
     if with_tools:
-        say(f"{file}: left out {with_tools} prompts with tools that the template does not write")
+        say(f"{file}: left out {with_tools} prompts with tools, which the chat template does not support")
     if not rows:
-        raise ValueError(f"{file} has only prompts with tools, expected others: take a model whose template has them")
+        raise ValueError(f"{file}: got only prompts with tools, expected others: use a model whose template has tools")
     return rows
 
 
@@ -178,7 +182,7 @@ def _prompt_records(file: Path, with_columns: bool) -> Iterable[Record]:
         return ({"prompt": [{"role": "user", "content": x.strip()}]} for x in read_lines(file))
     if with_columns and form_of(file) in ROWS:
         return _counted_records(file, "prompts", lambda rejected: prompt_rows(file, rejected=rejected))
-    return read(file, "prompts")
+    return read_records_for(file, "prompts")
 
 
 def _prompt(messages: Messages, model: ChatModel) -> Tensor:
@@ -193,4 +197,4 @@ def _counted(fit: Callable[[Counter[str]], Iterator[Item]], max_seq_len: int) ->
     rejected: Counter[str] = Counter()
     yield from fit(rejected)
     if number := sum(rejected.values()):
-        say(f"left out {number} pairs of replies that are the same within max_seq_len={max_seq_len}")
+        say(f"left out {number} pairs of replies that are equal within max_seq_len={max_seq_len}")

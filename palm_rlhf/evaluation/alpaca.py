@@ -1,4 +1,4 @@
-"""AlpacaEval's files, and its win rates: of the second output over the first, in percent."""
+"""AlpacaEval's files and win rates: in percent, of the second output over the first."""
 
 import json
 import logging
@@ -31,22 +31,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AlpacaResult:
-    """What a model does against the baseline; rates and errors are in percent."""
+    """A model's results against the baseline; rates and errors are in percent."""
 
     win_rate: float
     """100 * mean(preference - 1)."""
     standard_error: float | None
-    """Of the win rate, by the variance with n - 1."""
+    """Of the win rate, from the variance with n - 1."""
     n_wins: int
     n_losses: int
     n_draws: int
     length_controlled_win_rate: float | None
-    """What the win rate would be at the same lengths (Dubois et al. 2024).
+    """The win rate at equal output lengths (Dubois et al. 2024).
 
-    None where an output is not there, or where there are too few annotations to fit to.
+    None if an output is missing, or if there are too few annotations for the fit.
     """
     n_unparsed: int
-    """Annotations without a preference: of the other figures, only the length-controlled rate takes note of them."""
+    """Annotations without a preference. Of the other figures, only the length-controlled rate uses them."""
     win_rate_interval: Interval | None
     """By bootstrap."""
     decided_interval: Interval
@@ -54,18 +54,21 @@ class AlpacaResult:
     length_effect: LengthEffect | None
 
     def summary(self) -> dict[str, Any]:
-        """The figures that AlpacaEval's leaderboards have."""
+        """Return the figures of AlpacaEval's leaderboards."""
         names = ("win_rate", "standard_error", "n_wins", "n_losses", "n_draws", "length_controlled_win_rate")
         return {name: getattr(self, name) for name in names}
 
     def numbers(self) -> dict[str, Any]:
-        """All of them, as JSON has them."""
+        """Return all figures as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
 
 @beartype
 def preference_of(annotation: Record) -> float | None:
-    """The preference from 1 (for the first output) to 2; 0, of old files, is a draw; None for all that is none."""
+    """Return the preference, from 1 (the first output) to 2 (the second), or None if there is no valid one.
+
+    Old files write a draw as 0.
+    """
     numbers = finite_numbers([annotation.get("preference")], 1)
     preference = None if numbers is None else numbers[0] or DRAW
     return preference if preference is not None and 1 <= preference <= 2 else None
@@ -73,34 +76,37 @@ def preference_of(annotation: Record) -> float | None:
 
 @beartype
 def read_annotations(path: str | os.PathLike[str], generator: str | None = None) -> list[Record]:
-    """The annotations of one model against one baseline, of a file in AlpacaEval's form.
+    """Read the annotations of one model against one baseline from a file in AlpacaEval's form.
 
-    generator: the model, `generator_2`, where the file has several. ValueError where it is not clear who is compared.
+    Raises ValueError if it is not clear which two models are compared.
+
+    Args:
+        path: The file.
+        generator: The model (`generator_2`), for a file with several models.
     """
     annotations = []
     for line, record in read_records(path):
         if "preference" not in record or not all(isinstance(record.get(key), str | None) for key in GENERATORS):
-            raise ValueError(
-                f"{path}, line {line}: this is no annotation, got the keys {sorted(record)[:8]}; {EXPECTED_ANNOTATIONS}"
-            )
+            raise ValueError(f"{path}, line {line}: got the keys {sorted(record)[:8]}; {EXPECTED_ANNOTATIONS}")
         if not isinstance(record.get("index", 0), int):
-            raise ValueError(f"{path}, line {line}: got the index {record['index']!r}, expected a whole number")
+            raise ValueError(f"{path}, line {line}: got the index {record['index']!r}, expected an integer")
         annotations.append(record)
     if not annotations:
-        raise ValueError(f"{path} holds no annotations; {EXPECTED_ANNOTATIONS}")
+        raise ValueError(f"{path}: got no annotations; {EXPECTED_ANNOTATIONS}")
     names = {annotation.get("generator_2") for annotation in annotations}
     if generator is not None:
         annotations = [annotation for annotation in annotations if annotation.get("generator_2") == generator]
     baselines = {annotation.get("generator_1") for annotation in annotations}
     if not annotations or (generator is None and len(names) > 1) or len(baselines) > 1:
         raise ValueError(
-            f"{path} has the models {sorted(map(str, names))} against {sorted(map(str, baselines))}, expected one "
+            f"{path}: got the models {sorted(map(str, names))} against {sorted(map(str, baselines))}, expected one "
             f"model against one baseline{'' if generator is None else f', and {generator!r} among the models'}: "
-            "name the model by --generator, and cut the file by its baselines"
+            "name the model by --generator, and split the file by its baselines"
         )
     if all(preference_of(annotation) is None for annotation in annotations):
         raise ValueError(
-            f"{path}: none of {len(annotations)} annotations has a preference from 1 to 2, or 0 for a draw"
+            f"{path}: got {len(annotations)} annotations without a preference, expected some from 1 to 2, or 0 for a "
+            "draw"
         )
     return [{"index": index, **record} for index, record in enumerate(annotations)]
 
@@ -109,14 +115,19 @@ def read_annotations(path: str | os.PathLike[str], generator: str | None = None)
 def evaluate_annotations(
     annotations: Sequence[Record], *, regularizer: Regularizer | None = None, seed: int = 0
 ) -> AlpacaResult:
-    """The figures of a model's annotations; ValueError where none has a preference.
+    """Compute the figures of a model's annotations. Raises ValueError if none has a preference.
 
-    regularizer: AlpacaEval's own data for the length-controlled win rate; see `palm_rlhf.evaluation.length_control`.
+    Args:
+        annotations: As from `read_annotations`.
+        regularizer: AlpacaEval's data for the length-controlled win rate; see `length_control`.
+        seed: Of the bootstrap.
     """
     preferences = [preference_of(annotation) for annotation in annotations]
     shares = [preference - 1 for preference in preferences if preference is not None]
     if not shares:
-        raise ValueError(f"none of {len(annotations)} annotations has a preference from 1 to 2, or 0 for a draw")
+        raise ValueError(
+            f"got {len(annotations)} annotations without a preference, expected some from 1 to 2, or 0 for a draw"
+        )
     wins, losses = sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)
     error, interval = standard_error(shares), bootstrap_interval(shares, seed=seed)
     low, high = exact_interval(wins, wins + losses)
@@ -124,8 +135,8 @@ def evaluate_annotations(
     win_rate = 100 * math.fsum(shares) / len(shares)
     if effect is not None and _is_extreme(win_rate, effect.win_rate):
         log.warning(
-            "at equal lengths the win rate would be %.1f %% in place of %.1f %%: the lengths may hardly overlap, so "
-            "that their effect cannot be told from the model's",
+            "the win rate is %.1f %% at equal lengths, but %.1f %% as measured: if the lengths of the two models "
+            "hardly overlap, the fit cannot separate the effect of length from the model's",
             effect.win_rate,
             win_rate,
         )
@@ -146,7 +157,7 @@ def evaluate_annotations(
 def _length_effect(
     annotations: Sequence[Record], preferences: Sequence[float | None], regularizer: Regularizer | None
 ) -> LengthEffect | None:
-    """The regression on lengths; that of a model against itself is 50 by definition, as in AlpacaEval."""
+    """Fit the regression on lengths. A model against itself has 50 percent by definition, as in AlpacaEval."""
     names = {annotation.get(key) for annotation in annotations for key in GENERATORS}
     if len(names) == 1 and None not in names:
         return LengthEffect(50.0, 0.0, 0.0, 0.0)
@@ -159,13 +170,13 @@ def _length_effect(
 
 
 def _is_extreme(before: float, after: float) -> bool:
-    """Whether a rate moves further than 10 points, and than a quarter of the way to its end."""
+    """Return whether a rate moves by more than 10 points and more than a quarter of the way to 0 or 100."""
     return after < before - max(before / 4, 10) or after > before + max((100 - before) / 4, 10)
 
 
 @beartype
 def read_outputs(path: str | os.PathLike[str]) -> list[Record]:
-    """A model's outputs in AlpacaEval's form, each {"instruction", "output", "generator"}; ValueError otherwise."""
+    """Read a model's outputs: records of instruction, output and generator. Raises ValueError for other records."""
     outputs = []
     for line, record in read_records(path):
         if not all(isinstance(record.get(key), str) for key in OUTPUT_KEYS):
@@ -178,5 +189,5 @@ def read_outputs(path: str | os.PathLike[str]) -> list[Record]:
 
 @beartype
 def write_alpaca(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Writes outputs or annotations as the array that AlpacaEval reads, whole or not at all."""
+    """Write outputs or annotations atomically as the JSON array that AlpacaEval reads."""
     write_text(Path(path), json.dumps(list(records), ensure_ascii=False, allow_nan=False, indent=2) + "\n")

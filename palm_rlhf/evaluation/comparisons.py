@@ -1,4 +1,4 @@
-"""Two models on the same questions: calibrated scores, who wins, how far the order of the answers decides."""
+"""Comparisons of two models on the same questions: calibrated scores, outcomes, and the effect of the order."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,9 +17,9 @@ WIN, TIE, LOSS = "win", "tie", "loss"
 @beartype
 @dataclass(frozen=True)
 class Comparison:
-    """All that was judged of one turn of a question, with the scores always in the order of the models.
+    """The judgments of one turn of a question. Scores are always in the order of the models.
 
-    `given` are the parsed samples of judgments that showed model 1 first, `swapped` of those that showed it second.
+    `given` holds the parsed scores of judgments that showed model 1 first, `swapped` those that showed it second.
     """
 
     question_id: str
@@ -29,7 +29,7 @@ class Comparison:
     turn: int = 1
     category: str | None = None
     verdict: Scores | None = None
-    """What a person who was asked in doubt says: shares of the win, which decide the outcome, but are no scores."""
+    """The verdict of a person on a doubtful question, as shares of the win. It decides the outcome, but is no score."""
 
     @property
     def parsed(self) -> int:
@@ -41,13 +41,13 @@ class Comparison:
 
     @property
     def outcome(self) -> str | None:
-        """For model 1; None where nothing was parsed, and nobody asked."""
+        """The outcome for model 1; None without a parsed judgment or a person's verdict."""
         decisive = self.verdict or self.scores
         return None if decisive is None else outcome(decisive)
 
     @property
     def conflicts(self) -> bool | None:
-        """Whether the two orders come to different outcomes; None where one of them was not judged."""
+        """Whether the two orders have different outcomes; None if only one order was judged."""
         given, swapped = (calibrated_scores(scores, ()) for scores in (self.given, self.swapped))
         return None if given is None or swapped is None else outcome(given) != outcome(swapped)
 
@@ -57,17 +57,16 @@ class Comparison:
 
 
 def outcome(scores: Scores) -> str:
-    """What two scores mean for the first."""
+    """Return the outcome for the first of two scores."""
     first, second = scores
     return WIN if first > second else LOSS if first < second else TIE
 
 
 @beartype
 def calibrated_scores(given: Sequence[Scores], swapped: Sequence[Scores]) -> Scores | None:
-    """The means over orders and evidences, CS = sum over i of (S_i + S'_i) / 2k (Wang et al. 2023, equation 2).
+    """Return the mean scores over orders and samples, CS = sum over i of (S_i + S'_i) / 2k, or None without samples.
 
-    Only parsed samples are there, and only they are counted; None where there is none. Both arguments have the scores
-    in the order of the models.
+    Wang et al. 2023 (arXiv:2305.17926), equation 2. Both arguments hold parsed scores in the order of the models.
     """
     samples = [*given, *swapped]
     if not samples:
@@ -78,9 +77,10 @@ def calibrated_scores(given: Sequence[Scores], swapped: Sequence[Scores]) -> Sco
 
 @beartype
 def position_entropy(given: Sequence[Scores], swapped: Sequence[Scores]) -> float:
-    """Balanced position diversity entropy, in nats (Wang et al. 2023, equation 3): 0 if all agree, at most ln 3.
+    """Return the balanced position diversity entropy in nats (Wang et al. 2023, equation 3).
 
-    The entropy of win, tie and loss over the samples of both orders; where it is high, a person should look.
+    It is the entropy of win, tie and loss over the samples of both orders: 0 if all agree, at most ln 3. A person
+    should look at questions with a high entropy.
     """
     counts = Counter(outcome(scores) for scores in (*given, *swapped))
     total = counts.total()
@@ -89,52 +89,52 @@ def position_entropy(given: Sequence[Scores], swapped: Sequence[Scores]) -> floa
 
 @beartype
 def most_doubtful(comparisons: Sequence[Comparison], count: int) -> list[Comparison]:
-    """Those for people to decide: first what no judgment was understood of, then by entropy, the highest first."""
+    """Return the comparisons for a person to decide: first those without a parsed judgment, then by falling entropy."""
     ranked = sorted(comparisons, key=lambda comparison: (comparison.parsed > 0, -comparison.entropy))
     return [comparison for comparison in ranked if comparison.parsed == 0 or comparison.entropy > 0][:count]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How model 1 does against model 2. What was not understood is in `unparsed` and nowhere else."""
+    """The results of model 1 against model 2. Unparsed judgments count in `unparsed` only."""
 
     model_1: str
     model_2: str
     score_1: float
-    """Sum of the calibrated scores of the questions that have some."""
+    """Sum of the calibrated scores, over the questions with parsed judgments."""
     score_2: float
     relative: float | None
-    """score_1 / score_2, sum over sum; None where score_2 is not above 0."""
+    """score_1 / score_2; None unless score_2 is above 0."""
     wins: int
     losses: int
     ties: int
     parsed: int
-    """Judgments that were understood."""
+    """Parsed judgments."""
     unparsed: int
     questions: int
-    """Turns of questions that have an outcome."""
+    """Turns of questions with an outcome."""
     win_rate: float | None
     """Share of the questions that model 1 wins; a tie counts a half."""
     win_rate_interval: Interval | None
-    """By bootstrap, the turns of a question together."""
+    """By bootstrap over questions, with all turns of a question drawn together."""
     decided_share: float | None
     """Share of the questions with a winner that model 1 wins."""
     decided_interval: Interval
     """Exact (Clopper-Pearson)."""
     agreed_wins: int
     agreed_losses: int
-    """Where both orders have the same winner; MT-bench counts all others as ties (Zheng et al. 2023)."""
+    """Wins and losses in both orders; MT-bench counts all other questions as ties (Zheng et al. 2023)."""
     conflict_rate: float | None
-    """Share of the questions judged in both orders whose outcome depends on the order."""
+    """Share of the questions judged in both orders that have different outcomes in them."""
 
     def numbers(self) -> dict[str, Any]:
-        """All of them, as JSON has them."""
+        """Return all figures as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 @beartype
 def summarise(comparisons: Sequence[Comparison], model_1: str, model_2: str) -> Summary:
-    """The figures of many comparisons of the same two models."""
+    """Compute the figures of many comparisons of the same two models."""
     scores = [comparison.scores for comparison in comparisons if comparison.scores is not None]
     score_1, score_2 = (math.fsum(column) for column in zip(*scores)) if scores else (0.0, 0.0)
     decided = [(comparison.question_id, found) for comparison in comparisons if (found := comparison.outcome)]
@@ -170,7 +170,7 @@ def summarise(comparisons: Sequence[Comparison], model_1: str, model_2: str) -> 
 
 @beartype
 def by_category(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
-    """The comparisons under the category of their question, in the order in which categories come."""
+    """Group the comparisons by the category of their question, in order of first appearance."""
     groups: dict[str, list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
         groups[comparison.category or "other"].append(comparison)
@@ -178,7 +178,7 @@ def by_category(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]
 
 
 class UnparsedText(NamedTuple):
-    """A judgment that was not understood, for a person to see."""
+    """A judgment that could not be parsed, for a person to read."""
 
     question_id: str
     turn: int

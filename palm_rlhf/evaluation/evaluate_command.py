@@ -1,4 +1,4 @@
-"""The commands of ``palm-rlhf evaluate``: reviews, annotations, judges, studies, models and runs, and reports."""
+"""The command ``palm-rlhf evaluate``: reviews, annotations, judges, studies, models, runs and reports."""
 
 import sys
 from pathlib import Path
@@ -53,8 +53,8 @@ def reviews(
 
     Args:
         file: Lines of {"question_id", "text", "score": [first, second]}.
-        models: What to call the two.
-        reparse: Read the scores from the first line of the texts; those that cannot be read are counted and shown.
+        models: Names for the two models.
+        reparse: Read the scores from the first line of the texts; texts without scores are counted and shown.
         questions: Vicuna's questions, for a table by their categories.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
@@ -77,14 +77,14 @@ def alpaca(
     regularizer: OptionalFile = None,
     report: Page = None,
 ) -> None:
-    """The win rates of AlpacaEval, of the second output over the first, from annotations.
+    """Compute the win rates of AlpacaEval, of the second output over the first, from annotations.
 
     The last line is JSON: win_rate and standard_error in percent, n_wins, n_losses, n_draws, and
-    length_controlled_win_rate, which is null where the outputs are not in the file.
+    length_controlled_win_rate, which is null if the file lacks the outputs.
 
     Args:
         file: Objects with a preference of 1 to 2 (0 is a draw), output_1, output_2, generator_1 and generator_2.
-        generator: The model, where the file has several.
+        generator: The model to evaluate, if the file has several.
         regularizer: df_gamed.csv of the data set tatsu-lab/alpaca_eval, which makes the length-controlled win rate
             that of the leaderboard; for AlpacaEval's own instructions only.
         report: Write a page with tables and pictures here, and JSON beside it.
@@ -113,16 +113,16 @@ def study(
 ) -> None:
     """Ask a person in the terminal which of two models' answers is better: blind, shuffled, in any number of sittings.
 
-    Each vote is on the disk at once; the same command goes on where the participant stopped. The last line is JSON
-    with the shares of all participants so far.
+    Each vote is written to disk at once; the same command continues where the participant stopped. The last line is
+    JSON with the shares of all participants so far.
 
     Args:
         questions: Questions of Vicuna, MT-bench or AlpacaEval.
         answers: The two models' answers, in one of these forms.
-        out: Where the votes are kept, those of all participants.
-        models: What to call the models afterwards; else as in their files.
-        participant: Who is asked.
-        seed: Shuffles questions and answers otherwise.
+        out: The file of the votes of all participants.
+        models: Names for the models in the results; by default the names in their files.
+        participant: Name of the person who is asked.
+        seed: Of the order of questions and answers.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     both = [read_answers(path, None if models is None else models[place]) for place, path in enumerate(answers)]
@@ -132,17 +132,17 @@ def study(
         person = Person(sys.stdin, sys.stdout)
         done = run_study(pairs, names, person, journal, participant=participant, seed=seed)
         result = count_votes(read_votes(journal, names))
-    print(f"\n{'Thank you: all is answered' if done else 'Stopped: the same command goes on from here'}.\n")
+    print(f"\n{'Thank you: every question is answered' if done else 'Stopped: the same command continues here'}.\n")
     numbers = {**result.numbers(names), "complete": done}
     finish(Report(f"Study of {names[0]} and {names[1]}", tables.study(result, pairs, names), numbers), report, numbers)
 
 
 @beartype
 def outputs(files: Files, *, report: Page = None) -> None:
-    """How long and how varied the answers in files are, by file and by the language that they name.
+    """Measure the length and variety of the answers in files, by file and by language.
 
     The last line is JSON with the figures by file and language: lengths in characters and words, distinct_1 to
-    distinct_4 (the share of different n-grams; compare sets of like size).
+    distinct_4 (the share of distinct n-grams; only sets of similar size compare).
 
     Args:
         files: Answers of Vicuna, MT-bench or AlpacaEval, samples.jsonl of a run, or conversations.
@@ -166,16 +166,17 @@ def ranking(
     seed: int = 0,
     report: Page = None,
 ) -> None:
-    """Rank many models by battles of two: Bradley-Terry ratings with intervals, and Elo over shuffled orders.
+    """Rank many models by pairwise battles: Bradley-Terry ratings with intervals, and Elo over shuffled orders.
 
     The last line is JSON: {"ratings": [{"model", "rating", "interval", "elo", "battles", "win_rate"}, ...]}, the best
     first.
 
     Args:
         files: Records of model_a, model_b, winner, or annotations as `judge --annotations` writes them.
-        prior_draws: Draws against an average model that each has to begin with; above 0, no model needs a defeat.
-        num_resamples: How often to draw the battles again for the intervals.
-        seed: Of the draws and the shuffles.
+        prior_draws: Draws against an average model that each model starts with; above 0, ratings are finite without
+            a defeat too.
+        num_resamples: Bootstrap samples for the intervals.
+        seed: Of the bootstrap and the shuffles.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     require_files(files)
@@ -194,7 +195,7 @@ def merge(files: Files, *, out: Annotated[Path, arg(metavar="PAGE.html")], title
     Args:
         files: The JSON files that lie beside the pages of `--report`.
         out: The page to write.
-        title: What stands above it.
+        title: The title of the page.
     """
     require_files(files)
     merged = merge_reports(title, [read_report(path) for path in files])

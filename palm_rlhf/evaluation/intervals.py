@@ -1,4 +1,4 @@
-"""How far off a figure may be: the exact interval of a share, and intervals by drawing the data again."""
+"""Confidence intervals: the exact interval of a share, and bootstrap intervals of a mean."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ Interval = tuple[float, float]
 
 @beartype
 def exact_interval(successes: int, trials: int, level: float = LEVEL) -> Interval:
-    """The interval of a share, exact whatever the size of the sample (Clopper and Pearson 1934).
+    """Return the exact interval of a share, for samples of any size (Clopper and Pearson 1934).
 
-    Its ends are the shares under which as many successes or more, and as many or fewer, come up with probability
-    ``(1 - level) / 2``. Without trials it is 0 to 1.
+    At its lower end, at least so many successes have probability ``(1 - level) / 2``; at its upper end, at most so many
+    have. Without trials it is 0 to 1.
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"got {successes} successes in {trials} trials, expected 0 to {trials}")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected more than 0 and less than 1, such as 0.95")
+        raise ValueError(f"got level {level}, expected more than 0 and less than 1, such as 0.95")
     tail = (1 - level) / 2
     low = 0.0 if successes == 0 else _solve(lambda share: _at_least(successes, trials, share) - tail)
     high = 1.0 if successes == trials else _solve(lambda share: tail - (1 - _at_least(successes + 1, trials, share)))
@@ -28,7 +28,7 @@ def exact_interval(successes: int, trials: int, level: float = LEVEL) -> Interva
 
 
 def _at_least(successes: int, trials: int, share: float) -> float:
-    """The probability of so many successes or more; each term by its logarithm, so that no sample is too large."""
+    """Return the probability of at least so many successes, from logarithms, which large samples do not overflow."""
     if not 0 < share < 1:
         return float(share >= 1)
     counts = np.arange(successes, trials + 1)
@@ -38,7 +38,7 @@ def _at_least(successes: int, trials: int, share: float) -> float:
 
 
 def _solve(increasing: Callable[[float], float]) -> float:
-    """Where a function of a share crosses 0, by halving: exact to the last bits of a float in 60 steps."""
+    """Return the zero of an increasing function of a share by bisection, exact to the last bits of a float."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -55,10 +55,15 @@ def bootstrap_interval(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
-    """The percentile interval of the mean (Efron 1979): values drawn with replacement, those of a cluster together.
+    """Return the percentile bootstrap interval of the mean (Efron 1979), or None for fewer than two clusters.
 
-    clusters: for each value what it belongs to, such as its question; each value is its own if None. None for less
-    than two clusters, which tell nothing of how they vary.
+    Args:
+        values: The values.
+        clusters: The cluster of each value, such as its question; the values of a cluster are drawn together. By
+            default each value is its own cluster.
+        level: Probability inside the interval.
+        num_resamples: Bootstrap samples.
+        seed: Of the bootstrap samples.
     """
     sums, counts = _by_cluster(values, clusters)
     if len(sums) < 2:
@@ -82,7 +87,7 @@ def _by_cluster(values: Sequence[float | int], clusters: Sequence[object] | None
 
 @beartype
 def standard_error(values: Sequence[float | int]) -> float | None:
-    """The standard error of the mean, by the variance with n - 1; None for less than two values."""
+    """Return the standard error of the mean, from the variance with n - 1, or None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))

@@ -1,12 +1,14 @@
 """The length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475).
 
-A logistic regression explains the preferences of a model over the baseline by three terms: how good the model is, the
-difference of the lengths as tanh((len_1 - len_2) / std(len_1 - len_2)) in characters, and how hard each instruction
-is; the win rate is then what the regression says at equal lengths, on the mean over all instructions: those without a
-preference too, which are left out of the fit alone. The difficulties were fitted once over a whole
-leaderboard: for AlpacaEval's own 805 instructions they stand in `df_gamed.csv` of its data set (tatsu-lab/alpaca_eval
-on the hub), with the preferences of two baselines told to write more, or less, which keep the length term in place.
-With that file the figure is AlpacaEval's; without it, for any other instructions, the two other terms are fitted alone.
+A logistic regression explains the preferences for a model over the baseline by three terms: the quality of the model,
+the difference of the lengths in characters as tanh((len_1 - len_2) / std(len_1 - len_2)), and the difficulty of each
+instruction. The length-controlled win rate is the prediction of the regression at equal lengths, averaged over all
+instructions; instructions without a preference are left out of the fit, but not of the average.
+
+AlpacaEval fitted the difficulties of its 805 instructions once, over a whole leaderboard. They are in the file
+`df_gamed.csv` of its data set (tatsu-lab/alpaca_eval on the hub), with the preferences of two baselines that were told
+to write more or less, which anchor the length term. With this file the win rate is that of AlpacaEval. Without it, for
+other instructions, the regression has the other two terms only.
 """
 
 import csv
@@ -22,7 +24,7 @@ from beartype import beartype
 
 from palm_rlhf.model.text_file import read_text
 
-STRENGTHS = np.logspace(-4, 4, 10)  # of the data against the penalty: what cross-validation chooses from
+STRENGTHS = np.logspace(-4, 4, 10)  # weights of the data against the penalty, for cross-validation to choose from
 NUM_FOLDS = 5
 GAMED_WEIGHT = 0.2 / 2  # of each row of the two gamed baselines
 GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty")
@@ -40,22 +42,22 @@ class LengthEffect(NamedTuple):
 
 @dataclass(frozen=True)
 class Regularizer:
-    """AlpacaEval's `df_gamed.csv`: instruction difficulties by index, and rows of baselines that game lengths."""
+    """The content of `df_gamed.csv`: the difficulty of each instruction, and rows of baselines that game the length."""
 
     difficulties: dict[int, float]
     features: np.ndarray
-    """As of `_features`: rows of length, difficulty and model, of which the last is 0."""
+    """Rows as from `_features`: length, difficulty, and 0 for the model."""
     shares: np.ndarray
 
 
 @beartype
 def read_regularizer(path: str | os.PathLike[str]) -> Regularizer:
-    """Reads that file; ValueError where it is another."""
+    """Read `df_gamed.csv`. Raises ValueError for another file."""
     rows = list(csv.DictReader(read_text(Path(path)).splitlines(keepends=True)))
     if not rows or not set(GAMED_COLUMNS) <= rows[0].keys():
         raise ValueError(
-            f"{path} has the columns {list(rows[0]) if rows else []}, expected {', '.join(GAMED_COLUMNS)}: "
-            "it is the file df_gamed.csv of the data set tatsu-lab/alpaca_eval"
+            f"{path}: got the columns {list(rows[0]) if rows else []}, expected {', '.join(GAMED_COLUMNS)}: "
+            "take the file df_gamed.csv of the data set tatsu-lab/alpaca_eval"
         )
     numbers = [_gamed_numbers(row, f"{path}, record {place}") for place, row in enumerate(rows, start=1)]
     difficulties: dict[int, float] = {}
@@ -97,14 +99,17 @@ def fit_length_effect(
     indices: Sequence[object],
     regularizer: Regularizer | None = None,
 ) -> LengthEffect | None:
-    """Fits the regression to the shares of wins, 0 to 1, with the lengths of both outputs in characters.
+    """Fit the regression; return None, as AlpacaEval does, for fewer than two rows or fewer preferences than folds.
 
-    A share of None is of an instruction without a preference, which is in no fit, but in the mean at equal lengths.
-    The fit has an L1 penalty whose weight is chosen by cross-validation over five parts, as AlpacaEval's has. indices:
-    of the instructions, for their difficulties; ValueError for one that the regularizer does not know.
+    The fit has an L1 penalty. Cross-validation over five folds chooses its weight, as in AlpacaEval.
+    Raises ValueError for an instruction that the regularizer does not know.
 
-    None where there is too little to fit to, as in AlpacaEval: one row, whose length says nothing of how lengths
-    vary, or fewer preferences than parts to validate on.
+    Args:
+        shares: The share of the win of each instruction, 0 to 1. An instruction without a preference (None) is in no
+            fit, but in the average at equal lengths.
+        lengths: The lengths of both outputs, in characters.
+        indices: The indices of the instructions, for their difficulties.
+        regularizer: The difficulties and the anchoring rows.
     """
     known = np.array([share is not None for share in shares])
     num_rows = known.sum() + (0 if regularizer is None else len(regularizer.shares))
@@ -116,7 +121,7 @@ def fit_length_effect(
     if regularizer is not None:
         rows, targets = np.concatenate([regularizer.features, rows]), np.concatenate([regularizer.shares, targets])
         weights = np.concatenate([np.full(len(regularizer.shares), GAMED_WEIGHT), weights])
-    used = rows.any(axis=0)  # without difficulties, or where lengths do not differ, there is nothing to fit them to
+    used = rows.any(axis=0)  # a column of zeros (no difficulties, equal lengths) has no coefficient to fit
     coefficients = np.zeros(rows.shape[1])
     coefficients[used] = _cross_validated(rows[:, used], targets, weights)
     at_equal_lengths = features.copy()
@@ -128,13 +133,13 @@ def fit_length_effect(
 def _features(
     lengths: Sequence[tuple[int, int]], indices: Sequence[object], regularizer: Regularizer | None
 ) -> np.ndarray:
-    """Rows of length difference, difficulty, and 1 for the model."""
+    """Return rows of length difference, difficulty, and 1 for the model: `n 3`."""
     delta = np.array([first - second for first, second in lengths], dtype=np.float64)
     deviation = delta.std(ddof=1) if len(delta) > 1 else 0.0
     scaled = np.tanh(delta / deviation) if deviation > 0 else np.zeros(len(delta))
     difficulties = np.zeros(len(delta))
     if regularizer is not None:
-        known: dict[object, float] = {**regularizer.difficulties}
+        known: dict[object, float] = dict(regularizer.difficulties.items())
         if unknown := sorted(set(indices) - known.keys(), key=str):
             raise ValueError(
                 f"got the instructions {unknown[:5]}, which have no difficulty in the regularizer; expected indices of "
@@ -145,7 +150,7 @@ def _features(
 
 
 def _cross_validated(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The fit under the weight of the data with the least mean loss on held-out parts, the smallest of equal ones."""
+    """Fit with the strength of the least mean held-out loss; of equal strengths with the smallest."""
     folds = np.arange(len(rows)) % NUM_FOLDS
     losses = np.zeros(len(STRENGTHS))
     for place, strength in enumerate(STRENGTHS):
@@ -166,9 +171,9 @@ def _log_loss(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> f
 
 @beartype
 def fit_l1_logistic(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The coefficients b that minimise `sum |b| + sum of weights * log-loss(rows b, targets)`: `n f, n, n -> f`.
+    """Return the coefficients b that minimise `sum |b| + sum of weights * log-loss(rows b, targets)`.
 
-    For the few features there are, by proximal Newton steps: each minimises the quadratic model with the penalty.
+    `n f, n, n -> f`. Proximal Newton steps: each minimises the quadratic model with the penalty. For few features only.
     """
     found = np.zeros(rows.shape[1])
     value = _log_loss(rows @ found, targets, weights)
@@ -195,12 +200,12 @@ def fit_l1_logistic(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) 
 
 
 def _quadratic_step(found: np.ndarray, gradient: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """The step d that minimises `gradient d + d hessian d / 2 + |found + d|`, exactly.
+    """Return the step d that minimises `gradient d + d hessian d / 2 + |found + d|`, exactly.
 
-    For each choice of signs, 0 among them, the coefficients found + d solve a linear system; of the few choices, those
-    whose solution has these signs are compared.
+    For each choice of signs (-1, 0 or 1), the coefficients found + d solve a linear system. The solutions that have
+    the chosen signs are compared.
     """
-    slope = gradient - hessian @ found  # of the model at coefficients of 0
+    slope = gradient - hessian @ found  # of the quadratic model, at coefficients of 0
     best, best_value = np.zeros_like(found), 0.0
     for signs in itertools.product((-1.0, 0.0, 1.0), repeat=len(found)):
         used = np.array(signs) != 0

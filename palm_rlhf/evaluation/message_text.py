@@ -1,4 +1,4 @@
-"""The texts in records of answers, whatever shape a server or a benchmark gave them."""
+"""Text from messages and answers in the shapes that servers and benchmarks use."""
 
 import math
 import re
@@ -7,12 +7,12 @@ from typing import Any
 
 from beartype import beartype
 
-TEXT_PARTS = (None, "text", "input_text", "output_text")  # other parts are thoughts, pictures and calls of tools
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # other types are reasoning, images and tool calls
 TEXT_FIELDS = ("text", "content", "value")
-MAX_LEVELS = 4  # a message, its content, a part of it, the text of that
+MAX_LEVELS = 4  # a message, its content, a part of the content, the text of the part
 
 THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-# Where the prompt opened the thought for the model, the reply has its end alone.
+# If the prompt ends with the opening tag, the reply has the closing tag only.
 THOUGHT_END = re.compile(
     r"^[ \t]*</(?:think|thinking|thought|reasoning)>|</(?:think|thinking|thought|reasoning)>[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
@@ -21,9 +21,9 @@ THOUGHT_END = re.compile(
 
 @beartype
 def text_of(content: Any, levels: int = MAX_LEVELS) -> str | None:
-    """The text of a message, its content or a part of it: the parts that are texts, joined; None where there is none.
+    """Return the joined text parts of a message, its content or one of its parts, or None without text.
 
-    A part of another kind, such as a thought or a picture, is passed over. ValueError for what is no content.
+    Parts of other types, such as reasoning or images, are skipped. Raises ValueError for a value of another type.
     """
     if content is None or isinstance(content, str):
         return content
@@ -40,7 +40,7 @@ def text_of(content: Any, levels: int = MAX_LEVELS) -> str | None:
 
 @beartype
 def texts_of_choice(choice: Any) -> list[str]:
-    """What one of the ``choices`` of a record says: the turns of MT-bench, a message or text of a server, or a text."""
+    """Return the texts of one of the ``choices`` of a record: MT-bench's turns, a server's message, or a text."""
     if isinstance(choice, dict) and choice.get("turns") is not None:
         return texts_of_turns(choice["turns"])
     text = text_of(choice.get("message", choice) if isinstance(choice, dict) else choice)
@@ -49,7 +49,7 @@ def texts_of_choice(choice: Any) -> list[str]:
 
 @beartype
 def texts_of_turns(turns: Any) -> list[str]:
-    """The text of every turn of a list, or a text alone; ValueError for a turn without one."""
+    """Return the text of each turn of a list, or a single text. Raises ValueError for a turn without text."""
     texts = []
     for place, turn in enumerate(turns if isinstance(turns, list | tuple) else [turns], start=1):
         text = text_of(turn)
@@ -61,7 +61,7 @@ def texts_of_turns(turns: Any) -> list[str]:
 
 @beartype
 def without_thoughts(text: str) -> str:
-    """The text after what a model thought first, as in ``<think>...</think>``; nothing where the thought never ends."""
+    """Return the text after a model's reasoning (``<think>...</think>``); nothing if the reasoning has no end."""
     while thought := THOUGHT.match(text):
         text = text[thought.end() :]
     *_, end = [0, *(found.end() for found in THOUGHT_END.finditer(text))]
@@ -70,7 +70,7 @@ def without_thoughts(text: str) -> str:
 
 @beartype
 def name_of(value: Any, what: str) -> str:
-    """A name or an id as a text: of a text or a whole number; ValueError for all else, and for an empty one."""
+    """Return a name or an id as a string. Raises ValueError unless it is a non-empty string or an integer."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
@@ -80,7 +80,7 @@ def name_of(value: Any, what: str) -> str:
 
 @beartype
 def finite_numbers(value: Any, count: int) -> Sequence[float] | None:
-    """So many finite numbers of a list; None for all else."""
+    """Return a list of `count` finite numbers as floats, or None for any other value."""
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in value):

@@ -1,4 +1,4 @@
-"""Tables of many models from battles of two: Elo ratings as they come, and Bradley-Terry by maximum likelihood."""
+"""Ratings of many models from pairwise battles: Elo in sequence, and Bradley-Terry by maximum likelihood."""
 
 import math
 import os
@@ -17,13 +17,13 @@ from palm_rlhf.evaluation.intervals import LEVEL, Interval
 from palm_rlhf.evaluation.message_text import name_of
 
 START = 1000.0
-SCALE = 400 / math.log(10)  # of Elo: ten to one are 400 points
+SCALE = 400 / math.log(10)  # Elo points for a log-strength of 1: odds of ten to one are 400 points
 WINNERS = {"model_a": 1.0, "model_1": 1.0, "model_b": 0.0, "model_2": 0.0}
 TIE = re.compile(r"tie\b.*|tied|draw|equal|both[ _-]?(?:bad|good)|neither", re.DOTALL)
 
 
 class Battle(NamedTuple):
-    """Two models that answered the same, and the share of the win that goes to the first: 1, 0, or 0.5 for a draw."""
+    """Two models that answered the same question, and the first's share of the win: 1, 0, or 0.5 for a draw."""
 
     first: str
     second: str
@@ -32,11 +32,12 @@ class Battle(NamedTuple):
 
 @beartype
 def read_battles(path: str | os.PathLike[str]) -> list[Battle]:
-    """The battles of a file: {"model_a", "model_b", "winner"} as in Chatbot Arena, or annotations as of AlpacaEval.
+    """Read the battles of a file: {"model_a", "model_b", "winner"} as in Chatbot Arena, or AlpacaEval's annotations.
 
-    The winner is "model_a", "model_b" or a tie: "tie", "tie (bothbad)", "both_bad" and the like; in annotations,
-    {"generator_1", "generator_2", "preference"}, the preference from 1 to 2 is that for the second, 0 is a draw, and
-    those without one are left out. ValueError, with the line, for all else, and for a model against itself.
+    The winner is "model_a", "model_b" or a tie: "tie", "tie (bothbad)", "both_bad" and the like. In annotations
+    ({"generator_1", "generator_2", "preference"}), the preference goes from 1 (the first) to 2 (the second), and 0 is a
+    draw; annotations without a preference are left out. Raises ValueError, with the line, for any other record and
+    for a model against itself.
     """
     battles = []
     for line, record in read_records(path):
@@ -44,12 +45,12 @@ def read_battles(path: str | os.PathLike[str]) -> list[Battle]:
             battle = _battle(record)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {line}: this is no battle: {error}; expected model_a, model_b and winner, or "
+                f"{path}, line {line}: {error}; expected a battle: model_a, model_b and winner, or "
                 "generator_1, generator_2 and preference"
             ) from error
         battles += [] if battle is None else [battle]
     if not battles:
-        raise ValueError(f"{path} has no battles, expected at least one with a winner or a preference")
+        raise ValueError(f"{path}: got no battles, expected at least one with a winner or a preference")
     return battles
 
 
@@ -57,7 +58,7 @@ def _battle(record: Record) -> Battle | None:
     keys = next((pair for pair in (GENERATORS, ("model_1", "model_2")) if pair[0] in record), ("model_a", "model_b"))
     first, second = (name_of(record.get(key), key) for key in keys)
     if first == second:
-        raise ValueError(f"it is of {first!r} against itself")
+        raise ValueError(f"got {first!r} against itself")
     if keys == GENERATORS:
         preference = preference_of(record)
         return None if preference is None else Battle(first, second, 2.0 - preference)
@@ -72,10 +73,10 @@ def _battle(record: Record) -> Battle | None:
 def elo(
     battles: Sequence[Battle], *, k: float | int = 4, start: float | int = START, num_shuffles: int = 0, seed: int = 0
 ) -> dict[str, float]:
-    """The ratings after updating them battle by battle, `R += k (S - E)` with `E = 1 / (1 + 10^((R' - R) / 400))`.
+    """Return Elo ratings, updated battle by battle: `R += k (S - E)` with `E = 1 / (1 + 10^((R' - R) / 400))`.
 
-    What comes last counts most. With `num_shuffles` they are the means over so many random orders instead, which
-    depend on no order. The sum of all ratings never changes.
+    The last battles count most. With `num_shuffles` the ratings are means over so many random orders instead. The sum
+    of all ratings is constant.
     """
     models = models_of(battles)
     places = {model: place for place, model in enumerate(models)}
@@ -98,27 +99,27 @@ def elo(
 
 @beartype
 def bradley_terry(battles: Sequence[Battle], *, prior_draws: float | int = 0) -> dict[str, float]:
-    """The ratings under which the battles are likeliest, in points of Elo, with the mean 1000 (Bradley and Terry 1952).
+    """Return the maximum-likelihood ratings in Elo points, with mean 1000 (Bradley and Terry 1952).
 
-    A draw is half a win for each. Each model may be given draws against an average one to begin with, which pull all
-    to the mean. ValueError where no finite ratings are likeliest: without such draws, there must be a way of wins and
-    draws from every model to every other (Ford 1957).
+    A draw is half a win for each model. `prior_draws` gives each model draws against an average model, which pull all
+    ratings to the mean. Raises ValueError if no finite ratings have the maximum likelihood: without prior draws, wins
+    and draws must lead from every model to every other (Ford 1957).
     """
     if prior_draws < 0:
-        raise ValueError(f"prior_draws is {prior_draws}, expected 0 or more")
+        raise ValueError(f"got prior_draws {prior_draws}, expected 0 or more")
     models = models_of(battles)
     wins = _win_matrix(battles, models)
     if not prior_draws and (stuck := _never_beaten(wins)):
         names = [model for place, model in enumerate(models) if place in stuck]
         raise ValueError(
-            f"{', '.join(names)} never lost or drew against any of the other models (or never met them), so that no "
-            "finite rating is the likeliest: add battles, or give prior_draws, such as 0.5"
+            f"{', '.join(names)} never lost or drew against any of the other models (or never met them), so no finite "
+            "rating has the maximum likelihood: add battles, or set prior_draws, for example to 0.5"
         )
     return dict(zip(models, (START + SCALE * _fit(wins, prior_draws)).tolist()))
 
 
 def models_of(battles: Sequence[Battle]) -> list[str]:
-    """The names, each once, in the order in which they come; ValueError where a model meets itself."""
+    """Return the names of the models in order of appearance. Raises ValueError if a model meets itself."""
     if not battles:
         raise ValueError("got no battles, expected at least one")
     for battle in battles:
@@ -130,7 +131,7 @@ def models_of(battles: Sequence[Battle]) -> list[str]:
 
 
 def _win_matrix(battles: Sequence[Battle], models: Sequence[str]) -> np.ndarray:
-    """How often, with halves for draws, the model of the row beat that of the column."""
+    """Return how often the model of the row beat the model of the column; a draw is half a win for each."""
     places = {model: place for place, model in enumerate(models)}
     wins = np.zeros((len(models), len(models)))
     for first, second, score in battles:
@@ -140,14 +141,14 @@ def _win_matrix(battles: Sequence[Battle], models: Sequence[str]) -> np.ndarray:
 
 
 def _never_beaten(wins: np.ndarray) -> set[int]:
-    """Some models, not all, that no other has any win or draw against; none where all are connected."""
+    """Return a proper subset of the models that no other model beat or drew with; empty if there is none."""
     better, worse = _reached(wins.T), _reached(wins)
     everyone = set(range(len(wins)))
     return better if better < everyone else everyone - worse
 
 
 def _reached(edges: np.ndarray) -> set[int]:
-    """All that can be reached from the first model."""
+    """Return the models that edges connect, directly or not, with the first model."""
     reached, new = {0}, [0]
     while new:
         fresh = [place for place in np.flatnonzero(edges[new.pop()]).tolist() if place not in reached]
@@ -157,7 +158,7 @@ def _reached(edges: np.ndarray) -> set[int]:
 
 
 def _fit(wins: np.ndarray, prior_draws: float) -> np.ndarray:
-    """Log-strengths of mean 0, by Newton's method on a concave likelihood, each step halved until it is better."""
+    """Return log-strengths of mean 0, by Newton's method with step halving on the concave log-likelihood."""
     games, num_models = wins + wins.T, len(wins)
 
     def likelihood(strengths: np.ndarray) -> float:
@@ -172,7 +173,7 @@ def _fit(wins: np.ndarray, prior_draws: float) -> np.ndarray:
         gradient = (wins - games * chances).sum(axis=1) + prior_draws * (0.5 - own)
         weights = games * chances * (1 - chances)
         hessian = np.diag(weights.sum(axis=1) + prior_draws * own * (1 - own)) - weights
-        if not prior_draws:  # only differences matter then: something has to hold the mean where it is
+        if not prior_draws:  # the likelihood depends on differences only: fix the mean
             hessian += max(hessian.max(), 1e-12) / num_models
         step = np.linalg.solve(hessian, gradient)
         if np.abs(step).max() < 1e-10:
@@ -186,19 +187,19 @@ def _fit(wins: np.ndarray, prior_draws: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RatingRow:
-    """A row of the table."""
+    """A row of the rating table."""
 
     model: str
     rating: float
-    """Bradley-Terry, in points of Elo."""
+    """Bradley-Terry rating, in Elo points."""
     interval: Interval | None
     elo: float
-    """The mean over orders of the battles."""
+    """Elo rating, the mean over random orders of the battles."""
     battles: int
     win_rate: float
 
     def numbers(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Return all figures as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
@@ -212,10 +213,10 @@ def rating_table(
     level: float = LEVEL,
     seed: int = 0,
 ) -> list[RatingRow]:
-    """All models, the best first, with percentile intervals over battles that are drawn again with replacement.
+    """Rate all models, the best first, with percentile bootstrap intervals over the battles.
 
-    Of those, some leave a model without a defeat; it then gets a thousandth of a draw against an average one, which
-    puts it as far off as its end of the interval is.
+    In some bootstrap samples a model has no defeat. Ratings there get a thousandth of a prior draw, which keeps them
+    finite.
     """
     models = models_of(battles)
     ratings = bradley_terry(battles, prior_draws=prior_draws)

@@ -1,4 +1,4 @@
-"""What a judge's text says: two scores, a rating or a verdict; None where it says nothing that can be relied on."""
+"""Parsing of a judge's reply: two scores, a rating or a verdict; None if the reply is not clear."""
 
 import re
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ VERDICT_SCORES = {"A": (1.0, 0.0), "B": (0.0, 1.0), "C": (0.5, 0.5)}
 
 @beartype
 def parse_scores(text: str, where: Literal["first", "last"] = "first") -> Scores | None:
-    """The two scores, 1 to 10, on the first line of a text that is not blank, or on its last.
+    """Return the two scores, 1 to 10, on the first or last line of a text that is not blank; None without them.
 
-    The line holds nothing else: ``9 8.5``, ``9, 8``, ``9/10 8/10`` or ``Assistant 1: 9, Assistant 2: 8``; at the end,
-    the two may also have a line each. Numbers anywhere else are of the reasons, and are not looked for. What a judge
-    thought before it speaks (``<think>...</think>``) is passed over.
+    The line holds nothing else: ``9 8.5``, ``9, 8``, ``9/10 8/10`` or ``Assistant 1: 9, Assistant 2: 8``. At the end
+    of a text, the scores may also have a line each. Numbers elsewhere belong to the explanation and are ignored, and so
+    is the judge's reasoning (``<think>...</think>``).
     """
     lines = [line for line in without_thoughts(text).translate(MARKUP).splitlines() if line.strip()]
     candidates = [lines[:1]] if where == "first" else [lines[-1:], lines[-2:]]
@@ -43,7 +43,7 @@ def parse_scores(text: str, where: Literal["first", "last"] = "first") -> Scores
 
 @beartype
 def parse_rating(text: str) -> float | None:
-    """The rating in ``[[7]]``, 1 to 10; None also where a text has several that differ."""
+    """Return the rating in ``[[7]]``, 1 to 10; None without one, or if a text has different ones."""
     ratings = {float(number) for number in RATING.findall(without_thoughts(text))}
     if len(ratings) != 1:
         return None
@@ -53,14 +53,14 @@ def parse_rating(text: str) -> float | None:
 
 @beartype
 def parse_verdict(text: str) -> Scores | None:
-    """The shares of a win by ``[[A]]``, ``[[B]]`` or, for a tie, ``[[C]]``; None also where a text has several."""
+    """Return the shares of the win for ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie); None unless there is exactly one."""
     verdicts = set(VERDICT.findall(without_thoughts(text)))
     return VERDICT_SCORES[verdicts.pop()] if len(verdicts) == 1 else None
 
 
 @beartype
 def stored_scores(value: object) -> Scores | None:
-    """The two scores that a file states, at least 0; others, such as -1, stand for a review that was not understood."""
+    """Return the two scores stored in a file; None unless both are at least 0 (-1 marks an unparsed review)."""
     numbers = finite_numbers(value, 2)
     return (numbers[0], numbers[1]) if numbers is not None and min(numbers) >= 0 else None
 

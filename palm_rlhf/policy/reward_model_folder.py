@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from beartype import beartype
@@ -26,6 +26,9 @@ BINNED = {**THERE, "head.weight": "to_pred.weight", "head.bias": "to_pred.bias"}
 SCALAR = {**THERE, "head.weight": "to_pred.0.weight"}
 
 
+Stored = TypeVar("Stored", bound=nn.Module)
+
+
 class StoredRewardModel(nn.Module):
     """The part of a reward model that writes and reads it."""
 
@@ -41,13 +44,13 @@ class StoredRewardModel(nn.Module):
     @classmethod
     @beartype
     def from_pretrained(
-        cls,
+        cls: type[Stored],
         source: str | os.PathLike,
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
-    ) -> "StoredRewardModel":
+    ) -> Stored:
         """Open a `save_pretrained` folder, or the hub id of one, as `PaLM.from_pretrained` does, with its errors."""
         options = {"dtype": dtype, "device": device, "revision": revision}
         return checkpoint.from_pretrained(cls, source, **options, open_with=open_folder)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from palm_rlhf.commands.start_models import ChatModel, open_chat_model
-from palm_rlhf.commands.training_data import fitted, rankings_of, read, read_prompts, split, unpaired_preferences_of
+from palm_rlhf.commands.training_data import (
+    fit_to_context,
+    rankings_of,
+    read_prompts,
+    read_records_for,
+    split_held_out,
+    unpaired_preferences_of,
+)
 from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
@@ -40,24 +47,24 @@ def test_a_model_of_bytes_without_a_tokenizer_gets_one(tmp_path):
 def test_nothing_that_is_held_out_is_learnt_from():
     """Records of one prompt stay together, whatever their replies are."""
     records = [{"prompt": [question(f"{number % 300}?")], "responses": [str(number), "x"]} for number in range(600)]
-    train, valid = split(records, 0.1, 0)
+    train, valid = split_held_out(records, 0.1, 0)
     assert len(train) + len(valid) == 600
     assert 0.05 < len(valid) / 600 < 0.15
     prompts = [{record["prompt"][0]["content"] for record in side} for side in (train, valid)]
     assert prompts[0].isdisjoint(prompts[1])
-    assert split(records, 0.0, 0) == (records, [])
+    assert split_held_out(records, 0.0, 0) == (records, [])
     with pytest.raises(ValueError, match="--held-out"):
-        split(records[:2], 0.001, 0)
+        split_held_out(records[:2], 0.001, 0)
 
 
 def test_pieces_fit_their_rows_with_the_marks_of_the_template(model):
     exchange = [question("?" * 20), {"role": "assistant", "content": "!" * 20}]
     # an exchange is 40 bytes and 4 marks
     for seq_len, lengths in ((44, [2, 2, 2]), (87, [2, 2, 2]), (88, [4, 2]), (132, [6])):
-        pieces = fitted([{"messages": exchange * 3}], seq_len, model)
+        pieces = fit_to_context([{"messages": exchange * 3}], seq_len, model)
         assert [len(piece["messages"]) for piece in pieces] == lengths
-    with pytest.raises(ValueError, match="seq_len=43"):
-        fitted([{"messages": exchange}], 43, model)
+    with pytest.raises(ValueError, match="got seq_len 43"):
+        fit_to_context([{"messages": exchange}], 43, model)
 
 
 def test_rankings_become_tokens_as_the_template_writes_them(model, capsys):
@@ -69,7 +76,7 @@ def test_rankings_become_tokens_as_the_template_writes_them(model, capsys):
     assert capsys.readouterr().err == ""
     (cut,) = rankings_of([record], model, 5)  # four bytes of "Because" are those of "Beca"
     assert [said.tolist()[:2] for said in cut.responses] == [list(b"Be"), list(b"So")]
-    assert "left out 2 pairs of replies that are the same within max_seq_len=5" in capsys.readouterr().err
+    assert "left out 2 pairs of replies that are equal within max_seq_len=5" in capsys.readouterr().err
 
 
 def test_labelled_replies_become_tokens_as_the_template_writes_them(model):
@@ -90,7 +97,7 @@ def test_prompts_come_from_lines_of_text_or_from_records(model, tmp_path):
     for name in ("prompts.txt", "prompts.jsonl"):
         assert [prompt.tolist() for prompt in read_prompts(tmp_path / name, model)] == expected
     (tmp_path / "blank.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"blank\.txt has no prompt"):
+    with pytest.raises(ValueError, match=r"blank\.txt: got no prompt"):
         read_prompts(tmp_path / "blank.txt", model)
 
 
@@ -100,8 +107,8 @@ def test_what_is_left_out_of_a_file_is_said(tmp_path, capsys):
         {"prompt": "Two?", "chosen": "Same", "rejected": "Same"},
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [record["chosen"] for record in read(tmp_path / "pairs.jsonl", "preferences")] == ["Yes"]
+    assert [record["chosen"] for record in read_records_for(tmp_path / "pairs.jsonl", "preferences")] == ["Yes"]
     assert "left out 1 no two different replies" in capsys.readouterr().err
     (tmp_path / "pairs.jsonl").write_text(json.dumps(lines[1]) + "\n")
-    with pytest.raises(ValueError, match="has no rankings to learn from"):
-        read(tmp_path / "pairs.jsonl", "rankings")
+    with pytest.raises(ValueError, match="got no rankings"):
+        read_records_for(tmp_path / "pairs.jsonl", "rankings")

@@ -116,7 +116,7 @@ def test_models_and_functions_stand_side_by_side(model):
 @pytest.mark.parametrize(
     "rewards, expected",
     [
-        ([], r"got no reward; expected --reward-model FOLDER, --rewards NAME=FILE\.py:FUNCTION, or both"),
+        ([], r"got no reward, expected --reward-model FOLDER, --rewards NAME=FILE\.py:FUNCTION, or both"),
         (["rewards.py:length"], r"got the reward 'rewards\.py:length', expected NAME=FILE\.py:FUNCTION, or NAME="),
         (["a={}/my_rewards.py:length", "a={}/my_rewards.py:correct"], "two rewards called 'a'"),
         (["a={}/my_rewards.py:size"], r"has no function 'size', expected one of \['correct', 'length'\]"),
@@ -145,6 +145,12 @@ def test_a_function_asks_in_vain_before_the_run_begins(model):
 
 def test_a_function_is_read_with_what_it_imports_beside_it(model):
     assert read_function(model.parent / "my_rewards.py", "length")([], ["ab"]) == [2]
+
+
+def test_a_function_is_read_from_a_python_file_only(model):
+    (model.parent / "rewards.txt").write_text("def length(): ...\n")
+    with pytest.raises(ValueError, match=r"ends in \.py"):
+        read_function(model.parent / "rewards.txt", "length")
 
 
 ENVIRONMENT = """

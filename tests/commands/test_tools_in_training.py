@@ -4,7 +4,7 @@ import pytest
 
 from palm_rlhf.cli import main
 from palm_rlhf.commands.start_models import ChatModel
-from palm_rlhf.commands.training_data import examples_of, fitted, read, read_prompts
+from palm_rlhf.commands.training_data import examples_of, fit_to_context, read_prompts, read_records_for
 from palm_rlhf.data.conversation import encode, encode_prompt
 from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
@@ -42,7 +42,7 @@ def file(tmp_path, request):
 
 def test_conversations_with_tools_are_learnt_where_the_template_writes_them(file):
     model = model_of(WITH_TOOLS)
-    examples = examples_of(fitted(read(file, "sft"), 1000, model), model)
+    examples = examples_of(fit_to_context(read_records_for(file, "sft"), 1000, model), model)
     expected = [encode(PLAIN, model.tokenizer, WITH_TOOLS), encode(READ, model.tokenizer, WITH_TOOLS, tools=TOOLS)]
     assert [example.tokens.tolist() for example in examples] == [example.tokens.tolist() for example in expected]
     prompts = read_prompts(file, model)
@@ -54,7 +54,7 @@ def test_conversations_with_tools_are_learnt_where_the_template_writes_them(file
 
 def test_elsewhere_they_are_left_out_and_counted_aloud(file, capsys):
     model = model_of(PRESETS["default"])
-    (example,) = examples_of(fitted(read(file, "sft"), 1000, model), model)
+    (example,) = examples_of(fit_to_context(read_records_for(file, "sft"), 1000, model), model)
     assert example.tokens.equal(encode(PLAIN, model.tokenizer, model.template).tokens)
     assert "left out 1 conversations: tools that the template does not write" in capsys.readouterr().err
     (prompt,) = read_prompts(file, model)
@@ -65,8 +65,8 @@ def test_elsewhere_they_are_left_out_and_counted_aloud(file, capsys):
 def test_nothing_but_tools_is_an_error(tmp_path):
     model = model_of(PRESETS["default"])
     write_records(tmp_path / "a.jsonl", [{"messages": CALLING}, {"messages": CALLING[:2], "tools": TOOLS}])
-    with pytest.raises(ValueError, match="no conversation is left"):
-        examples_of(read(tmp_path / "a.jsonl", "sft"), model)
+    with pytest.raises(ValueError, match="got only conversations with tools"):
+        examples_of(read_records_for(tmp_path / "a.jsonl", "sft"), model)
     write_records(tmp_path / "b.jsonl", [{"messages": CALLING, "tools": TOOLS}])
     with pytest.raises(ValueError, match="only prompts with tools"):
         read_prompts(tmp_path / "b.jsonl", model)

@@ -204,14 +204,14 @@ def test_resume_without_a_folder_goes_on_with_the_newest_run(files, tmp_path, co
     monkeypatch.chdir(tmp_path)
     where = ["train", "--data", files["text"], *FRESH]
     with pytest.raises(
-        SystemExit, match=r"palm-rlhf: got --resume without --output-dir, and .*runs has no run of `train`"
+        SystemExit, match=r"palm-rlhf: got --resume without --output-dir, expected a run of `train` .* in .*runs"
     ):
         command(*where, "--resume")
     first, _ = command(*where)
     resumed, said = command(*where, "--num-steps", "8", "--resume")
     assert resumed["output_dir"] == first["output_dir"]
     assert resumed["steps"] == 8
-    assert f"going on with {first['output_dir']}, the newest run" in said
+    assert f"continuing {first['output_dir']}, the newest run" in said
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [first["output_dir"].removeprefix("runs/")]
 
 
@@ -224,12 +224,12 @@ def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewardin
         tmp_path / "run/checkpoints/step_00000003/model"
     )
     for arguments, expected in (
-        (["rlhf", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "has 256 tokens and"),
-        (["sft", files["conversations"], "--model", rewarding], "is a reward model"),
+        (["rlhf", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "with 256 tokens, expected"),
+        (["sft", files["conversations"], "--model", rewarding], "got the reward model"),
         (["sft", files["prompts"], "--model", base], r"prompts\.txt, line 1"),
         (["sft", files["conversations"], "--model", tmp_path / "run"], "has not finished.*step_00000003/model"),
         (["dpo", files["conversations"], "--model", sft], "compare no replies"),
-        (["online-dpo", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "has 256 tokens and"),
+        (["online-dpo", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "with 256 tokens, expected"),
         (["online-dpo", files["prompts"], "--model", sft, "--reward-model", rewarding, "--held-out", "1e-9"],
          "2 records to train on and 0 held out"),
         (["dpo", files["unpaired"], "--model", sft], "compare no replies"),

@@ -221,7 +221,7 @@ def test_instructions_without_a_preference_count_at_equal_lengths_only(tmp_path)
 def test_a_broken_row_of_the_regularizer_is_named(tmp_path, row):
     path = gamed_file(tmp_path / "df_gamed.csv", [0.5])
     path.write_text(path.read_text() + row + "\n")
-    with pytest.raises(ValueError, match=r"df_gamed\.csv, record 3 .*download"):
+    with pytest.raises(ValueError, match=r"df_gamed\.csv, record 3: .*download"):
         read_regularizer(path)
 
 
@@ -256,7 +256,7 @@ def test_files_go_in_and_out(tmp_path):
     assert [record["preference"] for record in read_annotations(tmp_path / "annotations.json")] == [2, None]
     with pytest.raises(ValueError, match="instruction, output, generator"):
         read_outputs(tmp_path / "annotations.json")
-    with pytest.raises(ValueError, match=r"outputs\.json, line 2: this is no annotation"):
+    with pytest.raises(ValueError, match=r"outputs\.json, line 2: got the keys .* expected an array"):
         read_annotations(tmp_path / "outputs.json")
-    with pytest.raises(ValueError, match="none of 1 annotations"):
+    with pytest.raises(ValueError, match="got 1 annotations without a preference"):
         evaluate_annotations(annotations([None]))

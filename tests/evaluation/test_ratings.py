@@ -141,7 +141,7 @@ def test_a_prior_draw_is_a_draw_against_a_model_of_mean_strength():
     strength = (ratings["a"] - 1000) * math.log(10) / 400
     won, chance = 3 + 1, 3 / (1 + math.exp(-2 * strength)) + 2 / (1 + math.exp(-strength))
     assert won == pytest.approx(chance)
-    with pytest.raises(ValueError, match="prior_draws is -1"):
+    with pytest.raises(ValueError, match="got prior_draws -1"):
         bradley_terry(battles, prior_draws=-1)
 
 
@@ -189,7 +189,7 @@ def test_battles_of_both_forms(tmp_path, write_lines, evaluate):
 
 @pytest.mark.parametrize("record", [{"a": 1}, {"model_a": "x", "model_b": "y", "winner": "z"}, {"preference": 1}])
 def test_what_is_no_battle_is_refused(tmp_path, write_lines, record):
-    with pytest.raises(ValueError, match="line 1: this is no battle"):
+    with pytest.raises(ValueError, match=r"line 1: .*expected a battle"):
         read_battles(write_lines(tmp_path / "battles.jsonl", [record]))
 
 

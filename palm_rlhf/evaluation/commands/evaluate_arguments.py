@@ -1,4 +1,4 @@
-"""What the commands share: the kinds of their arguments, and how they end."""
+"""The argument types that the commands of `palm-rlhf evaluate` share, and the end of each command."""
 
 import json
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ MAX_ROWS = 40
 
 @beartype
 def finish(report: Report, page: Path | None, summary: dict[str, Any]) -> None:
-    """Prints the tables, writes the page where one is wanted, and ends with the summary as a line of JSON."""
+    """Print the tables, write the page if there is a path for it, and print the summary as one line of JSON."""
     for section in report.sections:
         if isinstance(section, Table) and len(section.rows) <= MAX_ROWS:
             print(as_text(section), end="\n\n")
         elif isinstance(section, Table):
-            print(f"{section.title}: {len(section.rows)} rows, which --report writes to a page\n")
+            print(f"{section.title}: {len(section.rows)} rows; --report writes them to a page\n")
     if page is not None:
         print(f"wrote {page} and {write_report(report, page)}\n")
     print(json.dumps(finite(summary)))
@@ -42,14 +42,14 @@ def finish(report: Report, page: Path | None, summary: dict[str, Any]) -> None:
 
 @beartype
 def require_files(files: Sequence[Path]) -> None:
-    """ValueError without any."""
+    """Raise ValueError if there are no files."""
     if not files:
-        raise ValueError("got no files, expected at least one")
+        raise ValueError("got no files, expected at least one: name them after the command")
 
 
 @beartype
 def different_names(first: str, second: str) -> tuple[str, str]:
-    """The names of two models; ValueError where they are one."""
+    """Return the names of two models. Raises ValueError if they are equal."""
     if first == second:
-        raise ValueError(f"both models are called {first!r}, expected two names: give them by --models")
+        raise ValueError(f"got two models called {first!r}, expected different names: set them by --models")
     return first, second

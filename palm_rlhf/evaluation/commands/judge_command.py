@@ -1,4 +1,4 @@
-"""``palm-rlhf evaluate judge``: answers of models, and a server, a model or a person to judge them."""
+"""The command ``palm-rlhf evaluate judge``: a server, a model or a person judges the answers of models."""
 
 import os
 import sys
@@ -77,33 +77,33 @@ def judge(
     annotations: OptionalFile = None,
     report: Page = None,
 ) -> None:
-    """Have two models' answers compared in both orders, or answers rated one by one.
+    """Compare two models' answers in both orders, or rate answers one by one.
 
-    Every judgment is on the disk as soon as it is there: after a kill, the same command asks only for the rest. The
-    last line is JSON: the judge, scores, wins, losses, ties and win rate of the first model with its interval, the
-    conflict rate, and how many judgments were parsed and unparsed; for ratings, those of each model.
+    Each judgment is written to disk at once: after a kill, the same command asks only for the missing ones. The last
+    line is JSON: the judge, scores, wins, losses, ties and win rate of the first model with its interval, the conflict
+    rate, and the numbers of parsed and unparsed judgments; for ratings, the ratings of each model.
 
     Args:
         questions: Questions of Vicuna, MT-bench (two turns) or AlpacaEval.
-        answers: The models' answers in one of these forms: two, or any number to be rated.
+        answers: The models' answers in one of these formats: two files, or any number to rate.
         judge: The URL of a chat-completions API, a PaLM or a RewardModel in a folder or on the hub, or "person" for
             this terminal.
-        out: Where the judgments are kept; another model under the same name needs another file.
+        out: The file of the judgments; another model under the same name needs another file.
         method: scores: two numbers first, then reasons. evidence: reasons first. verdict: A, B or a tie. rating: each
             answer alone.
         samples: Judgments of each answer or order.
-        model: The model that the server is to use.
-        models: What to call the models that are judged.
-        api_key_env: The environment variable with the server's key; none is sent otherwise.
-        temperature: Of the judge; by default 0, and 1 for several samples.
-        max_tokens: Of a judgment; 0 leaves it to the server.
-        concurrency: Requests at once.
-        retries: How often to ask again where a server fails.
-        backoff: Seconds before the first retry, doubled for each that follows.
+        model: The name of the model on the server.
+        models: Names for the judged models.
+        api_key_env: The environment variable with the server's key; by default no key is sent.
+        temperature: Sampling temperature of the judge; by default 0, and 1 for several samples.
+        max_tokens: Longest judgment, in tokens; 0 leaves it to the server.
+        concurrency: Simultaneous requests.
+        retries: Attempts after a failed request.
+        backoff: Seconds before the first retry, doubled for each further one.
         timeout: Seconds to wait for a reply.
-        template: The chat template of a folder that has none.
-        ask_person: So many of the most doubtful questions are shown to you, and your verdict counts.
-        annotations: Write the outcomes in AlpacaEval's form, for `ranking` or `alpaca`.
+        template: The chat template, if the folder has none.
+        ask_person: Number of the most doubtful questions that are shown to you; your verdict counts.
+        annotations: Write the outcomes as AlpacaEval's annotations, for `ranking` or `alpaca`.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     asked = read_questions(questions)
@@ -115,7 +115,7 @@ def judge(
     if method == "rating" and (ask_person or annotations or judge == PERSON):
         raise ValueError("ratings are of single answers: expected no person, --ask-person or --annotations with them")
     if ask_person < 0:
-        raise ValueError(f"ask_person is {ask_person}, expected 0 or more questions")
+        raise ValueError(f"got ask_person {ask_person}, expected 0 or more questions")
     if annotations is not None:
         _refuse_to_lose(annotations)
     _refuse_unused(judge, model, api_key_env, template, temperature, samples)
@@ -134,14 +134,14 @@ def judge(
 
 
 def _refuse_to_lose(path: Path) -> None:
-    """ValueError for a file that holds anything but the annotations of an earlier run, which are written over."""
+    """Raise ValueError for a file with other content than the annotations of an earlier run."""
     if path.is_file():
         try:
             is_ours = all("preference" in record for _, record in read_records(path))
         except ValueError:
             is_ours = False
         if not is_ours:
-            raise ValueError(f"{path} is there already and holds no annotations: choose another name for --annotations")
+            raise ValueError(f"{path} exists and holds no annotations: choose another name for --annotations")
 
 
 def _refuse_unused(
@@ -152,13 +152,13 @@ def _refuse_unused(
     temperature: float | None,
     samples: int,
 ) -> None:
-    """ValueError for an option that would change nothing."""
+    """Raise ValueError for an option that would have no effect."""
     is_url, is_person = judge.startswith(SCHEMES), judge == PERSON
     may_be_reward = temperature is not None and not is_url and not is_person
     is_reward = may_be_reward and is_reward_model(local_folder(judge))
     for option, given, unused, reason in (
-        ("--api-key-env", api_key_env, not is_url, "it is for the server at a URL"),
-        ("--template", template, is_url or is_person, "it is for the model in a folder"),
+        ("--api-key-env", api_key_env, not is_url, "it is for a server"),
+        ("--template", template, is_url or is_person, "it is for a model in a folder"),
         ("--model", model, is_person, "a person has no model"),
         ("--temperature", temperature, is_person, "a person has none"),
         ("--temperature", temperature, is_reward, "a reward model has none"),
@@ -206,13 +206,13 @@ def open_judge(
     options: dict[str, Any],
     network: dict[str, Any],
 ) -> Judge:
-    """The judge at an address, or in a folder; ValueError or FileNotFoundError where there is none."""
+    """Open the judge at an address or in a folder. Raises ValueError or FileNotFoundError if there is none."""
     if judge.startswith(SCHEMES):
         if model is None:
-            raise ValueError(f"got no model for the judge at {judge}, expected the name that the server knows it by")
+            raise ValueError(f"got no model for the judge at {judge}, expected its name on the server: set --model")
         key = None if api_key_env is None else os.environ.get(api_key_env)
         if api_key_env is not None and not key:
-            raise ValueError(f"the environment has no {api_key_env}, expected the key of the judge: export it first")
+            raise ValueError(f"got no value of {api_key_env}, expected the key of the judge: export the variable first")
         options = options | {"max_tokens": options["max_tokens"] or None}
         return ChatJudge(judge, model, api_key=key, **options, **network)
     folder = local_folder(judge)
@@ -225,7 +225,7 @@ def open_judge(
 
 @beartype
 def judged_by_person(pairs: Sequence[Pair], models: tuple[str, str], journal: Journal) -> list[Comparison]:
-    """The comparisons of a person at the terminal, who sees each question once, in a random order."""
+    """Return the comparisons by a person at the terminal, who sees each question once, in a random order."""
     verdicts = _ask(pairs, models, journal)
     return [
         Comparison(
@@ -241,7 +241,7 @@ def judged_by_person(pairs: Sequence[Pair], models: tuple[str, str], journal: Jo
 def with_person(
     comparisons: Sequence[Comparison], pairs: Sequence[Pair], models: tuple[str, str], journal: Journal, count: int
 ) -> list[Comparison]:
-    """The comparisons, of the most doubtful questions with the verdict of a person, which holds for all their turns."""
+    """Add the verdicts of a person to the `count` most doubtful questions, for all turns of each."""
     doubtful = list(dict.fromkeys(c.question_id for c in most_doubtful(comparisons, len(comparisons))))[:count]
     verdicts = _ask([pair for pair in pairs if pair.question.question_id in doubtful], models, journal)
     return [replace(comparison, verdict=verdicts.get(comparison.question_id)) for comparison in comparisons]
@@ -266,7 +266,7 @@ def _rate(
     concurrency: int,
 ) -> tuple[Report, dict[str, Any]]:
     if len({part.model for part in answers}) < len(answers):
-        raise ValueError("two files have answers of the same model, expected different names: give them by --models")
+        raise ValueError("got two files of answers of the same model, expected different names: set them by --models")
     ratings = []
     for part in answers:
         requests = rating_requests(questions, part, samples=samples, sees_order=judging.sees_order)

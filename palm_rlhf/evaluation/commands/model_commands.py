@@ -1,4 +1,4 @@
-"""The commands of ``palm-rlhf evaluate`` that open models: how well they predict, reward, and learn from rewards."""
+"""The commands of ``palm-rlhf evaluate`` that open models: lm, reward and run."""
 
 from collections import Counter
 from pathlib import Path
@@ -46,19 +46,20 @@ def lm(
     batch_size: int = 4,
     report: Page = None,
 ) -> None:
-    """How well a model predicts text: bits per byte, comparable over tokenizers, and perplexity per token.
+    """Measure how well a model predicts text: bits per byte, comparable over tokenizers, and perplexity per token.
 
-    The last line is JSON: bits_per_byte, perplexity, tokens_per_byte, tokens, bytes, documents, and by_language where
-    the file names several.
+    The last line is JSON: bits_per_byte, perplexity, tokens_per_byte, tokens, bytes, documents, and by_language if the
+    file names several languages.
 
     Args:
-        checkpoint: The folder of a run or of a model with its tokenizer, or a hub id; bytes where it has no tokenizer.
-        data: A text, or records of JSON with one each.
+        checkpoint: The folder of a run or of a model with its tokenizer, or a hub id; without a tokenizer the tokens
+            are bytes.
+        data: A text file, or JSON records with a text each.
         text_key: The key of a record's text.
-        language_key: The key of its language.
-        seq_len: Tokens that the model reads at once.
-        context: Tokens before each that it has at least; half of seq_len by default.
-        batch_size: Windows at once.
+        language_key: The key of a record's language.
+        seq_len: Length of a window, in tokens.
+        context: Least number of tokens before a predicted token; half of seq_len by default.
+        batch_size: Windows in one forward.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     palm, tokenizer = open_palm(checkpoint)
@@ -81,7 +82,7 @@ def reward(
     batch_size: int = 16,
     report: Page = None,
 ) -> None:
-    """How often a reward model prefers the chosen reply, on a file of RewardBench's shape.
+    """Measure how often a reward model prefers the chosen reply, on a file in RewardBench's format.
 
     The last line is JSON: score (the mean over the sections), accuracy with its interval, sections, and subsets with
     their numbers of pairs.
@@ -89,12 +90,12 @@ def reward(
     Args:
         checkpoint: The folder of a run or of a reward model with its tokenizer and chat template, or a hub id.
         file: Records of prompt, chosen, rejected and subset.
-        template: The chat template, where the folder has none.
-        batch_size: Pairs at once.
+        template: The chat template, if the folder has none.
+        batch_size: Pairs in one forward.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     if not is_reward_model(local_folder(checkpoint)):
-        raise ValueError(f"{checkpoint} holds no reward model, expected a folder of RewardModel.save_pretrained")
+        raise ValueError(f"got {checkpoint}, expected the folder of a reward model, as `palm-rlhf reward` writes it")
     model, tokenizer, chosen = open_chat_model(checkpoint, template)
     assert isinstance(model, RewardModel)
     left_out: Counter[str] = Counter()
@@ -116,30 +117,33 @@ def run(
     seed: int = 0,
     report: Page = None,
 ) -> None:
-    """A run of RLHF over its steps: KL to the reference, score, and the win rate against the reference.
+    """Show an RLHF run over its steps: KL to the reference, score, and the win rate against the reference.
 
-    The last line is JSON: steps, kl, score and response_length of the last step, and win_rates by step where a
-    reference and a reward model are given.
+    The last line is JSON: steps, kl, score and response_length of the last step, and win_rates by step if a reference
+    and a reward model are given.
 
     Args:
-        folder: The output_dir of an RLHFTrainer, with metrics.jsonl and samples.jsonl.
-        reference: The model that it started from: it answers the prompts of samples.jsonl as well. Its folder, that of
-            a run, or a hub id.
-        reward_model: Says whose response is better; of the same kinds.
-        max_new_tokens: Of the reference's responses; by default the run's, 256 where it has no checkpoint.
-        temperature: At which it samples; by default the run's, 1 where it has no checkpoint.
-        eos_token: The id that ends a response; by default the run's.
-        template: The chat template of a run whose samples are texts alone: each prompt is then one message of a user.
+        folder: The output folder of `palm-rlhf rlhf` or of an RLHFTrainer, with metrics.jsonl and samples.jsonl.
+        reference: The model that the run started from; it responds to the prompts of samples.jsonl too. Its folder,
+            the folder of a run, or a hub id.
+        reward_model: The reward model that compares the responses: a folder or a hub id.
+        max_new_tokens: Longest response of the reference, in tokens; by default the run's setting, or 256 without a
+            checkpoint.
+        temperature: Sampling temperature of the reference; by default the run's setting, or 1 without a checkpoint.
+        eos_token: The token that ends a response; by default the run's setting.
+        template: The chat template of a run with text samples only: each prompt is then one message of a user.
         seed: Of the reference's responses.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     if (reference is None) != (reward_model is None):
-        raise ValueError("got one of --reference and --reward-model, expected both: one answers, the other judges")
+        raise ValueError("got one of --reference and --reward-model, expected both: one responds, the other scores")
     lines, samples = read_run(folder)
     wins = []
     if reference is not None and reward_model is not None:
         if not samples:
-            raise ValueError(f"{folder} has no samples.jsonl, expected one: train with sample_every and samples_kept")
+            raise ValueError(
+                f"got {folder} without samples.jsonl, expected one: train with --sample-every and --samples-kept"
+            )
         palm, tokenizer = open_palm(reference)
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token": eos_token}
         settings = {
@@ -148,7 +152,7 @@ def run(
         }
         options = {name: value for name, value in settings.items() if value is not None}
         options |= {"seed": seed, "template": None if template is None else PRESETS[template]}
-        # It reads the run's tokens: it needs neither a tokenizer of its own nor room for those of a chat template.
+        # The reward model reads the run's token ids, so it needs no tokenizer and no chat template.
         judge_model = RewardModel.from_pretrained(local_folder(reward_model), device=default_device()).eval()
         wins = wins_by_step(samples, *reference_scores(samples, palm, judge_model, tokenizer, **options))
     last = lines[-1]

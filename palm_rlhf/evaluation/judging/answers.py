@@ -1,4 +1,4 @@
-"""Questions and the answers of models, in the forms of Vicuna, MT-bench and AlpacaEval."""
+"""Questions and the answers of models, in the file formats of Vicuna, MT-bench and AlpacaEval."""
 
 import os
 from collections import Counter
@@ -17,7 +17,7 @@ Turns = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, in one turn or several; `references` are right answers that a judge may see."""
+    """A question with one or more turns; `references` are correct answers that a judge may see."""
 
     question_id: str
     turns: Turns
@@ -27,7 +27,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """A model's answers, one for each turn, by the ids of the questions."""
+    """A model's answers, one for each turn, by question id."""
 
     model: str
     turns: dict[str, Turns]
@@ -43,10 +43,10 @@ class Pair(NamedTuple):
 
 @beartype
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """The questions of a file; ValueError for another form, or an id that comes twice.
+    """Read the questions of a file. Raises ValueError for another format or a repeated id.
 
-    Vicuna's are {"question_id", "text", "category"}, MT-bench's {"question_id", "turns", "reference", "category"}, and
-    outputs of AlpacaEval are questions too: their "instruction" is its own id.
+    Vicuna's records are {"question_id", "text", "category"}, MT-bench's {"question_id", "turns", "reference",
+    "category"}. AlpacaEval's outputs are questions too, with the "instruction" as the id.
     """
     questions, ids = [], _Ids()
     for line, record in read_records(path):
@@ -54,7 +54,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
             turns, references = _turns(record, "turns", "text", "instruction"), _turns(record, "reference")
             question_id = ids.of(record)
             if not turns:
-                raise ValueError("nothing is asked")
+                raise ValueError("the question is empty")
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {line}: {error}; got the keys {sorted(record)[:8]}, expected a question: question_id "
@@ -69,10 +69,10 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
 @beartype
 def read_answers(path: str | os.PathLike[str], model: str | None = None) -> ModelAnswers:
-    """A model's answers; ValueError for another form, several models, or a question that is answered twice.
+    """Read a model's answers. Raises ValueError for another format, several models, or a question answered twice.
 
-    Vicuna's are {"question_id", "model_id", "text"}, MT-bench's {"question_id", "model_id", "choices": [{"turns"}]},
-    AlpacaEval's {"instruction", "output", "generator"}. `model` is what to call the model instead.
+    Vicuna's records are {"question_id", "model_id", "text"}, MT-bench's {"question_id", "model_id", "choices":
+    [{"turns"}]}, AlpacaEval's {"instruction", "output", "generator"}. `model` replaces the name in the file.
     """
     answers: list[tuple[str, Turns]] = []
     names, ids = [], _Ids()
@@ -82,7 +82,7 @@ def read_answers(path: str | os.PathLike[str], model: str | None = None) -> Mode
             name = _first(record, "model_id", "generator")
             names.append(os.fspath(path) if name is None else name_of(name, "model_id"))
             if not turns:
-                raise ValueError("nothing is answered")
+                raise ValueError("the answer is empty")
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {line}: {error}; got the keys {sorted(record)[:8]}, expected an answer: question_id, "
@@ -90,25 +90,25 @@ def read_answers(path: str | os.PathLike[str], model: str | None = None) -> Mode
             ) from error
         answers.append((question_id, tuple(turns)))
     if len(set(names)) != 1:
-        raise ValueError(f"{path} has answers of {sorted(set(names))}, expected those of one model: cut the file")
+        raise ValueError(f"{path}: got answers of {sorted(set(names))}, expected those of one model: split the file")
     _require_unique([question_id for question_id, _ in answers], path, "answers")
     return ModelAnswers(names[0] if model is None else model, dict(answers))
 
 
 @beartype
 def pair_answers(questions: Sequence[Question], first: ModelAnswers, second: ModelAnswers) -> list[Pair]:
-    """The questions with both models' answers; ValueError where one lacks an answer to a turn."""
+    """Pair the answers of two models by question. Raises ValueError if an answer to a turn is missing."""
     return [Pair(question, *(answer_to(question, answers) for answers in (first, second))) for question in questions]
 
 
 @beartype
 def answer_to(question: Question, answers: ModelAnswers) -> Turns:
-    """A model's answers to all turns of a question; ValueError where they are missing."""
+    """Return a model's answers to all turns of a question. Raises ValueError if one is missing."""
     turns = answers.turns.get(question.question_id, ())
     if len(turns) < len(question.turns):
         raise ValueError(
-            f"{answers.model} has {len(turns)} answers to question {question.question_id!r}, expected "
-            f"{len(question.turns)}: one for each turn"
+            f"got {len(turns)} answers of {answers.model} to question {question.question_id!r}, expected "
+            f"{len(question.turns)}, one for each turn: complete the file of the answers"
         )
     return turns[: len(question.turns)]
 
@@ -121,7 +121,7 @@ def _answer(record: Record) -> list[str]:
 
 
 def _turns(record: Record, *keys: str) -> list[str]:
-    """The texts under the first of the keys that a record has: of every turn, or of one in parts."""
+    """Return the texts of all turns under the first of the keys that a record has."""
     value = _first(record, *keys)
     if isinstance(value, list) and (value is record.get("turns") or all(isinstance(part, str) for part in value)):
         return texts_of_turns(value)
@@ -130,12 +130,12 @@ def _turns(record: Record, *keys: str) -> list[str]:
 
 
 def _first(record: Record, *keys: str) -> Any:
-    """What a record has under the first of the keys that it has."""
+    """Return the value of the first of the keys that a record has."""
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
 class _Ids:
-    """The ids of a file's records; an instruction that comes again has its number added, alike in all files."""
+    """The ids of a file's records. A repeated instruction gets a number, which is the same in all files."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
@@ -145,7 +145,7 @@ class _Ids:
             return name_of(record["question_id"], "question_id")
         instruction = record.get("instruction")
         if not isinstance(instruction, str):
-            raise ValueError("no question_id, and no instruction as a text")
+            raise ValueError("no question_id, and no instruction that is a string")
         self.seen[instruction] += 1
         return instruction if self.seen[instruction] == 1 else f"{instruction} ({self.seen[instruction]})"
 
@@ -154,4 +154,4 @@ def _require_unique(ids: Sequence[str], path: str | os.PathLike[str], what: str)
     twice = next((one for place, one in enumerate(ids) if one in ids[:place]), None) if len({*ids}) < len(ids) else None
     if not ids or twice is not None:
         got = f"{twice!r} twice" if ids else "nothing"
-        raise ValueError(f"{path} has {got} among its {what}, expected each question once, and at least one")
+        raise ValueError(f"{path}: got {got} among the {what}, expected each question once, and at least one")

@@ -1,4 +1,4 @@
-"""A file that answers are added to as they come and that survives a kill at any moment: lines of JSON, each synced."""
+"""A journal: a file of JSON lines that grows by one synced line at a time and survives a kill at any moment."""
 
 import fcntl
 import json
@@ -19,14 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Entries by their "key", the oldest first; each is on the disk when `add` returns, and none is ever changed.
+    """Entries by their "key", the oldest first. An entry is on disk when `add` returns, and never changes.
 
-    A last line that a kill tore is cut off, a damaged line elsewhere is passed over with a warning. One process at a
-    time may have the file open. To be used in `with`.
+    An incomplete last line is cut off, and a damaged line elsewhere is skipped with a warning. Only one process at a
+    time may open the file. Use it in a `with` statement.
 
-    Raises:
-        ValueError: the file holds something else than such entries.
-        BlockingIOError: another process has it open.
+    Raises ValueError if the file holds other content, and BlockingIOError if another process has it open.
     """
 
     @beartype
@@ -56,8 +54,8 @@ class Journal:
 
     @beartype
     def add(self, entry: Entry) -> None:
-        """Stores an entry under its key, for good; the first of several with one key is the one that counts."""
-        entry = {"key": entry["key"], **entry}  # first, so that even a torn line is known for one of ours
+        """Store an entry under its key. If the key is known, the older entry stays."""
+        entry = {"key": entry["key"], **entry}  # the key comes first, so that an incomplete line is recognised
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         with self._writing:
             self._file.write(line)
@@ -70,7 +68,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(
-                error.errno, "another process is writing to it: wait for that one, or name another file", str(self.path)
+                error.errno, "another process has the file open: wait for it, or name another file", str(self.path)
             ) from error
 
     def _read(self) -> None:
@@ -81,18 +79,18 @@ class Journal:
             entry = _parsed(line)
             if isinstance(entry, dict) and not isinstance(entry.get("key"), str):
                 raise ValueError(
-                    f"{self.path}, line {number}: got an object without a key, expected what was written here before: "
-                    "name a new file, or the one that an earlier run wrote"
+                    f"{self.path}, line {number}: got an object without a key, expected a journal: name a new file, or "
+                    "the journal of an earlier run"
                 )
             if entry is not None:
                 self.entries.setdefault(entry["key"], entry)
             elif line.strip():
-                log.warning("%s, line %d left out: it is damaged", self.path, number)
+                log.warning("%s, line %d is damaged and left out", self.path, number)
         if last:
             self._mend(last, len(content))
 
     def _mend(self, last: bytes, size: int) -> None:
-        """A last line without its end: an entry that was written but for that, or the torn beginning of one."""
+        """Repair a last line without a line break: complete a whole entry, cut off an incomplete one."""
         entry = _parsed(last)
         if entry is not None and isinstance(entry.get("key"), str):
             self._file.write(b"\n")
@@ -100,7 +98,7 @@ class Journal:
         elif not self.entries and not (last.startswith(START) or START.startswith(last)):
             raise ValueError(f"{self.path} holds {last[:40]!r}, expected lines of JSON with a key: name another file")
         else:
-            log.warning("%s: its last line was cut off, and is written again", self.path)
+            log.warning("%s: the last line is incomplete and removed", self.path)
             self._file.truncate(size - len(last))
         self._file.flush()
 

@@ -1,4 +1,4 @@
-"""What a judge is asked: two answers side by side or one alone, for the first turn or the second of a conversation."""
+"""The prompts for a judge: two answers to compare or one to rate, for any turn of a conversation."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -48,9 +48,13 @@ FOLLOW_UP = "The conversations have several turns. Judge only the answers to the
 
 @beartype
 def judge_messages(method: Method, question: Question, replies: Sequence[Turns], turn: int = 1) -> Messages:
-    """The messages for a judge: the answers to `question` up to `turn` (from 1), in the order in which to show them.
+    """Return the messages that ask a judge about the answers to `question` up to `turn`.
 
-    Two replies are compared; one is rated on its own. The judge is to be asked for `method`'s form of reply.
+    Args:
+        method: The form of the judgment.
+        question: The question.
+        replies: The answers in the order to show them: two to compare, or one to rate.
+        turn: The turn to judge, from 1.
     """
     names = ["the assistant"] if len(replies) == 1 else [f"Assistant {place}" for place in range(1, len(replies) + 1)]
     parts = []

@@ -1,4 +1,4 @@
-"""Who judges: a server that speaks the chat-completions protocol, a PaLM of one's own, or a RewardModel."""
+"""Judges: a server with the chat-completions protocol, a PaLM, or a RewardModel."""
 
 import email.utils
 import hashlib
@@ -36,7 +36,7 @@ TRANSIENT = {408, 409, 425, 429, *range(500, 600)}
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One judgment to be made: of the answers to a question's turn, in the order in which they are shown."""
+    """A request for one judgment of the answers to a turn, in the order in which the judge sees them."""
 
     question: Question
     turn: int
@@ -44,7 +44,7 @@ class JudgeRequest:
     replies: tuple[Turns, ...]
     method: Method
     swapped: bool = False
-    """Whether the model that comes first elsewhere is shown second."""
+    """Whether model 1 is shown second."""
     sample: int = 0
 
     @cached_property
@@ -52,13 +52,13 @@ class JudgeRequest:
         return judge_messages(self.method, self.question, self.replies, self.turn)
 
     def key(self, judge: "Judge") -> str:
-        """What tells this judgment from all others: all that decides it, and nothing else."""
+        """Return the identity of the judgment: a digest of everything that decides it, and of nothing else."""
         decisive = [judge.identity, self.method, self.messages, self.models, self.swapped, self.sample]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 class JudgeReply(NamedTuple):
-    """What a judge says: a text to parse, or scores of the answers as they were shown."""
+    """A judge's reply: a text to parse, or the scores of the answers in the order shown."""
 
     text: str | None = None
     scores: Sequence[float] | None = None
@@ -66,7 +66,7 @@ class JudgeReply(NamedTuple):
 
 
 class Judge:
-    """Answers requests. `identity` has all of it that decides the answers, `sees_order` whether their order may."""
+    """A judge. `identity` holds its settings that decide a judgment; `sees_order` tells whether the order can."""
 
     name: str
     identity: dict[str, Any]
@@ -74,15 +74,15 @@ class Judge:
     max_concurrency: int | None = None
 
     def __call__(self, request: JudgeRequest) -> JudgeReply:
-        """The judgment; an OSError where there is none to be had."""
+        """Return the judgment. Raises OSError if the judge cannot be reached."""
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Gives up waiting for what might still come."""
+        """Give up waiting for retries."""
 
 
 class _Transient(Exception):
-    """A failure that may pass, and the seconds that the server asks to wait."""
+    """A temporary failure, and the seconds that the server asks to wait."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -90,13 +90,20 @@ class _Transient(Exception):
 
 
 class ChatJudge(Judge):
-    """Any server with `/chat/completions` (OpenAI's protocol), asked again with growing delays when it fails.
+    """A server with `/chat/completions` (OpenAI's protocol). Failed requests are retried with growing delays.
 
-    url: of the API, such as `http://127.0.0.1:18888/v1`. api_key: sent to that URL only; redirects are not followed.
-    retries: after the first failure. backoff: seconds before the first of them, doubled for each that follows.
+    A call raises PermissionError if the server refuses the key, and ConnectionError if it refuses the request or the
+    last attempt fails.
 
-    Raises, when called: PermissionError for a key that is refused, ConnectionError where the last attempt failed too,
-    or the server refuses the request.
+    Args:
+        url: The address of the API, such as `http://127.0.0.1:18888/v1`.
+        model: The model's name on the server.
+        api_key: The key, sent to this address only; redirects are not followed.
+        temperature: Sampling temperature.
+        max_tokens: Longest judgment, in tokens; None leaves it to the server.
+        timeout: Seconds to wait for a reply.
+        retries: Attempts after the first failure.
+        backoff: Seconds before the first retry, doubled for each further one.
     """
 
     @beartype
@@ -114,8 +121,8 @@ class ChatJudge(Judge):
     ):
         if retries < 0 or backoff < 0 or timeout <= 0:
             raise ValueError(
-                f"got retries={retries}, backoff={backoff} and timeout={timeout}, expected at least 0 retries, seconds "
-                "of at least 0 before one, and seconds above 0 to wait for a reply"
+                f"got retries={retries}, backoff={backoff} and timeout={timeout}, expected retries and backoff of at "
+                "least 0, and a timeout above 0"
             )
         self.url, self.name = completions_url(url), model
         self.identity = {"model": model, "temperature": float(temperature), "max_tokens": max_tokens}
@@ -136,7 +143,7 @@ class ChatJudge(Judge):
         raise ConnectionError(f"the judge at {self.url} did not answer after {attempt + 1} attempts: {failure}")
 
     def stop(self) -> None:
-        """Asks no more: who waits for a retry gives up."""
+        """Stop retrying: calls that wait for a retry fail at once."""
         self._stopped.set()
 
     def _ask(self, request: JudgeRequest) -> JudgeReply:
@@ -162,21 +169,24 @@ class ChatJudge(Judge):
         if error.code in TRANSIENT:
             raise _Transient(reason, parse_retry_after(error.headers.get("Retry-After"))) from error
         if error.code in (401, 403):
-            raise PermissionError(f"the judge at {self.url} refuses the key, {reason}: name another by --api-key-env")
-        raise ConnectionError(f"the judge at {self.url} refuses the request, {reason}")
+            raise PermissionError(f"the judge at {self.url} refuses the key ({reason}): set another by --api-key-env")
+        raise ConnectionError(f"the judge at {self.url} refuses the request ({reason})")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """A key is for the server that was named, and for no other."""
+        """Follow no redirect: the key is for the named server only."""
 
 
 @beartype
 def completions_url(url: str) -> str:
-    """The address to post to, of a server, of its API, or in full; ValueError for what is no http address."""
+    """Return the address of chat completions for the address of a server, of its API, or of the endpoint itself.
+
+    Raises ValueError unless it is an http or https address.
+    """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"got the judge {url!r}, expected an address such as http://127.0.0.1:18888/v1")
+        raise ValueError(f"got the judge address {url!r}, expected one such as http://127.0.0.1:18888/v1")
     path = parts.path.rstrip("/") or "/v1"
     path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
@@ -184,7 +194,7 @@ def completions_url(url: str) -> str:
 
 @beartype
 def retry_delay(attempt: int, retry_after: float | None, backoff: float | int) -> float:
-    """The seconds to wait after attempt 0, 1, ...: what the server asks, or else doubling ones, less up to a half."""
+    """Return the seconds to wait after attempt 0, 1, ...: the server's wish, or exponential backoff with jitter."""
     if retry_after is not None:
         return min(max(retry_after, 0.0), MAX_DELAY)
     return min(backoff * 2.0**attempt, MAX_DELAY) * random.uniform(0.5, 1.0)
@@ -192,7 +202,7 @@ def retry_delay(attempt: int, retry_after: float | None, backoff: float | int) -
 
 @beartype
 def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
-    """The seconds that a Retry-After header asks for, as a number or a date; None where it says nothing."""
+    """Return the seconds that a Retry-After header (a number or a date) asks for; None without a valid one."""
     if value is None:
         return None
     try:
@@ -212,14 +222,21 @@ def _read_completion(content: bytes) -> JudgeReply:
         usage = completion.get("usage")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _Transient(f"no completion ({type(error).__name__}: {error}): {content[:200]!r}") from error
-    text = text.encode(errors="replace").decode()  # half of a surrogate pair could not be shown
+    text = text.encode(errors="replace").decode()  # a lone surrogate cannot be printed
     return JudgeReply(text, usage=usage if isinstance(usage, dict) else None)
 
 
 class LocalJudge(Judge):
-    """A PaLM as the judge. Its samples differ by their seeds, and are the same in every run.
+    """A PaLM as the judge. Its samples have different seeds, which are the same in every run.
 
-    version: tells its judgments from those of other weights under the same name.
+    Args:
+        palm: The model.
+        tokenizer: Its tokenizer.
+        template: Its chat template.
+        name: The name of the judge.
+        temperature: Sampling temperature.
+        max_tokens: Longest judgment, in tokens.
+        version: An identifier of the weights, which separates judgments of different weights under one name.
     """
 
     max_concurrency = 1
@@ -259,9 +276,14 @@ class LocalJudge(Judge):
 
 
 class RewardJudge(Judge):
-    """A RewardModel, which reads each conversation alone: there is no order, and a second sample is the first.
+    """A RewardModel as the judge. It scores each conversation alone, so order and sample make no difference.
 
-    version: tells its judgments from those of other weights under the same name.
+    Args:
+        reward_model: The model.
+        tokenizer: Its tokenizer.
+        template: Its chat template.
+        name: The name of the judge.
+        version: An identifier of the weights, which separates judgments of different weights under one name.
     """
 
     sees_order = False
@@ -285,7 +307,7 @@ class RewardJudge(Judge):
 
     @beartype
     def score(self, question: Question, reply: Turns, turn: int = 1) -> float:
-        """The score of a reply's last turn after all before it."""
+        """Return the score of the answer to a turn, after all turns before it."""
         messages = [{"role": "user", "content": question.turns[0]}]
         for asked, answered in zip(question.turns[1:turn], reply):
             messages += [{"role": "assistant", "content": answered}, {"role": "user", "content": asked}]

@@ -1,4 +1,4 @@
-"""Judging answers: which judgments to ask for, having them made and stored, and what they come to."""
+"""Judgments: the requests to a judge, their collection in a journal, and the comparisons and ratings they give."""
 
 import threading
 from collections import defaultdict
@@ -22,12 +22,13 @@ from palm_rlhf.evaluation.verdicts import Scores, parse_rating, parse_scores, pa
 def pairwise_requests(
     pairs: Sequence[Pair], models: tuple[str, str], method: Method, *, samples: int = 1, sees_order: bool = True
 ) -> list[JudgeRequest]:
-    """All judgments of two models: of every turn, in both orders, `samples` each; one order where it cannot matter.
+    """Return the requests to compare two models: each turn in both orders, `samples` times.
 
-    ValueError for several samples of a judge that sees no order, as they would be the same.
+    A judge that sees no order is asked in one order. Raises ValueError for several samples of such a judge, because
+    they would be the same.
     """
     if method == "rating":
-        raise ValueError("the method is 'rating', which is for answers alone; expected scores, evidence or verdict")
+        raise ValueError("got the method 'rating', which rates single answers; expected scores, evidence or verdict")
     _check_samples(samples, sees_order)
     return [
         JudgeRequest(
@@ -50,7 +51,7 @@ def pairwise_requests(
 def rating_requests(
     questions: Sequence[Question], answers: ModelAnswers, *, samples: int = 1, sees_order: bool = True
 ) -> list[JudgeRequest]:
-    """All single-answer ratings of a model: of every turn, `samples` each; ValueError as of `pairwise_requests`."""
+    """Return the requests to rate a model's answers: each turn `samples` times. Errors as in `pairwise_requests`."""
     _check_samples(samples, sees_order)
     return [
         JudgeRequest(question, turn, (answers.model,), (answer_to(question, answers),), "rating", sample=sample)
@@ -62,22 +63,21 @@ def rating_requests(
 
 def _check_samples(samples: int, sees_order: bool) -> None:
     if samples < 1 or (samples > 1 and not sees_order):
-        expected = "at least 1" if sees_order else "1: this judge says the same each time"
-        raise ValueError(f"samples is {samples}, expected {expected}")
+        expected = "at least 1" if sees_order else "1: this judge gives the same judgment each time"
+        raise ValueError(f"got samples {samples}, expected {expected}")
 
 
 @beartype
 def collect_judgments(
     requests: Sequence[JudgeRequest], judge: Judge, journal: Journal, *, concurrency: int = 1
 ) -> list[Entry]:
-    """An entry for each request, in their order: those that the journal has, and all others asked for and stored.
+    """Return the judgments in the order of the requests; ask the judge for those that the journal lacks.
 
-    Every judgment is on the disk before the next is asked for in its thread, so that a run that was killed goes on
-    where it was. When one cannot be had, no more are asked for, those on their way are awaited and stored, and its
-    OSError is raised.
+    A thread writes each judgment to disk before it asks for the next, so that a killed run continues where it stopped.
+    If a judgment fails, no more are requested, running requests are awaited and stored, and the OSError is raised.
     """
     if concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency}, expected at least 1")
+        raise ValueError(f"got concurrency {concurrency}, expected at least 1")
     keys = [request.key(judge) for request in requests]
     for key in journal.entries.keys() & set(keys):
         _check_entry(journal, key)
@@ -111,15 +111,15 @@ def collect_judgments(
 
 
 def _check_entry(journal: Journal, key: str) -> None:
-    """ValueError for a judgment of an earlier run that has been changed since."""
+    """Raise ValueError if a stored judgment is damaged."""
     entry = journal.entries[key]
     scores = entry.get("scores")
     count = 1 if entry.get("method") == "rating" else 2
     has_scores = scores is not None and finite_numbers(scores, count) is not None
     if not (has_scores or (scores is None and isinstance(entry.get("text"), str))) or "swapped" not in entry:
         raise ValueError(
-            f"{journal.path} has a damaged judgment under the key {key[:12]!r}, expected method, swapped, a text or "
-            f"{count} scores: delete that line, and it is asked for again"
+            f"{journal.path}: got a damaged judgment under the key {key[:12]!r}, expected method, swapped, and a text "
+            f"or {count} scores: delete the line, and the judgment is requested again"
         )
 
 
@@ -142,7 +142,7 @@ def _entry(key: str, request: JudgeRequest, judge: Judge) -> Entry:
 
 @beartype
 def scores_of(entry: Entry) -> Scores | None:
-    """The two scores of a pairwise judgment, that of model 1 first whatever the order was; None if not parsed."""
+    """Return the two scores of a pairwise judgment in the order of the models; None if it is not parsed."""
     scores: Scores | None
     if entry["scores"] is not None:
         first, second = entry["scores"]
@@ -156,7 +156,7 @@ def scores_of(entry: Entry) -> Scores | None:
 
 @beartype
 def compare(requests: Sequence[JudgeRequest], entries: Sequence[Entry]) -> tuple[list[Comparison], list[UnparsedText]]:
-    """What pairwise judgments come to for each turn of each question, and those that were not understood."""
+    """Return the comparison of each turn of each question, and the unparsed judgments."""
     groups: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     categories = {}
     for request, entry in zip(requests, entries, strict=True):
@@ -179,7 +179,7 @@ def compare(requests: Sequence[JudgeRequest], entries: Sequence[Entry]) -> tuple
 
 
 class SingleAnswerRatings(NamedTuple):
-    """Single-answer ratings of a model: the mean of each turn of each question, and what was not understood."""
+    """Single-answer ratings of a model: the mean for each turn of each question, and the unparsed judgments."""
 
     model: str
     means: dict[tuple[str, int], float]
@@ -187,7 +187,7 @@ class SingleAnswerRatings(NamedTuple):
     unparsed: list[UnparsedText]
 
     def by_turn(self) -> dict[int, list[float]]:
-        """The means under their turn."""
+        """Return the means of each turn."""
         turns: dict[int, list[float]] = defaultdict(list)
         for (_, turn), mean in self.means.items():
             turns[turn].append(mean)
@@ -196,7 +196,7 @@ class SingleAnswerRatings(NamedTuple):
 
 @beartype
 def rate(model: str, requests: Sequence[JudgeRequest], entries: Sequence[Entry]) -> SingleAnswerRatings:
-    """The ratings of a model; the mean over samples is over those that were parsed."""
+    """Return the ratings of a model, with means over the parsed samples."""
     numbers: dict[tuple[str, int], list[float]] = defaultdict(list)
     unparsed = []
     for request, entry in zip(requests, entries, strict=True):
@@ -214,7 +214,7 @@ def rate(model: str, requests: Sequence[JudgeRequest], entries: Sequence[Entry])
 def annotations_of(
     comparisons: Iterable[Comparison], pairs: Sequence[Pair], models: tuple[str, str], judge: str
 ) -> list[dict]:
-    """The comparisons in AlpacaEval's form, of first turns; the preference is 1, 1.5 or 2, and None if not parsed."""
+    """Return the comparisons of first turns as AlpacaEval's annotations, with a preference of 1, 1.5, 2 or None."""
     by_id = {pair.question.question_id: pair for pair in pairs}
     preferences = {"win": 1.0, "tie": 1.5, "loss": 2.0, None: None}
     return [

@@ -1,4 +1,4 @@
-"""Reviews in Vicuna's form: a judge's text about two answers to a question, and the scores that were stored of it."""
+"""Reviews in Vicuna's format: a judge's text about two answers to a question, and the stored scores."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from palm_rlhf.evaluation.verdicts import Scores, parse_scores, stored_scores
 
 
 class Review(NamedTuple):
-    """What a judge wrote of two answers, and the scores stored with it, None where they say that it was not parsed."""
+    """A judge's text about two answers, and its stored scores; None if they mark it as unparsed."""
 
     question_id: str
     text: str
@@ -27,7 +27,7 @@ class Review(NamedTuple):
 
 @beartype
 def read_reviews(path: str | os.PathLike[str]) -> list[Review]:
-    """The reviews of a file, each {"question_id", "text", "score": [first, second]}; ValueError for another form."""
+    """Read reviews: records of {"question_id", "text", "score": [first, second]}. Raises ValueError for others."""
     reviews = []
     for line, record in read_records(path):
         try:
@@ -42,7 +42,7 @@ def read_reviews(path: str | os.PathLike[str]) -> list[Review]:
             ) from error
         reviews.append(Review(question_id, text, stored_scores(record.get("score"))))
     if not reviews:
-        raise ValueError(f"{path} has no reviews, expected lines of question_id, text and score")
+        raise ValueError(f"{path}: got no reviews, expected lines of question_id, text and score")
     return reviews
 
 
@@ -50,7 +50,7 @@ def read_reviews(path: str | os.PathLike[str]) -> list[Review]:
 def compare_reviews(
     reviews: Sequence[Review], *, reparse: bool = False, categories: Mapping[str, str] | None = None
 ) -> tuple[list[Comparison], list[UnparsedText]]:
-    """Each review as a comparison, by its stored scores or by its text, and those that give no scores."""
+    """Return a comparison for each review, from its stored scores or its text, and the reviews without scores."""
     comparisons, unparsed = [], []
     for review in reviews:
         scores = review.reparsed if reparse else review.stored

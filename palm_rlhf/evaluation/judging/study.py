@@ -1,4 +1,4 @@
-"""A preference study: people see two answers without names and in random order, and say which they prefer."""
+"""A blind preference study: people see two answers in random order and say which one they prefer."""
 
 import hashlib
 import random
@@ -19,7 +19,7 @@ RULE = "─" * 72
 
 
 class Person:
-    """Someone at a terminal, or whatever stands at the other end of two streams of text: one to read, one to write."""
+    """A person at a terminal: a text stream to read answers from, and one to write to."""
 
     @beartype
     def __init__(self, answers: Any, screen: Any):
@@ -27,7 +27,7 @@ class Person:
 
     @beartype
     def prefers(self, question: Question, first: Turns, second: Turns, progress: str = "") -> str:
-        """Shows two answers, as A and B, and returns "first", "second", "tie", "skip" or "quit"."""
+        """Show two answers as A and B, and return "first", "second", "tie", "skip" or "quit"."""
         self._say(RULE, progress)
         for turn, asked in enumerate(question.turns):
             self._say("", f"QUESTION{f' (turn {turn + 1})' if len(question.turns) > 1 else ''}", asked)
@@ -38,7 +38,7 @@ class Person:
             self.screen.write(f"{HELP}: ")
             self.screen.flush()
             line = self.answers.readline()
-            if not line:  # they have left
+            if not line:  # end of the input
                 return "quit"
             choice = CHOICES.get(line.strip().lower())
             if choice is not None:
@@ -51,7 +51,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Vote:
-    """What one person said of one question: 1 for model 1, 0 for model 2, 0.5 for a tie; None is no opinion."""
+    """One person's vote on a question: 1 for model 1, 0 for model 2, 0.5 for a tie, None for no opinion."""
 
     question_id: str
     participant: str
@@ -68,10 +68,10 @@ def run_study(
     participant: str = "anonymous",
     seed: int = 0,
 ) -> bool:
-    """Asks a participant all that they have not answered yet, stores each answer at once, and tells whether all is.
+    """Ask a participant the unanswered questions, store each vote at once, and return whether all are answered.
 
-    The order of the questions, and of the answers of each, is random and other for each participant, but the same
-    when they go on; each model comes first in half of the questions. The screen names no model.
+    The order of questions and answers is random, differs between participants, and stays the same when a participant
+    continues later. Each model comes first in half of the questions. The screen names no model.
     """
     generator = random.Random(repr((seed, participant)))
     order = generator.sample(list(pairs), len(pairs))
@@ -102,14 +102,14 @@ def run_study(
 
 @beartype
 def vote_key(models: tuple[str, str], question: Question, first: Turns, second: Turns, participant: str) -> str:
-    """What tells a vote from all others: who said it, and of what."""
+    """Return the identity of a vote: a digest of the participant, the question and both answers."""
     decisive = repr((models, question.question_id, question.turns, first, second, participant))
     return hashlib.sha256(decisive.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @beartype
 def read_votes(journal: Journal, models: tuple[str, str]) -> list[Vote]:
-    """The votes of all participants on two models; ValueError where the file has none but of others."""
+    """Read the votes of all participants on two models. Raises ValueError if the file has votes on others only."""
     entries = [entry for entry in journal.entries.values() if "participant" in entry]
     for entry in entries:
         texts = [entry.get("question_id"), entry["participant"], *_models_of(entry)]
@@ -120,8 +120,8 @@ def read_votes(journal: Journal, models: tuple[str, str]) -> list[Vote]:
             or not (share is None or (isinstance(share, int | float) and 0 <= share <= 1))
         ):
             raise ValueError(
-                f"{journal.path} has a vote under the key {entry['key'][:12]!r} that is damaged, expected question_id, "
-                "participant, two models, and a share from 0 to 1: delete that line"
+                f"{journal.path}: got a damaged vote under the key {entry['key'][:12]!r}, expected question_id, "
+                "participant, two models, and a share from 0 to 1: delete the line"
             )
     votes = [
         Vote(entry["question_id"], entry["participant"], entry.get("share"))
@@ -130,7 +130,7 @@ def read_votes(journal: Journal, models: tuple[str, str]) -> list[Vote]:
     ]
     if entries and not votes:
         others = sorted({tuple(entry["models"]) for entry in entries})
-        raise ValueError(f"{journal.path} has votes on {others}, expected on {models}: name another file")
+        raise ValueError(f"{journal.path}: got votes on {others}, expected votes on {models}: name another file")
     return votes
 
 
@@ -140,7 +140,7 @@ def _models_of(entry: Entry) -> list[Any]:
 
 @dataclass(frozen=True)
 class Shares:
-    """How many people preferred each model; a tie counts a half for both."""
+    """The votes for each model; a tie counts a half for both."""
 
     votes: int
     wins_1: int
@@ -158,7 +158,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """The shares of each question and of all votes, with intervals of the share of model 1."""
+    """The shares of each question and of all votes, with confidence intervals of model 1's share."""
 
     overall: Shares
     questions: dict[str, Shares]
@@ -170,7 +170,7 @@ class StudyResult:
     """Exact (Clopper-Pearson), of model 1 among the votes for one of the two."""
 
     def numbers(self, models: tuple[str, str]) -> dict[str, Any]:
-        """The figures of all votes, as JSON has them."""
+        """Return the figures of all votes as JSON values."""
         return {
             "model_1": models[0],
             "model_2": models[1],
@@ -190,7 +190,7 @@ class StudyResult:
 
 @beartype
 def count_votes(votes: Sequence[Vote]) -> StudyResult:
-    """What a study came to; votes without an opinion are counted as skipped, and nowhere else."""
+    """Count the votes of a study. Votes without an opinion count as skipped only."""
     cast = [(vote.question_id, vote.share) for vote in votes if vote.share is not None]
     by_question: dict[str, list[float]] = defaultdict(list)
     for question_id, share in cast:

@@ -1,4 +1,4 @@
-"""What a model's answers are like: how long, how varied, in which languages."""
+"""Statistics of a model's answers: length and variety, by language."""
 
 import os
 import re
@@ -22,12 +22,12 @@ QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 @beartype
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """The share of different ones among all n-grams of words of the texts (Li et al. 2016); None if there are none.
+    """Return the share of distinct n-grams among all n-grams of words (Li et al. 2016); None without n-grams.
 
-    It falls as texts grow longer, so that only sets of like size compare.
+    It falls as texts grow longer, so only sets of similar size compare.
     """
     if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1")
+        raise ValueError(f"got n {n}, expected at least 1")
     total, different = 0, set()
     for text in texts:
         words = WORD.findall(text.lower())
@@ -39,17 +39,17 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
 @dataclass(frozen=True)
 class TextStatistics:
-    """Of a set of texts; lengths are in characters and in words."""
+    """Statistics of a set of texts; lengths are in characters and in words."""
 
     count: int
     empty: int
     characters: dict[str, float]
     words: dict[str, float]
     distinct: dict[str, float | None]
-    """The share of different n-grams, by n from 1 to 4."""
+    """The share of distinct n-grams, for n from 1 to 4."""
 
     def numbers(self) -> dict[str, Any]:
-        """All of it, flat."""
+        """Return all figures in one flat dict."""
         characters = {f"characters_{name}": value for name, value in self.characters.items()}
         words = {f"words_{name}": value for name, value in self.words.items()}
         return {"count": self.count, "empty": self.empty} | characters | words | self.distinct
@@ -57,7 +57,7 @@ class TextStatistics:
 
 @beartype
 def text_statistics(texts: Sequence[str]) -> TextStatistics:
-    """Lengths and variety; ValueError without any text."""
+    """Compute lengths and variety. Raises ValueError without texts."""
     if not texts:
         raise ValueError("got no texts, expected at least one")
     return TextStatistics(
@@ -71,7 +71,7 @@ def text_statistics(texts: Sequence[str]) -> TextStatistics:
 
 @beartype
 def statistics_by_language(documents: Sequence[Document]) -> dict[str, TextStatistics]:
-    """The statistics of all texts under "all", and of each language where there are several."""
+    """Compute the statistics of all texts (under "all"), and of each language if there are several."""
     groups: dict[str, list[str]] = defaultdict(list)
     for document in documents:
         groups[document.language or "unknown"].append(document.text)
@@ -81,10 +81,11 @@ def statistics_by_language(documents: Sequence[Document]) -> dict[str, TextStati
 
 @beartype
 def read_output_texts(path: str | os.PathLike[str]) -> list[Document]:
-    """The answers in a file, with their "lang": "output", "completion", "text", "response", or of MT-bench's choices.
+    """Read the answers in a file, with their "lang".
 
-    A conversation ("messages") gives what its assistant says; messages that only call tools say nothing. Content in
-    parts is joined. ValueError, with the line, for records that have none of these.
+    An answer is the "output", "completion", "text" or "response" of a record, MT-bench's "choices", or the assistant's
+    messages of a conversation ("messages"); messages with tool calls only have none. Parts of a content are joined.
+    Raises ValueError, with the line, for a record without any of these.
     """
     documents = []
     for line, record in read_records(path):
@@ -96,7 +97,7 @@ def read_output_texts(path: str | os.PathLike[str]) -> list[Document]:
             raise ValueError(f"{path}, line {line}: {error}") from error
         documents += [Document(text, language) for text in texts]
     if not documents:
-        raise ValueError(f"{path} has no answers, expected at least one")
+        raise ValueError(f"{path}: got no answers, expected at least one")
     return documents
 
 
@@ -107,15 +108,15 @@ def _answers_in(record: Record) -> list[str]:
         messages = record["messages"]
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("got messages that are no objects, expected role and content")
-        said = (text_of(message) for message in messages if message.get("role") == "assistant")
-        texts = [text for text in said if text is not None]
+        replies = (text_of(message) for message in messages if message.get("role") == "assistant")
+        texts = [text for text in replies if text is not None]
     else:
         fields = (text_of(record[key]) for key in TEXT_KEYS if record.get(key) is not None)
         texts = [text for text in fields if text is not None][:1]
     if not texts:
         raise ValueError(
             f"got no text under the keys {sorted(record)[:8]}, expected an answer as {', '.join(TEXT_KEYS)}, choices "
-            "or messages of an assistant"
+            "or assistant messages"
         )
     return texts
 

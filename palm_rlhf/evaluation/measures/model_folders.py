@@ -1,4 +1,4 @@
-"""Models in folders, opened for evaluation with the tokenizer and the chat template beside them."""
+"""Models for evaluation, opened from their folders with tokenizer and chat template."""
 
 import hashlib
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class OpenedModel(NamedTuple):
-    """A PaLM or a RewardModel, and what makes tokens of conversations for it."""
+    """A PaLM or a RewardModel with its tokenizer and chat template."""
 
     model: PaLM | RewardModel
     tokenizer: Tokenizer
@@ -28,38 +28,38 @@ class OpenedModel(NamedTuple):
 
 
 def default_device() -> str:
-    """The GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @beartype
 def name_of(model: str | Path) -> str:
-    """What to call the model in a folder, or of a hub id."""
+    """Return the name of a model: the last part of its folder or hub id."""
     return Path(model).resolve().name
 
 
 @beartype
 def is_reward_model(folder: Path) -> bool:
-    """Whether a folder is of `RewardModel.save_pretrained`."""
+    """Return whether a folder was written by `RewardModel.save_pretrained`."""
     return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
 
 
 @beartype
 def open_tokenizer(folder: Path, num_tokens: int) -> Tokenizer:
-    """The folder's tokenizer, or bytes where it has none and the model room for them; ValueError where not."""
+    """Open the folder's tokenizer, or bytes if there is none. Raises ValueError if the model has too few tokens."""
     if (folder / TOKENIZER_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         return load_tokenizer(folder)
     if num_tokens < NUM_BYTES:
         raise ValueError(
-            f"{folder} has no {TOKENIZER_FILE}, and its {num_tokens} tokens are too few for bytes: save the tokenizer "
-            "that the model was trained with to the folder, tokenizer.save_pretrained(folder)"
+            f"got {folder} without {TOKENIZER_FILE} and a model of {num_tokens} tokens, too few for bytes; expected a "
+            "tokenizer: save the one of the training there, tokenizer.save_pretrained(folder)"
         )
     return ByteTokenizer()
 
 
 @beartype
 def open_palm(model: str | Path) -> tuple[PaLM, Tokenizer]:
-    """A PaLM in evaluation mode with its tokenizer; `model` is its folder, that of a run, or a hub id."""
+    """Open a PaLM in evaluation mode with its tokenizer, from its folder, the folder of a run, or a hub id."""
     folder = local_folder(model)
     palm = PaLM.from_pretrained(folder, device=default_device()).eval()
     return palm, open_tokenizer(folder, palm.num_tokens)
@@ -67,10 +67,13 @@ def open_palm(model: str | Path) -> tuple[PaLM, Tokenizer]:
 
 @beartype
 def open_chat_model(model: str | Path, template: str | None = None) -> OpenedModel:
-    """A PaLM or RewardModel that reads conversations; `template` names a preset where the folder has none.
+    """Open a PaLM or RewardModel that reads conversations.
 
-    `model` is its folder, that of a run, or a hub id. ValueError where it has no room for the special tokens of the
-    template.
+    Raises ValueError if the model has no embeddings for the special tokens of the template.
+
+    Args:
+        model: Its folder, the folder of a run, or a hub id.
+        template: The name of a preset; by default the folder's template, or the default preset.
     """
     folder = local_folder(model)
     opened: PaLM | RewardModel
@@ -87,17 +90,17 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
         chosen = load_template(folder)
     else:
         chosen = PRESETS["default"]
-        log.warning("%s has no chat template: the default one is taken", folder)
+        log.warning("%s has no chat template, the default one is used", folder)
     if tokenizer.num_tokens > num_tokens:
         raise ValueError(
-            f"the model in {folder} has {num_tokens} tokens, and its tokenizer {tokenizer.num_tokens} with the special "
-            "ones of chat templates: fine-tune it on conversations first, with both saved beside it"
+            f"got a model of {num_tokens} tokens in {folder}, expected {tokenizer.num_tokens} as in its tokenizer with "
+            "the special tokens of chat templates: fine-tune the model on conversations first (palm-rlhf sft)"
         )
     return OpenedModel(opened, tokenizer, chosen)
 
 
 @beartype
 def version_of(folder: Path, template: str | None = None) -> str:
-    """A digest that changes with the files of a folder, by their sizes and times, and with the template's name."""
+    """Return a digest of the sizes and times of a folder's files and of the template's name."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
     return hashlib.sha256(repr((str(folder.resolve()), files, template)).encode()).hexdigest()

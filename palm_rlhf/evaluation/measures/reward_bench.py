@@ -1,4 +1,4 @@
-"""How often a reward model prefers the chosen reply, on files of RewardBench's shape (Lambert et al. 2024)."""
+"""Accuracy of a reward model: how often it prefers the chosen reply, as in RewardBench (Lambert et al. 2024)."""
 
 import math
 import os
@@ -40,12 +40,12 @@ SECTIONS = {
     "Reasoning": ("math-prm", *HUMAN_EVAL),
 }
 SECTION_OF = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
-# Mathematics counts as much as all of code together: 447 pairs as the 984 of the six languages.
+# Mathematics (447 pairs) counts as much as all six programming languages together (984 pairs).
 EQUAL_PARTS = {"Reasoning": (("math-prm",), HUMAN_EVAL)}
 
 
 class Trio(NamedTuple):
-    """A prompt with the reply that people chose and the one that they rejected."""
+    """A prompt with its chosen and its rejected reply."""
 
     prompt: list[dict[str, str]]
     chosen: str
@@ -55,30 +55,30 @@ class Trio(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardBenchResult:
-    """Accuracies; equal scores count a half."""
+    """Accuracies of a reward model; equal scores count a half."""
 
     subsets: dict[str, tuple[float, int]]
     """The accuracy and number of pairs of each subset."""
     sections: dict[str, float]
-    """Subsets of RewardBench by section, weighted as it weights them; any other subset is a section of its own."""
+    """Accuracy of each section, weighted as in RewardBench; a subset that it lacks is its own section."""
     score: float
     """The mean over the sections."""
     accuracy: float
-    """Of all pairs alike."""
+    """Accuracy over all pairs."""
     interval: tuple[float, float]
-    """Of that accuracy (Wilson)."""
+    """Wilson interval of `accuracy`."""
     num_pairs: int
 
     def numbers(self) -> dict[str, Any]:
-        """All of them, as JSON has them."""
+        """Return all figures as JSON values."""
         return {**vars(self), "interval": list(self.interval), "subsets": {k: list(v) for k, v in self.subsets.items()}}
 
 
 @beartype
 def read_trios(path: str | os.PathLike[str], rejected: Counter[str] | None = None) -> list[Trio]:
-    """The prompts with chosen and rejected replies of a file, in any form of preferences, with their `subset`.
+    """Read prompts with a chosen and a rejected reply, in any format of preferences, with their `subset`.
 
-    What is no pair is counted in `rejected` by its reason; ValueError where nothing is left.
+    Records that are no pair are counted in `rejected` by reason. Raises ValueError if no pair is left.
     """
     rejected = Counter() if rejected is None else rejected
     trios = []
@@ -91,7 +91,9 @@ def read_trios(path: str | os.PathLike[str], rejected: Counter[str] | None = Non
         best, *_, worst = ranking["responses"]
         trios.append(Trio(ranking["prompt"], best, worst, _subset(record)))
     if not trios:
-        raise ValueError(f"{path} has no pair (left out: {dict(rejected)}), expected prompt, chosen, rejected, subset")
+        raise ValueError(
+            f"{path}: got no pair (left out: {dict(rejected)}), expected records of prompt, chosen, rejected and subset"
+        )
     return trios
 
 
@@ -104,9 +106,9 @@ def score_trios(
     *,
     batch_size: int = 16,
 ) -> RewardBenchResult:
-    """Scores both replies of each pair and compares them."""
+    """Score both replies of each pair and compare them."""
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        raise ValueError(f"got batch_size {batch_size}, expected at least 1")
     differences = []
     for first in range(0, len(trios), batch_size):
         batch = trios[first : first + batch_size]
@@ -123,7 +125,7 @@ def score_trios(
 
 @beartype
 def accuracies(subsets: Sequence[str], correct: Sequence[float]) -> RewardBenchResult:
-    """The accuracies by subset and section of pairs that are right (1), wrong (0) or tied (0.5)."""
+    """Compute the accuracies by subset and section; `correct` is 1 for a right, 0 for a wrong, 0.5 for a tied pair."""
     groups: dict[str, list[float]] = defaultdict(list)
     for subset, value in zip(subsets, correct, strict=True):
         groups[subset].append(value)
@@ -144,7 +146,7 @@ def accuracies(subsets: Sequence[str], correct: Sequence[float]) -> RewardBenchR
 
 
 def _section_score(section: str, parts: Mapping[str, tuple[float, int]]) -> float:
-    """The mean over the pairs, but over the parts of a section that count equally where it has such."""
+    """Return the mean over the pairs; in a section with equal parts, the mean over the means of its parts."""
     equal = EQUAL_PARTS.get(section, (tuple(parts),))
     means = []
     for names in equal:

@@ -1,4 +1,4 @@
-"""A run of reinforcement learning over its steps: KL to the reference, score, and how often it beats the reference."""
+"""An RLHF run over its steps: KL to the reference, score, and the win rate against the reference."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Part = str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the policy said at a step: token ids, or texts where the run has kept nothing else."""
+    """A prompt and its response at a step: token ids, or texts if the run kept no ids."""
 
     step: int
     prompt: Part
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The policy of a step against the reference, on the prompts that were kept of it."""
+    """The policy of a step against the reference, on the kept prompts of the step."""
 
     step: int
     wins: int
@@ -45,33 +45,38 @@ class StepResult:
 
     @property
     def win_rate(self) -> float:
-        """A tie counts a half."""
+        """The share of wins; a tie counts a half."""
         return (self.wins + self.ties / 2) / (self.wins + self.losses + self.ties)
 
     @property
     def interval(self) -> Interval:
-        """Exact, of wins among all, with ties as half wins rounded down and up at its ends."""
+        """The exact interval of the win rate, with half of the ties rounded down at its lower end, up at its upper."""
         total = self.wins + self.losses + self.ties
         low, _ = exact_interval(self.wins + self.ties // 2, total)
         _, high = exact_interval(self.wins + math.ceil(self.ties / 2), total)
         return low, high
 
     def numbers(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Return all figures as JSON values."""
         return {**vars(self), "win_rate": self.win_rate, "interval": list(self.interval)}
 
 
 @beartype
 def read_run(folder: Path) -> tuple[list[Metrics], list[Sample]]:
-    """The metrics and the samples that a run of `RLHFTrainer` has written; a last line that was cut off is not read.
+    """Read the metrics and samples of an `RLHFTrainer`; an incomplete last line is ignored.
 
-    FileNotFoundError where there are no metrics, ValueError where they are of another kind of training.
+    Raises FileNotFoundError without metrics, and ValueError for the metrics of another trainer.
     """
     lines = read_metrics(folder / METRICS_FILE)
     if not lines:
-        raise FileNotFoundError(f"{folder / METRICS_FILE} has no metrics: expected the output_dir of an RLHFTrainer")
+        raise FileNotFoundError(
+            f"got no metrics in {folder / METRICS_FILE}, expected those of an RLHFTrainer: name its output folder"
+        )
     if not any({"kl", "kl_coef"} & line.keys() for line in lines):
-        raise ValueError(f"{folder / METRICS_FILE} has no KL and no kl_coef, expected the metrics of an RLHFTrainer")
+        raise ValueError(
+            f"got metrics without kl and kl_coef in {folder / METRICS_FILE}, expected those of an RLHFTrainer: name "
+            "its output folder"
+        )
     path = folder / SAMPLES_FILE
     return lines, [_sample(line, f"{path}, line {place}") for place, line in enumerate(read_metrics(path), start=1)]
 
@@ -90,7 +95,7 @@ def _sample(line: Mapping[str, Any], place: str) -> Sample:
 
 @beartype
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The fields of the PPOConfig that a run had at its newest checkpoint; nothing where it has none."""
+    """Return the fields of the PPOConfig in the newest checkpoint of a run; empty without a checkpoint."""
     checkpoints = complete_checkpoints(folder / "checkpoints")
     return read_state(checkpoints[-1])["config"] if checkpoints else {}
 
@@ -109,20 +114,29 @@ def reference_scores(
     batch_size: int = 16,
     seed: int = 0,
 ) -> tuple[list[float], list[float]]:
-    """The reward model's scores of what the policy said, and of what the reference says to the same prompts.
+    """Score the policy's responses and the reference's responses to the same prompts.
 
-    Texts become tokens by `tokenizer`, with the end of a response put back where `eos_token` is given. With a
-    `template`, texts of prompts are what a user said, and `eos_token` is the end of the assistant's turn.
+    Text samples are encoded by `tokenizer`, with `eos_token` (if given) at the end of each response. Raises ValueError
+    for a prompt or response without tokens, such as an empty text response without `eos_token`.
 
-    Raises:
-        ValueError: a part has no token, as a response that ended at once where no `eos_token` is given.
+    Args:
+        samples: The prompts and responses of the policy.
+        reference: The model that the policy is compared with.
+        reward_model: The model that scores both.
+        tokenizer: The tokenizer of the reference.
+        max_new_tokens: Longest response of the reference.
+        temperature: Sampling temperature of the reference.
+        eos_token: The token that ends a response; with a template by default the end of the assistant's turn.
+        template: The chat template for text prompts, each of which becomes one message of a user.
+        batch_size: Responses in one forward.
+        seed: Of the reference's responses.
     """
     if template is not None and eos_token is None:
         eos_token = end_of_turn(tokenizer, template)
 
     def tensor(tokens: list[int]) -> Tensor:
         if not tokens:
-            raise ValueError("a sample has an empty part, expected at least one token: give the eos_token")
+            raise ValueError("got a sample without tokens, expected at least one in prompt and response: set eos_token")
         return torch.tensor(tokens, device=reference.device)
 
     def prompt_of(sample: Sample) -> Tensor:
@@ -137,7 +151,7 @@ def reference_scores(
             return tensor(list(sample.completion))
         return tensor(tokenizer.encode(sample.completion) + ([] if eos_token is None else [eos_token]))
 
-    prompts, said = [prompt_of(sample) for sample in samples], [response_of(sample) for sample in samples]
+    prompts, responses = [prompt_of(sample) for sample in samples], [response_of(sample) for sample in samples]
     generator = torch.Generator(reference.device).manual_seed(seed)
     sampling = ResponseSampling(
         max_new_tokens=max_new_tokens,
@@ -148,14 +162,14 @@ def reference_scores(
     rollout = collect(reference, prompts, sampling, batch_size=batch_size, generator=generator)
     ours, theirs = (
         reward_model.score(sequences, batch_size=batch_size).double().tolist()
-        for sequences in (join(prompts, said), rollout.sequences)
+        for sequences in (join(prompts, responses), rollout.sequences)
     )
     return ours, theirs
 
 
 @beartype
 def wins_by_step(samples: Sequence[Sample], ours: Sequence[float], reference: Sequence[float]) -> list[StepResult]:
-    """How often the policy's responses score above the reference's, step by step."""
+    """Count for each step how often the policy's response scores above the reference's."""
     steps: dict[int, list[int]] = {}
     for sample, own, other in zip(samples, ours, reference, strict=True):
         counts = steps.setdefault(sample.step, [0, 0, 0])

@@ -1,4 +1,4 @@
-"""How well a model predicts text: bits per byte, which no tokenizer can flatter, and perplexity per token."""
+"""How well a model predicts text: bits per byte, which do not depend on the tokenizer, and perplexity per token."""
 
 import math
 import os
@@ -24,7 +24,7 @@ ALL = "all"
 
 
 class Document(NamedTuple):
-    """A text, and the language that the file names for it."""
+    """A text, and its language if the file names one."""
 
     text: str
     language: str | None = None
@@ -32,12 +32,12 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model spends on texts."""
+    """The cost of texts under a model."""
 
     nats: float
     num_tokens: int
     num_bytes: int
-    """Of the texts in UTF-8."""
+    """Bytes of the texts in UTF-8."""
     num_documents: int
 
     @property
@@ -46,11 +46,11 @@ class Prediction:
 
     @property
     def perplexity(self) -> float:
-        """Per token: of models with the same tokenizer only can it be compared."""
-        return math.exp(min(self.nats / self.num_tokens, 700.0))  # beyond, a float has no room
+        """Perplexity per token; comparable only between models with the same tokenizer."""
+        return math.exp(min(self.nats / self.num_tokens, 700.0))  # a float overflows above e^709
 
     def numbers(self) -> dict[str, Any]:
-        """All that goes into a report."""
+        """Return all figures of a report."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "perplexity": self.perplexity,
@@ -65,9 +65,9 @@ class Prediction:
 def read_documents(
     path: str | os.PathLike[str], *, text_key: str = "text", language_key: str = "lang"
 ) -> list[Document]:
-    """The texts of a file that have something in them: a record's each where its name says JSON, CSV or parquet.
+    """Read the non-empty texts of a file: one for each record of JSON, CSV or parquet, else the whole UTF-8 file.
 
-    Every other file is one text in UTF-8. ValueError for a record without a text, or a file without any.
+    Raises ValueError for a record without text, or a file without texts.
     """
     documents = []
     if os.fspath(path).endswith(RECORDS):
@@ -82,7 +82,7 @@ def read_documents(
         documents.append(Document(read_text(Path(path))))
     documents = [document for document in documents if document.text]
     if not documents:
-        raise ValueError(f"{path} holds no text, expected at least one character")
+        raise ValueError(f"{path}: got no text, expected at least one character")
     return documents
 
 
@@ -96,11 +96,19 @@ def measure_text(
     context: int | None = None,
     batch_size: int = 4,
 ) -> dict[str, Prediction]:
-    """What the model spends on texts of each language, and under "all" on all of them.
+    """Measure the cost of all texts (under "all"), and of each language if there are several.
 
-    Every token is predicted once, from at least `context` tokens before it (half of `seq_len` if None) or all that
-    there are; a text's first token, which has nothing before it, costs as much as by a uniform guess. The nats are
-    those of a code from which the texts could be decoded, so bits per byte compare models of any tokenizers.
+    Each token is predicted once, from at least `context` preceding tokens, or from all of them near the start of a
+    text. The first token of a text costs as much as a uniform guess. A decoder could recover the texts from a code of
+    this length, so bits per byte compare models with any tokenizers.
+
+    Args:
+        palm: The model.
+        tokenizer: Its tokenizer.
+        documents: The texts.
+        seq_len: Length of a window, in tokens.
+        context: Least number of tokens before a predicted token; half of `seq_len` by default.
+        batch_size: Windows in one forward.
     """
     context = seq_len // 2 if context is None else context
     if not 1 <= context <= seq_len or batch_size < 1:
@@ -122,7 +130,7 @@ def measure_text(
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    if isinstance(tokenizer, ByteTokenizer):  # a list would take eight times the room
+    if isinstance(tokenizer, ByteTokenizer):  # a list would take eight times the memory
         return np.frombuffer(text.encode(), dtype=np.uint8)
     return np.array(tokenizer.encode(text), dtype=np.int64)
 

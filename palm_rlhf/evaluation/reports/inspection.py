@@ -1,4 +1,4 @@
-"""A run of reinforcement learning under the microscope: its tokens with the numbers of the update, as one HTML page."""
+"""The page of `palm-rlhf inspect`: the tokens of an RLHF run with their advantages, ratios, KL and values."""
 
 import base64
 import hashlib
@@ -17,23 +17,23 @@ from palm_rlhf.training.run.checkpoints import METRICS_FILE
 from palm_rlhf.training.run.log import read_metrics
 
 PAGE = Path(__file__).with_name("page")
-LISTS = ("tokens", "logprob", "new_logprob", "advantage", "ratio", "clipped", "in_loss")  # that every line has
-SOMETIMES = ("pieces", "ref_logprob", "value", "return")
+LISTS = ("tokens", "logprob", "new_logprob", "advantage", "ratio", "clipped", "in_loss")
+OPTIONAL_LISTS = ("pieces", "ref_logprob", "value", "return")
 
 
 @beartype
 def read_inspected(folder: Path) -> dict[str, Any]:
-    """The metrics of a run and the tokens that it kept, as the page needs them.
+    """Read the metrics of a run and its kept tokens for the page.
 
-    FileNotFoundError where the run has kept no tokens, ValueError where a line of them lacks what the page shows.
+    Raises FileNotFoundError if the run kept no tokens, and ValueError if a line lacks a field of the page.
     """
     metrics, path = read_metrics(folder / METRICS_FILE), folder / TOKENS_FILE
     rows = read_metrics(path)
     if not metrics or not rows:
         missing = path if metrics else folder / METRICS_FILE
         raise FileNotFoundError(
-            f"{missing} is missing or empty; expected the output_dir of an RLHFTrainer that came to a multiple of "
-            "sample_every steps: train with a smaller sample_every"
+            f"{missing} is missing or empty; expected the output folder of an RLHFTrainer after sample_every steps: "
+            "train longer, or with a smaller sample_every"
         )
     for place, row in enumerate(rows, start=1):
         _check(row, f"{path}, line {place}")
@@ -43,17 +43,15 @@ def read_inspected(folder: Path) -> dict[str, Any]:
 def _check(row: dict[str, Any], place: str) -> None:
     if not isinstance(row.get("step"), int) or not isinstance(row.get("prompt"), str | list) or "score" not in row:
         raise ValueError(f"{place}: got the keys {sorted(row)[:8]}, expected step, score, prompt and {list(LISTS)}")
-    lists = {name: row.get(name) for name in LISTS} | {name: row[name] for name in SOMETIMES if name in row}
+    lists = {name: row.get(name) for name in LISTS} | {name: row[name] for name in OPTIONAL_LISTS if name in row}
     lengths = {name: len(entries) if isinstance(entries, list) else None for name, entries in lists.items()}
     if None in lengths.values() or len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"{place}: got lists of the lengths {lengths}, expected one entry for each token in all of them"
-        )
+        raise ValueError(f"{place}: got lists of the lengths {lengths}, expected one entry for each token in each list")
 
 
 @beartype
 def inspection_page(folder: Path) -> str:
-    """The page, which needs nothing but itself: no other file, no network."""
+    """Return the page as HTML that needs no other file and no network."""
     script = (PAGE / "inspect.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     numbers = json.loads(json.dumps(read_inspected(folder)), parse_constant=lambda _: None)  # JSON has no NaN
@@ -69,7 +67,7 @@ def inspection_page(folder: Path) -> str:
 
 @beartype
 def write_inspection(folder: Path, output: Path | None = None) -> Path:
-    """Writes the page, into the run's folder by default, whole or not at all; returns its path."""
+    """Write the page atomically, by default into the run's folder, and return its path."""
     path = folder / "inspect.html" if output is None else output
     write_text(path, inspection_page(folder))
     return path

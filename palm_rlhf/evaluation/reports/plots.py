@@ -1,4 +1,4 @@
-"""Pictures for a page without a network: lines with their intervals, and bars, as SVG that is part of the HTML."""
+"""Plots as SVG inside the HTML page: lines with intervals, and bars."""
 
 import html
 import math
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """Points from left to right; `band` has the low and high end at each."""
+    """Points from left to right; `band` has the lower and upper end of the interval at each point."""
 
     name: str
     points: tuple[Point, ...]
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LinePlot:
-    """Lines over one axis."""
+    """A plot of lines over a common x axis."""
 
     title: str
     x_label: str
@@ -36,7 +36,7 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class BarPlot:
-    """A bar for each name, with its interval where there is one."""
+    """A plot with a bar for each name, with optional intervals."""
 
     title: str
     y_label: str
@@ -51,7 +51,7 @@ Plot = LinePlot | BarPlot
 
 @beartype
 def draw(plot: Plot) -> str:
-    """The picture as an SVG element, with the title as its name for those who do not see it."""
+    """Return the plot as an SVG element, with the title as its label for screen readers."""
     body = _draw_lines(plot) if isinstance(plot, LinePlot) else _draw_bars(plot)
     label = html.escape(plot.title)
     return f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(body)}</svg>'
@@ -59,7 +59,7 @@ def draw(plot: Plot) -> str:
 
 @beartype
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about `count` steps apart."""
+    """Return round numbers that cover `low` to `high` in about `count` steps."""
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError(f"got the range {low} to {high}, expected finite numbers")
     if high <= low:
@@ -73,7 +73,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class _Scale:
-    """From numbers to places on the page."""
+    """A linear map from numbers to positions in the picture."""
 
     def __init__(self, low: float, high: float, start: float, stop: float) -> None:
         self.low, self.high, self.start, self.stop = low, high, start, stop
@@ -84,7 +84,7 @@ class _Scale:
 
 
 def _frame(y: Sequence[float], y_label: str, x_label: str) -> tuple[list[str], _Scale]:
-    """The grid and the names of the axes, and the scale upwards."""
+    """Return the grid with the labels of the axes, and the scale of the y axis."""
     up = _Scale(y[0], y[-1], HEIGHT - BOTTOM, TOP)
     middle = (HEIGHT - BOTTOM + TOP) / 2
     parts = []

@@ -1,4 +1,4 @@
-"""A report: one page of HTML with tables and pictures that needs nothing but itself, and the same as JSON beside it."""
+"""Reports: one self-contained HTML page with tables and plots, and the same as JSON beside it."""
 
 import dataclasses
 import html
@@ -36,7 +36,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers and texts; the first column names the row."""
+    """A table of numbers and texts; the first column names the row."""
 
     title: str
     columns: tuple[str, ...]
@@ -47,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """Tables and pictures under a title; `results` are the figures themselves, for programs."""
+    """Tables and plots under a title; `results` are the figures for programs."""
 
     title: str
     sections: tuple[Table | Plot, ...]
@@ -56,24 +56,24 @@ class Report:
 
 @beartype
 def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Writes the page to `path`, and the report as JSON beside it, whose path it returns; each whole or not at all.
+    """Write the page to `path` and the JSON beside it, each atomically, and return the path of the JSON.
 
-    A report of an earlier run is written over. ValueError where the page's name is that of a JSON file, or where one of
-    the two files is there and is no report.
+    An earlier report is overwritten. Raises ValueError if `path` ends in .json, or if one of the two files exists and
+    is no report.
     """
     page = Path(path)
     beside = page.with_suffix(".json")
     if page == beside:
-        raise ValueError(f"{page} is the name of a JSON file, expected that of the page, such as report.html")
+        raise ValueError(f"got the page {page}, expected a name that does not end in .json, such as report.html")
     if beside.exists():
         try:
             read_report(beside)
         except ValueError as error:
             raise ValueError(
-                f"{beside} is no report, and would be lost: name the page otherwise than {page}"
+                f"{beside} exists and is no report, which writing {page} would overwrite: choose another name"
             ) from error
     elif page.is_file():
-        raise ValueError(f"{page} is there already and is no report, which has {beside.name} beside it: choose a name")
+        raise ValueError(f"{page} exists and is no report (it has no {beside.name} beside it): choose another name")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(beside, json.dumps(_as_json(report), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     write_text(page, render(report))
@@ -82,24 +82,24 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
 
 @beartype
 def read_report(path: str | os.PathLike[str]) -> Report:
-    """Reads the JSON of a report; ValueError for another file."""
+    """Read the JSON of a report. Raises ValueError for another file."""
     try:
         record = json.loads(read_text(Path(path)))
         report = Report(record["title"], tuple(map(_section, record["sections"])), record["results"])
-        render(report)  # whatever is wrong with a section shows when it is drawn
+        render(report)  # fails on a malformed section
         return report
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no report ({type(error).__name__}: {error}), expected the JSON that lies beside a page"
+            f"{path} is no report ({type(error).__name__}: {error}); expected the JSON beside a page of --report"
         ) from error
 
 
 @beartype
 def merge_reports(title: str, reports: Sequence[Report]) -> Report:
-    """One report of several, in their order; the results stand under their titles, which must differ."""
+    """Merge reports into one, in their order, with the results of each under its title. Titles must differ."""
     titles = [report.title for report in reports]
     if len({*titles}) < len(titles):
-        raise ValueError(f"got reports with the titles {titles}, expected different ones")
+        raise ValueError(f"got reports with the titles {titles}, expected different titles: leave out copies")
     sections = [
         dataclasses.replace(section, title=f"{report.title}: {section.title}")
         for report in reports
@@ -110,7 +110,7 @@ def merge_reports(title: str, reports: Sequence[Report]) -> Report:
 
 @beartype
 def render(report: Report) -> str:
-    """The page."""
+    """Return the page as HTML."""
     parts = [f"<h1>{html.escape(report.title)}</h1>"]
     for section in report.sections:
         parts.append(f"<section><h2>{html.escape(section.title)}</h2>")
@@ -127,7 +127,7 @@ def render(report: Report) -> str:
 
 
 def shown(value: Cell) -> str:
-    """A cell for people: four digits that count, thousands apart, and a dash for what there is none of."""
+    """Return a cell for people: four significant digits, thousands separators, and a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -143,7 +143,7 @@ def shown(value: Cell) -> str:
 
 @beartype
 def as_text(table: Table) -> str:
-    """The table for a terminal."""
+    """Return the table as text for a terminal."""
     rows = [table.columns, *(tuple(map(shown, row)) for row in table.rows)]
     rows = [tuple(cell.replace("\n", " ")[:60] for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -180,7 +180,7 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 @beartype
 def finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
+    """Replace numbers that JSON lacks (NaN and infinities) by None, at any depth."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

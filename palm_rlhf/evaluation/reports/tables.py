@@ -1,4 +1,4 @@
-"""The tables and pictures that reports are made of."""
+"""The tables and plots of reports."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ CURVES = (("kl", "KL to the reference, nats a response"), ("score", "score"), ("
 
 @beartype
 def pairwise(comparisons: Sequence[Comparison], summary: Summary, unparsed: Sequence[UnparsedText]) -> Sections:
-    """Two models: the figures, by category, each question, and what was not understood."""
+    """Return the sections of a comparison: summary, categories, questions, and unparsed judgments."""
     names = summary.model_1, summary.model_2
     both_orders = summary.conflict_rate is not None
     figures = {
@@ -42,8 +42,8 @@ def pairwise(comparisons: Sequence[Comparison], summary: Summary, unparsed: Sequ
         f"wins of {names[0]} in both orders": summary.agreed_wins if both_orders else None,
         f"wins of {names[1]} in both orders": summary.agreed_losses if both_orders else None,
         "conflict rate": summary.conflict_rate,
-        "judgments understood": summary.parsed,
-        "judgments not understood": summary.unparsed,
+        "judgments parsed": summary.parsed,
+        "judgments not parsed": summary.unparsed,
     }
     outcomes = (f"{names[0]} wins", "tie", f"{names[1]} wins")
     counts = (float(summary.wins), float(summary.ties), float(summary.losses))
@@ -74,10 +74,10 @@ def pairwise(comparisons: Sequence[Comparison], summary: Summary, unparsed: Sequ
             "Questions",
             ("question", *names, f"for {names[0]}", "entropy", "decided by"),
             rows,
-            "Entropy is the balanced position diversity entropy in nats: 0 where all judgments agree.",
+            "Entropy is the balanced position diversity entropy in nats: 0 if all judgments agree.",
         )
     )
-    return (*sections, *not_understood(unparsed))
+    return (*sections, *not_parsed(unparsed))
 
 
 def _win_rates(groups: Mapping[str, Summary], name: str) -> BarPlot:
@@ -91,30 +91,30 @@ def _win_rates(groups: Mapping[str, Summary], name: str) -> BarPlot:
 
 
 @beartype
-def not_understood(unparsed: Sequence[UnparsedText]) -> Sections:
-    """The texts that gave no score, for a person to read; no section where there is none."""
+def not_parsed(unparsed: Sequence[UnparsedText]) -> Sections:
+    """Return a table of unparsed judgments for a person to read; no section if there are none."""
     rows = tuple((text.question_id, text.turn, text.text[:300]) for text in unparsed[:MAX_SHOWN])
-    note = f"{len(unparsed)} in all; none of them is scored."
-    return (Table("Judgments not understood", ("question", "turn", "text"), rows, note),) if rows else ()
+    note = f"{len(unparsed)} in all; none of them has a score."
+    return (Table("Judgments not parsed", ("question", "turn", "text"), rows, note),) if rows else ()
 
 
 @beartype
 def ratings_of_models(ratings: Sequence[SingleAnswerRatings]) -> Sections:
-    """Single-answer ratings: the mean of all turns and of each."""
+    """Return the section of single-answer ratings: the mean of all turns and of each turn."""
     turns = sorted({turn for rating in ratings for turn in rating.by_turn()})
     rows = []
     for rating in ratings:
         by_turn, means = rating.by_turn(), list(rating.means.values())
         turn_means = [_mean(by_turn.get(turn, [])) for turn in turns]
         rows.append((rating.model, _mean(means), *turn_means, rating.num_parsed, len(rating.unparsed)))
-    columns = ("model", "rating", *(f"turn {turn}" for turn in turns), "understood", "not understood")
+    columns = ("model", "rating", *(f"turn {turn}" for turn in turns), "parsed", "not parsed")
     unparsed = [text for rating in ratings for text in rating.unparsed]
-    return (Table("Ratings", columns, tuple(rows)), *not_understood(unparsed))
+    return (Table("Ratings", columns, tuple(rows)), *not_parsed(unparsed))
 
 
 @beartype
 def alpaca(result: AlpacaResult) -> Sections:
-    """AlpacaEval's figures, in percent."""
+    """Return the sections of AlpacaEval, in percent."""
     figures = {
         "win rate": result.win_rate,
         "  its standard error": result.standard_error,
@@ -137,7 +137,7 @@ def alpaca(result: AlpacaResult) -> Sections:
 
 @beartype
 def study(result: StudyResult, pairs: Sequence[Pair], models: tuple[str, str]) -> Sections:
-    """A preference study: the shares of all votes and of each question."""
+    """Return the sections of a preference study: the shares of all votes and of each question."""
     overall = result.overall
     figures = {
         f"share of {models[0]}": overall.share_1,
@@ -166,7 +166,7 @@ def study(result: StudyResult, pairs: Sequence[Pair], models: tuple[str, str]) -
 
 @beartype
 def ratings(rows: Sequence[RatingRow]) -> Sections:
-    """The table of many models."""
+    """Return the sections of a rating table."""
     cells = tuple((row.model, row.rating, span(row.interval), row.elo, row.battles, row.win_rate) for row in rows)
     columns = ("model", "Bradley-Terry", "95% interval", "Elo", "battles", "win rate")
     note = "Elo is the mean over shuffled orders of the battles; 400 points are odds of ten to one."
@@ -177,7 +177,7 @@ def ratings(rows: Sequence[RatingRow]) -> Sections:
 
 @beartype
 def reward_bench(result: RewardBenchResult) -> Sections:
-    """Accuracies of a reward model."""
+    """Return the sections of a reward model's accuracies."""
     overall = {
         "score (mean over sections)": result.score,
         "accuracy of all pairs": result.accuracy,
@@ -194,7 +194,7 @@ def reward_bench(result: RewardBenchResult) -> Sections:
 
 @beartype
 def by_group(title: str, group: str, rows: Mapping[str, Mapping[str, Any]], *, plotted: str, y_label: str) -> Sections:
-    """A row of figures for each group, such as a language or a file, and a picture of one of them."""
+    """Return a table with a row for each group, such as a language or a file, and a plot of one column."""
     names = list(next(iter(rows.values())))
     cells = tuple((name, *(row[column] for column in names)) for name, row in rows.items())
     table = Table(title, (group, *(name.replace("_", " ") for name in names)), cells)
@@ -206,7 +206,7 @@ def by_group(title: str, group: str, rows: Mapping[str, Mapping[str, Any]], *, p
 
 @beartype
 def training_run(lines: Sequence[Metrics], wins: Sequence[StepResult]) -> Sections:
-    """A run over its steps."""
+    """Return the sections of an RLHF run over its steps."""
     sections: list[Table | Plot] = []
     for name, label in CURVES:
         points = tuple((float(line["step"]), float(line[name])) for line in lines if line.get(name) is not None)
@@ -224,7 +224,7 @@ def training_run(lines: Sequence[Metrics], wins: Sequence[StepResult]) -> Sectio
 
 
 def span(interval: Sequence[float] | None) -> str | None:
-    """An interval for people."""
+    """Return an interval as text."""
     return None if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
 
 

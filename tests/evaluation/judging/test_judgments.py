@@ -158,7 +158,7 @@ def test_a_judgment_that_was_changed_since_is_refused_before_any_is_asked_for(ju
     lines = path.read_text().splitlines()
     for change in ({"text": None}, {"text": 5}, {"scores": [1]}, {"scores": [1, "2"]}, {"scores": 3}):
         path.write_text("\n".join([*lines[1:5], json.dumps(json.loads(lines[0]) | change), ""]))
-        with pytest.raises(ValueError, match=r"judgments\.jsonl has a damaged judgment under the key"):
+        with pytest.raises(ValueError, match=r"judgments\.jsonl: got a damaged judgment under the key"):
             judged(server, bench, path)
     assert len(server.calls) == 16
 
@@ -299,7 +299,7 @@ def test_the_command_compares_rates_and_writes_annotations(judge_server, bench, 
     again = ["--out", tmp_path / "1.jsonl", "--annotations", annotations]  # of the same judgments, written over
     assert evaluate("judge", *common, *again)[0] == result
     annotations.write_text('{"mine": 1}\n')
-    with pytest.raises(ValueError, match=r"annotations\.json is there already and holds no annotations"):
+    with pytest.raises(ValueError, match=r"annotations\.json exists and holds no annotations"):
         evaluate("judge", *common, *again)
     assert annotations.read_text() == '{"mine": 1}\n'
 
@@ -324,7 +324,7 @@ def test_addresses(url, expected):
 
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "judge", "file:///etc/passwd"])
 def test_what_is_no_address_is_refused(url):
-    with pytest.raises(ValueError, match="expected an address"):
+    with pytest.raises(ValueError, match="expected one such as"):
         completions_url(url)
 
 
@@ -356,16 +356,16 @@ def test_wrong_numbers_are_refused(bench, tmp_path):
         (["--judge", "nowhere"], "no folder"),
         (["--judge", "http://127.0.0.1:9", "--model", "m", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
         (["--judge", "person", "--method", "rating"], "single answers"),
-        (["--judge", "person", "--models", "x", "x"], "both models"),
+        (["--judge", "person", "--models", "x", "x"], "two models called"),
         (["--judge", "person", "--models", "x"], "1 names for 2"),
         (["--judge", "person", "--model", "m"], "a person has no model"),
         (["--judge", "person", "--samples", "2"], "asked once"),
-        (["--judge", "person", "--ask-person", "-1"], "ask_person is -1"),
+        (["--judge", "person", "--ask-person", "-1"], "got ask_person -1"),
         (["--judge", "http://127.0.0.1:9", "--model", "m", "--retries", "-1"], "retries=-1"),
         (["--judge", "http://127.0.0.1:9", "--model", "m", "--backoff", "-1"], "backoff=-1"),
         (["--judge", "http://127.0.0.1:9", "--model", "m", "--timeout", "0"], "timeout=0"),
-        (["--judge", "folder", "--api-key-env", "KEY"], "for the server at a URL"),
-        (["--judge", "http://127.0.0.1:9", "--model", "m", "--template", "oasst"], "for the model in a folder"),
+        (["--judge", "folder", "--api-key-env", "KEY"], "for a server"),
+        (["--judge", "http://127.0.0.1:9", "--model", "m", "--template", "oasst"], "for a model in a folder"),
         (["--judge", "http://127.0.0.1:9", "--model", "m", "--samples", "2", "--temperature", "0"], "be the same"),
     ],
 )

@@ -90,7 +90,7 @@ def test_participants_have_orders_of_their_own(pairs, tmp_path):
     assert other_seed != orders[0]
     with Journal(path) as journal:
         assert count_votes(read_votes(journal, MODELS)).participants == 2
-        with pytest.raises(ValueError, match="expected on"):
+        with pytest.raises(ValueError, match="expected votes on"):
             read_votes(journal, ("alpha", "gamma"))
 
 

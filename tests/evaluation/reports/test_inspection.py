@@ -167,7 +167,7 @@ def test_the_page_of_a_real_run_needs_nothing_but_itself(tmp_path, capsys):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([], "tokens.jsonl is missing or empty; expected the output_dir"),
+        ([], "tokens.jsonl is missing or empty; expected the output folder"),
         ([{"step": 1}], r"tokens.jsonl, line 1: got the keys \['step'\]"),
         ([row(1, ["a", "b"], advantage=[1.0])], "line 1: got lists of the lengths"),
         ([row(1, ["a"]), row(1, ["a"], value=[])], "line 2: got lists of the lengths"),

@@ -123,14 +123,14 @@ def test_the_json_beside_it_is_the_same_report(tmp_path):
 
 def test_no_other_file_is_lost(tmp_path):
     (tmp_path / "annotations.json").write_text("[1]")
-    with pytest.raises(ValueError, match="would be lost"):
+    with pytest.raises(ValueError, match="would overwrite"):
         write_report(REPORT, tmp_path / "annotations.html")
     assert (tmp_path / "annotations.json").read_text() == "[1]" and not (tmp_path / "annotations.html").exists()
     (tmp_path / "mine.html").write_text("<p>mine</p>")
-    with pytest.raises(ValueError, match=r"mine\.html is there already and is no report"):
+    with pytest.raises(ValueError, match=r"mine\.html exists and is no report"):
         write_report(REPORT, tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
-    with pytest.raises(ValueError, match="name of a JSON file"):
+    with pytest.raises(ValueError, match=r"does not end in \.json"):
         write_report(REPORT, tmp_path / "page.json")
 
 
@@ -142,7 +142,7 @@ def test_reports_go_on_one_page(tmp_path, write_lines, evaluate):
     assert set(result) == {"Reviews of x and y", "Reviews of x and z"}
     page = (tmp_path / "all.html").read_text()
     assert "Reviews of x and y: Summary" in page and "Reviews of x and z: Outcomes" in page
-    with pytest.raises(ValueError, match="expected different ones"):
+    with pytest.raises(ValueError, match="expected different titles"):
         merge_reports("t", [REPORT, REPORT])
     with pytest.raises(ValueError, match="is no report"):
         read_report(reviews)

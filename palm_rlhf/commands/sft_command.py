@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf sft``: a model fine-tuned on conversations."""
+"""The command ``palm-rlhf sft``: fine-tune a model on conversations."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,9 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
 from palm_rlhf.commands.start_models import ChatModel, ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.training_data import examples_of, fitted, read, split
+from palm_rlhf.commands.training_data import examples_of, fit_to_context, read_records_for, split_held_out
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.packing import PackedSampler
 from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
@@ -28,28 +28,28 @@ def sft(
     seq_len: int = 1024,
     training: OmitArgPrefixes[SupervisedConfig] = SupervisedConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
-    """Fine-tune a model on conversations, with adapters if --lora-r asks for them, which are merged at the end.
+    """Fine-tune a model on conversations; adapters (--lora-r) are merged at the end.
 
     The last line on standard output is JSON: valid_loss in nats per token, steps, seconds, output_dir and model.
 
     Args:
-        data: A file of any form that `palm-rlhf data convert` reads: Open-Assistant, ShareGPT, messages, preferences.
-        model: The model to start from, with its tokenizer and template: its folder, that of a run, or a hub id.
-        output_dir: Where model, tokenizer, template, checkpoints and metrics go; a new folder in runs/ by default.
-        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
-        template: How conversations are written; auto is the model's own, or default.
-        held_out: The share of conversations that is kept to measure with; 0 keeps none.
-        seq_len: Tokens of a row; longer conversations are split between turns.
-        training: How it is trained.
+        data: A file in any format that `palm-rlhf data convert` reads: Open-Assistant, ShareGPT, messages, preferences.
+        model: The model to start from, with its tokenizer and template: its folder, the folder of a run, or a hub id.
+        output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
+        resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
+        template: The chat template; auto is the model's own, or default.
+        held_out: The share of conversations that is held out for evaluation; 0 holds out none.
+        seq_len: Length of a row in tokens; longer conversations are split between turns.
+        training: Training settings.
     """
     output_dir = run_folder("sft", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    train, valid = split(read(data, "sft"), held_out, training.seed)
+    train, valid = split_held_out(read_records_for(data, "sft"), held_out, training.seed)
     trainer = make_trainer(
         chat_model,
-        fitted(train, seq_len, chat_model),
-        fitted(valid, seq_len, chat_model) if valid else [],
+        fit_to_context(train, seq_len, chat_model),
+        fit_to_context(valid, seq_len, chat_model) if valid else [],
         seq_len,
         training,
         output_dir,
@@ -60,18 +60,11 @@ def sft(
         if "valid_loss" in metrics:
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
     result = trainer.finish()
-    save(trainer, chat_model, output_dir)
+    if training.lora_r:
+        chat_model.palm.merge_finetune_params(SCOPE)
     if trainer.accelerator.is_main_process:
-        folder = quoted(output_dir)
-        finish(
-            result,
-            output_dir,
-            [
-                ("talk with it", f"palm-rlhf chat {folder}"),
-                ("serve it", f"palm-rlhf serve {folder}"),
-                ("learn a reward", f"palm-rlhf reward RANKINGS --model {folder}"),
-            ],
-        )
+        learn_reward = f"palm-rlhf reward RANKINGS --model {quoted(output_dir)}"
+        finish_chat_model(result, output_dir, chat_model, [("learn a reward", learn_reward)])
 
 
 @beartype
@@ -84,9 +77,9 @@ def make_trainer(
     output_dir: Path,
     resume: bool,
 ) -> SupervisedTrainer:
-    """The trainer on conversations, several of which share a row."""
+    """Return a trainer on conversations, several of which share a row."""
     examples = examples_of(train, model)
-    capacity = max(seq_len, *map(len, examples))  # words may be cut otherwise where messages meet
+    capacity = max(seq_len, *map(len, examples))  # messages joined can have more tokens than counted one by one
     return SupervisedTrainer(
         model.palm,
         train_data=examples,
@@ -96,12 +89,3 @@ def make_trainer(
         output_dir=output_dir,
         resume=resume,
     )
-
-
-@beartype
-def save(trainer: SupervisedTrainer, model: ChatModel, output_dir: Path) -> None:
-    """Merges the adapters, where some were trained, and writes the model with its tokenizer and template."""
-    if trainer.config.lora_r:
-        model.palm.merge_finetune_params(SCOPE)
-    if trainer.accelerator.is_main_process:
-        save_model(output_dir, *model)

@@ -10,15 +10,15 @@ from palm_rlhf.ops.devices import available_implementations, why_not_native
 
 
 def triton_version() -> str:
-    """The installed Triton, or what its absence means."""
+    """Return the version of Triton, or a note that it is missing."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed, as beside torch for CPUs (builds for GPUs bring it): everything else works"
+        return "not installed (GPU builds of torch include it); only the GPU kernels need it"
 
 
 def devices() -> list[str]:
-    """One line for each device that torch can compute on here."""
+    """Return one line for each device that torch can use here."""
     found = [f"cpu: {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -31,12 +31,12 @@ def devices() -> list[str]:
 
 
 def usable(refusal: str | None) -> str:
-    """What a user reads of something that may be refused."""
+    """Return the status of a kernel, with the reason if it is refused."""
     return "usable" if refusal is None else f"refused, {refusal}"
 
 
 def attention_implementations() -> list[str]:
-    """One line for each way to compute attention on each kind of device here: usable, or why not."""
+    """Return one line for each implementation of attention on each device type here, with its status."""
     return [
         f"{name} on {device}: {usable(reason)}"
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
@@ -46,7 +46,7 @@ def attention_implementations() -> list[str]:
 
 def info() -> None:
     """Print the versions and devices in use, and which kernels and kinds of attention can run here or why not."""
-    rows = {
+    rows: dict[str, list[str]] = {
         "palm-rlhf": [__version__],
         "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         "torch": [torch.__version__],

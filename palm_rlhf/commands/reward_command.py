@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf reward``: a reward model from rankings."""
+"""The command ``palm-rlhf reward``: train a reward model on rankings."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
 from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
-from palm_rlhf.commands.training_data import rankings_of, read, split
+from palm_rlhf.commands.training_data import rankings_of, read_records_for, split_held_out
 from palm_rlhf.policy.reward_model import Pooling, RewardModel
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
@@ -31,31 +31,31 @@ def reward(
 ) -> None:
     """Train a reward model on rankings of replies, or on pairs of a chosen and a rejected one.
 
-    The last line on standard output is JSON: valid_accuracy and the other measures of the held-out rankings, steps,
+    The last line on standard output is JSON: valid_accuracy and the other metrics of the held-out rankings, steps,
     seconds, output_dir and model.
 
     Args:
-        data: A file of any form that `palm-rlhf data convert` reads as rankings: Open-Assistant, HH, preferences.
-        model: The model to start from, best a fine-tuned one: its folder, that of a run, or a hub id.
-        output_dir: Where model, tokenizer, template, checkpoints and metrics go; a new folder in runs/ by default.
-        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
-        template: How conversations are written; auto is the model's own, or default.
-        held_out: The share of prompts that is kept to measure with; 0 keeps none.
-        pooling: What the score is read from: the last token, the mean over the reply, or over all tokens.
+        data: A file in any format that `palm-rlhf data convert` reads as rankings: Open-Assistant, HH, preferences.
+        model: The model to start from, preferably fine-tuned: its folder, the folder of a run, or a hub id.
+        output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
+        resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
+        template: The chat template; auto is the model's own, or default.
+        held_out: The share of prompts that is held out for evaluation; 0 holds out none.
+        pooling: Embedding that the score is computed from: the last token's, the mean over the reply, or over all
+            tokens.
         lora_r: Rank of the adapters that are trained in place of the weights; 0 trains the weights.
-        normalise: Shift and scale the scores so that those of the data have mean 0 and deviation 1.
-        training: How it is trained.
+        normalise: Shift and scale the scores to mean 0 and standard deviation 1 on the training data.
+        training: Training settings.
     """
     output_dir = run_folder("reward", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
     train, valid = (
         rankings_of(side, chat_model, training.max_seq_len)
-        for side in split(read(data, "rankings"), held_out, training.seed)
+        for side in split_held_out(read_records_for(data, "rankings"), held_out, training.seed)
     )
-    lora = {"use_lora": True, "lora_r": lora_r} if lora_r else {}
     trainer = RewardModelTrainer(
-        RewardModel(chat_model.palm, pooling=pooling, **lora),
+        RewardModel(chat_model.palm, pooling=pooling, use_lora=lora_r > 0, lora_r=lora_r),
         train_data=train,
         valid_data=valid or None,
         config=training,

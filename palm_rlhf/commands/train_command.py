@@ -1,14 +1,16 @@
-"""The command ``palm-rlhf train``: a language model on text."""
+"""The command ``palm-rlhf train``: train a language model on text."""
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import tyro
 from beartype import beartype
+from torch import Tensor
 from tyro.conf import arg
 
 from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
@@ -24,7 +26,7 @@ from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.training.language_model import LanguageModelTrainer
 from palm_rlhf.training.language_model_config import LMConfig
 
-# The defaults, for about ten minutes on two CPU cores that do nothing else.
+# The defaults take about ten minutes on two idle CPU cores.
 MODEL = PaLMConfig(num_tokens=256, dim=256, depth=6, heads=4, ff_mult=2)
 TRAINING = LMConfig(
     batch_size=16,
@@ -33,14 +35,14 @@ TRAINING = LMConfig(
     optimizer="muon",
     learning_rate=1e-2,
     min_lr_ratio=0.0,
-    weight_decay=1.0,  # small texts are seen many times: with 0.1 they are learnt by heart
+    weight_decay=1.0,  # small texts are read many times: with 0.1 the model overfits
     warmup_steps=50,
     eval_every=500,
     eval_tokens=20_000,
     eval_context=192,
     save_every=500,
 )
-PROMPT_LENGTH = 64  # characters of the held-out text that a sample goes on from
+PROMPT_LENGTH = 64  # characters of the held-out text in the prompt of a sample
 LETTER = r"[^\W\d_]"  # of any script
 READABLE = re.compile(rf"\b{LETTER}(?:{LETTER}|[ ,.;:'’()-]){{10,}}")
 
@@ -59,31 +61,33 @@ def train(
     fresh: tyro.conf.OmitArgPrefixes[PaLMConfig] = MODEL,
     training: tyro.conf.OmitArgPrefixes[LMConfig] = TRAINING,
 ) -> None:
-    """Train a language model on text, from nothing or from a model that there is, and sample from it.
+    """Train a language model on text, a new one or an existing one, and sample from it.
 
     The last line on standard output is JSON: bits_per_byte, steps, seconds, output_dir and model.
 
     Args:
-        data: Parts of the mixture: enwik8, python-docs, auto (the first of these that can be had), or a file, folder or
-            glob; each may carry a weight, as in notes/:0.3.
-        model: Go on from this model, with its tokenizer: its folder, that of a run, or a hub id. Such models take a
-            lower learning rate. By default a fresh one.
-        tokenizer: The tokenizer of a fresh model: a folder with a tokenizer.json, or a hub id; bytes by default.
-        output_dir: Where the model, checkpoints, metrics and curves go; a new folder in runs/ by default.
-        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
-        prompts: Texts to continue as samples; by default the first words of the held-out text that read well.
-        sample_every: Steps between samples; they are shown at the end too.
-        sample_bytes: Tokens of a sample: bytes, unless there is a tokenizer.
+        data: Parts of the mixture: enwik8, python-docs, auto (the first of these that is available), or a file, folder
+            or glob; each may have a weight, as in notes/:0.3.
+        model: Continue from this model, with its tokenizer: its folder, the folder of a run, or a hub id. Such models
+            need a lower learning rate. By default a new model is trained.
+        tokenizer: The tokenizer of a new model: a folder with a tokenizer.json, or a hub id; bytes by default.
+        output_dir: Folder of the model, checkpoints, metrics and curves; by default a new one in runs/.
+        resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
+        prompts: Prompts of the samples; by default a readable passage of the held-out text.
+        sample_every: Steps between samples; samples are shown at the end too.
+        sample_bytes: Length of a sample in tokens, which are bytes without a tokenizer.
         temperature: Divides the logits in sampling; 0 always takes the likeliest token.
-        fresh: The numbers of a fresh model.
-        training: How it is trained.
+        fresh: Settings of a new model.
+        training: Training settings.
     """
     output_dir = run_folder("train", output_dir, resume)
     torch.manual_seed(training.seed)
     palm, known, template = _start(model, tokenizer, fresh)
-    is_bytes = isinstance(known, ByteTokenizer)
-    tokens = {} if is_bytes else {"tokenizer": known, "eos_token": known.eos_token}
-    corpus = load_corpus(data, window=training.seq_len + 1, **tokens)
+    window = training.seq_len + 1
+    if isinstance(known, ByteTokenizer):
+        corpus = load_corpus(data, window=window)
+    else:
+        corpus = load_corpus(data, window=window, tokenizer=known, eos_token=known.eos_token)
     trainer = LanguageModelTrainer(
         palm,
         train_data=corpus.train,
@@ -110,7 +114,7 @@ def train(
             show_samples()
     result = trainer.finish()
     if is_main:
-        # A model of bytes alone has no room for the special tokens of their tokenizer, and opens without it.
+        # A model of 256 bytes has no embeddings for the special tokens of ByteTokenizer, and opens without a tokenizer.
         save_model(output_dir, palm, known if known.num_tokens <= palm.num_tokens else None, template)
         show_samples()
         finish(
@@ -124,29 +128,28 @@ def train(
 
 
 def _start(model: str | None, tokenizer: str | None, fresh: PaLMConfig) -> tuple[PaLM, Tokenizer, Template | None]:
-    """The model to train, its tokenizer, and the template that it is to keep."""
+    """Return the model to train, its tokenizer, and its chat template if it has one."""
     if model is not None and tokenizer is not None:
         raise ValueError(f"got --model {model} and --tokenizer {tokenizer}, expected one: a model keeps its tokenizer")
-    if model is None and tokenizer is None:
-        if fresh.num_tokens < NUM_BYTES:
-            raise ValueError(f"num_tokens is {fresh.num_tokens}, expected at least {NUM_BYTES}: the tokens are bytes")
-        return PaLM.from_config(fresh), ByteTokenizer(), None
-    if model is None:
+    if tokenizer is not None:
         known = load_tokenizer(tokenizer if Path(tokenizer).is_file() else local_folder(tokenizer))
-        return PaLM(**{**asdict(fresh), "num_tokens": known.num_tokens}), known, None
+        return PaLM.from_config(replace(fresh, num_tokens=known.num_tokens)), known, None
+    if model is None:
+        if fresh.num_tokens < NUM_BYTES:
+            raise ValueError(f"got num_tokens {fresh.num_tokens}, expected at least {NUM_BYTES}: the tokens are bytes")
+        return PaLM.from_config(fresh), ByteTokenizer(), None
     folder = local_folder(model)
     palm = PaLM.from_pretrained(folder)
-    try:
+    template = None
+    with contextlib.suppress(FileNotFoundError):
         template = load_template(folder)
-    except FileNotFoundError:
-        template = None
     known = ByteTokenizer() if palm.num_tokens == NUM_BYTES else open_tokenizer(folder, palm)
     return palm, known, template
 
 
 @beartype
 def readable_start(text: str) -> str:
-    """Words that follow each other in a text without markup between, as far as `PROMPT_LENGTH`; else its beginning."""
+    """Return a passage of words without markup, of at most `PROMPT_LENGTH` characters; else the start of the text."""
     passages = (found.group()[:PROMPT_LENGTH] for found in READABLE.finditer(text))
     start = max(passages, key=lambda words: (len(words), words[0].isupper()), default=text[:PROMPT_LENGTH])
     words, blank, _ = start.rpartition(" ")
@@ -162,7 +165,7 @@ def show_continuations(
     seed: int,
     show: Callable[[str], None],
 ) -> None:
-    """Shows each prompt with what a model makes of it, from the same random numbers each time."""
+    """Show each prompt with a sampled continuation, from the same random numbers each time."""
     generator = torch.Generator(palm.device).manual_seed(seed)
     for prompt in prompts:
         tokens = torch.tensor(tokenizer.encode(prompt), device=palm.device)
@@ -173,4 +176,4 @@ def show_continuations(
             generator=generator,
             allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
         )
-        show(f"--- {prompt}{tokenizer.decode(sample.tolist())}\n---")
+        show(f"--- {prompt}{tokenizer.decode(cast(Tensor, sample).tolist())}\n---")

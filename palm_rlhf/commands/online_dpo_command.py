@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf online-dpo``: a model trained on preferences between its own replies, told by rewards."""
+"""The command ``palm-rlhf online-dpo``: train a model on preferences between its own replies, by rewards."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,10 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.reward_arguments import MAIN, open_rewards
-from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
+from palm_rlhf.commands.reward_arguments import has_functions, open_rewards, without_name
+from palm_rlhf.commands.run_folder import finish_chat_model, run_folder, say
 from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
 from palm_rlhf.commands.training_data import read_prompt_rows, split_prompts
-from palm_rlhf.data.conversation import end_of_turn
-from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.online_preference import OnlinePreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_learner import SCOPE
@@ -38,35 +36,34 @@ def online_dpo(
 
     In each step the model replies --num-samples times to each prompt, and the best and the worst reply make a pair.
     Adapters (--lora-r) are merged at the end. The last line on standard output is JSON: valid_score and the other
-    measures of the replies to held-out prompts, steps, seconds, output_dir and model.
+    metrics of the replies to held-out prompts, steps, seconds, output_dir and model.
 
     Args:
-        prompts: A text with a prompt on each line (.txt), or records of any form that `palm-rlhf data convert` reads;
-            where functions reward rows with a prompt or a question, they get the other fields.
-        model: The model to improve, fine-tuned on conversations: its folder, that of a run, or a hub id.
-        reward_model: A reward model, of the same tokenizer: its folder, that of a run, or a hub id.
-        rewards: Rewards with a name each, beside reward_model or in its place: functions as NAME=FILE.py:FUNCTION,
-            reward models as NAME=FOLDER. --reward-weights has their weights, and that of reward_model by this name.
-        output_dir: Where model, tokenizer, template, checkpoints, metrics and samples go; a new folder in runs/ by
-            default.
-        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/.
-        template: How conversations are written; auto is the model's own, or default.
-        held_out: The share of prompts that is kept to measure with; 0 keeps none.
-        rollouts: How replies are drawn; where --eos-token is None it is the end of the assistant's turn.
-        training: How the model is trained; a pair is of a prompt, and kto is no loss of pairs.
+        prompts: A text file with a prompt on each line (.txt), or records in any format that `palm-rlhf data convert`
+            reads. Reward functions get the other fields of records with a prompt or a question.
+        model: The model to improve, fine-tuned on conversations: its folder, the folder of a run, or a hub id.
+        reward_model: A reward model with the same tokenizer: its folder, the folder of a run, or a hub id.
+        rewards: Named rewards, beside reward_model or in its place: functions as NAME=FILE.py:FUNCTION, reward models
+            as NAME=FOLDER. --reward-weights sets their weights, and the weight of reward_model under this name.
+        output_dir: Folder of the model, tokenizer, template, checkpoints, metrics and samples; by default a new one in
+            runs/.
+        resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
+        template: The chat template; auto is the model's own, or default.
+        held_out: The share of prompts that is held out for evaluation; 0 holds out none.
+        rollouts: Sampling settings; if --eos-token is None, the end of the assistant's turn ends a reply.
+        training: Training settings; sizes count pairs, one for each prompt, and kto is no loss of pairs.
     """
     output_dir = run_folder("online-dpo", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
     judges = open_rewards(reward_model, rewards, chat_model, model)
     if rollouts.eos_token is None:
-        rollouts = replace(rollouts, eos_token=end_of_turn(chat_model.tokenizer, chat_model.template))
-    asks_functions = any(not isinstance(judge, RewardModel) for judge in judges.values())
-    rows = read_prompt_rows(prompts, chat_model, with_columns=asks_functions)
+        rollouts = replace(rollouts, eos_token=chat_model.end_of_turn)
+    rows = read_prompt_rows(prompts, chat_model, with_columns=has_functions(judges))
     train, valid = split_prompts(rows, held_out, training.seed)
     trainer = OnlinePreferenceTrainer(
         chat_model.palm,
-        reward_model=judges[MAIN] if judges.keys() == {MAIN} else judges,
+        reward_model=without_name(judges),
         prompts=train,
         valid_prompts=valid or None,
         tokenizer=chat_model.tokenizer,
@@ -83,10 +80,4 @@ def online_dpo(
     if training.lora_r:
         chat_model.palm.merge_finetune_params(SCOPE)
     if trainer.accelerator.is_main_process:
-        save_model(output_dir, *chat_model)
-        folder = quoted(output_dir)
-        finish(
-            result,
-            output_dir,
-            [("talk with it", f"palm-rlhf chat {folder}"), ("serve it", f"palm-rlhf serve {folder}")],
-        )
+        finish_chat_model(result, output_dir, chat_model)

@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf generate``: a text continued by a model."""
+"""The command ``palm-rlhf generate``: continue a text."""
 
 from pathlib import Path
 from typing import Annotated, cast
@@ -31,19 +31,21 @@ def generate(
         checkpoint: The folder of a run or of a model with its tokenizer, or a hub id, owner/name; without a tokenizer
             the tokens are bytes.
         prompt: The text to continue; it is not printed again.
-        max_new_tokens: How many tokens to sample: bytes, where there is no tokenizer.
-        sampling: How each token is drawn.
-        seed: Makes the sample repeatable; another one each time by default.
+        max_new_tokens: Number of tokens to sample.
+        sampling: Sampling settings.
+        seed: Seed of the sample; by default a different one each time.
     """
     folder = local_folder(checkpoint)
     palm = PaLM.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer_of(folder, palm)
-    text = prompt.encode("utf-8", errors="surrogateescape")  # as it was typed, in whatever encoding
-    is_bytes = isinstance(tokenizer, ByteTokenizer)
-    tokens = tokenizer.encode(text if is_bytes else text.decode("utf-8", errors="replace"))
+    text = prompt.encode("utf-8", errors="surrogateescape")  # the bytes that were typed, in any encoding
+    if isinstance(tokenizer, ByteTokenizer):
+        tokens = tokenizer.encode(text)
+    else:
+        tokens = tokenizer.encode(text.decode("utf-8", errors="replace"))
     generator = None if seed is None else torch.Generator(palm.device).manual_seed(seed)
     eos_token = tokenizer.eos_token if tokenizer.eos_token < palm.num_tokens else None
-    # A character can span several tokens: the decoder holds an unfinished one back until the rest has come.
+    # A character can span several tokens: the decoder holds an incomplete character back until the rest has come.
     decoder = StreamDecoder(tokenizer)
     steps = palm.stream(
         torch.tensor(tokens),
@@ -59,13 +61,14 @@ def generate(
 
 
 def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
-    """The tokenizer beside a model, or bytes; ValueError where it has none and more tokens than there are bytes."""
+    """Open the tokenizer beside a model, or bytes. Raises ValueError for a larger vocabulary without a tokenizer."""
     try:
         return load_tokenizer(folder)
     except FileNotFoundError:
         if palm.num_tokens > NUM_BYTES:
             raise ValueError(
-                f"{folder} has {palm.num_tokens} tokens and no tokenizer, expected one, or at most {NUM_BYTES} tokens, "
-                "which are bytes: save the tokenizer of its training there, by tokenizer.save_pretrained"
+                f"got {palm.num_tokens} tokens and no tokenizer in {folder}, expected a tokenizer, or at most "
+                f"{NUM_BYTES} tokens, which are bytes: save the tokenizer of the training there, by "
+                "tokenizer.save_pretrained"
             ) from None
     return ByteTokenizer()
