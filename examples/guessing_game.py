@@ -1,9 +1,10 @@
 """A game of several turns: a policy that starts from nothing learns to find a number by asking.
 
-An umpire thinks of a number. The policy says a number, the umpire answers "higher" or "lower", and so on, until the
-number is found or the guesses are used up. Nobody shows the policy how: its reward is 1 where it found the number. Of
-the numbers up to 7, three guesses find each if every guess halves what is left (4, then 2 or 6, ...); numbers drawn at
-random are found in three games of seven. What the umpire says is read by the policy and is in no loss.
+An umpire thinks of a number. The policy guesses, the umpire answers "higher" or "lower", and so on, until the policy
+finds the number or has no guess left. The reward is 1 if it finds the number, and 0 otherwise; nothing else tells the
+policy how to play. Three guesses find every number up to 7 if each guess halves the remaining numbers (4, then 2 or 6,
+...); three different random guesses win three games of seven. The policy reads the umpire's answers, but they are in no
+loss.
 
 python examples/guessing_game.py --seed 0
 """
@@ -38,35 +39,35 @@ class Words:
         self.words = [OPENING, "higher", "lower", *map(str, range(1, highest + 1))]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of words with blanks between them."""
+        """Return the ids of words separated by spaces."""
         return [self.words.index(word) for word in text.split()]
 
     def decode(self, ids: list[int]) -> str:
-        """The words of ids."""
+        """Return the words of ids, separated by spaces."""
         return " ".join(self.words[index] for index in ids)
 
 
 def umpire(messages: list[dict], secret: int) -> str | None:
-    """The environment: what is said to the last guess, or None where the game is over."""
+    """The environment: return the answer to the last guess, or None at the end of the game."""
     guess = messages[-1]["content"]
-    if not guess.isdigit() or int(guess) == secret:  # who says no number has lost
+    if not guess.isdigit() or int(guess) == secret:  # a guess that is no number loses
         return None
     return "higher" if int(guess) < secret else "lower"
 
 
 def found(completions: list[str], secret: list[int]) -> list[float]:
-    """The reward: 1 where the last word of a game is the number."""
+    """The reward: 1 if the last word of a game is the number, else 0."""
     return [float(text.split()[-1] == str(number)) for text, number in zip(completions, secret, strict=True)]
 
 
 def rows_of(highest: int) -> list[dict]:
-    """A prompt for each number that the umpire can think of; only the umpire and the reward see the number."""
+    """Return a prompt for each number of the umpire; only the umpire and the reward see the number."""
     return [{"prompt": OPENING, "secret": secret} for secret in range(1, highest + 1)]
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """The policy, which starts from nothing."""
+class NewPolicy:
+    """The size of the policy, which starts untrained."""
 
     dim: int = 64  # Width of the residual stream.
     depth: int = 2  # Blocks.
@@ -92,15 +93,15 @@ TRAINING = PPOConfig(
 )
 
 
-def fresh_policy(fresh: Fresh, num_tokens: int) -> PaLM:
-    """A PaLM to which all words are about as likely."""
+def fresh_policy(fresh: NewPolicy, num_tokens: int) -> PaLM:
+    """Return a PaLM with nearly equal probabilities for all words."""
     palm = PaLM(num_tokens=num_tokens, **vars(fresh), logit_scale=0.5)
     torch.nn.init.normal_(palm.token_emb.weight, std=0.02)
     return palm
 
 
 def play(palm: PaLM, trainer: RLHFTrainer, games: int) -> tuple[float, Rollout]:
-    """The share of games won, so many about each number, and the games; from the same random numbers each time."""
+    """Play so many games about each number, with the same random numbers each time; return the share won, and all."""
     rollout = collect(
         palm,
         trainer.prompts,
@@ -116,7 +117,7 @@ def play(palm: PaLM, trainer: RLHFTrainer, games: int) -> tuple[float, Rollout]:
 
 
 def show(rollout: Rollout, games: int) -> None:
-    """A game about each number."""
+    """Print one game about each number."""
     for talk, secret in list(zip(rollout.messages, rollout.columns["secret"], strict=True))[::games]:
         say(f"  {secret}: " + ", ".join(message["content"] for message in talk[1:]))
 
@@ -125,17 +126,17 @@ def main(
     highest: int = 7,
     games: int = 200,
     output_dir: Path | None = None,
-    fresh: Fresh = Fresh(),
+    fresh: NewPolicy = NewPolicy(),
     training: tyro.conf.OmitArgPrefixes[PPOConfig] = TRAINING,
 ) -> None:
-    """Learns to find a number by guessing. The last line of standard output is JSON.
+    """Train a policy to find a number by guessing. The last line of standard output is JSON.
 
     Args:
-        highest: Numbers go from 1 to this one; for up to 15 take --max-turns 4.
-        games: Games about each number that are played before and after, to measure.
-        output_dir: Where checkpoints, metrics and samples go; by default nothing is saved.
-        fresh: The numbers of the policy.
-        training: How it is trained; --max-turns are the guesses of a game.
+        highest: The highest number, from 1; numbers up to 15 need --max-turns 4.
+        games: Games about each number before and after the training, to measure the policy.
+        output_dir: Folder of checkpoints, metrics and samples; by default nothing is saved.
+        fresh: Size of the policy.
+        training: Training settings; --max-turns is the number of guesses in a game.
     """
     started = time.perf_counter()
     tokenizer = Words(highest)
@@ -157,7 +158,7 @@ def main(
         if metrics["step"] % max(training.num_steps // 10, 1) == 0:
             say(f"step {metrics['step']}: {metrics['score']:.1%} won, {metrics['turns']:.2f} guesses a game")
     after, rollout = play(palm, trainer, games)
-    best = min((2**training.max_turns - 1) / highest, 1.0)  # each guess halves what is left
+    best = min((2**training.max_turns - 1) / highest, 1.0)  # each guess halves the remaining numbers
     say(f"after: {after:.1%} of the games are won, {best:.0%} at best:")
     show(rollout, games)
     result = {

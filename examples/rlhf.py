@@ -1,8 +1,8 @@
-"""The whole recipe on real dialogues, offline: pretrain, fine-tune to answer, rank, learn the reward, PPO.
+"""The whole recipe on real dialogues, offline: pretrain, fine-tune, rank answers, train a reward model, PPO.
 
-The dialogues are the English ones of the package chatterbot-corpus. A program stands in for the people who rank: VADER
-(Hutto and Gilbert 2014), which knows the sentiment of words and prefers what is friendly. Its number is the gold score;
-the reward model, which has seen some of its choices and is what PPO climbs, gives the proxy.
+The dialogues are the English ones of the package chatterbot-corpus. A program stands in for the people who rank:
+VADER (Hutto and Gilbert 2014), which scores the sentiment of a text and so prefers friendly answers. Its score is the
+gold score. The score of the reward model, which learns from VADER's rankings and which PPO maximises, is the proxy.
 
 pip install "palm-rlhf[examples]" && python examples/rlhf.py --seed 0
 """
@@ -66,22 +66,22 @@ LONGEST_TURN = 80  # bytes of a prompt or an answer; a few answers are programs 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How the model is taught to answer."""
+    """Settings of the fine-tuning."""
 
     num_steps: int = 400
     """Optimiser steps."""
 
     batch_size: int = 32
-    """Prompts with their answers behind one step."""
+    """Pairs of a prompt and an answer in one step."""
 
     learning_rate: float = 5e-3
     """Peak learning rate, of Muon."""
 
 
-# The defaults, for some eight minutes of one CPU core.
+# The defaults take some eight minutes of one CPU core.
 MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout=0.1)
 PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
-RANKED_TEMPERATURE = 1.0  # above that of PPO: the reward model is to have seen words that PPO will come to
+RANKED_TEMPERATURE = 1.0  # above PPO's, so that the reward model sees words that the policy will use later
 REWARD = RewardConfig(grad_accum=1, learning_rate=1e-3, max_seq_len=192)
 PPO = PPOConfig(
     num_steps=20,
@@ -91,7 +91,7 @@ PPO = PPOConfig(
     missing_eos_penalty=0.5,
     epochs=2,
     learning_rate=2e-4,
-    kl_coef=0.1,  # fixed: steered to a target, it falls while the policy is still near, which then overshoots
+    kl_coef=0.1,  # fixed: an adaptive coefficient falls while the KL is still small, and the policy then overshoots
 )
 
 
@@ -101,7 +101,7 @@ def turn(text: str) -> Tensor:
 
 
 def read_conversations() -> list[tuple[str, ...]]:
-    """The English dialogues, each once, a turn on one line."""
+    """Read the English dialogues, each once, with each turn on one line."""
     paths = sorted((Path(chatterbot_corpus.__file__).parent / "data/english").glob("*.yml"))
     files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths]
     conversations = [turns for file in files for turns in file["conversations"]]
@@ -109,14 +109,14 @@ def read_conversations() -> list[tuple[str, ...]]:
 
 
 def pretrain(palm: PaLM, conversations: list[tuple[str, ...]], config: LMConfig, folder: Path, resume: bool) -> Result:
-    """Next-token prediction on the dialogues as running text, a blank line between two."""
+    """Train on next-token prediction, on the dialogues as one text with blank lines between them."""
     text = "\n\n".join("\n".join(turns) for turns in conversations)
     data = np.frombuffer(text.encode(), dtype=np.uint8)
     return LanguageModelTrainer(palm, train_data=data, config=config, output_dir=folder, resume=resume).train()
 
 
 def fine_tune(palm: PaLM, pairs: list[tuple[str, str]], config: FineTuning, seed: int) -> None:
-    """Next-token prediction on the answers alone, each after its prompt."""
+    """Train on next-token prediction of the answers only, each after its prompt."""
     sampler = EpochSampler(len(pairs), seed)
     optimizer = muon(palm, config.learning_rate, (0.9, 0.95), 1e-8, 0.1)
     autocast = forward_precision("auto", palm.device)
@@ -135,7 +135,7 @@ def fine_tune(palm: PaLM, pairs: list[tuple[str, str]], config: FineTuning, seed
 
 
 class Annotator:
-    """Who ranks answers, and says at the end whether they are better: from -1, hostile, to 1, friendly."""
+    """Ranks answers, and scores them at the end, from -1 (hostile) to 1 (friendly)."""
 
     def __init__(self):
         self.vader = SentimentIntensityAnalyzer()
@@ -146,9 +146,10 @@ class Annotator:
     def rank(
         self, palm: PaLM, prompts: list[str], sampling: ResponseSampling, num_samples: int, seed: int
     ) -> list[Ranking]:
-        """Answers to each prompt, best first, without ties: of two that it likes the same, one is in a later ranking.
+        """Sample answers to each prompt and rank them, best first.
 
-        A prompt has as many rankings as that needs, and none where it likes all answers the same.
+        A ranking has no ties: of answers with equal scores, each is in another ranking of the prompt. A prompt has no
+        ranking if all of its answers have the same score.
         """
         turns, generator = [turn(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
         rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
@@ -179,7 +180,7 @@ def measure(
     sampling: ResponseSampling,
     num_samples: int,
 ) -> Measurement:
-    """Draw answers to the held-out prompts, from the same random numbers each time, and score them."""
+    """Sample answers to the held-out prompts, from the same random numbers each time, and score them."""
     generator = torch.Generator().manual_seed(0)
     turns = [turn(prompt) for prompt in prompts]
     rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
@@ -195,44 +196,44 @@ def measure(
 
 
 def write_rankings(path: Path, rankings: list[Ranking]) -> None:
-    """One ranking a line, as token ids, best first."""
+    """Write one ranking on each line, as token ids, best first."""
     rows = [[ranking.prompt.tolist(), *(answer.tolist() for answer in ranking.responses)] for ranking in rankings]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rankings(path: Path) -> list[Ranking]:
-    """What `write_rankings` wrote."""
+    """Read the rankings of `write_rankings`."""
     rows = [[torch.tensor(tokens) for tokens in json.loads(line)] for line in path.read_text().splitlines()]
     return [Ranking(prompt, responses) for prompt, *responses in rows]
 
 
 class OutOfTime(Exception):
-    """The stage it names was ended by max_seconds before its last step."""
+    """max_seconds ended the named stage before its last step."""
 
 
-def complete(stage: str, result: Result) -> None:
-    """OutOfTime where the result is that of a stage that was ended early."""
+def check_complete(stage: str, result: Result) -> None:
+    """Raise OutOfTime if the stage ended early."""
     if "stopped_early" in result:
         raise OutOfTime(stage)
 
 
 def split(rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
-    """Those to learn from, and a tenth to validate on, whose prompts the others do not have."""
+    """Split off a tenth of the rankings for validation; training rankings with the same prompts are dropped."""
     valid = rankings[: len(rankings) // 10]
     asked = {tuple(ranking.prompt.tolist()) for ranking in valid}
     return [ranking for ranking in rankings if tuple(ranking.prompt.tolist()) not in asked], valid
 
 
 def learn_reward(palm: PaLM, rankings: list[Ranking], config: RewardConfig, folder: Path, resume: bool) -> RewardModel:
-    """The reward model, of mean 0 and deviation 1 over the rankings; OutOfTime where its training was ended."""
+    """Train the reward model and normalise its scores. Raises OutOfTime if the training ended early."""
     train, valid = split(rankings)
     say(f"4. training the reward model on {len(train)} rankings")
-    torch.manual_seed(config.seed)  # for its head; a run that resumes draws the same
-    model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not its end alone
+    torch.manual_seed(config.seed)  # of the head, which is the same in a resumed run
+    model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not only the last one
     trainer = RewardModelTrainer(
         model, train_data=train, valid_data=valid, config=config, output_dir=folder, resume=resume
     )
-    complete("reward model", trainer.train())
+    check_complete("reward model", trainer.train())
     trainer.normalise(train)
     say(f"held-out rankings: {trainer.evaluate()}")
     return model
@@ -241,7 +242,7 @@ def learn_reward(palm: PaLM, rankings: list[Ranking], config: RewardConfig, fold
 def hold_out(
     conversations: list[tuple[str, ...]], held_out: int, seed: int
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, str]], list[str], list[str]]:
-    """Conversations and pairs of turns to learn from, their prompts, and prompts that none of these has."""
+    """Return training conversations, training pairs of turns, their prompts, and held-out prompts."""
     pairs = dict.fromkeys(itertools.chain.from_iterable(map(itertools.pairwise, conversations)))
     pairs = [pair for pair in pairs if all(1 <= len(text.encode()) <= LONGEST_TURN for text in pair)]
     prompts = sorted({prompt for prompt, _ in pairs})
@@ -254,7 +255,7 @@ def hold_out(
 def improve(
     trainer: RLHFTrainer, before: Measurement, measured: Callable[[], Measurement], measure_every: int
 ) -> list[Measurement]:
-    """PPO to its last step, measured before, every so many steps, and at the end."""
+    """Run PPO to its last step; measure the policy before, every `measure_every` steps, and at the end."""
     history = [before]
     say(f"before: {before}")
     for metrics in trainer.steps(progress_bar=True):
@@ -272,18 +273,18 @@ def answering(
     output_dir: Path,
     resume: bool,
 ) -> PaLM:
-    """A model that has learnt to answer, by the first two stages; OutOfTime where the first was ended."""
+    """Train a model to answer, by the first two stages. Raises OutOfTime if the first one ended early."""
     conversations, pairs, _, _ = data
     say(f"1. pretraining on {len(conversations)} conversations")
     palm = PaLM.from_config(model)
-    complete("pretraining", pretrain(palm, conversations, pretraining, output_dir / "pretraining", resume))
+    check_complete("pretraining", pretrain(palm, conversations, pretraining, output_dir / "pretraining", resume))
     say(f"2. fine-tuning on {len(pairs)} answers")
     fine_tune(palm, pairs, fine_tuning, pretraining.seed)
     return palm
 
 
 def show_what_next(output_dir: Path) -> None:
-    """The commands that use what the run has saved."""
+    """Print the commands that use the saved models."""
     say(f"saved to {output_dir}")
     policy, ppo_run, before, proxy = (
         quoted(output_dir / name) for name in ("policy", "ppo", "fine_tuned", "reward_model")
@@ -314,23 +315,23 @@ def main(
     """The whole recipe of RLHF on real dialogues; the last line on standard output is JSON.
 
     Args:
-        seed: Of all that is drawn at random, in every stage.
-        output_dir: Where models, metrics and curves go; a new folder in runs/ by default.
-        resume: Go on with the run in output_dir, from the newest checkpoint of the stage that it came to.
-        max_seconds: Stop then, where stages 1, 4 or 5 can be resumed; by default only the steps of each stage end it.
-        held_out: Prompts kept from all stages, on which policies are measured.
-        num_samples: Answers to each of those in a measurement.
+        seed: Random seed of every stage.
+        output_dir: Folder of models, metrics and curves; by default a new one in runs/.
+        resume: Continue the run in output_dir, from the newest checkpoint of its last stage.
+        max_seconds: Stop stage 1, 4 or 5 after this time; the run can be resumed. By default the stages end by steps.
+        held_out: Prompts held out from all stages, for measurements.
+        num_samples: Answers to each held-out prompt in a measurement.
         num_ranked: Answers to each other prompt that the annotator ranks.
         measure_every: Steps of PPO between measurements.
-        model: The numbers of the model.
-        pretraining: How it learns the language of the dialogues.
-        fine_tuning: How it learns to answer.
-        reward: How the reward model is trained.
-        ppo: How the policy is.
+        model: Settings of the model.
+        pretraining: Settings of the pretraining.
+        fine_tuning: Settings of the fine-tuning.
+        reward: Settings of the reward model's training.
+        ppo: Settings of PPO.
     """
     started = time.perf_counter()
     if resume and output_dir is None:
-        raise ValueError("got --resume without --output-dir; expected the folder of the run to go on with")
+        raise ValueError("got --resume without --output-dir, expected the folder of the run: name it by --output-dir")
     output_dir = output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
 
     def timed(config: RunConfig) -> RunConfig:
@@ -354,7 +355,7 @@ def main(
         fine_tuned = copy.deepcopy(palm).eval()
         reward_model = learn_reward(palm, rankings, timed(reward), output_dir / "reward", resume)
     except OutOfTime as ended:
-        say(f"{ended} is not complete: go on with --resume --output-dir {output_dir}")
+        say(f"{ended} is not complete: continue with --resume --output-dir {output_dir}")
         return print(json.dumps({"stopped_early": "max_seconds", "stage": str(ended), "output_dir": str(output_dir)}))
 
     say("5. PPO")

@@ -1,4 +1,4 @@
-"""What examples/rlhf.py says of a policy before and after: scores with their errors, win rate, KL, curves, samples."""
+"""The report of examples/rlhf.py: scores with their errors, win rate, KL, curves and samples, before and after PPO."""
 
 import itertools
 import sys
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Measurement:
-    """A policy on the held-out prompts: a row for each, a column for each of its answers."""
+    """A policy on the held-out prompts, with a row for each prompt and a column for each of its answers."""
 
     answers: list[list[str]]
     gold: Tensor
@@ -24,13 +24,13 @@ class Measurement:
 
 
 def mean_and_stderr(x: Tensor) -> tuple[float, float]:
-    """With the prompts as clusters, for answers to one are alike: `prompts ...`."""
+    """Return the mean and its standard error, with the prompts as clusters: `prompts ...`."""
     by_prompt = x.flatten(1).mean(dim=1)
     return float(by_prompt.mean()), float(by_prompt.std() / len(by_prompt) ** 0.5)
 
 
 def over_optimisation(history: list[Measurement]) -> str | None:
-    """What is to be said where the gold score has fallen from its best, beyond chance, while the proxy rose."""
+    """Return a warning if the gold score fell significantly from its best while the proxy rose, else None."""
     best, last = max(history, key=lambda measured: measured.gold.mean()), history[-1]
     fall, stderr = mean_and_stderr(best.gold - last.gold)
     rise = float(last.proxy.mean() - best.proxy.mean())
@@ -43,14 +43,14 @@ def over_optimisation(history: list[Measurement]) -> str | None:
 
 
 def report(prompts: list[str], history: list[Measurement]) -> dict[str, float]:
-    """Shows what PPO changed, and returns its numbers."""
+    """Print what PPO changed, and return the figures."""
     before, after = history[0], history[-1]
     say("\nprompt -> answer before PPO -> answer after")
     for prompt, old, new in itertools.islice(zip(prompts, before.answers, after.answers, strict=True), 8):
         say(f"  {prompt} -> {old[0]} -> {new[0]}")
     say(f"before: {before}\nafter:  {after}")
     gain, gold_stderr = mean_and_stderr(after.gold - before.gold)
-    new, old = after.gold.unsqueeze(-1), before.gold.unsqueeze(-2)  # every answer against every one to the same prompt
+    new, old = after.gold.unsqueeze(-1), before.gold.unsqueeze(-2)  # each answer against each to the same prompt
     win_rate, error = mean_and_stderr((new > old) + 0.5 * (new == old))
     say(f"gain in gold score: {gain:.3f}, standard error {gold_stderr:.3f}")
     low, high = win_rate - 1.96 * error, win_rate + 1.96 * error
@@ -64,7 +64,7 @@ def report(prompts: list[str], history: list[Measurement]) -> dict[str, float]:
 
 
 def draw_curves(path: Path, history: list[Measurement]) -> None:
-    """Both scores against the distance that the policy has gone, and how the gold scores were and are distributed."""
+    """Plot both scores over the KL to the fine-tuned model, and the distributions of the gold score."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -85,5 +85,5 @@ def draw_curves(path: Path, history: list[Measurement]) -> None:
 
 
 def say(text: str) -> None:
-    """To a person, on standard error."""
+    """Print a text for people to standard error."""
     tqdm.write(text, file=sys.stderr)

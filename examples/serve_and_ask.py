@@ -1,4 +1,4 @@
-"""Serves a PaLM in OpenAI's protocol, asks it by OpenAI's own client, whole and as a stream, and stops.
+"""Serve a PaLM in OpenAI's protocol, ask it with OpenAI's client, with and without streaming, and stop.
 
 python examples/serve_and_ask.py                            # a small model is trained for a few seconds
 python examples/serve_and_ask.py --checkpoint runs/sft/model --ask-for "What is a neural network?"
@@ -38,7 +38,7 @@ DIALOGUES = [
 
 
 def require_packages() -> None:
-    """ImportError, before anything is trained, for a package that would be missing at the end."""
+    """Raise ImportError before the training if a package for the end is missing."""
     fastapi_module()
     try:
         import openai  # noqa: F401
@@ -47,7 +47,7 @@ def require_packages() -> None:
 
 
 def train(folder: Path, num_steps: int) -> None:
-    """Saves a small model that has learnt some dialogues by heart."""
+    """Train a small model to memorise some dialogues, and save it."""
     torch.manual_seed(0)
     tokenizer, template = ByteTokenizer(), PRESETS["default"]
     palm = PaLM(num_tokens=tokenizer.num_tokens, dim=64, depth=2, heads=4, dim_head=16, max_seq_len=1024)
@@ -69,7 +69,7 @@ def train(folder: Path, num_steps: int) -> None:
 
 
 def ask(url: str, question: str, max_tokens: int | None) -> dict:
-    """Asks once for the whole reply and once for a stream, and prints both."""
+    """Ask for the whole reply and for a stream, and print both."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
@@ -96,11 +96,11 @@ def main(
     """Serve a model, ask it, and stop; the last line is JSON.
 
     Args:
-        checkpoint: The folder of a model with its tokenizer and template, or of its run, or a hub id; a small one is
-            trained by default.
-        ask_for: What to ask.
-        max_tokens: Tokens of the reply; by default as many as the context has room for.
-        num_steps: Steps of training, where a model is trained.
+        checkpoint: The folder of a model with its tokenizer and template, or of its run, or a hub id; by default a
+            small model is trained.
+        ask_for: The question.
+        max_tokens: Longest reply, in tokens; by default the rest of the context.
+        num_steps: Steps of the training.
     """
     require_packages()
     with tempfile.TemporaryDirectory() as folder:

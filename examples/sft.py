@@ -1,4 +1,4 @@
-"""Fine-tunes a PaLM on conversations, counts how many of its replies end by themselves, and chats.
+"""Fine-tune a PaLM on conversations, measure how many of its replies end by themselves, and chat.
 
 python examples/sft.py                                       # the English dialogues of the package chatterbot-corpus
 python examples/sft.py --model DIR --data oasst.jsonl.gz --learning-rate 2e-5 --seq-len 1024
@@ -38,8 +38,8 @@ from palm_rlhf.training.supervised_config import SupervisedConfig
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """A model of bytes that starts from nothing."""
+class NewModel:
+    """The size of a new byte-level model."""
 
     dim: int = 192  # Width of the residual stream.
     depth: int = 4  # Blocks.
@@ -47,12 +47,12 @@ class Fresh:
     dropout: float = 0.1  # Rate of dropout in training.
 
 
-# The defaults, for two CPU cores and a few minutes.
+# The defaults take a few minutes on two CPU cores.
 TRAINING = SupervisedConfig(batch_size=4, num_epochs=6, learning_rate=2e-3, min_lr_ratio=0.0, eval_every=100)
 
 
-def fresh_model(fresh: Fresh, name: str) -> ChatModel:
-    """A model of bytes and of the special tokens of a template."""
+def fresh_model(fresh: NewModel, name: str) -> ChatModel:
+    """Return a new model with tokens for the bytes and for the special tokens of a template."""
     tokenizer, template = ByteTokenizer(), PRESETS["default" if name == "auto" else name]
     tokenizer.add_special_tokens(template.special_tokens)
     return ChatModel(PaLM(num_tokens=tokenizer.num_tokens, **asdict(fresh)), tokenizer, template)
@@ -61,14 +61,14 @@ def fresh_model(fresh: Fresh, name: str) -> ChatModel:
 def measure(
     palm: PaLM, prompts: list[Tensor], tokenizer: Tokenizer, sampling: ResponseSampling
 ) -> tuple[float, list[str]]:
-    """The rate of replies that end by themselves, and the replies, from the same random numbers each time."""
+    """Return the rate of replies that end by themselves, and the replies, from the same random numbers each time."""
     rollout = collect(palm, prompts, sampling, generator=torch.Generator(palm.device).manual_seed(0))
     _, replies = spoken(rollout.sequences, tokenizer, sampling.eos_token)
     return 1 - float(rollout.truncated.double().mean()), replies
 
 
 def converse(palm: PaLM, tokenizer: Tokenizer, template: Template, sampling: ResponseSampling, room: int) -> None:
-    """Answers each line of standard input as its tokens come; what was said first is forgotten beyond the room."""
+    """Answer each line of standard input, token by token; the oldest turns are dropped beyond `room` tokens."""
     messages: Messages = []
     while line := (say("> ", end="") or sys.stdin.readline()):
         messages.append({"role": "user", "content": line.strip()})
@@ -96,26 +96,27 @@ def main(
     seq_len: int = 512,
     max_new_tokens: int = 128,
     temperature: float = 0.7,
-    fresh: Fresh = Fresh(),
+    fresh: NewModel = NewModel(),
     training: tyro.conf.OmitArgPrefixes[SupervisedConfig] = TRAINING,
 ) -> None:
-    """Fine-tunes a PaLM on conversations, then chats. The last line of standard output before the chat is JSON.
+    """Fine-tune a PaLM on conversations, then chat. The last line of standard output before the chat is JSON.
 
     Args:
         data: A file that `palm-rlhf data convert` reads; by default the dialogues of chatterbot-corpus.
-        model: The folder of a model or of its run, or a hub id; it wants a lower learning rate. A fresh one by default.
-        output_dir: Where checkpoints, metrics, and model, tokenizer and template go; a new folder in runs/ by default.
-        resume: Go on from the newest checkpoint in output_dir; without that, of the newest run in runs/. It is what is
-            measured before, too.
-        template: How conversations are written; auto is the model's own, or default.
-        chat: Chat at the end also where standard input is no terminal; a line is what the user says.
-        held_out: The part of the conversations that is kept for measurements.
-        num_prompts: Held-out prompts that are answered, before and after.
-        seq_len: Tokens of a row; longer conversations are split between turns.
-        max_new_tokens: Tokens of a reply; one that reaches them has not stopped by itself.
+        model: The folder of a model or of its run, or a hub id; such models need a lower learning rate. By default a
+            new model is trained.
+        output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
+        resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/. The
+            measurement before the training is then of this checkpoint.
+        template: The chat template; auto is the model's own, or default.
+        chat: Chat at the end even if standard input is no terminal; each line is a message of the user.
+        held_out: The share of conversations that is held out for measurements.
+        num_prompts: Held-out prompts that the model answers before and after the training.
+        seq_len: Length of a row in tokens; longer conversations are split between turns.
+        max_new_tokens: Longest reply, in tokens; a reply of this length did not end by itself.
         temperature: Divides the logits in sampling; 0 always takes the likeliest token.
-        fresh: The numbers of a fresh model.
-        training: How it is trained.
+        fresh: Size of a new model.
+        training: Training settings.
     """
     conversations = dialogues() if data is None else read_records_for(data, "sft")
     output_dir = run_folder("sft", output_dir, resume)

@@ -1,4 +1,4 @@
-"""The conversations of examples/sft.py where it is given no file: the English dialogues of chatterbot-corpus."""
+"""The default conversations of examples/sft.py: the English dialogues of chatterbot-corpus."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from palm_rlhf.data.curation.cleaning import mend_turns
 
 
 def dialogues() -> list[dict[str, Any]]:
-    """Each dialogue once, a turn on one line, the user and the assistant in turn."""
+    """Return each dialogue once, with alternating turns of the user and the assistant, each on one line."""
     try:
         import chatterbot_corpus
         import yaml

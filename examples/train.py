@@ -1,4 +1,4 @@
-"""Trains a byte-level PaLM on text: enwik8 where it can be downloaded, or files of yours.
+"""Train a byte-level PaLM on text: enwik8 if it can be downloaded, or your own files.
 
 python examples/train.py --data notes/ --dim 512 --num-steps 5000
 
