@@ -101,7 +101,10 @@ def lay_out(rows: Sequence[Sequence[Example]]) -> Rows:
 class RowSampler(Protocol):
     """A sampler that puts examples into rows, each of them once an epoch, in an order that its state restores."""
 
-    num_items: int
+    @property
+    def num_items(self) -> int:
+        """Number of examples."""
+        ...
 
     @property
     def num_drawn(self) -> int:

@@ -27,7 +27,10 @@ SEPARATOR = b"\n\n"
 class TextTokenizer(Protocol):
     """A tokenizer that turns text into token ids below `vocab_size`, without adding special tokens."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; an empty string has none."""
