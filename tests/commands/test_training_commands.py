@@ -224,12 +224,12 @@ def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewardin
         tmp_path / "run/checkpoints/step_00000003/model"
     )
     for arguments, expected in (
-        (["rlhf", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "with 256 tokens, expected"),
+        (["rlhf", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "with 256 tokens"),
         (["sft", files["conversations"], "--model", rewarding], "got the reward model"),
         (["sft", files["prompts"], "--model", base], r"prompts\.txt, line 1"),
         (["sft", files["conversations"], "--model", tmp_path / "run"], "has not finished.*step_00000003/model"),
         (["dpo", files["conversations"], "--model", sft], "compare no replies"),
-        (["online-dpo", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "with 256 tokens, expected"),
+        (["online-dpo", files["prompts"], "--model", sft, "--reward-model", tmp_path / "reward"], "with 256 tokens"),
         (["online-dpo", files["prompts"], "--model", sft, "--reward-model", rewarding, "--held-out", "1e-9"],
          "2 records to train on and 0 held out"),
         (["dpo", files["unpaired"], "--model", sft], "compare no replies"),
