@@ -233,7 +233,7 @@ def test_models_that_do_not_fit_are_refused_with_what_to_do(fine_tuned, rewardin
         (["online-dpo", files["prompts"], "--model", sft, "--reward-model", rewarding, "--held-out", "1e-9"],
          "2 records to train on and 0 held out"),
         (["dpo", files["unpaired"], "--model", sft], "compare no replies"),
-        (["dpo", files["conversations"], "--model", sft, "--loss", "kto"], "has no unpaired to learn from"),
+        (["dpo", files["conversations"], "--model", sft, "--loss", "kto"], "got no unpaired"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             main([str(argument) for argument in [*arguments, "--output-dir", tmp_path / "new"]])

@@ -142,7 +142,7 @@ def run(
     if reference is not None and reward_model is not None:
         if not samples:
             raise ValueError(
-                f"got {folder} without samples.jsonl, expected one: train with --sample-every and --samples-kept"
+                f"got {folder} without samples.jsonl, expected one: train with sample_every and samples_kept"
             )
         palm, tokenizer = open_palm(reference)
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token": eos_token}

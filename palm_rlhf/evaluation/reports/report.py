@@ -90,7 +90,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         return report
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no report ({type(error).__name__}: {error}); expected the JSON beside a page of --report"
+            f"{path} is no report ({type(error).__name__}: {error}); expected the JSON file beside the page of a report"
         ) from error
 
 

@@ -51,7 +51,7 @@ def test_a_damaged_line_in_the_middle_costs_only_itself(tmp_path, caplog):
     path.write_bytes(lines[0] + b'{"key": "k1", "te\n' + b"\0\0\0\n" + b"".join(lines[2:]))
     with Journal(path) as journal:
         assert list(journal.entries) == ["k0", "k2", "k3"]
-    assert "line 2 is damaged and left out" in caplog.text and "line 3 left out" in caplog.text
+    assert "line 2 is damaged and left out" in caplog.text and "line 3 is damaged and left out" in caplog.text
 
 
 @pytest.mark.parametrize("content", ['{"question_id": 1}\n', "A text without an end", '{"a": 1}', '{"key": 5}\n'])

@@ -2,14 +2,14 @@
 const run = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 
-// Each quantity: its number for a token, the number that has no colour, and what it says.
+// Each quantity: its value for a token, the value without colour, and an explanation.
 const QUANTITIES = {
-  advantage: { of: (row, i) => row.advantage[i], zero: 0, text: "how much better the token was than expected: orange is encouraged, blue discouraged" },
-  ratio: { of: (row, i) => Math.log(row.ratio[i]), shown: (x) => Math.exp(x), zero: 0, text: "probability after the update over that before it; a red line marks a token that the loss no longer moves" },
-  KL: { of: (row, i) => row.ref_logprob && row.logprob[i] - row.ref_logprob[i], zero: 0, text: "log-probability less the reference's, in nats: orange is likelier than under the reference" },
-  value: { of: (row, i) => row.value && row.value[i], zero: 0, text: "the return that the critic expected from here" },
+  advantage: { of: (row, i) => row.advantage[i], zero: 0, text: "how much better than expected the token was: orange tokens become likelier, blue ones less likely" },
+  ratio: { of: (row, i) => Math.log(row.ratio[i]), shown: (x) => Math.exp(x), zero: 0, text: "probability after the update divided by the probability before it; a red line marks a clipped token" },
+  KL: { of: (row, i) => row.ref_logprob && row.logprob[i] - row.ref_logprob[i], zero: 0, text: "log-probability minus the reference's, in nats: orange tokens are likelier than under the reference" },
+  value: { of: (row, i) => row.value && row.value[i], zero: 0, text: "the return that the critic expected from this token on" },
   return: { of: (row, i) => row.return && row.return[i], zero: 0, text: "the return that the critic learns" },
-  surprise: { of: (row, i) => -row.logprob[i], zero: 0, text: "minus the log-probability of the token when it was drawn, in nats" },
+  surprise: { of: (row, i) => -row.logprob[i], zero: 0, text: "negative log-probability of the token when it was sampled, in nats" },
 };
 const NUMBERS = ["logprob", "new_logprob", "ref_logprob", "ratio", "advantage", "value", "return"];
 const steps = [...new Set(run.rows.map((row) => row.step))].sort((a, b) => a - b);
@@ -33,7 +33,7 @@ function numbersOf(quantity, rows) {
   return rows.flatMap((row) => row.tokens.map((_, i) => quantity.of(row, i))).filter(Number.isFinite);
 }
 
-// One scale for the whole run, so that steps can be compared: the size that 19 of 20 tokens stay below.
+// One scale for the whole run, so that steps compare: the 95th percentile of the absolute values.
 function scaleOf(quantity) {
   const sizes = numbersOf(quantity, run.rows).map((x) => Math.abs(x - quantity.zero)).sort((a, b) => a - b);
   return sizes[Math.floor(0.95 * (sizes.length - 1))] || sizes.at(-1) || 1;
@@ -63,7 +63,7 @@ function tokenNode(row, i, quantity, scale) {
   return made;
 }
 
-// A line break is drawn as well as made, and other control characters, which a page does not draw, are named.
+// A line break gets a visible sign, and other control characters, which a page does not show, are named.
 function visible(piece) {
   return piece.replace(/\n/g, "⏎\n").replace(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f]/g,
     (character) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`);
