@@ -96,10 +96,15 @@ def rlhf(
         palm = plain_palm(chat_model.palm, state)
         if training.actor_lora_r:
             palm.merge_finetune_params(ACTOR_SCOPE)
-        if trainer.evaluator is not None and (best := best_checkpoint(trainer.run.checkpoints)):
-            say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
+        say_best_checkpoint(trainer)
         more_commands = []
         if reward_model is not None:
             options = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
             more_commands = [("measure the run", f"palm-rlhf evaluate run {quoted(output_dir)} {options}")]
         finish_chat_model(result, output_dir, (palm, chat_model.tokenizer, chat_model.template), more_commands)
+
+
+def say_best_checkpoint(trainer: RLHFTrainer) -> None:
+    """Print the folder of the best policy by evaluations, if there were any."""
+    if trainer.evaluator is not None and (best := best_checkpoint(trainer.run.checkpoints)):
+        say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
