@@ -12,6 +12,7 @@ from palm_rlhf.commands.reward_arguments import MAIN, has_functions, open_reward
 from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
 from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
 from palm_rlhf.commands.training_data import read_prompt_rows
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.rlhf.config import PPOConfig
@@ -91,12 +92,10 @@ def rlhf(
     )
     say(f"{len(rows)} prompts; saved to {output_dir}")
     result = trainer.train()
-    state = full_state(trainer.actor_critic.palm)
+    palm = merged_policy(trainer, chat_model.palm)
     if trainer.accelerator.is_main_process:
-        palm = plain_palm(chat_model.palm, state)
-        if training.actor_lora_r:
-            palm.merge_finetune_params(ACTOR_SCOPE)
-        say_best_checkpoint(trainer)
+        if trainer.evaluator is not None and (best := best_checkpoint(trainer.run.checkpoints)):
+            say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
         more_commands = []
         if reward_model is not None:
             options = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
@@ -104,7 +103,11 @@ def rlhf(
         finish_chat_model(result, output_dir, (palm, chat_model.tokenizer, chat_model.template), more_commands)
 
 
-def say_best_checkpoint(trainer: RLHFTrainer) -> None:
-    """Print the folder of the best policy by evaluations, if there were any."""
-    if trainer.evaluator is not None and (best := best_checkpoint(trainer.run.checkpoints)):
-        say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
+def merged_policy(trainer: RLHFTrainer, palm: PaLM) -> PaLM:
+    """Return the trained policy with merged adapters, of all shards. Every process has to call it."""
+    state = full_state(trainer.actor_critic.palm)
+    if trainer.accelerator.is_main_process:
+        palm = plain_palm(palm, state)
+        if trainer.config.actor_lora_r:
+            palm.merge_finetune_params(ACTOR_SCOPE)
+    return palm
