@@ -1,5 +1,6 @@
 """The options of sampling: `Sampling` has each once, and each place that offers some offers all, or says which not."""
 
+import ast
 import dataclasses
 import inspect
 import math
@@ -16,6 +17,7 @@ from palm_rlhf.serving.chat import chat as chat_command
 from palm_rlhf.serving.dialogue import Dialogue
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION
+from palm_rlhf.serving.http.responses_parameters import RESPONSE
 from palm_rlhf.training.rollout_config import RolloutConfig
 
 DEFAULTS = {
@@ -40,6 +42,22 @@ CASES = [(name, value) for name, values in OUT_OF_RANGE.items() for value in val
 # An update of training computes the log-probabilities of responses again, for these options only.
 LEFT_OUT_IN_TRAINING = {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 PROMPT = torch.tensor([1, 2, 3])
+# The files with some of the options and not all, and why. (In data/, top_k is another thing: a rank of answers.)
+NOT_ALL = {
+    "commands/train.py": "samples of a run of training are there to be looked at, and have a temperature alone",
+    "evaluation/commands/judge_command.py": "judges, who may be behind an API, have a temperature alone",
+    "evaluation/judging/judges.py": "the same",
+    "evaluation/commands/model_commands.py": "the reference is sampled as the run sampled: at its temperature",
+    "evaluation/measures/rlhf_runs.py": "the same",
+    "ops/logprobs.py": "log-probabilities are computed again for temperature, top-k and top-p only",
+    "ops/nucleus.py": "the cuts of top-k and top-p alone",
+    "ops/sampling.py": "truncation, which comes after the penalties",
+    "policy/actor_critic.py": "log-probabilities are computed again for temperature, top-k and top-p only",
+    "policy/sequences.py": "the same",
+    "training/rlhf/config.py": "a text of its own for the temperature, beside what SamplingConfig has",
+    "training/rlhf/trainer.py": "its train() takes the arguments of palm-rlhf-pytorch's",
+    "training/sampling_config.py": "training computes log-probabilities again",
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +105,32 @@ def test_training_leaves_out_the_options_that_it_says(kind):
     }
 
 
-@pytest.mark.parametrize("schema", [CHAT, COMPLETION], ids=["chat", "completion"])
+@pytest.mark.parametrize("schema", [CHAT, COMPLETION, RESPONSE], ids=["chat", "completion", "response"])
 def test_the_server_takes_every_option_by_its_name(schema):
     assert schema["properties"].keys() >= DEFAULTS.keys()
+
+
+def offered_together(path) -> list[set[str]]:
+    """The options of sampling that each function of a file has as parameters, and each class as fields."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            found.append({argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)})
+        elif isinstance(node, ast.ClassDef):
+            targets = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+            found.append({target.id for target in targets if isinstance(target, ast.Name)})
+    return [names & DEFAULTS.keys() for names in found if names & DEFAULTS.keys()]
+
+
+def test_who_offers_some_of_the_options_offers_all_or_is_known_not_to(root):
+    package, partial, whole = root / "palm_rlhf", set(), set()
+    for path in package.rglob("*.py"):
+        name = str(path.relative_to(package))
+        if not name.startswith("data/"):
+            for names in offered_together(path):
+                (whole if names == DEFAULTS.keys() else partial).add(name)
+    assert whole == {"ops/sampling.py", "model/generate.py"}
+    assert partial <= NOT_ALL.keys()
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
