@@ -15,6 +15,15 @@ def palm_of(seed: int = 0, **fields: Any) -> PaLM:
     return PaLM(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **fields})
 
 
+def palm_of_scaled_norms(seed: int = 0, *, dtype: torch.dtype = torch.float64, **fields: Any) -> PaLM:
+    """One whose norms have scales away from 1, so that a lost one shows."""
+    palm = palm_of(seed, **fields).to(dtype)
+    for name, parameter in palm.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    return palm
+
+
 def wandering_palm(seed: int = 0, **fields: Any) -> PaLM:
     """One that rarely repeats itself: at the start a tied model mostly says its last token again."""
     palm = palm_of(seed, **{"num_tokens": 13, "ff_mult": 2, **fields})

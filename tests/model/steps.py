@@ -10,7 +10,7 @@ from palm_rlhf import PaLM
 from palm_rlhf.model.cache import KVCache
 from palm_rlhf.ops.attention import attention
 from palm_rlhf.ops.cpu import native_library
-from tests import factories
+from tests.factories import palm_of_scaled_norms
 
 VOCABULARY = 17
 SIZES = {"dim": 10, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 6, "ff_inner_dim": 7}
@@ -20,11 +20,7 @@ PAIRS = torch.cpu._is_avx512_bf16_supported()  # products of pairs of bfloat16
 
 def palm_of(*, seed=0, **changes) -> PaLM:
     """A float64 model of random weights, the scales of its norms included."""
-    palm = factories.palm_of(seed, num_tokens=VOCABULARY, **{**SIZES, **changes}).double()
-    for name, parameter in palm.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return palm
+    return palm_of_scaled_norms(seed, num_tokens=VOCABULARY, **{**SIZES, **changes})
 
 
 def add_scope(palm, r=2, seed=1, **options):

@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from palm_rlhf.model.cache import Cache, KVCache, PromptCache
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine.slot_cache import AlignedRows, RaggedRows, SlotCache
+from tests.factories import palm_of
 
 
 @pytest.fixture(scope="module")
 def palm():
-    torch.manual_seed(0)
-    sizes = {"num_tokens": 31, "dim": 16, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 4}
-    return PaLM(**sizes, xpos=True).double().eval()
+    return palm_of(num_tokens=31, heads=4, kv_heads=2, dim_head=4, xpos=True).double().eval()
 
 
 class ListCache:

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import parse_size, shards
+from tests.factories import palm_of
 
 SIZES = {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2}
 OTHER = {**SIZES, "depth": 3, "rotary_theta": 500.0, "logit_scale": 0.5}
 
 
 def model(seed: int = 0, **options) -> PaLM:
-    torch.manual_seed(seed)
-    palm = PaLM(**{**SIZES, **options})
+    palm = palm_of(seed, **{**SIZES, **options})
     for parameter in palm.parameters():
         torch.nn.init.normal_(parameter)
     return palm

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import WeightsFolder
+from tests.factories import palm_of
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX processes")
 
 
 def model(seed: int, **options) -> PaLM:
-    torch.manual_seed(seed)
-    return PaLM(**{"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2, **options})
+    return palm_of(seed, **{"num_tokens": 19, "heads": 4, "dim_head": 4, "kv_heads": 2, **options})
 
 
 OTHER = {"depth": 3, "rotary_theta": 500.0, "logit_scale": 0.5}

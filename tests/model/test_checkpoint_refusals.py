@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from palm_rlhf.model.palm import PaLM
+from tests.factories import palm_of
 
 SIZES = {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2}
 INDEX = "model.safetensors.index.json"
 
 
 def model(seed: int = 0, **options) -> PaLM:
-    torch.manual_seed(seed)
-    return PaLM(**{**SIZES, **options})
+    return palm_of(seed, **{**SIZES, **options})
 
 
 def unchanged(palm: PaLM, seed: int, **options) -> bool:

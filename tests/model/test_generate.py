@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf import PaLM
 from palm_rlhf.ops.sampling import Sampling, sampling_logprobs
+from tests.factories import wandering_palm
 
 VOCABULARY = 23
 GREEDY = {"temperature": 0}
@@ -25,13 +26,8 @@ OPTIONS = {
 
 
 def palm_with(*, dtype=torch.float64, **options) -> PaLM:
-    torch.manual_seed(0)
-    sizes = {"num_tokens": VOCABULARY, "dim": 16, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 4, "ff_mult": 2}
-    palm = PaLM(**{**sizes, **options})
-    for layer in palm.layers:  # at the start a tied model mostly repeats its last token; these answers wander
-        layer.attn_out.weight.data.mul_(4)
-        layer.ff_out.weight.data.mul_(4)
-    return palm.to(dtype)
+    sizes = {"num_tokens": VOCABULARY, "heads": 4, "kv_heads": 2, "dim_head": 4}
+    return wandering_palm(**{**sizes, **options}).to(dtype)
 
 
 palm_of = functools.cache(lambda: palm_with().eval())

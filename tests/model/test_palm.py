@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from palm_rlhf import PaLM, PaLMConfig, RewardModel
+from tests.factories import palm_of_scaled_norms
 
 SMALL = {"num_tokens": 19, "dim": 12, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2, "z_loss": 0.0}
 VARIANTS = {
@@ -24,12 +25,7 @@ VARIANTS = {
 
 
 def small(*, dtype=torch.float64, **options) -> PaLM:
-    torch.manual_seed(0)
-    palm = PaLM(**{**SMALL, **options}).to(dtype)
-    for name, parameter in palm.named_parameters():  # scales away from 1, so that a lost one shows
-        if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
-    return palm
+    return palm_of_scaled_norms(dtype=dtype, **{**SMALL, **options})
 
 
 def some_tokens(*shape, seed=1):
