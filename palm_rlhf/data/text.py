@@ -24,9 +24,8 @@ from palm_rlhf.data.corpora.token_store import (
     text_of_file,
     tokens_of,
 )
+from palm_rlhf.data.tokenizer_base import NUM_BYTES
 from palm_rlhf.ops.cpu.native_library import default_cache_dir
-
-NUM_BYTES = 256
 
 
 @beartype

@@ -17,7 +17,7 @@ from beartype import beartype
 from tqdm import tqdm
 
 from palm_rlhf.data.corpora.cached_folder import DISK_FULL, locked, room_for
-from palm_rlhf.model.files import sync
+from palm_rlhf.model.files import replacing, sync
 
 CHUNK = 1 << 18  # bytes
 
@@ -175,19 +175,14 @@ def _open(request: urllib.request.Request, timeout: float) -> http.client.HTTPRe
 
 def _unpack(archive: Archive, part: Path) -> Path:
     path = part.parent / archive.name
-    temporary = path.with_name(f"{archive.name}.tmp")
-    try:
-        with room_for(archive.num_bytes, path.parent):
-            got = _unpacked_sha256(archive, part, temporary)
+    with room_for(archive.num_bytes, path.parent), replacing(path) as temporary:
+        got = _unpacked_sha256(archive, part, temporary)
         if got != archive.sha256:
             part.unlink()
             raise DownloadError(
                 f"{archive.name} from {archive.url} has sha256 {got}, expected {archive.sha256}; nothing of it was "
                 "kept: try again, or name a mirror"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync(path.parent)
     part.unlink()
     return path
@@ -201,8 +196,6 @@ def _unpacked_sha256(archive: Archive, part: Path, temporary: Path) -> str:
             while target.tell() <= archive.num_bytes and (chunk := source.read(CHUNK)):
                 digest.update(chunk)
                 target.write(chunk)
-            target.flush()
-            os.fsync(target.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
         part.unlink()
         raise DownloadError(
