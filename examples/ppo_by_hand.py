@@ -5,8 +5,8 @@ OpenAI's lm-human-preferences, and in Ouyang et al. 2022 (arXiv:2203.02155, appe
 function that holds its formula; the loop around them is written out. It is for one process, computes in float32 and
 saves nothing. `RLHFTrainer` adds all that, and ends with the same weights.
 
-A small PaLM first learns dialogues (the English ones of the package chatterbot-corpus). VADER, a program that knows the
-sentiment of words, then rewards its answers, and PPO makes them friendlier.
+A small PaLM first learns dialogues (the English ones of the package chatterbot-corpus). Then it is rewarded for each
+answer that is a question, and PPO teaches it to ask back.
 
     pip install "palm-rlhf[examples]" && python examples/ppo_by_hand.py
 """
@@ -43,9 +43,8 @@ from palm_rlhf.training import LanguageModelTrainer, LMConfig
 try:
     import chatterbot_corpus
     import yaml
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 except ImportError as error:
-    sys.exit(f"ppo_by_hand.py: {error}; the dialogues and the reward come with: pip install palm-rlhf[examples]")
+    sys.exit(f"ppo_by_hand.py: {error}; the dialogues come with: pip install palm-rlhf[examples]")
 
 Reward = Callable[[list[str], list[str]], list[float]]  # prompts and responses, as texts -> a score for each
 LONGEST_PROMPT = 80  # bytes
@@ -55,7 +54,7 @@ LONGEST_PROMPT = 80  # bytes
 class Settings:
     """The numbers of PPO. `PPOConfig` has the same names, and more of them."""
 
-    num_steps: int = 12
+    num_steps: int = 10
     """Updates, each on responses of the newest policy."""
 
     rollouts_per_step: int = 64
@@ -64,10 +63,10 @@ class Settings:
     minibatch_size: int = 16
     """Responses behind one optimiser step."""
 
-    epochs: int = 2
+    epochs: int = 4
     """Times that an update goes through its responses."""
 
-    max_new_tokens: int = 32
+    max_new_tokens: int = 40
     """Longest response, in tokens."""
 
     temperature: float = 0.7
@@ -76,7 +75,7 @@ class Settings:
     missing_eos_penalty: float = 0.5
     """Taken from the score of a response that did not end within max_new_tokens."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     """Of AdamW, for policy and critic."""
 
     kl_coef: float = 0.05
@@ -225,6 +224,11 @@ def read_dialogues() -> list[list[str]]:
     return [[" ".join(turn.split()) for turn in turns] for file in files for turns in file["conversations"]]
 
 
+def asks_back(prompts: list[str], responses: list[str]) -> list[float]:
+    """Return 1 for each response that is a question, and 0 for the others."""
+    return [float(response.rstrip().endswith("?")) for response in responses]
+
+
 def show(title: str, metrics: dict[str, float]) -> None:
     """Print one line of the learning curve."""
     numbers = "   ".join(f"{name} {metrics[name]:7.3f}" for name in ("score", "kl", "value_loss", "clip_fraction"))
@@ -239,11 +243,6 @@ def main(settings: Settings = Settings(), pretraining_steps: int = 400) -> None:
     firsts = dict.fromkeys(dialogue[0] for dialogue in dialogues)  # each once
     prompts = [torch.tensor([*tokenizer.encode(turn), tokenizer.eos_token]) for turn in firsts]
     prompts = [prompt for prompt in prompts if len(prompt) <= LONGEST_PROMPT]
-    vader = SentimentIntensityAnalyzer()
-
-    def friendliness(prompts: list[str], responses: list[str]) -> list[float]:
-        return [vader.polarity_scores(response)["compound"] for response in responses]
-
     print(f"pretraining on {len(dialogues)} dialogues; then PPO on {len(prompts)} prompts", flush=True)
     torch.manual_seed(settings.seed)
     palm = PaLM(num_tokens=tokenizer.num_tokens, dim=128, depth=3, heads=4, ff_mult=2)
@@ -252,9 +251,9 @@ def main(settings: Settings = Settings(), pretraining_steps: int = 400) -> None:
     LanguageModelTrainer(palm, train_data=text, config=lm).train()
 
     copies = {"by hand": copy.deepcopy(palm), "RLHFTrainer": copy.deepcopy(palm)}
-    for metrics in ppo(copies["by hand"], prompts, friendliness, tokenizer, settings):
+    for metrics in ppo(copies["by hand"], prompts, asks_back, tokenizer, settings):
         show("by hand    ", metrics)
-    for metrics in trainer_of(copies["RLHFTrainer"], prompts, friendliness, tokenizer, settings).steps():
+    for metrics in trainer_of(copies["RLHFTrainer"], prompts, asks_back, tokenizer, settings).steps():
         show("RLHFTrainer", metrics)
     before, by_hand, by_trainer = (parameters_to_vector(model.parameters()) for model in (palm, *copies.values()))
     print(f"the weights moved by up to {(by_hand - before).abs().max():.2g}", end="; ")

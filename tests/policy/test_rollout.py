@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic
+from palm_rlhf.policy.best_of_n import best_of_n
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import ResponseSampling, Rollout, best_of_n, collect
+from palm_rlhf.policy.rollout import ResponseSampling, Rollout, collect
 from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs, spoken
 
 EOS = 4

@@ -9,7 +9,8 @@ from tokenizers import models, pre_tokenizers, processors
 
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.policy import shared_prompts
-from palm_rlhf.policy.rollout import ResponseSampling, best_of_n, collect
+from palm_rlhf.policy.best_of_n import best_of_n
+from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import join, response_logprobs, spoken
 from palm_rlhf.policy.turns import Turns, asked_columns
 

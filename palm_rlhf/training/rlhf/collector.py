@@ -11,8 +11,9 @@ from torch import Tensor
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.actor_critic import ActorCritic
+from palm_rlhf.policy.best_of_n import best_of_n
 from palm_rlhf.policy.rewards import Rewards, Scores, check_rewards, score
-from palm_rlhf.policy.rollout import ResponseSampling, Rollout, best_of_n, collect
+from palm_rlhf.policy.rollout import ResponseSampling, Rollout, collect
 from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.rlhf.config import PPOConfig
