@@ -1,4 +1,4 @@
-"""How a PaLM is stored: folders of safetensors, state dicts of others; checked before anything is changed."""
+"""How a PaLM is saved and loaded: folders of safetensors and state dicts, checked before a model is changed."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from beartype.roar import BeartypeCallHintViolation
@@ -16,17 +16,23 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.interop import cohere, palm_rlhf_pytorch
-from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes, local_folder, parse_size, write_folder
+from palm_rlhf.model.lora import adapters_of
+from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes, local_folder
+from palm_rlhf.model.weights_writer import parse_size, write_folder
 
-# Tensors by name, each in parts that lie row under row; not copied until they are asked for.
+if TYPE_CHECKING:
+    from palm_rlhf.model.palm import PaLM
+
+Model = TypeVar("Model", bound=nn.Module)
+# The name of each tensor, and its parts, to be concatenated along the rows; a part is not read before it is used.
 Parts = Iterator[tuple[str, Iterable[Tensor]]]
-# Fields of the config that are not the model's mathematics: they may differ between a model and what it loads.
+# Fields of the config that do not change what a model computes: a model may load weights that were saved with others.
 FREE_TO_CHANGE = {"dropout", "flash_attn", "gradient_checkpointing", "max_seq_len", "z_loss"}
 STATE_DICT = "what torch.save(model.state_dict(), path) writes"
 
 
-def save_pretrained(palm: nn.Module, path: Path, *, format: str, max_shard_size: int | str) -> None:
-    """Write a PaLM and its LoRA scopes to a folder, or to one of Hugging Face's Cohere."""
+def save_pretrained(palm: "PaLM", path: Path, *, format: str, max_shard_size: int | str) -> None:
+    """Write a PaLM and its LoRA scopes to a folder, in our format or in the "cohere" format of Hugging Face."""
     if format not in ("palm", "cohere"):
         raise ValueError(f'format is {format!r}; expected "palm" or "cohere"')
     if format == "cohere":
@@ -39,47 +45,44 @@ def save_pretrained(palm: nn.Module, path: Path, *, format: str, max_shard_size:
 
 
 def from_pretrained(
-    cls: type,
+    cls: type[Model],
     source: str | os.PathLike,
     *,
     dtype: torch.dtype | None,
     device: str | torch.device | None,
     revision: str | None,
-    open_with: Callable | None = None,
-) -> nn.Module:
-    """Open a folder, or a hub id, as a new model, in the file's dtype unless another is asked for.
+    open_with: Callable[[type[Model], WeightsFolder], tuple[Model, Parts]],
+) -> Model:
+    """Open a folder, or a hub id, as a new model, with the dtype of the file unless another is given.
 
-    `open_with` stands in for `open_folder` where the folder is that of another kind of model.
+    `open_with` is `open_folder`, or the corresponding function of another kind of model.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
     folder = WeightsFolder(local_folder(source, revision))
-    model = filled(*(open_with or open_folder)(cls, folder), dtype, device)
+    model = filled(*open_with(cls, folder), dtype=dtype, device=device)
     folder.require_unchanged()
     return model
 
 
-def from_palm_rlhf_pytorch(cls: type, source: str | os.PathLike | Mapping[str, Any], *, causal: bool) -> nn.Module:
+def from_palm_rlhf_pytorch(cls: type["PaLM"], source: str | os.PathLike | Mapping[str, Any], *, causal: bool) -> "PaLM":
     """Read a checkpoint of palm-rlhf-pytorch 0.8.0 as a new model."""
     state, where = state_and_name(source)
     return filled(*open_palm_rlhf_pytorch(cls, state, causal, where), dtype=None, device=None)
 
 
 def state_and_name(source: str | os.PathLike | Mapping[str, Any]) -> tuple[Mapping[str, Tensor], str]:
-    """A state dict, or that of a file, checked to be tensors alone; and what to call it in errors."""
+    """Return a state dict, or the one in a file, checked to hold only tensors, and its name for errors."""
     if isinstance(source, Mapping):
         return tensors_only(source, "the state dict"), "the state dict"
     return read_state_dict(Path(source)), str(source)
 
 
-def load_into(palm: nn.Module, path: Path) -> None:
+def load_into(palm: "PaLM", path: Path) -> None:
     """Load a folder, a `.pt` state dict of ours, or palm-rlhf-pytorch's; the model keeps its dtype and device.
 
-    A folder's LoRA scopes that the model lacks are added.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is damaged, or of another model; nothing is changed then.
+    LoRA scopes that the model lacks are added. Raises FileNotFoundError where there is no file, and ValueError for a
+    file that is damaged or of another model; the model is unchanged then.
     """
     folder = None
     if path.is_dir():
@@ -103,8 +106,8 @@ def load_into(palm: nn.Module, path: Path) -> None:
         folder.require_unchanged()
 
 
-def open_folder(cls: type, folder: WeightsFolder) -> tuple[nn.Module, Parts]:
-    """A folder's model on the meta device, and its tensors, checked against that."""
+def open_folder(cls: type["PaLM"], folder: WeightsFolder) -> tuple["PaLM", Parts]:
+    """Return the model of a folder, on the meta device, and its tensors, whose shapes are checked."""
     config, where = dict(folder.config), folder.path / CONFIG
     model_type = config.pop("model_type", None)
     if model_type == "cohere":
@@ -121,27 +124,29 @@ def open_folder(cls: type, folder: WeightsFolder) -> tuple[nn.Module, Parts]:
     return skeleton, ((name, [folder[name]]) for name in folder.shapes)
 
 
-def open_palm_rlhf_pytorch(cls: type, state: Mapping[str, Any], causal: bool, where: str) -> tuple[nn.Module, Parts]:
-    """A foreign state dict's model on the meta device, and its tensors."""
+def open_palm_rlhf_pytorch(
+    cls: type["PaLM"], state: Mapping[str, Any], causal: bool, where: str
+) -> tuple["PaLM", Parts]:
+    """Return the model of a state dict of palm-rlhf-pytorch, on the meta device, and its tensors."""
     config = palm_rlhf_pytorch.config_of(state, causal=causal, where=where)
     skeleton = skeleton_of(cls, config, palm_rlhf_pytorch.scopes_of(state), where)
     return skeleton, palm_rlhf_pytorch.tensors_of(state, skeleton.config, where)
 
 
-def open_state_dict(palm: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, Parts]:
-    """The tensors of `torch.save(palm.state_dict())`, checked against the model itself."""
+def open_state_dict(palm: "PaLM", state: Mapping[str, Tensor], path: Path) -> tuple["PaLM", Parts]:
+    """Return the model itself, and the tensors of a state dict of ours, whose shapes are checked against it."""
     scopes = {name.split(".")[1] for name in state if name.startswith("finetune_modules.")}
     if missing := sorted(scopes - set(palm.finetune_modules)):
         raise ValueError(
-            f"{path} has the finetune scopes {missing}, which the model lacks, and not their alpha; call "
+            f"{path} has the finetune scopes {missing}, which the model lacks, but not their alpha; call "
             f"palm.add_finetune_params({missing[0]!r}, r=..., alpha=...) first, or load a save_pretrained folder"
         )
     check_shapes(shapes_of(state), shapes_of(palm.state_dict()), path)
     return palm, ((name, [tensor]) for name, tensor in state.items())
 
 
-def skeleton_of(cls: type, config: Mapping[str, Any], scopes: Mapping[str, Any], where: Path | str) -> nn.Module:
-    """A model on the meta device, with its LoRA scopes; ValueError where the numbers do not make one."""
+def skeleton_of(cls: type["PaLM"], config: Mapping[str, Any], scopes: Mapping[str, Any], where: Path | str) -> "PaLM":
+    """Return a model on the meta device, with its LoRA scopes. Raises ValueError for a config of no PaLM."""
     try:
         with torch.device("meta"):
             palm = cls.from_config(PaLMConfig.from_dict(dict(config)))
@@ -152,10 +157,8 @@ def skeleton_of(cls: type, config: Mapping[str, Any], scopes: Mapping[str, Any],
     return palm
 
 
-def filled(
-    skeleton: nn.Module, parts: Parts, dtype: torch.dtype | None, device: str | torch.device | None
-) -> nn.Module:
-    """Turn a model on the meta device into a real one, reading one tensor at a time."""
+def filled(skeleton: Model, parts: Parts, *, dtype: torch.dtype | None, device: str | torch.device | None) -> Model:
+    """Give memory and weights to a model on the meta device, reading one tensor at a time."""
     shapes, state = shapes_of(skeleton.state_dict()), {}
     for name, rows in parts:
         rows = iter(rows)
@@ -168,7 +171,7 @@ def filled(
 
 @torch.no_grad()
 def copy_rows(target: Tensor, parts: Iterable[Tensor]) -> None:
-    """Fill a tensor with parts that lie row under row."""
+    """Fill a tensor with the concatenation of its parts along the rows."""
     start = 0
     for part in parts:
         target[start : start + len(part)] = part
@@ -176,19 +179,19 @@ def copy_rows(target: Tensor, parts: Iterable[Tensor]) -> None:
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor."""
+    """Return the shape of each tensor."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def scope_options(palm: nn.Module) -> dict[str, dict[str, Any]]:
-    """For each LoRA scope, what `add_finetune_params` needs to add it again."""
+def scope_options(palm: "PaLM") -> dict[str, dict[str, Any]]:
+    """Return, for each LoRA scope, the keywords with which `add_finetune_params` adds it again."""
     train_base = all(parameter.requires_grad for parameter in palm.palm_parameters())
-    first = {scope: adapters[0].q for scope, adapters in palm.finetune_modules.items()}
+    first = {scope: adapters_of(palm, scope)[0].q for scope in palm.finetune_modules}
     return {scope: {"r": lora.r, "alpha": lora.alpha, "train_base": train_base} for scope, lora in first.items()}
 
 
 def require_same_mathematics(ours: PaLMConfig, theirs: PaLMConfig, path: Path) -> None:
-    """ValueError where two configs, for the same tensors, would compute different numbers."""
+    """Raise ValueError if models of the two configs would compute different numbers from the same weights."""
     computed = {"ff_mult": "inner_dim", "ff_inner_dim": "inner_dim", "logit_scale": "output_scale"}
     names = {computed.get(field.name, field.name) for field in dataclasses.fields(PaLMConfig)} - FREE_TO_CHANGE
     different = [
@@ -198,13 +201,13 @@ def require_same_mathematics(ours: PaLMConfig, theirs: PaLMConfig, path: Path) -
     ]
     if different:
         raise ValueError(
-            f"{path} is of another model: {', '.join(different)}; build the model with its numbers, or open it with "
+            f"{path} is of another model: {', '.join(different)}; build the model with its config, or open it with "
             "PaLM.from_pretrained or PaLM.from_palm_rlhf_pytorch"
         )
 
 
-def require_same_scopes(palm: nn.Module, skeleton: nn.Module, path: Path) -> None:
-    """ValueError where a LoRA scope of the model is not in the file, or is another one there."""
+def require_same_scopes(palm: "PaLM", skeleton: "PaLM", path: Path) -> None:
+    """Raise ValueError if a LoRA scope of the model is missing in the file, or has other options there."""
     there = scope_options(skeleton)
     for scope, here in scope_options(palm).items():
         found = {name: value for name, value in there.get(scope, {}).items() if name != "train_base"}
@@ -212,12 +215,12 @@ def require_same_scopes(palm: nn.Module, skeleton: nn.Module, path: Path) -> Non
         if found != here:
             raise ValueError(
                 f"the model has the finetune scope {scope!r} with {here}, {path} has {found or 'none of that name'}; "
-                f"call palm.remove_finetune_params({scope!r}) first: loading adds the scopes that are there"
+                f"call palm.remove_finetune_params({scope!r}) first: loading adds the scopes of the file"
             )
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a file of `torch.save`, or safetensors; a pickle of anything else is refused, and never run."""
+    """Return the tensors in a file of `torch.save` or safetensors. Other pickles are refused and never executed."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a folder of save_pretrained, or {STATE_DICT}")
     try:
@@ -225,19 +228,20 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged or foreign file fails in as many ways as there are bytes
+    except Exception as error:  # torch and safetensors raise errors of many kinds for damaged files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, UnpicklingError):  # torch would say how to run it
-            reason = "it is a damaged pickle, or one of other things"
+        if isinstance(error, UnpicklingError):  # the message of torch explains how to execute the pickle
+            reason = "it is a damaged pickle, or a pickle of other objects"
         raise ValueError(
-            f"{path} cannot be read as tensors alone, and nothing else is run ({reason}); expected {STATE_DICT}"
+            f"{path} cannot be read as tensors only, and other pickles are never executed ({reason}); expected "
+            f"{STATE_DICT}"
         ) from error
     return tensors_only(state, path)
 
 
 def tensors_only(state: Any, where: Path | str) -> Mapping[str, Tensor]:
-    """The state dict itself; ValueError for anything but floating-point tensors by name."""
+    """Return the state dict itself. Raises ValueError if it holds anything but floating-point tensors by name."""
     values = state.values() if isinstance(state, Mapping) else [None]
     if not all(isinstance(value, Tensor) and value.is_floating_point() for value in values):
-        raise ValueError(f"{where} holds something else than floating-point tensors by name; expected {STATE_DICT}")
+        raise ValueError(f"{where} holds something other than floating-point tensors by name; expected {STATE_DICT}")
     return state

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from beartype import beartype
@@ -55,8 +55,9 @@ def from_pretrained(
     Raises FileNotFoundError where there is no such model, and ValueError for a file that is damaged or describes a
     model that a PaLM cannot compute.
     """
-    palm = checkpoint.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision)
-    return cast("palm_rlhf.model.palm.PaLM", palm)
+    return checkpoint.from_pretrained(
+        cls, source, dtype=dtype, device=device, revision=revision, open_with=checkpoint.open_folder
+    )
 
 
 @beartype
@@ -67,7 +68,7 @@ def from_palm_rlhf_pytorch(
 
     Its causal models have xPos with a scale base of 512. Its loss leaves token 0 out by default; ours does not.
     """
-    return cast("palm_rlhf.model.palm.PaLM", checkpoint.from_palm_rlhf_pytorch(cls, source, causal=causal))
+    return checkpoint.from_palm_rlhf_pytorch(cls, source, causal=causal)
 
 
 @beartype

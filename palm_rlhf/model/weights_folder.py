@@ -1,30 +1,26 @@
-"""Folders of weights as Hugging Face lays them out: config.json, and safetensors in one file or in shards."""
+"""Folders of weights in the layout of Hugging Face: config.json, and safetensors in one file or in shards.
+
+Here they are found and read; `weights_writer.py` writes them.
+"""
 
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from palm_rlhf.model.files import sync
 from palm_rlhf.model.text_file import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-SHARD = "model-{:05d}-of-{:05d}.safetensors"
-ANY_SHARD = SHARD.format(0, 0).replace("0", "[0-9]")
-# New files are written in the first of these. Renaming it to the second makes them the folder's content, which then
-# moves to its place file by file; a reader looks for each file in the second before the folder itself.
-WRITING, WRITTEN = ".writing", ".written"
+WRITTEN = ".written"  # a subfolder of new files that are complete, but not yet in their places: see weights_writer.py
 FLOATS = ("F64", "F32", "F16", "BF16")
 MODEL, CHECKPOINTS = "model", "checkpoints/step_*/model"  # in the folder of a run
-# What makes tokens of text and conversations for a model.
+# The tokenizer and the chat template of a model.
 TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "template.json"),
@@ -34,11 +30,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class WeightsFolder:
-    """A folder to read: its `config`, the `shapes` of its tensors, and each tensor on demand, mapped from the file.
+    """A folder to read: its `config`, the `shapes` of its tensors, and each tensor when it is asked for.
 
-    Raises:
-        FileNotFoundError: a file that is not there, by name.
-        ValueError: a file that is damaged, or holds anything but floating-point tensors.
+    Raises FileNotFoundError for a missing file, and ValueError for a file that is damaged or holds anything but
+    floating-point tensors.
     """
 
     def __init__(self, path: Path):
@@ -58,15 +53,17 @@ class WeightsFolder:
                     dtypes[name] = part.get_dtype()
         for name, dtype in dtypes.items():
             if dtype not in FLOATS:
-                raise ValueError(f"{path} holds {name} as {dtype}; expected {FLOATS}, from before quantisation")
+                raise ValueError(
+                    f"{path} holds {name} as {dtype}; expected one of {FLOATS}: take it from before quantisation"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
-        # Opened anew for each tensor, so that the pages of the last one do not stay in memory beside its copy.
+        # The file is opened for each tensor, so that its pages do not stay in memory beside the copy of the tensor.
         with reading(self._files[name]), safe_open(self._files[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 
     def require_unchanged(self) -> None:
-        """ValueError where another process has replaced the files since they were opened."""
+        """Raise ValueError if another process has replaced the files since they were opened."""
         try:
             now = versions([self._find(CONFIG), *self._weight_files()])
         except FileNotFoundError:
@@ -75,12 +72,14 @@ class WeightsFolder:
             raise ValueError(f"{self.path} was written to while it was read; load it again")
 
     def _find(self, name: str, mend: str = "copy or download the folder again") -> Path:
+        """Return the path of a file. Raises FileNotFoundError with advice on how to mend it."""
         for place in (self.path / WRITTEN, self.path):
             if (place / name).is_file():
                 return place / name
         raise FileNotFoundError(f"{self.path} has no {name}; {mend}")
 
     def _weight_files(self) -> list[Path]:
+        """Return the file of the weights, or all its shards."""
         for place in (self.path / WRITTEN, self.path):
             if (place / WEIGHTS).is_file():
                 return [place / WEIGHTS]
@@ -90,22 +89,27 @@ class WeightsFolder:
         if pickles:
             raise ValueError(
                 f"{self.path} has its weights in {pickles}, pickles, which are never opened: they can run any code. "
-                "Expected model.safetensors; convert the folder with the save_pretrained of the library it is from"
+                "Expected model.safetensors; convert the folder with save_pretrained of the library that wrote it"
             )
         raise FileNotFoundError(f"{self.path} has no {WEIGHTS}, nor {INDEX}; copy or download the folder again")
 
 
 def versions(files: list[Path]) -> set[tuple[int, int, int]]:
-    """What changes where one of the files is replaced or written to."""
+    """Return the inode, size and time of change of each file, by which a replaced or changed file is noticed."""
     return {(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)}
 
 
 def local_folder(
     source: str | os.PathLike, revision: str | None = None, *, files: Sequence[str] = tuple(HUB_FILES)
 ) -> Path:
-    """The folder itself, that of the model in a run's folder, or the one to which `files` of a hub id are downloaded.
+    """Return the folder of a model.
 
-    Raises FileNotFoundError for what is neither, and for a run that has no finished model yet.
+    Raises FileNotFoundError where there is no such folder or hub id, and for a run that has not finished.
+
+    Args:
+        source: that folder, the folder of a run, or a hub id, "owner/name", which is downloaded.
+        revision: a branch, tag or commit on the hub.
+        files: patterns of the files to download.
     """
     path = Path(source)
     if path.exists():
@@ -116,7 +120,7 @@ def local_folder(
             )
         if revision is not None:
             raise ValueError(
-                f"{path} is a folder, which has no revision {revision!r}; leave that out, or give a hub id"
+                f"{path} is a folder, which has no revision {revision!r}; leave the revision out, or give a hub id"
             )
         return model_of_run(path)
     if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
@@ -140,14 +144,14 @@ def local_folder(
 
 
 def model_of_run(path: Path) -> Path:
-    """The folder of the finished model where `path` is that of a run, else `path` itself."""
+    """Return the folder of the finished model if `path` is the folder of a run, else `path` itself."""
     if any((place / CONFIG).is_file() for place in (path, path / WRITTEN)):
         return path
     if (path / MODEL).is_dir():
         return path / MODEL
     if checkpoints := sorted(path.glob(CHECKPOINTS)):
         raise FileNotFoundError(
-            f"{path} is the folder of a run that has not finished: resume it by the command that began it, or open "
+            f"{path} is the folder of a run that has not finished: resume it with the command that started it, or open "
             f"its newest checkpoint, {checkpoints[-1]}"
         )
     return path
@@ -155,7 +159,7 @@ def model_of_run(path: Path) -> Path:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Makes the error of a damaged file name it, and say what to do."""
+    """Turn the error of a damaged file into one that names the file and says how to mend it."""
     try:
         yield
     except (SafetensorError, ValueError) as error:
@@ -163,7 +167,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError for anything else."""
+    """Return the object in a JSON file. Raises ValueError for anything else."""
     with reading(file):
         values = json.loads(read_text(file))
         if not isinstance(values, dict):
@@ -172,21 +176,21 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The files that an index names, all in its own folder."""
+    """Return the names of the files in an index, all of which must be in its own folder."""
     weight_map = read_json(index).get("weight_map")
     with reading(index):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError('it has no "weight_map" from tensors to files')
         for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard:
-                raise ValueError(f"it names the shard {shard!r}, expected a file beside it")
+                raise ValueError(f"it names the shard {shard!r}, expected a file in the same folder")
     return sorted(set(weight_map.values()))
 
 
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path | str
 ) -> None:
-    """ValueError that names what is missing, unexpected or of another shape, unless the named shapes are the same."""
+    """Raise ValueError, with the name of a tensor, if one is missing, unexpected or of another shape."""
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     different = [name for name in found.keys() & expected.keys() if found[name] != expected[name]]
     problems = [
@@ -203,117 +207,3 @@ def check_shapes(
         problems[-1] += f": {found[name]}, not {expected[name]}"
     if problems:
         raise ValueError(f"{where} {', '.join(problems)}; expected all tensors of its model, and no others")
-
-
-def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """Write weights, or write over those of the folder, as a whole: a kill at any moment leaves the old or the new.
-
-    Other files in the folder stay. Raises OSError where it cannot be written to, with the old weights intact.
-    """
-    new = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with sole_writer(path):
-            finish(path)
-            try:
-                shutil.rmtree(path / WRITING, ignore_errors=True)
-                (path / WRITING).mkdir()
-                write_files(path / WRITING, config, tensors, max_shard_bytes)
-                os.rename(path / WRITING, path / WRITTEN)
-            finally:
-                shutil.rmtree(path / WRITING, ignore_errors=True)
-            sync(path)
-            finish(path)
-    except (OSError, SafetensorError) as error:
-        if new:
-            with suppress(OSError):
-                path.rmdir()
-        number = error.errno if isinstance(error, OSError) else None
-        message = f"{path} could not be written: {error}. Make room there, or choose another folder; "
-        message += "nothing is left of this attempt" if new else "what was saved there before is intact"
-        raise (OSError(message) if number is None else OSError(number, message)) from error
-
-
-@contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
-    """One process at a time writes to a folder; a killed one lets go. (There are no such locks on Windows.)"""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks on folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def write_files(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """Write the files of a checkpoint to an empty folder, and wait until they are on the disk."""
-    groups = shards(tensors, max_shard_bytes)
-    names = [SHARD.format(i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [WEIGHTS]
-    for name, group in zip(names, groups, strict=True):
-        here = {key: tensors[key].detach().cpu().contiguous() for key in group}
-        save_file(here, path / name, metadata={"format": "pt"})
-    if len(groups) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(path / CONFIG, config)
-    for file in [*path.iterdir(), path]:
-        sync(file)
-
-
-def shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """The names of tensors in their order, in groups of at most `max_bytes`, or of one tensor."""
-    groups: list[list[str]] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if not groups or size + tensor.nbytes > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor.nbytes
-    return groups
-
-
-def finish(path: Path) -> None:
-    """Move a checkpoint that was written whole to its place, and remove the one before it; goes on after a kill."""
-    written = path / WRITTEN
-    if not written.is_dir():
-        return
-    if (written / CONFIG).exists():  # it moves last
-        (path / CONFIG).unlink(missing_ok=True)  # so that no other library opens half of each
-        for shard in written.glob(ANY_SHARD):
-            os.replace(shard, path / shard.name)
-        for name, other in ((WEIGHTS, INDEX), (INDEX, WEIGHTS)):
-            if (written / name).exists():
-                (path / other).unlink(missing_ok=True)
-                os.replace(written / name, path / name)
-        kept = shards_of(path / INDEX) if (path / INDEX).exists() else ()
-        for shard in path.glob(ANY_SHARD):
-            if shard.name not in kept:
-                shard.unlink()
-        os.replace(written / CONFIG, path / CONFIG)
-    written.rmdir()
-    sync(path)
-
-
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as JSON, one field a line."""
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes in "5GB", "200KB" (powers of 1000) or "1GiB" (of 1024)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", str(size))
-    num_bytes = size if isinstance(size, int) else 0
-    if match:
-        number, unit, binary = match.groups()
-        num_bytes = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1))
-    if num_bytes < 1:
-        raise ValueError(f'max_shard_size is {size!r}; expected bytes, or a size such as "5GB"')
-    return num_bytes

@@ -12,13 +12,13 @@ from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.masked import masked_mean, masked_sum
-from palm_rlhf.policy.reward_model_folder import StoredRewardModel
+from palm_rlhf.policy import reward_model_folder
 from palm_rlhf.policy.sequences import Sequences, batches_by_length
 
 Pooling = Literal["last", "mean", "mean_all"]
 
 
-class RewardModel(StoredRewardModel):
+class RewardModel(nn.Module):
     """A copy of a PaLM with a linear head on one final embedding of each sequence; its dropout is switched off.
 
     The output of the head is the score, or the logits of bins 0, 1, ..., whose expectation is the score. If prompts are
@@ -40,6 +40,12 @@ class RewardModel(StoredRewardModel):
     lora_scope: str | None
     score_mean: Tensor
     score_std: Tensor
+
+    # Methods that are functions of reward_model_folder.py, with the model as their first argument.
+    save_pretrained = reward_model_folder.save_pretrained
+    from_pretrained = classmethod(reward_model_folder.from_pretrained)
+    from_palm_rlhf_pytorch = classmethod(reward_model_folder.from_palm_rlhf_pytorch)
+    load = reward_model_folder.load
 
     @beartype
     def __init__(

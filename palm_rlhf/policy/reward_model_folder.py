@@ -1,106 +1,100 @@
-"""How a reward model is stored: a folder of its own, or a state dict, that of palm-rlhf-pytorch 0.8.0 too."""
+"""Saving and loading of a reward model: functions that `RewardModel` has as its methods.
+
+A reward model is saved as a folder. It is loaded from such a folder, from a state dict, or from one of
+palm-rlhf-pytorch 0.8.0.
+"""
 
 import dataclasses
 import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
-from torch import Tensor, nn
+from torch import Tensor
 
 from palm_rlhf.model import checkpoint
 from palm_rlhf.model.checkpoint import Parts, scope_options, shapes_of
 from palm_rlhf.model.interop import palm_rlhf_pytorch
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes, parse_size, write_folder
+from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
+from palm_rlhf.model.weights_writer import parse_size, write_folder
+
+if TYPE_CHECKING:
+    import palm_rlhf.policy.reward_model
+    from palm_rlhf.policy.reward_model import RewardModel
 
 MODEL_TYPE = "palm_reward"
 PALM = "palm."
-# What palm-rlhf-pytorch calls our tensors.
+# The names of our tensors in palm-rlhf-pytorch.
 THERE = {"prompt_embed": "prompt_embed", "response_embed": "response_embed"}
 BINNED = {**THERE, "head.weight": "to_pred.weight", "head.bias": "to_pred.bias"}
 SCALAR = {**THERE, "head.weight": "to_pred.0.weight"}
 
 
-Stored = TypeVar("Stored", bound=nn.Module)
+@beartype
+def save_pretrained(
+    model: "palm_rlhf.policy.reward_model.RewardModel",
+    directory: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model, its PaLM and its normalisation to one folder of config.json and safetensors, atomically.
 
-
-class StoredRewardModel(nn.Module):
-    """The part of a reward model that writes and reads it."""
-
-    @beartype
-    def save_pretrained(self, directory: str | os.PathLike, *, max_shard_size: int | str = "5GB") -> None:
-        """Write the model, its PaLM and its normalisation to one folder of config.json and safetensors, atomically.
-
-        Weights above `max_shard_size`, in bytes or like "5GB", go to several files. Raises OSError on a full disk; what
-        was in the folder is intact then.
-        """
-        save_pretrained(self, Path(directory), max_shard_size=max_shard_size)
-
-    @classmethod
-    @beartype
-    def from_pretrained(
-        cls: type[Stored],
-        source: str | os.PathLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-    ) -> Stored:
-        """Open a `save_pretrained` folder, or the hub id of one, as `PaLM.from_pretrained` does, with its errors."""
-        options = {"dtype": dtype, "device": device, "revision": revision}
-        return checkpoint.from_pretrained(cls, source, **options, open_with=open_folder)
-
-    @classmethod
-    @beartype
-    def from_palm_rlhf_pytorch(
-        cls, source: str | os.PathLike | Mapping[str, Any], *, causal: bool = True, reward_lora_scope: str = "reward"
-    ) -> "StoredRewardModel":
-        """Read a `.pt` of palm-rlhf-pytorch 0.8.0's RewardModel, or its state dict; LoRA is on where it has that scope.
-
-        Its binned scores are drawn at random; ours are the expectation. The normalisation is none.
-        """
-        return from_palm_rlhf_pytorch(cls, source, causal=causal, scope=reward_lora_scope)
-
-    @beartype
-    def load(self, path: str | os.PathLike) -> "StoredRewardModel":
-        """Load a folder, a `.pt` state dict of ours, or palm-rlhf-pytorch's, in place; dtype and device stay.
-
-        The pooling and the LoRA scope become those of the file's weights, where it tells them. A pickle is never
-        executed. Raises FileNotFoundError, or ValueError for a file that is damaged or of another model, which leaves
-        this one as it was.
-        """
-        load_into(self, Path(path))
-        return self
-
-
-def save_pretrained(model: nn.Module, path: Path, *, max_shard_size: int | str) -> None:
-    """Write a reward model to a folder, as a whole."""
-    palm = {**dataclasses.asdict(model.palm.config), "finetune_scopes": scope_options(model.palm)}
-    config = {"model_type": MODEL_TYPE, **options_of(model), "lora_scope": model.lora_scope, "palm": palm}
-    write_folder(path, config, model.state_dict(), parse_size(max_shard_size))
-
-
-def from_palm_rlhf_pytorch(
-    cls: type, source: str | os.PathLike | Mapping[str, Any], *, causal: bool, scope: str
-) -> nn.Module:
-    """Read that package's checkpoint as a new model."""
-    state, where = checkpoint.state_and_name(source)
-    return checkpoint.filled(*open_palm_rlhf_pytorch(cls, state, causal, scope, where), dtype=None, device=None)
-
-
-def load_into(model: nn.Module, path: Path) -> None:
-    """Load a folder, a `.pt` state dict of ours, or that package's; the model keeps its dtype and device.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is damaged, or of another model; nothing is changed then.
+    Weights larger than `max_shard_size`, in bytes or like "5GB", are split into several files. Raises OSError on a full
+    disk; the earlier contents of the folder stay intact then.
     """
-    folder = None
+    palm = {**dataclasses.asdict(model.palm.config), "finetune_scopes": scope_options(model.palm)}
+    options = {"num_binned_output": model.num_binned_output, "pooling": model.pooling}
+    config = {"model_type": MODEL_TYPE, **options, "lora_scope": model.lora_scope, "palm": palm}
+    write_folder(Path(directory), config, model.state_dict(), parse_size(max_shard_size))
+
+
+@beartype
+def from_pretrained(
+    cls: type["palm_rlhf.policy.reward_model.RewardModel"],
+    source: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> "palm_rlhf.policy.reward_model.RewardModel":
+    """Open a `save_pretrained` folder, or the hub id of one, as `PaLM.from_pretrained` does, with its errors."""
+    return checkpoint.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision, open_with=open_folder)
+
+
+@beartype
+def from_palm_rlhf_pytorch(
+    cls: type["palm_rlhf.policy.reward_model.RewardModel"],
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    causal: bool = True,
+    reward_lora_scope: str = "reward",
+) -> "palm_rlhf.policy.reward_model.RewardModel":
+    """Read a `.pt` of the RewardModel of palm-rlhf-pytorch 0.8.0, or its state dict.
+
+    LoRA is on if the file has `reward_lora_scope`. That package samples a bin for its score; ours is the expectation of
+    the bins. Scores are not normalised.
+    """
+    state, where = checkpoint.state_and_name(source)
+    skeleton, parts = open_palm_rlhf_pytorch(cls, state, causal, reward_lora_scope, where)
+    return checkpoint.filled(skeleton, parts, dtype=None, device=None)
+
+
+@beartype
+def load(
+    model: "palm_rlhf.policy.reward_model.RewardModel", path: str | os.PathLike
+) -> "palm_rlhf.policy.reward_model.RewardModel":
+    """Load a folder, a `.pt` state dict of ours, or one of palm-rlhf-pytorch, in place; dtype and device stay.
+
+    The pooling and the LoRA scope become those of the file, if it has them. A pickle is never executed. Raises
+    FileNotFoundError where there is no file, and ValueError for a file that is damaged or of another model; the model
+    is unchanged then.
+    """
+    path, folder = Path(path), None
     if path.is_dir():
         folder = WeightsFolder(path)
         skeleton, parts = open_folder(type(model), folder)
@@ -113,9 +107,9 @@ def load_into(model: nn.Module, path: Path) -> None:
             check_shapes(shapes_of(state), shapes_of(model.state_dict()), path)
             skeleton, parts = model, ((name, [tensor]) for name, tensor in state.items())
     require_same(model, skeleton, path)
-    for scope, options in scope_options(skeleton.palm).items():
-        if scope not in model.palm.finetune_modules:
-            model.palm.add_finetune_params(scope, **options)
+    for name, options in scope_options(skeleton.palm).items():
+        if name not in model.palm.finetune_modules:
+            model.palm.add_finetune_params(name, **options)
     model.pooling = skeleton.pooling
     model.use_lora_scope(skeleton.lora_scope)
     ours = model.state_dict()
@@ -123,10 +117,11 @@ def load_into(model: nn.Module, path: Path) -> None:
         checkpoint.copy_rows(ours[name], rows)
     if folder is not None:
         folder.require_unchanged()
+    return model
 
 
-def open_folder(cls: type, folder: WeightsFolder) -> tuple[nn.Module, Parts]:
-    """A folder's model on the meta device, and its tensors, checked against that."""
+def open_folder(cls: type["RewardModel"], folder: WeightsFolder) -> tuple["RewardModel", Parts]:
+    """Return the model of a folder, on the meta device, and its tensors, whose shapes are checked."""
     config, where = dict(folder.config), folder.path / CONFIG
     if (model_type := config.pop("model_type", None)) != MODEL_TYPE:
         raise ValueError(
@@ -135,7 +130,7 @@ def open_folder(cls: type, folder: WeightsFolder) -> tuple[nn.Module, Parts]:
         )
     palm, lora_scope = config.pop("palm", None), config.pop("lora_scope", None)
     if not isinstance(palm, dict):
-        raise ValueError(f'{where} does not describe a RewardModel: it lacks the numbers of its "palm"')
+        raise ValueError(f'{where} does not describe a RewardModel: it lacks the config of its "palm"')
     scopes = palm.pop("finetune_scopes", {})
     skeleton = skeleton_of(cls, palm, scopes, config, lora_scope, where)
     check_shapes(folder.shapes, shapes_of(skeleton.state_dict()), folder.path)
@@ -143,9 +138,9 @@ def open_folder(cls: type, folder: WeightsFolder) -> tuple[nn.Module, Parts]:
 
 
 def open_palm_rlhf_pytorch(
-    cls: type, state: Mapping[str, Tensor], causal: bool, scope: str, where: str
-) -> tuple[nn.Module, Parts]:
-    """That package's model on the meta device, and its tensors; it takes the mean over all real tokens."""
+    cls: type["RewardModel"], state: Mapping[str, Tensor], causal: bool, scope: str, where: str
+) -> tuple["RewardModel", Parts]:
+    """Return the model of palm-rlhf-pytorch on the meta device, and its tensors; it pools by the mean of all tokens."""
     theirs = palm_part(state)
     names = BINNED if BINNED["head.weight"] in state else SCALAR
     others = {name: tensor for name, tensor in state.items() if not name.startswith(PALM)}
@@ -156,7 +151,7 @@ def open_palm_rlhf_pytorch(
     check_shapes(shapes_of(others), {there: shapes.get(ours, (1, 1, dim)) for ours, there in names.items()}, where)
     if scopes and scope not in scopes:
         raise ValueError(
-            f"{where} has the finetune scopes {sorted(scopes)}, and not {scope!r}; name the one that the reward model "
+            f"{where} has the finetune scopes {sorted(scopes)}, but not {scope!r}; name the one that the reward model "
             "was trained with: RewardModel.from_palm_rlhf_pytorch(..., reward_lora_scope=...)"
         )
 
@@ -173,14 +168,14 @@ def open_palm_rlhf_pytorch(
 
 
 def skeleton_of(
-    cls: type,
+    cls: type["RewardModel"],
     palm_config: Mapping[str, Any],
     scopes: Mapping[str, Any],
     options: Mapping[str, Any],
     lora_scope: str | None,
     where: Path | str,
-) -> nn.Module:
-    """A reward model on the meta device; ValueError where the numbers do not make one."""
+) -> "RewardModel":
+    """Return a reward model on the meta device. Raises ValueError for a config of no reward model."""
     palm = checkpoint.skeleton_of(PaLM, palm_config, scopes, where)
     try:
         model = cls(palm, **options)
@@ -190,8 +185,8 @@ def skeleton_of(
     return model
 
 
-def require_same(model: nn.Module, skeleton: nn.Module, path: Path) -> None:
-    """ValueError where the file's weights do not fit the model, or would compute other numbers in it."""
+def require_same(model: "RewardModel", skeleton: "RewardModel", path: Path) -> None:
+    """Raise ValueError if the weights of the file do not fit the model, or would compute other numbers in it."""
     checkpoint.require_same_mathematics(model.palm.config, skeleton.palm.config, path)
     checkpoint.require_same_scopes(model.palm, skeleton.palm, path)
     here, there = model.num_binned_output, skeleton.num_binned_output
@@ -202,11 +197,6 @@ def require_same(model: nn.Module, skeleton: nn.Module, path: Path) -> None:
         )
 
 
-def options_of(model: nn.Module) -> dict[str, Any]:
-    """What builds the head again."""
-    return {"num_binned_output": model.num_binned_output, "pooling": model.pooling}
-
-
 def palm_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the PaLM inside, by their names in it."""
+    """Return the tensors of the PaLM inside of the reward model, by their names in the PaLM."""
     return {name.removeprefix(PALM): tensor for name, tensor in state.items() if name.startswith(PALM)}

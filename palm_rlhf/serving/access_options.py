@@ -6,7 +6,7 @@ from pathlib import Path
 
 from beartype import beartype
 
-from palm_rlhf.model.weights_folder import parse_size
+from palm_rlhf.model.weights_writer import parse_size
 from palm_rlhf.serving.http.access import LOOPBACK, Access
 from palm_rlhf.serving.http.api_keys import KEYS_VARIABLE, ApiKeys, keys_of_environment
 from palm_rlhf.serving.http.connections import ConnectionLimits, most_connections

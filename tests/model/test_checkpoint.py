@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.weights_folder import parse_size, shards
+from palm_rlhf.model.weights_writer import parse_size, shards
 from tests.factories import palm_of
 
 SIZES = {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2}
@@ -146,7 +146,7 @@ def test_sizes(size, num_bytes):
 
 @pytest.mark.parametrize("size", [0, -1, "5", "GB", "5gb", "-5GB", "5GB or so"])
 def test_a_size_that_is_none_is_refused_before_anything_is_written(tmp_path, size):
-    with pytest.raises(ValueError, match=rf"max_shard_size is {size!r}; expected bytes"):
+    with pytest.raises(ValueError, match=rf"max_shard_size is {size!r}; expected a number of bytes"):
         model().save_pretrained(tmp_path / "new", max_shard_size=size)
     assert files(tmp_path) == []
 

@@ -106,7 +106,7 @@ def test_a_hub_id_that_cannot_be_reached():
 
 
 def test_a_folder_has_no_revision(whole):
-    with pytest.raises(ValueError, match="whole is a folder, which has no revision 'main'; leave that out"):
+    with pytest.raises(ValueError, match="whole is a folder, which has no revision 'main'; leave the revision out"):
         PaLM.from_pretrained(whole, revision="main")
 
 
@@ -162,7 +162,7 @@ def test_an_index_that_is_none(sharded, index):
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b", "../"])
 def test_an_index_that_leads_out_of_its_folder(sharded, shard):
     (sharded / INDEX).write_text(json.dumps({"weight_map": {"norm.weight": shard}}))
-    refused(sharded, ValueError, str(sharded / INDEX), repr(shard), "expected a file beside it")
+    refused(sharded, ValueError, str(sharded / INDEX), repr(shard), "expected a file in the same folder")
 
 
 def test_a_shard_that_the_index_does_not_name(sharded):
@@ -327,7 +327,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path, form):
     file = malicious_files(tmp_path, target)[form]
     for act in (palm.load, PaLM.from_palm_rlhf_pytorch):
         with pytest.raises(
-            ValueError, match=r"cannot be read as tensors alone, and nothing else is run .*torch\.save"
+            ValueError, match=r"cannot be read as tensors only, and other pickles are never executed .*torch\.save"
         ) as refusal:
             act(file)
         assert "weights_only" not in str(refusal.value), "how to run it is no advice for an error"
@@ -341,7 +341,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path, form):
 def test_a_pickled_model_is_refused(tmp_path):
     torch.save(model(), tmp_path / "palm.pt")
     with pytest.raises(
-        ValueError, match=r"cannot be read as tensors alone.*expected what torch\.save\(model\.state_dict"
+        ValueError, match=r"cannot be read as tensors only.*expected what torch\.save\(model\.state_dict"
     ):
         model().load(tmp_path / "palm.pt")
 
@@ -351,7 +351,7 @@ def test_a_pickled_model_is_refused(tmp_path):
 )
 def test_a_file_of_something_else_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "palm.pt")
-    with pytest.raises(ValueError, match="holds something else than floating-point tensors by name"):
+    with pytest.raises(ValueError, match="holds something other than floating-point tensors by name"):
         model().load(tmp_path / "palm.pt")
 
 

@@ -320,8 +320,8 @@ def test_nothing_is_executed_and_nothing_changes_where_loading_fails(tmp_path, m
     saved_model(lora_r=3).save_pretrained("rank")
     saved_model(palm={"xpos": True}).save_pretrained("xpos")
     for name, message in {
-        "pickle.pt": "tensors alone",
-        "zip.pt": "tensors alone",
+        "pickle.pt": "tensors only",
+        "zip.pt": "tensors only",
         "palm": "expected 'palm_reward'",
         "palm.pt": "lacks head.bias",
         "scalar": "num_binned_output=0, and this model 4",

@@ -241,7 +241,7 @@ def edited(**changes) -> dict[str, Tensor]:
             "has another layers.1.fn.rotary_emb.inv_freq than that package makes",
         ),
         (edited(to_logits__weight=torch.ones(NUM_TOKENS, 32)), "has a to_logits.weight of its own"),
-        (edited(norm__gamma=3), "holds something else than floating-point tensors by name"),
+        (edited(norm__gamma=3), "holds something other than floating-point tensors by name"),
     ],
 )
 def test_a_state_dict_that_is_none_of_theirs_is_refused(state, message):
