@@ -1,6 +1,7 @@
 """The documentation tells the truth: each algorithm on offer has its page, and pages name what there is."""
 
 import importlib
+import importlib.util
 import re
 import typing
 from pathlib import Path
@@ -81,3 +82,51 @@ def test_files_that_are_named_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert [found for found in FILE.findall(text) + TEST.findall(text) if missing(found)] == []
     assert [link for link in re.findall(r"\]\(([^):#]+)\)", text) if not (ROOT / link).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """The module that makes the site's pages of what lies elsewhere."""
+    for package in ("mkdocs", "latex2mathml"):
+        pytest.importorskip(package, reason="needs the extra docs: pip install -e '.[docs]'")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_on_the_site_once_and_in_its_order(hooks):
+    pages = hooks.readme_pages()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    index, *guide = pages.values()
+    assert index + "".join(page.replace("# ", "## ", 1) for page in guide) == readme
+    assert all(page.startswith("# ") and hooks.title_of(page) == page.splitlines()[0][2:] for page in guide)
+
+
+@pytest.mark.parametrize(
+    "link, expected",
+    [
+        ("[a](#second)", "[a](second.md#second)"),
+        ("[a](benchmarks/README.md#figures)", "[a](../benchmarks.md#figures)"),
+        ("[a](docs/algorithms/ppo.md)", "[a](../algorithms/ppo.md)"),
+        ("![a](examples/chat.png)", "![a](../examples/chat.png)"),
+        ("[a](https://arxiv.org/abs/1707.06347)", "[a](https://arxiv.org/abs/1707.06347)"),
+        ("[a](palm_rlhf/ops)", "a"),
+        ("```text\n[a](#second)\n```", "```text\n[a](#second)\n```"),
+    ],
+)
+def test_links_lead_to_the_pages_of_the_site(hooks, link, expected):
+    assert hooks.with_links(link, "guide/first.md", "README.md", {"second": "guide/second.md"}) == expected
+
+
+def test_every_module_is_in_the_reference(hooks):
+    shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(hooks.reference_pages().values()), re.MULTILINE))
+    files = {path.relative_to(ROOT).with_suffix("") for path in (ROOT / "palm_rlhf").rglob("*.py")}
+    assert shown == {".".join(file.parts) for file in files if not file.name.startswith("_")}
+
+
+def test_formulas_become_mathml(hooks):
+    shown = hooks.on_page_content('<p><span class="arithmatex">\\(x &lt; y_1\\)</span></p>')
+    assert "<math" in shown and "<msub>" in shown and "arithmatex" not in shown
+    block = hooks.on_page_content('<div class="arithmatex">\\[\\frac{1}{2}\\]</div>')
+    assert "<mfrac>" in block and 'display="block"' in block
