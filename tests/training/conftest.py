@@ -1,5 +1,6 @@
 """Tiny models and data for the trainers' tests."""
 
+import gc
 import os
 
 # What is asserted to the bit holds on CPUs; the processes that tests start inherit it.
@@ -11,6 +12,19 @@ import pytest
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.language_model_config import LMConfig
 from tests.factories import palm_of
+
+
+@pytest.fixture
+def palms_alive():
+    """`palms_alive()` is the number of models in memory that were made since the test began."""
+
+    def count() -> int:
+        gc.collect()
+        return sum(type(thing) is PaLM for thing in gc.get_objects())
+
+    gc.freeze()  # all else that is in memory, which would take seconds to go through
+    yield count
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Preferences: known losses and gradients, rewards by definition, a reference that stays, adapters, a rule learnt."""
 
 import copy
-import gc
 import math
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.run.log import read_metrics
 
@@ -193,13 +191,8 @@ def test_the_reference_never_changes(palm_of):
     assert reference.dropout.p == 0.5
 
 
-def palms_alive() -> int:
-    gc.collect()
-    return sum(type(thing) is PaLM for thing in gc.get_objects())
-
-
 @pytest.mark.parametrize("lora_r, given", [(0, False), (0, True), (4, False)])
-def test_no_second_copy_of_the_model_is_made(palm_of, lora_r, given):
+def test_no_second_copy_of_the_model_is_made(palms_alive, palm_of, lora_r, given):
     palm, reference = palm_of(), palm_of() if given else None
     alive, num_base = palms_alive(), sum(parameter.numel() for parameter in palm.parameters())
     config = config_of(lora_r=lora_r)

@@ -1,7 +1,6 @@
 """KTO, SimPO, ORPO and likelihoods in the trainer: means and gradients by definition, references, a rule learnt."""
 
 import copy
-import gc
 import math
 from itertools import islice
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training import (
     Preference,
     PreferenceConfig,
@@ -302,13 +300,8 @@ def test_a_step_without_a_desirable_response_reports_none(palm_of):
     assert set(trainer.evaluate()) == {"loss", "accuracy", "rejected_rewards", "rejected_logprobs", "z_ref"}
 
 
-def palms_alive() -> int:
-    gc.collect()
-    return sum(type(thing) is PaLM for thing in gc.get_objects())
-
-
 @pytest.mark.parametrize("name, lora_r", [("sigmoid + nll", 0), ("simpo", 0), ("orpo", 0), ("kto", 0), ("kto", 2)])
-def test_only_kto_without_adapters_keeps_a_copy(palm_of, tmp_path, name, lora_r):
+def test_only_kto_without_adapters_keeps_a_copy(palms_alive, palm_of, tmp_path, name, lora_r):
     palm = palm_of()
     alive = palms_alive()
     config = config_of(**ALL[name], lora_r=lora_r, save_every=1)
