@@ -3,7 +3,7 @@
 import ast
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Mutant:
     occurrence: int  # which of the places in the module that the operator can change
     start: tuple[int, int]  # line, from 1, and column
     end: tuple[int, int]
-    before: str = ""  # the first line that differs, stripped
+    before: str = ""  # the first line that differs, without blanks around it and a comment
     after: str = ""
 
     @property
@@ -52,7 +52,12 @@ class Mutant:
         """The same, with the line that it changes."""
         pairs = zip(source.splitlines(), self.plant(source).splitlines())
         before, after = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
-        return Mutant(self.module, self.operator, self.occurrence, self.start, self.end, before.strip(), after.strip())
+        return replace(self, before=code_of(before), after=code_of(after))
+
+
+def code_of(line: str) -> str:
+    """A line without blanks around it and a comment."""
+    return line.partition("  # ")[0].strip()
 
 
 def mutants_of(root: Path, module: Path) -> list[Mutant]:

@@ -104,7 +104,7 @@ class Runner:
 
     place: Path
     deadline: float
-    sound: set[str]  # tests that were seen to pass without a mutant
+    sound: set[str]  # tests that were seen to pass without a mutant, and files to be imported
 
     @classmethod
     def start(cls, places: Queue, deadline: float, tests: list[str]) -> None:
@@ -138,22 +138,23 @@ class Runner:
         failure = cls.place / FirstFailure.path
         killer = failure.read_text(encoding="utf-8") if failure.exists() else ""
         if status > 0:
-            cls.check(killer)
+            cls.check([killer] if "::" in killer else ["--collect-only", *([killer] if killer else tests)])
         return Outcome(mutant, status != 0, time.monotonic() - started, killer or f"pytest ended with {status}")
 
     @classmethod
-    def check(cls, test: str) -> None:
-        """RuntimeError where a test, or the import of a file of tests or of all of them, fails without a mutant."""
-        if test in cls.sound:
+    def check(cls, arguments: list[str]) -> None:
+        """RuntimeError where a test, or the import of files of tests, fails without a mutant."""
+        name = " ".join(arguments).partition("[")[0]  # one case of a test stands for all
+        if name in cls.sound:
             return
-        status = cls.run([test] if "::" in test else ["--collect-only", *filter(None, [test])])
+        status = cls.run(arguments)
         if status != 0:
             text = (cls.place / "output.txt").read_text(errors="replace")
             raise RuntimeError(
-                f"{test} fails without a mutant (pytest ended with {status}), so it can judge none; mend it, or name "
+                f"{name} fails without a mutant (pytest ended with {status}), so it can judge none; mend it, or name "
                 f"other tests in targets.py:\n{text[-3000:]}"
             )
-        cls.sound.add(test)
+        cls.sound.add(name)
 
     @classmethod
     def run(cls, arguments: list[str], *, writes_bytecode: bool = False) -> int:

@@ -21,7 +21,7 @@ from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
 
-from planting import Mutant, draw, mutants_of
+from planting import Mutant, code_of, draw, mutants_of
 from running import KNOWN, Outcome, Runner
 from targets import TESTS
 
@@ -86,7 +86,7 @@ def run(planted: list[Mutant], tests: dict[Path, list[str]], processes: int, max
 def stale(known: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
     """Modules and lines of listed mutants that the checkout has no longer."""
     lines = {module: (ROOT / module).read_text().splitlines() for module, *_ in known if (ROOT / module).exists()}
-    found = {module: set(map(str.strip, text)) for module, text in lines.items()}
+    found = {module: set(map(code_of, text)) for module, text in lines.items()}
     return [(module, before) for module, before, _ in known if before not in found.get(module, ())]
 
 

@@ -16,6 +16,7 @@ from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
 from palm_rlhf.training.rlhf import metrics as rlhf_metrics
 from palm_rlhf.training.rlhf.experience import shape_scores
+from palm_rlhf.training.rlhf.running_moments import RunningMoments
 from tests.factories import evens, palm_of
 
 EOS = 5
@@ -380,6 +381,21 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         trainer.palm.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 1 has the loss nan"):
         trainer.update(experience)
+
+
+def test_moments_are_those_of_all_numbers_however_they_come():
+    numbers = torch.tensor([0.25, -0.5, 0.125, 0.75, 0.0, 0.5], dtype=torch.float64)
+    moments = RunningMoments()
+    assert moments.deviation == 1.0  # where there is nothing to scale by yet
+    for part in (numbers[:1], numbers[1:1], numbers[1:4].view(3, 1), numbers[4:]):
+        moments.update(part)
+    assert (moments.count, moments.mean) == (6, pytest.approx(statistics.fmean(numbers.tolist())))
+    assert moments.deviation == pytest.approx(statistics.pstdev(numbers.tolist()))
+    same = RunningMoments()
+    same.update(torch.full((3,), 7.0))
+    assert same.deviation == 1.0
+    same.update(torch.tensor([7.0 + 4e-6], dtype=torch.float64))
+    assert same.deviation == pytest.approx(4e-6 * 3**0.5 / 4, rel=1e-6)  # little, but no rounding
 
 
 def test_scores_are_shaped_as_asked():
