@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
+from palm_rlhf.training.rlhf.variants import VARIANTS
 from palm_rlhf.training.rollout_config import RolloutConfig
 
 OF_EVERY_RUN = {
@@ -184,3 +185,16 @@ DEFAULTS = {
 @pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.__name__)
 def test_defaults_are_the_documented_ones(config):
     assert {field.name: field.default for field in dataclasses.fields(config)} == DEFAULTS[config]
+
+
+def test_the_settings_that_an_algorithm_decides_are_the_documented_ones():
+    token, sequence, group = "token", "sequence", "group"
+    assert {name: tuple(variant) for name, variant in VARIANTS.items()} == {
+        "ppo": (token, token, 0.2, None, group, 0.05, 0, False),
+        "rloo": (sequence, sequence, 0.2, None, group, 0.05, 0, False),
+        "grpo": (token, sequence, 0.2, None, group, 0.05, 0, False),
+        "dr_grpo": (token, "constant", 0.2, None, "none", 0.0, 0, False),
+        "dapo": (token, token, 0.2, 0.28, group, 0.0, 9, True),
+        "gspo": ("geometric", sequence, 3e-4, 4e-4, group, 0.0, 0, False),
+        "cispo": (token, token, 1.0, 4.0, group, 0.0, 0, False),
+    }

@@ -242,7 +242,9 @@ def test_ratings_are_measured_by_hand(tiny_palm):
     with torch.no_grad():
         tokens = [torch.cat([torch.tensor([1]), row])[None] for row in rows]
         scores = np.array([float(model.eval()(row)) for row in tokens])
-    measured = RewardModelTrainer(model, train_data=data, config=config()).evaluate(data)
+    trainer = RewardModelTrainer(model, train_data=data, config=config())
+    assert set(trainer.run.log.panels) == {"loss", "learning_rate", "valid_loss", "valid_label_correlation"}
+    measured = trainer.evaluate(data)
     assert measured.num_ratings == 3
     assert measured.score_mean == pytest.approx(scores.mean(), abs=1e-5)
     assert measured.score_std == pytest.approx(np.sqrt(((scores - scores.mean()) ** 2).sum() / 3), abs=1e-5)

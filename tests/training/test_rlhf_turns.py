@@ -315,7 +315,14 @@ def test_metrics_count_what_the_policy_said(options):
         for parameter in trainer.reference.palm.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     seen = []
-    trainer.collect = lambda collect=trainer.collect: seen.append(collect()) or seen[-1]
+
+    def collect(own=trainer.collect):
+        rollout = own()
+        talks = [[{"role": "system", "content": ""}, *talk] for talk in rollout.messages]  # which is no turn
+        seen.append(dataclasses.replace(rollout, messages=talks))
+        return seen[-1]
+
+    trainer.collect = collect
     metrics = next(trainer.steps())
     (rollout,) = seen
     rows = range(16)
