@@ -18,19 +18,20 @@ class _Waiting(NamedTuple):
 
 
 class PackedSampler:
-    """Distributes examples over rows of `capacity` tokens, to the last token where their lengths allow it.
+    """A sampler that packs examples into rows of `capacity` tokens, with as little padding as their lengths allow.
 
     Each epoch has a new random order. A row takes the example that has waited longest, and of the next ones in line
-    those that fill it best: by dynamic programming over the sums of their lengths (Bellman 1957), which leaves less
-    room than first-fit-decreasing. It looks no further ahead than a full row needs: at most `lookahead` examples beyond
-    those whose lengths add up to one row. All processes draw the same rows, and take their share of them.
+    those that fill it best: by dynamic programming over the sums of their lengths (Bellman 1957), which leaves fewer
+    tokens empty than first-fit-decreasing. It looks no further ahead than a full row needs: at most `lookahead`
+    examples beyond the ones that fill a row by the sum of their lengths. All processes draw the same rows, and take
+    their share of them.
 
     Rows are filled across the ends of epochs: the last step of a run is completed with examples of one more epoch.
 
     Args:
         lengths: The number of tokens of each example.
         capacity: The number of tokens of a row.
-        seed: Of the order.
+        seed: The seed of the order.
         lookahead: The number of examples to look ahead.
     """
 

@@ -1,4 +1,4 @@
-"""The names of special tokens in the text of users: a guard keeps them text."""
+"""The names of special tokens in users' text: a guard character keeps them ordinary text."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,7 +6,7 @@ from palm_rlhf.data.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """Decodes tokens one by one; each character is returned once it is whole.
+    """A decoder of tokens that arrive one by one, which returns each character once it is whole.
 
     The texts of all calls of `push`, and of `finish`, together are the text of `decode`, except for invalid bytes in
     tokenizers with a fallback to bytes, where `decode` drops whole runs.

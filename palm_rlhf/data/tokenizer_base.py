@@ -17,7 +17,7 @@ CONFIG_FILE = "tokenizer_config.json"
 
 
 class Tokenizer(ABC):
-    """Turns text into token ids and back. Special tokens are added by their ids; text never becomes a special token.
+    """Text to token ids and back. Special tokens are added by their ids; text never becomes a special token.
 
     `special_tokens` holds the id of each by its name; `eos_token` and `pad_token` are ids among them.
     """

@@ -23,7 +23,7 @@ CHUNK = 1 << 18  # bytes
 
 
 class DownloadError(OSError):
-    """A corpus could not be downloaded, or is not the expected one."""
+    """The error of a corpus that could not be downloaded, or is not the expected one."""
 
 
 @beartype

@@ -45,10 +45,10 @@ ASKED = re.compile(
 def are_pages(messages: Sequence[dict[str, Any]]) -> list[bool]:
     """Return for each message of a conversation whether it is a piece of a chat's page in HTML.
 
-    A reply is one if its class names say so, or if it has only the tags that Markdown is rendered to. The tags count
-    only if all replies have only such tags, one of them has a paragraph, and nobody asked for HTML, unless there are
-    formulas or highlighted code, since people do not write these so. A message of a user is one only by its class
-    names, and only if the replies are.
+    Class names of a chat's page show it. A reply is also one if it has only tags that Markdown is rendered to, and if
+    all replies are of this kind, one of them has a paragraph, and nobody asked for HTML. The last conditions do not
+    hold for replies with formulas or highlighted code, since people do not write their tags. A message of a user needs
+    the class names, and replies that are pieces of a page.
     """
     texts = [without_page_counter(message["content"]) for message in messages]
     roles = [message["role"] for message in messages]
