@@ -305,8 +305,8 @@ def test_generate_says_what_is_wrong_in_one_line(checkpoint, tmp_path):
     PaLM(num_tokens=257, dim=8, depth=1, heads=1, dim_head=8).save_pretrained(tmp_path / "large")
     for folder, options, expected in (
         (tmp_path / "missing", [], "there is no folder"),
-        (tmp_path / "large", [], "has 257 tokens"),
-        (checkpoint, ["--temperature=-1"], "temperature is -1"),
+        (tmp_path / "large", [], "got 257 tokens"),
+        (checkpoint, ["--temperature=-1"], "got temperature=-1.0"),
     ):
         with pytest.raises(SystemExit) as exit:
             main(["generate", str(folder), "--prompt", "a", *options])

@@ -13,7 +13,7 @@ from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_t
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.model.weights_folder import local_folder
-from palm_rlhf.ops.sampling import Sampling
+from palm_rlhf.ops.sampling import UncheckedSampling
 
 
 @beartype
@@ -22,7 +22,7 @@ def generate(
     *,
     prompt: str,
     max_new_tokens: int = 256,
-    sampling: OmitArgPrefixes[Sampling] = Sampling(),  # noqa: B008 (it is frozen)
+    sampling: OmitArgPrefixes[UncheckedSampling] = UncheckedSampling(),  # noqa: B008 (it is frozen)
     seed: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> None:
     """Continue a text, printing it as it is sampled.
@@ -35,6 +35,7 @@ def generate(
         sampling: Sampling settings.
         seed: Seed of the sample; by default a different one each time.
     """
+    options = sampling.checked().options
     folder = local_folder(checkpoint)
     palm = PaLM.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer_of(folder, palm)
@@ -53,7 +54,7 @@ def generate(
         eos_token=eos_token,
         allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
         generator=generator,
-        **sampling.options,
+        **options,
     )
     for token in steps:
         print(decoder.push(int(cast(Tensor, token))), end="", flush=True)

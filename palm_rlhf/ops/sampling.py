@@ -42,12 +42,10 @@ class Sampling:
     """Sample from the fewest tokens that hold this much of the probability (arXiv:1904.09751); None or 1: from all."""
 
     min_p: float | None = None
-    """Sample from the tokens of at least this many times the probability of the likeliest one (arXiv:2407.01082); None
-    or 0: from all."""
+    """Sample from tokens of at least this share of the probability of the likeliest (arXiv:2407.01082); None: all."""
 
     repetition_penalty: float = 1.0
-    """Divides positive logits of the tokens in the prompt and the response, and multiplies negative ones
-    (arXiv:1909.05858, section 4.1); 1: no penalty."""
+    """Divides positive logits of tokens in prompt or response, multiplies negative ones (arXiv:1909.05858); 1: none."""
 
     presence_penalty: float = 0.0
     """Subtracted from the logit of each token that the response already has."""
@@ -64,6 +62,20 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """The options of sampling by their names, as `PaLM.generate` takes them."""
         return {field.name: getattr(self, field.name) for field in fields(Sampling)}
+
+
+class UncheckedSampling(Sampling):
+    """Options that a command line has parsed and `checked` checks.
+
+    The parser would report an error of `Sampling` itself, in another form than the other errors of a command.
+    """
+
+    def __post_init__(self) -> None:
+        """Leave the check of the ranges to `checked`."""
+
+    def checked(self) -> Sampling:
+        """Return the same options as a `Sampling`; ValueError for a value out of its range."""
+        return Sampling(**self.options)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.ops.sampling import Sampling
+from palm_rlhf.ops.sampling import UncheckedSampling
 from palm_rlhf.serving.dialogue import CHATTING, Dialogue
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine.slot_cache import SlotCache
@@ -22,7 +22,7 @@ def chat(
     checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
     system: Annotated[str | None, arg(metavar="TEXT")] = None,
-    sampling: OmitArgPrefixes[Sampling] = CHATTING,
+    sampling: OmitArgPrefixes[UncheckedSampling] = UncheckedSampling(**CHATTING.options),  # noqa: B008 (it is frozen)
     max_tokens: Annotated[int | None, arg(metavar="TOKENS")] = None,
     seed: Annotated[int | None, arg(metavar="INT")] = None,
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
@@ -47,6 +47,7 @@ def chat(
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"got max_tokens={max_tokens}, expected at least 1")
+    checked = sampling.checked()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -63,7 +64,7 @@ def chat(
         timeout=math.inf,
     )
     with Engine(model.palm, model.tokenizer, config) as engine:
-        dialogue = Dialogue(model, engine, system=system, sampling=sampling, max_tokens=max_tokens, seed=seed)
+        dialogue = Dialogue(model, engine, system=system, sampling=checked, max_tokens=max_tokens, seed=seed)
         session = TerminalSession(dialogue)
         if session.is_person:
             note(f"{model.name}, with {engine.context:,} tokens of context. /help lists the commands, Ctrl-D ends.")
