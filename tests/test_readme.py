@@ -1,14 +1,18 @@
 """The README tells the truth: its Python runs, its commands have the options shown, its links and extras exist."""
 
+import io
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from palm_rlhf.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -65,7 +69,12 @@ def run(*words: str, cwd: Path) -> str:
 
 @cache
 def help_text(*door: str) -> str:
-    return run(*(["-m", "palm_rlhf.cli", *door[1:]] if door[0] == "palm-rlhf" else door[1:]), "--help", cwd=ROOT)
+    if door[0] != "palm-rlhf":
+        return run(*door[1:], "--help", cwd=ROOT)
+    with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        main([*door[1:], "--help"])
+    assert not end.value.code
+    return said.getvalue()
 
 
 def unknown_options(words: list[str]) -> list[str]:
