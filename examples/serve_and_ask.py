@@ -52,8 +52,8 @@ def train(folder: Path, num_steps: int) -> None:
     tokenizer, template = ByteTokenizer(), PRESETS["default"]
     palm = PaLM(num_tokens=tokenizer.num_tokens, dim=64, depth=2, heads=4, dim_head=16, max_seq_len=1024)
     examples = [
-        encode([{"role": "user", "content": said}, {"role": "assistant", "content": reply}], tokenizer, template)
-        for said, reply in DIALOGUES
+        encode([{"role": "user", "content": question}, {"role": "assistant", "content": reply}], tokenizer, template)
+        for question, reply in DIALOGUES
     ]
     tokens, loss_mask = (
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -63,10 +63,10 @@ def _battle(record: Record) -> Battle | None:
         preference = preference_of(record)
         return None if preference is None else Battle(first, second, 2.0 - preference)
     winner = record.get("winner")
-    said = winner.strip().lower() if isinstance(winner, str) else ""
-    if said not in WINNERS and not TIE.fullmatch(said):
+    name = winner.strip().lower() if isinstance(winner, str) else ""
+    if name not in WINNERS and not TIE.fullmatch(name):
         raise ValueError(f"got the winner {repr(winner)[:40]}, expected {keys[0]}, {keys[1]} or a tie")
-    return Battle(first, second, WINNERS.get(said, 0.5))
+    return Battle(first, second, WINNERS.get(name, 0.5))
 
 
 @beartype

@@ -31,9 +31,10 @@ from palm_rlhf.evaluation.judging.answers import (
     read_answers,
     read_questions,
 )
+from palm_rlhf.evaluation.judging.chat_judge import ChatJudge
 from palm_rlhf.evaluation.judging.journal import Journal
 from palm_rlhf.evaluation.judging.judge_prompts import Method
-from palm_rlhf.evaluation.judging.judges import ChatJudge, Judge, LocalJudge, RewardJudge
+from palm_rlhf.evaluation.judging.judges import Judge
 from palm_rlhf.evaluation.judging.judgments import (
     annotations_of,
     collect_judgments,
@@ -42,6 +43,7 @@ from palm_rlhf.evaluation.judging.judgments import (
     rate,
     rating_requests,
 )
+from palm_rlhf.evaluation.judging.model_judges import LocalJudge, RewardJudge
 from palm_rlhf.evaluation.judging.study import Person, run_study, vote_key
 from palm_rlhf.evaluation.measures.model_folders import is_reward_model, name_of, open_chat_model, version_of
 from palm_rlhf.evaluation.reports import tables

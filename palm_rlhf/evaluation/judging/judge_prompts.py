@@ -64,8 +64,8 @@ def judge_messages(method: Method, question: Question, replies: Sequence[Turns],
     else:
         for name, reply in zip(names, replies):
             exchanges = zip(question.turns[:turn], reply)
-            said = "\n\n".join(f"User: {asked}\n\nAssistant: {answered}" for asked, answered in exchanges)
-            parts.append(_block(f"the conversation with {name}", said))
+            conversation = "\n\n".join(f"User: {asked}\n\nAssistant: {answered}" for asked, answered in exchanges)
+            parts.append(_block(f"the conversation with {name}", conversation))
     instructions = [FOLLOW_UP] if turn > 1 else []
     if len(question.references) >= turn:
         parts.insert(1 if turn == 1 else 0, _block("a correct answer", question.references[turn - 1]))

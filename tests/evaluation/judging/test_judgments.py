@@ -12,8 +12,8 @@ import pytest
 
 from palm_rlhf.evaluation.comparisons import summarise
 from palm_rlhf.evaluation.judging.answers import Pair, Question, pair_answers, read_answers, read_questions
+from palm_rlhf.evaluation.judging.chat_judge import ChatJudge, completions_url, parse_retry_after, retry_delay
 from palm_rlhf.evaluation.judging.journal import Journal
-from palm_rlhf.evaluation.judging.judges import ChatJudge, completions_url, parse_retry_after, retry_delay
 from palm_rlhf.evaluation.judging.judgments import collect_judgments, compare, pairwise_requests, rate, rating_requests
 
 PATIENCE = 300  # seconds: on a busy machine a process may take a minute to start

@@ -13,8 +13,9 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.evaluation.judging.answers import Question
 from palm_rlhf.evaluation.judging.journal import Journal
-from palm_rlhf.evaluation.judging.judges import JudgeRequest, LocalJudge, RewardJudge
+from palm_rlhf.evaluation.judging.judges import JudgeRequest
 from palm_rlhf.evaluation.judging.judgments import collect_judgments, pairwise_requests, scores_of
+from palm_rlhf.evaluation.judging.model_judges import LocalJudge, RewardJudge
 from palm_rlhf.evaluation.measures.answer_statistics import (
     distinct_n,
     read_output_texts,

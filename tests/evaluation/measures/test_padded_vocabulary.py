@@ -6,7 +6,8 @@ import torch
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.evaluation.judging.answers import Question
-from palm_rlhf.evaluation.judging.judges import JudgeRequest, LocalJudge
+from palm_rlhf.evaluation.judging.judges import JudgeRequest
+from palm_rlhf.evaluation.judging.model_judges import LocalJudge
 from palm_rlhf.evaluation.measures.rlhf_runs import Sample, reference_scores
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
