@@ -16,8 +16,10 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.sample_table import SAMPLES_FILE
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.run.checkpoints import best_checkpoint
+from palm_rlhf.training.run.log import read_metrics
 from palm_rlhf.training.run.sharding import full_state, plain_palm
 
 
@@ -97,7 +99,7 @@ def rlhf(
         if trainer.evaluator is not None and (best := best_checkpoint(trainer.run.checkpoints)):
             say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
         more_commands = []
-        if reward_model is not None:
+        if reward_model is not None and read_metrics(output_dir / SAMPLES_FILE):  # empty after a short run
             options = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
             more_commands = [("measure the run", f"palm-rlhf evaluate run {quoted(output_dir)} {options}")]
         finish_chat_model(result, output_dir, (palm, chat_model.tokenizer, chat_model.template), more_commands)

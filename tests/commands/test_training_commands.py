@@ -131,6 +131,13 @@ def test_rlhf_improves_the_model_that_can_be_measured_and_talked_with(
     assert served.name == "rlhf" and served.template == PRESETS["default"]
 
 
+def test_a_run_too_short_for_samples_names_no_command_that_needs_them(fine_tuned, rewarding, files, tmp_path, command):
+    options = ["--model", fine_tuned[1], "--reward-model", rewarding, "--output-dir", tmp_path / "run", *PPO]
+    _, said = command("rlhf", files["prompts"], *options, "--num-steps", "1", "--sample-every", "2")
+    assert not read_metrics(tmp_path / "run/samples.jsonl")
+    assert "palm-rlhf chat" in said and "evaluate run" not in said
+
+
 def test_online_dpo_learns_from_its_own_replies(fine_tuned, rewarding, files, tmp_path, command):
     options = ["--model", fine_tuned[1], "--reward-model", rewarding, "--output-dir", tmp_path / "run", *ONE_EPOCH]
     options += ["--batch-size", "1", "--grad-accum", "1", "--num-epochs", "2", "--learning-rate", "1e-2"]

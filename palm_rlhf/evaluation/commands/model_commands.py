@@ -32,6 +32,7 @@ from palm_rlhf.evaluation.reports import tables
 from palm_rlhf.evaluation.reports.report import Report
 from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.training.rlhf.sample_table import SAMPLES_FILE
 
 
 @beartype
@@ -142,7 +143,7 @@ def run(
     if reference is not None and reward_model is not None:
         if not samples:
             raise ValueError(
-                f"got {folder} without samples.jsonl, expected one: train with sample_every and samples_kept"
+                f"got no samples in {folder / SAMPLES_FILE}, expected some: train with a smaller sample_every"
             )
         palm, tokenizer = open_palm(reference)
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token": eos_token}
