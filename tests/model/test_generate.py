@@ -369,6 +369,21 @@ def test_stream_yields_what_generate_returns():
     assert [step.shape for step in palm_of().stream(seq_len=4)] == [(1,)] * 3
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"repetition_penalty": 1.5},
+     {"presence_penalty": 0.6}, {"frequency_penalty": 0.3}, {"allowed_tokens": torch.arange(VOCABULARY) % 2 == 0}],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_stream_has_every_option_of_generate(option):
+    palm, (row,), options = palm_of(), prompts_of(6), {"max_new_tokens": 12, "return_logprobs": True}
+    _, expected = palm.generate(prompt=row, generator=seeded(), **options, **option)
+    found = torch.cat([logprobs for _, logprobs in palm.stream(row, generator=seeded(), **options, **option)])
+    assert torch.equal(found, expected)
+    plain = torch.cat([logprobs for _, logprobs in palm.stream(row, generator=seeded(), **options)])
+    assert not torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 99])
 def test_a_stream_leaves_mode_and_gradients_as_they_were_at_every_step(stop_after):
     palm, (prompt,) = palm_with(dropout=0.5).train(), prompts_of(5)
