@@ -76,7 +76,8 @@ def worst(q, k, v, causal, **masks):
     seen = expected_lse.isfinite()
     torch.testing.assert_close(lse[seen].double(), expected_lse[seen], rtol=0, atol=1e-4)
     assert not out[~seen].any() and (lse[~seen] == -torch.inf).all()
-    return max(map(distance, (out, *grads), (expected, *expected_grads)))
+    distances = [distance(*pair) for pair in zip((out, *grads), (expected, *expected_grads), strict=True)]
+    return float(torch.tensor(distances).max())  # which is NaN where one of them is
 
 
 SHAPES = {
@@ -213,6 +214,14 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
     assert "not dense" in native_attention.why_not(*(t.mT.contiguous().mT for t in (q, k, v)))
 
 
+@pytest.fixture
+def used_memory():
+    """All bits of the memory that PyTorch gives out are set, so that reading it before writing always shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     "file, old, new",
     [
@@ -235,7 +244,7 @@ def test_auto_takes_the_kernels_for_bfloat16_alone_and_autograd_knows_them():
         ("attention.h", "_mm512_loadu_ps(c + r * c_row) :", "_mm512_setzero_ps() :"),
     ],
 )
-def test_a_mutant_of_attention_is_found_out(mutate, file, old, new):
+def test_a_mutant_of_attention_is_found_out(used_memory, mutate, file, old, new):
     inputs, masks = qkv(1, 4, 2, 120, 600, 32), {"document_ids": (torch.arange(600) // 190)[None]}
     if native_attention.why_not(*inputs) is not None:
         return
@@ -245,7 +254,7 @@ def test_a_mutant_of_attention_is_found_out(mutate, file, old, new):
         found = worst(*qkv(1, 4, 2, 120, 600, 32, seed=5), True, **masks)
     except AssertionError:
         return  # the log-sum-exps already differ
-    assert found > 4 * TWICE_ROUNDED
+    assert not found <= 4 * TWICE_ROUNDED  # it may be NaN
 
 
 def swiglu_by_definition(gate, value, d_hidden):
