@@ -1,8 +1,7 @@
-/** The server's chat-completions protocol, and its errors in words. */
+/** Requests to the server in the chat-completions protocol, and its errors in words. */
 
 /**
- * What went wrong, for people to read. `status` is that of HTTP, or 0 where no answer came; `code` is the server's word
- * for it.
+ * An error in words for people. `status` is the HTTP status, or 0 where no answer came; `code` is the server's code.
  */
 export class ServerError extends Error {
     constructor(message, status, code = null) {
@@ -12,7 +11,7 @@ export class ServerError extends Error {
     }
 }
 
-/** The models that the server has. */
+/** Returns the models of the server. */
 export async function listModels(key) {
     const response = await ask("v1/models", {}, key);
     const models = parsed(await response.text())?.data;
@@ -21,9 +20,9 @@ export async function listModels(key) {
 }
 
 /**
- * The pieces of a reply as they come: `{ text, finish }`, where the last one says why it ends.
+ * Yields the pieces of a reply as they come: `{ text, finish }`; the last piece has the reason why the reply ends.
  *
- * A reply that breaks off raises ServerError after its last piece, or AbortError where `signal` ended it.
+ * After the last piece of a reply that breaks off, ServerError is thrown, or AbortError where `signal` ended it.
  */
 export async function* streamReply(body, key, signal) {
     const headers = { "Content-Type": "application/json" };
@@ -63,7 +62,7 @@ function words(response, said) {
     return said ?? `The server answered ${response.status} ${response.statusText}`.trim();
 }
 
-/** The data of server-sent events, one string for each. */
+/** Yields the data of server-sent events, one string for each event. */
 async function* events(stream) {
     const reader = stream.getReader();
     const decoder = new TextDecoder();

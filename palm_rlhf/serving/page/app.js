@@ -1,4 +1,4 @@
-/** The page at work: what is asked of the server, and what the buttons and keys do. */
+/** The logic of the page: requests to the server, and the actions of buttons and keys. */
 
 import { ServerError, listModels, streamReply } from "./api.js";
 import { copy } from "./clipboard.js";
@@ -14,7 +14,7 @@ let models = [];
 let undo = null; // puts the conversation back that was deleted last
 let draft = null; // what the input had before the last message was put there to be edited
 
-/** Asks for the next message; `replaced` comes back where nothing new is said. */
+/** Asks for the next message; `replaced` is put back where the reply has no text. */
 async function reply(conversation, replaced = null) {
     const message = { role: "assistant", content: "", finish: null };
     conversation.messages.push(message);
@@ -33,7 +33,7 @@ function goOn() {
     input.focus();
 }
 
-/** Adds what the server says to the last message of a conversation. */
+/** Adds the reply of the server to the last message of a conversation. */
 async function write(conversation, message) {
     const controller = new AbortController();
     running.set(conversation, controller);
@@ -64,7 +64,7 @@ async function write(conversation, message) {
     }
 }
 
-/** The pieces of a reply, which goes on with the last message where that is one of the assistant. */
+/** Returns the pieces of a reply; the reply continues the last message where that is the assistant's. */
 async function* fittingReply(conversation, key, signal) {
     const body = options();
     for (let isCut = true; isCut; ) {
@@ -84,7 +84,7 @@ async function* fittingReply(conversation, key, signal) {
     }
 }
 
-/** Leaves out the oldest exchange, so that a quarter of the context is free for the reply; false where none is left. */
+/** Leaves out the oldest exchange, and limits the reply to a quarter of the context; false where none is left. */
 function makeRoom(conversation, body) {
     if (!store.leaveOutOldest(conversation)) return false;
     const context = models.find(({ id }) => id === body.model)?.max_model_len;
@@ -93,7 +93,7 @@ function makeRoom(conversation, body) {
     return true;
 }
 
-/** What is asked of the server, beside the messages. */
+/** Returns the parameters of a request, beside the messages. */
 function options() {
     const { model, temperature, topP, maxTokens, stop, seed } = store.settings;
     const chosen = models.some(({ id }) => id === model) ? model : models[0].id;
@@ -124,7 +124,7 @@ function send() {
     reply(conversation);
 }
 
-/** Asks once more for the last message, or for the first time where it was not said. */
+/** Asks again for the last message of the assistant, or for the first time where there is none. */
 function regenerate() {
     const conversation = store.current();
     if (running.has(conversation)) return;
@@ -138,7 +138,7 @@ function stop() {
     input.focus();
 }
 
-/** Puts the last message of the user back into the input; sent again, it takes the place of all that came from it. */
+/** Puts the last message of the user back into the input; sent again, it replaces the old one and all after it. */
 function edit() {
     const conversation = store.current();
     const last = conversation.messages[store.lastIndexOf(conversation.messages, "user")];

@@ -1,6 +1,6 @@
-/** Copying, also over plain HTTP from another machine, where browsers have no clipboard. */
+/** Copying text, also on pages over plain HTTP from another machine, where browsers offer no clipboard. */
 
-/** Whether the text was copied. */
+/** Copies a text; returns whether that worked. */
 export async function copy(text) {
     if (!navigator.clipboard) return copyBySelection(text);
     try {

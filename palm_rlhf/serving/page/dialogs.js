@@ -1,4 +1,4 @@
-/** Settings, the key of the server, light and dark. */
+/** The dialogs of settings and of the API key, and the choice of light or dark. */
 
 import { settings, save, key, keepBeyondTab, keepKey, outlivesTab } from "./store.js";
 import { byId, drawKept } from "./view.js";
@@ -8,7 +8,7 @@ const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
 const form = byId("settings").querySelector("form");
 const { model, system, temperature, topP, maxTokens, stop, seed, keep, shown, shownTopP } = form.elements;
 
-/** Opens the settings, which are taken as they are typed. */
+/** Opens the settings, which apply while they are typed. */
 export function openSettings() {
     system.value = settings.system;
     temperature.value = settings.temperature;
@@ -43,7 +43,7 @@ function forgetKey() {
     byId("forget-key").hidden = true;
 }
 
-/** Does what may need a key, and asks for one as long as the server wants another. */
+/** Runs a function that may need a key, and asks for a key as long as the server refuses the one it gets. */
 export async function withKey(action) {
     for (;;) {
         try {
@@ -54,7 +54,7 @@ export async function withKey(action) {
     }
 }
 
-/** Whether the one who is asked gives a key. */
+/** Asks for a key; returns whether one was entered. */
 function askForKey() {
     const dialog = byId("key-dialog");
     const field = dialog.querySelector("input");
@@ -74,7 +74,7 @@ function askForKey() {
     });
 }
 
-/** Takes a theme for all tabs of this server; null is that of the system. */
+/** Sets the theme of all tabs of this server; null is the theme of the system. */
 function setTheme(theme) {
     if (theme) document.documentElement.dataset.theme = theme;
     else delete document.documentElement.dataset.theme;

@@ -1,8 +1,8 @@
-/** Conversations as a file, and back: a line of JSON each, `{"messages": [...]}`, which `palm-rlhf data` reads too. */
+/** Export and import of conversations: a line of JSON each, `{"messages": [...]}`, which `palm-rlhf data` reads too. */
 
 import { isConversation } from "./store.js";
 
-/** Offers the conversations as a file. */
+/** Offers the conversations as a file to download. */
 export function exportConversations(conversations) {
     const lines = conversations
         .filter(({ messages }) => messages.length)
@@ -15,7 +15,7 @@ export function exportConversations(conversations) {
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-/** The messages of each conversation in a file. Raises an Error with the number of the line that holds none. */
+/** Returns the messages of each conversation in a file. Throws an Error with the number of a line that has none. */
 export function readConversations(text) {
     const lines = text.replace(/^\uFEFF/, "").split(/\r?\n/);
     const found = [];

@@ -1,8 +1,8 @@
 /**
- * What stands inside a block of Markdown: emphasis, code, links, line breaks, and math, which stays as it is written.
+ * The text inside a block of Markdown: emphasis, code, links, line breaks, and math, which is shown as it is written.
  *
- * Text only ever becomes text nodes, so that nothing a model says can put elements of its own on the page. The time is
- * linear in the text, and elements nest at most MAX_HEIGHT deep, whatever the text is.
+ * Text becomes text nodes only, so that no reply can put elements of its own on the page. The time is linear in the
+ * length of the text, and elements nest at most MAX_HEIGHT deep, whatever the text is.
  */
 
 const MAX_HEIGHT = 16;
@@ -14,12 +14,12 @@ const BARE = /https?:\/\/[^\s<>"`\\[\]]+/iy;
 const DESTINATION =
     /\(\s*(?=\S)(?:<([^<>\n]*)>|((?:[^\s()<>\\]|\\[()]|\([^\s()<>]*\))*))(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
-// Where math ends, by how it begins. As in Pandoc, a dollar ends it after a character that is no blank, and before no
-// digit, so that prices are text.
+// The end of math by its beginning. As in Pandoc, a closing dollar follows a character that is not a space and precedes
+// no digit, so that prices stay text.
 const MATH = { "\\(": /\\\)/g, "\\[": /\\\]/g, $$: /\$\$/g, $: /(?<![\s\\$])\$(?![\d$])/g };
 const EMPHASIS = { "*1": "em", _1: "em", "*2": "strong", _2: "strong", "~2": "del" };
 
-/** A new element with its children, each a node or a text. */
+/** Returns a new element with its children, each a node or a text. */
 export function make(name, attributes = {}, ...children) {
     const element = document.createElement(name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -27,12 +27,12 @@ export function make(name, attributes = {}, ...children) {
     return element;
 }
 
-/** The nodes of a text, in a fragment. */
+/** Returns the nodes of a text, in a fragment. */
 export function inline(text) {
     return new Inline(text).parse();
 }
 
-/** A link that opens apart from this page, or null where the address is not one of the web. */
+/** Returns a link that opens in another tab, or null where the address is not a web address. */
 function link(address, ...children) {
     let url;
     try {
@@ -44,7 +44,7 @@ function link(address, ...children) {
     return make("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, ...children);
 }
 
-/** The algorithm in CommonMark's appendix: a list of the runs that may yet become emphasis, and a stack of brackets. */
+/** The algorithm of CommonMark's appendix: a list of the runs that may become emphasis, and a stack of brackets. */
 class Inline {
     constructor(text) {
         this.text = text;
@@ -70,7 +70,7 @@ class Inline {
         return this.out;
     }
 
-    /** Reads what begins here; false where it is an ordinary character. */
+    /** Reads the markup that begins here; false where it is an ordinary character. */
     step() {
         let match;
         switch (this.text[this.at]) {
@@ -105,7 +105,7 @@ class Inline {
         }
     }
 
-    /** Reads what a sticky expression matches here. */
+    /** Reads the text that a sticky expression matches here. */
     take(expression) {
         expression.lastIndex = this.at;
         const match = expression.exec(this.text);
@@ -118,14 +118,14 @@ class Inline {
         return true;
     }
 
-    /** Adds nodes after the text that was written. */
+    /** Adds nodes after the text so far. */
     append(...nodes) {
         if (this.plain) this.out.append(this.plain);
         this.plain = "";
         this.out.append(...nodes);
     }
 
-    /** Writes what may turn out to be markup, in a node of its own. */
+    /** Adds text that may turn out to be markup, in a node of its own. */
     writeMark(text) {
         const node = document.createTextNode(text);
         this.append(node);
@@ -229,7 +229,7 @@ class Inline {
         return true;
     }
 
-    /** Makes emphasis of the runs after `bottom` that belong together, the inner ones first. */
+    /** Turns matching runs after `bottom` into emphasis, the inner ones first. */
     pairUp(bottom) {
         const floors = new Map(); // for each kind of closing run, a place before which nothing opens for it
         let closer = bottom ? bottom.after : this.first();
@@ -264,7 +264,7 @@ class Inline {
         return run;
     }
 
-    /** Takes a run out of the list; where it was, it still knows. */
+    /** Takes a run out of the list; the run keeps its links to its neighbours. */
     forget(run) {
         if (run.before) run.before.after = run.after;
         if (run.after) run.after.before = run.before;
@@ -280,7 +280,7 @@ class Inline {
         }
     }
 
-    /** Moves what stands before a node, from a mark on, into an element there; false where it would nest too deep. */
+    /** Moves the nodes from a mark to before a node into a new element; false where it would nest too deep. */
     wrap(element, mark, end) {
         if (mark.at <= this.tooHigh) return false;
         let height = 0;
@@ -298,20 +298,20 @@ class Inline {
     }
 }
 
-/** Whether a run of marks may open emphasis, by the characters before and after it; or close it, with them swapped. */
+/** Whether a run of marks may open emphasis, by the characters before and after it; swap them for closing. */
 function flanks(before, after) {
     if (/\s/.test(after)) return false;
     return !PUNCTUATION.test(after) || /\s/.test(before) || PUNCTUATION.test(before);
 }
 
-/** Whether two runs belong together: where one could both open and close, not if their lengths add up to 3 by 3. */
+/** Whether two runs match. Where one can both open and close, the sum of their lengths must not be a multiple of 3. */
 function fit(opener, closer) {
     if (!opener.opens || opener.mark !== closer.mark) return false;
     if (!opener.closes && !closer.opens) return true;
     return (opener.length + closer.length) % 3 !== 0 || (opener.length % 3 === 0 && closer.length % 3 === 0);
 }
 
-/** How much of a bare address is not the sentence around it: its full stop, or a parenthesis that opened before it. */
+/** Returns the length of a bare address without the sentence around it, such as its full stop or a parenthesis. */
 function lengthOfAddress(text) {
     let open = text.split("(").length - text.split(")").length;
     let length = text.length;
@@ -321,7 +321,7 @@ function lengthOfAddress(text) {
     return length;
 }
 
-/** Where runs of backticks begin, by their length, the first one last. */
+/** Returns where runs of backticks begin, by their length, the first one last. */
 function placesOfBackticks(text) {
     const places = new Map();
     for (const match of text.matchAll(/`+/g)) {

@@ -1,8 +1,9 @@
 /**
  * Markdown as elements: headings, paragraphs, lists, quotes, tables, rules, blocks of code and of math, as models write
- * them. Like in chats everywhere, a line's end in a paragraph is one. HTML is text, and so is whatever nests too deep.
+ * them. As in other chats, the end of a line in a paragraph is a line break. HTML is shown as text, and so is anything
+ * that nests too deep.
  *
- * Lists, quotes and tables take the direction of their own text (dir="auto"), and lines of text that of theirs (CSS).
+ * Lists, quotes and tables have the direction of their own text (dir="auto"), and so has each line of text (CSS).
  */
 
 import { inline, make } from "./inline.js";
@@ -20,7 +21,7 @@ const MAX_MATH_LINES = 100;
 const AUTO = { dir: "auto" };
 const shown = new WeakMap(); // the sources of the blocks of an element
 
-/** Shows Markdown in an element. Blocks that are as before stay: a reply can grow while some of it is selected. */
+/** Shows Markdown in an element. Unchanged blocks stay: a reply can grow while some of it is selected. */
 export function show(element, text) {
     const blocks = parse(text.split(/\r\n?|\n/), 0);
     const before = shown.get(element) ?? [];
@@ -31,7 +32,7 @@ export function show(element, text) {
     shown.set(element, blocks.map((block) => block.source));
 }
 
-/** The blocks of lines: where each comes from, and a function that makes its element. */
+/** Returns the blocks of lines: the source of each, and a function that makes its element. */
 function parse(lines, depth) {
     const blocks = [];
     for (let at = 0; at < lines.length; ) {
@@ -46,7 +47,7 @@ function parse(lines, depth) {
     return blocks;
 }
 
-/** The block that begins at a line, or null where that is ordinary text. */
+/** Returns the block that begins at a line, or null where the line is ordinary text. */
 function readBlock(lines, at, depth) {
     const line = lines[at];
     let match;
@@ -69,7 +70,7 @@ function readParagraph(lines, at, depth) {
     return { end, build: () => make("p", {}, inline(text.join("\n"))) };
 }
 
-/** Whether a line ends the paragraph before it; a number does only if it is 1, so that no year starts a list. */
+/** Whether a line ends the paragraph before it; a numbered item only if it is number 1: no year starts a list. */
 function interrupts(lines, at, depth) {
     const marker = MARKER.exec(lines[at]);
     if (!marker || RULE.test(lines[at])) return readBlock(lines, at, depth) !== null;
@@ -77,7 +78,7 @@ function interrupts(lines, at, depth) {
     return depth < MAX_DEPTH && isFilled && /^([-*+]|1[.)])$/.test(marker[2]);
 }
 
-/** Code as it is written, up to the fence that ends it or, while a reply is still coming, up to what there is. */
+/** Reads code up to the fence that ends it, or up to the end of a reply that is still growing. */
 function readFence(lines, at, [, indent, fence, info]) {
     const closing = new RegExp(`^ {0,3}${fence[0]}{${fence.length},} *$`);
     let end = at + 1;
@@ -98,7 +99,7 @@ function readFence(lines, at, [, indent, fence, info]) {
     return { end: Math.min(end + 1, lines.length), build };
 }
 
-/** Math on lines of its own, as it is written; null where it does not end, or where text follows it. */
+/** Reads math on lines of its own; null where it does not end, or where text follows it. */
 function readMath(lines, at, opening) {
     const closing = MATH_ENDS[opening];
     const from = lines[at].indexOf(opening) + opening.length;
@@ -123,7 +124,7 @@ function elements(lines, depth) {
     return parse(lines, depth).map((block) => block.build());
 }
 
-/** The items of a list; what is indented by two spaces more than the first marker belongs to the item before it. */
+/** Reads the items of a list; lines indented by two spaces more than the first marker belong to the item before. */
 function readList(lines, at, depth, first) {
     const kind = first[2].at(-1);
     const items = [];
@@ -156,7 +157,7 @@ function readList(lines, at, depth, first) {
     return { end, build };
 }
 
-/** An item; in a list without blank lines its text stands in it as it is, not as a paragraph. */
+/** Makes an item; in a list without blank lines its text is not a paragraph. */
 function buildItem(lines, depth, isLoose) {
     const children = elements(lines, depth);
     const isBare = (child) => child.tagName === "P" && !isLoose;
@@ -172,7 +173,7 @@ function readTable(lines, at) {
     const align = marks.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : null));
     const row = (name, texts) =>
         make("tr", {}, ...texts.map((text, i) => make(name, align[i] ? { class: align[i] } : {}, inline(text))));
-    // a short row stays short: filled up, a few kilobytes could ask for millions of cells
+    // a short row is not filled up: a few kilobytes of text could otherwise make millions of cells
     const body = () => lines.slice(at + 2, end).map((line) => row("td", cells(line).slice(0, head.length)));
     const build = () =>
         make(
@@ -183,7 +184,7 @@ function readTable(lines, at) {
     return { end, build };
 }
 
-/** The cells of a line, which pipes without a backslash part. */
+/** Returns the cells of a line, which pipes without a backslash separate. */
 function cells(line) {
     const inner = line.trim().replace(/^\|/, "").replace(/(^|[^\\])\|$/, "$1");
     return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));

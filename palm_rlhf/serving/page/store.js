@@ -1,8 +1,8 @@
 /**
- * What this tab remembers: conversations, settings and the key, in sessionStorage; light or dark is for all tabs.
+ * The data of this tab: conversations, settings and the key, in sessionStorage; light or dark is shared by all tabs.
  *
- * Where the person wants it, conversations and settings are kept in localStorage too, beyond the tab. Several tabs may
- * keep them there: each adds its own, and of a conversation that two have changed the later one stays.
+ * If the user chooses so, conversations and settings are kept in localStorage too, beyond the tab. Several tabs may
+ * keep them there: each adds its own, and of a conversation that two tabs have changed the later version stays.
  */
 
 const STATE = "palm-rlhf.state";
@@ -15,15 +15,15 @@ const saved = read(sessionStorage, STATE) ?? history ?? {};
 const removed = new Set(); // ids that this tab no longer keeps
 
 /**
- * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, content and why
- * it ended; `changed` is a time; the first `leftOut` messages are no longer sent: the context has no room for them.
+ * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, its content and
+ * the reason why it ended; `changed` is a time; the first `leftOut` messages no longer fit the context and are not sent.
  */
 export const conversations = Array.isArray(saved.conversations) ? saved.conversations : [];
 export const settings = { ...DEFAULTS, ...saved.settings };
 let currentId = saved.currentId;
 merge(history?.conversations ?? []);
 
-/** Writes everything down; false where there is no more room, and what is new is lost when the tab is. */
+/** Saves everything; false where there is no room, and new messages will be lost with the tab. */
 export function save() {
     try {
         sessionStorage.setItem(STATE, JSON.stringify({ conversations, settings, currentId }));
@@ -38,18 +38,18 @@ export function save() {
     }
 }
 
-/** Whether conversations outlive their tabs: all tabs follow where one begins or ends it. */
+/** Whether conversations outlive their tabs; all tabs follow when one of them changes it. */
 export function outlivesTab() {
     return localStorage.getItem(HISTORY) !== null;
 }
 
-/** Keeps conversations beyond their tabs from the next `save` on, or forgets all that was kept of any tab. */
+/** Keeps conversations beyond their tabs from the next `save` on, or deletes everything that was kept of any tab. */
 export function keepBeyondTab(wanted) {
     if (wanted) localStorage.setItem(HISTORY, "{}");
     else localStorage.removeItem(HISTORY);
 }
 
-/** Adds the conversations of another tab, and takes those that were changed there later. */
+/** Adds the conversations of another tab, and replaces those that were changed there later. */
 function merge(others) {
     for (const other of others) {
         if (!isConversation(other) || removed.has(other.id)) continue;
@@ -59,7 +59,7 @@ function merge(others) {
     }
 }
 
-/** The conversation that is shown. */
+/** Returns the conversation that is shown. */
 export function current() {
     return conversations.find((conversation) => conversation.id === currentId) ?? conversations[0] ?? create();
 }
@@ -69,19 +69,19 @@ export function select(conversation) {
     currentId = conversation.id;
 }
 
-/** Notes that a conversation is no longer as other tabs may know it. */
+/** Notes the time at which a conversation was changed. */
 export function touch(conversation) {
     conversation.changed = Date.now();
 }
 
-/** Begins a conversation, or returns to one in which nothing was said yet. */
+/** Begins a conversation, or returns to one that has no message yet. */
 export function create() {
     const conversation = conversations.find(({ messages }) => !messages.length) ?? add([]);
     select(conversation);
     return conversation;
 }
 
-/** A new conversation of these messages, the first of all. */
+/** Adds a new conversation of these messages, before all others. */
 export function add(messages) {
     const id = `${Date.now()}-${Math.random()}`; // other tabs make their own at the same time
     const conversation = { id, messages, error: null, changed: Date.now(), leftOut: 0 };
@@ -89,7 +89,7 @@ export function add(messages) {
     return conversation;
 }
 
-/** Forgets a conversation; the function that it returns puts it back. */
+/** Deletes a conversation; the function that it returns puts it back. */
 export function remove(conversation) {
     const place = conversations.indexOf(conversation);
     conversations.splice(place, 1);
@@ -100,17 +100,17 @@ export function remove(conversation) {
     };
 }
 
-/** A conversation by its first words. */
+/** Returns the title of a conversation, its first words. */
 export function titleOf(conversation) {
     return conversation.messages[0]?.content.trim().split("\n")[0].slice(0, 80) || "New chat";
 }
 
-/** Where the last message of a role stands, or -1. */
+/** Returns the index of the last message of a role, or -1. */
 export function lastIndexOf(messages, role) {
     return messages.findLastIndex((message) => message.role === role);
 }
 
-/** The messages as the server wants them: the system prompt first, none that is empty, and roles that take turns. */
+/** Returns the messages to send: the system prompt first, no empty message, and roles that take turns. */
 export function messagesFor(conversation) {
     const said = [];
     if (settings.system.trim()) said.push({ role: "system", content: settings.system });
@@ -132,18 +132,18 @@ export function leaveOutOldest(conversation) {
     return true;
 }
 
-/** The key that the server asked for, or null. */
+/** Returns the key for the server, or null. */
 export function key() {
     return sessionStorage.getItem(KEY);
 }
 
-/** Keeps a key in this tab, or forgets it. */
+/** Keeps a key in this tab, or deletes it. */
 export function keepKey(value) {
     if (value) sessionStorage.setItem(KEY, value);
     else sessionStorage.removeItem(KEY);
 }
 
-/** Whether something is a conversation that the page can show. */
+/** Whether a value is a conversation that the page can show. */
 export function isConversation(thing) {
     return Array.isArray(thing?.messages) && thing.messages.every(isMessage);
 }

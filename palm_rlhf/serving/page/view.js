@@ -1,4 +1,4 @@
-/** What is seen of the conversations. */
+/** The view of the conversations. */
 
 import { show } from "./markdown.js";
 import * as store from "./store.js";
@@ -11,12 +11,12 @@ const elements = new WeakMap(); // of messages and conversations
 let isDrawingSoon = false;
 let pause = 0; // between two drawings of a growing message, in milliseconds
 
-/** The element of that id. */
+/** Returns the element of an id. */
 export function byId(id) {
     return document.getElementById(id);
 }
 
-/** Draws everything; `isRunning` says whether a reply is coming in the conversation that is shown. */
+/** Draws everything; `isRunning` is whether a reply is growing in the conversation that is shown. */
 export function draw(isRunning) {
     const conversation = store.current();
     const { messages, error } = conversation;
@@ -64,7 +64,7 @@ function drawText(message, element) {
     else text.textContent = message.content;
 }
 
-/** Draws a growing message soon, however many pieces of it come until then; a long one leaves time for keys. */
+/** Draws a growing message once for the pieces that come soon after each other; long ones are drawn less often. */
 export function drawSoon(message) {
     if (isDrawingSoon) return;
     isDrawingSoon = true;
@@ -104,7 +104,7 @@ function drawConversation(conversation) {
     return element;
 }
 
-/** Tells where conversations are kept. */
+/** Shows where conversations are kept. */
 export function drawKept() {
     byId("kept").textContent = `Conversations ${store.outlivesTab() ? "are kept in this browser" : "stay in this tab"}.`;
 }
@@ -127,13 +127,13 @@ function clone(template) {
     return byId(template).content.firstElementChild.cloneNode(true);
 }
 
-/** Makes nodes the children of an element, and touches none that is in its place. */
+/** Makes nodes the children of an element, without touching those that are in place already. */
 function synchronise(parent, nodes) {
     nodes.forEach((node, i) => node !== parent.children[i] && parent.insertBefore(node, parent.children[i] ?? null));
     while (parent.children.length > nodes.length) parent.lastElementChild.remove();
 }
 
-/** Tells what happened to those who do not see it, and to everyone where it matters. */
+/** Announces an event to screen readers, and shows it to everyone where it is a warning. */
 export function announce(text, isWarning = false) {
     byId("status").textContent = text;
     byId("status").classList.toggle("hidden", !isWarning);
@@ -154,17 +154,17 @@ export function toEnd() {
     scroller.scrollTop = scroller.scrollHeight;
 }
 
-/** Offers the way to the latest message where it is out of sight. */
+/** Shows the button to the latest message while that message is out of sight. */
 export function noticeScroll() {
     byId("latest").hidden = isAtEnd();
 }
 
-/** Scrolls by most of what is seen, up for -1 and down for 1. */
+/** Scrolls by most of a screen, up for -1 and down for 1. */
 export function turnPage(direction) {
     scroller.scrollBy({ top: direction * 0.85 * scroller.clientHeight });
 }
 
-/** Opens or closes the list of conversations where there is no room for it beside the current one. */
+/** Opens or closes the list of conversations on narrow screens, where it covers the current one. */
 export function openSidebar(isOpen) {
     if (isOpen === isSidebarOpen()) return;
     document.body.classList.toggle("sidebar-open", isOpen);
@@ -172,7 +172,7 @@ export function openSidebar(isOpen) {
     byId(isOpen ? "new" : "menu-button").focus();
 }
 
-/** Whether it is open there. */
+/** Whether that list is open. */
 export function isSidebarOpen() {
     return document.body.classList.contains("sidebar-open");
 }
