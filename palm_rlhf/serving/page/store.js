@@ -16,7 +16,7 @@ const removed = new Set(); // ids that this tab no longer keeps
 
 /**
  * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, its content and
- * the reason why it ended; `changed` is a time; the first `leftOut` messages no longer fit the context and are not sent.
+ * the reason why it ended; `changed` is a time; the first `leftOut` messages no longer fit the context.
  */
 export const conversations = Array.isArray(saved.conversations) ? saved.conversations : [];
 export const settings = { ...DEFAULTS, ...saved.settings };
