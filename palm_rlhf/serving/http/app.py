@@ -144,14 +144,14 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
 
     @app.get("/v1/models", **described(None), **keyed)
     async def list_models() -> Response:
-        """The model that this server has."""
+        """List the models of this server, of which there is one."""
         return json_response(handlers.model_list())
 
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
     @app.get("/v1/models/{model:path}", **described(None, parameters=[name]), **keyed)
     async def retrieve_model(request: Request) -> Response:
-        """The entry of a model."""
+        """Return the entry of a model."""
         return json_response(handlers.model_entry(request.path_params["model"]))
 
 
@@ -162,12 +162,12 @@ def add_operations(app: Any, handlers: Handlers, metrics: Metrics) -> None:
     @app.get("/health", operation_id="health", **described(None))
     @app.get("/healthz", **described(None))
     async def health() -> Response:
-        """Whether the engine computes; where it does not, restart the server."""
+        """Tell whether the engine computes; where it does not, restart the server."""
         return json_response(handlers.health())
 
     @app.get("/readyz", **described(None))
     async def ready() -> Response:
-        """Whether the server takes more requests now; where it does not, send them to another server."""
+        """Tell whether the server takes more requests now; where it does not, send them to another server."""
         return json_response(handlers.ready())
 
     @app.get("/metrics", include_in_schema=False)

@@ -1,21 +1,22 @@
 """The prompt as the beginning of its reply, for requests that ask for an echo."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.serving.generation import Generation, Piece, TokenLogprob
+from palm_rlhf.serving.http.event_stream import Blocks
 from palm_rlhf.serving.token_text import spelled
 
 
 async def with_prompts(
-    blocks: AsyncGenerator[list[tuple[int, Piece]], None],
+    blocks: Blocks,
     tokenizer: Tokenizer,
     prompts: Sequence[Any],
     generations: Sequence[Generation],
-) -> AsyncGenerator[list[tuple[int, Piece]], None]:
+) -> Blocks:
     """Yield the pieces of replies, each reply after a piece that is its prompt.
 
     `prompts` are texts or token ids, by the number of the reply.

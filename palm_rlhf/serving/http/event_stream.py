@@ -7,6 +7,7 @@ from typing import Any
 
 from palm_rlhf.serving.generation import Generation, Piece
 
+Blocks = AsyncGenerator[list[tuple[int, Piece]], None]  # pieces that came together, by the number of their reply
 PATIENCE = 64  # pieces of each reply of a stream that may wait for its reader
 BLOCK = 64  # pieces that become one block of events
 PART = 2**16  # bytes of a reply that are written at once
@@ -56,7 +57,7 @@ class Inbox:
 
 
 class Mailbox:
-    """Carries pieces from the engine's thread to the inboxes of an event loop, which is woken once for many pieces."""
+    """A carrier of pieces from the engine's thread to inboxes of an event loop, which it wakes once for many pieces."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._scheduled = loop, False
@@ -83,7 +84,7 @@ class Mailbox:
             inbox.put(generation, piece)
 
 
-async def pieces(inbox: Inbox) -> AsyncGenerator[list[tuple[int, Piece]], None]:
+async def read_pieces(inbox: Inbox) -> Blocks:
     """Yield all pieces as they come, each with the number of its generation, until all have ended.
 
     Raises the error of a generation that failed.

@@ -17,12 +17,13 @@ from palm_rlhf.serving.http.engine_requests import Kind, check_counts, engine_re
 from palm_rlhf.serving.http.errors import ApiError, as_api_error, gone
 from palm_rlhf.serving.http.event_stream import (
     PATIENCE,
+    Blocks,
     EventStream,
     Inbox,
     JsonReply,
     Mailbox,
     cancel,
-    pieces,
+    read_pieces,
     unless_gone,
 )
 from palm_rlhf.serving.http.openai_replies import CompletionWriter, encoded
@@ -39,6 +40,7 @@ from palm_rlhf.serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 NUM_WRITERS = 2  # threads that write long replies; few, since each holds a whole reply twice
+ReplyWriter = CompletionWriter | ResponseWriter
 READERS = {"chat": read_chat, "completion": read_completion, "response": read_response}
 SCORED_AT_ONCE = 8  # replies that are scored between two tokens of running replies
 
@@ -68,7 +70,7 @@ class Handlers:
         inbox = self._submit(requests, PATIENCE)
         return EventStream(self._events(writer, parsed, inbox), inbox.generations)
 
-    def _writer(self, kind: Kind, parsed: ParsedRequest) -> CompletionWriter | ResponseWriter:
+    def _writer(self, kind: Kind, parsed: ParsedRequest) -> ReplyWriter:
         if kind == "response":
             return ResponseWriter(self.model.name, parsed.repeated)
         counting = (parsed.include_usage, parsed.continuous_usage, parsed.prompt_logprobs)
@@ -199,9 +201,8 @@ class Handlers:
             raise as_api_error(error) from error
         return inbox
 
-    async def _whole(
-        self, writer: CompletionWriter | ResponseWriter, parsed: ParsedRequest, requests: list[Request]
-    ) -> bytes:
+    async def _whole(self, writer: ReplyWriter, parsed: ParsedRequest, requests: list[Request]) -> bytes:
+        """Return a reply that is not streamed."""
         inbox = self._submit(requests)
         generations = inbox.generations
         replies: list[list[Piece]] = [[] for _ in generations]
@@ -219,9 +220,9 @@ class Handlers:
         """Return the result of long work on a reply, which runs in a thread so that the loop answers others."""
         return await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
-    def _pieces(self, parsed: ParsedRequest, inbox: Inbox) -> AsyncGenerator:
+    def _pieces(self, parsed: ParsedRequest, inbox: Inbox) -> Blocks:
         """Return the pieces of replies as they come, with their prompts where asked for, and with the calls in them."""
-        blocks = pieces(inbox)
+        blocks = read_pieces(inbox)
         if parsed.tools is not None and self.model.call_form is not None:
             return reading_calls(blocks, inbox.generations, self.model.call_form)
         if not parsed.echo:
@@ -251,9 +252,7 @@ class Handlers:
             scores += await asyncio.wrap_future(job)
         return scores
 
-    async def _events(
-        self, writer: CompletionWriter | ResponseWriter, parsed: ParsedRequest, inbox: Inbox
-    ) -> AsyncGenerator[bytes, None]:
+    async def _events(self, writer: ReplyWriter, parsed: ParsedRequest, inbox: Inbox) -> AsyncGenerator[bytes, None]:
         """Yield the blocks of a stream; an error comes as an event, since the status has been sent."""
         generations = inbox.generations
         if opening := writer.opening(generations):

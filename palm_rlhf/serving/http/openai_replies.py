@@ -77,8 +77,8 @@ class CompletionWriter:
             text = "".join(piece.text for piece in pieces)
             logprobs = self._logprobs([one for piece in pieces for one in piece.logprobs], generation.request)
             calls = [call_object(call) for piece in pieces for call in piece.calls]
-            said = {"message": message(text, calls)} if self.kind == "chat" else {"text": text}
-            choice: dict[str, Any] = {"index": index, **said, "logprobs": logprobs}
+            content = {"message": message(text, calls)} if self.kind == "chat" else {"text": text}
+            choice: dict[str, Any] = {"index": index, **content, "logprobs": logprobs}
             choice["finish_reason"] = pieces[-1].finish_reason
             if self.prompt_logprobs is not None and self.kind == "completion":
                 choice["prompt_logprobs"] = self._prompt_logprobs(generation)
@@ -103,8 +103,8 @@ class CompletionWriter:
         """
         found, logprobs = [], self._logprobs(piece.logprobs, generations[index].request)
         if piece.text or logprobs is not None:
-            said = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
-            found.append(self._chunk({"index": index, **said, "logprobs": logprobs}, generations, num_tokens))
+            content = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
+            found.append(self._chunk({"index": index, **content, "logprobs": logprobs}, generations, num_tokens))
         if piece.calls:
             delta = {"tool_calls": [{"index": call.number, **call_object(call)} for call in piece.calls]}
             found.append(self._chunk({"index": index, "delta": delta}, generations, num_tokens))
@@ -204,8 +204,8 @@ def finite(logprob: float) -> float:
 
 def message(text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the assistant's message, with the calls of functions in it."""
-    said = {"role": "assistant", "content": text}
-    return {**said, "content": text or None, "tool_calls": list(calls)} if calls else said
+    reply = {"role": "assistant", "content": text}
+    return {**reply, "content": text or None, "tool_calls": list(calls)} if calls else reply
 
 
 def call_object(call: ToolCall) -> dict[str, Any]:

@@ -22,7 +22,7 @@ NUM_THREADS = 4  # for ordinary bodies; large ones share one
 
 
 class ClientGone(Exception):
-    """Ends work whose client has left; nobody is told."""
+    """The end of work whose client has left; nobody is told."""
 
 
 class Preparation:

@@ -68,7 +68,7 @@ def check(value: Any, schema: dict[str, Any], place: Place = ()) -> Any:
 
 
 def _fits(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether a value is of the type of its schema and within its bounds; what an array or object holds apart."""
+    """Return whether a value is of the type of its schema and within its bounds; its entries are not looked at."""
     kind = schema["type"]
     if not _is_of(value, kind):
         return False
@@ -85,7 +85,7 @@ def _fits(value: Any, schema: dict[str, Any]) -> bool:
 
 
 def _is_of(value: Any, kind: str) -> bool:
-    """Whether a value is of a type of JSON, where true and false are no numbers."""
+    """Return whether a value is of a type of JSON; true and false are not numbers."""
     return isinstance(value, KINDS[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
@@ -119,7 +119,7 @@ def _check_any(value: Any, options: list[dict[str, Any]], place: Place) -> Any:
 
 
 def _tagged(value: dict[str, Any], options: list[dict[str, Any]], place: Place) -> dict[str, Any] | None:
-    """The schema of an object that its type or role names, where every schema of an object has one of its own."""
+    """Return the schema that the type or role of an object names, where each schema has one of its own."""
     options = [option for option in options if option.get("type") == "object"]
     for tag in TAGS:
         known = [option.get("properties", {}).get(tag, {}).get("enum", []) for option in options]
@@ -154,19 +154,19 @@ def _check_object(value: dict[str, Any], schema: dict[str, Any], place: Place) -
 
 
 def _bad_key(key: str, schema: dict[str, Any]) -> str | None:
-    """What a key should have been; None for one that is fine."""
+    """Return the keys that were expected, in words; None for a key that is allowed."""
     if "pattern" in schema:
         return None if key.isascii() and key.isdigit() and len(key) < 10 else 'a token id, such as "42"'
     return None if len(key) <= schema["maxLength"] else f"at most {schema['maxLength']} characters"
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are equal; 1 and 1.0 are, 1 and true are not."""
+    """Return whether two values of JSON are equal; 1 and 1.0 are, 1 and true are not."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def mismatch(place: Place, value: Any, expected: Iterable[str]) -> Refusal:
-    """Make the error for a value that is not one of those expected, which are given in words."""
+    """Make the error for a value that is none of the expected ones; `expected` are in words."""
     expected = tuple(dict.fromkeys(expected))
     message = f"{path(place) or 'the body'} is {shown(value)}; expected {' or '.join(expected)}"
     return Refusal(place, message, "invalid_value", value, expected)

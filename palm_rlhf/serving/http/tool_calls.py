@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from palm_rlhf.serving.call_form import ARGUMENTS, CLOSE, OPEN, CallForm
 from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Generation, Piece, TokenLogprob, ToolCall
 from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.http.event_stream import Blocks
 from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, WHITESPACE, Grammar, Grammars, nested_values
 
 MOST_CALLS = 16  # in one reply: a model that has to call could otherwise go on for ever
@@ -148,7 +149,7 @@ def read_call(text: str, form: CallForm, number: int) -> ToolCall | None:
 
 
 class CallReader:
-    """Finds the calls in the text of a reply as it comes; other text is left as it is.
+    """A reader that finds the calls in the text of a reply as it comes, and leaves other text as it is.
 
     Text is held back while it may become a call.
     """
@@ -209,11 +210,9 @@ def held_back(text: str, mark: str) -> int:
     return next((size for size in sizes if mark.startswith(text[-size:])), 0)
 
 
-async def reading_calls(
-    pieces: AsyncGenerator[list[tuple[int, Piece]], None], generations: Iterable[Generation], form: CallForm
-) -> AsyncGenerator[list[tuple[int, Piece]], None]:
+async def reading_calls(blocks: Blocks, generations: Iterable[Generation], form: CallForm) -> Blocks:
     """Yield the pieces of replies, with the calls in them found."""
     readers = [CallReader(form) for _ in generations]
-    async with aclosing(pieces):
-        async for found in pieces:
+    async with aclosing(blocks):
+        async for found in blocks:
             yield [(number, readers[number].read(piece)) for number, piece in found]
