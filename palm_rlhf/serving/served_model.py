@@ -234,7 +234,6 @@ def _template_of(folder: Path, tokenizer: Tokenizer, palm: PaLM, name: str) -> T
 def _reward_model_of(folder: Path, model_folder: Path, palm: PaLM, device: str | torch.device) -> RewardModel:
     """Return a reward model, which has to have the vocabulary and the tokenizer of the model beside it."""
     reward_model = RewardModel.from_pretrained(folder, device=device).eval()
-    assert isinstance(reward_model, RewardModel)  # the class that it was asked of
     if reward_model.palm.num_tokens != palm.num_tokens:
         raise ValueError(
             f"the reward model {folder} has {reward_model.palm.num_tokens} tokens, and the model {palm.num_tokens}; "
