@@ -21,8 +21,9 @@ class AccessOptions:
     api_key_file: Path | None = None
     """A file with lines NAME: KEY, or KEY alone. It is read again when it changes; the log shows the names."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host names by which clients may reach the server, with or without a port; *.NAME is every name below NAME, and *
-    any. On a loopback address the names of this machine are allowed too; on others all are, unless some are given."""
+    """Host names by which clients may reach the server, with or without a port; *.NAME is every name below NAME, * is
+    any name. On a loopback address the names of this machine are allowed too; on others all are, unless some are
+    given."""
     cors_origin: tuple[str, ...] = ()
     """Web pages of other sites that may send requests, such as https://chat.example.org; * is any."""
     forwarded_allow_ips: str = ""

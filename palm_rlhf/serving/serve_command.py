@@ -48,7 +48,7 @@ def serve(
         checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
             a tokenizer the tokens are bytes.
         host: The address to listen on; 0.0.0.0 is every network that the machine is in.
-        port: The port; 0 takes any that is free.
+        port: The port; 0 takes any free port.
         name: What clients call the model; the folder's name by default.
         context: The most tokens of a prompt with its reply; the model's max_seq_len by default.
         template: The chat template; auto is the model's own, plain writes roles as words.
