@@ -124,7 +124,15 @@ def test_groups_by_hand():
 
 @pytest.mark.parametrize(
     ("prompt", "response", "samples", "once"),
-    [(300, 60, 8, True), (300, 5, 2, False), (2000, 5, 2, True), (100, 400, 8, False), (2000, 5, 1, False)],
+    [
+        (300, 60, 8, True),
+        (300, 5, 2, False),
+        (2000, 5, 2, True),
+        (100, 400, 8, False),
+        (2000, 5, 1, False),
+        (1022, 5, 2, True),  # which saves 1024
+        (1021, 5, 2, False),
+    ],
 )
 def test_prompts_are_read_once_where_that_saves_a_quarter_and_1024_tokens(
     prompt, response, samples, once, wandering_palm, count_tokens
