@@ -1,4 +1,4 @@
-"""Which ids of a model are tokens of a tokenizer, and making room for new ones in a trained model."""
+"""The token ids of a model that its tokenizer knows, and new token ids for a trained model."""
 
 import dataclasses
 from typing import Any
@@ -12,10 +12,10 @@ from palm_rlhf.model.palm import PaLM
 
 @beartype
 def known_tokens(tokenizer: Any, num_tokens: int) -> Tensor | None:
-    """True for the ids of a model of `num_tokens` tokens that a tokenizer can decode: `v`, or None where all are.
+    """Return which of the `num_tokens` ids of a model its tokenizer can decode: `v`, bool, or None if it can all.
 
-    Vocabularies are often padded to a round number, and some tokenizers have gaps. A tokenizer tells its ids by
-    `token_ids`, as ours do, or by `get_vocab()`, as Hugging Face's do; of one that tells nothing, all ids count.
+    Vocabularies are often padded to a round number, and some tokenizers have gaps. The ids are `token_ids` of our
+    tokenizers and `get_vocab()` of those of Hugging Face; for a tokenizer with neither, all ids count as known.
     """
     ids = getattr(tokenizer, "token_ids", None)
     if ids is None and hasattr(tokenizer, "get_vocab"):
@@ -30,11 +30,16 @@ def known_tokens(tokenizer: Any, num_tokens: int) -> Tensor | None:
 @torch.no_grad()
 @beartype
 def resize_token_embeddings(palm: PaLM, num_tokens: int, *, num_known: int | None = None) -> None:
-    """Give a model `num_tokens` tokens in place, the new embeddings being the mean of the first `num_known`.
+    """Resize the vocabulary of a model to `num_tokens`, in place.
 
-    A new token then is at most as likely as the known ones are on average, so k of them among v take no more than
-    log(1 + k/v) nats off what the model gives any text. `num_known` is how many tokens a tokenizer has used so far,
-    None for all; of the rows after them nothing is kept. Call this before an optimiser or a trainer holds the weights.
+    The embedding of a new token is the mean of the known ones. So a new token is at most as likely as the known tokens
+    are on average, and k new tokens beside v known ones lower the log-probability of any token by at most log(1 + k/v)
+    nats. Call this before an optimiser or a trainer holds the weights.
+
+    Args:
+        palm: the model, which is changed.
+        num_tokens: the new size of the vocabulary.
+        num_known: how many tokens the tokenizer has used so far; None for all. The rows after them are replaced.
     """
     num_known = palm.num_tokens if num_known is None else num_known
     if not 1 <= num_known <= palm.num_tokens <= num_tokens:

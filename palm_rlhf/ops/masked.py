@@ -1,24 +1,26 @@
-"""The only place where a mask reduces a tensor and a loss is normalised. True means keep."""
+"""Sums and means under a mask: the only place where masks reduce tensors and losses are normalised. True means keep."""
 
 import torch
 from torch import Tensor
 
 
 def masked_sum(x: Tensor, mask: Tensor | None = None, *, dim: int | None = None) -> Tensor:
-    """The sum of the kept entries; what the others hold, NaN included, does not matter.
+    """Return the sum of the kept entries; the values of the others do not matter, not even NaN.
 
-    x and mask: `...` -> scalar, or `...` without `dim`
+    x and mask: `...` -> scalar, or with `dim` a tensor without that axis
     """
     return (x if mask is None else torch.where(mask, x, 0.0)).sum(dim=dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None, *, denominator: Tensor | int | float | None = None) -> Tensor:
-    """The sum of the kept entries over their number, or over a given denominator; 0 where nothing is kept.
+    """Return the sum of the kept entries over their number, or over a given denominator; 0 if none is kept.
 
-    A denominator that counts a whole optimiser step makes micro-batches and processes add up to one large batch; one
-    with axes, broadcastable to `...`, divides entry by entry, as where each row has its own.
-
-    x and mask: `...` -> scalar
+    Args:
+        x: `...`.
+        mask: `...`, True for the entries to keep.
+        denominator: replaces the number of kept entries. With the number of a whole optimiser step, micro-batches and
+            processes add up to the mean over one large batch. A tensor with axes, broadcastable to `...`, divides entry
+            by entry, so that each row can have its own.
     """
     if denominator is None:
         denominator = x.numel() if mask is None else mask.sum()
@@ -30,9 +32,9 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, *, denominator: Tensor | 
 
 
 def weighted_mean(x: Tensor, weights: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
-    """The sum of the weighted entries over the sum of the weights, or over a given sum, as of a whole optimiser step.
+    """Return the sum of the weighted entries over the sum of the weights, or over a given denominator.
 
-    What stands where a weight is 0, NaN included, does not matter.
+    Entries whose weight is 0 do not matter, not even NaN.
 
     x and weights: `...` -> scalar
     """
@@ -48,7 +50,7 @@ def shares(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """What each entry counts in `masked_mean`, or with weights in `weighted_mean`: `...` of `shape`."""
+    """Return the weight of each entry in `masked_mean`, or with `weights` in `weighted_mean`: `...` of `shape`."""
     ones = torch.ones(shape, dtype=dtype, device=device)
     if weights is not None:
         return ones * weights / (weights.sum() if denominator is None else denominator)

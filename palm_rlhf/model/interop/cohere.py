@@ -1,7 +1,7 @@
-"""Hugging Face's `CohereForCausalLM` (Command R, Aya 23): PaLM's mathematics under other names.
+"""Weights of `CohereForCausalLM` of Hugging Face (Command R, Aya 23), a PaLM whose tensors have other names.
 
-Its rotary turns neighbouring coordinates where ours turns the two halves of a head, so the rows of queries and keys,
-and the scales of their norms, are in another order.
+Its rotary turns pairs of neighbouring coordinates; ours turns pairs that are half a head apart. So the rows of queries
+and keys, and the scales of their norms, are in another order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,64 +18,62 @@ from palm_rlhf.model.weights_folder import WeightsFolder, check_shapes
 
 ARCHITECTURE = "CohereForCausalLM"
 EMBEDDINGS, UNTIED = "model.embed_tokens.weight", "lm_head.weight"
-# What a config.json must give, and transformers' defaults; that of rope_theta is not the same in all its versions.
+# The numbers that config.json must have, with the defaults of transformers. None has no default: the default of
+# rope_theta differs between versions.
 NUMBERS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
 NUMBERS |= {"rope_theta": None, "logit_scale": 0.0625, "layer_norm_eps": 1e-5}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor of theirs, which holds some rows of one of ours."""
+class CoherePart:
+    """A tensor of a Cohere model, which holds some rows of one of our tensors."""
 
     name: str
     shape: tuple[int, ...]
-    heads: int = 0  # whose rows the rotary turns; 0 for none
+    heads: int = 0  # the number of heads whose rows the rotary turns; 0 if it turns none
 
 
-def layout(config: PaLMConfig) -> dict[str, list[Part]]:
-    """For each tensor of ours, those of theirs that make it up, row under row."""
+def layout(config: PaLMConfig) -> dict[str, list[CoherePart]]:
+    """Return, for each of our tensors, the tensors of a Cohere model that are concatenated along its rows."""
     dim, inner, heads, kv_heads, d = config.dim, config.inner_dim, config.heads, config.kv_heads, config.dim_head
-    parts = {"token_emb.weight": [Part(EMBEDDINGS, (config.num_tokens, dim))]}
+    parts = {"token_emb.weight": [CoherePart(EMBEDDINGS, (config.num_tokens, dim))]}
     for i in range(config.depth):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        parts[f"{ours}.norm.weight"] = [Part(f"{theirs}.input_layernorm.weight", (dim,))]
+        parts[f"{ours}.norm.weight"] = [CoherePart(f"{theirs}.input_layernorm.weight", (dim,))]
         parts[f"{ours}.in_proj.weight"] = [
-            Part(f"{theirs}.self_attn.q_proj.weight", (heads * d, dim), heads),
-            Part(f"{theirs}.self_attn.k_proj.weight", (kv_heads * d, dim), kv_heads),
-            Part(f"{theirs}.self_attn.v_proj.weight", (kv_heads * d, dim)),
-            Part(f"{theirs}.mlp.gate_proj.weight", (inner, dim)),
-            Part(f"{theirs}.mlp.up_proj.weight", (inner, dim)),
+            CoherePart(f"{theirs}.self_attn.q_proj.weight", (heads * d, dim), heads),
+            CoherePart(f"{theirs}.self_attn.k_proj.weight", (kv_heads * d, dim), kv_heads),
+            CoherePart(f"{theirs}.self_attn.v_proj.weight", (kv_heads * d, dim)),
+            CoherePart(f"{theirs}.mlp.gate_proj.weight", (inner, dim)),
+            CoherePart(f"{theirs}.mlp.up_proj.weight", (inner, dim)),
         ]
-        parts[f"{ours}.attn_out.weight"] = [Part(f"{theirs}.self_attn.o_proj.weight", (dim, heads * d))]
-        parts[f"{ours}.ff_out.weight"] = [Part(f"{theirs}.mlp.down_proj.weight", (dim, inner))]
+        parts[f"{ours}.attn_out.weight"] = [CoherePart(f"{theirs}.self_attn.o_proj.weight", (dim, heads * d))]
+        parts[f"{ours}.ff_out.weight"] = [CoherePart(f"{theirs}.mlp.down_proj.weight", (dim, inner))]
         if config.qk_norm:
-            parts[f"{ours}.q_norm.weight"] = [Part(f"{theirs}.self_attn.q_norm.weight", (heads, d), heads)]
-            parts[f"{ours}.k_norm.weight"] = [Part(f"{theirs}.self_attn.k_norm.weight", (kv_heads, d), kv_heads)]
-    parts["norm.weight"] = [Part("model.norm.weight", (dim,))]
+            parts[f"{ours}.q_norm.weight"] = [CoherePart(f"{theirs}.self_attn.q_norm.weight", (heads, d), heads)]
+            parts[f"{ours}.k_norm.weight"] = [CoherePart(f"{theirs}.self_attn.k_norm.weight", (kv_heads, d), kv_heads)]
+    parts["norm.weight"] = [CoherePart("model.norm.weight", (dim,))]
     return parts
 
 
 def to_halves(x: Tensor, heads: int, dim_head: int) -> Tensor:
-    """From their order to ours: `(h d) e` or `h d`, the first and second of each pair of d gathered in two halves."""
+    """Reorder the rows of heads from neighbouring pairs (Cohere) to two halves (ours): `(h d) e` or `h d`."""
     pairs = x.reshape(heads, dim_head, -1)
     return rearrange(pairs, "h (i pair) e -> h (pair i) e", pair=2).reshape(x.shape)
 
 
 def to_pairs(x: Tensor, heads: int, dim_head: int) -> Tensor:
-    """From our order to theirs: `(h d) e` or `h d`."""
+    """Reorder the rows of heads from two halves (ours) to neighbouring pairs (Cohere): `(h d) e` or `h d`."""
     halves = x.reshape(heads, dim_head, -1)
     return rearrange(halves, "h (pair i) e -> h (i pair) e", pair=2).reshape(x.shape)
 
 
 def to_cohere_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of a Cohere folder, in the words of transformers 4 and 5 alike.
+    """Return the config.json of a Cohere folder, with the names of transformers 4 and 5.
 
-    What counts in training only is not kept: dropout, the z-loss, gradient checkpointing. A PaLM has no special tokens,
-    so their ids are null: generation of transformers then stops at its length, until they are set. vLLM and llama.cpp
-    moreover expect `heads * dim_head == dim`.
-
-    Raises:
-        ValueError: what the format cannot hold, by name.
+    Settings of training are left out: dropout, the z-loss, gradient checkpointing. A PaLM has no special tokens, so
+    their ids are null; until they are set, transformers generates up to the maximal length. vLLM and llama.cpp also
+    expect `heads * dim_head == dim`. Raises ValueError for a model that the format cannot represent.
     """
     refused = []
     if config.xpos:
@@ -114,7 +112,7 @@ def to_cohere_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtyp
 
 
 def to_cohere_tensors(config: PaLMConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a Cohere folder; the output layer, tied to the embeddings, is not among them."""
+    """Return the tensors of a Cohere folder, without the output layer, which is tied to the embeddings."""
     tensors = {}
     for name, parts in layout(config).items():
         for part, rows in zip(parts, state[name].split([part.shape[0] for part in parts]), strict=True):
@@ -123,10 +121,9 @@ def to_cohere_tensors(config: PaLMConfig, state: Mapping[str, Tensor]) -> dict[s
 
 
 def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The fields of a PaLMConfig from a Cohere folder's config.json; the z-loss is 0, as it is there.
+    """Return the fields of a PaLMConfig from the config.json of a Cohere folder; its z-loss is 0.
 
-    Raises:
-        ValueError: what a PaLM cannot compute, and what is missing, by name.
+    Raises ValueError that names settings which a PaLM cannot compute, or missing numbers.
     """
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
@@ -145,7 +142,7 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
     numbers = {name: values.get(name, default) for name, default in NUMBERS.items()}
     numbers["rope_theta"] = rope.get("rope_theta", numbers["rope_theta"])
     if missing := [name for name, number in numbers.items() if not isinstance(number, (int, float))]:
-        raise ValueError(f"{where} does not give {', '.join(missing)}; expected all the numbers of a Cohere model")
+        raise ValueError(f"{where} lacks {', '.join(missing)}; expected all the numbers of a Cohere model")
     heads = numbers["num_attention_heads"]
     return {
         "num_tokens": numbers["vocab_size"],
@@ -160,21 +157,23 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
         "z_loss": 0.0,
         "norm_eps": numbers["layer_norm_eps"],
         "qk_norm": bool(values.get("use_qk_norm")),
-        # Command R was trained to be used beyond max_position_embeddings, and says so here.
+        # the context of Command R is longer than max_position_embeddings, and is stated here
         "max_seq_len": values.get("model_max_length") or values.get("max_position_embeddings", 8192),
     }
 
 
 def from_cohere_tensors(config: PaLMConfig, folder: WeightsFolder) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Our tensors by name, each in parts that lie row under row, checked before the first is read."""
+    """Return the names of our tensors and their parts, after checking all shapes; the parts are read when used."""
     parts = layout(config)
     expected = {part.name: part.shape for group in parts.values() for part in group}
     found = dict(folder.shapes)
     if found.pop(UNTIED, None) and not torch.equal(folder[UNTIED], folder[EMBEDDINGS]):
-        raise ValueError(f"{folder.path} has a {UNTIED} of its own: the output layer of a PaLM is its embeddings")
+        raise ValueError(
+            f"{folder.path} has a {UNTIED} of its own; expected the embeddings, as in a PaLM: take another model"
+        )
     check_shapes(found, expected, folder.path)
 
-    def read(part: Part) -> Tensor:
+    def read(part: CoherePart) -> Tensor:
         return to_halves(folder[part.name], part.heads, config.dim_head) if part.heads else folder[part.name]
 
     return ((name, map(read, group)) for name, group in parts.items())

@@ -1,4 +1,4 @@
-"""Checkpoints of the PyPI package palm-rlhf-pytorch 0.8.0: state dicts, whose names and shapes say nearly all."""
+"""Checkpoints of the PyPI package palm-rlhf-pytorch 0.8.0: state dicts, whose names and shapes tell most options."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,22 +13,20 @@ EMBEDDINGS, TIED = "token_emb.weight", "to_logits.weight"
 FUSED, FREQUENCIES = "fn.fused_attn_ff_proj.weight", "fn.rotary_emb.inv_freq"
 ATTN_OUT, FF_OUT = "fn.attn_out.weight", "fn.ff_out.2.weight"
 SCOPES = "finetune_modules."
-ADAPTERS = ("q", "k", "v", "out")  # 0 to 3 there
+ADAPTERS = ("q", "k", "v", "out")  # there they are numbered 0 to 3
 
 
 def is_from_there(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict is of that package's PaLM."""
+    """Return whether a state dict is of the PaLM of that package."""
     return f"layers.0.{FUSED}" in state
 
 
 def config_of(state: Mapping[str, Any], *, causal: bool, where: str) -> dict[str, Any]:
-    """The fields of a PaLMConfig: the sizes from the shapes, and what is fixed there.
+    """Return the fields of a PaLMConfig: the sizes from the shapes, the others as they are fixed in that package.
 
-    Causal models have xPos, with a scale base of 512 unless it was changed, which no checkpoint tells. Logits are not
-    scaled, and there is no z-loss.
-
-    Raises:
-        ValueError: it is no such state dict, or one with `qk_rmsnorm=True`, which is another formula than `qk_norm`.
+    Causal models have xPos with a scale base of 512; a checkpoint does not tell if it was changed. Logits are not
+    scaled, and there is no z-loss. Raises ValueError for another state dict, and for one with `qk_rmsnorm=True`, whose
+    formula differs from `qk_norm`.
     """
     needed = [EMBEDDINGS, *(f"layers.0.{name}" for name in (FUSED, FREQUENCIES, ATTN_OUT, FF_OUT))]
     if missing := [name for name in needed if name not in state]:
@@ -36,7 +34,7 @@ def config_of(state: Mapping[str, Any], *, causal: bool, where: str) -> dict[str
     if scales := [name for name in state if name.endswith((".q_scale", ".k_scale"))]:
         raise ValueError(
             f"{where} was trained with qk_rmsnorm=True (it has {scales[0]}), which a PaLM cannot compute: "
-            "its qk_norm is another formula; train a new model with that"
+            "its qk_norm is another formula; train a new model with qk_norm=True"
         )
     dim_head = 2 * len(state[f"layers.0.{FREQUENCIES}"])
     num_tokens, dim = state[EMBEDDINGS].shape
@@ -55,14 +53,14 @@ def config_of(state: Mapping[str, Any], *, causal: bool, where: str) -> dict[str
 
 
 def scopes_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """For each LoRA scope, what `add_finetune_params` needs to add it; the base is not frozen there."""
+    """Return, for each LoRA scope, the keywords of `add_finetune_params`; that package does not freeze the base."""
     first = {name.split(".")[1]: name for name in state if name.startswith(SCOPES) and name.endswith(".0.0.A")}
     ranks = {scope: state[name].shape[1] for scope, name in first.items()}
     return {scope: {"r": r, "alpha": r, "train_base": True} for scope, r in ranks.items()}
 
 
 def tensors_of(state: Mapping[str, Tensor], config: PaLMConfig, where: str) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Our tensors by name, each in parts that lie row under row; all is checked before the first is given."""
+    """Return the names of our tensors and their parts, after checking the whole state dict."""
     found = {name: tuple(tensor.shape) for name, tensor in state.items() if name != TIED}
     check_shapes(found, expected_shapes(config, scopes_of(state)), where)
     d = config.dim_head
@@ -70,14 +68,17 @@ def tensors_of(state: Mapping[str, Tensor], config: PaLMConfig, where: str) -> I
     for name, tensor in state.items():
         constant = fixed.get(name.rpartition(".")[2])
         if constant is not None and not torch.allclose(tensor.float().cpu(), constant, rtol=1e-2):  # of bfloat16
-            raise ValueError(f"{where} has another {name} than that package makes, which a PaLM cannot compute")
+            raise ValueError(
+                f"{where} has another {name} than palm-rlhf-pytorch 0.8.0 makes, which a PaLM cannot compute; take the "
+                "checkpoint of an unchanged model"
+            )
     if TIED in state and not torch.equal(state[TIED], state[EMBEDDINGS]):
-        raise ValueError(f"{where} has a {TIED} of its own: the output layer of a PaLM is its embeddings")
+        raise ValueError(f"{where} has a {TIED} of its own; expected the embeddings, as in a PaLM: take another model")
     return renamed(state, config)
 
 
 def expected_shapes(config: PaLMConfig, scopes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of that package's PaLM, buffers included."""
+    """Return the shapes of the tensors of the PaLM of that package, buffers included."""
     dim, d, inner, q_dim = config.dim, config.dim_head, config.inner_dim, config.heads * config.dim_head
     shapes = {EMBEDDINGS: (config.num_tokens, dim), "norm.gamma": (dim,), "norm.beta": (dim,)}
     for i in range(config.depth):
@@ -98,7 +99,10 @@ def expected_shapes(config: PaLMConfig, scopes: Mapping[str, Any]) -> dict[str, 
 
 
 def renamed(state: Mapping[str, Tensor], config: PaLMConfig) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Their norms store the scale less 1, and their feed-forward's value comes before its gate."""
+    """Yield the names of our tensors and their parts.
+
+    That package stores the scale of a norm minus 1, and the value of the feed-forward before its gate.
+    """
     yield EMBEDDINGS, [state[EMBEDDINGS]]
     yield "norm.weight", [state["norm.gamma"] + 1]
     for i in range(config.depth):

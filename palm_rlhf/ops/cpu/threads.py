@@ -1,14 +1,13 @@
-"""Sharing the processor with other work: how long threads wait awake for each other, and how many of them compute.
+"""Sharing the processor with other programs: how long idle threads spin, and how many threads compute.
 
-OpenMP's threads spin where they wait for each other, for milliseconds. Where other programs use the same cores, they
-spin while the thread that they wait for is not even running, and a training step takes ten times as long. And every
-operation that several threads share then waits until the system has run each of them.
+OpenMP's threads spin for milliseconds while they wait for each other. If other programs use the same cores, threads
+spin although the thread that they wait for is not running, and a training step takes ten times as long.
 
-`share_the_machine()`, before torch is imported, makes threads fall asleep soon; from then on `adapt()`, which trainers,
-generation and the server call between their steps, chooses the number of threads by a short trial where other work is
-in the way. What the user has set counts: with OMP_NUM_THREADS the number of threads stays as it is, with
-OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME they wait as those say. A program that does not call
-`share_the_machine()` keeps its threads as they are. This module imports nothing heavy.
+`share_the_machine()`, called before torch is imported, makes waiting threads sleep soon. After that, `adapt()` chooses
+the number of threads by a short trial whenever other programs are in the way; trainers, generation and the server call
+it between their steps. The settings of the user win: OMP_NUM_THREADS fixes the number of threads, and OMP_WAIT_POLICY,
+GOMP_SPINCOUNT or KMP_BLOCKTIME how they wait. Without `share_the_machine()` nothing changes. This module does not
+import torch until a trial is due.
 """
 
 import os
@@ -17,24 +16,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}  # tens of microseconds (GCC); a millisecond (Intel, LLVM)
-LOOK = 1.0  # seconds between two looks at how long threads had to wait for a core
-TOLERATED = 0.05  # the share of the time that they may wait before their number is tried
-SOON, LATE = 10.0, 120.0  # seconds between two trials; those that change nothing come ever more rarely
-SETTLE, MEASURE = 0.3, 0.15  # seconds of a trial of one number; the system needs some to spread threads over the cores
-CLOSE = 1.05  # a number of threads is as good as a smaller one where it takes at most so many times as long
+LOOK = 1.0  # seconds between two checks of how long threads had to wait for a core
+TOLERATED = 0.05  # the share of the time that threads may wait before a trial
+SOON, LATE = 10.0, 120.0  # seconds between two trials; after each trial without a change the pause doubles
+SETTLE, MEASURE = 0.3, 0.15  # seconds of a trial of one number; first, the system spreads the threads over the cores
+CLOSE = 1.05  # more threads are as good as fewer if they take at most this many times as long
 
 
 class _State:
-    """What this process knows of its threads."""
+    """The state of `adapt` in this process."""
 
     adapts = False
-    most: int | None = None  # the number where the machine is quiet; None: not asked yet
-    looked, waited = float("-inf"), 0.0  # when it looked last, and how long its threads had waited for a core by then
-    tried, pause = float("-inf"), SOON  # when it tried last, and how long it leaves it at that
+    most: int | None = None  # the number of threads of a quiet machine; None before the first call
+    looked, waited = float("-inf"), 0.0  # the time of the last check, and how long threads had waited for a core then
+    tried, pause = float("-inf"), SOON  # the time of the last trial, and the seconds until the next
 
 
 def share_the_machine() -> None:
-    """Has threads wait awake only briefly, and their number follow the load; call it before torch is imported."""
+    """Let threads spin only briefly, and let `adapt` choose their number; call this before torch is imported."""
     if not os.environ.keys() & {*WAITING, "OMP_WAIT_POLICY"}:
         os.environ.update(WAITING)
     _State.adapts = "OMP_NUM_THREADS" not in os.environ
@@ -42,10 +41,10 @@ def share_the_machine() -> None:
 
 
 def adapt(device: str = "cpu") -> None:
-    """Chooses the calling thread's number of threads by a short trial, where that is due; for computing on a CPU only.
+    """Choose the number of threads for the calling thread by a short trial, if one is due; for CPUs only.
 
-    That is where threads had to wait for a core, or where fewer compute than could, but not soon after a trial. All
-    other calls cost some microseconds.
+    A trial is due if threads had to wait for a core, or if fewer threads compute than could, and if the last trial was
+    not too recent. Other calls take a few microseconds.
     """
     now = time.monotonic()
     if not _State.adapts or device != "cpu" or now - _State.looked < LOOK:
@@ -64,15 +63,15 @@ def adapt(device: str = "cpu") -> None:
 
 
 def fastest(counts: Sequence[int], seconds_with: Callable[[int], float]) -> int:
-    """Which of these numbers of threads takes the least time; the largest of those that are close to it."""
+    """Return the number of threads that takes the least time, or the largest number that is about as fast."""
     seconds = {count: seconds_with(count) for count in counts}
     return max(count for count, taken in seconds.items() if taken <= CLOSE * min(seconds.values()))
 
 
 def _trial(most: int) -> Callable[[int], float]:
-    """Measures a block's work with so many threads: products, and elementwise operations between them.
+    """Return a function that measures, with a number of threads, matrix products and elementwise operations.
 
-    The mean counts: a thread that has to wait for a core does so rarely and long.
+    It takes the mean time and not the minimum: waits for a core are rare and long.
     """
     import torch
 
@@ -96,15 +95,15 @@ def _trial(most: int) -> Callable[[int], float]:
 
 
 def _has_waited() -> bool:
-    """Whether threads had to wait for a core since the last look; True where the system does not say."""
+    """Return whether threads had to wait for a core since the last check; True if the system does not tell."""
     waited, passed = _seconds_waited(), time.monotonic() - _State.looked
     return waited is None or waited - _State.waited > TOLERATED * passed
 
 
 def _seconds_waited() -> float | None:
-    """How long all threads of this process have waited for a core so far; None where the system does not say."""
+    """Return how many seconds the threads of this process have waited for a core, or None if it is unknown."""
     try:
         lines = [path.read_text() for path in Path("/proc/self/task").glob("*/schedstat")]
         return sum(int(line.split()[1]) for line in lines) / 1e9 if lines else None
-    except (OSError, ValueError, IndexError):  # there is no such file, or its thread has ended meanwhile
+    except (OSError, ValueError, IndexError):  # no such file, or a thread has ended meanwhile
         return None

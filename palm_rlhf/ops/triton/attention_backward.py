@@ -1,4 +1,4 @@
-"""The backward kernels of fused attention: one walks the rows of a block of keys, one the keys of a tile of rows."""
+"""The backward kernels of fused attention: one loops over rows for each block of keys, one over keys for each tile."""
 
 import torch
 import triton
@@ -14,6 +14,7 @@ from palm_rlhf.ops.triton.tiles import (
     describe,
     load_block,
     load_rows,
+    load_tile,
     multiprocessors,
     on,
     precision,
@@ -36,7 +37,7 @@ QUERY_TILES = {
     "sm_100": {64: Tile(128, 64, 4), 128: Tile(128, 64, 4), 256: Tile(64, 32, 8)},
     "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
 }
-# And those of calls with any mask, for which some of these would spill registers.
+# Exceptions for calls with a mask, which need more registers.
 MASKED_KEY_TILES = {
     "sm_80": {128: Tile(64, 64, 8)},
     "sm_90": {64: Tile(64, 64, 4), 128: Tile(32, 128, 8), 256: Tile(64, 32, 8)},
@@ -51,9 +52,9 @@ def delta_kernel(
     out_ptr, d_out_ptr, lse_ptr, padded_lse_ptr, delta_ptr, kv_heads, num_queries, num_padded,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sum of out * d_out of every row: `b i (hk g) d`, twice -> `b hk rows`. Grid: b hk, blocks of rows.
+    """Compute delta, the sum of out * d_out of every row: `b i (hk g) d` -> `b hk rows`. Grid: b hk, blocks of rows.
 
-    With it goes the lse, infinite for the rows that fill up the last tile: their weights are 0 without a mask.
+    It also copies the lse, and makes it infinite for the rows that fill the last tile: their weights then are 0.
     """
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,7 +67,7 @@ def delta_kernel(
     padded = tl.program_id(0).to(tl.int64) * num_padded + rows
     tl.store(padded_lse_ptr + padded, lse, mask=rows < num_padded)
     if out_ptr.dtype.element_ty == tl.float32:
-        # Added up in the order of the products of d_out and v, so that the two cancel in rows that see a single key.
+        # Summed in the order of the product of d_out and v, so that both cancel exactly in rows that see a single key.
         products = tl.dot(d_out, tl.trans(out), input_precision=PRECISION)
         delta = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
     else:
@@ -79,7 +80,7 @@ def _range_of_rows(
     first_key, key_ids, num_queries, num_keys, ids_ptr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The rows that a block of keys meets: from lo to `full` under the causal mask, and on up to hi without."""
+    """Return the bounds of the rows that meet a block of keys: from lo to `full` with the causal mask, then to hi."""
     shift = num_keys - num_queries
     lo, hi = 0, num_queries
     if CAUSAL:
@@ -96,28 +97,12 @@ def _range_of_rows(
 
 
 @triton.jit
-def load_tile(
-    source, start, batch, first_head, stride, stride_head, num_queries,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Rows from `start` on, row = query * group + head; what those past the last query hold is any numbers."""
-    if TMA:
-        tile = source.load([batch, start // GROUP, first_head + start % GROUP, 0]).reshape(BLOCK_M, BLOCK_DIM)
-    else:
-        rows = start + tl.arange(0, BLOCK_M)
-        query = tl.minimum(rows // GROUP, num_queries - 1)
-        offsets = query * stride + rows % GROUP * stride_head
-        tile = load_rows(source, offsets, query < num_queries, False, DIM, BLOCK_DIM)
-    return tile
-
-
-@triton.jit
 def _gather(
     d_k, d_v, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, ids_ptr, batch, first_head, stride_qi, stride_qh, heads,
     lo, hi, num_queries, shift, keys, key_ids, scale_log2, DIAGONAL: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradients of a block of keys and values what the rows from lo to hi send back."""
+    """Add the contributions of the rows from lo to hi to the gradients of a block of keys and values."""
     for start in tl.range(lo, hi, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = load_tile(
@@ -149,7 +134,7 @@ def keys_backward_kernel(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v, `s b j hk d`, the sums over each of s shares of the rows. Grid: b hk, blocks of keys, s."""
+    """Compute d_k and d_v, `s b j hk d`, summed over each of s shares of the rows. Grid: b hk, blocks of keys, s."""
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     first_key, heads = tl.program_id(1) * BLOCK_N, kv_heads * GROUP
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -162,7 +147,7 @@ def keys_backward_kernel(
     key_ids = ids_of(keys, exists, first_key, ids_ptr)
     lo, full, hi = _range_of_rows(first_key, key_ids, num_queries, num_keys, ids_ptr, GROUP, CAUSAL, BLOCK_M, BLOCK_N)
     if key_mask_ptr is not None:
-        hi = tl.where(tl.max(kept.to(tl.int32), 0) == 0, lo, hi)  # nobody sees these keys
+        hi = tl.where(tl.max(kept.to(tl.int32), 0) == 0, lo, hi)  # no row sees these keys
     share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_M), tl.num_programs(2)) * BLOCK_M
     lo = tl.minimum(lo + share * tl.program_id(2), hi)
     hi = tl.minimum(lo + share, hi)
@@ -195,7 +180,7 @@ def _scatter(
     key_mask_ptr, ids_ptr, scale_log2, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradient of a tile of rows what the keys from lo to hi send back."""
+    """Add the contributions of the keys from lo to hi to the gradient of a tile of rows."""
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_block(k_ptr, batch, kv_head, stride_k, start, num_keys, EDGE, DIM, BLOCK_DIM, BLOCK_N, TMA)
@@ -217,7 +202,7 @@ def queries_backward_kernel(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """d_q, `b i (hk g) d`. Grid: b hk, blocks of rows."""
+    """Compute d_q, `b i (hk g) d`. Grid: b hk, blocks of rows."""
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     if key_mask_ptr is not None:
         key_mask_ptr += batch * num_keys
@@ -246,8 +231,8 @@ def queries_backward_kernel(
 
 
 def describe_rows(q: Tensor, d_out: Tensor, group: int, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
-    """q, `b h i d`, and d_out, `b i h d`, with the tiles of rows in which they are copied, where the GPU can do so."""
-    if group & (group - 1):  # tiles hold whole groups, or groups whole tiles
+    """Return descriptors of q, `b h i d`, and d_out, `b i h d`, for copies of tiles of rows, or None without TMA."""
+    if group & (group - 1):  # a tile holds whole groups, or a group whole tiles
         return None
     block = (1, max(1, tile.block_m // group), min(group, tile.block_m), block_dim(q.shape[-1]))
     queries, gradients = describe(q.transpose(1, 2), block), describe(d_out, block)
@@ -255,7 +240,7 @@ def describe_rows(q: Tensor, d_out: Tensor, group: int, tile: Tile) -> tuple[Ten
 
 
 def shares(blocks: int, processors: int) -> int:
-    """Into how many the rows of a block of keys are dealt, so that blocks too few for the machine still fill it."""
+    """Return into how many shares the rows of a block of keys are split, so that few blocks still fill the GPU."""
     return max(1, min(MAX_SHARES, processors // max(1, blocks)))
 
 
@@ -263,7 +248,7 @@ def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, key_mask: Tensor | None, document_ids: Tensor | None, num_shares: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the backward kernels: the gradients of q, k and v, their heads inside their tokens in memory."""
+    """Launch the backward kernels, and return the gradients of q, k and v, in the memory order `b n h d`."""
     batch, heads, num_queries, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     group, scale = heads // kv_heads, dim**-0.5

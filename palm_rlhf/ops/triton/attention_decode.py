@@ -1,7 +1,6 @@
-"""Fused attention of a few new tokens to a long cache, whose keys are split among programs.
+"""Fused attention of a few new tokens to a long cache, whose keys are split among programs (Dao et al. 2023).
 
-Dao et al. 2023, Flash-Decoding. One tile of rows holds the new queries of all heads that share a key head, so that the
-cache is read once.
+One tile of rows holds the new queries of all heads that share a key head, so that the cache is read once.
 """
 
 import torch
@@ -36,7 +35,7 @@ def decode_kernel(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out `s b i (hk g) d` and lse `s b i (hk g)`, base 2, of each of s chunks of the keys. Grid: b hk, s."""
+    """Compute out, `s b i (hk g) d`, and lse, `s b i (hk g)`, in base 2, of each of s chunks of keys. Grid: b hk, s."""
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     rows = tl.arange(0, BLOCK_M)
     query, head = rows // GROUP, kv_head * GROUP + rows % GROUP
@@ -45,7 +44,7 @@ def decode_kernel(
     hi = tl.minimum(lo + chunk, num_keys)
     full = hi
     if CAUSAL:
-        full = tl.minimum(num_keys - num_queries + 1, hi)  # what the first query sees, all see
+        full = tl.minimum(num_keys - num_queries + 1, hi)  # every query sees what the first one sees
     if key_mask_ptr is not None:
         key_mask_ptr += batch * num_keys
         first, hi = span(lo, hi, 0, 0, key_mask_ptr, None)
@@ -76,7 +75,7 @@ def decode_kernel(
 def combine_kernel(
     parts_ptr, lse_ptr, out_ptr, num_splits, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr
 ):
-    """Weigh the parts of a row by their sums of exponentials: `s row d` and `s row` -> `row d`. Grid: rows."""
+    """Average the parts of a row, weighted by their sums of exponentials: `s row d`, `s row` -> `row d`. Grid: rows."""
     splits = tl.arange(0, BLOCK_SPLITS)
     inside = splits < num_splits
     packed = splits.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -93,14 +92,18 @@ def combine_kernel(
 
 
 def choose_splits(programs: int, num_keys: int, processors: int) -> int:
-    """How many chunks of keys fill a machine twice over where one chunk makes `programs`, and none is too short."""
+    """Return how many chunks of keys fill the GPU twice, with `programs` for each; no chunk is too short."""
     return max(1, min(2 * processors // max(1, programs), num_keys // MIN_KEYS, MAX_SPLITS))
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, num_splits: int | None = None
 ) -> Tensor:
-    """Launch the decoding kernels: `b (hk g) i d`, in the memory order `b i (hk g) d`. At most `MAX_ROWS` of i g."""
+    """Launch the decoding kernels, for at most `MAX_ROWS` rows i g.
+
+    Returns:
+        out, `b (hk g) i d` in the memory order `b i (hk g) d`.
+    """
     batch, heads, num_queries, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     group = heads // kv_heads

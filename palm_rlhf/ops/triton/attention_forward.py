@@ -1,4 +1,4 @@
-"""The forward kernel of fused attention, and what the other kernels of attention share with it."""
+"""The forward kernel of fused attention, and the functions that the other kernels of attention share with it."""
 
 import torch
 import triton
@@ -27,7 +27,7 @@ TILES = {
     "sm_100": {64: Tile(128, 64, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "gfx942": {64: Tile(128, 64, 4, 1), 128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
 }
-# And those of calls with any mask, for which some of these would spill registers.
+# Exceptions for calls with a mask, which need more registers.
 MASKED_TILES = {
     "sm_80": {128: Tile(128, 32, 8, 2)},
     "sm_86": {128: Tile(128, 32, 8, 2)},
@@ -38,7 +38,7 @@ MASKED_TILES = {
 
 @triton.jit
 def visible_keys(at, ids, keys, num_keys, key_mask_ptr, ids_ptr, DIAGONAL: tl.constexpr):
-    """Which keys each row may see, which stands at the key position `at` in the document `ids`: `rows keys`."""
+    """Return which keys each row sees, `rows keys`; a row has the key position `at` and the document `ids`."""
     exists = keys < num_keys
     visible = exists[None, :]
     if DIAGONAL:
@@ -52,9 +52,9 @@ def visible_keys(at, ids, keys, num_keys, key_mask_ptr, ids_ptr, DIAGONAL: tl.co
 
 @triton.jit
 def span(lo, hi, low_id, high_id, key_mask_ptr, ids_ptr):
-    """Narrow the positions from lo to hi to those between the first and the last of interest.
+    """Return the first position, and the one after the last, that the mask keeps between lo and hi.
 
-    Of interest is what the mask keeps, in documents from `low_id` to `high_id`.
+    With documents, only those from `low_id` to `high_id` count.
     """
     first, stop = hi, lo
     for start in tl.range(lo, hi, 1024):
@@ -72,7 +72,10 @@ def span(lo, hi, low_id, high_id, key_mask_ptr, ids_ptr):
 
 @triton.jit
 def ids_of(positions, inside, first, ids_ptr):
-    """The documents of a tile's positions, those not inside counted to that of the first; without any, anything."""
+    """Return the documents of the positions of a tile, or any numbers without documents.
+
+    Positions that are not `inside` count as in the document of `first`.
+    """
     ids = positions
     if ids_ptr is not None:
         ids = tl.load(ids_ptr + positions, mask=inside, other=tl.load(ids_ptr + first))
@@ -84,10 +87,10 @@ def tile_of_rows(
     kv_head, num_queries, num_keys, key_mask_ptr, ids_ptr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The rows of this program, the longest first, and the keys they meet.
+    """Return the rows of this program, the longest first, and the range of keys that they meet.
 
-    Rows, their query and head, whether they exist, the key position and document they stand at; keys from lo to
-    `full` come in blocks that need no bounds, those from there to hi need them.
+    Returned are the rows, their query and head, whether they exist, their key position and document, and the bounds lo,
+    `full` and hi: every row sees the keys from lo to `full`, as far as masks allow, and some the keys from there to hi.
     """
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
@@ -113,7 +116,7 @@ def attend(
     key_mask_ptr, ids_ptr, scale_log2, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Carry the online softmax (Milakov & Gimelshein 2018) of a tile of rows over the keys from lo to hi."""
+    """Continue the online softmax (Milakov & Gimelshein 2018) of a tile of rows over the keys from lo to hi."""
     MASKED: tl.constexpr = EDGE or key_mask_ptr is not None or ids_ptr is not None
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -143,7 +146,10 @@ def forward_kernel(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out `b i (hk g) d`; lse `b hk (i g)`, base 2, infinite where a row sees nothing. Grid: b hk, blocks of rows."""
+    """Compute out, `b i (hk g) d`, and lse, `b hk (i g)`, in base 2. Grid: b hk, blocks of rows.
+
+    The lse of a row that sees no key is infinite.
+    """
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     if key_mask_ptr is not None:
         key_mask_ptr += batch * num_keys
@@ -175,7 +181,7 @@ def forward_kernel(
 
 
 def describe_keys(k: Tensor, v: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
-    """Keys and values, both `b hk j d`, with the blocks in which they are copied, where the GPU can do so."""
+    """Return descriptors of keys and values, both `b hk j d`, for copies of whole blocks, or None without TMA."""
     keys, values = (describe(t, (1, 1, tile.block_n, block_dim(t.shape[-1]))) for t in (k, v))
     return None if keys is None or values is None else (keys, values)
 
@@ -183,7 +189,11 @@ def describe_keys(k: Tensor, v: Tensor, tile: Tile) -> tuple[TensorDescriptor, T
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel: out, `b (hk g) i d` in the memory order `b i (hk g) d`, and lse, `b hk (i g)`."""
+    """Launch the forward kernel.
+
+    Returns:
+        out, `b (hk g) i d` in the memory order `b i (hk g) d`, and lse, `b hk (i g)`.
+    """
     batch, heads, num_queries, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     group = heads // kv_heads

@@ -1,12 +1,12 @@
 """Fused attention for GPUs, forward and backward, in memory linear in the length (Dao 2023, FlashAttention-2).
 
-The query heads that share a key head are packed into the rows of a tile, row = query * group + head: keys and values
-are never expanded, and the gradient of a shared key is summed in registers, always in the same order. Blocks of keys
-that a tile of rows sees whole go through a loop without a mask, those on its diagonal through one with it, and those
-that no row sees are left out. Exponentials are powers of 2, so that the scale of the scores costs nothing: it is
-folded into the subtraction of the maximum.
+The query heads that share a key head are packed into the rows of a tile, row = query * group + head. So keys and values
+are never expanded, and the gradient of a shared key is summed in registers, always in the same order. One loop without
+a mask takes the blocks of keys that all rows of a tile see, another with a mask takes the blocks on the diagonal;
+blocks that no row sees are left out. Exponentials are powers of 2, so that the scale of the scores can be folded into
+the subtraction of the maximum.
 
-Here are the operators that autograd and torch.compile see; the kernels, each with its launcher, are in
+This file has the operators for autograd and torch.compile. The kernels and their launchers are in
 `attention_forward.py`, `attention_backward.py` and `attention_decode.py`.
 """
 
@@ -97,11 +97,12 @@ def attention_triton(
     key_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """The attention of `attention_reference` in fused kernels; a few queries over a longer cache are decoded.
+    """Return what `attention_reference` returns, by fused kernels; few queries over a longer cache take `decode`.
 
-    Whole sequences, however short, take the kernel of training also where they need no gradient.
+    Whole sequences, however short, take the forward kernel of training, also without gradients, so that their bits are
+    the same with and without.
 
-    q: `b (hk g) i d`, k and v: `b hk j d`, masks: `b j` -> `b (hk g) i d`
+    q: `b (hk g) i d`, k and v: `b hk j d`, key_mask and document_ids: `b j` -> `b (hk g) i d`
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     key_mask = None if key_mask is None else key_mask.contiguous()

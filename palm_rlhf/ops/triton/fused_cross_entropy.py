@@ -1,9 +1,9 @@
-"""The output layer with its cross-entropy for GPUs, in chunks of tokens.
+"""The output layer fused with its cross-entropy for GPUs, in chunks of tokens.
 
-The products are PyTorch's. What stands between them passes over a chunk of logits once forward, and once more to put
-their gradients in their place: the logits of a whole batch are never held (Hsu et al. 2024, "Liger Kernel", section
-3.2). Cross-entropy makes its gradients on the way, so that each logit is computed once; `fused_logprobs.py` has the
-log-probabilities and entropies of single tokens, which are differentiated later.
+The products are PyTorch's. Between them, one kernel reads a chunk of logits, and another replaces the logits by their
+gradients, so that the logits of a whole batch are never in memory (Hsu et al. 2024, "Liger Kernel", section 3.2).
+Cross-entropy computes the gradients together with the loss, so that each logit is computed once. `fused_logprobs.py`
+has the log-probabilities and entropies of single tokens, whose gradients are computed in the backward.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from palm_rlhf.ops.triton.tiles import LOG2_E, on
 
-CHUNK_BYTES = 1 << 29  # of logits at hand at once
+CHUNK_BYTES = 1 << 29  # of logits in memory at once
 TILE = 4096  # logits
 WARPS = 4
-ROWS = 128  # of a tile of products, of which a chunk has a multiple
-ALIGNMENT = 64  # rows of logits begin at its multiples, so that products and kernels read wide words
-LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below any logit; with -inf there would be NaN
+ROWS = 128  # a chunk has a multiple of these, which is the height of a tile of PyTorch's products
+ALIGNMENT = 64  # a row of logits begins at a multiple, so that products and kernels read wide words
+LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below any logit; -inf would become NaN
 
 
 @triton.jit
 def load_logits(logits_ptr, rows, columns, num_rows, width):
-    """A tile of logits, `row column`, in float32, and where they lie."""
+    """Load a tile of logits, `row column`, in float32; returned are its pointers, its mask and the logits."""
     pointers = logits_ptr + (rows.to(tl.int64) * width)[:, None] + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
     return pointers, mask, tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -36,7 +36,7 @@ def statistics_kernel(
     logits_ptr, tokens_ptr, logprobs_ptr, log_z_ptr, entropy_ptr, num_rows, num_tokens, width, scale,
     LOG2_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The log-probability of each row's token, the log of the normaliser, the entropy: `row`. Grid: blocks of rows."""
+    """Compute the log-probability of each row's token, log Z, and the entropy: `row`. Grid: blocks of rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < num_rows
     largest, total = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -56,7 +56,7 @@ def statistics_kernel(
         largest = new_largest
 
     tokens = tl.load(tokens_ptr + rows, mask=inside, other=0)
-    known = inside & (tokens >= 0) & (tokens < num_tokens)  # what does not count may be any number
+    known = inside & (tokens >= 0) & (tokens < num_tokens)  # targets that do not count may be any number
     said = tl.load(logits_ptr + rows.to(tl.int64) * width + tokens, mask=known, other=0.0).to(tl.float32)
     total_log2 = tl.math.log2(total)
     tl.store(logprobs_ptr + rows, (said * (scale * LOG2_E) - largest - total_log2) / LOG2_E, mask=inside)
@@ -70,10 +70,10 @@ def gradient_kernel(
     logits_ptr, tokens_ptr, log_z_ptr, entropy_ptr, d_logprobs_ptr, d_log_z_ptr, d_entropy_ptr,
     num_rows, num_tokens, width, scale, LOG2_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Logits become their gradients, 0 in rows without one. Grid: blocks of rows, blocks of columns.
+    """Replace logits by their gradients; rows without a gradient become 0. Grid: blocks of rows, blocks of columns.
 
-    By logit v of token t, log p_t has the derivative [v = t] - p_v, log Z has p_v, and the entropy H has
-    -p_v (log p_v + H).
+    The derivatives with respect to logit v, for token t: [v = t] - p_v of log p_t, p_v of log Z, and
+    -p_v (log p_v + H) of the entropy H.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -100,7 +100,7 @@ def gradient_kernel(
 
 
 def tile(width: int) -> dict[str, int]:
-    """How kernels are cut: many rows at once where they are short."""
+    """Return the options of a launch: the shorter the rows, the more of them are in a tile."""
     block_n = min(triton.next_power_of_2(width), TILE)
     return {"BLOCK_M": TILE // block_n, "BLOCK_N": block_n, "LOG2_E": LOG2_E, "num_warps": WARPS}
 
@@ -108,7 +108,7 @@ def tile(width: int) -> dict[str, int]:
 def statistics(
     logits: Tensor, tokens: Tensor, num_tokens: int, scale: float, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch the forward: log-probabilities of the tokens, logarithms of the normalisers, entropies: `n`, float32.
+    """Launch the forward, and return log-probabilities of the tokens, log Z, and entropies: `n`, float32.
 
     logits: `n w`, of which the first `num_tokens` columns count
     """
@@ -126,7 +126,7 @@ def differentiate_(
     logits: Tensor, tokens: Tensor, num_tokens: int, scale: float, *, log_z: Tensor, d_logprobs: Tensor,
     d_log_z: Tensor | None = None, entropy: Tensor | None = None, d_entropy: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch the backward: put the gradients of the logits, `n num_tokens`, in their place, `n w`."""
+    """Launch the backward, and return the gradients of the logits, `n num_tokens`, in the memory of the logits."""
     (num_rows, width), options = logits.shape, tile(logits.shape[1])
     grid = triton.cdiv(num_rows, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
     with on(logits.device):
@@ -138,7 +138,9 @@ def differentiate_(
 
 
 def chunks(x: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows of x at a time, in the type of the matrix, with their logits, `n w`, that are good until the next.
+    """Yield a slice of some rows of x at a time, these rows in the dtype of the matrix, and their logits, `n w`.
+
+    The next chunk overwrites the logits.
 
     x: `n e`, matrix: `v e`
     """
@@ -146,7 +148,7 @@ def chunks(x: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     size = max(CHUNK_BYTES // (width * matrix.element_size()), 1)
     size = size // ROWS * ROWS or size
     buffer = matrix.new_empty(min(size, len(x)), width)
-    buffer[:, len(matrix) :] = 0  # read, though nothing comes of it
+    buffer[:, len(matrix) :] = 0  # the kernels read these columns, but do not use them
     for first in range(0, len(x), size):
         rows = slice(first, first + size)
         part = x[rows].to(matrix.dtype)
@@ -156,7 +158,7 @@ def chunks(x: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 class Gradients:
-    """Those of x, `n e`, and of the weight, `v e`, gathered chunk by chunk; empty where not needed."""
+    """The gradients of x, `n e`, and of the weight, `v e`, summed chunk by chunk; empty if not needed."""
 
     def __init__(self, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool):
         self.x = x.new_empty(x.shape if needs_x else 0)
@@ -165,7 +167,7 @@ class Gradients:
         self.needs_x, self.needs_weight = needs_x, needs_weight
 
     def add(self, rows: slice, d_logits: Tensor, part: Tensor, matrix: Tensor) -> None:
-        """What the logits of some rows send back; part is x there."""
+        """Add the gradients from the logits of some rows; `part` is x in these rows."""
         if self.needs_x:
             self.x[rows] = d_logits @ matrix
         if self.needs_weight and part.dtype == self.weight.dtype:
@@ -174,7 +176,7 @@ class Gradients:
             self.weight += d_logits.mT @ part
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Both, in the types of x and the weight."""
+        """Return both gradients, in the dtypes of x and the weight."""
         return self.x, self.weight.to(self.dtype)
 
 
@@ -222,7 +224,9 @@ _cross_entropy.register_autograd(_pass_on, setup_context=_save)
 def linear_cross_entropy_triton(
     x: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, scale: float, z_loss: float, dtype: torch.dtype
 ) -> Tensor:
-    """The sum of `-log p(target) + z_loss * log(Z)^2` times what each target counts, with products in a given type.
+    """Return the sum of `-log p(target) + z_loss * log(Z)^2`, each times its weight in `counts`.
+
+    `dtype` is that of the products.
 
     x: `n e`, weight: `v e`, targets and counts: `n` -> scalar
     """

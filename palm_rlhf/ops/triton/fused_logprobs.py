@@ -1,7 +1,8 @@
-"""The output layer with the log-probabilities of tokens and the entropies, for GPUs, in chunks of tokens.
+"""The output layer fused with log-probabilities of tokens and entropies, for GPUs, in chunks of tokens.
 
-How far a log-probability counts is known only in the backward, which computes the logits of a chunk again. Not so where
-the weight is frozen, as beside adapters: the gradient by x is then made on the way, up to a factor for each token.
+The backward computes the logits of each chunk again, since the gradient of a log-probability is known only then. If
+the weight is frozen, as beside LoRA adapters, the forward computes the gradient of x instead, up to a factor for each
+token.
 """
 
 import torch
@@ -17,7 +18,7 @@ from palm_rlhf.ops.triton.fused_cross_entropy import Gradients, chunks, differen
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(x, weight, tokens, scale, dtype, ahead):
-    """Log-probabilities, entropies, logarithms of the normalisers, and `ahead` the first's derivatives by x."""
+    """Return log-probabilities, entropies, log Z, and if `ahead` the derivatives of log-probabilities by x."""
     logprobs, entropy, log_z, d_x = results = _results(x, ahead)
     tokens = tokens.contiguous()
     with torch.autocast(x.device.type, enabled=False):
@@ -94,7 +95,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def linear_logprobs_triton(
     x: Tensor, weight: Tensor, tokens: Tensor, scale: float, dtype: torch.dtype, entropy_needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The log-probability of each token and the entropy in nats, of the logits `x @ weight.T * scale`.
+    """Return the log-probability of each token and the entropy in nats, of the logits `x @ weight.T * scale`.
 
     x: `n e`, weight: `v e`, tokens: `n` -> `n`, twice, float32
     """

@@ -1,7 +1,7 @@
-"""Rotary and xPos for GPUs: queries and keys turned in one pass, out of the projection that holds them and the values.
+"""Rotary and xPos for GPUs: one pass splits the fused projection, and rotates its queries and keys.
 
-The backward is the same pass the other way, with the angles reversed: it writes the three gradients into one. A
-program takes one token.
+The backward is the same pass in reverse, with negative angles: it writes all three gradients to one tensor. A program
+takes one token.
 """
 
 import torch
@@ -20,7 +20,7 @@ def turn(
     source_ptr, target_ptr, cos_ptr, sin_ptr, stride, num_heads,
     TURNS: tl.constexpr, REVERSE: tl.constexpr, DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Write a token's heads, `head d`, turned where TURNS asks; the tables are `head d`, with a stride of heads.
+    """Copy the heads of a token, `head d`, and rotate them if TURNS; the tables are `head d`, `stride` apart.
 
     A pair (x, y), half a head apart, becomes (x cos - y sin, y cos + x sin); in reverse the sine has the other sign.
     """
@@ -33,7 +33,7 @@ def turn(
         y = tl.load(source_ptr + heads * DIM + dims + HALF, mask=inside)
         if TURNS:
             cos = tl.load(cos_ptr + heads * stride + dims, mask=inside).to(tl.float32)
-            sin = tl.load(sin_ptr + heads * stride + dims + HALF, mask=inside).to(tl.float32)  # of two signs, the +
+            sin = tl.load(sin_ptr + heads * stride + dims + HALF, mask=inside).to(tl.float32)  # the positive half
             if REVERSE:
                 sin = -sin
             x, y = x.to(tl.float32), y.to(tl.float32)
@@ -49,7 +49,7 @@ def rotary_kernel(
     REVERSE: tl.constexpr, DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """From qkv, `b n (h hk hk) d`, to q, k and v, `b n h d`, or in reverse from those to qkv. Grid: b n."""
+    """Fill q, k and v, `b n h d`, from qkv, `b n (h hk hk) d`, or in reverse qkv from them. Grid: b n."""
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // num_tokens, token % num_tokens
     qkv_ptr += batch * stride_b + position * stride_n
@@ -69,7 +69,7 @@ def rotary_kernel(
 
 
 def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, reverse: bool) -> None:
-    """Fill q, k and v, `b n h d` without gaps, from qkv; in reverse fill qkv from them."""
+    """Launch the kernel that fills contiguous q, k and v, `b n h d`, from qkv, or in reverse qkv from them."""
     if not qkv.numel():
         return
     batch, num_tokens, heads, dim = q.shape
@@ -142,7 +142,7 @@ _split.register_autograd(_gradients, setup_context=_save)
 def rotary_split_triton(
     qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection into queries, keys and values, the first two rotated in float32.
+    """Split a fused projection into queries, keys and values, and rotate the queries and keys in float32.
 
     qkv: `b n (heads + 2 kv_heads) d`, cos and sin: `b|1 n 1 d`, or one row for each query and key head
     -> `b n heads d`, `b n kv_heads d`, `b n kv_heads d`

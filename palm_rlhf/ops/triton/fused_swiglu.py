@@ -1,6 +1,6 @@
-"""SwiGLU for GPUs: one pass over its inputs forward, one backward, which computes the SiLU again.
+"""SwiGLU for GPUs: one pass over the inputs forward, and one backward, which computes the SiLU again.
 
-Rows may lie apart, as those of a gate and a value that one projection has made side by side.
+Rows may have gaps between them, as where one projection computes gate and value side by side.
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ WARPS = 4
 
 @triton.jit
 def _load(ptr, stride, columns, inside):
-    """Some columns of this program's row, in float32."""
+    """Load some columns of the row of this program, in float32."""
     return tl.load(ptr + tl.program_id(0).to(tl.int64) * stride + columns, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(ptr, width, columns, inside, x):
-    """The same columns of a tensor without gaps."""
+    """Store the same columns of a contiguous tensor."""
     tl.store(ptr + tl.program_id(0).to(tl.int64) * width + columns, x.to(ptr.dtype.element_ty), mask=inside)
 
 
@@ -32,7 +32,7 @@ def _store(ptr, width, columns, inside, x):
 def forward_kernel(
     gate_ptr, value_ptr, out_ptr, stride_gate, stride_value, width, LOG2_E: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out = silu(gate) * value, `row d`. Grid: rows, blocks of columns."""
+    """Compute out = silu(gate) * value, `row d`. Grid: rows, blocks of columns."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate = _load(gate_ptr, stride_gate, columns, inside)
@@ -45,7 +45,7 @@ def backward_kernel(
     d_out_ptr, gate_ptr, value_ptr, d_gate_ptr, d_value_ptr, stride_d_out, stride_gate, stride_value, width,
     LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of gate and value, `row d`. Grid: rows, blocks of columns."""
+    """Compute the gradients of gate and value, `row d`. Grid: rows, blocks of columns."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     d_out = _load(d_out_ptr, stride_d_out, columns, inside)
@@ -57,13 +57,13 @@ def backward_kernel(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`... d -> row d`, each row without gaps."""
+    """Flatten to rows that are dense: `... d -> row d`."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch(kernel: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
-    """Run a kernel that reads tensors and writes results, all `... d`."""
+    """Launch a kernel that reads tensors and writes results, all `... d`."""
     if not results[0].numel():
         return
     rows, width = [_rows(t) for t in tensors], results[0].shape[-1]
@@ -112,5 +112,5 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def swiglu_triton(gate: Tensor, value: Tensor) -> Tensor:
-    """silu(gate) * value, both `... d`, rounded once."""
+    """Return silu(gate) * value, both `... d`, rounded once."""
     return _forward(gate, value)

@@ -1,4 +1,4 @@
-"""What the Triton files share: the version they need, the machine they are tuned for, and tiles of rows."""
+"""Shared by the Triton kernels: the version they need, the GPU that they are tuned for, and tiles of rows."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +8,7 @@ import torch
 import triton
 
 OLDEST_TRITON = (3, 8)
-# First, for an older one lacks modules that are imported below, and would be refused by the name of one of them.
+# Checked first: an older Triton lacks modules that are imported below, and the error would not name the version.
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
     raise ImportError("Triton {}.{} or newer is needed, found {}".format(*OLDEST_TRITON, triton.__version__))
 
@@ -18,11 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, set before Triton is imported
 OLDEST_CUDA = (8, 0)
-TMA_ARCHITECTURES = ("sm_90", "sm_100")  # that copy a whole block into shared memory with one instruction
+TMA_ARCHITECTURES = ("sm_90", "sm_100")  # they copy a whole block to shared memory with one instruction
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: rows and columns of a tile, warps that share it, and blocks in flight."""
+    """The shape of the work of one program: rows and columns of a tile, warps that share it, blocks in flight."""
 
     block_m: int
     block_n: int
@@ -30,13 +30,13 @@ class Tile(NamedTuple):
     num_stages: int = 2
 
     def options(self) -> dict[str, int]:
-        """As the keywords of a launch."""
+        """Return the keywords of a launch."""
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         return dict(zip(names, self, strict=True))
 
 
-Tiles = dict[str, dict[int, Tile]]  # by architecture, and by the largest head dimension that each serves
-# Products of float32 at full precision are unrolled, and where tensor cores do not take them, large tiles spill.
+Tiles = dict[str, dict[int, Tile]]  # by architecture, and by the largest head dimension that a tile is for
+# Tensor cores do not compute float32 products at full precision, so these are unrolled, and large tiles spill.
 FLOAT32_TILES = {
     "cuda": {64: Tile(16, 32, 4), 128: Tile(16, 32, 8), 256: Tile(16, 16, 8)},
     "hip": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
@@ -56,9 +56,9 @@ def why_not(device_type: str) -> str | None:
 
 
 def properties(device: torch.device) -> tuple[str, int]:
-    """The generation a kernel is tuned for, and how many programs run side by side.
+    """Return the architecture that tiles are tuned for, and the number of its multiprocessors.
 
-    sm_80, sm_90, sm_100, sm_86 (which has less shared memory) or gfx942.
+    The architecture is sm_80, sm_90, sm_100, sm_86 (with less shared memory) or gfx942.
     """
     if device.type != "cuda":
         return "sm_80", 1
@@ -72,17 +72,17 @@ def properties(device: torch.device) -> tuple[str, int]:
 
 
 def architecture(device: torch.device) -> str:
-    """The generation a kernel is tuned for."""
+    """Return the architecture that tiles are tuned for."""
     return properties(device)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side."""
+    """Return how many programs run at the same time."""
     return properties(device)[1]
 
 
 def tile_for(tiles: Tiles, x: torch.Tensor, exceptions: Tiles | None = None) -> Tile:
-    """The tile for x, `... d`, from a table by architecture and by the largest d that each serves, or an exception."""
+    """Return the tile for x, `... d`, from a table by architecture and largest d, in which exceptions come first."""
     if x.dtype == torch.float32 and x.device.type == "cuda":
         by_dim = FLOAT32_TILES["hip" if torch.version.hip else "cuda"]
     else:
@@ -92,12 +92,12 @@ def tile_for(tiles: Tiles, x: torch.Tensor, exceptions: Tiles | None = None) -> 
 
 
 def block_dim(dim: int) -> int:
-    """The width of a tile that holds rows of `dim` numbers."""
+    """Return the width of a tile with rows of `dim` numbers."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def describe(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
-    """x with the block to copy at a time, for GPUs whose memory copies whole blocks (TMA), and where x suits them."""
+    """Return a descriptor of x, by which a GPU with TMA copies whole blocks, or None if x or the GPU is not suited."""
     strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
     aligned = all(stride * x.element_size() % 16 == 0 < stride for stride in strides)
     if architecture(x.device) not in TMA_ARCHITECTURES or x.element_size() != 2 or not x.numel():
@@ -108,19 +108,19 @@ def describe(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor | None
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """Where kernels are to be launched: Triton takes the current device."""
+    """Return a context in which Triton launches kernels on this device: it launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """What float32 products keep: all bits, unless PyTorch is told that fewer will do."""
+    """Return the precision of products: that of the inputs, or TF32 if PyTorch may use it for float32."""
     fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if fast else "ieee"
 
 
 @triton.jit
 def load_rows(ptr, offsets, inside, CHECK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows of DIM numbers at the given offsets: `rows BLOCK_DIM`. Those not `inside` are 0, if CHECK asks."""
+    """Load rows of DIM numbers at the given offsets: `rows BLOCK_DIM`. With CHECK, rows that are not `inside` are 0."""
     dims = tl.arange(0, BLOCK_DIM)
     pointers = ptr + offsets[:, None] + dims[None, :]
     if DIM < BLOCK_DIM:
@@ -137,7 +137,7 @@ def load_block(
     source, batch, head, stride, start, count, CHECK: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows from `start` on, of a head: of a descriptor of `b h n d` if TMA, else from the pointer to that head."""
+    """Load rows of one head from `start` on: by a descriptor of `b h n d` with TMA, else by a pointer to the head."""
     if TMA:
         block = source.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_DIM)
     else:
@@ -147,8 +147,24 @@ def load_block(
 
 
 @triton.jit
+def load_tile(
+    source, start, batch, first_head, stride, stride_head, num_queries,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Load rows from `start` on, row = query * group + head; rows after the last query hold any numbers."""
+    if TMA:
+        tile = source.load([batch, start // GROUP, first_head + start % GROUP, 0]).reshape(BLOCK_M, BLOCK_DIM)
+    else:
+        rows = start + tl.arange(0, BLOCK_M)
+        query = tl.minimum(rows // GROUP, num_queries - 1)
+        offsets = query * stride + rows % GROUP * stride_head
+        tile = load_rows(source, offsets, query < num_queries, False, DIM, BLOCK_DIM)
+    return tile
+
+
+@triton.jit
 def store_rows(ptr, offsets, inside, rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Write rows of DIM numbers, `rows BLOCK_DIM`, at the given offsets, those that are `inside`."""
+    """Store those rows of DIM numbers, `rows BLOCK_DIM`, that are `inside`, at the given offsets."""
     dims = tl.arange(0, BLOCK_DIM)
     mask = inside[:, None] & (dims < DIM)[None, :]
     tl.store(ptr + offsets[:, None] + dims[None, :], rows.to(ptr.dtype.element_ty), mask=mask)
