@@ -1,24 +1,24 @@
-// Products of bfloat16 in pairs, for attention: the operands' forms and one product of a few registers.
+// Products of bfloat16 in pairs, for attention: the layout of the operands, and one product in registers.
 
 #pragma once
 #include "native.h"
 #include <immintrin.h>
 
 enum {
-    LANES = 16,        // floats of a register
+    LANES = 16,        // floats in a register
     PANEL = 2 * LANES, // columns of a product
-    STRIP = 8,         // rows of a product: STRIP x 2 registers hold its sums
+    STRIP = 8,         // rows of a product, whose sums take STRIP x 2 registers
 };
 
 typedef struct {
     long batch, heads, kv_heads, queries, keys, dim;
-    const int32_t *first, *stop; // `b i`: a query sees the keys from its first one on, up to its stop
+    const int32_t *first, *stop; // `b i`: a query sees the keys from `first` up to, but not including, `stop`
     float scale;
 } Attention;
 
 typedef struct {
     bfloat16 *data;
-    long strides[3]; // of batch, head and position, in elements; an entry of a head follows the other
+    long strides[3]; // of batch, head and position, in elements; the entries of a head are dense
 } Heads;
 
 static inline long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -27,7 +27,8 @@ static inline bfloat16 *at(const Heads *t, long batch, long head, long position)
     return t->data + batch * t->strides[0] + head * t->strides[1] + position * t->strides[2];
 }
 
-// The keys that any of the query rows [start, stop) sees, row = query * group + head of the group; none: 0 and 0.
+// The range of keys that the query rows [start, stop) see together, row = query * group + head of the group; 0 and 0 if
+// they see none.
 static inline void seen_by(const Attention *s, long batch, long start, long stop, long *from, long *to) {
     long group = s->heads / s->kv_heads;
     *from = s->keys, *to = 0;
@@ -39,8 +40,8 @@ static inline void seen_by(const Attention *s, long batch, long start, long stop
     if (*to == 0) *from = 0;
 }
 
-// b `depth width`, its element at `b[k * row + j * column]`, by columns and pairs of rows: `width/LANES depth/2 LANES
-// 2`, which a product reads from front to back. What is beyond its depth or width is zero.
+// Packs b, `depth width`, whose elements are `b[k * row + j * column]`, by columns and pairs of rows, `width/LANES
+// depth/2 LANES 2`, so that a product reads it from front to back. It is padded with zeros.
 static inline void pack(const bfloat16 *b, long row, long column, long depth, long width, long padded_depth,
                         long padded_width, bfloat16 *packed) {
     for (long j0 = 0; j0 < padded_width; j0 += LANES)
@@ -50,8 +51,8 @@ static inline void pack(const bfloat16 *b, long row, long column, long depth, lo
                     *packed++ = i < depth && j < width ? b[i * row + j * column] : 0;
 }
 
-// c `STRIP PANEL` = a `STRIP depth` times a packed b `depth PANEL`, whose halves are `half` elements apart; added to
-// what c holds if asked.
+// c = a @ b, or with `add` c += a @ b; a: `STRIP depth`, b: `depth PANEL`, packed, its halves `half` elements apart, c:
+// `STRIP PANEL`.
 static inline void product(const bfloat16 *a, long a_row, const bfloat16 *b, long half, long depth, int add, float *c,
                            long c_row) {
     __m512 sums[STRIP][2];

@@ -1,24 +1,24 @@
-// The backward of attention in bfloat16. Scores are made with the keys as rows and a block of query rows as columns, a
-// few keys at a time, so that weights and their gradients never leave the first cache but in the form in which the
-// products after them read them. What belongs to a chunk of keys stays in the second cache while all rows pass by.
+// The backward of attention in bfloat16. It computes the scores of a few keys (rows) with a block of query rows
+// (columns) at a time. So weights and their gradients stay in the first-level cache, and are written once, packed as
+// the next products read them. The keys of a chunk and their gradients stay in the second-level cache for all rows.
 
 #ifdef __AVX512BF16__
 #include "attention.h"
 
 enum {
-    BLOCK = 2 * PANEL, // query rows that are worked on together
-    CHUNK = 256,       // keys
+    BLOCK = 2 * PANEL, // query rows that are computed together
+    CHUNK = 256,       // keys that are computed together
 };
 
-// What a block of query rows is to the keys. Rows that are not there are zero, and change nothing.
+// A block of query rows, as the keys need it. Missing rows at the end are zero, and change nothing.
 typedef struct {
-    bfloat16 *q_across, *q_down;         // packed with d as depth `BLOCK-columns d`, and with the rows as depth
-    bfloat16 *d_out_across, *d_out_down; // the same
+    bfloat16 *q_across, *q_down;         // packed with d as the depth of a product, and with the rows as its depth
+    bfloat16 *d_out_across, *d_out_down; // packed in the same way
     float lse[BLOCK], delta[BLOCK];
-    int32_t first[BLOCK], stop[BLOCK]; // of the keys that each row sees
+    int32_t first[BLOCK], stop[BLOCK]; // the range of keys that each row sees
 } Rows;
 
-// A buffer `BLOCK d` packed with d as depth, and with its rows as depth; see `pack`.
+// Packs a buffer `BLOCK d` twice: with d as the depth, and with the rows as the depth; see `pack`.
 static void pack_rows(const bfloat16 *buffer, long d, bfloat16 *across, bfloat16 *down) {
     uint32_t *pairs = (uint32_t *)across;
     for (long r0 = 0; r0 < BLOCK; r0 += LANES)
@@ -55,8 +55,8 @@ static void read_rows(const Attention *s, long batch, long kv, long start, const
     pack_rows(d_outs, d, rows->d_out_across, rows->d_out_down);
 }
 
-// A strip of keys against a block of rows: adds to the strip's d_keys and d_values, `STRIP d`, and leaves the gradient
-// of its scores in `d_scores`, `CHUNK BLOCK`, packed with the keys as depth.
+// A strip of keys with a block of rows: adds to d_keys and d_values of the strip, `STRIP d`, and writes the gradient of
+// its scores to `d_scores`, `CHUNK BLOCK`, packed with the keys as the depth.
 static void strip(const Attention *s, const Rows *rows, long first, const bfloat16 *keys, const bfloat16 *values,
                   bfloat16 *d_scores, float *d_keys, float *d_values) {
     long d = s->dim;
@@ -88,7 +88,7 @@ static void strip(const Attention *s, const Rows *rows, long first, const bfloat
     }
 }
 
-// The blocks of rows number `part`, `part + parts`, ... of one batch element and key head; d_rows: `blocks d BLOCK`.
+// The blocks of rows `part`, `part + parts`, ... of one batch element and key head; d_rows: `blocks d BLOCK`.
 static void backward(const Attention *s, long batch, long kv, long part, long parts, const Heads *q, const Heads *out,
                      const Heads *d_out, const float *lse, const bfloat16 *keys, const bfloat16 *values,
                      const bfloat16 *keys_turned, const Heads *d_q, float *d_keys, float *d_values, float *d_rows,
@@ -102,7 +102,7 @@ static void backward(const Attention *s, long batch, long kv, long part, long pa
         for (long start = part * BLOCK; start < total; start += parts * BLOCK) {
             long stop = start + BLOCK < total ? start + BLOCK : total, from, to;
             seen_by(s, batch, start, stop, &from, &to);
-            long before = first > from / CHUNK * CHUNK; // whether a chunk came before
+            long before = first > from / CHUNK * CHUNK; // whether an earlier chunk has written the sums
             if (first + CHUNK <= from || (before && first >= to)) continue;
             from = (from > first ? from : first) / STRIP * STRIP;
             long depth = ((to < first + CHUNK ? to : first + CHUNK) - from + STRIP - 1) / STRIP * STRIP;
@@ -122,7 +122,7 @@ static void backward(const Attention *s, long batch, long kv, long part, long pa
         }
 }
 
-// Elements of the sums for the gradient of the query rows of one batch element and key head.
+// The number of sums for the gradient of the query rows of one batch element and key head.
 static long rows_of(const Attention *s) {
     long total = s->queries * (s->heads / s->kv_heads);
     return (total + BLOCK - 1) / BLOCK * BLOCK * s->dim;
@@ -137,13 +137,13 @@ static long thread_bytes(const Attention *s) {
     return sizeof(Rows) + BLOCK * (s->dim * 6 + CHUNK) * 2;
 }
 
-// Bytes of scratch for so many threads.
+// Returns the bytes of scratch for a number of threads.
 long attention_backward_scratch(const Attention *s, int threads) {
     long pairs = s->batch * s->kv_heads, matrix = padded(s->keys) * s->dim;
     return pairs * (matrix * (3 * 2 + parts_of(s, threads) * 2 * 4) + rows_of(s) * 4) + threads * thread_bytes(s);
 }
 
-// q, out and their gradients: `b h i d`, k, v and theirs: `b hk j d`; lse: `b h i`; d is a multiple of PANEL.
+// q, out and their gradients: `b h i d`; k, v and their gradients: `b hk j d`; lse: `b h i`; d is a multiple of PANEL.
 void attention_backward(const Attention *s, const Heads *q, const Heads *k, const Heads *v, const Heads *out,
                         const Heads *d_out, const float *lse, const Heads *d_q, const Heads *d_k, const Heads *d_v,
                         char *scratch, int max_threads) {

@@ -1,16 +1,16 @@
-// The forward of attention in bfloat16, on processors with AVX-512's products of bfloat16 pairs. A block of query rows
-// meets all the keys that it may see at once, so its scores stay in the second cache and need no online softmax.
+// The forward of attention in bfloat16, on processors with the AVX-512 products of bfloat16 pairs. A block of query
+// rows meets all its keys at once, so that its scores stay in the second-level cache and need no online softmax.
 
 #ifdef __AVX512BF16__
 #include "attention.h"
 
-enum { BLOCK = 4 * STRIP }; // query rows that are worked on together
+enum { BLOCK = 4 * STRIP }; // query rows that are computed together
 
-// exp(scale * (scores - their maximum)) of the scores [first, stop), zeros in the rest of [from, to): the logarithm of
-// the sum of exp(scale * scores), and in `sum` that of the weights.
+// Writes the weights, exp(scale * (score - maximum)), of the scores in [first, stop), and zeros to the rest of [from,
+// to). Returns the logarithm of the sum of exp(scale * score), and in `sum` the sum of the weights.
 static float softmax(const float *scores, long first, long stop, long from, long to, float scale, bfloat16 *weights,
                      float *sum) {
-    if (first >= stop) { // sees nothing: all zeros
+    if (first >= stop) { // the row sees no key
         memset(weights + from, 0, (to - from) * sizeof *weights);
         *sum = 1;
         return -INFINITY;
@@ -42,7 +42,7 @@ static void attend(const Attention *s, long batch, long kv, long start, const He
     memset(block, 0, BLOCK * d * sizeof *block);
     for (long r = start; r < stop; r++)
         memcpy(block + (r - start) * d, at(q, batch, kv * group + r % group, r / group), d * sizeof *block);
-    for (long j = from; j < to; j += PANEL) // the panel stays near while all rows meet it
+    for (long j = from; j < to; j += PANEL) // a panel of keys stays in the cache for all rows
         for (long r = 0; r < BLOCK; r += STRIP)
             product(block + r * d, d, keys + j * d, LANES * d, d, 0, scores + r * width + j, width);
     memset(weights + (stop - start) * width, 0, (BLOCK - (stop - start)) * width * sizeof *weights);
@@ -61,13 +61,13 @@ static void attend(const Attention *s, long batch, long kv, long start, const He
     }
 }
 
-// Bytes of scratch for so many threads.
+// Returns the bytes of scratch for a number of threads.
 long attention_forward_scratch(const Attention *s, int threads) {
     long width = padded(s->keys), of_thread = BLOCK * (width * (4 + 2) + 4 + s->dim * (4 + 2));
     return 2 * s->batch * s->kv_heads * width * s->dim * 2 + threads * of_thread;
 }
 
-// q, out: `b h i d`, k, v: `b hk j d`, any strides but of d; lse: `b h i`; d is a multiple of PANEL.
+// q and out: `b h i d`; k and v: `b hk j d`, with a dense last axis; lse: `b h i`; d is a multiple of PANEL.
 void attention_forward(const Attention *s, const Heads *q, const Heads *k, const Heads *v, const Heads *out, float *lse,
                        char *scratch, int max_threads) {
     long width = padded(s->keys), d = s->dim, pairs = s->batch * s->kv_heads;

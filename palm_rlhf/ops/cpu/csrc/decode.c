@@ -1,12 +1,13 @@
-// The next token of each row through all blocks of a PaLM, in one call: the weights are streamed once, and nothing else
-// leaves the caches. The threads meet three times a block. Sums are float32 at least, whatever the weights are. What is
-// multiplied with weights or keys of bfloat16 is rounded to it where the processor multiplies pairs of them.
+// One decoding step: the next token of each row goes through all blocks of a PaLM in one call. The weights are read
+// once from memory, and everything else stays in the caches. The threads synchronise three times a block. Sums are
+// float32 or wider for weights of any type. If the processor multiplies pairs of bfloat16, the activations that are
+// multiplied with weights or keys of bfloat16 are rounded to bfloat16.
 
 #include "products.h"
 
 typedef struct {
     long depth, dim, heads, kv_heads, dim_head, inner; // of the model
-    long batch, capacity;                              // of the cache: rows, and room for tokens
+    long batch, capacity;                              // of the cache: its rows, and the tokens that it has room for
     long table_rows, table_heads;                      // of the rotary tables: `b|1 (h + hk)|1 d`
     long rank;                                         // of the adapters; 0 where there are none
     double eps, adapter_scale;
@@ -19,11 +20,11 @@ typedef struct {
     const void *down[4], *up[4]; // of queries, keys, values and the attention's output: `i rank` and `rank o`
 } Layer;
 
-enum { OUTPUT = 3 }; // the place of the last
+enum { OUTPUT = 3 }; // the index of the attention's output in `down` and `up`
 
 static long padded(long batch) { return (batch + QUAD - 1) / QUAD * QUAD; }
 
-// How many query heads attend together: as many of one key head as keep all threads busy.
+// Returns how many query heads of one key head are computed together: as many as leave work for every thread.
 static long heads_together(const Shape *s, int threads) {
     long most = s->batch * s->heads / threads, together = QUAD;
     while (together > 1 && (together > most || s->heads / s->kv_heads % together)) together--;
@@ -35,7 +36,7 @@ static long numbers_of_thread(const Shape *s) {
     return of_product + of_adapter + (QUAD + 3) * s->dim_head + QUAD * s->capacity;
 }
 
-// Numbers of scratch for so many threads.
+// Returns the numbers of scratch (floats, or doubles) for a number of threads.
 long decode_scratch(const Shape *s, int threads) {
     long qkv = (s->heads + 2 * s->kv_heads) * s->dim_head, attended = s->heads * s->dim_head;
     return s->batch * (s->dim + qkv + s->inner + attended) + threads * numbers_of_thread(s);

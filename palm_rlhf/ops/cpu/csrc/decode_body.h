@@ -11,7 +11,7 @@ static void OF(layer_norm)(const A *x, const T *weight, long n, A eps, A *out) {
     for (long k = 0; k < n; k++) out[k] = (x[k] - mean) * scale * OF(load)(weight[k]);
 }
 
-// A query or key: normalised where there is a weight, then turned by its angles (the tables' sines carry the sign).
+// Normalises a query or key if there is a weight, then rotates it; the sines of the first half are negative.
 static void OF(turned)(const A *x, const T *norm, const A *cosines, const A *sines, long n, A eps,
                        A *buffer, A *out) {
     if (norm) OF(layer_norm)(x, norm, n, eps, buffer);
@@ -19,8 +19,8 @@ static void OF(turned)(const A *x, const T *norm, const A *cosines, const A *sin
     for (long k = 0; k < n; k++) out[k] = buffer[k] * cosines[k] + buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k];
 }
 
-// The values from `first` to `length`, of which `own` is the last, averaged by the softmax of their scores, which are
-// written over.
+// The average of the values from `first` to `length`, the last of which is `own`, weighted by the softmax of their
+// scores. It overwrites the scores.
 static void OF(average)(const Shape *s, const T *values, const A *own, long first, long length, A *scores, A *out) {
     long d = s->dim_head, j = first;
     A scale = 1 / (A)sqrt(d), most = scores[length], sum = 0;
@@ -40,8 +40,8 @@ static void OF(average)(const Shape *s, const T *values, const A *own, long firs
     for (long c = 0; c < d; c++) out[c] /= sum;
 }
 
-// `heads` query heads of one row, up to QUAD of one key head, over the cached keys from `first` on and their own; the
-// first of a key head's leave their own in the cache.
+// Attention of `heads` query heads of one row, at most QUAD of one key head, to the cached keys from `first` on and to
+// the key of the token itself. The first heads of a key head write this key and its value to the cache.
 static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, long heads, long first, long length,
                        const A *qkv, const A *cosines, const A *sines, A *scratch, A (*tile)[TILE], A *out) {
     long d = s->dim_head, kv = head / (s->heads / s->kv_heads);
@@ -63,7 +63,7 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
     T *keys = (T *)layer->keys + (row * s->kv_heads + kv) * s->capacity * d;
     T *values = (T *)layer->values + (row * s->kv_heads + kv) * s->capacity * d;
 
-    if (first > length) first = length; // a pad, whose numbers nobody wants, but which must be numbers
+    if (first > length) first = length; // padding: its numbers are not used, but must not be NaN
     OF(product)(own, q, d, 1, heads, tile);
     for (long h = 0; h < heads; h++) scores[h * s->capacity + length] = tile[h][0];
     for (long j = first; j < length; j += TILE) {
@@ -74,15 +74,15 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
     for (long h = 0; h < heads; h++)
         OF(average)(s, values, v, first, length, scores + h * s->capacity, out + h * d);
 
-    if (head % (s->heads / s->kv_heads) == 0) // nobody reads this place of the cache before the next token
+    if (head % (s->heads / s->kv_heads) == 0) // no thread reads this place of the cache before the next token
         for (long c = 0; c < d; c++) {
             keys[length * d + c] = own[c];
             values[length * d + c] = OF(store)(v[c]);
         }
 }
 
-// Adds entries `first` to `stop` of what an adapter makes of each token, x @ down @ up times the scale, to
-// `out[b * stride + entry]`; `low` has room for `b rank`. down: `n rank`, up: `rank width`.
+// Adds the output of an adapter, x @ down @ up times its scale, entries `first` to `stop`, to `out[b * stride +
+// entry]`. down: `n rank`, up: `rank width`; `low` has room for `b rank`.
 static void OF(adapt)(const Shape *s, const T *down, const T *up, const A *x, long n, long width, long first, long stop,
                       A *low, A *out, long stride) {
     long b = s->batch, rank = s->rank;
@@ -96,7 +96,7 @@ static void OF(adapt)(const Shape *s, const T *down, const T *up, const A *x, lo
     }
 }
 
-// The share of one thread of the input projection: `b dim -> b (h + 2 hk) d`, and the hidden units, `b inner`; `tile`
+// The part of one thread in the input projection, `b dim -> b (h + 2 hk) d`, and in the hidden units, `b inner`. `tile`
 // has room for `2 b TILE`, `low` for `b rank`.
 static void OF(project)(const Shape *s, const Layer *layer, const A *normed, int thread, int threads, A (*tile)[TILE],
                         A *low, A *qkv, A *hidden) {
@@ -128,7 +128,7 @@ static void OF(project)(const Shape *s, const Layer *layer, const A *normed, int
     }
 }
 
-// The share of one thread of x + attended @ attn_out.T + hidden @ ff_out.T: `b dim`.
+// The part of one thread in x + attended @ attn_out.T + hidden @ ff_out.T: `b dim`.
 static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *attended, const A *hidden, int thread,
                        int threads, A (*tile)[TILE], A *low, A *out) {
     long dim = s->dim, inner = s->inner, q_dim = s->heads * s->dim_head, b = s->batch, start, stop;
@@ -145,8 +145,8 @@ static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *
         OF(adapt)(s, layer->down[OUTPUT], layer->up[OUTPUT], attended, q_dim, dim, start, stop, low, out, dim);
 }
 
-// x: `b dim`, in and out; lengths: `b`, the tokens of each row in its cache, which sees those from `first` on; scratch:
-// as many numbers as `decode_scratch` says.
+// The decoding step. x: `b dim`, input and output; lengths: `b`, the tokens of each row in the cache, of which it sees
+// those from `first` on; scratch: `decode_scratch` numbers.
 void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *sines, const long *first,
                 const long *lengths, A *x, A *scratch, int max_threads) {
     long b = s->batch, width = (s->heads + 2 * s->kv_heads) * s->dim_head, q_dim = s->heads * s->dim_head;

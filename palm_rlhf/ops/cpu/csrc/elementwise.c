@@ -1,13 +1,13 @@
-// What stands between a block's products, each in one pass over memory. Arithmetic is float32.
+// The operations between the products of a block, each in one pass over memory. They compute in float32.
 
 #include "native.h"
 
 typedef struct {
     long batch, length, heads, dim;
-    long x_strides[3], out_strides[3];          // of batch, position and head, in elements; d is dense
-    long table_batch_stride, table_head_stride; // 0 where one row serves all; of a position: what its heads take
+    long x_strides[3], out_strides[3];          // of batch, position and head, in elements; the last axis is dense
+    long table_batch_stride, table_head_stride; // 0 if all batch elements, or all heads, share a row of the tables
     long table_position_stride;
-    float sign; // of the sines: -1 turns back
+    float sign; // of the sines; -1 rotates back
 } Rotation;
 
 #define T float

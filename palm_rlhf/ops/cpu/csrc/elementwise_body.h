@@ -1,6 +1,6 @@
 // The functions of elementwise.c for elements of type T.
 
-// out = silu(gate) * value, all of n elements.
+// out = silu(gate) * value, each with n elements.
 void OF(swiglu)(const T *gate, const T *value, T *out, long n, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (long i = 0; i < n; i++) {
@@ -9,7 +9,7 @@ void OF(swiglu)(const T *gate, const T *value, T *out, long n, int threads) {
     }
 }
 
-// The gradients of gate and value, and the hidden units once more; d_value may be d_hidden.
+// The gradients of gate and value, and the hidden units, computed again; d_value may be the memory of d_hidden.
 void OF(swiglu_backward)(const T *d_hidden, const T *gate, const T *value, T *d_gate, T *d_value, T *hidden, long n,
                          int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
@@ -22,8 +22,8 @@ void OF(swiglu_backward)(const T *d_hidden, const T *gate, const T *value, T *d_
     }
 }
 
-// Every head of every position turned by its angles: `b n h d`, cosines and sines `b|1 n h|1 d`, in pairs of an entry
-// and that half a head away; the sines of the first half are negative.
+// Rotates every head of every position, `b n h d`, by the tables, `b|1 n h|1 d`. An entry and the one half a head away
+// are a pair; the sines of the first half are negative.
 void OF(rotate)(const Rotation *s, const T *x, const float *cosines, const float *sines, T *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long token = 0; token < s->batch * s->length; token++) {

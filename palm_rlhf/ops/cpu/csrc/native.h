@@ -1,4 +1,4 @@
-// What the CPU kernels share: element types, exp, and the work of one thread among several.
+// Shared by the kernels: element types, exp, and how work is split among threads.
 
 #pragma once
 #include <math.h>
@@ -24,7 +24,7 @@ static inline float store_f32(float x) { return x; }
 
 static inline double store_f64(double x) { return x; }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 static inline bfloat16 store_bf16(float x) {
     union {
         float value;
@@ -34,7 +34,7 @@ static inline bfloat16 store_bf16(float x) {
     return (bfloat16)(x == x ? rounded : 0x7fc0);
 }
 
-// e^x to 2 units in the last place, between e^-87 and e^88, in operations that vectorise (Cephes' expf).
+// e^x for x clamped to [-87, 88], to 2 units in the last place, in operations that vectorise (expf of Cephes).
 static inline float exp_(float x) {
     float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(clamped * 1.44269504f);
@@ -52,7 +52,7 @@ static inline float exp_(float x) {
     return (p * r * r + r + 1.0f) * power.value;
 }
 
-// The part [*start, *stop) of `total` items that thread `thread` of `threads` does, cut at multiples of `unit`.
+// The range [*start, *stop) of `total` items for thread `thread` of `threads`, cut at multiples of `unit`.
 static inline void share(long total, long unit, int thread, int threads, long *start, long *stop) {
     long units = (total + unit - 1) / unit;
     *start = units * thread / threads * unit;

@@ -1,4 +1,4 @@
-// What the products of all types in `products_body.h` share.
+// Shared by the products of all types in `products_body.h`.
 
 #pragma once
 #include "native.h"
@@ -6,12 +6,12 @@
 enum {
     QUAD = 4,  // rows of a matrix, and tokens, that are multiplied together
     TILE = 16, // rows of a matrix that a thread takes at a time
-    LINE = 64, // bytes of the caches
+    LINE = 64, // bytes of a cache line
 };
 
 #ifdef __AVX512F__
 #include <immintrin.h>
-#define VECTOR 64 // bytes of a register
+#define VECTOR 64 // bytes in a register
 
 static inline __m512 add_ends(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -22,7 +22,7 @@ static inline __m512 add_pairs(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
 
-// Entry 4 t + i is the sum of the lanes of register i of token t: 16 sums in the time of four.
+// Entry 4 t + i of the result is the sum of the lanes of register i of token t: 16 sums in the time of four.
 static inline __m512 totals_of_16(const __m512 (*sums)[QUAD]) {
     __m512 tokens[QUAD], two[2];
     for (int t = 0; t < QUAD; t++) // in each quarter of a register, one part of the token's four sums

@@ -1,13 +1,13 @@
-// Products of weights of type T with tokens of type A. Every sum is made in the same order, whatever is multiplied
-// beside it: what a token gives does not depend on its neighbours.
+// Products of weights of type T with tokens of type A. The order of additions is always the same, so that the result of
+// a token does not depend on the tokens that are computed beside it.
 //
-// At a step, `span` entries of a row and of a token are read into registers, multiplied, and added to a register of
-// `lanes` sums.
+// One step reads `span` entries of a row and of a token into registers, multiplies them, and adds the products to a
+// register of `lanes` sums.
 
 typedef A OF(sums) __attribute__((vector_size(VECTOR)));
 enum { OF(lanes) = VECTOR / sizeof(A) };
 
-#ifdef PAIRS // of bfloat16, to which the tokens are rounded
+#ifdef PAIRS // products of bfloat16 pairs, to which the tokens are rounded
 enum { OF(span) = 2 * OF(lanes) };
 typedef __m512bh OF(weights), OF(token);
 
@@ -45,7 +45,7 @@ static inline A OF(total)(OF(sums) sums) {
     return lanes[0];
 }
 
-// One step with QUAD rows and `tokens` tokens, a constant wherever this is called.
+// One step with QUAD rows and `tokens` tokens; every caller passes a constant, so that the loops are unrolled.
 static inline __attribute__((always_inline)) void OF(step)(const T *const *w, const A *const *x, long k, int tokens,
                                                            OF(sums) (*sums)[QUAD]) {
     OF(weights) rows[QUAD];
@@ -59,13 +59,13 @@ static inline __attribute__((always_inline)) void OF(step)(const T *const *w, co
     }
 }
 
-// out[t][i] = row i of w times token t, of `n` entries.
+// out[t][i] = the product of row i of w and token t, both with `n` entries.
 static inline __attribute__((always_inline)) void OF(quad)(const T *const *w, const A *const *x, long n, int tokens,
                                                            A (*out)[TILE]) {
     OF(sums) sums[QUAD][QUAD] = {};
     long k = 0;
     for (; k + OF(span) <= n; k += OF(span)) OF(step)(w, x, k, tokens, sums);
-    if (k < n) { // the last entries, and zeros
+    if (k < n) { // the last entries, padded with zeros
         T w_end[QUAD][OF(span)] = {};
         A x_end[QUAD][OF(span)] = {};
         for (int i = 0; i < QUAD; i++) memcpy(w_end[i], w[i] + k, (n - k) * sizeof(T));
@@ -87,9 +87,9 @@ static inline __attribute__((always_inline)) void OF(quad)(const T *const *w, co
         for (int i = 0; i < QUAD; i++) out[t][i] = OF(total)(sums[t][i]);
 }
 
-// Up to TILE rows of w `rows n` times each x `batch n`: `batch TILE`. What comes after w in memory is fetched meanwhile
-// in equal parts, into the second cache, since the processor does not foresee the end of a row: a third faster than
-// into the first cache, which has room for few lines on their way.
+// out = x @ w.T for up to TILE rows of w, `rows n`, and x, `batch n`: `batch TILE`. Meanwhile it prefetches the memory
+// after w in equal parts, since the processor does not predict the reads after the end of a row. It prefetches to the
+// second-level cache: this is a third faster than to the first level, where few prefetches can be under way.
 static inline void OF(product)(const T *w, const A *x, long n, long rows, long batch, A (*out)[TILE]) {
     long part = 0, parts = (batch + QUAD - 1) / QUAD * ((rows + QUAD - 1) / QUAD);
     long lines = rows * n * (long)sizeof(T) / LINE;
