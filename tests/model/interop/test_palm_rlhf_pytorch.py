@@ -235,10 +235,10 @@ def edited(**changes) -> dict[str, Tensor]:
             edited(layers__1__fn__attn_out__weight=torch.ones(3, 3)),
             "has another shape of layers.1.fn.attn_out.weight: (3, 3), not (32, 32)",
         ),
-        (edited(norm__beta=torch.ones(32)), "has another norm.beta than that package makes"),
+        (edited(norm__beta=torch.ones(32)), "has another norm.beta than palm-rlhf-pytorch 0.8.0 makes"),
         (
             edited(layers__1__fn__rotary_emb__inv_freq=torch.ones(4)),
-            "has another layers.1.fn.rotary_emb.inv_freq than that package makes",
+            "has another layers.1.fn.rotary_emb.inv_freq than palm-rlhf-pytorch 0.8.0 makes",
         ),
         (edited(to_logits__weight=torch.ones(NUM_TOKENS, 32)), "has a to_logits.weight of its own"),
         (edited(norm__gamma=3), "holds something other than floating-point tensors by name"),
