@@ -19,14 +19,9 @@ from safetensors.torch import load_file
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training.language_model import LanguageModelTrainer
-from palm_rlhf.training.run.checkpoints import (
-    complete_checkpoints,
-    new_checkpoint,
-    rng_state,
-    set_rng_state,
-    write_state,
-)
+from palm_rlhf.training.run.checkpoints import complete_checkpoints, new_checkpoint, write_state
 from palm_rlhf.training.run.log import read_metrics
+from palm_rlhf.training.run.random_state import rng_state, set_rng_state
 
 
 @pytest.fixture

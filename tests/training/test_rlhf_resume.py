@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from palm_rlhf.training.rlhf.checkpoint import resume_from_checkpoint
 from palm_rlhf.training.run.log import read_metrics
 
 # Run by the tests themselves, and by processes that they kill.
@@ -137,7 +138,7 @@ def test_the_reference_comes_back_though_a_trained_palm_is_given(make_trainer, t
     resumed = make_trainer(tmp_path / "run", resume=True)
     with torch.no_grad():
         resumed.palm.token_emb.weight.add_(1.0)
-    resumed._resume()
+    resume_from_checkpoint(resumed)
     for name, weight in first.reference.palm.state_dict().items():
         assert torch.equal(resumed.reference.palm.state_dict()[name], weight)
     assert not torch.equal(resumed.palm.token_emb.weight, resumed.reference.palm.token_emb.weight)

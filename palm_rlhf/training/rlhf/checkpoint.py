@@ -1,6 +1,7 @@
-"""The models in a checkpoint of reinforcement learning: policy, critic and reference."""
+"""The checkpoints of reinforcement learning: policy, critic, reference, and the state of the run."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beartype import beartype
 from safetensors.torch import load_file, save_file
@@ -10,9 +11,42 @@ from palm_rlhf.model.checkpoint import require_same_mathematics, shapes_of
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import check_shapes
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
-from palm_rlhf.training.run.sharding import load_full, plain_palm
+from palm_rlhf.training.run.sharding import full_state, load_full, plain_palm
+
+if TYPE_CHECKING:
+    from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 
 CRITIC_FILE = "critic.safetensors"
+
+
+def save_checkpoint(trainer: "RLHFTrainer") -> None:
+    """Write the checkpoint of a trainer's present step; all processes take part."""
+    evaluator = trainer.evaluator
+    state = {
+        "sampler": trainer.sampler.state_dict(),
+        "kl_coef": trainer.kl_coef,
+        "score_moments": trainer.score_moments.state_dict(),
+        "evaluation": None if evaluator is None else evaluator.state_dict(),
+    }
+    tensors = full_state(trainer.actor_critic)
+    with trainer.run.new_checkpoint(state, None if evaluator is None else evaluator.best) as folder:
+        if folder is not None:
+            write_policy(folder, trainer.actor_critic, trainer.reference, tensors)
+
+
+def resume_from_checkpoint(trainer: "RLHFTrainer") -> None:
+    """Go on from the newest checkpoint, where the run is to be resumed and has one."""
+    with trainer.run.newest_checkpoint() as saved:
+        if saved is None:
+            return
+        folder, state = saved
+        trainer.sampler.load_state_dict(state["sampler"])
+        read_policy(folder, trainer.actor_critic, trainer.reference)
+        if trainer.config.continues_kl_coef(state["config"]):
+            trainer.kl_coef = state["kl_coef"]
+        trainer.score_moments.load_state_dict(state["score_moments"])
+        if trainer.evaluator and state.get("evaluation"):
+            trainer.evaluator.load_state_dict(state["evaluation"])
 
 
 @beartype

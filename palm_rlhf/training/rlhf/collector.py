@@ -114,7 +114,7 @@ class Collector:
     ) -> Tensor:
         """Return the best of `num_samples` responses to a prompt by the reward, sampled as in training: `n -> t`.
 
-        `columns` are the prompt's, a value each, for reward functions that ask for them.
+        `columns` has the prompt's value of each column, for reward functions that ask for them.
         """
         if (max_seq_len is None) == (max_new_tokens is None):
             raise ValueError(f"got max_seq_len={max_seq_len} and max_new_tokens={max_new_tokens}; expected one of them")

@@ -18,7 +18,7 @@ from palm_rlhf.policy.rewards import Rewards, Scores, move
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import batches_by_length, join
 from palm_rlhf.policy.turns import Environment
-from palm_rlhf.training.rlhf.checkpoint import read_policy, write_policy
+from palm_rlhf.training.rlhf.checkpoint import resume_from_checkpoint, save_checkpoint
 from palm_rlhf.training.rlhf.collector import Collector
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.dynamic_sampling import Sampled, replace_equal_groups
@@ -34,7 +34,7 @@ from palm_rlhf.training.run.log import Metrics, Result
 from palm_rlhf.training.run.loop import Loop
 from palm_rlhf.training.run.optimizer import adamw_groups, computes_below_float32, warmup_cosine
 from palm_rlhf.training.run.run import Run
-from palm_rlhf.training.run.sharding import full_state, make_root, whole
+from palm_rlhf.training.run.sharding import make_root, whole
 
 
 class RLHFTrainer(Collector):
@@ -109,7 +109,7 @@ class RLHFTrainer(Collector):
             self.reference.palm.to(self.run.device)
         for rewards in (reward_model, eval_reward or {}):
             move(rewards, self.run.device)
-        self._resume()
+        resume_from_checkpoint(self)
         panels = {**CURVES, **(PANELS if self.evaluator else {})}
         self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, panels)
         self.samples = SampleTable(self.run, config.samples_kept, tokenizer)
@@ -128,17 +128,9 @@ class RLHFTrainer(Collector):
     ) -> Result:
         """Take the steps with a progress bar on standard error, and return the metrics of the last one.
 
-        `stopped_early` is among them where `max_seconds` ended the run before its last step. Settings that are not
-        given here are those of the config.
-
-        Args:
-            num_episodes: episodes of `max_timesteps` rollouts each; None: `num_steps` decides.
-            max_timesteps: rollouts of an episode.
-            update_timesteps: rollouts of a step.
-            max_batch_size: rollouts that are drawn at once.
-            max_seq_len: tokens of a prompt and its response together.
-            eos_token: ends a response.
-            temperature: divides the logits.
+        `stopped_early` is among them where `max_seconds` ended the run before its last step. The config decides what is
+        not given here. An episode has `max_timesteps` rollouts, a step has `update_timesteps` of them, and
+        `max_batch_size` are drawn at once; `max_seq_len` counts the tokens of a prompt and its response together.
         """
         given: dict[str, Any] = {"rollouts_per_step": update_timesteps, "rollout_batch_size": max_batch_size,
                  "max_seq_len": max_seq_len, "eos_token": eos_token, "temperature": temperature}  # fmt: skip
@@ -272,30 +264,7 @@ class RLHFTrainer(Collector):
 
         Raises OSError where the disk is full; the checkpoints before it stay.
         """
-        state = {
-            "sampler": self.sampler.state_dict(),
-            "kl_coef": self.kl_coef,
-            "score_moments": self.score_moments.state_dict(),
-            "evaluation": None if self.evaluator is None else self.evaluator.state_dict(),
-        }
-        tensors = full_state(self.actor_critic)
-        best = None if self.evaluator is None else self.evaluator.best
-        with self.run.new_checkpoint(state, best) as folder:
-            if folder is not None:
-                write_policy(folder, self.actor_critic, self.reference, tensors)
-
-    def _resume(self) -> None:
-        with self.run.newest_checkpoint() as saved:
-            if saved is None:
-                return
-            folder, state = saved
-            self.sampler.load_state_dict(state["sampler"])
-            read_policy(folder, self.actor_critic, self.reference)
-            if self.config.continues_kl_coef(state["config"]):
-                self.kl_coef = state["kl_coef"]
-            self.score_moments.load_state_dict(state["score_moments"])
-            if self.evaluator and state.get("evaluation"):
-                self.evaluator.load_state_dict(state["evaluation"])
+        save_checkpoint(self)
 
     def _learning_rates(self) -> Metrics:
         groups = self.run.optimizer.param_groups  # those of the policy, then those of the critic

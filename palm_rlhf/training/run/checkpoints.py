@@ -10,15 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from beartype import beartype
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from palm_rlhf.model.files import sync, write_text
 from palm_rlhf.training.run.config import RunConfig
-from palm_rlhf.training.run.sharding import full_tensor, sharded_like
 
 METRICS_FILE, STATE_FILE, BEST_FILE = "metrics.jsonl", "state.json", "best.json"
 
@@ -150,32 +146,3 @@ def reading(checkpoint: Path) -> Iterator[None]:
             f"the checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}): "
             f"remove that folder to resume from the one before it"
         ) from error
-
-
-@beartype
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Return an optimiser's state by the names of the parameters, with all shards; all processes take part."""
-    return {
-        f"{names[parameter]}/{key}": full_tensor(value.detach()).cpu().contiguous()
-        for parameter in _parameters(optimizer)
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-@beartype
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Restore an optimiser from a file of `optimizer_tensors`; parameters without gradients have no state."""
-    kept: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(path).items():
-        parameter, _, key = name.rpartition("/")
-        kept.setdefault(parameter, {})[key] = value
-    state = {
-        index: {key: sharded_like(parameter, value) for key, value in kept[names[parameter]].items()}
-        for index, parameter in enumerate(_parameters(optimizer))
-        if names[parameter] in kept
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,9 +1,6 @@
 """The processes that a trainer runs on."""
 
 import atexit
-import ctypes
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from beartype import beartype
 
+from palm_rlhf.training.run.allocator import keep_freed_memory
+
 if dist.is_available():
     # If it were imported after the processes are connected, its default arguments would keep the connection open.
     import torch.distributed.nn.functional
 
-# Parameters of glibc's mallopt: the largest threshold that it takes, and enough for a step of a model on a CPU.
-MALLOC = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
 REPLICATED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
@@ -54,18 +51,6 @@ def build_accelerator(output_dir: Path | None, trackers: Sequence[str], may_shar
     if accelerator.num_processes > 1:
         atexit.register(leave_the_others)
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next step, unless the environment sets its allocator.
-
-    Otherwise the kernel clears every page anew in every step. glibc has these settings for the whole process alone, so
-    there is no narrower place for them; a process that trains on a CPU frees and asks for gigabytes in each step.
-    """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and not chosen and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in MALLOC.values():
-            libc.mallopt(parameter, value)
 
 
 def leave_the_others() -> None:

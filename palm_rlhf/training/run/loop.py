@@ -15,21 +15,14 @@ BAR = "{percentage:3.0f}% |{bar:12}| {n_fmt} of {total_fmt} {unit}s in {elapsed}
 
 
 class Loop:
-    """The steps that a run has left, for a trainer's `steps`, with a progress bar on standard error if wanted.
-
-        with Loop(self.run, num_steps, ("loss",), progress_bar) as loop:
-            while loop.goes_on:
-                ...  # the work of a step; then self.run.step += 1
-                if loop.finish_step(metrics):
-                    self.save()
-                yield metrics
+    """The steps that a run has left, for a `with` block in a trainer's `steps`.
 
     Args:
-        run: the run; its `step` counts the steps that are done.
-        num_steps: steps of the whole run; None where that is not known yet. A trainer that learns it only on the way
-            sets it again after each step.
+        run: the run; the trainer counts its `step` up in each step.
+        num_steps: steps of the whole run; None where it is not known yet. A trainer that learns it on the way sets it
+            again after each step.
         shown: names of the metrics behind the progress bar.
-        progress_bar: whether the main process draws one.
+        progress_bar: whether the main process draws one on standard error.
     """
 
     @beartype
@@ -72,12 +65,8 @@ class Loop:
     def finish_step(self, metrics: Metrics, *, must_log: bool = False, must_save: bool = False) -> bool:
         """Add the run's `elapsed` seconds to the metrics of a step, log them when due, and move the progress bar.
 
-        Returns whether a checkpoint is due: every `save_every` steps, at the end, and where the step asks for one.
-
-        Args:
-            metrics: of the step, with its number as "step".
-            must_log: log them, and draw the curves, in any case: the step had an evaluation.
-            must_save: a checkpoint is due in any case: the step is the best so far.
+        Returns whether a checkpoint is due: every `save_every` steps, at the end, and with `must_save`, for the best
+        step so far. With `must_log`, for a step with an evaluation, the metrics are logged and drawn in any case.
         """
         run, limit = self.run, self.run.config.max_seconds
         elapsed = time.perf_counter() - self.started

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.run.checkpoints import (
     complete_checkpoints,
-    load_optimizer,
     new_checkpoint,
-    optimizer_tensors,
     read_state,
     reading,
     require_same,
@@ -31,6 +29,7 @@ from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.launch import build_accelerator
 from palm_rlhf.training.run.log import Metrics, Result, RunLog
 from palm_rlhf.training.run.optimizer import forward_precision
+from palm_rlhf.training.run.optimizer_state import load_optimizer, optimizer_tensors
 from palm_rlhf.training.run.random_state import rng_state, set_rng_state
 
 Batch = TypeVar("Batch")
@@ -99,6 +98,9 @@ class Run:
         if self.output_dir is not None and not resume:
             require_unused(self.output_dir)
         self.accelerator = build_accelerator(self.output_dir, config.trackers, may_shard)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.shard = self.rank, self.num_processes  # the part of the data that this process reads: the i-th of k
         self.autocast = forward_precision(config.precision, self.device)
         set_seed(config.seed, device_specific=True)
         self.step, self.elapsed = 0, 0.0
@@ -110,27 +112,6 @@ class Run:
         self.module = module
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def num_processes(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        """Which part of the data this process reads: `(i, k)` is the i-th of k, from 0."""
-        return self.rank, self.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
 
     @property
     def checkpoints(self) -> Path:
