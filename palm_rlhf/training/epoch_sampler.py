@@ -21,7 +21,7 @@ def require_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> N
 
 
 class EpochSampler:
-    """Draws the indices of `num_items` examples, reproducibly from a seed: each once an epoch, in a new random order.
+    """A sampler of the indices of `num_items` examples: each once an epoch, in a random order that the seed decides.
 
     Its only state is `num_drawn`, the number of indices drawn so far.
     """

@@ -33,7 +33,7 @@ SHOWN = ("loss", "tokens_per_second")  # behind the progress bar
 
 
 class LanguageModelTrainer:
-    """Trains a PaLM to predict the next token, on one process or on the processes of `accelerate launch`.
+    """The trainer of a PaLM that predicts the next token, on one process or those of `accelerate launch`.
 
     Seeds the random generators of Python, NumPy and PyTorch. Loop over `steps` to act between steps, or call `train`.
 

@@ -11,7 +11,7 @@ from palm_rlhf.training.run.config import RunConfig
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class LMConfig(RunConfig):
-    """How a language model is trained.
+    """The settings of language-model training.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
@@ -19,25 +19,25 @@ class LMConfig(RunConfig):
     fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "optimizer", "seq_len")
 
     batch_size: int = 16
-    """Sequences in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""
+    """Sequences in one forward of one process; a step has batch_size * grad_accum * (number of processes)."""
 
     seq_len: int = 256
     """Tokens predicted in one sequence."""
 
     grad_accum: int = 1
-    """Forwards and backwards of one process whose gradients make one optimiser step."""
+    """Micro-batches of one process in an optimiser step: their gradients are added up."""
 
     num_steps: int = 1000
     """Optimiser steps of the whole run."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon, which takes over the blocks' matrices and reaches the same loss in fewer, slower steps."""
+    """adamw, or muon for the blocks' matrices, which reaches the same loss in fewer, slower steps."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
 
     min_lr_ratio: float = 0.1
-    """The learning rate at the end of the cosine, as a part of the peak."""
+    """The learning rate at the end of the cosine, as a share of the peak."""
 
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly to the peak."""
@@ -49,10 +49,10 @@ class LMConfig(RunConfig):
     """AdamW's term against division by zero."""
 
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices, with adamw the tied embedding among them; never of norms."""
+    """Decoupled weight decay of the matrices, with adamw of the tied embedding too; never of norms."""
 
     ema_decay: float = 0.0
-    """Decay, per step, of a running average of the weights, which is evaluated and saved in their place; 0: none."""
+    """Decay per step of a running average of the weights, evaluated and saved in their place; 0: no average."""
 
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps after."""
@@ -61,10 +61,10 @@ class LMConfig(RunConfig):
     """Steps between evaluations on the validation data."""
 
     eval_tokens: int = 200_000
-    """Validation tokens of those evaluations, split over the sources; the evaluation at the end takes them all."""
+    """Validation tokens of such an evaluation, split over the sources; the evaluation at the end takes all."""
 
     eval_context: int = 128
-    """Tokens that each token has before it at least when it is predicted in evaluation (at a source's start, all)."""
+    """Least tokens before a token that is predicted in an evaluation; at a source's start, all that there are."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -42,7 +42,7 @@ SHOWN = ("score", "loss", "accuracy")  # behind the progress bar
 
 
 class OnlinePreferenceTrainer:
-    """Trains a PaLM by DPO, or another loss of pairs, on its own responses (online DPO: Guo et al. 2024).
+    """The trainer of a PaLM by DPO, or another loss of pairs, on its own responses (Guo et al. 2024).
 
     A step draws `rollouts.num_samples` responses to each of batch_size * grad_accum prompts of every process, scores
     them, makes a pair of the best and the worst response to a prompt, and takes one optimiser step on the pairs.

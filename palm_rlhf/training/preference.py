@@ -25,7 +25,7 @@ SHOWN = ("loss", "accuracy")  # behind the progress bar
 
 
 class PreferenceTrainer:
-    """Trains a PaLM on preferences: DPO, IPO, SimPO or ORPO on pairs, KTO on single responses (`config.loss`).
+    """The trainer of a PaLM on preferences: DPO, IPO, SimPO or ORPO on pairs, KTO on single responses.
 
     The reference's log-probabilities of the responses are computed once, before the first step, and saved with the
     checkpoints, so that no second copy of the model is needed. KTO alone asks the reference in every step, about
@@ -94,9 +94,9 @@ class PreferenceTrainer:
             return self.learner.logprobs(start, items)
         num_steps = -(-len(items) // self.items_per_step)
         drawn = EpochSampler(len(items), self.config.seed).draw(num_steps * self.items_per_step)
-        said = self.learner.logprobs(start, [items[index] for index in drawn], as_in_steps=True)
+        logprobs = self.learner.logprobs(start, [items[index] for index in drawn], as_in_steps=True)
         places = torch.tensor(drawn[: len(items)]).argsort()
-        return said[:, places]
+        return logprobs[:, places]
 
     @property
     def step(self) -> int:

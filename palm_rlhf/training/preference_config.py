@@ -7,7 +7,7 @@ from beartype import BeartypeConf, beartype
 
 from palm_rlhf.training.run.config import RunConfig
 
-# Which losses a setting reaches: it is refused with all others.
+# The losses that have a setting; with other losses it is refused.
 LOSSES_WITH = {
     "beta": ("sigmoid", "ipo", "kto", "orpo"),
     "label_smoothing": ("sigmoid",),
@@ -22,63 +22,63 @@ LOSSES_WITH = {
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class PreferenceConfig(RunConfig):
-    """How a policy is trained on preferences.
+    """The settings of training on preferences.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
 
-    # precision is among them because what the reference gives the pairs is in the checkpoint
+    # with the precision, since the reference's log-probabilities are in the checkpoint
     fixed: ClassVar[tuple[str, ...]] = (
         *RunConfig.fixed, "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight", "undesirable_weight",
         "simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"
     )  # fmt: skip
 
     loss: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = "sigmoid"
-    """sigmoid is DPO (arXiv:2305.18290); ipo (arXiv:2310.12036), on means over tokens, does not push without limit; kto
-    (arXiv:2402.01306) learns from single responses, each labelled desirable or not; simpo (arXiv:2405.14734), on means
+    """sigmoid is DPO (arXiv:2305.18290). ipo (arXiv:2310.12036), on means over tokens, does not push without limit. kto
+    (arXiv:2402.01306) learns from single responses, each labelled desirable or not. simpo (arXiv:2405.14734), on means
     over tokens, and orpo (arXiv:2403.07691), which fine-tunes on the chosen responses as well, have no reference."""
 
     beta: float = 0.1
-    """How strongly the policy is held to the reference; for ipo, its tau; for orpo, its lambda, the weight of the odds
-    ratio; not for simpo."""
+    """Strength of the hold to the reference; for ipo, its tau; for orpo, its lambda, the weight of the odds ratio;
+    not for simpo."""
 
     label_smoothing: float = 0.0
-    """The share of pairs taken to be labelled the wrong way round (conservative DPO); with sigmoid only."""
+    """Share of pairs that are assumed to have the wrong label (conservative DPO); for sigmoid only."""
 
     nll_coef: float = 0.0
     """Weight of the chosen responses' negative log-likelihood, a mean over tokens, then pairs, beside the loss sigmoid,
     ipo or simpo: 1 in arXiv:2404.19733, 0.2 in Llama 3 (arXiv:2407.21783)."""
 
     desirable_weight: float = 1.0
-    """Weight of kto's desirable responses; of two classes of unlike size, the rare one is given more."""
+    """Weight of kto's desirable responses; the rarer of the two classes should have the larger weight."""
 
     undesirable_weight: float = 1.0
     """Weight of kto's undesirable responses."""
 
     simpo_beta: float = 2.0
-    """What simpo's rewards are the mean log-probability times of; the paper has 2 to 2.5."""
+    """Factor of the mean log-probability in simpo's rewards; the paper has 2 to 2.5."""
 
     simpo_gamma: float = 1.0
-    """Margin by which simpo's reward of the chosen is to be ahead; the paper has 0.3 to 1.6."""
+    """Margin that simpo's reward of the chosen response should have; the paper has 0.3 to 1.6."""
 
     batch_size: int = 8
-    """Pairs in one forward of one process; a step sees batch_size * grad_accum * (number of processes). For kto, single
+    """Pairs in one forward of one process; a step has batch_size * grad_accum * (number of processes). For kto, single
     responses; their KL to the reference is estimated over the whole step."""
 
     grad_accum: int = 8
-    """Forwards and backwards of one process whose gradients make one optimiser step."""
+    """Micro-batches of one process in an optimiser step: their gradients are added up."""
 
     num_epochs: int = 1
-    """How often each pair is seen; the run's last step is filled up with pairs of one more epoch."""
+    """Passes over the pairs; the run's last step is filled up from one more epoch."""
 
     max_seq_len: int = 1024
-    """Tokens of a prompt and its response; what is longer loses the left of its prompt, then the response's right."""
+    """Tokens of a prompt and its response; longer ones lose the start of the prompt, then the end of the response."""
 
     learning_rate: float = 1e-6
     """Peak learning rate; 1e-6 is the DPO paper's, adapters and small models take far more."""
 
     min_lr_ratio: float = 0.1
-    """The learning rate at the end of the cosine, as a part of the peak."""
+    """The learning rate at the end of the cosine, as a share of the peak."""
 
     warmup_steps: int = 20
     """Steps over which the learning rate rises linearly to the peak."""
@@ -93,10 +93,10 @@ class PreferenceConfig(RunConfig):
     """Decoupled weight decay of the matrices."""
 
     lora_r: int = 0
-    """Rank of the adapters that are trained in place of the weights; 0 trains the weights."""
+    """Rank of the adapters that are trained instead of the weights; 0 trains the weights."""
 
     lora_alpha: float | None = None
-    """Adapters count alpha / r times; None is r."""
+    """The output of adapters is multiplied by alpha / r; None: alpha is r."""
 
     eval_every: int = 50
     """Steps between evaluations on the validation data."""

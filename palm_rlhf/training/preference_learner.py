@@ -109,12 +109,12 @@ class PreferenceLearner:
 
     @beartype
     def update(self, items: Preferences, ref_logprobs: Tensor | None, *, num_steps: int) -> Metrics:
-        """Take one optimiser step on the items of all processes, which all have the same ones; none where none is left.
+        """Take one optimiser step on the items, which are the same in all processes; no step where there are none.
 
-        The loss is the mean over the items. Returns means over them before the update, and what the optimiser did.
+        The loss is the mean over the items. Returns means over them before the update, and metrics of the optimiser.
 
         Args:
-            items: what the step learns from.
+            items: the items of all processes, in the same order in each.
             ref_logprobs: log-probabilities of the responses under the reference, `2 p`, or `1 p` of unpaired ones.
             num_steps: steps of the whole run, for the schedule of the learning rate.
         """

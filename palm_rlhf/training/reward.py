@@ -32,7 +32,7 @@ RATING_CURVES = {"valid_loss": "validation loss", "valid_label_correlation": "va
 
 
 class RewardModelTrainer:
-    """Trains a RewardModel on rankings or ratings, on one process or on those of `accelerate launch`.
+    """The trainer of a RewardModel on rankings or ratings, on one process or those of `accelerate launch`.
 
     All responses to a prompt are in one batch, and each is read once, however many pairs it is in. Losses are of scores
     before their normalisation. Seeds the random generators of Python, NumPy and PyTorch. Loop over `steps` to act

@@ -11,7 +11,7 @@ from palm_rlhf.training.run.config import RunConfig
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class RewardConfig(RunConfig):
-    """How a reward model is trained.
+    """The settings of a reward model's training.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
@@ -19,29 +19,29 @@ class RewardConfig(RunConfig):
     fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "loss", "centering", "max_seq_len")
 
     loss: Literal["auto", "ranking", "bradley_terry", "plackett_luce", "labels"] = "auto"
-    """ranking: all pairs of a prompt, a mean over them, then over prompts (InstructGPT); bradley_terry: a mean over all
+    """ranking: the mean over the pairs of a prompt, then over prompts (InstructGPT); bradley_terry: the mean over all
     pairs, with margins; plackett_luce: whole rankings; labels: ratings; auto: labels for ratings, else ranking."""
 
     centering: float = 0.0
-    """Weight of the squared sum of a pair's scores, which holds the mean score at 0; with pairs only."""
+    """Weight of the squared sum of a pair's scores, which holds the mean score at 0; for losses of pairs."""
 
     batch_size: int = 8
-    """Rankings or ratings in one forward of one process; a step sees batch_size * grad_accum * (processes)."""
+    """Rankings or ratings in one forward of one process; a step has batch_size * grad_accum * (number of processes)."""
 
     grad_accum: int = 8
-    """Forwards and backwards of one process whose gradients make one optimiser step."""
+    """Micro-batches of one process in an optimiser step: their gradients are added up."""
 
     num_epochs: int = 1
-    """How often each prompt is seen; more than once overfits soon. The last step is filled up from one more epoch."""
+    """Passes over the prompts; more than one overfits soon. The last step is filled up from one more epoch."""
 
     max_seq_len: int = 1024
-    """Tokens of a prompt and its response; what is longer loses the left of its prompt, then the response's right."""
+    """Tokens of a prompt and its response; longer ones lose the start of the prompt, then the end of the response."""
 
     learning_rate: float = 1e-5
     """Peak learning rate; InstructGPT's was 9e-6, adapters and small models take far more."""
 
     min_lr_ratio: float = 0.1
-    """The learning rate at the end of the cosine, as a part of the peak."""
+    """The learning rate at the end of the cosine, as a share of the peak."""
 
     warmup_steps: int = 20
     """Steps over which the learning rate rises linearly to the peak."""

@@ -12,25 +12,25 @@ from palm_rlhf.training.sampling_config import SamplingConfig
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class RolloutConfig(SamplingConfig):
-    """How responses are drawn and scored."""
+    """The settings of sampling and scoring responses."""
 
     num_samples: int = 2
-    """Responses to each prompt, of which the best and the worst become a pair; 2 in arXiv:2402.04792."""
+    """Responses to each prompt; the best and the worst become a pair. 2 in arXiv:2402.04792."""
 
     max_new_tokens: int = 64
-    """Longest response, in tokens; of a prompt the last tokens count, so that max_seq_len holds both."""
+    """Longest response, in tokens; prompts lose their start where max_seq_len has no room for both."""
 
     eos_token: int | None = None
-    """Ends a response, which keeps it; None: every response takes all the room there is."""
+    """Ends a response, which keeps it; None: every response fills its room."""
 
     missing_eos_penalty: float = 0.0
-    """Taken from the score of a response that ended for lack of room."""
+    """Subtracted from the score of a response that ended for lack of room."""
 
     reward_weights: dict[str, float] | None = None
-    """Weights of named rewards in the score, 1 for those that are not listed; one of weight 0 is logged alone."""
+    """Weights of named rewards in the score, 1 for rewards that are not listed; a reward of weight 0 is only logged."""
 
     reward_timeout: float | None = None
-    """Seconds that the reward functions may take for a step's responses, all at the same time; None: any time."""
+    """Seconds that the reward functions, called at the same time, may take for a step's responses; None: any time."""
 
     rollout_batch_size: int = 64
     """Responses that one process draws at once."""

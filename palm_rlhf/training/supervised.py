@@ -70,7 +70,7 @@ class RowsLoss(nn.Module):
 
 
 class SupervisedTrainer:
-    """Fine-tunes a PaLM on examples, such as conversations, on one process or those of `accelerate launch`.
+    """The trainer of a PaLM on examples, such as conversations, on one process or those of `accelerate launch`.
 
     With `config.lora_r` adapters "supervised" are trained: sample with `finetune_scope="supervised"`, or merge them.
     Seeds the random generators of Python, NumPy and PyTorch. Loop over `steps` to act between steps, or call `train`.

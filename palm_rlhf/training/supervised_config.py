@@ -11,7 +11,7 @@ from palm_rlhf.training.run.config import RunConfig
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class SupervisedConfig(RunConfig):
-    """How a language model is fine-tuned on examples.
+    """The settings of fine-tuning on examples.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the examples of the whole run.
     """
@@ -19,19 +19,19 @@ class SupervisedConfig(RunConfig):
     fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "lora_r", "lora_alpha", "lora_embeddings")
 
     batch_size: int = 8
-    """Rows in one forward of one process; a step sees batch_size * grad_accum * (number of processes)."""
+    """Rows in one forward of one process; a step has batch_size * grad_accum * (number of processes)."""
 
     grad_accum: int = 1
-    """Forwards and backwards of one process whose gradients make one optimiser step."""
+    """Micro-batches of one process in an optimiser step: their gradients are added up."""
 
     num_epochs: int = 3
-    """How often each example is seen; the run's last step is filled up with examples of one more epoch."""
+    """Passes over the examples; the run's last step is filled up from one more epoch."""
 
     learning_rate: float = 2e-5
     """Peak learning rate; adapters and small models take far more."""
 
     min_lr_ratio: float = 0.1
-    """The learning rate at the end of the cosine, as a part of the peak."""
+    """The learning rate at the end of the cosine, as a share of the peak."""
 
     warmup_steps: int = 20
     """Steps over which the learning rate rises linearly to the peak."""
@@ -49,13 +49,13 @@ class SupervisedConfig(RunConfig):
     """Keep only the blocks' inputs for the backward, and compute the rest again: less memory, a third more time."""
 
     lora_r: int = 0
-    """Rank of the adapters that are trained in place of the weights; 0 trains the weights."""
+    """Rank of the adapters that are trained instead of the weights; 0 trains the weights."""
 
     lora_alpha: float | None = None
-    """Adapters count alpha / r times; None is r."""
+    """The output of adapters is multiplied by alpha / r; None: alpha is r."""
 
     lora_embeddings: bool = False
-    """Beside the adapters train the token embeddings, which tokens that are new to the model need."""
+    """Train the token embeddings beside the adapters, as tokens that are new to the model need."""
 
     eval_every: int = 50
     """Steps between evaluations on the validation data."""

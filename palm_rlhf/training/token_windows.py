@@ -63,7 +63,7 @@ def _check_ids(array: np.ndarray, num_tokens: int, label: str, chunk: int = 1 <<
 
 
 class WindowSampler:
-    """Draws windows of up to `seq_len` targets, reproducibly from a seed.
+    """A sampler of windows of up to `seq_len` targets, in a random order that the seed decides.
 
     Each epoch of a source cuts it at a random offset into windows that do not overlap, and goes through them in random
     order, so every token but the source's first is a target exactly once an epoch. The next window always comes from

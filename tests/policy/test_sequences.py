@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs
+from palm_rlhf.policy.sequences import Sequences, action_logprobs, batches_by_length, join, response_logprobs
 
 TOKENS = st.lists(st.integers(0, 5), min_size=1, max_size=5)  # 0 is also what pads are filled with
 ROWS = st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=5)
@@ -290,3 +290,19 @@ def test_the_entropy_carries_a_gradient_only_where_asked(wandering_palm, draw_ro
     torch.testing.assert_close(without.entropy, with_grad.entropy, rtol=0, atol=0)
     with torch.no_grad():
         assert not response_logprobs(palm, sequences, entropy_needs_grad=True).entropy.requires_grad
+
+
+def test_batches_hold_rows_of_similar_length_in_a_stable_order():
+    batches = batches_by_length(torch.tensor([5, 2, 9, 2, 7]), 2)
+    assert [batch.tolist() for batch in batches] == [[1, 3], [0, 4], [2]]
+
+
+@pytest.mark.parametrize("num_rows, num_shards", [(7, 3), (6, 3), (2, 3), (1, 2)])
+def test_each_row_is_in_a_batch_of_one_process(num_rows, num_shards):
+    lengths = torch.randint(1, 9, (num_rows,), generator=torch.Generator().manual_seed(num_rows))
+    dealt = [batches_by_length(lengths, 2, (index, num_shards)) for index in range(num_shards)]
+    assert sorted(torch.cat([row for batches in dealt for row in batches]).tolist()) == list(range(num_rows))
+    assert all(0 < len(batch) <= 2 for batches in dealt for batch in batches)
+    by_length = sorted(range(num_rows), key=lambda row: int(lengths[row]))
+    assert [batch.tolist() for batch in dealt[0]] == [by_length[::num_shards][k : k + 2]
+                                                      for k in range(0, len(by_length[::num_shards]), 2)]  # fmt: skip

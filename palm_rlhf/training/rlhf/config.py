@@ -22,10 +22,10 @@ T = TypeVar("T", int, Tensor)
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
 class PPOConfig(SamplingConfig, RunConfig):
-    """How a policy is improved: PPO (arXiv:1707.06347; for language arXiv:1909.08593 and arXiv:2203.02155), GRPO, RLOO.
+    """The settings of PPO (arXiv:1707.06347; for language arXiv:1909.08593 and arXiv:2203.02155), GRPO and RLOO.
 
     A step collects rollouts, scores them, and makes several optimiser steps on them. Defaults are those of
-    lm-human-preferences (arXiv:1909.08593) where the text below a field names nothing else.
+    lm-human-preferences (arXiv:1909.08593) where the text below a field names no other source.
     """
 
     fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk")
@@ -82,7 +82,7 @@ class PPOConfig(SamplingConfig, RunConfig):
     """Steps over which the learning rates rise linearly."""
 
     min_lr_ratio: float = 1.0
-    """The learning rates at the end of a cosine over the run, as a part of those above; 1 keeps them."""
+    """The learning rates at the end of a cosine over the run, as a share of their peaks; 1 keeps them."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moments."""

@@ -37,7 +37,7 @@ Table = dict[str, list[list[float | None]]]  # of each reward: prompts, and the 
 
 
 class Evaluator:
-    """Measures the policy on prompts that it does not learn from, and remembers the run's evaluations.
+    """Evaluations of the policy on prompts that it does not learn from, and their history in a run.
 
     Its random generators are its own, with the same seed in every evaluation; those of the training are left as they
     were. `eval_reward`, which is asked in evaluations alone, and the training's rewards of weight 0 are held out. The
@@ -103,8 +103,8 @@ class Evaluator:
         assert self.reference is not None  # since `begin`
         metrics: Metrics = {f"eval_{name}": _mean(row[name] for row in measures) for name in measures[0]}
         for name, scores in table.items():
-            if said := [number for row in scores for number in row if number is not None]:
-                metrics["eval_score" if name == SCORE else f"eval_score/{name}"] = _mean(said)
+            if known := [number for row in scores for number in row if number is not None]:
+                metrics["eval_score" if name == SCORE else f"eval_score/{name}"] = _mean(known)
         if found := win_rate(_tensor(table[SCORE]), _tensor(self.reference[SCORE])):
             metrics |= {"eval_win_rate": found.rate, "eval_win_rate_low": found.low, "eval_win_rate_high": found.high}
         if self.held_out:
@@ -156,8 +156,8 @@ class Evaluator:
     def _scored(self, trainer: "RLHFTrainer", rollout: Rollout) -> list[dict[str, Any]]:
         """Return, for each prompt of this process, its place and the scores of its responses by each reward."""
         config, run = trainer.config, trainer.run
-        said = trainer.ask(self.reward, rollout, config.reward_weights)
-        numbers = {SCORE: said.numbers(), **{name: part.numbers() for name, part in said.by_name.items()}}
+        judged = trainer.ask(self.reward, rollout, config.reward_weights)
+        numbers = {SCORE: judged.numbers(), **{name: part.numbers() for name, part in judged.by_name.items()}}
         if self.eval_reward:
             more = trainer.ask(self.eval_reward, rollout).by_name
             numbers |= {name: part.numbers() for name, part in more.items()}
@@ -245,5 +245,5 @@ def _mean(numbers: Iterator[float] | Sequence[float]) -> float:
 
 
 def _mean_or_none(row: Sequence[float | None]) -> float | None:
-    said = [number for number in row if number is not None]
-    return _mean(said) if said else None
+    known = [number for number in row if number is not None]
+    return _mean(known) if known else None

@@ -51,7 +51,7 @@ class Experience:
 
 
 def in_row_order(results: Sequence[Tensor], batches: Sequence[Tensor]) -> Tensor:
-    """Return what forwards of batches found for each row, in the order of the rows, 0 after short ones: `b t`.
+    """Return the outputs of batches in the order of their rows, `b t`, padded with 0.
 
     Each row is in one of the batches.
     """
@@ -74,7 +74,7 @@ def shape_scores(
         scores: the scores by the reward.
         rollout: the responses.
         moments: the moments of all scores of the run; from now on, these are among them.
-        gather: returns the tensors of all processes for those of this one.
+        gather: returns tensors of all processes, from tensors of this one.
     """
     shaped = scores.scores
     if config.scale_scores:

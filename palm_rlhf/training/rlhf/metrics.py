@@ -120,7 +120,7 @@ def rollout_metrics(
     sums = {
         "responses": torch.tensor(len(rollout.sequences)),
         "truncated": rollout.truncated.sum(),
-        "turns": torch.tensor(sum(said["role"] == "assistant" for talk in rollout.messages or () for said in talk)),
+        "turns": torch.tensor(sum(m["role"] == "assistant" for messages in rollout.messages or () for m in messages)),
         "tokens": all_actions.sum(),
         "kl": masked_sum(experience.logprobs - experience.ref_logprobs, all_actions),
         "actions": mask.sum(),

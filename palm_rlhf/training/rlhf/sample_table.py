@@ -14,7 +14,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 class SampleTable:
-    """Appends responses to samples.jsonl in the run's folder, a line each, for a person to read."""
+    """The file samples.jsonl in a run's folder: some responses of a step, a line each."""
 
     @beartype
     def __init__(self, run: Run, num_kept: int, tokenizer: Any):

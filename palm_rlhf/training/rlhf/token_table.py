@@ -21,7 +21,7 @@ TOKENS_FILE = "tokens.jsonl"
 
 
 class TokenTable:
-    """Appends the tokens of the first few responses to tokens.jsonl in the run's folder, a line for each response.
+    """The file tokens.jsonl in a run's folder: the tokens of the first few responses, a line for each response.
 
     A line has the `step`, the `score` (null where the reward returned None), the `prompt` as a text (as ids where there
     is no tokenizer), and lists with an entry for each token of the response: `tokens` (ids), `pieces` (texts), and

@@ -38,7 +38,7 @@ from palm_rlhf.training.run.sharding import make_root, whole
 
 
 class RLHFTrainer(Collector):
-    """Improves a PaLM by a reward: PPO with a critic, or GRPO or RLOO without, on one process or several.
+    """The trainer of a PaLM by a reward: PPO with a critic, or GRPO or RLOO without, on one process or several.
 
     Args:
         palm: the policy, trained in place; with `config.actor_lora_r` its adapters "actor" are.
@@ -128,8 +128,8 @@ class RLHFTrainer(Collector):
     ) -> Result:
         """Take the steps with a progress bar on standard error, and return the metrics of the last one.
 
-        `stopped_early` is among them where `max_seconds` ended the run before its last step. The config decides what is
-        not given here. An episode has `max_timesteps` rollouts, a step has `update_timesteps` of them, and
+        `stopped_early` is among them where `max_seconds` ended the run before its last step. The config has the
+        settings that are not given here. An episode has `max_timesteps` rollouts, a step has `update_timesteps`, and
         `max_batch_size` are drawn at once; `max_seq_len` counts the tokens of a prompt and its response together.
         """
         given: dict[str, Any] = {"rollouts_per_step": update_timesteps, "rollout_batch_size": max_batch_size,
@@ -194,7 +194,7 @@ class RLHFTrainer(Collector):
     @torch.no_grad()
     @beartype
     def estimate_advantages(self, rollout: Rollout, scores: Scores) -> Experience:
-        """Estimate how much better each action was than the critic, or the other responses to the prompt, expect."""
+        """Estimate how much better each action was than expected, by the critic or by the other responses."""
         config, sequences, reference = self.config, rollout.sequences, self.reference
         if self.kl_coef and reference is None:
             raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
@@ -240,8 +240,9 @@ class RLHFTrainer(Collector):
             for rows in experience.order(epoch).split(self.minibatch_rows):
                 minibatch = experience.select(rows.to(run.device))
                 mask = minibatch.action_mask
-                counts = self.accelerator.reduce(torch.stack([mask.sum(), mask.any(dim=-1).sum()]), "sum")
-                if not counts[0]:  # no response of this minibatch counts
+                sums = torch.stack([mask.sum(), mask.any(dim=-1).sum()])
+                num_tokens, num_sequences = self.accelerator.reduce(sums, "sum")
+                if not num_tokens:  # no response of this minibatch counts
                     continue
                 with run.optimizer_step(rate_factor=factor, clip=clipped_together) as step:
                     micro_batches = torch.arange(len(mask), device=run.device).split(self.forward_size)
@@ -249,8 +250,8 @@ class RLHFTrainer(Collector):
                         with run.autocast():
                             output = run.model(part.sequences, **options)
                             loss, parts, ratio_min, ratio_max = objective(
-                                config, part, output, kl_coef=kl_coef, num_tokens=counts[0], num_sequences=counts[1],
-                                max_length=room
+                                config, part, output, kl_coef=kl_coef, num_tokens=num_tokens,
+                                num_sequences=num_sequences, max_length=room
                             )  # fmt: skip
                         step.backward(loss)
                         statistics.add(parts, ratio_min, ratio_max)
@@ -267,7 +268,7 @@ class RLHFTrainer(Collector):
         save_checkpoint(self)
 
     def _learning_rates(self) -> Metrics:
-        groups = self.run.optimizer.param_groups  # those of the policy, then those of the critic
+        groups = self.run.optimizer.param_groups  # first the policy's, then the critic's
         rates = {"learning_rate": groups[0]["lr"]}
         return rates if self.actor_critic.value_head is None else rates | {"critic_learning_rate": groups[-1]["lr"]}
 

@@ -43,13 +43,13 @@ def require_unused(output_dir: Path) -> None:
 
 @contextmanager
 @beartype
-def writing(what: str) -> Iterator[None]:
+def writing(name: str) -> Iterator[None]:
     """Turn the errors of a full disk into one OSError that names the file and the way out."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{what} could not be written: {error.__cause__ or error}. What was saved before is intact: make room on "
+            f"{name} could not be written: {error.__cause__ or error}. What was saved before is intact: make room on "
             f"the disk (fewer keep_checkpoints take less), then resume"
         ) from error
 

@@ -27,6 +27,6 @@ def plot_curves(lines: Sequence[Mapping[str, float | int]], path: Path, panels: 
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-    for axes in list(all_axes):  # what is left of the grid
+    for axes in list(all_axes):  # empty places of the grid
         axes.set_axis_off()
     figure.savefig(path, dpi=120)

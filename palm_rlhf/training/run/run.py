@@ -172,17 +172,17 @@ class Run:
 
     @beartype
     def is_due(self, every: int) -> bool:
-        """Whether what comes every so many steps comes after this one."""
+        """Return whether an event that comes every so many steps comes after this one."""
         return self.step % every == 0
 
     @contextmanager
     @beartype
     def new_checkpoint(self, state: Mapping[str, Any], best: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
-        """The folder of this step's checkpoint, for the block to write models to; None where there is nothing to write.
+        """Yield the folder of this step's checkpoint, to write models to; None where there is nothing to write.
 
-        That is so where no output_dir is given, and in all processes but the main one; all processes take part. The
-        checkpoint is whole or absent; all but the newest `keep_checkpoints` are removed. Then the curves are drawn.
-        Raises OSError where the disk is full; the checkpoints before it stay.
+        Only the main process writes, and only to an output_dir, but all processes take part. The checkpoint is whole or
+        absent; all but the newest `keep_checkpoints` are removed, and the curves are drawn. Raises OSError where the
+        disk is full; the checkpoints before it stay.
 
         Args:
             state: the trainer's state that is not a tensor, as JSON.
@@ -207,7 +207,7 @@ class Run:
     @contextmanager
     @beartype
     def newest_checkpoint(self) -> Iterator[SavedRun | None]:
-        """The checkpoint that the run goes on from, for the block to read models from; None where it starts anew.
+        """Yield the checkpoint that the run goes on from, to read models from; None where it starts anew.
 
         After the block the optimiser, the step, the clock and the random generators go on from it as well. The block
         raises ValueError for a checkpoint of another run.
@@ -236,7 +236,7 @@ class Run:
         if metrics:
             self.log.write({"step": self.step, **metrics})
         self.log.close()
-        # The thread that sent what was gathered last lets go of it before this: at the exit of Python it would abort.
+        # After this no thread still sends: one that does would abort the process at its exit.
         self.accelerator.wait_for_everyone()
         seconds = self.elapsed + time.perf_counter() - started
         return {**metrics, "steps": self.step, "seconds": seconds, **self.ending}
