@@ -8,9 +8,11 @@ import pytest
 from palm_rlhf import training
 from palm_rlhf.training.rollout_config import RolloutConfig
 from palm_rlhf.training.run.config import RunConfig, Settings
+from palm_rlhf.training.sampling_config import SamplingConfig
 
 from .trainers import CONFIGS
 
+BASES = {Settings, RunConfig, SamplingConfig}  # their fields are walked in the configs that inherit them
 WALKED = (*CONFIGS, RolloutConfig)
 
 WHAT_TO_DO = """{names}: no law is found.
@@ -94,9 +96,7 @@ def test_all_configs_are_walked():
     def kinds(base):
         return {base}.union(*map(kinds, base.__subclasses__()))
 
-    configs = {
-        kind for kind in kinds(Settings) - {Settings, RunConfig} if kind.__module__.startswith(training.__name__)
-    }
+    configs = {kind for kind in kinds(Settings) - BASES if kind.__module__.startswith(training.__name__)}
     of_runs = {kind for kind in configs if issubclass(kind, RunConfig)}
     assert set(CONFIGS) == of_runs, "add the config to SETTINGS in tests/training/laws/trainers.py, and its trainer"
     assert set(WALKED) == configs, "add the config to WALKED, which is walked here"
