@@ -201,6 +201,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"palm-rlhf {palm_rlhf.__version__}\n"
 
 
+@pytest.mark.slow(9)
 @pytest.mark.parametrize(
     "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )

@@ -122,6 +122,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow(11)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_gate_refuses_what_the_compiler_should_not_emit(static, compile_forward, mutant):
     options, reason = MUTANTS[mutant]

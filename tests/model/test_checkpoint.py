@@ -331,6 +331,7 @@ def hub(run_server, tmp_path):
     return open_and_copy
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("revision", [None, "next"])
 def test_a_hub_id_is_downloaded_and_opened(tmp_path, hub, revision):
     model(1).save_pretrained(tmp_path / "repository" / "main")

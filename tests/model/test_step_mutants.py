@@ -97,6 +97,7 @@ def test_the_kernel_is_right_where_its_mutants_are_wrong():
     assert error() < EXACT
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
 def test_the_kernel_is_right_on_older_processors(without, compile_native, monkeypatch):
     if native_library.why_not() is None and platform.machine() == "x86_64":
@@ -106,6 +107,7 @@ def test_the_kernel_is_right_on_older_processors(without, compile_native, monkey
         assert bfloat16_error(pairs=False) < 2e-6
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_line_is_noticed(name, use_mutant):
     if native_library.why_not() is None:

@@ -169,6 +169,7 @@ def described(served_model):
             yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
+@pytest.mark.slow(9)
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
 @pytest.mark.parametrize("path, method", OPERATIONS)
 def test_no_request_finds_an_error_of_the_server(described, path, method, mode):

@@ -83,6 +83,7 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
         assert noted in errors
 
 
+@pytest.mark.slow(7)
 def test_replies_that_outlast_the_grace_are_told_so(command, checkpoint):
     endless = {"model": "parrot", "prompt": "a", "max_tokens": 90_000, "logit_bias": {"256": -100}}
     with command(checkpoint, "--port", 0, "--context", 100_000) as (process, url), ThreadPoolExecutor() as pool:

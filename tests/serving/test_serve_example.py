@@ -27,6 +27,7 @@ def test_a_model_is_trained_served_and_asked(example):
     assert 1 <= result["tokens"] <= 8
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("package", ["openai", "fastapi"])
 def test_a_package_that_is_missing_is_told_before_training(root, package):
     """In a process that cannot import it; the steps of training would take hours."""

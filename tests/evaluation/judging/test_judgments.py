@@ -233,6 +233,7 @@ def test_another_model_prompt_or_answer_is_another_judgment(judge_server, bench,
     assert len(server.calls) == 50
 
 
+@pytest.mark.slow(5)
 def test_a_killed_run_goes_on_and_pays_nothing_twice(judge_server, bench, tmp_path, start_evaluate):
     enough, path = threading.Event(), tmp_path / "judgments.jsonl"
 
