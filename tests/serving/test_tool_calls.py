@@ -332,7 +332,6 @@ def test_a_reply_that_was_cut_says_so():
     assert reader.read(Piece(f"{CALL}a", finish_reason="length")).finish_reason == "length"
 
 
-@pytest.mark.slow(32)
 def test_the_form_of_calls_is_read_from_the_template():
     assert (call_form(TEMPLATE.source), call_form(LLAMA.source)) == ("tags", "json")
     assert call_form("{{ tools }}") is None
