@@ -118,6 +118,7 @@ def test_arrays_may_be_mapped_files_and_tensors(tmp_path):
     [
         (np.array([1, 2, 256]), r"data has the token id 256 at position 2, expected 0 to 255"),
         (np.array([1, -1, 2]), r"data has the token id -1 at position 1"),
+        (np.array([1, 2, -1], dtype=np.int8), r"data has the token id -1 at position 2"),
         ([np.array([1, 2]), np.array([3, 300], dtype=np.uint16)], r"data\[1\] has the token id 300 at position 1"),
         (torch.tensor([0, 1, 999]), r"token id 999 at position 2"),
         (np.array([0.0, 1.0]), r"float64 of shape \(2,\), expected a 1-d array of integer"),
