@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine import Engine, EngineConfig
-from palm_rlhf.serving.engine.batch import FORWARD, Batch
+from palm_rlhf.serving.engine.batch import FORWARD_COST, Batch
 from palm_rlhf.serving.generation import Request
 from tests.factories import palm_of
 
@@ -56,7 +56,7 @@ def test_prompts_that_fit_the_chunk_are_read_at_once(palm, served_model):
 
 
 def test_a_prompt_joins_where_its_padding_costs_less_than_a_forward(palm, served_model):
-    for length, together in ((20 + FORWARD // 2, True), (22 + FORWARD, False)):
+    for length, together in ((20 + FORWARD_COST // 2, True), (22 + FORWARD_COST, False)):
         _, shapes = ask_all(palm, served_model, [random_prompt(20, 1), random_prompt(length, 2)])
         # padded to the second, the first costs what one is longer than the other
         assert shapes == ([(2, length)] if together else [(1, 20), (1, length)])

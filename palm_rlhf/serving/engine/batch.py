@@ -18,7 +18,7 @@ from palm_rlhf.serving.generation import EngineError, Generation
 
 logger = logging.getLogger(__name__)
 COLUMN_STEP = 64  # reserved lengths are rounded up to it, so that the block is seldom reshaped
-FORWARD = 32  # the cost of one more forward, as the number of tokens that could be read in the same time
+FORWARD_COST = 32  # the cost of one more forward, as the number of tokens that could be read in the same time
 HEADROOM = 256  # tokens that each row can grow by after another joins, before memory can run out again
 Outcome = SampledToken | Exception
 Results = list[tuple[Generation, Outcome]]
@@ -91,7 +91,7 @@ class Batch:
         longest = max(other.length for other in self.reading) - start
         together = max(longest, generation.length - start) * (others + 1)
         alone = generation.length - max(known, shared)
-        return known >= start and together <= num_tokens and together <= others * longest + alone + FORWARD
+        return known >= start and together <= num_tokens and together <= others * longest + alone + FORWARD_COST
 
     def halt(self) -> None:
         """Leave the sequences being read for later, so that others are read first."""

@@ -20,7 +20,9 @@ class SampledToken(NamedTuple):
 class Sampler:
     """A sampler that draws each token by one uniform number from the row's own generator, so that rows are independent.
 
-    `allowed`: `v` bool, False for ids that are never sampled, which have no part in any distribution.
+    Args:
+        allowed: `v` bool, False for ids that are never sampled, which have no part in any distribution; None allows
+            all.
     """
 
     def __init__(self, allowed: Tensor | None = None):
@@ -29,7 +31,8 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[SampledToken | None]:
         """Return the next token of each row; None where the logits are not finite, or no token is allowed.
 
-        logits: `b v`, one row for each generation.
+        Args:
+            logits: `b v`, one row for each generation.
         """
         logits = self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
@@ -117,7 +120,9 @@ def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
 def token_logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Generation]) -> list[TokenLogprob | None]:
     """Return the log-probability of the next token for each row that asks for it, else None.
 
-    logits: `b v`; chosen: `b`.
+    Args:
+        logits: `b v`, of the model's own distribution.
+        chosen: `b`, the next tokens.
     """
     found: list[TokenLogprob | None] = [None] * len(rows)
     wanted = {index: row.request.logprobs for index, row in enumerate(rows) if row.request.logprobs is not None}
@@ -131,7 +136,13 @@ def token_logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Generation]) -
 
 
 def with_alternatives(logits: Tensor, tokens: Tensor, most: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of tokens, with the `most` likeliest alternatives: logits `n v`, tokens `n`."""
+    """Return the log-probabilities of tokens, each with the likeliest tokens in its place.
+
+    Args:
+        logits: `n v`.
+        tokens: `n`.
+        most: The number of likeliest tokens.
+    """
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(-1, tokens.unsqueeze(-1))
     ranks = (logprobs > own).sum(dim=-1) + 1
