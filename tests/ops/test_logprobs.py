@@ -173,6 +173,7 @@ def test_chunks_are_for_many_logits_that_are_not_dearer_to_compute_again():
     assert pay(1024, 512, 50257, False)
     assert not pay(100, 512, 50257, True)  # few tokens
     assert not pay(100_000, 512, 256, True)  # a small vocabulary
+    assert pay(100_000, 512, 4 * 512, True) and not pay(100_000, 512, 4 * 512 - 1, True)  # of four times the width
     assert not pay(1024, 4096, 50257, True)
     assert pay(1024, 4096, 50257, False)
     assert not pay(1024, 4096, 50257, False, entropy_needs_grad=True)
