@@ -96,6 +96,7 @@ class ChunkedAttention(torch.autograd.Function):
         if ctx.spans is not None:
             out, lse = native_attention.forward_native(q, k, v, ctx.spans)
         elif unmasked and (square or not causal) and q.device.type == "cpu":
+            # the operator behind F.scaled_dot_product_attention, which does not return the lse that the backward needs
             shared = [_for_every_head(t, q.shape[1]) for t in (k, v)]
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *shared, 0.0, causal)
         else:

@@ -103,7 +103,10 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses, each times its weight in `counts`; x: `n e`, weight: `v e`, targets and counts: `n`."""
+    """The sum of the losses, each times its weight in `counts`; x: `n e`, weight: `v e`, targets and counts: `n`.
+
+    `with_gradients` is the grad mode of the caller, which autograd switches off inside of `forward`.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, targets, counts, scale, z_loss, dtype, with_gradients):

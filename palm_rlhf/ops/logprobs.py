@@ -136,7 +136,10 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probabilities and entropies; x: `n e`, weight: `v e`, tokens: `n`."""
+    """Log-probabilities and entropies; x: `n e`, weight: `v e`, tokens: `n`.
+
+    `with_gradients` is the grad mode of the caller, which autograd switches off inside of `forward`.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, tokens, scale, dtype, entropy_needs_grad, top_k, top_p, with_gradients):

@@ -57,7 +57,10 @@ def num_threads() -> int:
 
 
 def has_amx() -> bool:
-    """Return whether the processor multiplies matrices of bfloat16 in tiles (AMX), which PyTorch's products use."""
+    """Return whether the processor multiplies matrices of bfloat16 in tiles (AMX), which PyTorch's products use.
+
+    PyTorch has no public name for this question; a version without the private one counts as a processor without AMX.
+    """
     import torch
 
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

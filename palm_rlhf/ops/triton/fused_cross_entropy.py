@@ -57,9 +57,9 @@ def statistics_kernel(
 
     tokens = tl.load(tokens_ptr + rows, mask=inside, other=0)
     known = inside & (tokens >= 0) & (tokens < num_tokens)  # targets that do not count may be any number
-    said = tl.load(logits_ptr + rows.to(tl.int64) * width + tokens, mask=known, other=0.0).to(tl.float32)
+    token_logits = tl.load(logits_ptr + rows.to(tl.int64) * width + tokens, mask=known, other=0.0).to(tl.float32)
     total_log2 = tl.math.log2(total)
-    tl.store(logprobs_ptr + rows, (said * (scale * LOG2_E) - largest - total_log2) / LOG2_E, mask=inside)
+    tl.store(logprobs_ptr + rows, (token_logits * (scale * LOG2_E) - largest - total_log2) / LOG2_E, mask=inside)
     tl.store(log_z_ptr + rows, (largest + total_log2) / LOG2_E, mask=inside)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + rows, (total_log2 - moment / total) / LOG2_E, mask=inside)
@@ -78,11 +78,11 @@ def gradient_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < num_rows
-    d_said = tl.load(d_logprobs_ptr + rows, mask=inside, other=0.0) * scale
-    slope = -d_said
+    d_logprobs = tl.load(d_logprobs_ptr + rows, mask=inside, other=0.0) * scale
+    slope = -d_logprobs
     if d_log_z_ptr is not None:
         slope += tl.load(d_log_z_ptr + rows, mask=inside, other=0.0) * scale
-    counts = (d_said != 0.0) | (slope != 0.0)
+    counts = (d_logprobs != 0.0) | (slope != 0.0)
     log_z = tl.load(log_z_ptr + rows, mask=inside, other=0.0)
     pointers, mask, logits = load_logits(logits_ptr, rows, columns, num_rows, width)
     logprobs = logits * (scale * LOG2_E) - (log_z * LOG2_E)[:, None]
@@ -94,7 +94,7 @@ def gradient_kernel(
         gradients = gradients - d_entropy[:, None] * (logprobs / LOG2_E + entropy[:, None])
     gradients = gradients * tl.math.exp2(logprobs)
     tokens = tl.load(tokens_ptr + rows, mask=inside, other=0)
-    gradients += tl.where(columns[None, :] == tokens[:, None], d_said[:, None], 0.0)
+    gradients += tl.where(columns[None, :] == tokens[:, None], d_logprobs[:, None], 0.0)
     gradients = tl.where(counts[:, None], gradients, 0.0)
     tl.store(pointers, gradients.to(logits_ptr.dtype.element_ty), mask=mask)
 

@@ -398,9 +398,7 @@ def test_an_output_layer_of_its_own_is_refused_and_a_copy_of_the_embeddings_is_n
     assert torch.equal(PaLM.from_pretrained(tmp_path)(tokens()), palm(tokens()))
     tensors["lm_head.weight"][3, 3] += 1
     save_file(tensors, file)
-    with pytest.raises(
-        ValueError, match=r"has a lm_head\.weight of its own; expected the embeddings"
-    ):
+    with pytest.raises(ValueError, match=r"has a lm_head\.weight of its own; expected the embeddings"):
         PaLM.from_pretrained(tmp_path)
 
 
