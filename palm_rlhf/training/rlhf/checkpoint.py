@@ -1,7 +1,8 @@
 """The checkpoints of reinforcement learning: policy, critic, reference, and the state of the run."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from beartype import beartype
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,8 @@ from palm_rlhf.model.checkpoint import require_same_mathematics, shapes_of
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import check_shapes
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
+from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.variants import VARIANTS
 from palm_rlhf.training.run.sharding import full_state, load_full, plain_palm
 
 if TYPE_CHECKING:
@@ -42,11 +45,17 @@ def resume_from_checkpoint(trainer: "RLHFTrainer") -> None:
         folder, state = saved
         trainer.sampler.load_state_dict(state["sampler"])
         read_policy(folder, trainer.actor_critic, trainer.reference)
-        if trainer.config.continues_kl_coef(state["config"]):
+        if _continues_kl_coef(trainer.config, state["config"]):
             trainer.kl_coef = state["kl_coef"]
         trainer.score_moments.load_state_dict(state["score_moments"])
         if trainer.evaluator and state.get("evaluation"):
             trainer.evaluator.load_state_dict(state["evaluation"])
+
+
+def _continues_kl_coef(config: PPOConfig, saved: Mapping[str, Any]) -> bool:
+    """Return whether a run goes on with a checkpoint's KL coefficient: its start and its steering are the same."""
+    start = VARIANTS[saved["grpo_variant"]].kl_coef if saved["kl_coef"] is None else saved["kl_coef"]
+    return config.initial_kl_coef == start and (config.kl_target is None) == (saved["kl_target"] is None)
 
 
 @beartype

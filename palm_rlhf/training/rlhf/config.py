@@ -1,6 +1,5 @@
 """The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -11,7 +10,7 @@ from palm_rlhf.algorithms.advantages import AdvantageScale
 from palm_rlhf.algorithms.ratios import RatioLevel
 from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.rlhf.config_checks import check_config
-from palm_rlhf.training.rlhf.variants import VARIANTS, Aggregation, Variant, variant_of
+from palm_rlhf.training.rlhf.variants import Aggregation, Variant, variant_of
 from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.optimizer import Precision
 from palm_rlhf.training.sampling_config import SamplingConfig
@@ -258,16 +257,6 @@ class PPOConfig(SamplingConfig, RunConfig):
         num_rollouts = num_episodes * max_timesteps
         per_step = min(self.rollouts_per_step, num_rollouts)
         return replace(self, rollouts_per_step=per_step, num_steps=num_rollouts // per_step)
-
-    def continues_kl_coef(self, there: Mapping[str, Any]) -> bool:
-        """Return whether a resumed run keeps the KL coefficient of its checkpoint, whose config has the fields `there`.
-
-        It does not where another start is given, or where steering is switched on or off.
-        """
-        given = there["kl_coef"]
-        start = VARIANTS[there["grpo_variant"]].kl_coef if given is None else given
-        same_start = self.initial_kl_coef == start
-        return same_start and (self.kl_target is None) == (there["kl_target"] is None)
 
     def response_room(self, prompt_length: T) -> int | T:
         """Return the longest response that there is room for after a prompt of so many tokens."""
