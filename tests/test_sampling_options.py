@@ -16,8 +16,8 @@ from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.serving.chat import chat as chat_command
 from palm_rlhf.serving.dialogue import Dialogue
 from palm_rlhf.serving.generation import Request
-from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION
-from palm_rlhf.serving.http.responses_parameters import RESPONSE
+from palm_rlhf.serving.protocol.openai_parameters import CHAT, COMPLETION
+from palm_rlhf.serving.protocol.responses_parameters import RESPONSE
 from palm_rlhf.training.rollout_config import RolloutConfig
 
 DEFAULTS = {

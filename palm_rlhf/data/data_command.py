@@ -2,17 +2,16 @@
 
 import json
 import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from contextlib import nullcontext
+from functools import partial
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from palm_rlhf.data.command_files import check_eval, offers_to_skip, refuse_existing, seekable
 from palm_rlhf.data.command_summary import CommandSummary
 from palm_rlhf.data.convert import Form, Target, converted_records, form_of
 from palm_rlhf.data.curation.cleaning import Html, mend_turns, to_markdown
@@ -27,8 +26,8 @@ from palm_rlhf.data.curation.filters import (
     keep_model,
 )
 from palm_rlhf.data.curation.held_out import is_held_out
-from palm_rlhf.data.files.json_record import BrokenRecord, Record
-from palm_rlhf.data.files.records import STANDARD, write_records
+from palm_rlhf.data.files.json_record import Record
+from palm_rlhf.data.files.records import write_records
 
 File = Annotated[Positional[str], arg(metavar="FILE")]
 Out = Annotated[str, arg(metavar="OUT.jsonl|.csv|.parquet")]
@@ -37,21 +36,6 @@ Share = Annotated[float | None, arg(metavar="0..1")]
 Name = Annotated[str | None, arg(metavar="NAME")]
 Words = Annotated[tuple[str, ...], arg(metavar="WORD ...", help_behavior_hint="(default: none)")]
 Codes = Annotated[tuple[str, ...], arg(metavar="CODE ...", help_behavior_hint="(default: all)")]
-
-
-def offers_to_skip(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command; its error for a broken record names the option that leaves such records out."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except ValueError as error:
-            if isinstance(error.__cause__, BrokenRecord):
-                raise ValueError(f"{error}, or leave out broken records with --skip-broken") from error
-            raise
-
-    return run
 
 
 @offers_to_skip
@@ -141,7 +125,7 @@ def filter_conversations(
         overwrite: Write over a file that exists.
     """
     refuse_existing(overwrite, out, eval_out)
-    _check_eval(eval_fraction, eval_out, out)
+    check_eval(eval_fraction, eval_out, out)
     summary = CommandSummary()
     rejected = summary.rejected
     count_tokens = _counter(tokenizer)
@@ -221,7 +205,7 @@ def convert(
     """
     refuse_existing(overwrite, out)
     summary = CommandSummary()
-    with _seekable(file) if form == "auto" else nullcontext(file) as path:
+    with seekable(file) if form == "auto" else nullcontext(file) as path:
         records = converted_records(
             path,
             form_of(path, skip_broken=skip_broken) if form == "auto" else form,
@@ -237,22 +221,6 @@ def convert(
         )
         write_records(out, summary.written(records))
     summary.report(out)
-
-
-@beartype
-def refuse_existing(overwrite: bool, *outs: str | None) -> None:
-    """Raise FileExistsError if a file would be written over without --overwrite; pipes and devices are allowed."""
-    for out in outs:
-        if out not in (None, STANDARD) and os.path.isfile(out) and not overwrite:
-            raise FileExistsError(f"{out} exists already: choose another name, or write over it with --overwrite")
-
-
-def _check_eval(fraction: float, eval_out: str | None, out: str) -> None:
-    if (fraction > 0) != (eval_out is not None) or out == eval_out:
-        raise ValueError(
-            f"got eval_fraction={fraction:g}, eval_out={eval_out} and out={out}, expected a fraction above 0 together "
-            "with another file to write to: give both --eval-fraction and --eval-out"
-        )
 
 
 def _counter(tokenizer: str | None) -> Callable[[str], int]:
@@ -274,19 +242,6 @@ def _hold_out(records: Iterable[Record], fraction: float, held_out: IO[str]) -> 
             held_out.write(json.dumps(record) + "\n")
         else:
             yield record
-
-
-@contextmanager
-def _seekable(file: str) -> Iterator[str]:
-    """Yield the path of a file that can be read twice: standard input is copied to a temporary file."""
-    if file != STANDARD:
-        yield file
-        return
-    with tempfile.TemporaryDirectory(prefix="palm-rlhf-") as folder:
-        path = os.path.join(folder, "standard-input")
-        with open(path, "wb") as copy:
-            shutil.copyfileobj(sys.stdin.buffer, copy)
-        yield path
 
 
 COMMANDS = {"clean": clean, "filter": filter_conversations, "convert": convert}

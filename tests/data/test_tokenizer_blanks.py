@@ -15,7 +15,7 @@ from palm_rlhf.data.corpora.token_store import StoredText, tokens_of
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.http.engine_requests import score_tokens
+from palm_rlhf.serving.protocol.engine_requests import score_tokens
 from palm_rlhf.serving.served_model import ServedModel
 
 NAMES = ["<s>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|prompter|>", "<|end_of_turn|>"]

@@ -7,9 +7,9 @@ import httpx
 import openai
 import pytest
 
-from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION
 from palm_rlhf.serving.http.request_bodies import RequestLimits
-from palm_rlhf.serving.http.schema import shown
+from palm_rlhf.serving.protocol.openai_parameters import CHAT, COMPLETION
+from palm_rlhf.serving.protocol.schema import shown
 
 HELLO = [{"role": "user", "content": "Hello"}]
 JSON = {"Content-Type": "application/json"}

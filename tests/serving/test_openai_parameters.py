@@ -9,7 +9,7 @@ import torch
 
 from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import JinjaTemplate
-from palm_rlhf.serving.http.openai_parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
+from palm_rlhf.serving.protocol.openai_parameters import ASSISTANT_MESSAGE, CHAT, COMPLETION
 from palm_rlhf.serving.served_model import load
 
 HELLO = [{"role": "user", "content": "Hello"}]

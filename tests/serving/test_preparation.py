@@ -11,11 +11,11 @@ from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.serving.deadline import check_deadline
-from palm_rlhf.serving.http.engine_requests import score_tokens
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.openai_requests import read_chat
 from palm_rlhf.serving.http.preparation import LONG, MANY, ClientGone, Preparation
 from palm_rlhf.serving.http.request_bodies import RequestLimits
+from palm_rlhf.serving.protocol.engine_requests import score_tokens
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.openai_requests import read_chat
 
 EMPTY = {"role": "user", "content": ""}
 CHATS = "/v1/chat/completions"

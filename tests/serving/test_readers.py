@@ -17,10 +17,10 @@ from palm_rlhf.serving.access_options import AccessOptions
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.http.app import create_app
 from palm_rlhf.serving.http.connections import ConnectionLimits
-from palm_rlhf.serving.http.event_stream import PATIENCE
-from palm_rlhf.serving.http.openai_replies import ENCODED_LEVELS, json_pieces
 from palm_rlhf.serving.http.request_bodies import RequestLimits
 from palm_rlhf.serving.http.run_server import running
+from palm_rlhf.serving.protocol.event_stream import PATIENCE
+from palm_rlhf.serving.protocol.openai_replies import ENCODED_LEVELS, json_pieces
 
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
 ENDLESS = {"model": "parrot", "prompt": "a", "temperature": 0, "logit_bias": {"256": -100}}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import EOS, ByteTokenizer, HuggingFaceTokenizer
-from palm_rlhf.serving.http.token_display import token_text
+from palm_rlhf.serving.protocol.token_display import token_text
 from palm_rlhf.serving.token_text import TextStream
 
 BYTES = ByteTokenizer()

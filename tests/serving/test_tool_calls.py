@@ -14,7 +14,7 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.call_form import call_form
 from palm_rlhf.serving.generation import Piece, TokenLogprob
-from palm_rlhf.serving.http.tool_calls import MOST_CALLS, CallReader
+from palm_rlhf.serving.protocol.tool_calls import MOST_CALLS, CallReader
 from palm_rlhf.serving.served_model import ServedModel
 
 TEMPLATE = JinjaTemplate(Path(__file__).with_name("tools.jinja").read_text())

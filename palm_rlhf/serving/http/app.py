@@ -8,16 +8,16 @@ from palm_rlhf import __version__
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.http.access import Access
 from palm_rlhf.serving.http.api_keys import ApiKeys
-from palm_rlhf.serving.http.engine_requests import Kind
-from palm_rlhf.serving.http.errors import ERROR_SCHEMA, ApiError
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
 from palm_rlhf.serving.http.handlers import Handlers
 from palm_rlhf.serving.http.middleware import AccessMiddleware, error_response, json_response
-from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.http.prometheus import Metrics
 from palm_rlhf.serving.http.request_bodies import RequestLimits
-from palm_rlhf.serving.http.responses_parameters import RESPONSE
-from palm_rlhf.serving.http.tokenize_api import DETOKENIZE, TOKENIZE
+from palm_rlhf.serving.protocol.engine_requests import Kind
+from palm_rlhf.serving.protocol.errors import ERROR_SCHEMA, ApiError
+from palm_rlhf.serving.protocol.openai_parameters import CHAT, COMPLETION, SCORE
+from palm_rlhf.serving.protocol.responses_parameters import RESPONSE
+from palm_rlhf.serving.protocol.tokenize_api import DETOKENIZE, TOKENIZE
 from palm_rlhf.serving.served_model import ServedModel
 
 PAGE = Path(__file__).parents[1] / "page"
@@ -98,6 +98,7 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
 
     # only for the description: AccessMiddleware has checked the key by then
     keyed = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if secured else []}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
     class Streamed(Response):
         """A response that is an ASGI application."""
@@ -146,8 +147,6 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
     async def list_models() -> Response:
         """List the models of this server, of which there is one."""
         return json_response(handlers.model_list())
-
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
     @app.get("/v1/models/{model:path}", **described(None, parameters=[name]), **keyed)
     async def retrieve_model(request: Request) -> Response:

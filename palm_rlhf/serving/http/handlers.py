@@ -12,10 +12,14 @@ from typing import Any
 
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.generation import EngineError, EngineFull, Generation, Piece, Request
-from palm_rlhf.serving.http.echo import with_prompts
-from palm_rlhf.serving.http.engine_requests import Kind, check_counts, engine_requests, score_tokens, within_output
-from palm_rlhf.serving.http.errors import ApiError, as_api_error, gone
-from palm_rlhf.serving.http.event_stream import (
+from palm_rlhf.serving.http.preparation import Preparation
+from palm_rlhf.serving.http.prometheus import Metrics
+from palm_rlhf.serving.http.request_bodies import BodyReader, RequestLimits
+from palm_rlhf.serving.http.request_log import current, note_reason
+from palm_rlhf.serving.protocol.echo import with_prompts
+from palm_rlhf.serving.protocol.engine_requests import Kind, check_counts, engine_requests, score_tokens, within_output
+from palm_rlhf.serving.protocol.errors import ApiError, as_api_error, gone
+from palm_rlhf.serving.protocol.event_stream import (
     PATIENCE,
     Blocks,
     EventStream,
@@ -26,16 +30,12 @@ from palm_rlhf.serving.http.event_stream import (
     read_pieces,
     unless_gone,
 )
-from palm_rlhf.serving.http.openai_replies import CompletionWriter, encoded
-from palm_rlhf.serving.http.openai_requests import ParsedRequest, read_chat, read_completion, read_json, read_score
-from palm_rlhf.serving.http.preparation import Preparation
-from palm_rlhf.serving.http.prometheus import Metrics
-from palm_rlhf.serving.http.request_bodies import BodyReader, RequestLimits
-from palm_rlhf.serving.http.request_log import current, note_reason
-from palm_rlhf.serving.http.responses_api import ResponseWriter, read_response
-from palm_rlhf.serving.http.schema import check
-from palm_rlhf.serving.http.tokenize_api import DETOKENIZE, TOKENIZE, detokenize, tokenize
-from palm_rlhf.serving.http.tool_calls import reading_calls
+from palm_rlhf.serving.protocol.openai_replies import CompletionWriter, encoded
+from palm_rlhf.serving.protocol.openai_requests import ParsedRequest, read_chat, read_completion, read_json, read_score
+from palm_rlhf.serving.protocol.responses_api import ResponseWriter, read_response
+from palm_rlhf.serving.protocol.schema import check
+from palm_rlhf.serving.protocol.tokenize_api import DETOKENIZE, TOKENIZE, detokenize, tokenize
+from palm_rlhf.serving.protocol.tool_calls import reading_calls
 from palm_rlhf.serving.served_model import ServedModel
 
 logger = logging.getLogger(__name__)

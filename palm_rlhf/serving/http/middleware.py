@@ -8,9 +8,9 @@ from typing import Any
 
 from palm_rlhf.serving.http.access import Access
 from palm_rlhf.serving.http.api_keys import ApiKeys, KeyOwner
-from palm_rlhf.serving.http.errors import ApiError
 from palm_rlhf.serving.http.prometheus import Metrics
 from palm_rlhf.serving.http.request_log import RequestRecord, begin, note_reason
+from palm_rlhf.serving.protocol.errors import ApiError
 
 # no key is required for these paths, nor for the files of the page
 OPEN_PATHS = ("/", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")

@@ -14,8 +14,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from palm_rlhf.serving.deadline import limited_by
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.event_stream import unless_gone
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.event_stream import unless_gone
 
 LONG, MANY = 2**16, 128  # a body of more bytes or more objects is large
 NUM_THREADS = 4  # for ordinary bodies; large ones share one

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.protocol.errors import ApiError
 
 DRAINED = 16  # a body above the limit is read up to so many times the limit, so that the client gets the error
 SHARE = 0.5  # of the memory for bodies, the part that one client may use

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from palm_rlhf.data.special_token_guard import strings_in
 from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Request
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.openai_requests import ParsedRequest
-from palm_rlhf.serving.http.tool_calls import call_grammar
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.openai_requests import ParsedRequest
+from palm_rlhf.serving.protocol.tool_calls import call_grammar
 from palm_rlhf.serving.served_model import ServedModel
 from palm_rlhf.serving.structured import Grammar
 

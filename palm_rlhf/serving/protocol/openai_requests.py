@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from palm_rlhf.ops.sampling import Sampling
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.openai_parameters import CHAT, COMPLETION, SCORE
-from palm_rlhf.serving.http.schema import check
-from palm_rlhf.serving.http.tool_calls import Tools, read_history, read_tools
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.openai_parameters import CHAT, COMPLETION, SCORE
+from palm_rlhf.serving.protocol.schema import check
+from palm_rlhf.serving.protocol.tool_calls import Tools, read_history, read_tools
 
 COMPLETION_TOKENS = 16  # OpenAI's default, where a chat may fill the context
 

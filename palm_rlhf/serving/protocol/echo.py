@@ -7,7 +7,7 @@ from typing import Any
 
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.serving.generation import Generation, Piece, TokenLogprob
-from palm_rlhf.serving.http.event_stream import Blocks
+from palm_rlhf.serving.protocol.event_stream import Blocks
 from palm_rlhf.serving.token_text import spelled
 
 

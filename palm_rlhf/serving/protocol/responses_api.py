@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from palm_rlhf.serving.generation import Generation, Piece
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.openai_replies import usage
-from palm_rlhf.serving.http.openai_requests import ParsedRequest, common, json_schema, plain
-from palm_rlhf.serving.http.responses_parameters import RESPONSE
-from palm_rlhf.serving.http.schema import check
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.openai_replies import usage
+from palm_rlhf.serving.protocol.openai_requests import ParsedRequest, common, json_schema, plain
+from palm_rlhf.serving.protocol.responses_parameters import RESPONSE
+from palm_rlhf.serving.protocol.schema import check
 
 
 def read_response(body: dict[str, Any]) -> ParsedRequest:

@@ -1,6 +1,6 @@
 """The parameters of OpenAI's Responses API as JSON Schemas; see `openai_parameters`."""
 
-from palm_rlhf.serving.http.openai_parameters import (
+from palm_rlhf.serving.protocol.openai_parameters import (
     COUNT,
     ENDING,
     MESSAGE,

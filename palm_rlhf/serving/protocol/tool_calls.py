@@ -11,8 +11,8 @@ from typing import Any, Literal
 from palm_rlhf.serving.call_form import ARGUMENTS, CLOSE, OPEN, CallForm
 from palm_rlhf.serving.deadline import check_deadline
 from palm_rlhf.serving.generation import Generation, Piece, TokenLogprob, ToolCall
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.event_stream import Blocks
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.event_stream import Blocks
 from palm_rlhf.serving.structured import MAX_SCHEMA_CHARS, WHITESPACE, Grammar, Grammars, nested_values
 
 MOST_CALLS = 16  # in one reply: a model that has to call could otherwise go on for ever

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from palm_rlhf import __version__
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.serving.generation import Generation, Piece, Request, TokenLogprob, ToolCall
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.token_display import token_text
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.token_display import token_text
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 ENCODED_LEVELS = 5  # down to the entry of one token: reply, choices, choice, logprobs, content

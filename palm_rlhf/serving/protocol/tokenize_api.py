@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from palm_rlhf.serving.http.engine_requests import check_ids, prompt_tokens
-from palm_rlhf.serving.http.errors import ApiError
-from palm_rlhf.serving.http.openai_parameters import (
+from palm_rlhf.serving.protocol.engine_requests import check_ids, prompt_tokens
+from palm_rlhf.serving.protocol.errors import ApiError
+from palm_rlhf.serving.protocol.openai_parameters import (
     CHAT,
     MODEL,
     NEUTRAL_IN_CHATS,
@@ -14,9 +14,9 @@ from palm_rlhf.serving.http.openai_parameters import (
     items,
     record,
 )
-from palm_rlhf.serving.http.openai_requests import continues, with_calls
-from palm_rlhf.serving.http.token_display import token_text
-from palm_rlhf.serving.http.tool_calls import read_tools
+from palm_rlhf.serving.protocol.openai_requests import continues, with_calls
+from palm_rlhf.serving.protocol.token_display import token_text
+from palm_rlhf.serving.protocol.tool_calls import read_tools
 from palm_rlhf.serving.served_model import ServedModel
 
 TOKENIZE = record(

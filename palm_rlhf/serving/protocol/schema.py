@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from palm_rlhf.serving.deadline import check_deadline
-from palm_rlhf.serving.http.errors import ApiError
+from palm_rlhf.serving.protocol.errors import ApiError
 
 TAGS = ("type", "role")
 KINDS: dict[str, type | tuple[type, ...]] = {

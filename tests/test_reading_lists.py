@@ -1,0 +1,177 @@
+"""The README's reading lists: the files that explain the model, PPO and serving, in order, and short enough to be read.
+
+A list is complete: each module of the package that its files import is in it, in the list of the model, or in BESIDE,
+where a reader need not look to understand the topic.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+LIMITS = {"The model": (20, 2_600), "PPO": (25, 3_600), "Serving": (25, 4_000)}  # files, physical lines
+
+# What a reader may leave closed: other ways to the same numbers, what an option switches on, and formats of files.
+BESIDE = {
+    "The model": {
+        "ops.attention_chunked": "the same attention, in chunks",
+        "ops.triton": "the same functions, for GPUs",
+        "ops.cpu": "the same functions in C, for CPUs",
+        "ops.devices": "which of these runs where",
+        "ops.nucleus": "where top-k and top-p cut a distribution off, without sorting it",
+        "model.native_decode": "the same next token, by a kernel in C",
+        "model.pretrained": "opening folders of the hub",
+        "model.checkpoint": "files of weights",
+        "model.weights_folder": "files of weights",
+        "model.files": "files that are whole or absent",
+        "model.text_file": "files of text",
+        "model.interop": "files of other packages",
+    },
+    "PPO": {
+        "ops": "functions of the model",
+        "model": "loading and storing models",
+        "policy.shared_prompts": "the same embeddings, with each prompt read once",
+        "policy.reward_model": "one kind of reward; another is any function of the responses",
+        "policy.reward_model_folder": "files of weights",
+        "policy.reward_functions": "how rewards that are functions are called",
+        "policy.turns": "conversations with an environment",
+        "policy.best_of_n": "an answer, not training",
+        "algorithms.overoptimization": "evaluation",
+        "algorithms.win_rate": "evaluation",
+        "training.rlhf.config_checks": "errors of settings",
+        "training.rlhf.dynamic_sampling": "GRPO",
+        "training.rlhf.evaluation": "evaluation",
+        "training.rlhf.reward_keywords": "what reward functions can ask for",
+        "training.rlhf.running_moments": "the option scale_scores",
+        "training.rlhf.sample_table": "tables of responses",
+        "training.rlhf.token_table": "tables of tokens",
+        "training.rlhf.variants": "GRPO's variants",
+        "training.run.curves": "pictures",
+        "training.run.launch": "several processes",
+        "training.run.random_state": "random generators in checkpoints",
+        "training.run.sharding": "several GPUs",
+    },
+    "Serving": {
+        "ops": "functions of the model",
+        "model": "loading and storing models",
+        "policy": "the reward model",
+        "data": "tokenizers and chat templates",
+        "training": "nothing of it is served",
+    },
+}
+
+
+class ReadingList(NamedTuple):
+    """One list of the README: its files, in order, and the numbers that the README gives."""
+
+    files: list[Path]
+    num_files: int
+    num_lines: int
+
+
+@pytest.fixture(scope="module")
+def lists(root) -> dict[str, ReadingList]:
+    """The lists by their topic."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^- \*\*(.+?)\*\*[^(]*\((\d+) files, ([\d,]+)\slines\): (.+?)\n(?=\n|- )", text, re.M | re.S)
+    return {
+        topic: ReadingList(
+            [root / "palm_rlhf" / name for name in re.findall(r"`([\w/]+\.py)`", names)],
+            int(num_files),
+            int(num_lines.replace(",", "")),
+        )
+        for topic, num_files, num_lines, names in found
+    }
+
+
+def physical_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file below the package: `ops/masked.py` is `ops.masked`."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[parts.index("palm_rlhf") + 1 :]).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, but for what only type checkers read."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_checkers = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    package = Path(*path.parts[: path.parts.index("palm_rlhf") + 1])
+    found = set()
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and id(node) not in for_checkers
+            and (node.module or "").startswith("palm_rlhf.")
+        ):
+            base = node.module.removeprefix("palm_rlhf.")
+            for alias in node.names:
+                below = f"{base}.{alias.name}"
+                found.add(below if (package / f"{below.replace('.', '/')}.py").is_file() else base)
+    return found
+
+
+@pytest.mark.parametrize("topic", LIMITS)
+def test_a_list_is_short_enough_and_its_numbers_are_true(lists, topic):
+    listed = lists[topic]
+    print(f"\n{topic}")
+    for path in listed.files:
+        print(f"{physical_lines(path):5d}  {module_of(path)}")
+    num_lines = sum(map(physical_lines, listed.files))
+    max_files, max_lines = LIMITS[topic]
+    assert len(set(listed.files)) == len(listed.files) == listed.num_files <= max_files
+    assert num_lines <= max_lines
+    assert num_lines == pytest.approx(listed.num_lines, abs=50), f"the README says {listed.num_lines}"
+
+
+@pytest.mark.parametrize("topic", LIMITS)
+def test_a_list_is_complete(lists, topic):
+    known = {module_of(path) for path in [*lists[topic].files, *lists["The model"].files]}
+    missing = {
+        f"{name} (by {module_of(path)})"
+        for path in lists[topic].files
+        for name in imported(path) - known
+        if not any(name == beside or name.startswith(f"{beside}.") for beside in BESIDE[topic])
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("topic", LIMITS)
+def test_a_list_begins_with_what_the_rest_builds_on(lists, topic):
+    """A file comes after those that it imports."""
+    names = [module_of(path) for path in lists[topic].files]
+    early = {
+        (name, other)
+        for place, (name, path) in enumerate(zip(names, lists[topic].files, strict=True))
+        for other in imported(path) & set(names[place + 1 :])
+    }
+    assert early == set()
+
+
+@pytest.mark.parametrize("topic", LIMITS)
+def test_what_is_left_out_is_there_to_be_left_out(lists, topic, root):
+    for name in BESIDE[topic]:
+        path = root / "palm_rlhf" / name.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), name
+
+
+def test_a_hidden_import_is_noticed(tmp_path):
+    path = tmp_path / "palm_rlhf/policy/new.py"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "palm_rlhf/model").mkdir()
+    (tmp_path / "palm_rlhf/model/palm.py").touch()
+    path.write_text(
+        "from typing import TYPE_CHECKING\nfrom palm_rlhf.model import palm\n\nif TYPE_CHECKING:\n"
+        "    from palm_rlhf.ops.masked import masked_mean\n\n\n"
+        "def f():\n    from palm_rlhf.training.run.log import Metrics\n"
+    )
+    assert imported(path) == {"model.palm", "training.run.log"}
