@@ -50,6 +50,7 @@ BESIDE = {
         "training.rlhf.variants": "GRPO's variants",
         "training.run.curves": "pictures",
         "training.run.launch": "several processes",
+        "training.run.optimizer_state": "the optimiser in checkpoints",
         "training.run.random_state": "random generators in checkpoints",
         "training.run.sharding": "several GPUs",
     },
@@ -58,7 +59,20 @@ BESIDE = {
         "model": "loading and storing models",
         "policy": "the reward model",
         "data": "tokenizers and chat templates",
-        "training": "nothing of it is served",
+        "serving.structured": "replies that follow a grammar",
+        "serving.engine.prompt_logprobs": "an option of requests",
+        "serving.protocol.echo": "an option of requests",
+        "serving.protocol.responses_api": "another form of requests and replies",
+        "serving.protocol.responses_parameters": "another form of requests and replies",
+        "serving.protocol.token_display": "how log-probabilities show a token",
+        "serving.protocol.tokenize_api": "another form of requests and replies",
+        "serving.protocol.tool_calls": "tools",
+        "serving.http.access": "which web pages may drive a server",
+        "serving.http.api_keys": "who may use a server",
+        "serving.http.fastapi_import": "an error where an extra is missing",
+        "serving.http.middleware": "who may use a server, and the log",
+        "serving.http.prometheus": "metrics",
+        "serving.http.request_log": "the log",
     },
 }
 
@@ -75,7 +89,8 @@ class ReadingList(NamedTuple):
 def lists(root) -> dict[str, ReadingList]:
     """The lists by their topic."""
     text = (root / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^- \*\*(.+?)\*\*[^(]*\((\d+) files, ([\d,]+)\slines\): (.+?)\n(?=\n|- )", text, re.M | re.S)
+    item = r"^- \*\*([^*\n]+)\*\*[^(\n]*\((\d+) files, ([\d,]+) lines\):\s(.+?)\n(?=\n|- )"
+    found = re.findall(item, text, re.M | re.S)
     return {
         topic: ReadingList(
             [root / "palm_rlhf" / name for name in re.findall(r"`([\w/]+\.py)`", names)],
