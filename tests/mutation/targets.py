@@ -206,4 +206,10 @@ EQUIVALENT = [
         "device = rows[ -1].device",
         "all rows are on one device",
     ),
+    (
+        "palm_rlhf/training/preference.py",
+        "num_steps = -(-len(items) // self.items_per_step)",
+        "num_steps = -(~len(items) // self.items_per_step)",
+        "a step of the second epoch is drawn as well, and left out",
+    ),
 ]

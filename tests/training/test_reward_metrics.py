@@ -55,6 +55,8 @@ def test_calibration_and_margins_by_hand():
     by_hand = (3 * abs((0.92 + 0.94 + 0.93) / 3 - 2 / 3) + abs(0.61 - 1) + abs(0.67 - 0) + 0) / 6
     assert calibration_error(differences) == pytest.approx(by_hand, abs=1e-6)
     assert calibration_error(torch.tensor([50.0, 60.0])) == pytest.approx(0, abs=1e-6)
+    in_the_last_two_bins = torch.tensor([-logit(0.99), logit(0.93)])
+    assert calibration_error(in_the_last_two_bins) == pytest.approx((0.99 + (1 - 0.93)) / 2, abs=1e-6)
     groups = accuracy_by_margin(torch.tensor([-4.0, 1.0, 0.0, 3.0, -2.0, 5.0, 6.0, 7.0]))
     assert groups == ((0, 1, 0.75, 2), (2, 3, 0.5, 2), (4, 5, 0.5, 2), (6, 7, 1.0, 2))
     assert [group.num_pairs for group in accuracy_by_margin(torch.ones(2))] == [1, 1]
