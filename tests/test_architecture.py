@@ -211,6 +211,15 @@ def room_violations(source: Path) -> Iterator[str]:
     for name, number in Counter(path.stem for path in paths).items():
         if number > 1 and name not in NAMES_OF_ROOMS:
             yield f"{number} files are called {name}.py: give each a name of its own"
+    classes = Counter(
+        node.name
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    for name, number in classes.items():
+        if number > 1 and not name.startswith("_"):
+            yield f"{number} classes are called {name}: give each a name of its own"
     for folder, number in Counter(path.parent for path in paths if path.stem != "__init__").items():
         if number > MAX_FILES:
             yield f"{folder.name} holds {number} files, above {MAX_FILES}: make rooms in it"
@@ -311,6 +320,7 @@ LONG_FUNCTION = "def long():\n    'Long.'\n" + "    x = 1\n" * MAX_FUNCTION_LINE
         ("ops/rotary.py", "\n" * (MAX_FILE_LINES + 1), "above 300"),
         ("ops/rotary.py", LONG_FUNCTION, "above 60"),
         ("training/rotary.py", "import math\n", "2 files are called rotary.py"),
+        ("training/plot.py", "class PaLM:\n    'A plot.'\n", "2 classes are called PaLM"),
     ],
 )
 def test_each_broken_law_is_reported(tmp_path, name, text, expected):

@@ -154,7 +154,7 @@ def sandbox() -> Any:
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
+    class GenerationTag(Extension):
         tags = {"generation"}  # noqa: RUF012 (it is Jinja's)
 
         def parse(self, parser):
@@ -165,7 +165,7 @@ def sandbox() -> Any:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

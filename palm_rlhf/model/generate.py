@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palm_rlhf.model.cache import Cache
-from palm_rlhf.model.prompts import Prompts, new_token_limits, read_prompts, seen_tokens
+from palm_rlhf.model.prompts import PaddedPrompts, new_token_limits, read_prompts, seen_tokens
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.ops.sampling import Sampling, sample, sampling_logprobs
 
@@ -140,7 +140,7 @@ def stream(
 @torch.no_grad()
 def _steps(
     palm: "palm_rlhf.model.palm.PaLM",
-    prompts: Prompts,
+    prompts: PaddedPrompts,
     limits: Tensor,
     sampling: Sampling,
     eos_token: int | None,
@@ -192,7 +192,7 @@ def _steps(
 class _History:
     """The tokens that each row has so far, where a penalty asks for them."""
 
-    def __init__(self, prompts: Prompts, sampling: Sampling, num_tokens: int):
+    def __init__(self, prompts: PaddedPrompts, sampling: Sampling, num_tokens: int):
         self.seen = self.counts = None  # `b v` each: whether prompt or response has a token, how often the response has
         if sampling.repetition_penalty != 1.0:
             self.seen = seen_tokens(prompts, num_tokens)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Form = Literal["none", "row", "rows", "list"]
 
 
-class Prompts(NamedTuple):
+class PaddedPrompts(NamedTuple):
     """Prompts as one block of tokens, padded on the left."""
 
     tokens: Tensor  # b n
@@ -31,7 +31,7 @@ def read_prompts(
     prompt: Tensor | list[Tensor] | None,
     generator: torch.Generator | None,
     allowed_tokens: Tensor | None = None,
-) -> Prompts:
+) -> PaddedPrompts:
     """Check prompts and lay them out as one block; None is one prompt of a random token among those allowed.
 
     Raises ValueError for an empty prompt, one of the wrong number of axes, or ids outside the vocabulary.
@@ -41,7 +41,7 @@ def read_prompts(
         draw = "cpu" if generator is None else generator.device
         ids = torch.arange(palm.num_tokens) if allowed_tokens is None else allowed_tokens.cpu().nonzero().squeeze(-1)
         first = ids[torch.randint(len(ids), (1, 1), generator=generator, device=draw).cpu()].to(device)
-        return Prompts(first, torch.ones(1, dtype=torch.long, device=device), "none")
+        return PaddedPrompts(first, torch.ones(1, dtype=torch.long, device=device), "none")
     form: Form = "list" if isinstance(prompt, list) else "row" if prompt.ndim == 1 else "rows"
     rows = prompt if isinstance(prompt, list) else list(prompt) if prompt.ndim == 2 else [prompt]
     if any(row.ndim != 1 for row in rows):
@@ -53,10 +53,10 @@ def read_prompts(
     for block_row, row in zip(tokens, rows, strict=True):
         check_token_ids(row, palm.num_tokens)
         block_row[len(block_row) - len(row) :] = row
-    return Prompts(tokens, lengths, form)
+    return PaddedPrompts(tokens, lengths, form)
 
 
-def new_token_limits(prompts: Prompts, seq_len: int | None, max_new_tokens: int | Tensor | None) -> Tensor:
+def new_token_limits(prompts: PaddedPrompts, seq_len: int | None, max_new_tokens: int | Tensor | None) -> Tensor:
     """Return the most new tokens of each prompt, `b`, from exactly one of two lengths; ValueError where none fits."""
     if max_new_tokens is not None and seq_len is None:
         limits = torch.as_tensor(max_new_tokens, device=prompts.lengths.device)
@@ -77,7 +77,7 @@ def new_token_limits(prompts: Prompts, seq_len: int | None, max_new_tokens: int 
     return seq_len - prompts.lengths
 
 
-def seen_tokens(prompts: Prompts, num_tokens: int) -> Tensor:
+def seen_tokens(prompts: PaddedPrompts, num_tokens: int) -> Tensor:
     """Return which tokens of the vocabulary each prompt has: `b v` bool."""
     seen = torch.zeros(len(prompts.tokens), num_tokens, dtype=torch.bool, device=prompts.tokens.device)
     columns = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
