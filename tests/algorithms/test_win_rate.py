@@ -20,6 +20,10 @@ def test_each_response_is_compared_with_each_of_the_other_s():
     assert win_rate(theirs, ours).rate == pytest.approx(1 - found.rate)
 
 
+def test_one_response_of_each_to_a_prompt():
+    assert win_rate(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [0.0]])).rate == (1 + 1 / 2) / 2
+
+
 def test_what_has_no_score_is_no_loss():
     ours = torch.tensor([[1.0, NAN], [NAN, NAN], [1.0, 1.0]])
     theirs = torch.tensor([[0.0, 2.0], [0.0, 0.0], [0.0, NAN]])

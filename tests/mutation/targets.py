@@ -212,4 +212,22 @@ EQUIVALENT = [
         "num_steps = -(~len(items) // self.items_per_step)",
         "a step of the second epoch is drawn as well, and left out",
     ),
+    (
+        "palm_rlhf/training/preference_objective.py",
+        'return cls(len(items), sum(getattr(item, "desirable", False) for item in items))',
+        'return cls(len(items), sum(getattr(item, "desirable", True) for item in items))',
+        "pairs have no such field, and nothing asks how many of them are desirable",
+    ),
+    (
+        "palm_rlhf/ops/nucleus.py",
+        'sorts = rows.shape[-1] < SORTED or rows.device.type != "cpu" or torch.compiler.is_compiling()',
+        'sorts = rows.shape[-1] >= SORTED or rows.device.type != "cpu" or torch.compiler.is_compiling()',
+        "both ways find the same cut, and differ in speed alone",
+    ),
+    (
+        "palm_rlhf/ops/nucleus.py",
+        "follower = ordered.gather(-1, num_kept.clamp(max=ordered.shape[-1] - 1))",
+        "follower = ordered.gather(1, num_kept.clamp(max=ordered.shape[-1] - 1))",
+        "the logits have two dimensions there",
+    ),
 ]
