@@ -42,8 +42,11 @@ def win_rate(scores: Tensor, others: Tensor, *, level: float = LEVEL) -> WinRate
 
 
 @beartype
-def wilson_interval(share: float, trials: int, *, level: float = LEVEL) -> tuple[float, float]:
-    """Return the score interval of a share of so many trials (Wilson 1927, JASA 22, page 209)."""
+def wilson_interval(share: float, trials: float | int, *, level: float = LEVEL) -> tuple[float, float]:
+    """Return the interval of the true share after `trials` independent trials that showed `share`.
+
+    This is the score interval (Wilson 1927, JASA 22, page 209). The effective number of dependent trials is no integer.
+    """
     z = NormalDist().inv_cdf((1 + level) / 2)
     weight = 1 / (1 + z * z / trials)
     centre = weight * (share + z * z / (2 * trials))

@@ -1,7 +1,6 @@
 """How good a reward model is: its accuracy on pairs, the interval of that accuracy, and its calibration."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor
 
-Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % quantile
+from palm_rlhf.algorithms.win_rate import wilson_interval
 
 
 class MarginBin(NamedTuple):
@@ -139,14 +138,6 @@ def effective_count(correct: Tensor, clusters: Tensor) -> float:
     residuals = torch.zeros(num_clusters, dtype=torch.float64).index_add(0, clusters, correct - mean)
     variance = (residuals / num_pairs).square().sum()
     return num_pairs / max(float(variance / independent), 1.0)
-
-
-@beartype
-def wilson_interval(share: float, count: float | int, z: float = Z_95) -> tuple[float, float]:
-    """Return the interval of the true share after `count` independent trials that showed `share` (Wilson 1927)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 @beartype

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palm_rlhf.algorithms.win_rate import wilson_interval
 from palm_rlhf.training.reward_metrics import (
     accuracy_by_margin,
     calibration_error,
     correlation,
     effective_count,
     ranking_metrics,
-    wilson_interval,
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from beartype import beartype
 
+from palm_rlhf.algorithms.win_rate import wilson_interval
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.files.records import read_records
@@ -17,7 +18,7 @@ from palm_rlhf.data.preferences.ranking_files import parse_ranking
 from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
-from palm_rlhf.training.reward_metrics import correctness, wilson_interval
+from palm_rlhf.training.reward_metrics import correctness
 
 HUMAN_EVAL = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))
 SECTIONS = {
