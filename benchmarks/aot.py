@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -21,9 +22,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from palm_rlhf.ops.triton import tiles
 
@@ -42,13 +42,12 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What became of a launch: its parameters, those left with their types, its constants, and Triton's results.
+    """What became of a launch: its constants, and Triton's results.
 
     `asm` holds the texts of every stage: `ttgir`, `ptx` and `cubin` for NVIDIA, `amdgcn` for AMD.
     """
 
     arch: str
-    signature: dict[str, str]
     constants: dict[str, object]
     metadata: dict[str, object]
     asm: dict[str, str | bytes]
@@ -60,11 +59,6 @@ class Compiled(NamedTuple):
     @property
     def amdgcn(self) -> str:
         return self.asm["amdgcn"]
-
-    @property
-    def parameters(self) -> list[str]:
-        """The arguments that the compiled kernel takes, in order; two scratch pointers of Triton's own follow."""
-        return [name for name, kind in self.signature.items() if kind != "constexpr"]
 
     def sass(self) -> str:
         """The machine code of an NVIDIA GPU, disassembled."""
@@ -107,11 +101,13 @@ def target(arch: str) -> GPUTarget:
 def build(launch: Launch, arch: str) -> Compiled:
     """Compile the kernel of a launch, for its arguments; results are kept in Triton's cache."""
     kernel, options = launch.kernel, {"enable_fp_fusion": True, **launch.options}
-    backend = make_backend(target(arch))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(**launch.arguments)
-    _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target(arch), options=options)
-    names = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
-    return Compiled(arch, signature, names, compiled.metadata._asdict(), dict(compiled.asm))
+    gpu = SimpleNamespace(
+        get_current_device=lambda: arch,  # by which Triton keeps what it has compiled
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target(arch),
+    )
+    with patch.dict(vars(driver)):
+        driver.set_active(gpu)
+        compiled = kernel.run(**launch.arguments, **options, grid=launch.grid, warmup=True)
+    constants = {p.name: launch.arguments[p.name] for p in kernel.params if p.is_constexpr}
+    return Compiled(arch, constants, compiled.metadata._asdict(), dict(compiled.asm))

@@ -138,7 +138,7 @@ def flops(products: list[tuple[int, int, int]]) -> int:
 def programs_at_once(compiled: Compiled, registers: int, threads: int) -> int:
     """How many programs of a kernel a multiprocessor holds."""
     hardware = MULTIPROCESSORS[compiled.arch]
-    warps = threads // compiled.metadata["warp_size"]
+    warps = threads // (64 if compiled.arch.startswith("gfx") else 32)
     held = -(-registers // hardware.granule) * hardware.granule
     limits = [hardware.registers // held // warps, hardware.warps // warps]
     if compiled.metadata["shared"]:

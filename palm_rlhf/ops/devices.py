@@ -59,9 +59,13 @@ why_not_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  
 @cache
 def _find_why_not_triton_on(device_type: str) -> str | None:
     try:
-        from palm_rlhf.ops.triton.tiles import why_not
+        from palm_rlhf.ops.triton import versions
     except ImportError as error:
         return str(error)
+    if (reason := versions.why_not_version(versions.VERSION)) is not None:
+        return reason
+    from palm_rlhf.ops.triton.tiles import why_not
+
     return why_not(device_type)
 
 

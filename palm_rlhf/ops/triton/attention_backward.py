@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from palm_rlhf.ops.triton.attention_forward import describe_keys, ids_of, span, tile_of_rows, visible_keys
 from palm_rlhf.ops.triton.tiles import (
     LOG2_E,
+    TensorDescriptor,
     Tile,
     block_dim,
     describe,
@@ -230,7 +230,9 @@ def queries_backward_kernel(
     store_rows(d_q_ptr, offsets, inside, d_q * scale, DIM, BLOCK_DIM)
 
 
-def describe_rows(q: Tensor, d_out: Tensor, group: int, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+def describe_rows(
+    q: Tensor, d_out: Tensor, group: int, tile: Tile
+) -> "tuple[TensorDescriptor, TensorDescriptor] | None":
     """Return descriptors of q, `b h i d`, and d_out, `b i h d`, for copies of tiles of rows, or None without TMA."""
     if group & (group - 1):  # a tile holds whole groups, or a group whole tiles
         return None

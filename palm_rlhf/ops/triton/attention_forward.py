@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from palm_rlhf.ops.triton.tiles import (
     LOG2_E,
+    TensorDescriptor,
     Tile,
     block_dim,
     describe,
@@ -180,7 +180,7 @@ def forward_kernel(
     tl.store(lse_ptr + tl.program_id(0).to(tl.int64) * num_queries * GROUP + rows, lse, mask=inside)
 
 
-def describe_keys(k: Tensor, v: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+def describe_keys(k: Tensor, v: Tensor, tile: Tile) -> "tuple[TensorDescriptor, TensorDescriptor] | None":
     """Return descriptors of keys and values, both `b hk j d`, for copies of whole blocks, or None without TMA."""
     keys, values = (describe(t, (1, 1, tile.block_n, block_dim(t.shape[-1]))) for t in (k, v))
     return None if keys is None or values is None else (keys, values)

@@ -6,17 +6,14 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
-OLDEST_TRITON = (3, 8)
-# Checked first: an older Triton lacks modules that are imported below, and the error would not name the version.
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-    raise ImportError("Triton {}.{} or newer is needed, found {}".format(*OLDEST_TRITON, triton.__version__))
-
-import triton.language as tl  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
+except ImportError:  # before Triton 3.4: blocks are read through pointers
+    TensorDescriptor = None
 
 LOG2_E = math.log2(math.e)
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, set before Triton is imported
 OLDEST_CUDA = (8, 0)
 TMA_ARCHITECTURES = ("sm_90", "sm_100")  # they copy a whole block to shared memory with one instruction
 
@@ -96,11 +93,13 @@ def block_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def describe(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
+def describe(x: torch.Tensor, block: tuple[int, ...]) -> "TensorDescriptor | None":
     """Return a descriptor of x, by which a GPU with TMA copies whole blocks, or None if x or the GPU is not suited."""
+    if TensorDescriptor is None or architecture(x.device) not in TMA_ARCHITECTURES:
+        return None
     strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
     aligned = all(stride * x.element_size() % 16 == 0 < stride for stride in strides)
-    if architecture(x.device) not in TMA_ARCHITECTURES or x.element_size() != 2 or not x.numel():
+    if x.element_size() != 2 or not x.numel():
         return None
     if not aligned or x.data_ptr() % 16 or x.stride(-1) != 1:
         return None
@@ -168,3 +167,6 @@ def store_rows(ptr, offsets, inside, rows, DIM: tl.constexpr, BLOCK_DIM: tl.cons
     dims = tl.arange(0, BLOCK_DIM)
     mask = inside[:, None] & (dims < DIM)[None, :]
     tl.store(ptr + offsets[:, None] + dims[None, :], rows.to(ptr.dtype.element_ty), mask=mask)
+
+
+INTERPRETED = not isinstance(store_rows, triton.JITFunction)  # TRITON_INTERPRET=1, set before Triton is imported
