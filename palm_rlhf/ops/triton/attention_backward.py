@@ -187,7 +187,7 @@ def _scatter(
         v = load_block(v_ptr, batch, kv_head, stride_v, start, num_keys, EDGE, DIM, BLOCK_DIM, BLOCK_N, TMA)
         weights = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
         d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        if EDGE or key_mask_ptr is not None or ids_ptr is not None:
+        if EDGE or (key_mask_ptr is not None or ids_ptr is not None):
             visible = visible_keys(at, ids, keys, num_keys, key_mask_ptr, ids_ptr, EDGE and CAUSAL)
             d_scores = tl.where(visible, d_scores, 0.0)
         d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)

@@ -117,7 +117,7 @@ def attend(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Continue the online softmax (Milakov & Gimelshein 2018) of a tile of rows over the keys from lo to hi."""
-    MASKED: tl.constexpr = EDGE or key_mask_ptr is not None or ids_ptr is not None
+    MASKED: tl.constexpr = EDGE or (key_mask_ptr is not None or ids_ptr is not None)
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_block(k_ptr, batch, kv_head, stride_k, start, num_keys, EDGE, DIM, BLOCK_DIM, BLOCK_N, TMA)
