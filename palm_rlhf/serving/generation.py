@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 from beartype import BeartypeConf, beartype
 
 from palm_rlhf.ops.sampling import Sampling
@@ -137,6 +138,7 @@ class Generation:
         self.random = random.Random(None if request.seed is None else f"{request.seed}/{request.index}")
         self.constraint = None if request.grammar is None else request.grammar.start()
         self.counts: dict[int, int] = {}  # how often each token was sampled; only kept where a penalty needs it
+        self._ids = np.array(request.prompt)  # of prompt and reply, with room for more
         self._text, self._wake = text, wake
         self._pending: list[TokenLogprob] = []  # of tokens whose text is still held back
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
@@ -148,9 +150,9 @@ class Generation:
         return self.started is not None
 
     @property
-    def sequence(self) -> list[int]:
-        """The token ids of the prompt and of the reply so far."""
-        return self.request.prompt + self.tokens
+    def sequence(self) -> np.ndarray:
+        """The token ids of the prompt and of the reply so far: `n` int64."""
+        return self._ids[: self.length]
 
     @property
     def length(self) -> int:
@@ -212,6 +214,9 @@ class Generation:
             return self.end("length")
         if not self.tokens:
             self.first_token = time.monotonic()
+        if self.length == len(self._ids):
+            self._ids = np.concatenate((self._ids, np.empty_like(self._ids)))
+        self._ids[self.length] = token
         self.tokens.append(token)
         if request.presence_penalty or request.frequency_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,7 +102,7 @@ def test_who_waits_again_for_memory_draws_the_same_sample(start_engine, exact):
 
 
 def test_forgetting_what_was_said_before_waiting_is_noticed(start_engine, exact, monkeypatch):
-    monkeypatch.setattr(Generation, "sequence", property(lambda self: self.request.prompt))
+    monkeypatch.setattr(Generation, "sequence", property(lambda self: np.array(self.request.prompt)))
     with pytest.raises(AssertionError):
         test_who_waits_again_for_memory_goes_on_as_if_nothing_had_been(start_engine, exact, 0)
 

@@ -91,12 +91,12 @@ def test_memory_that_ends_within_the_layers_leaves_the_cache_whole(palm, little_
     assert slots.reserve(1, 64, [])
     with torch.no_grad():
         palm(torch.tensor([[5, 6, 7]]), cache=slots.row(0, 0))
-    before = slots.read(0, 3)
+    before = slots.read(0, 0, 3)
     with pytest.raises(MemoryError, match="1 sequences of 500 tokens"):
         slots.reserve(1, 500, [3])
     assert {block.shape[2] for block in (*slots.keys, *slots.values)} == {64}
     assert (slots.num_rows, slots.num_columns) == (1, 64)
-    assert torch.equal(slots.read(0, 3), before)
+    assert torch.equal(slots.read(0, 0, 3), before)
 
 
 def test_a_smaller_block_is_tried_before_a_reply_fails(palm, little_memory):

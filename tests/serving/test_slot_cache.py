@@ -1,13 +1,11 @@
 """The cache of many rows: what a row holds does not depend on the others, nor on how the block was reshaped."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.ops.cpu.native_library import why_not
-from palm_rlhf.serving.engine.prefix_cache import MAX_ENTRIES, PrefixCache, common_prefix
 from palm_rlhf.serving.engine.slot_cache import RaggedRows, SlotCache
 from tests.factories import palm_of
 
@@ -92,7 +90,7 @@ def test_moving_copying_and_reshaping_keep_what_a_row_holds(palm, data):
             slots.move(row, 1 - row, 10)
             row = 1 - row
         else:
-            contents = slots.read(row, 10)
+            contents = slots.read(row, 0, 10)
             row = 1 - row
             slots.write(row, contents)
     logits = palm(torch.tensor([tokens[-1:]]), cache=slots.row(row, 10))[0, -1]
@@ -106,54 +104,3 @@ def test_the_budget_is_kept_and_a_refusal_changes_nothing(palm):
     assert (slots.num_rows, slots.num_columns) == (1, 60)
     assert slots.reserve(2, 50, [5])  # rows there are need fewer columns by now
     assert (slots.num_rows, slots.num_columns) == (2, 50)
-
-
-SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
-
-
-@settings(max_examples=60)
-@given(st.lists(SEQUENCES, max_size=8), SEQUENCES)
-def test_the_longest_known_prefix_is_found(known, wanted):
-    cache = PrefixCache(10**6)
-    for tokens in known:
-        ids = np.array(tokens)
-        if cache.wants(ids, 8 * len(ids)):
-            cache.put(ids, torch.tensor(tokens).view(1, 1, -1, 1))
-    expected = max((next((i for i, (a, b) in enumerate(zip(t, wanted)) if a != b), min(len(t), len(wanted)))
-                    for t in known), default=0)  # fmt: skip
-    length, contents = cache.find(np.array(wanted))
-    assert length == expected
-    if expected:
-        assert contents.flatten().tolist() == list(wanted[:expected])
-
-
-def test_the_longest_unused_go_first():
-    cache = PrefixCache(30 * 8)
-    for start in (1, 2, 3):
-        cache.put(np.array([start] * 10), torch.zeros(1, 1, 10, 1, dtype=torch.double))
-    cache.find(np.array([1, 1]))
-    cache.put(np.array([4] * 10), torch.zeros(1, 1, 10, 1, dtype=torch.double))
-    assert [cache.find(np.array([start]))[0] for start in (1, 2, 3, 4)] == [1, 0, 1, 1]
-    assert cache.num_bytes == 240
-    assert not cache.wants(np.array([9] * 31), 31 * 8)
-    assert not cache.wants(np.array([4] * 5), 5 * 8)
-
-
-def test_a_sequence_takes_the_place_of_its_beginning():
-    cache = PrefixCache(1000)
-    cache.put(np.array([1, 2]), torch.zeros(1, 1, 2, 1))
-    cache.put(np.array([1, 2, 3]), torch.zeros(1, 1, 3, 1))
-    assert len(cache) == 1
-    assert cache.num_bytes == 12
-
-
-def test_the_number_of_sequences_is_bounded():
-    cache = PrefixCache(10**6)
-    for start in range(MAX_ENTRIES + 5):
-        cache.put(np.array([start]), torch.zeros(1, 1, 1, 1))
-    assert len(cache) == MAX_ENTRIES
-
-
-def test_common_prefixes():
-    for one, other, length in (([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 2], [1, 3], 1)):
-        assert common_prefix(np.array(one), np.array(other)) == length

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Batch:
 
     def __init__(self, palm: PaLM, sampler: Sampler, slots: SlotCache, *, prefix_bytes: int):
         self.palm, self.sampler, self.slots = palm, sampler, slots
-        self.prefixes = PrefixCache(prefix_bytes)
+        self.prefixes = PrefixCache(prefix_bytes, SlotCache.bytes_per_token(palm))
         self.rows: list[Generation] = []
         self.reading: list[Generation] = []  # all read to the same position
         self.halted: list[Generation] = []  # read in part, and left for later
@@ -87,7 +88,7 @@ class Batch:
         own = [other for other in self.reading if other.request.client == generation.request.client]
         if len(own) < others and known != start:
             return False
-        shared = max((_shared(other.sequence, generation.sequence[:-1]) for other in own), default=0)
+        shared = max((common_prefix(other.sequence, generation.sequence[:-1]) for other in own), default=0)
         longest = max(other.length for other in self.reading) - start
         together = max(longest, generation.length - start) * (others + 1)
         alone = generation.length - max(known, shared)
@@ -116,11 +117,13 @@ class Batch:
         """
         wanted, client = generation.sequence[: generation.num_reusable], generation.request.client
         source: int | Tensor | None
-        length, source = self.prefixes.find(np.array(wanted), client)
+        length, source = self.prefixes.find(wanted, client)
         for row, other in enumerate(self.rows):
-            if other.request.client != client:
+            if other.request.client != client or min(other.num_read, len(wanted)) <= length:
                 continue
-            if (shared := _shared(other.sequence[: other.num_read], wanted)) > length:
+            known = other.sequence[: other.num_read]
+            # a row that knows more has the next token too: few rows are compared from their beginning
+            if known[length] == wanted[length] and (shared := common_prefix(known, wanted)) > length:
                 length, source = shared, row
         return length, source
 
@@ -138,8 +141,10 @@ class Batch:
         def forward(first: int, count: int) -> list[Outcome] | None:
             some = parts[first : first + count]
             cache = self.slots.row(len(self.rows) + first, start, count)
-            # token 0 is padding, which attention and sampling never see
-            embeds = self._embed([part + [0] * (stop - start - len(part)) for part in some], cache)
+            tokens = np.zeros((count, stop - start), dtype=np.int64)  # 0 is padding, never attended to or sampled from
+            for row, part in enumerate(some):
+                tokens[row, : len(part)] = part
+            embeds = self._embed(torch.from_numpy(tokens), cache)
             for generation, part, embedded in zip(group[first : first + count], some, embeds, strict=True):
                 if generation.request.prompt_logprobs is not None:
                     score_prompt(generation, start, embedded[: len(part)], self.palm, self.sampler)
@@ -164,7 +169,7 @@ class Batch:
             some = rows[first : first + count]
             lengths = [row.num_read for row in some]
             cache = self.slots.rows(lengths) if count == len(rows) else self.slots.row(first, *lengths)
-            return self._sample(self._embed([[row.tokens[-1]] for row in some], cache)[:, -1], some)
+            return self._sample(self._embed(torch.tensor([[row.tokens[-1]] for row in some]), cache)[:, -1], some)
 
         results = [(row, found) for row, found in self._each(rows, forward) if found is not None]
         for row, found in results:
@@ -194,9 +199,9 @@ class Batch:
                 results.append((member, error))
         return results
 
-    def _embed(self, tokens: list[list[int]], cache: Cache) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return the final embeddings: `b i -> b i e`."""
-        return self.palm(torch.tensor(tokens, device=self.palm.device), cache=cache, return_only_embedding=True)
+        return self.palm(tokens.to(self.palm.device), cache=cache, return_only_embedding=True)
 
     def _sample(self, embeds: Tensor, members: list[Generation]) -> list[Outcome]:
         """Return the next tokens after embeddings, `b e`, or the reasons why there is none."""
@@ -223,21 +228,11 @@ class Batch:
 
     def _keep(self, row: int, generation: Generation) -> None:
         """Keep the keys and values of a sequence for later prompts."""
-        length, client = generation.num_read, generation.request.client
-        if not self.prefixes.max_bytes:
-            return
-        tokens = np.array(generation.sequence[:length])
-        if self.prefixes.wants(tokens, length * SlotCache.bytes_per_token(self.palm), client):
-            self.prefixes.put(tokens, self.slots.read(row, length), client)
+        tokens = generation.sequence[: generation.num_read]
+        self.prefixes.put(tokens, partial(self.slots.read, row), generation.request.client)
 
     def clear(self) -> None:
         """Forget all sequences and all cached prefixes."""
         self.rows, self.reading, self.halted = [], [], []
         self.slots.clear()
         self.prefixes.clear()
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """Return the number of tokens that two sequences share from their beginning."""
-    size = min(len(one), len(other))
-    return common_prefix(np.array(one[:size]), np.array(other[:size]))

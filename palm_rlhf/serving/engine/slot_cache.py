@@ -87,9 +87,9 @@ class SlotCache:
         for block in (*self.keys, *self.values):
             block[target, :, :length] = block[source, :, :length]
 
-    def read(self, row: int, length: int) -> Tensor:
-        """Return a copy of the first tokens of a row: `layers-and-kinds hk n d`."""
-        return torch.stack([block[row, :, :length] for block in (*self.keys, *self.values)])
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        """Return a copy of some tokens of a row: `layers-and-kinds hk n d`."""
+        return torch.stack([block[row, :, start:stop] for block in (*self.keys, *self.values)])
 
     def write(self, row: int, contents: Tensor) -> None:
         """Put contents that `read` returned at the beginning of a row."""
