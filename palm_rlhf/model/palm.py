@@ -248,14 +248,14 @@ class PaLM(nn.Module):
         if cache is None:
             x = self.dropout(x)
         if step is None:
-            x = self._through_blocks(x, tables, key_mask, document_ids, cache, adapters)
+            x = self.through_blocks(x, tables, key_mask, document_ids, cache, adapters)
         else:
             x = step(x, tables)
         if cache is not None:
             cache.advance(num_new)
         return self.norm(x)
 
-    def _through_blocks(
+    def through_blocks(
         self,
         x: Tensor,
         tables: tuple[Tensor, Tensor],
@@ -264,6 +264,7 @@ class PaLM(nn.Module):
         cache: Cache | None,
         adapters: Sequence[BlockLoRA] | None,
     ) -> Tensor:
+        """Take embeddings through all blocks: `b n e -> b n e`; the tables are those of `position_tables`."""
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         of_blocks: Sequence[BlockLoRA | None] = adapters or [None] * len(self.layers)
         for i, (layer, block_adapters) in enumerate(zip(self.layers, of_blocks, strict=True)):

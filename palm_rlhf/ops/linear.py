@@ -99,8 +99,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     x: `... i`, weight: `o i` -> `... o`
     """
-    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    if plain or x.device.type != "cpu":
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     if x.numel() == weight.shape[1]:
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)

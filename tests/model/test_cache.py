@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from palm_rlhf.model.cache import Cache, KVCache, PromptCache
+from palm_rlhf.model.static_cache import StaticCache
 from palm_rlhf.serving.engine.slot_cache import AlignedRows, RaggedRows, SlotCache
 from tests.factories import palm_of
 
@@ -45,6 +46,7 @@ def caches(palm):
         PromptCache: PromptCache(palm.config.depth, torch.zeros(2, dtype=torch.long)),
         AlignedRows: slots.row(0, 0, 2),
         RaggedRows: slots.rows([3, 2]),
+        StaticCache: StaticCache(depth=2, batch=2, kv_heads=2, capacity=16, dim_head=4),
         ListCache: ListCache(palm.config.depth),
     }
 

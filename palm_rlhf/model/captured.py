@@ -1,0 +1,107 @@
+"""CUDA graphs of decoding steps: hundreds of launches from Python become one, which costs microseconds."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from palm_rlhf.model.lora import BlockLoRA
+from palm_rlhf.ops.devices import GPUS
+
+if TYPE_CHECKING:
+    from palm_rlhf.model.palm import PaLM
+
+MAX_GRAPHS = 48  # kept for one set of tensors; the one unused for longest goes first
+
+
+class StepGraphs:
+    """The CUDA graphs of the steps that read and write one set of static tensors; on other devices, steps just run.
+
+    `run(key, step)` runs a step: a function without arguments and results, which reads and writes tensors at fixed
+    addresses, reads no number back from the device, and computes with fixed shapes. The first time that a key comes,
+    the step runs as it is, which compiles and loads its kernels. The second time it is captured, and from then on the
+    graph is replayed. All graphs share one pool of memory, so they must be replayed on one stream at a time.
+
+    Args:
+        device: where the tensors lie.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.captures = device, device.type in GPUS
+        self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()  # None: it has run once
+        self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Run a step, or replay its graph.
+
+        Args:
+            key: all that the step's code and addresses depend on: sizes, options, and `addresses` of the model.
+            step: the step; a replayed graph does not call it.
+        """
+        if not self.captures or key not in self.graphs:
+            with without_cached_casts(self.device.type), torch.no_grad():
+                step()
+            if self.captures:
+                self.graphs[key] = None
+                if len(self.graphs) > MAX_GRAPHS:
+                    self.graphs.popitem(last=False)
+            return
+        graph = self.graphs[key] or self._capture(step)
+        graph.replay()
+        self.graphs[key] = graph
+        self.graphs.move_to_end(key)
+
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Return the graph of a step, which does not run meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        # the mode leaves the CUDA calls of other threads alone, such as those that pin the memory of a data loader
+        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), capture, without_cached_casts(self.device.type), torch.no_grad():
+            step()
+        return graph
+
+
+def without_cached_casts(device_type: str) -> AbstractContextManager:
+    """Return a context in which autocast keeps no cast weights: their memory would go while a graph reads it."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
+def why_not_captured(palm: "PaLM") -> str | None:
+    """Return why the steps of a model cannot be captured as CUDA graphs, or None if they can.
+
+    A graph holds the addresses of weights and no Python. So the weights have to lie whole on one GPU, and no hook may
+    wait for a module's output. `PALM_RLHF_CUDA_GRAPHS=0` switches graphs off.
+    """
+    if palm.device.type not in GPUS:
+        return "the model is not on a GPU"
+    if os.environ.get("PALM_RLHF_CUDA_GRAPHS") == "0":
+        return "PALM_RLHF_CUDA_GRAPHS=0"
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return "the caller is compiled or captured itself"
+    for parameter in palm.parameters():
+        if type(parameter) is not nn.Parameter or parameter.device != palm.device:
+            return "weights are sharded, or lie on several devices"
+    # torch has no public way to ask a module for its hooks, and passing them by would be silent
+    if any(module._forward_hooks or module._forward_pre_hooks for module in palm.modules()):
+        return "a module has a forward hook, which a graph does not call"
+    return None
+
+
+def addresses(palm: "PaLM", adapters: Sequence[BlockLoRA] | None = None) -> Hashable:
+    """Return what a graph of the model holds beside static tensors: addresses of weights, and numbers in its code.
+
+    A step that changes weights in place keeps the graph; another weight, or a LoRA scope that is merged, does not.
+    """
+    weights = [weight.data_ptr() for weight in palm.parameters()]
+    parts = [part for block in adapters or () for part in block.parts]
+    lora = [(part.A.data_ptr(), part.B.data_ptr(), part.scale) for part in parts]
+    kind = palm.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    precise = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return palm.config, palm.dtype, tuple(weights), tuple(lora), autocast, precise
