@@ -1,4 +1,7 @@
-"""Shared fixtures, one seed for every test, and the run as a whole.
+"""Shared fixtures, one seed for every test, its device, and the run as a whole.
+
+A test computes on the CPU and sees no GPU, nor do the processes that it starts, unless it is marked `gpu`. The fixtures
+`gpu` and `device` mark their tests; `device` runs a test on the CPU and once more on a GPU.
 
 Where pytest-xdist is installed, the cores share the files by themselves (`-n 0` for one process), quick tests come
 before slow ones, and each process computes with one thread. `--strict-skips` allows no skip but for hardware or data
@@ -12,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -36,6 +40,8 @@ NEEDS_GPU = "needs a GPU"
 NEEDS_DATA = "needs ../shared/data"
 NEEDS_PEERS = "needs the extra peers"
 NEEDS_CLIENTS = "needs the extra clients"
+# Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
+HAS_GPU = torch.cuda.is_available()
 ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS)
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
@@ -93,9 +99,13 @@ def shared_data():
 @pytest.fixture(scope="session")
 def gpu() -> torch.device:
     """The first CUDA device; the test skips where there is none."""
-    if not torch.cuda.is_available():
-        pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """The CPU and then a GPU, for tests of what holds on both."""
+    return torch.device(request.param)
 
 
 @pytest.fixture
@@ -156,7 +166,6 @@ def trl_trainer(tmp_path_factory):
     Of the model there are two copies, the policy and, where the trainer has one, the reference.
     """
     trl = pytest.importorskip("trl", reason=f"{NEEDS_PEERS}: pip install -e '.[peers]'", exc_type=ImportError)
-    from accelerate.state import AcceleratorState, GradientState
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -178,14 +187,9 @@ def trl_trainer(tmp_path_factory):
         trainer.current_gradient_accumulation_steps = 1  # what its loop over the steps sets
         return trainer
 
-    def forget():  # one process has one state of accelerate, which other tests set up in their own way
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
     environment = dict(os.environ)
-    forget()
-    yield build
-    forget()
+    with own_accelerate_state():
+        yield build
     os.environ.clear()
     os.environ.update(environment)
 
@@ -282,8 +286,53 @@ def pytest_xdist_make_scheduler(config, log):
     return QuickFirst(config, log)
 
 
+def hide_gpu(patch):
+    """Have this process compute on the CPU, and those that it starts; `patch` is pytest's monkeypatch."""
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    patch.setattr(torch.cuda, "device_count", lambda: 0)
+    patch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+@contextmanager
+def own_accelerate_state():
+    """A block whose trainers choose their own device; else that of the first one is every later one's in a process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    kept = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, values in zip(states, kept, strict=True):
+            state.clear()
+            state.update(values)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Hides the GPU from all tests but those marked `gpu`."""
+    if item.get_closest_marker("gpu") is None:
+        with pytest.MonkeyPatch.context() as patch:
+            hide_gpu(patch)
+            return (yield)
+    with own_accelerate_state() if HAS_GPU else nullcontext():
+        return (yield)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None and not HAS_GPU:
+        pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
+
+
 def pytest_collection_modifyitems(items):
     """Quick tests first; of the slow ones those of the files that take longest, so that no core waits for them."""
+    for item in items:
+        if "gpu" in item.fixturenames:
+            item.add_marker(pytest.mark.gpu)
     marks = [(item, item.get_closest_marker("slow")) for item in items]
     longest = {}
     for item, mark in marks:

@@ -1,10 +1,6 @@
 """Tiny models and data for the trainers' tests."""
 
 import gc
-import os
-
-# What is asserted to the bit holds on CPUs; the processes that tests start inherit it.
-os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import numpy as np
 import pytest
