@@ -61,6 +61,7 @@ BESIDE = {
         "data": "tokenizers and chat templates",
         "serving.structured": "replies that follow a grammar",
         "serving.engine.prefix_cache": "how cached beginnings of prompts are found and forgotten",
+        "serving.engine.transfer": "copies to a GPU and back that do not wait",
         "serving.engine.prompt_logprobs": "an option of requests",
         "serving.protocol.echo": "an option of requests",
         "serving.protocol.responses_api": "another form of requests and replies",

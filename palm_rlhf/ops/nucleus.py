@@ -53,22 +53,24 @@ def find_cut(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
 
 
 @torch.no_grad()
-def nucleus_cut(logits: Tensor, p: float) -> Cut:
+def nucleus_cut(logits: Tensor, p: float | Tensor) -> Cut:
     """Cut below the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
 
     The set has one token at least; of tokens with equal logits, those with the smaller ids come first. A GPU sorts a
     large vocabulary. A CPU counts its masses in bins, and sorts the tokens of a single bin only.
 
-    logits: `... v`
+    logits: `... v`, p: a number, or one for each row, `... 1`
     """
     rows = logits.flatten(0, -2) if logits.ndim > 1 else logits.unsqueeze(0)
     sorts = rows.shape[-1] < SORTED or rows.device.type != "cpu" or torch.compiler.is_compiling()
     find = _by_sorting if sorts else _by_counting
-    parts = [find(part, p) for part in rows.split(max(CHUNK // rows.shape[-1], 1))]
-    return Cut(*(torch.cat(column).view(*logits.shape[:-1], 1) for column in zip(*parts, strict=True)))
+    parts = rows.split(max(CHUNK // rows.shape[-1], 1))
+    shares = p.reshape(-1, 1).split(len(parts[0])) if isinstance(p, Tensor) else [p] * len(parts)
+    cuts = map(find, parts, shares)
+    return Cut(*(torch.cat(column).view(*logits.shape[:-1], 1) for column in zip(*cuts, strict=True)))
 
 
-def _by_sorting(logits: Tensor, p: float) -> Cut:
+def _by_sorting(logits: Tensor, p: float | Tensor) -> Cut:
     """Find the cut by its definition: `b v`."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
@@ -76,7 +78,7 @@ def _by_sorting(logits: Tensor, p: float) -> Cut:
     return _after(num_kept, ordered, order, logits.shape[-1])
 
 
-def _by_counting(logits: Tensor, p: float) -> Cut:
+def _by_counting(logits: Tensor, p: float | Tensor) -> Cut:
     """Find the bin of logits in which the share p is reached, and the place within the bin: `b v`.
 
     Masses are added in float64, where the order of the sum hardly matters.

@@ -78,10 +78,10 @@ class UncheckedSampling(Sampling):
         return Sampling(**self.options)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     """Divide positive logits of seen tokens by the penalty, multiply negative ones (Keskar et al. 2019, section 4.1).
 
-    logits: `b v`, seen: `b v` bool -> `b v`
+    logits: `b v`, seen: `b v` bool -> `b v`, penalty: a number, or one for each logit
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -91,18 +91,21 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return torch.where(top_k_cut(logits, k).keeps(logits), logits, -torch.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Keep the smallest set of tokens that holds at least p of the mass (Holtzman et al. 2019, section 3.1).
 
     It has one token at least; of equally likely tokens, those with the smaller ids come first.
 
-    logits: `... v` -> `... v`
+    logits: `... v` -> `... v`, p: a number, or one for each row, `... 1`
     """
     return torch.where(nucleus_cut(logits, p).keeps(logits), logits, -torch.inf)
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep tokens of at least p times the probability of the likeliest (Nguyen et al. 2024): `... v -> ... v`."""
+def keep_min_p(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Keep tokens of at least p times the probability of the likeliest (Nguyen et al. 2024).
+
+    logits: `... v` -> `... v`, p: a number, or one for each row, `... 1`
+    """
     probs = logits.softmax(dim=-1)
     return logits.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), -torch.inf)
 

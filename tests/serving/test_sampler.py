@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.sampling import Sampling, sampling_logprobs
-from palm_rlhf.serving.engine.sampler import Sampler, adjust, choose, token_logprobs
+from palm_rlhf.ops.sampling import Sampling, penalise_repetition, sampling_logprobs, truncate
+from palm_rlhf.serving.engine import sampler as sampler_module
+from palm_rlhf.serving.engine.row_options import Column, RowOptions
+from palm_rlhf.serving.engine.sampler import Sampler, adjust
 from palm_rlhf.serving.generation import Generation, Request
 from palm_rlhf.serving.token_text import TextStream
 
@@ -18,6 +20,11 @@ from palm_rlhf.serving.token_text import TextStream
 def row(index: int = 0, **options) -> Generation:
     request = Request([1], 1000, **{"seed": 0, "index": index, **options})
     return Generation(request, TextStream(ByteTokenizer()), None, lambda: None)
+
+
+def choose(logits, rows):
+    """The sampler's choice, by options made for these rows."""
+    return sampler_module.choose(logits, rows, RowOptions([one.request for one in rows], logits.device))
 
 
 TRUNCATIONS = [
@@ -153,12 +160,14 @@ def test_a_row_without_penalties_is_left_alone():
 
 def test_logprobs_are_those_of_the_model_alone():
     logits = torch.randn(3, 9)
-    rows = [row(logprobs=2, temperature=0.1, logit_bias={4: 50}), row(), row(logprobs=0)]
-    chosen = torch.tensor([4, 1, 8])
-    found = token_logprobs(logits, chosen, rows)
+    rows = [row(logprobs=2, temperature=0.1, logit_bias={4: 50}), row(), row(logprobs=0, logit_bias={8: 99})]
+    found = [sampled.logprob for sampled in Sampler()(logits, rows)]
     expected = logits.log_softmax(-1)
     assert found[1] is None
-    assert found[0].logprob == pytest.approx(float(expected[0, 4]), abs=1e-6)
+    assert (found[0].token, found[2].token) == (4, 8)
+    for one, place in ((found[0], 0), (found[2], 2)):
+        assert one.logprob == pytest.approx(float(expected[place, one.token]), abs=1e-6)
+        assert one.rank == 1 + int((expected[place] > expected[place, one.token]).sum())
     best = expected[0].topk(2)
     assert [token for token, _ in found[0].alternatives] == best.indices.tolist()
     assert [value for _, value in found[0].alternatives] == pytest.approx(best.values.tolist(), abs=1e-6)
@@ -185,6 +194,100 @@ def test_numbers_that_are_none_are_said(broken):
         fine, lost = Sampler()(logits, [row(temperature=temperature), row(temperature=temperature)])
         assert fine.token in range(3)
         assert lost is None
+
+
+# all rows at once, and each by itself
+
+
+def alone(logits, one) -> tuple[int, float]:
+    """The token of one row, `v`, computed by itself from Python's numbers; and how near the draw was to another one."""
+    request, logits = one.request, logits.float().clone()
+    if request.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[torch.tensor(request.prompt + one.tokens)] = True
+        logits = penalise_repetition(logits, seen, request.repetition_penalty)
+    for token in {*request.logit_bias, *one.tokens}:
+        count = one.tokens.count(token)
+        change = request.logit_bias.get(token, 0.0) - count * request.frequency_penalty
+        logits[token] += change - (count > 0) * request.presence_penalty
+    if request.temperature == 0:
+        return int(logits.argmax()), math.inf
+    scaled = (logits.double() - logits.double().max()) / request.temperature
+    mass = truncate(scaled, top_k=request.top_k, top_p=request.top_p, min_p=request.min_p).exp().cumsum(0)
+    drawn = one.random.random() * float(mass[-1])
+    return int(torch.searchsorted(mass, drawn, right=True)), float((mass - drawn).abs().min() / mass[-1])
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0, 0.3, 1, 1.7]),
+        "top_k": st.sampled_from([1, 3, 20, 5000]),
+        "top_p": st.sampled_from([0.0, 0.3, 0.9, 0.99, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.02, 0.3]),
+        "repetition_penalty": st.sampled_from([0.7, 1.0, 1.6]),
+        "presence_penalty": st.sampled_from([-1.0, 0.0, 0.8]),
+        "frequency_penalty": st.sampled_from([-0.3, 0.0, 0.6]),
+        "logit_bias": st.sampled_from([{}, {3: 2.5, 17: -100.0}, {9: -0.5}]),
+        "logprobs": st.sampled_from([0, 2, 7]),
+    },
+)
+
+
+def require_rows_alone(options, num_tokens, num_steps=3):
+    """All rows at once take the tokens of each row alone, over several steps; one row leaves before the last step."""
+    any_token = {"stop_tokens": frozenset(range(num_tokens))}  # whose text nobody asks for
+    together, single = ([row(index, **option, **any_token) for index, option in enumerate(options)] for _ in range(2))
+    sampler, generator = Sampler(), torch.Generator().manual_seed(len(options))
+    for step in range(num_steps):
+        logits = 3 * torch.randn(len(options), num_tokens, generator=generator)
+        if step == num_steps - 1:
+            together, single, logits = together[1:], single[1:], logits[1:]
+        for one, same, sampled, own in zip(together, single, sampler(logits, together), logits, strict=True):
+            expected, gap = alone(own, same)
+            assert sampled.token == expected or gap < 1e-9
+            assert (sampled.logprob is None) == (one.request.logprobs is None)
+            if sampled.logprob is not None:
+                assert sampled.logprob.token == sampled.token
+                assert len(sampled.logprob.alternatives) == one.request.logprobs
+                expected_logprob = float(own.log_softmax(-1)[sampled.token])
+                assert sampled.logprob.logprob == pytest.approx(expected_logprob, abs=1e-5)
+            for copy in (one, same):
+                copy.push(sampled.token, None)
+
+
+@settings(max_examples=100)
+@given(st.lists(OPTIONS, min_size=2, max_size=7), st.sampled_from([30, 2500]))
+def test_every_row_takes_the_token_that_it_would_alone(options, num_tokens):
+    require_rows_alone(options, num_tokens)
+
+
+class FirstRows(Column):
+    """A wrong column, which takes the first rows for those that have an option."""
+
+    def of(self, rows):
+        return rows[: len(self.values)]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "scored"])
+def test_options_of_the_wrong_rows_are_noticed(monkeypatch, name):
+    made = RowOptions.__init__
+
+    def wrong(options, *arguments):
+        made(options, *arguments)
+        if (column := getattr(options, name)) is not None:
+            setattr(options, name, FirstRows(*column))
+
+    monkeypatch.setattr(RowOptions, "__init__", wrong)
+    narrow = {"top_k": 1, "top_p": 0.3, "min_p": 0.3, "logprobs": 2}
+    with pytest.raises(AssertionError):
+        require_rows_alone([{"temperature": 0}, {}, {"temperature": 1.7, **narrow}, {"temperature": 0.3, **narrow}], 30)
+
+
+def test_options_of_rows_that_have_left_are_noticed(monkeypatch):
+    monkeypatch.setattr(RowOptions, "are_of", lambda *_: True)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        require_rows_alone([{"temperature": 0}, {"top_k": 1}, {}], 30)
 
 
 def test_replies_have_the_distribution_of_generate(start_engine):

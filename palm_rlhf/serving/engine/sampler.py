@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from palm_rlhf.ops.sampling import Sampling, penalise_repetition, truncate
+from palm_rlhf.ops.sampling import penalise_repetition
+from palm_rlhf.serving.engine.row_options import RowOptions, truncate_rows
+from palm_rlhf.serving.engine.transfer import to_lists, upload
 from palm_rlhf.serving.generation import Generation, TokenLogprob
 
 
@@ -27,22 +30,35 @@ class Sampler:
 
     def __init__(self, allowed: Tensor | None = None):
         self.forbidden = None if allowed is None or bool(allowed.all()) else ~allowed
+        self._options: RowOptions | None = None  # of the rows of the last call
 
     def __call__(self, logits: Tensor, rows: Sequence[Generation]) -> list[SampledToken | None]:
         """Return the next token of each row; None where the logits are not finite, or no token is allowed.
 
+        All numbers come back from the device at once: a GPU is waited for once.
+
         Args:
             logits: `b v`, one row for each generation.
         """
+        requests = [row.request for row in rows]
+        if self._options is None or not self._options.are_of(requests, logits.device):
+            self._options = RowOptions(requests, logits.device)
+        scored = self._options.scored
         logits = self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
-        chosen = choose(adjusted, rows)
-        finite = adjusted.amax(dim=-1).isfinite().tolist()
-        logprobs = token_logprobs(logits, chosen, rows)
-        return [
-            SampledToken(token, logprob) if fine else None
-            for token, logprob, fine in zip(chosen.tolist(), logprobs, finite, strict=True)
+        chosen = choose(adjusted, rows, self._options)
+        fine = adjusted.amax(dim=-1).isfinite()
+        if scored is None:
+            tokens, is_fine = torch.stack((chosen, fine)).tolist()
+            return [SampledToken(token, None) if fine else None for token, fine in zip(tokens, is_fine, strict=True)]
+        ranked = rank_tokens(scored.of(logits), scored.of(chosen), self._options.most_alternatives)
+        (tokens, is_fine), scores = to_lists([torch.stack((chosen, fine)).double(), ranked])
+        logprobs = iter(logprobs_of(scores))
+        found = [
+            SampledToken(int(token), None if request.logprobs is None else limited(next(logprobs), request.logprobs))
+            for token, request in zip(tokens, requests, strict=True)
         ]
+        return [sampled if fine else None for sampled, fine in zip(found, is_fine, strict=True)]
 
     def masked(self, logits: Tensor) -> Tensor:
         """Return the logits of the model's own distribution, in float32 or wider: `... v -> ... v`."""
@@ -55,101 +71,100 @@ def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
 
     The repetition penalty comes first, since it depends on the sign of the model's own logit.
     """
-    adjusted = logits
-    for index, row in enumerate(rows):
+    repeated: list[tuple[int, np.ndarray, float]] = []  # a row's place, tokens and their penalty
+    changed: list[tuple[int, dict[int, float]]] = []  # a row's place, and what is added to the logits of tokens
+    for place, row in enumerate(rows):
         request = row.request
         if request.repetition_penalty != 1:
-            adjusted = logits.clone() if adjusted is logits else adjusted
-            seen = torch.zeros_like(logits[index], dtype=torch.bool)
-            seen[torch.tensor(row.sequence, device=logits.device)] = True
-            adjusted[index] = penalise_repetition(logits[index], seen, request.repetition_penalty)
-        changes = dict(request.logit_bias)
-        for token, count in row.counts.items():
-            penalty = request.presence_penalty + count * request.frequency_penalty
-            changes[token] = changes.get(token, 0.0) - penalty
-        if changes:
-            adjusted = logits.clone() if adjusted is logits else adjusted
-            ids, values = (torch.tensor(list(part)) for part in (changes.keys(), changes.values()))
-            adjusted[index, ids.to(logits.device)] += values.to(logits)
+            repeated.append((place, np.unique(row.sequence), request.repetition_penalty))
+        if request.logit_bias or row.counts:
+            changes = dict(request.logit_bias)
+            for token, count in row.counts.items():
+                penalty = request.presence_penalty + count * request.frequency_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+            changed.append((place, changes))
+    adjusted = logits.clone() if repeated or changed else logits
+    if repeated:
+        entries = [np.broadcast_arrays(place, tokens, penalty) for place, tokens, penalty in repeated]
+        places, penalties = _to_device(entries, logits)
+        penalised = penalise_repetition(logits[places], torch.ones_like(penalties, dtype=torch.bool), penalties)
+        adjusted[places] = penalised
+    if changed:
+        entries = [np.broadcast_arrays(place, list(part), list(part.values())) for place, part in changed]
+        places, values = _to_device(entries, logits)
+        adjusted[places] += values
     return adjusted
+
+
+def _to_device(entries: Sequence[Sequence[np.ndarray]], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the places of logits, as rows and tokens, and the number for each, from one copy of all three."""
+    table = upload(np.concatenate([np.stack(entry) for entry in entries], axis=-1).astype(np.float64), logits.device)
+    rows, tokens = table[:2].long()
+    return (rows, tokens), table[2].to(logits)
 
 
 def constrain(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
     """Return logits without the tokens that a row's grammar does not allow next: `b v -> b v`."""
-    masks = {index: row.constraint.mask() for index, row in enumerate(rows) if row.constraint is not None}
-    constrained = logits.clone() if masks else logits
-    for index, mask in masks.items():
-        constrained[index].masked_fill_(~mask.to(logits.device), -torch.inf)
-    return constrained
+    masks = {place: row.constraint.mask() for place, row in enumerate(rows) if row.constraint is not None}
+    if not masks:
+        return logits
+    places = upload(list(masks), logits.device)
+    allowed = upload(torch.stack(list(masks.values())).numpy(), logits.device)
+    return logits.index_copy(0, places, logits[places].masked_fill(~allowed, -torch.inf))
 
 
-def truncate_rows(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
-    """Apply top-k, top-p and min-p to each row by its own options, in place: `b v -> b v`."""
-    for row, sampling in zip(logits, options, strict=True):
-        kept = truncate(row, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-        if kept is not row:
-            row.copy_(kept)
-    return logits
-
-
-def choose(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
+def choose(logits: Tensor, rows: Sequence[Generation], options: RowOptions) -> Tensor:
     """Return the likeliest token at temperature 0, else a draw from the distribution: `b v -> b`."""
     chosen = logits.argmax(dim=-1)
-    drawn = [index for index, row in enumerate(rows) if row.request.temperature > 0]
-    if not drawn:
+    if options.temperature is None:
         return chosen
-    requests = [rows[index].request for index in drawn]
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-
-    index = torch.tensor(drawn, device=logits.device)
     # shifted before the division: a temperature near 0, which could overflow, is then close to greedy
-    scaled = logits[index].double()
-    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / column([request.temperature for request in requests])
-    scaled = truncate_rows(scaled, requests)
-    mass = scaled.exp().cumsum(dim=-1)
+    scaled = options.temperature.of(logits).double()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / options.temperature.values
+    mass = truncate_rows(scaled, options).exp().cumsum(dim=-1)
     total = mass[:, -1:]
     # always below the total, since no token lies beyond it
-    drawn_mass = column([rows[place].random.random() for place in drawn]) * total
-    drawn_mass = torch.minimum(drawn_mass, total.nextafter(torch.zeros_like(total)))
-    chosen[index] = torch.searchsorted(mass, drawn_mass, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-    return chosen
-
-
-def token_logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Generation]) -> list[TokenLogprob | None]:
-    """Return the log-probability of the next token for each row that asks for it, else None.
-
-    Args:
-        logits: `b v`, of the model's own distribution.
-        chosen: `b`, the next tokens.
-    """
-    found: list[TokenLogprob | None] = [None] * len(rows)
-    wanted = {index: row.request.logprobs for index, row in enumerate(rows) if row.request.logprobs is not None}
-    if not wanted:
-        return found
-    indices = list(wanted)
-    logprobs = with_alternatives(logits[indices], chosen[indices], max(wanted.values()))
-    for (index, most), logprob in zip(wanted.items(), logprobs, strict=True):
-        found[index] = logprob._replace(alternatives=logprob.alternatives[:most])
-    return found
+    uniform = upload([row.random.random() for row in rows if row.request.temperature > 0], logits.device)
+    drawn_mass = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(mass, drawn_mass, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return options.temperature.put(drawn, chosen)
 
 
 def with_alternatives(logits: Tensor, tokens: Tensor, most: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of tokens, each with the likeliest tokens in its place.
+    """Return the log-probabilities of tokens, `n`, after logits, `n v`, each with the likeliest tokens in its place."""
+    return logprobs_of(to_lists([rank_tokens(logits, tokens, most)])[0])
+
+
+def limited(logprob: TokenLogprob, most: int) -> TokenLogprob:
+    """Return a log-probability without the alternatives beyond the first `most`."""
+    return logprob._replace(alternatives=logprob.alternatives[:most])
+
+
+def rank_tokens(logits: Tensor, tokens: Tensor, most: int) -> Tensor:
+    """Return a row of numbers for each token: itself, its log-probability, its rank, and the likeliest in its place.
 
     Args:
         logits: `n v`.
         tokens: `n`.
         most: The number of likeliest tokens.
+
+    Returns:
+        `n (3 + 2 most)` float64, which holds all numbers exactly: likeliest tokens first, then their log-probabilities.
     """
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(-1, tokens.unsqueeze(-1))
-    ranks = (logprobs > own).sum(dim=-1) + 1
-    # ids that cannot be sampled have minus infinity, and are left out below
+    ranks = (logprobs > own).sum(dim=-1, keepdim=True) + 1
     best = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
-    columns = (tensor.tolist() for tensor in (tokens, own.squeeze(-1), ranks, best.indices, best.values))
-    return [
-        TokenLogprob(token, logprob, tuple((i, value) for i, value in zip(ids, values) if value > -torch.inf), rank)
-        for token, logprob, rank, ids, values in zip(*columns, strict=True)
-    ]
+    return torch.cat([part.double() for part in (tokens.unsqueeze(-1), own, ranks, best.indices, best.values)], dim=-1)
+
+
+def logprobs_of(rows: Sequence[Sequence[float]]) -> list[TokenLogprob]:
+    """Return the log-probabilities that `rank_tokens` found, from its numbers."""
+    found = []
+    for token, logprob, rank, *best in rows:
+        half = len(best) // 2
+        pairs = zip(map(int, best[:half]), best[half:], strict=True)
+        # ids that cannot be sampled have minus infinity
+        alternatives = tuple((other, value) for other, value in pairs if value > -torch.inf)
+        found.append(TokenLogprob(int(token), logprob, alternatives, int(rank)))
+    return found
