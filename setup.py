@@ -95,6 +95,7 @@ setup(
     package_data={
         "palm_rlhf": ["py.typed"],
         "palm_rlhf.evaluation.reports": ["page/*"],
+        "palm_rlhf.ops": ["attention_choices.json"],
         "palm_rlhf.ops.cpu": ["csrc/*"],
         "palm_rlhf.serving": ["page/*"],
     },

@@ -53,7 +53,8 @@ def shipped_files(root: Path) -> set[str]:
     package = root / "palm_rlhf"
     folders = ("ops/cpu/csrc", "serving/page", "evaluation/reports/page")
     files = [*package.rglob("*.py"), *(file for folder in folders for file in (package / folder).iterdir())]
-    return {path.relative_to(root).as_posix() for path in files} | {"palm_rlhf/py.typed"}
+    data = {"palm_rlhf/py.typed", "palm_rlhf/ops/attention_choices.json"}
+    return {path.relative_to(root).as_posix() for path in files} | data
 
 
 def test_wheel_holds_the_whole_package_and_nothing_else(root, archives):
@@ -132,7 +133,7 @@ assert palm.generate(4).shape == (1, 4)
 print(*(name for name, reason in available_implementations("cuda").items() if reason))
 """
     ).split()
-    assert names == ["triton"]
+    assert names == ["flex", "triton"]
 
 
 def test_import_loads_no_extra():

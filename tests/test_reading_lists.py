@@ -16,7 +16,10 @@ LIMITS = {"The model": (20, 2_600), "PPO": (25, 3_600), "Serving": (25, 4_000)} 
 # What a reader may leave closed: other ways to the same numbers, what an option switches on, and formats of files.
 BESIDE = {
     "The model": {
+        "ops.attention_choices": "which of several kinds of attention is fastest where",
         "ops.attention_chunked": "the same attention, in chunks",
+        "ops.attention_flex": "the same attention, by a kernel that torch.compile writes",
+        "ops.attention_fused": "the same attention, by PyTorch's kernels",
         "ops.triton": "the same functions, for GPUs",
         "ops.cpu": "the same functions in C, for CPUs",
         "ops.devices": "which of these runs where",

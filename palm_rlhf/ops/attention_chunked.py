@@ -13,6 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from palm_rlhf.ops.attention_fused import for_every_head
 from palm_rlhf.ops.attention_reference import Masks, full_precision, visibility
 from palm_rlhf.ops.cpu import native_attention
 
@@ -97,7 +98,8 @@ class ChunkedAttention(torch.autograd.Function):
             out, lse = native_attention.forward_native(q, k, v, ctx.spans)
         elif unmasked and (square or not causal) and q.device.type == "cpu":
             # the operator behind F.scaled_dot_product_attention, which does not return the lse that the backward needs
-            shared = [_for_every_head(t, q.shape[1]) for t in (k, v)]
+            # older versions of it take no groups
+            shared = [for_every_head(t, q.shape[1]) for t in (k, v)]
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *shared, 0.0, causal)
         else:
             with full_precision(q.device.type):
@@ -135,11 +137,6 @@ class ChunkedAttention(torch.autograd.Function):
             d_q[:, r] = d_scores @ keys[:, :num_keys]
         d_k, d_v = (t.to(k.dtype).view_as(k) for t in (d_keys.mul_(scale), d_values))
         return plan.unpack(d_q.mul_(scale)), d_k, d_v, None, None, None
-
-
-def _for_every_head(x: Tensor, heads: int) -> Tensor:
-    """Repeat shared heads, `b hk j d -> b h j d`, for older versions of PyTorch's kernel; one head is not copied."""
-    return x.expand(-1, heads, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _with_offset(x: Tensor, offset: Tensor) -> Tensor:

@@ -5,7 +5,11 @@ they can. Throughout `ops` an implementation answers two questions: `why_not` re
 the given tensors here, or None if it can; `is_faster` says, where it can, whether it is worth it.
 """
 
+import os
+import shutil
+import sys
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from beartype import beartype
@@ -69,7 +73,37 @@ def _find_why_not_triton_on(device_type: str) -> str | None:
     return why_not(device_type)
 
 
+def why_not_flex_on(device_type: str) -> str | None:
+    """Return why FlexAttention cannot run on a type of device, or None if it can.
+
+    torch.compile writes its kernels: in Triton for a GPU, in C++ for a CPU, where it has no gradients.
+    """
+    return _find_why_not_flex_on(device_type)
+
+
+why_not_flex_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
+
+
+@cache
+def _find_why_not_flex_on(device_type: str) -> str | None:
+    if device_type in GPUS:
+        return "Triton, which torch.compile needs, is not installed" if find_spec("triton") is None else None
+    if device_type != "cpu":
+        return f"it runs on CUDA, ROCm and CPUs, not on {device_type}"
+    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "on a CPU it needs Linux and AVX2"
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        return "there is no C++ compiler"
+    return None
+
+
 @beartype
 def available_implementations(device_type: str = "cpu") -> dict[str, str | None]:
     """Return, for each implementation of attention, why it cannot run on a type of device, or None if it can."""
-    return {"eager": None, "fused": None, "chunked": None, "triton": why_not_triton_on(device_type)}
+    return {
+        "eager": None,
+        "fused": None,
+        "chunked": None,
+        "flex": why_not_flex_on(device_type),
+        "triton": why_not_triton_on(device_type),
+    }

@@ -241,9 +241,9 @@ def test_compiles_into_one_graph(implementation, mask):
 def test_available_implementations_gives_a_reason_for_each_that_cannot_run():
     for device in ("cpu", "cuda"):
         available = available_implementations(device)
-        assert set(available) == {"eager", "fused", "chunked", "triton"}
+        assert set(available) == {"eager", "fused", "chunked", "flex", "triton"}
         assert all(available[name] is None for name in IMPLEMENTATIONS)
-        assert available["triton"] is None or len(available["triton"]) > 10
+        assert all(available[name] is None or len(available[name]) > 10 for name in ("flex", "triton"))
 
 
 def test_a_named_implementation_runs_or_says_why_not():
@@ -256,6 +256,11 @@ def test_a_named_implementation_runs_or_says_why_not():
         with pytest.raises(ValueError, match="triton") as caught:
             attention(*inputs, causal=True, implementation="triton")
         assert reason in str(caught.value)
+
+
+def test_a_name_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="got implementation='flash', expected one of"):
+        attention(*qkv(3, 3), causal=True, implementation="flash")
 
 
 def shaped(*shapes):
