@@ -16,6 +16,7 @@ from torch import Tensor
 from palm_rlhf.ops.triton.attention_backward import backward
 from palm_rlhf.ops.triton.attention_decode import MAX_ROWS, decode
 from palm_rlhf.ops.triton.attention_forward import forward
+from palm_rlhf.ops.triton.operators import Operator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 256
@@ -31,61 +32,56 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-@torch.library.custom_op(
-    "palm_rlhf::attention_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {MASKS}) -> (Tensor, Tensor)",
+def _fake_backward(d_out, q, k, v, out, lse, causal, key_mask, document_ids):
+    return tuple(t.new_empty(*t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+
+
+backward_operator = Operator(
+    "attention_backward",
+    f"(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {MASKS}) -> (Tensor, Tensor, Tensor)",
+    backward,
+    _fake_backward,
 )
-def _forward(q, k, v, causal, key_mask, document_ids):
-    return forward(q, k, v, causal, key_mask, document_ids)
 
 
-@_forward.register_fake
-def _(q, k, v, causal, key_mask, document_ids):
+def _fake_forward(q, k, v, causal, key_mask, document_ids):
     batch, heads, num_queries, dim = q.shape
     out = q.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
     return out, q.new_empty(batch, k.shape[1], num_queries * (heads // k.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "palm_rlhf::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {MASKS}) -> (Tensor, Tensor, Tensor)",
-)
-def _backward(d_out, q, k, v, out, lse, causal, key_mask, document_ids):
-    return backward(d_out, q, k, v, out, lse, causal, key_mask, document_ids)
-
-
-@_backward.register_fake
-def _(d_out, q, k, v, out, lse, causal, key_mask, document_ids):
-    return tuple(t.new_empty(*t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
-
-
 def _save(ctx, inputs, output):
     q, k, v, ctx.causal, key_mask, document_ids = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, key_mask, document_ids)
 
 
-def _gradients(ctx, d_out, d_lse):
+def _gradients(ctx, d_out, *_):
     q, k, v, out, lse, key_mask, document_ids = ctx.saved_tensors
-    return *_backward(d_out, q, k, v, out, lse, ctx.causal, key_mask, document_ids), None, None, None
+    return *backward_operator(d_out, q, k, v, out, lse, ctx.causal, key_mask, document_ids), None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
-
-
-@torch.library.custom_op(
-    "palm_rlhf::attention_decode",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, bool causal, Tensor? key_mask) -> Tensor",
+forward_operator = Operator(
+    "attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {MASKS}) -> (Tensor, Tensor)",
+    forward,
+    _fake_forward,
+    save=_save,
+    gradients=_gradients,
+    num_results=1,  # the lse is for the backward
 )
-def _decode(q, k, v, causal, key_mask):
-    return decode(q, k, v, causal, key_mask)
 
 
-@_decode.register_fake
-def _(q, k, v, causal, key_mask):
+def _fake_decode(q, k, v, causal, key_mask):
     return q.new_empty(*q.transpose(1, 2).shape).transpose(1, 2)
+
+
+decode_operator = Operator(
+    "attention_decode",
+    "(Tensor q, Tensor k, Tensor v, bool causal, Tensor? key_mask) -> Tensor",
+    decode,
+    _fake_decode,
+)
 
 
 def attention_triton(
@@ -110,5 +106,5 @@ def attention_triton(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     few = q.shape[2] < k.shape[2] and q.shape[1] // k.shape[1] * q.shape[2] <= MAX_ROWS[q.dtype]
     if few and document_ids is None and not needs_grad:
-        return _decode(q, k, v, causal, key_mask)
-    return _forward(q, k, v, causal, key_mask, document_ids)[0]
+        return decode_operator(q, k, v, causal, key_mask)
+    return forward_operator(q, k, v, causal, key_mask, document_ids)

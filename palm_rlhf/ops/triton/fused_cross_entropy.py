@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palm_rlhf.ops.triton.operators import Operator
 from palm_rlhf.ops.triton.tiles import LOG2_E, on
 
 CHUNK_BYTES = 1 << 29  # of logits in memory at once
@@ -180,12 +181,6 @@ class Gradients:
         return self.x, self.weight.to(self.dtype)
 
 
-@torch.library.custom_op(
-    "palm_rlhf::linear_cross_entropy",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor targets, Tensor counts, float scale, float z_loss, ScalarType dtype, "
-    "bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor)",
-)
 def _cross_entropy(x, weight, targets, counts, scale, z_loss, dtype, needs_x, needs_weight):
     total, gradients = counts.new_zeros(()), Gradients(x, weight, needs_x, needs_weight)
     targets, counts = targets.contiguous(), counts.contiguous()
@@ -203,12 +198,12 @@ def _cross_entropy(x, weight, targets, counts, scale, z_loss, dtype, needs_x, ne
     return total, *gradients.result()
 
 
-@_cross_entropy.register_fake
-def _(x, weight, targets, counts, scale, z_loss, dtype, needs_x, needs_weight):
+def _fake_cross_entropy(x, weight, targets, counts, scale, z_loss, dtype, needs_x, needs_weight):
     return counts.new_empty(()), *Gradients(x, weight, needs_x, needs_weight).result()
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
@@ -218,7 +213,16 @@ def _pass_on(ctx, d_total, *_):
     return *gradients, None, None, None, None, None, None, None
 
 
-_cross_entropy.register_autograd(_pass_on, setup_context=_save)
+cross_entropy_operator = Operator(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, Tensor counts, float scale, float z_loss, ScalarType dtype, "
+    "bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor)",
+    _cross_entropy,
+    _fake_cross_entropy,
+    save=_save,
+    gradients=_pass_on,
+    num_results=1,  # the gradients of x and the weight are for the backward
+)
 
 
 def linear_cross_entropy_triton(
@@ -231,4 +235,4 @@ def linear_cross_entropy_triton(
     x: `n e`, weight: `v e`, targets and counts: `n` -> scalar
     """
     needs_x, needs_weight = (t.requires_grad and torch.is_grad_enabled() for t in (x, weight))
-    return _cross_entropy(x, weight, targets, counts, scale, z_loss, dtype, needs_x, needs_weight)[0]
+    return cross_entropy_operator(x, weight, targets, counts, scale, z_loss, dtype, needs_x, needs_weight)

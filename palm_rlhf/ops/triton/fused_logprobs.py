@@ -9,17 +9,38 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.ops.triton.fused_cross_entropy import Gradients, chunks, differentiate_, statistics
+from palm_rlhf.ops.triton.operators import Operator
 
 
-@torch.library.custom_op(
-    "palm_rlhf::linear_logprobs",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor tokens, float scale, ScalarType dtype, bool ahead) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+def _backward(d_logprobs, d_entropy, x, weight, tokens, log_z, entropy, scale, dtype, needs_x, needs_weight):
+    gradients, tokens = Gradients(x, weight, needs_x, needs_weight), tokens.contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        matrix = weight.to(dtype)
+        for rows, part, logits in chunks(x, matrix):
+            slopes = {"d_logprobs": d_logprobs[rows], "log_z": log_z[rows]}
+            if d_entropy is not None:
+                slopes |= {"d_entropy": d_entropy[rows], "entropy": entropy[rows]}
+            d_logits = differentiate_(logits, tokens[rows], len(weight), scale, **slopes)
+            gradients.add(rows, d_logits, part, matrix)
+    return gradients.result()
+
+
+def _fake_backward(d_logprobs, d_entropy, x, weight, tokens, log_z, entropy, scale, dtype, needs_x, needs_weight):
+    return Gradients(x, weight, needs_x, needs_weight).result()
+
+
+backward_operator = Operator(
+    "linear_logprobs_backward",
+    "(Tensor d_logprobs, Tensor? d_entropy, Tensor x, Tensor weight, Tensor tokens, Tensor log_z, Tensor entropy, "
+    "float scale, ScalarType dtype, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
 )
+
+
 def _forward(x, weight, tokens, scale, dtype, ahead):
     """Return log-probabilities, entropies, log Z, and if `ahead` the derivatives of log-probabilities by x."""
-    logprobs, entropy, log_z, d_x = results = _results(x, ahead)
+    logprobs, entropy, log_z, d_x = results = _empty_results(x, weight, tokens, scale, dtype, ahead)
     tokens = tokens.contiguous()
     with torch.autocast(x.device.type, enabled=False):
         matrix = weight.to(dtype)
@@ -35,38 +56,9 @@ def _forward(x, weight, tokens, scale, dtype, ahead):
     return results
 
 
-def _results(x: Tensor, ahead: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(x, weight, tokens, scale, dtype, ahead):
     logprobs, entropy, log_z = (x.new_empty(len(x), dtype=torch.float32) for _ in range(3))
     return logprobs, entropy, log_z, x.new_empty(x.shape if ahead else 0)
-
-
-@_forward.register_fake
-def _(x, weight, tokens, scale, dtype, ahead):
-    return _results(x, ahead)
-
-
-@torch.library.custom_op(
-    "palm_rlhf::linear_logprobs_backward",
-    mutates_args=(),
-    schema="(Tensor d_logprobs, Tensor? d_entropy, Tensor x, Tensor weight, Tensor tokens, Tensor log_z, "
-    "Tensor entropy, float scale, ScalarType dtype, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
-)
-def _backward(d_logprobs, d_entropy, x, weight, tokens, log_z, entropy, scale, dtype, needs_x, needs_weight):
-    gradients, tokens = Gradients(x, weight, needs_x, needs_weight), tokens.contiguous()
-    with torch.autocast(x.device.type, enabled=False):
-        matrix = weight.to(dtype)
-        for rows, part, logits in chunks(x, matrix):
-            slopes = {"d_logprobs": d_logprobs[rows], "log_z": log_z[rows]}
-            if d_entropy is not None:
-                slopes |= {"d_entropy": d_entropy[rows], "entropy": entropy[rows]}
-            d_logits = differentiate_(logits, tokens[rows], len(weight), scale, **slopes)
-            gradients.add(rows, d_logits, part, matrix)
-    return gradients.result()
-
-
-@_backward.register_fake
-def _(d_logprobs, d_entropy, x, weight, tokens, log_z, entropy, scale, dtype, needs_x, needs_weight):
-    return Gradients(x, weight, needs_x, needs_weight).result()
 
 
 def _save(ctx, inputs, output):
@@ -85,11 +77,20 @@ def _gradients(ctx, d_logprobs, d_entropy, *_):
     d_logprobs = torch.zeros_like(log_z) if d_logprobs is None else d_logprobs.contiguous()
     d_entropy = None if d_entropy is None else d_entropy.contiguous()
     needs = ctx.needs_input_grad[:2]
-    found = _backward(d_logprobs, d_entropy, *tensors, log_z, entropy, ctx.scale, ctx.dtype, *needs)
+    found = backward_operator(d_logprobs, d_entropy, *tensors, log_z, entropy, ctx.scale, ctx.dtype, *needs)
     return *(d if need else None for d, need in zip(found, needs, strict=True)), None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+logprobs_operator = Operator(
+    "linear_logprobs",
+    "(Tensor x, Tensor weight, Tensor tokens, float scale, ScalarType dtype, bool ahead) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_results,
+    save=_save,
+    gradients=_gradients,
+    num_results=2,  # log Z and the derivatives are for the backward
+)
 
 
 def linear_logprobs_triton(
@@ -100,5 +101,5 @@ def linear_logprobs_triton(
     x: `n e`, weight: `v e`, tokens: `n` -> `n`, twice, float32
     """
     ahead = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and not entropy_needs_grad
-    logprobs, entropy, _, _ = _forward(x, weight, tokens, scale, dtype, ahead)
+    logprobs, entropy = logprobs_operator(x, weight, tokens, scale, dtype, ahead)
     return logprobs, entropy if entropy_needs_grad else entropy.detach()

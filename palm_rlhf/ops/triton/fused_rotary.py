@@ -4,11 +4,11 @@ The backward is the same pass in reverse, with negative angles: it writes all th
 takes one token.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from palm_rlhf.ops.triton.operators import Operator
 from palm_rlhf.ops.triton.tiles import block_dim, on
 
 MAX_HEADS = 16  # at once
@@ -85,47 +85,32 @@ def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tens
         )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "palm_rlhf::rotary_split",
-    mutates_args=(),
-    schema="(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
-)
-def _split(qkv, cos, sin, heads, kv_heads):
-    if qkv.stride()[-2:] != (qkv.shape[-1], 1):
-        qkv = qkv.contiguous()
-    parts = _parts(qkv, heads, kv_heads)
-    _launch(qkv, *parts, cos, sin, reverse=False)
-    return parts
+def _empty_joined(d_q, d_k, d_v, cos, sin):
+    return d_q.new_empty(*d_q.shape[:2], d_q.shape[2] + 2 * d_k.shape[2], d_q.shape[-1])
 
 
-def _parts(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, qkv.shape[-1]) for n in (heads, kv_heads, kv_heads))
-    return q, k, v
-
-
-@_split.register_fake
-def _(qkv, cos, sin, heads, kv_heads):
-    return _parts(qkv, heads, kv_heads)
-
-
-@torch.library.custom_op(
-    "palm_rlhf::rotary_join",
-    mutates_args=(),
-    schema="(Tensor d_q, Tensor d_k, Tensor d_v, Tensor cos, Tensor sin) -> Tensor",
-)
 def _join(d_q, d_k, d_v, cos, sin):
-    d_qkv = _joined(d_q, d_k)
+    d_qkv = _empty_joined(d_q, d_k, d_v, cos, sin)
     _launch(d_qkv, d_q.contiguous(), d_k.contiguous(), d_v.contiguous(), cos, sin, reverse=True)
     return d_qkv
 
 
-def _joined(q: Tensor, k: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[-1])
+join_operator = Operator(
+    "rotary_join", "(Tensor d_q, Tensor d_k, Tensor d_v, Tensor cos, Tensor sin) -> Tensor", _join, _empty_joined
+)
 
 
-@_join.register_fake
-def _(d_q, d_k, d_v, cos, sin):
-    return _joined(d_q, d_k)
+def _empty_parts(qkv, cos, sin, heads, kv_heads):
+    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, qkv.shape[-1]) for n in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+def _split(qkv, cos, sin, heads, kv_heads):
+    if qkv.stride()[-2:] != (qkv.shape[-1], 1):
+        qkv = qkv.contiguous()
+    q, k, v = _empty_parts(qkv, cos, sin, heads, kv_heads)
+    _launch(qkv, q, k, v, cos, sin, reverse=False)
+    return q, k, v
 
 
 def _save(ctx, inputs, output):
@@ -133,10 +118,17 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, d_q, d_k, d_v):
-    return _join(d_q, d_k, d_v, *ctx.saved_tensors), None, None, None, None
+    return join_operator(d_q, d_k, d_v, *ctx.saved_tensors), None, None, None, None
 
 
-_split.register_autograd(_gradients, setup_context=_save)
+split_operator = Operator(
+    "rotary_split",
+    "(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
+    _split,
+    _empty_parts,
+    save=_save,
+    gradients=_gradients,
+)
 
 
 def rotary_split_triton(
@@ -147,4 +139,4 @@ def rotary_split_triton(
     qkv: `b n (heads + 2 kv_heads) d`, cos and sin: `b|1 n 1 d`, or one row for each query and key head
     -> `b n heads d`, `b n kv_heads d`, `b n kv_heads d`
     """
-    return _split(qkv, cos, sin, heads, kv_heads)
+    return split_operator(qkv, cos, sin, heads, kv_heads)

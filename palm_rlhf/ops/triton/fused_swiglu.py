@@ -3,6 +3,7 @@
 Rows may have gaps between them, as where one projection computes gate and value side by side.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palm_rlhf.ops.triton.operators import Operator
 from palm_rlhf.ops.triton.tiles import LOG2_E, on
 
 BLOCK = 2048
@@ -62,7 +64,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(kernel: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
+def _launch(kernel: Any, tensors: list[Tensor], results: Sequence[Tensor]) -> None:
     """Launch a kernel that reads tensors and writes results, all `... d`."""
     if not results[0].numel():
         return
@@ -72,32 +74,29 @@ def _launch(kernel: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
         kernel[grid](*rows, *results, *(t.stride(0) for t in rows), width, LOG2_E=LOG2_E, BLOCK=BLOCK, num_warps=WARPS)
 
 
-@torch.library.custom_op("palm_rlhf::swiglu_forward", mutates_args=(), schema="(Tensor gate, Tensor value) -> Tensor")
-def _forward(gate, value):
-    out = gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, value.dtype))
-    _launch(forward_kernel, [gate, value], [out])
-    return out
+def _empty_gradients(d_out, gate, value):
+    return gate.new_empty(gate.shape), value.new_empty(value.shape)
 
 
-@_forward.register_fake
-def _(gate, value):
+def _backward(d_out, gate, value):
+    results = _empty_gradients(d_out, gate, value)
+    _launch(backward_kernel, [d_out, gate, value], results)
+    return results
+
+
+backward_operator = Operator(
+    "swiglu_backward", "(Tensor d_out, Tensor gate, Tensor value) -> (Tensor, Tensor)", _backward, _empty_gradients
+)
+
+
+def _empty_result(gate, value):
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, value.dtype))
 
 
-@torch.library.custom_op(
-    "palm_rlhf::swiglu_backward",
-    mutates_args=(),
-    schema="(Tensor d_out, Tensor gate, Tensor value) -> (Tensor, Tensor)",
-)
-def _backward(d_out, gate, value):
-    d_gate, d_value = gate.new_empty(gate.shape), value.new_empty(value.shape)
-    _launch(backward_kernel, [d_out, gate, value], [d_gate, d_value])
-    return d_gate, d_value
-
-
-@_backward.register_fake
-def _(d_out, gate, value):
-    return gate.new_empty(gate.shape), value.new_empty(value.shape)
+def _forward(gate, value):
+    out = _empty_result(gate, value)
+    _launch(forward_kernel, [gate, value], [out])
+    return out
 
 
 def _save(ctx, inputs, output):
@@ -105,12 +104,14 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, d_out):
-    return _backward(d_out, *ctx.saved_tensors)
+    return backward_operator(d_out, *ctx.saved_tensors)
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+forward_operator = Operator(
+    "swiglu_forward", "(Tensor gate, Tensor value) -> Tensor", _forward, _empty_result, save=_save, gradients=_gradients
+)
 
 
 def swiglu_triton(gate: Tensor, value: Tensor) -> Tensor:
     """Return silu(gate) * value, both `... d`, rounded once."""
-    return _forward(gate, value)
+    return forward_operator(gate, value)

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ def why_not(device_type: str) -> str | None:
     return f"it runs on CUDA and ROCm, not on {device_type}"
 
 
+@cache
 def properties(device: torch.device) -> tuple[str, int]:
     """Return the architecture that tiles are tuned for, and the number of its multiprocessors.
 
@@ -84,10 +86,16 @@ def tile_for(tiles: Tiles, x: torch.Tensor, exceptions: Tiles | None = None) -> 
         by_dim = FLOAT32_TILES["hip" if torch.version.hip else "cuda"]
     else:
         arch = architecture(x.device)
-        by_dim = tiles[arch] | (exceptions or {}).get(arch, {})
-    return next(tile for dim, tile in by_dim.items() if x.shape[-1] <= dim)
+        by_dim = tiles[arch]
+        if exceptions is not None and arch in exceptions:
+            by_dim = by_dim | exceptions[arch]
+    for dim, tile in by_dim.items():
+        if x.shape[-1] <= dim:
+            return tile
+    raise ValueError(f"heads have {x.shape[-1]} dimensions; expected up to {max(by_dim)}")
 
 
+@cache
 def block_dim(dim: int) -> int:
     """Return the width of a tile with rows of `dim` numbers."""
     return max(16, triton.next_power_of_2(dim))
@@ -106,9 +114,13 @@ def describe(x: torch.Tensor, block: tuple[int, ...]) -> "TensorDescriptor | Non
     return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block))
 
 
+HERE = nullcontext()
+
+
 def on(device: torch.device) -> AbstractContextManager:
     """Return a context in which Triton launches kernels on this device: it launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if is_other else HERE
 
 
 def precision(dtype: torch.dtype) -> str:

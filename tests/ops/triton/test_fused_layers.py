@@ -13,7 +13,7 @@ from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, linear_lo
 from palm_rlhf.ops.rotary import rotary_split, rotary_tables
 from palm_rlhf.ops.swiglu import swiglu
 
-INTERPRETED = ["test_fused_accuracy.py", "test_fused_laws.py"]
+INTERPRETED = ["test_fused_accuracy.py", "test_fused_laws.py", "test_eager_calls.py"]
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
