@@ -25,6 +25,8 @@ BESIDE = {
         "ops.devices": "which of these runs where",
         "ops.nucleus": "where top-k and top-p cut a distribution off, without sorting it",
         "model.native_decode": "the same next token, by a kernel in C",
+        "model.captured": "which models take the steps of fixed shapes",
+        "model.static_generate": "the same tokens, by steps of fixed shapes, for GPUs",
         "model.pretrained": "opening folders of the hub",
         "model.checkpoint": "files of weights",
         "model.weights_folder": "files of weights",

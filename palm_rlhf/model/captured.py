@@ -34,6 +34,7 @@ class StepGraphs:
         self.device, self.captures = device, device.type in GPUS
         self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()  # None: it has run once
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+        self.stream = torch.cuda.Stream(device) if self.captures else None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run a step, or replay its graph.
@@ -59,7 +60,7 @@ class StepGraphs:
         """Return the graph of a step, which does not run meanwhile."""
         graph = torch.cuda.CUDAGraph()
         # the mode leaves the CUDA calls of other threads alone, such as those that pin the memory of a data loader
-        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.device(self.device), capture, without_cached_casts(self.device.type), torch.no_grad():
             step()
         return graph

@@ -9,7 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palm_rlhf.model.cache import Cache
-from palm_rlhf.model.prompts import PaddedPrompts, new_token_limits, read_prompts, seen_tokens
+from palm_rlhf.model.captured import why_not_captured
+from palm_rlhf.model.prompts import PaddedPrompts, new_token_limits, read_prompts, response_lengths, seen_tokens
+from palm_rlhf.model.static_generate import generate_static, stream_static
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.ops.sampling import Sampling, sample, sampling_logprobs
 
@@ -77,9 +79,13 @@ def generate(
     check_options(palm.num_tokens, eos_token, allowed_tokens, num_samples)
     prompts = read_prompts(palm, prompt, generator, allowed_tokens)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
-    steps = _steps(palm, prompts, limits, sampling, eos_token, allowed_tokens, generator, finetune_scope)
-    drawn = list(tqdm(steps, total=int(limits.max()), desc="generate", unit="tok", disable=not use_tqdm))
-    tokens, logprobs = (torch.stack(parts, dim=-1) for parts in zip(*drawn, strict=True))
+    options = (palm, prompts, limits, sampling, eos_token, allowed_tokens, generator, finetune_scope)
+    if why_not_captured(palm) is None:
+        tokens, logprobs = generate_static(*options, use_tqdm=use_tqdm)
+    else:
+        total = int(limits.max())
+        drawn = list(tqdm(_steps(*options), total=total, desc="generate", unit="tok", disable=not use_tqdm))
+        tokens, logprobs = (torch.stack(parts, dim=-1) for parts in zip(*drawn, strict=True))
 
     if prompts.form == "list":
         lengths = response_lengths(tokens, limits, eos_token).tolist()
@@ -133,7 +139,8 @@ def stream(
     check_options(palm.num_tokens, eos_token, allowed_tokens, num_samples)
     prompts = read_prompts(palm, prompt, generator, allowed_tokens)
     limits = new_token_limits(prompts, seq_len, max_new_tokens).repeat_interleave(num_samples)
-    steps = _steps(palm, prompts, limits, sampling, eos_token, allowed_tokens, generator, finetune_scope)
+    make_steps = stream_static if why_not_captured(palm) is None else _steps
+    steps = make_steps(palm, prompts, limits, sampling, eos_token, allowed_tokens, generator, finetune_scope)
     return steps if return_logprobs else (tokens for tokens, _ in steps)
 
 
@@ -216,15 +223,6 @@ def next_logits(palm: "palm_rlhf.model.palm.PaLM", tokens: Tensor, cache: Cache,
     """Read tokens into the cache and return the logits after the last of each row: `b i -> b v`."""
     embeds = palm(tokens, cache=cache, return_only_embedding=True, finetune_scope=finetune_scope)
     return palm.to_logits(embeds[:, -1])
-
-
-def response_lengths(tokens: Tensor, limits: Tensor, eos_token: int | None) -> Tensor:
-    """Return the number of tokens of each response, its EOS included: `b t -> b`."""
-    if eos_token is None:
-        return limits
-    is_eos = tokens == eos_token
-    first = torch.where(is_eos.any(dim=-1), is_eos.int().argmax(dim=-1) + 1, tokens.shape[-1])
-    return torch.minimum(first, limits)
 
 
 def check_options(num_tokens: int, eos_token: int | None, allowed_tokens: Tensor | None, num_samples: int) -> None:

@@ -135,6 +135,13 @@ class PaLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.token_emb.weight.dtype
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The type of keys and values: that of the weights, or of autocast where it is on."""
+        kind = self.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if casts else self.dtype
+
     def forward(
         self,
         tokens: Tensor,
@@ -279,10 +286,7 @@ class PaLM(nn.Module):
         `left_padding`, `b`, is the number of padding tokens before each row; they count towards the capacity.
         """
         if not self.config.causal:
-            raise ValueError(
-                "a bidirectional PaLM has no cache, since each token attends to later ones; expected causal=True"
-            )
-        kind = self.device.type
+            raise ValueError("a bidirectional PaLM has no cache, as tokens attend to later ones; expected causal=True")
         return KVCache(
             depth=self.config.depth,
             batch=batch,
@@ -291,5 +295,5 @@ class PaLM(nn.Module):
             dim_head=self.config.dim_head,
             left_padding=left_padding,
             device=self.device,
-            dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype,
+            dtype=self.cache_dtype,
         )

@@ -77,6 +77,15 @@ def new_token_limits(prompts: PaddedPrompts, seq_len: int | None, max_new_tokens
     return seq_len - prompts.lengths
 
 
+def response_lengths(tokens: Tensor, limits: Tensor, eos_token: int | None) -> Tensor:
+    """Return the number of tokens of each response, its EOS included: `b t -> b`."""
+    if eos_token is None:
+        return limits
+    is_eos = tokens == eos_token
+    first = torch.where(is_eos.any(dim=-1), is_eos.int().argmax(dim=-1) + 1, tokens.shape[-1])
+    return torch.minimum(first, limits)
+
+
 def seen_tokens(prompts: PaddedPrompts, num_tokens: int) -> Tensor:
     """Return which tokens of the vocabulary each prompt has: `b v` bool."""
     seen = torch.zeros(len(prompts.tokens), num_tokens, dtype=torch.bool, device=prompts.tokens.device)
