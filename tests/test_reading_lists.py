@@ -66,6 +66,8 @@ BESIDE = {
         "data": "tokenizers and chat templates",
         "serving.structured": "replies that follow a grammar",
         "serving.engine.prefix_cache": "how cached beginnings of prompts are found and forgotten",
+        "serving.engine.row_options": "options of sampling as tensors of all rows",
+        "serving.engine.static_step": "the same next token on a GPU, by CUDA graphs",
         "serving.engine.transfer": "copies to a GPU and back that do not wait",
         "serving.engine.prompt_logprobs": "an option of requests",
         "serving.protocol.echo": "an option of requests",

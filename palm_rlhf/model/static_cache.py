@@ -77,13 +77,20 @@ class StaticCache:
         """The number of columns."""
         return len(self.columns)
 
+    @classmethod
+    def around(
+        cls, keys: list[Tensor], values: list[Tensor], lengths: Tensor, first: Tensor, columns: Tensor
+    ) -> "StaticCache":
+        """Return a cache in memory that is there already: the attributes of the same names."""
+        cache = object.__new__(cls)
+        cache.keys, cache.values, cache.kernels = keys, values, {}
+        cache.lengths, cache.first, cache.columns = lengths, first, columns
+        return cache
+
     def view(self, batch: int, capacity: int) -> "StaticCache":
         """Return the cache of the first rows and columns, in the same memory."""
-        part = object.__new__(StaticCache)
-        part.keys, part.values = ([t[:batch, :, :capacity] for t in kept] for kept in (self.keys, self.values))
-        part.lengths, part.first, part.columns = self.lengths[:batch], self.first[:batch], self.columns[:capacity]
-        part.kernels = {}
-        return part
+        keys, values = ([t[:batch, :, :capacity] for t in kept] for kept in (self.keys, self.values))
+        return StaticCache.around(keys, values, self.lengths[:batch], self.first[:batch], self.columns[:capacity])
 
     def fill(self, prompts: "KVCache", copies: int = 1) -> None:
         """Begin anew with the keys and values of prompts, each in `copies` neighbouring rows; other rows are empty.

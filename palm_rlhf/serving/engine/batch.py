@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from palm_rlhf.model.cache import Cache
+from palm_rlhf.model.captured import why_not_captured
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.engine.prefix_cache import PrefixCache, common_prefix
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
 from palm_rlhf.serving.engine.sampler import SampledToken, Sampler
 from palm_rlhf.serving.engine.slot_cache import SlotCache
+from palm_rlhf.serving.engine.static_step import StaticStep
+from palm_rlhf.serving.engine.transfer import upload
 from palm_rlhf.serving.generation import EngineError, Generation
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Batch:
     def __init__(self, palm: PaLM, sampler: Sampler, slots: SlotCache, *, prefix_bytes: int):
         self.palm, self.sampler, self.slots = palm, sampler, slots
         self.prefixes = PrefixCache(prefix_bytes, SlotCache.bytes_per_token(palm))
+        self.captures = why_not_captured(palm) is None
         self.rows: list[Generation] = []
         self.reading: list[Generation] = []  # all read to the same position
         self.halted: list[Generation] = []  # read in part, and left for later
@@ -144,14 +147,15 @@ class Batch:
             tokens = np.zeros((count, stop - start), dtype=np.int64)  # 0 is padding, never attended to or sampled from
             for row, part in enumerate(some):
                 tokens[row, : len(part)] = part
-            embeds = self._embed(torch.from_numpy(tokens), cache)
+            embeds = self._embed(tokens, cache)
             for generation, part, embedded in zip(group[first : first + count], some, embeds, strict=True):
                 if generation.request.prompt_logprobs is not None:
                     score_prompt(generation, start, embedded[: len(part)], self.palm, self.sampler)
             if stop < longest:
                 return None
-            last = embeds[torch.arange(count), [len(part) - 1 for part in some]]
-            return self._sample(last, group[first : first + count])
+            places = upload([len(part) - 1 for part in some], embeds.device).view(-1, 1, 1)
+            last = embeds.take_along_dim(places, dim=1)[:, 0]
+            return self._sample(self.palm.to_logits(last), group[first : first + count])
 
         results = self._each(group, forward)
         for (generation, found), part in zip(results, parts, strict=True):
@@ -167,9 +171,12 @@ class Batch:
 
         def forward(first: int, count: int) -> list[Outcome]:
             some = rows[first : first + count]
-            lengths = [row.num_read for row in some]
+            if count == len(rows) and (logits := self._static_logits()) is not None:
+                return self._sample(logits, some)
+            tokens, lengths = [row.tokens[-1] for row in some], [row.num_read for row in some]
             cache = self.slots.rows(lengths) if count == len(rows) else self.slots.row(first, *lengths)
-            return self._sample(self._embed(torch.tensor([[row.tokens[-1]] for row in some]), cache)[:, -1], some)
+            embeds = self._embed(np.array(tokens)[:, None], cache)
+            return self._sample(self.palm.to_logits(embeds[:, -1]), some)
 
         results = [(row, found) for row, found in self._each(rows, forward) if found is not None]
         for row, found in results:
@@ -199,13 +206,41 @@ class Batch:
                 results.append((member, error))
         return results
 
-    def _embed(self, tokens: Tensor, cache: Cache) -> Tensor:
+    def _embed(self, tokens: np.ndarray, cache: Cache) -> Tensor:
         """Return the final embeddings: `b i -> b i e`."""
-        return self.palm(tokens.to(self.palm.device), cache=cache, return_only_embedding=True)
+        return self.palm(upload(tokens, self.palm.device), cache=cache, return_only_embedding=True)
 
-    def _sample(self, embeds: Tensor, members: list[Generation]) -> list[Outcome]:
-        """Return the next tokens after embeddings, `b e`, or the reasons why there is none."""
-        found = self.sampler(self.palm.to_logits(embeds), members)
+    def _static_logits(self) -> Tensor | None:
+        """Return the logits after the last token of every row, `b v`, by a CUDA graph; None where there can be none."""
+        if not self.captures:
+            return None
+        try:
+            step = self.slots.static_step = self.slots.static_step or StaticStep(self.palm, self.slots)
+            return step([row.tokens[-1] for row in self.rows], [member.num_read for member in self.members])
+        except Exception:
+            logger.exception("a decoding step cannot be captured as a CUDA graph; replies are slower from now on")
+            self.captures, self.slots.static_step = False, None
+            return None
+
+    def warm_up(self, columns: int) -> None:
+        """Take the memory of the cache, and capture the usual steps, where steps can be captured.
+
+        Args:
+            columns: The most tokens of a sequence.
+        """
+        rows, blocks = self.slots.max_rows, -(-columns // COLUMN_STEP)
+        columns = min(blocks, self.slots.max_tokens // self.slots.max_rows // COLUMN_STEP) * COLUMN_STEP
+        try:
+            if self.captures and columns and self.slots.reserve(rows, columns, []):
+                self.slots.static_step = StaticStep(self.palm, self.slots)
+                self.slots.static_step.warm_up()
+        except Exception:
+            logger.exception("decoding steps cannot be captured as CUDA graphs; replies will be slower")
+            self.captures, self.slots.static_step = False, None
+
+    def _sample(self, logits: Tensor, members: list[Generation]) -> list[Outcome]:
+        """Return the next tokens after logits, `b v`, or the reasons why there is none."""
+        found = self.sampler(logits, members)
         return [
             sampled or member.failure or EngineError("the model computed logits that are not finite")
             for member, sampled in zip(members, found, strict=True)

@@ -64,6 +64,8 @@ class Engine:
         self._busy, self._done, self._progressed = False, 0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="palm-rlhf-engine", daemon=True)
         self._thread.start()
+        if batch.captures:  # in that thread, and before the first request, since it takes time
+            self.call(lambda: batch.warm_up(self.context)).result()
 
     def _make_batch(self) -> Batch:
         config, per_token = self.config, SlotCache.bytes_per_token(self.palm)

@@ -10,6 +10,7 @@ from palm_rlhf.model.palm import PaLM
 
 if TYPE_CHECKING:
     from palm_rlhf.ops.cpu.native_decoding import NativeDecoder
+    from palm_rlhf.serving.engine.static_step import StaticStep
 
 
 class SlotCache:
@@ -17,6 +18,8 @@ class SlotCache:
 
     The block grows with what is reserved, and never beyond `max_tokens` = rows x columns. A row holds old numbers
     beyond its length, which attention masks. `row` and `rows` return views that a PaLM takes as its cache.
+
+    `static_step` is the step of a GPU on these blocks, if there is one; a resize drops it.
     """
 
     def __init__(self, palm: PaLM, *, max_tokens: int, max_rows: int):
@@ -36,6 +39,7 @@ class SlotCache:
         """Forget all sequences, and free the memory."""
         self.num_rows = self.num_columns = 0
         self.kernels: dict[str, NativeDecoder] = {}
+        self.static_step: StaticStep | None = None
         self.keys, self.values = ([self._block(0, 0) for _ in range(self.depth)] for _ in range(2))
 
     def _block(self, rows: int, columns: int) -> Tensor:
@@ -69,7 +73,8 @@ class SlotCache:
         return False
 
     def _resize(self, shape: tuple[int, int], num_used: int, longest: int) -> None:
-        self.kernels.clear()  # they hold the old blocks
+        self.kernels.clear()  # they and the static step hold the old blocks
+        self.static_step = None
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
                 if (old.shape[0], old.shape[2]) != shape:

@@ -1,0 +1,90 @@
+"""The decoding step of a batch on a GPU: one CUDA graph for each number of rows and columns, both rounded up."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palm_rlhf.model.captured import MAX_GRAPHS, StepGraphs, addresses
+from palm_rlhf.model.decoding_step import RotaryLookup, static_logits
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
+from palm_rlhf.serving.engine.slot_cache import SlotCache
+from palm_rlhf.serving.engine.transfer import upload
+
+logger = logging.getLogger(__name__)
+MANY_ROWS = 64  # above it, numbers of rows are rounded up to a multiple of COARSE_ROWS, so that there are few graphs
+COARSE_ROWS = 32
+
+
+def rows_computed(num_rows: int) -> int:
+    """Return the rows of the step that computes `num_rows`."""
+    return round_rows(num_rows) if num_rows <= MANY_ROWS else -(-num_rows // COARSE_ROWS) * COARSE_ROWS
+
+
+class StaticStep:
+    """The logits after one more token of each of the first rows of a SlotCache, by steps of few shapes.
+
+    A step computes more rows than it was asked for, and nobody looks at the logits of those. Where such a row belongs
+    to a prompt that is being read, or to a later one, its keys and values stay whole: it writes to the column of the
+    row's own next token, which the row's next forward overwrites before anything reads it.
+
+    The graphs hold the addresses of the cache and of the weights, so that a step has to be made anew where the cache
+    is resized; see `SlotCache.static_step`.
+    """
+
+    def __init__(self, palm: PaLM, slots: SlotCache):
+        self.palm, self.slots = palm, slots
+        rows, columns, device = slots.num_rows, slots.num_columns, slots.device
+        self.inputs = torch.zeros(rows, 2, dtype=torch.int64, device=device)  # last token and length of each row
+        self.logits = torch.zeros(rows, palm.num_tokens, dtype=palm.dtype, device=device)
+        self.tokens, lengths = self.inputs.unbind(-1)
+        first = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.cache = StaticCache.around(slots.keys, slots.values, lengths, first, torch.arange(columns, device=device))
+        self.lookup = RotaryLookup(palm, columns)
+        self.graphs, self.addresses = StepGraphs(device), addresses(palm)
+
+    def __call__(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Read one token into each of the first rows, and return the logits after it, `b v`, until the next call.
+
+        Args:
+            tokens: The last token of each row of the step.
+            lengths: The tokens read so far of every row in use: of those of the step, then of those being read.
+        """
+        rows = min(rows_computed(len(tokens)), self.slots.num_rows)
+        # a row that is computed beside the others needs its next column too, which may lie further right
+        columns = min(round_columns(max(lengths[:rows]) + 1), self.slots.num_columns)
+        inputs = np.zeros((rows, 2), dtype=np.int64)
+        inputs[: len(tokens), 0], inputs[: len(lengths), 1] = tokens, lengths[:rows]
+        self.inputs[:rows] = upload(inputs, self.inputs.device)
+        self._run(rows, columns)
+        return self.logits[: len(tokens)]
+
+    def _run(self, rows: int, columns: int) -> None:
+        """Compute a step of so many rows and columns from `inputs`."""
+
+        def step() -> None:
+            found = static_logits(self.palm, self.tokens[:rows], self.cache.view(rows, columns), self.lookup)
+            self.logits[:rows] = found
+
+        self.graphs.run((rows, columns, self.addresses), step)
+
+    def warm_up(self) -> None:
+        """Compile and capture the steps of every number of rows, those of few columns first, on an empty cache."""
+        began = time.monotonic()
+        shapes = [
+            (min(rows, self.slots.num_rows), min(columns, self.slots.num_columns))
+            for columns in sorted({round_columns(column) for column in range(1, self.slots.num_columns + 1)})
+            for rows in sorted({rows_computed(row) for row in range(1, self.slots.num_rows + 1)}, reverse=True)
+        ]
+        warm = list(dict.fromkeys(shapes))[: MAX_GRAPHS // 2]
+        for rows, columns in warm:
+            for _ in range(2):  # kernels compile the first time, and the second time is captured
+                self.inputs.zero_()
+                self._run(rows, columns)
+        if self.inputs.device.type == "cuda":
+            torch.cuda.synchronize(self.inputs.device)
+        logger.info("captured %d decoding steps in %.1f seconds", len(warm), time.monotonic() - began)
