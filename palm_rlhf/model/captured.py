@@ -32,7 +32,8 @@ class StepGraphs:
 
     def __init__(self, device: torch.device):
         self.device, self.captures = device, device.type in GPUS
-        self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()  # None: it has run once
+        self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self.has_run: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
         self.stream = torch.cuda.Stream(device) if self.captures else None
 
@@ -43,21 +44,30 @@ class StepGraphs:
             key: all that the step's code and addresses depend on: sizes, options, and `addresses` of the model.
             step: the step; a replayed graph does not call it.
         """
-        if not self.captures or key not in self.graphs:
-            with without_cached_casts(self.device.type), torch.no_grad():
-                step()
-            if self.captures:
-                self.graphs[key] = None
-                if len(self.graphs) > MAX_GRAPHS:
-                    self.graphs.popitem(last=False)
+        graph = self.graphs.get(key)
+        if graph is None and key in self.has_run:
+            graph = self._capture(step)
+            self.graphs[key] = graph
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+        if graph is not None:
+            self.graphs.move_to_end(key)
+            graph.replay()
             return
-        graph = self.graphs[key] or self._capture(step)
-        graph.replay()
-        self.graphs[key] = graph
-        self.graphs.move_to_end(key)
+        with without_cached_casts(self.device.type), torch.no_grad():
+            step()
+        if self.captures:
+            self.has_run.add(key)
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        if self.graphs:
+            torch.cuda.synchronize(self.device)
+        self.graphs.clear()
+        self.has_run.clear()
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step, which does not run meanwhile."""
+        """Wait for all graphs, and return the graph of a step, which does not run meanwhile."""
         graph = torch.cuda.CUDAGraph()
         # the mode leaves the CUDA calls of other threads alone, such as those that pin the memory of a data loader
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
@@ -94,10 +104,11 @@ def why_not_captured(palm: "PaLM") -> str | None:
     return None
 
 
-def addresses(palm: "PaLM", adapters: Sequence[BlockLoRA] | None = None) -> Hashable:
+def addresses(palm: "PaLM", adapters: Sequence[BlockLoRA] | None = None) -> str:
     """Return what a graph of the model holds beside static tensors: addresses of weights, and numbers in its code.
 
-    A step that changes weights in place keeps the graph; another weight, or a LoRA scope that is merged, does not.
+    Weights that change in place keep it; other weights, another LoRA scope, or another precision do not. It is text,
+    whose hash Python computes only once.
     """
     weights = [weight.data_ptr() for weight in palm.parameters()]
     parts = [part for block in adapters or () for part in block.parts]
@@ -105,4 +116,4 @@ def addresses(palm: "PaLM", adapters: Sequence[BlockLoRA] | None = None) -> Hash
     kind = palm.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     precise = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    return palm.config, palm.dtype, tuple(weights), tuple(lora), autocast, precise
+    return repr((palm.config, palm.dtype, weights, lora, autocast, precise))

@@ -1,12 +1,14 @@
 """One decoding step of static tensors: from the last token of every row to logits, without a look at their numbers."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
-from palm_rlhf.model.block import position_tables
+from palm_rlhf.model.block import ParallelBlock, position_tables
 from palm_rlhf.model.lora import BlockLoRA
 from palm_rlhf.model.static_cache import StaticCache
 
@@ -28,12 +30,46 @@ class RotaryLookup:
         return cos, sin
 
 
+class CastMatrices:
+    """A model's matrices in the type of autocast, at fixed addresses, so that no step casts them again.
+
+    They are rounded as autocast rounds them. Embeddings and norms are read from the model itself, in its own type.
+    """
+
+    def __init__(self, palm: "PaLM"):
+        dtype = torch.get_autocast_dtype(palm.device.type)
+        layers = cast("Sequence[ParallelBlock]", palm.layers)
+        parts = [(layer.in_proj.weight, layer.attn_out.weight, layer.ff_out.weight) for layer in layers]
+        self.sources = [weight.detach() for part in parts for weight in part] + [palm.token_emb.weight.detach()]
+        self.copies = [torch.empty_like(source, dtype=dtype) for source in self.sources]
+
+    @property
+    def token_emb(self) -> Tensor:
+        """The matrix of the output layer: `v e`."""
+        return self.copies[-1]
+
+    def of_block(self, layer: int) -> dict[str, Tensor]:
+        """Return the matrices of a block by their names in it."""
+        names = ("in_proj.weight", "attn_out.weight", "ff_out.weight")
+        return dict(zip(names, self.copies[3 * layer : 3 * layer + 3], strict=True))
+
+    def refresh(self) -> None:
+        """Cast the weights again, which may have changed in place."""
+        torch._foreach_copy_(self.copies, self.sources)
+
+    @staticmethod
+    def are_needed(palm: "PaLM") -> bool:
+        """Return whether autocast would cast the weights of a model in each step."""
+        return palm.dtype == torch.float32 != palm.cache_dtype
+
+
 def static_logits(
     palm: "PaLM",
     tokens: Tensor,
     cache: StaticCache,
     lookup: RotaryLookup,
     adapters: Sequence[BlockLoRA] | None = None,
+    matrices: CastMatrices | None = None,
 ) -> Tensor:
     """Read one token a row into the cache and return the logits after it: `b -> b v`.
 
@@ -51,8 +87,17 @@ def static_logits(
             adds 1 to every entry of `lengths`.
         lookup: for at least as many positions as the cache has columns.
         adapters: of a LoRA scope, one for each block; see `adapters_of`.
+        matrices: the weights as autocast casts them; None lets autocast cast them in every step.
     """
-    x = palm.token_emb(tokens.unsqueeze(-1))
-    x = palm.through_blocks(x, lookup(cache.positions()), cache.key_mask(), None, cache, adapters)
+    x, tables, mask = palm.token_emb(tokens.unsqueeze(-1)), lookup(cache.positions()), cache.key_mask()
+    if matrices is None:
+        x = palm.through_blocks(x, tables, mask, None, cache, adapters)
+    else:
+        for i, layer in enumerate(palm.layers):
+            lora = None if adapters is None else adapters[i]
+            x = functional_call(layer, matrices.of_block(i), (x, tables, mask, None, cache, i, lora))
     cache.advance()
-    return palm.to_logits(palm.norm(x)[:, 0])
+    embeds = palm.norm(x)[:, 0]
+    if matrices is None:
+        return palm.to_logits(embeds)
+    return F.linear(embeds, matrices.token_emb) * palm.config.output_scale

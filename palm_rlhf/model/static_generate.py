@@ -140,6 +140,7 @@ class StaticRows:
         """Look up the weights that steps read, at the start and whenever the caller may have replaced some."""
         self.adapters = None if self.scope is None else adapters_of(self.palm, self.scope)
         self.addresses = addresses(self.palm, self.adapters)
+        self.matrices = self.memory.cast_matrices(self.palm)
 
     def step(self) -> None:
         """Draw the next token of every row that is computed."""
@@ -149,11 +150,12 @@ class StaticRows:
             self.prompt_logits = None
         else:
             columns = round_columns(self.first_column + self.num_drawn)
-            cache, tokens = self.memory.cache.view(self.size, columns), self.memory.tokens[: self.size]
 
             def run() -> None:
-                logits = static_logits(self.palm, tokens, cache, self.memory.lookup, self.adapters)
-                self.memory.draw(logits, *self.options)
+                memory, tokens = self.memory, self.memory.tokens[: self.size]
+                cache = memory.cache.view(self.size, columns)
+                logits = static_logits(self.palm, tokens, cache, memory.lookup, self.adapters, self.matrices)
+                memory.draw(logits, *self.options)
 
             self.memory.graphs.run((self.size, columns, self.options, self.addresses), run)
         self.num_drawn += 1

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from palm_rlhf.model.captured import StepGraphs
-from palm_rlhf.model.decoding_step import RotaryLookup
+from palm_rlhf.model.captured import StepGraphs, addresses
+from palm_rlhf.model.decoding_step import CastMatrices, RotaryLookup
 from palm_rlhf.model.prompts import PaddedPrompts, seen_tokens
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
 from palm_rlhf.ops.sampling import Sampling, race, sampling_logprobs
@@ -59,6 +59,8 @@ class StepMemory:
         self.seen = self.counts = None
         self.allowed = torch.ones(c.num_tokens, dtype=torch.bool, device=device)
         self.lookup = RotaryLookup(palm, capacity)
+        self.matrices: CastMatrices | None = None
+        self.matrices_of = ""  # the `addresses` of the model that they are of
         self.graphs = StepGraphs(device)
         on_gpu = self.graphs.captures
         self.host_running = torch.zeros(rows, dtype=torch.bool, device="cpu", pin_memory=on_gpu)
@@ -75,8 +77,29 @@ class StepMemory:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the tensors that grow with the rows."""
-        return sum(t.nbytes for t in (*self.cache.keys, *self.cache.values, self.clocks, self.drawn))
+        """The size of the tensors that grow with the rows, and of copied weights."""
+        copies = [] if self.matrices is None else self.matrices.copies
+        return sum(t.nbytes for t in (*self.cache.keys, *self.cache.values, self.clocks, self.drawn, *copies))
+
+    def begin_use(self) -> None:
+        """Let the current stream wait for the last use, which may have been on another stream."""
+        if self.finished is not None:
+            torch.cuda.current_stream(self.running.device).wait_event(self.finished)
+
+    def end_use(self) -> None:
+        """Note the end of a use on the current stream."""
+        if self.finished is not None:
+            self.finished.record(torch.cuda.current_stream(self.running.device))
+
+    def cast_matrices(self, palm: "PaLM") -> CastMatrices | None:
+        """Return the model's matrices as autocast casts them now; None where it casts none."""
+        if not CastMatrices.are_needed(palm):
+            return None
+        if self.matrices is None or self.matrices_of != addresses(palm):
+            self.graphs.clear()  # they read the copies
+            self.matrices, self.matrices_of = CastMatrices(palm), addresses(palm)
+        self.matrices.refresh()
+        return self.matrices
 
     def start(self, prompts: PaddedPrompts, limits: Tensor, sampling: Sampling, allowed: Tensor | None) -> None:
         """Begin anew after prompts, whose keys and values are in the cache; `limits` has one entry for each row."""
@@ -156,22 +179,30 @@ def borrowed(palm: "PaLM", rows: int, capacity: int) -> Iterator[StepMemory]:
         if memory is not None:
             kept.remove(memory)
         else:
-            del kept[: 1 - MAX_KEPT]  # before there is new memory
+            _forget(kept, MAX_KEPT - 1)  # before there is new memory
     memory = memory or StepMemory(palm, rows, capacity)
-    if memory.finished is not None:
-        torch.cuda.current_stream(palm.device).wait_event(memory.finished)
+    memory.begin_use()
+    works = False
     try:
         yield memory
-    except Exception:
-        memory = None
+        works = True
+    except GeneratorExit:  # the caller has left a stream
+        works = True
         raise
     finally:
-        if memory is not None and _is_worth_keeping(memory):
-            if memory.finished is not None:
-                memory.finished.record(torch.cuda.current_stream(palm.device))
+        if works:
+            memory.end_use()
             with _lock:
                 kept.append(memory)
-                del kept[:-MAX_KEPT]
+                _forget(kept, MAX_KEPT if _is_worth_keeping(memory) else 0)
+
+
+def _forget(kept: list[StepMemory], most: int) -> None:
+    """Free all but the newest memories, once their last steps are over."""
+    for memory in kept[: len(kept) - most]:
+        if memory.finished is not None:
+            memory.finished.synchronize()
+    del kept[: len(kept) - most]
 
 
 def _is_worth_keeping(memory: StepMemory) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.model import step_memory
-from palm_rlhf.model.decoding_step import static_logits
+from palm_rlhf.model.decoding_step import CastMatrices, static_logits
 from palm_rlhf.model.prompts import PaddedPrompts
 from palm_rlhf.model.static_generate import CHECK_EVERY
 from palm_rlhf.model.step_memory import StepMemory
@@ -101,6 +101,45 @@ def test_autocast():
     same = int((tokens[0] == other[0]).int().cumprod(0).sum())
     assert same >= 2
     torch.testing.assert_close(logprobs[0][:same], others[0][:same], rtol=0, atol=0.1)
+
+
+def test_matrices_that_are_cast_once_are_those_that_autocast_casts(monkeypatch):
+    """The same bits, also after weights have changed in place, and after they have been replaced."""
+    palm, rows = palm_with(dtype=torch.float32, qk_norm=True), prompts_of(4, 2)
+    for adapters in palm.add_finetune_params("voice", r=2):
+        for part in adapters.parts:
+            part.B.data.normal_(std=0.5)
+
+    def said(scope):
+        with torch.autocast("cpu", torch.bfloat16):
+            options = {"max_new_tokens": 9, "generator": seeded(), "return_logprobs": True, "finetune_scope": scope}
+            return [row.tolist() for rows_of in static(palm, prompt=rows, **options) for row in rows_of]
+
+    def change(palm):
+        for parameter in palm.parameters():
+            parameter.data.mul_(1.2)
+
+    def replace(palm):
+        palm.layers[1].in_proj.weight = torch.nn.Parameter(palm.layers[1].in_proj.weight.flip(0).clone())
+
+    casts, found = [], []
+    monkeypatch.setattr(
+        "palm_rlhf.model.static_generate.static_logits", lambda *a: casts.append(a[5]) or static_logits(*a)
+    )
+    for alter in (lambda palm: None, change, replace):
+        alter(palm)
+        once = [said(scope) for scope in (None, "voice", None)]
+        assert all(isinstance(matrices, CastMatrices) for matrices in casts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CastMatrices, "are_needed", staticmethod(lambda palm: False))
+            each = [said(scope) for scope in (None, "voice", None)]
+        assert casts[-1] is None
+        casts.clear()
+        assert once == each and once[0] == once[2] != once[1]
+        found.append(once[0])
+    assert found[0] != found[1] != found[2]
+    static(palm, prompt=rows, max_new_tokens=4)
+    assert casts[-1] is None  # without autocast
 
 
 def test_a_scope_of_lora():
