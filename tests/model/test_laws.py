@@ -28,15 +28,15 @@ UNEVEN = st.lists(st.integers(2, 9), min_size=2, max_size=4, unique=True)
 
 
 @functools.cache
-def palm_of(variant) -> PaLM:
+def palm_of(variant, device) -> PaLM:
     options = {"causal": False} if variant == "bidirectional" else VARIANTS[variant]
     sizes = {"num_tokens": VOCABULARY, "dim": 12, "depth": 2, "heads": 3, "dim_head": 4, "ff_mult": 2}
-    return factories.palm_of(**{**sizes, **options}).double()
+    return factories.palm_of(**{**sizes, **options}).to(device, torch.float64)
 
 
-def token_rows(lengths, seed):
+def token_rows(lengths, seed, device):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
+    return [torch.randint(VOCABULARY, (length,), generator=generator).to(device) for length in lengths]
 
 
 def assert_close(got, expected, atol=1e-11):
@@ -64,27 +64,27 @@ def mean_loss_alone(palm, rows):
 @every_causal
 @settings(max_examples=15)
 @given(length=st.integers(2, 40), seed=SEEDS, data=st.data())
-def test_future_tokens_cannot_change_the_past(variant, length, seed, data):
-    palm, now = palm_of(variant), data.draw(st.integers(0, length - 2))
-    tokens, other = torch.stack(token_rows([length, length], seed)).split(1)
+def test_future_tokens_cannot_change_the_past(variant, length, seed, data, device):
+    palm, now = palm_of(variant, device), data.draw(st.integers(0, length - 2))
+    tokens, other = torch.stack(token_rows([length, length], seed, device)).split(1)
     changed = torch.cat((tokens[:, : now + 1], other[:, now + 1 :]), dim=1)
     assert_close(palm(changed)[:, : now + 1], palm(tokens)[:, : now + 1], atol=1e-12)
     assert_close(palm(tokens[:, : now + 1]), palm(tokens)[:, : now + 1], atol=1e-12)
 
 
 @every_causal
-def test_no_gradient_comes_from_the_future(variant):
+def test_no_gradient_comes_from_the_future(variant, device):
     """Of each place's logits with respect to each place's embedding."""
-    palm, (row,) = palm_of(variant), token_rows([7], 0)
-    extra = torch.zeros(1, 7, 12, dtype=torch.float64, requires_grad=True)
+    palm, (row,) = palm_of(variant, device), token_rows([7], 0, device)
+    extra = torch.zeros(1, 7, 12, dtype=torch.float64, device=device, requires_grad=True)
     logits = palm(row[None], extra_embed=extra)
     for now in range(7):
         gradient = torch.autograd.grad(logits[0, now].square().sum(), extra, retain_graph=True)[0][0]
         assert not gradient[now + 1 :].any() and gradient[: now + 1].abs().sum(dim=-1).all()
 
 
-def test_a_bidirectional_model_breaks_the_law_of_causality():
-    palm, (row,) = palm_of("bidirectional"), token_rows([7], 0)
+def test_a_bidirectional_model_breaks_the_law_of_causality(device):
+    palm, (row,) = palm_of("bidirectional", device), token_rows([7], 0, device)
     assert (palm(row[None])[:, :3] - palm(row[None, :3])).abs().max() > 1e-3
 
 
@@ -93,10 +93,10 @@ def test_a_bidirectional_model_breaks_the_law_of_causality():
 
 def padded(rows, seed, *, side, extra=0):
     """Rows side by side, with garbage ids where no row has a token, and the mask of the tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), rows[0].device
     length = max(map(len, rows)) + extra
-    tokens = torch.randint(VOCABULARY, (len(rows), length), generator=generator)
-    key_mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    tokens = torch.randint(VOCABULARY, (len(rows), length), generator=generator).to(device)
+    key_mask = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     for block, keep, row in zip(tokens, key_mask, rows, strict=True):
         places = {
             "right": torch.arange(len(row)),
@@ -111,8 +111,8 @@ def padded(rows, seed, *, side, extra=0):
 @pytest.mark.parametrize("side", ["left", "right", "between"])
 @settings(max_examples=8)
 @given(lengths=UNEVEN, extra=st.integers(0, 3), seed=SEEDS)
-def test_padding_and_neighbours_do_not_change_the_logits(variant, lengths, extra, side, seed):
-    palm, rows = palm_of(variant), token_rows(lengths, seed)
+def test_padding_and_neighbours_do_not_change_the_logits(variant, lengths, extra, side, seed, device):
+    palm, rows = palm_of(variant, device), token_rows(lengths, seed, device)
     tokens, key_mask = padded(rows, seed, side=side, extra=extra)
     logits = palm(tokens, key_mask=key_mask)
     assert logits.isfinite().all()
@@ -124,22 +124,22 @@ def test_padding_and_neighbours_do_not_change_the_logits(variant, lengths, extra
 @pytest.mark.parametrize("side", ["left", "right"])
 @settings(max_examples=8)
 @given(lengths=UNEVEN, extra=st.integers(0, 3), seed=SEEDS)
-def test_padding_and_neighbours_do_not_change_the_training(variant, lengths, extra, side, seed):
-    palm, rows = palm_of(variant), token_rows(lengths, seed)
+def test_padding_and_neighbours_do_not_change_the_training(variant, lengths, extra, side, seed, device):
+    palm, rows = palm_of(variant, device), token_rows(lengths, seed, device)
     tokens, key_mask = padded(rows, seed, side=side, extra=extra)
     assert_same_training(palm, palm(tokens, return_loss=True, key_mask=key_mask), mean_loss_alone(palm, rows))
 
 
-def test_a_row_of_pads_alone_is_harmless():
-    palm, rows = palm_of("multi-query"), token_rows([6, 4], 0)
-    tokens, key_mask = padded([*rows, torch.empty(0, dtype=torch.long)], 1, side="left")
+def test_a_row_of_pads_alone_is_harmless(device):
+    palm, rows = palm_of("multi-query", device), token_rows([6, 4], 0, device)
+    tokens, key_mask = padded([*rows, torch.empty(0, dtype=torch.long, device=device)], 1, side="left")
     assert_same_training(palm, palm(tokens, return_loss=True, key_mask=key_mask), mean_loss_alone(palm, rows))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_without_its_mask_padding_is_seen(side):
+def test_without_its_mask_padding_is_seen(side, device):
     """What the laws above would say of a model that ignored the mask."""
-    palm, rows = palm_of("multi-query"), token_rows([6, 4], 0)
+    palm, rows = palm_of("multi-query", device), token_rows([6, 4], 0, device)
     tokens, key_mask = padded(rows, 1, side=side)
     assert (palm(tokens, return_loss=True) - mean_loss_alone(palm, rows)).abs() > 1e-3
     if side == "left":
@@ -157,8 +157,8 @@ def pieces(length, cuts):
 @every_causal
 @settings(max_examples=15)
 @given(lengths=UNEVEN, cuts=st.lists(st.integers(1, 8), max_size=5), seed=SEEDS)
-def test_cached_equals_uncached_at_every_step(variant, lengths, cuts, seed):
-    palm, rows = palm_of(variant), token_rows(lengths, seed)
+def test_cached_equals_uncached_at_every_step(variant, lengths, cuts, seed, device):
+    palm, rows = palm_of(variant, device), token_rows(lengths, seed, device)
     tokens, key_mask = padded(rows, seed, side="left")
     expected = palm(tokens, key_mask=key_mask)
     cache = palm.make_cache(len(rows), tokens.shape[1], left_padding=(~key_mask).sum(dim=-1))
@@ -172,11 +172,11 @@ def test_cached_equals_uncached_at_every_step(variant, lengths, cuts, seed):
 @every_causal
 @settings(max_examples=10)
 @given(lengths=UNEVEN, data=st.data(), seed=SEEDS)
-def test_rows_of_a_cache_may_be_dropped_doubled_and_moved(variant, lengths, data, seed):
-    palm, rows = palm_of(variant), token_rows([length + 2 for length in lengths], seed)
+def test_rows_of_a_cache_may_be_dropped_doubled_and_moved(variant, lengths, data, seed, device):
+    palm, rows = palm_of(variant, device), token_rows([length + 2 for length in lengths], seed, device)
     tokens, key_mask = padded(rows, seed, side="left")
     cache = palm.make_cache(len(rows), tokens.shape[1], left_padding=(~key_mask).sum(dim=-1))
-    order = torch.tensor(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5)))
+    order = torch.tensor(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5)), device=device)
     with torch.no_grad():
         palm(tokens[:, :-2], cache=cache)
         cache.select(order)
@@ -188,11 +188,11 @@ def test_rows_of_a_cache_may_be_dropped_doubled_and_moved(variant, lengths, data
 @every_causal
 @settings(max_examples=10)
 @given(batch=st.integers(1, 3), first=st.sampled_from([0, 254, 4094, 70_000]), seed=SEEDS)
-def test_tokens_read_one_by_one_equal_those_read_at_once_wherever_they_stand(variant, batch, first, seed):
+def test_tokens_read_one_by_one_equal_those_read_at_once_wherever_they_stand(variant, batch, first, seed, device):
     """In train() mode, with dropout and a scope: neither a lookup of angles nor the short way changes a number."""
-    palm = scoped(variant, seed)
-    tokens = torch.stack(token_rows([6] * batch, seed))
-    positions = torch.arange(first, first + 6).unsqueeze(0)
+    palm = scoped(variant, seed, device)
+    tokens = torch.stack(token_rows([6] * batch, seed, device))
+    positions = torch.arange(first, first + 6, device=device).unsqueeze(0)
     with torch.no_grad():
         expected = palm.eval()(tokens, positions=positions, finetune_scope="scope")
         palm.train()
@@ -203,11 +203,11 @@ def test_tokens_read_one_by_one_equal_those_read_at_once_wherever_they_stand(var
         assert (palm(tokens, positions=positions) - expected).abs().max() > 1e-3  # without the scope, with dropout
 
 
-def scoped(variant, seed):
+def scoped(variant, seed, device):
     """A copy of a variant with dropout, and with a scope that changes what it says."""
-    config = dataclasses.replace(palm_of(variant).config, dropout=0.5)
-    palm = PaLM.from_config(config).double()
-    palm.load_state_dict(palm_of(variant).state_dict())
+    config = dataclasses.replace(palm_of(variant, device).config, dropout=0.5)
+    palm = PaLM.from_config(config).to(device, torch.float64)
+    palm.load_state_dict(palm_of(variant, device).state_dict())
     palm.add_finetune_params("scope", r=2)
     torch.manual_seed(seed)
     for parameter in palm.finetune_parameters("scope"):
@@ -215,25 +215,25 @@ def scoped(variant, seed):
     return palm
 
 
-def test_positions_and_mask_of_a_cache_by_hand():
-    cache = palm_of("multi-query").make_cache(2, 6, left_padding=torch.tensor([2, 0]))
-    assert cache.positions(3, torch.device("cpu")).tolist() == [[0, 0, 0], [0, 1, 2]]
+def test_positions_and_mask_of_a_cache_by_hand(device):
+    cache = palm_of("multi-query", device).make_cache(2, 6, left_padding=torch.tensor([2, 0], device=device))
+    assert cache.positions(3, device).tolist() == [[0, 0, 0], [0, 1, 2]]
     assert cache.key_mask(3).tolist() == [[False, False, True], [True, True, True]]
     cache.advance(3)
-    assert cache.positions(1, torch.device("cpu")).tolist() == [[1], [3]]
+    assert cache.positions(1, device).tolist() == [[1], [3]]
     assert cache.key_mask(1).tolist() == [[False, False, True, True], [True] * 4]
 
 
-def test_a_cache_says_when_it_is_full_or_misused():
-    palm, (row,) = palm_of("multi-query"), token_rows([5], 0)
+def test_a_cache_says_when_it_is_full_or_misused(device):
+    palm, (row,) = palm_of("multi-query", device), token_rows([5], 0, device)
     cache = palm.make_cache(1, 6)
     palm(row[None], cache=cache)
     with pytest.raises(ValueError, match="7 tokens in a cache with room for 6"):
         palm(row[None, :2], cache=cache)
     with pytest.raises(ValueError, match="a cache and a mask"):
-        palm(row[None, :1], cache=cache, key_mask=torch.ones(1, 1, dtype=torch.bool))
+        palm(row[None, :1], cache=cache, key_mask=torch.ones(1, 1, dtype=torch.bool, device=device))
     with pytest.raises(ValueError, match="bidirectional PaLM has no cache"):
-        palm_of("bidirectional").make_cache(1, 6)
+        palm_of("bidirectional", device).make_cache(1, 6)
 
 
 # several documents in a row
@@ -255,9 +255,9 @@ def packed(rows_of_documents, seed):
 @pytest.mark.parametrize("with_mask", [True, False], ids=["masked", "unmasked"])
 @settings(max_examples=8)
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=3), seed=SEEDS)
-def test_packed_documents_have_the_logits_of_separate_ones(variant, lengths, seed, with_mask):
-    palm = palm_of(variant)
-    documents = [token_rows(row, seed + n) for n, row in enumerate(lengths)]
+def test_packed_documents_have_the_logits_of_separate_ones(variant, lengths, seed, with_mask, device):
+    palm = palm_of(variant, device)
+    documents = [token_rows(row, seed + n, device) for n, row in enumerate(lengths)]
     tokens, document_ids, key_mask = packed(documents, seed)
     logits = palm(tokens, document_ids=document_ids, key_mask=key_mask if with_mask else None)
     for row, row_logits in zip(documents, logits, strict=True):
@@ -269,17 +269,17 @@ def test_packed_documents_have_the_logits_of_separate_ones(variant, lengths, see
 @every_causal
 @settings(max_examples=10)
 @given(lengths=st.lists(UNEVEN, min_size=1, max_size=3), seed=SEEDS)
-def test_packed_documents_train_as_separate_ones(variant, lengths, seed):
+def test_packed_documents_train_as_separate_ones(variant, lengths, seed, device):
     """No document's first token is predicted from the end of another."""
-    palm = palm_of(variant)
-    documents = [token_rows(row, seed + n) for n, row in enumerate(lengths)]
+    palm = palm_of(variant, device)
+    documents = [token_rows(row, seed + n, device) for n, row in enumerate(lengths)]
     tokens, document_ids, key_mask = packed(documents, seed)
     loss = palm(tokens, return_loss=True, document_ids=document_ids, key_mask=key_mask)
     assert_same_training(palm, loss, mean_loss_alone(palm, [document for row in documents for document in row]))
 
 
-def test_documents_that_are_not_marked_see_each_other():
-    palm, (first, second) = palm_of("multi-query"), token_rows([5, 4], 0)
+def test_documents_that_are_not_marked_see_each_other(device):
+    palm, (first, second) = palm_of("multi-query", device), token_rows([5, 4], 0, device)
     joined = torch.cat((first, second))[None]
     assert (palm(joined)[0, 5:] - palm(second[None])[0]).abs().max() > 1e-3
 
@@ -303,11 +303,11 @@ def test_default_positions_by_hand():
 @every_causal
 @settings(max_examples=8)
 @given(lengths=LENGTHS, seed=SEEDS)
-def test_explicit_positions_that_restart_in_every_document_are_the_default(variant, lengths, seed):
-    palm, documents = palm_of(variant), token_rows(lengths, seed)
+def test_explicit_positions_that_restart_in_every_document_are_the_default(variant, lengths, seed, device):
+    palm, documents = palm_of(variant, device), token_rows(lengths, seed, device)
     tokens = torch.cat(documents)[None]
-    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     default = palm(tokens, document_ids=document_ids)
     assert torch.equal(palm(tokens, document_ids=document_ids, positions=positions), default)
 
@@ -315,9 +315,9 @@ def test_explicit_positions_that_restart_in_every_document_are_the_default(varia
 @every_causal
 @settings(max_examples=10)
 @given(length=st.integers(1, 9), shift=st.integers(0, 1000), seed=SEEDS)
-def test_only_distances_between_positions_matter(variant, length, shift, seed):
-    palm, rows = palm_of(variant), token_rows([length] * 2, seed)
-    positions = torch.arange(length)[None]
+def test_only_distances_between_positions_matter(variant, length, shift, seed, device):
+    palm, rows = palm_of(variant, device), token_rows([length] * 2, seed, device)
+    positions = torch.arange(length, device=device)[None]
     moved = torch.cat((positions, positions + shift))
     assert_close(palm(torch.stack(rows), positions=moved), palm(torch.stack(rows)), atol=1e-9)
     if length > 2:
