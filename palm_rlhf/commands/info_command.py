@@ -6,7 +6,7 @@ import platform
 import torch
 
 from palm_rlhf import __version__
-from palm_rlhf.ops.devices import available_implementations, why_not_native
+from palm_rlhf.ops.devices import available_implementations, triton_faults, why_not_native
 
 
 def triton_version() -> str:
@@ -50,7 +50,7 @@ def info() -> None:
         "palm-rlhf": [__version__],
         "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         "torch": [torch.__version__],
-        "triton": [triton_version()],
+        "triton": [triton_version(), *triton_faults()],
         "devices": devices(),
         "native": [f"C kernels: {usable(why_not_native())}"],
         "attention": attention_implementations(),

@@ -10,7 +10,9 @@ import shutil
 import sys
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
+import numpy as np
 import torch
 from beartype import beartype
 from torch import Tensor
@@ -66,11 +68,24 @@ def _find_why_not_triton_on(device_type: str) -> str | None:
         from palm_rlhf.ops.triton import versions
     except ImportError as error:
         return str(error)
-    if (reason := versions.why_not_version(versions.VERSION)) is not None:
-        return reason
+    if (reason := versions.explain_fault("kernels", versions.INSTALLED)) is not None:
+        return reason  # without the import below, which may fail in such a version
     from palm_rlhf.ops.triton.tiles import why_not
 
     return why_not(device_type)
+
+
+def triton_faults() -> list[str]:
+    """Return what is wrong with the installed version of Triton on the GPU here, or beside this NumPy."""
+    try:
+        from palm_rlhf.ops.triton import versions
+    except ImportError:
+        return []
+    is_nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if is_nvidia else (0, 0)
+    situation: dict[str, Any] = {"capability": capability, "numpy": np.__version__}
+    found = (versions.explain_fault(part, versions.INSTALLED, **situation) for part in versions.PARTS)
+    return [reason for reason in found if reason is not None]
 
 
 def why_not_flex_on(device_type: str) -> str | None:

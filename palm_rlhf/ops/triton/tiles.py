@@ -5,13 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-try:
+from palm_rlhf.ops.triton.versions import INSTALLED, explain_fault, find_fault
+
+if find_fault("descriptors", INSTALLED) is None:
     from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
-except ImportError:  # before Triton 3.4: blocks are read through pointers
+else:
     TensorDescriptor = None
 
 LOG2_E = math.log2(math.e)
@@ -44,12 +47,17 @@ FLOAT32_TILES = {
 def why_not(device_type: str) -> str | None:
     """Return why Triton kernels cannot run on a type of device, or None if they can."""
     if device_type == "cuda":
-        if torch.version.cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_CUDA:
-            name, needed = torch.cuda.get_device_name(), ".".join(map(str, OLDEST_CUDA))
-            return f"{name} has not the compute capability {needed}"
-        return None
+        capability = (0, 0)
+        if torch.version.cuda and torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability()
+            if capability < OLDEST_CUDA:
+                name, needed = torch.cuda.get_device_name(), ".".join(map(str, OLDEST_CUDA))
+                return f"{name} has not the compute capability {needed}"
+        return explain_fault("kernels", INSTALLED, capability=capability)
     if device_type == "cpu":
-        return None if INTERPRETED else "on a CPU it runs in Triton's interpreter alone, with TRITON_INTERPRET=1"
+        if not INTERPRETED:
+            return "on a CPU it runs in Triton's interpreter alone, with TRITON_INTERPRET=1"
+        return explain_fault("interpreter", INSTALLED, numpy=np.__version__)
     return f"it runs on CUDA and ROCm, not on {device_type}"
 
 

@@ -109,9 +109,10 @@ def test_results_lie_in_memory_as_the_model_joins_heads(num_queries):
 def test_each_refusal_has_its_reason():
     code = "from palm_rlhf.ops.devices import available_implementations as f; print(f('cpu')['triton'])"
     assert "TRITON_INTERPRET=1" in run_python(code, TRITON_INTERPRET="0")
-    version = "import triton; triton.__version__ = '{}'; " + code
-    assert run_python(version.format("3.7.1"), TRITON_INTERPRET="1") == "Triton 3.8 or newer is needed, found 3.7.1"
-    assert run_python(version.format("3.10.0+git1"), TRITON_INTERPRET="1") == "None"
+    version = "import triton; triton.__version__ = '{}'; import numpy; numpy.__version__ = '{}'; " + code
+    assert "install numpy<2.4" in run_python(version.format("3.6.0", "2.4.0"), TRITON_INTERPRET="1")
+    assert run_python(version.format("3.6.0", "2.3.5"), TRITON_INTERPRET="1") == "None"
+    assert run_python(version.format("3.10.0+git1", "2.4.0"), TRITON_INTERPRET="1") == "None"
     assert "mps" in available_implementations("mps")["triton"]
 
 
