@@ -65,6 +65,7 @@ BESIDE = {
         "policy": "the reward model",
         "data": "tokenizers and chat templates",
         "serving.structured": "replies that follow a grammar",
+        "serving.engine.capacity": "how many replies the memory holds",
         "serving.engine.prefix_cache": "how cached beginnings of prompts are found and forgotten",
         "serving.engine.row_options": "options of sampling as tensors of all rows",
         "serving.engine.static_step": "the same next token on a GPU, by CUDA graphs",

@@ -30,11 +30,11 @@ def serve(
     lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
     reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    max_batch: int = 16,
+    max_batch: Annotated[int | None, arg(metavar="REPLIES")] = None,
     queue: int = 64,
     timeout: float = 600.0,
-    prefill_chunk: int = 256,
-    cache_memory: str = "2GB",
+    prefill_chunk: Annotated[int | None, arg(metavar="TOKENS")] = None,
+    cache_memory: Annotated[str | None, arg(metavar="BYTES")] = None,
     prefix_memory: str = "256MB",
     device: Annotated[str | None, arg(metavar="DEVICE")] = None,
     access: OmitArgPrefixes[AccessOptions] = DEFAULT_ACCESS,
@@ -55,11 +55,14 @@ def serve(
         lora_scope: A LoRA scope to merge into the weights.
         reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
         dtype: The numeric type to compute with; auto is the type of the saved weights.
-        max_batch: The most replies that are computed together.
+        max_batch: The most replies that are computed together; by default 16 on a CPU, and as many as the memory of a
+            GPU holds, up to 256.
         queue: The most replies that may wait beyond them; more are refused with status 429.
         timeout: Seconds that a reply may take, its time in the queue included.
-        prefill_chunk: The most tokens of prompts that are read between two tokens of the running replies.
-        cache_memory: Memory for the keys and values of running replies.
+        prefill_chunk: The most tokens of prompts that are read between two tokens of the running replies; by default
+            256 on a CPU, 2048 on a GPU.
+        cache_memory: Memory for the keys and values of running replies, such as 2GB; by default 2 GiB on a CPU, and
+            what the replies need on a GPU.
         prefix_memory: Memory for keys and values of ended replies, which prompts that begin alike reuse; 0 keeps none.
         device: Where to compute, such as cpu or cuda:1; by default the first GPU where there is one.
         access: Who may connect, and how much of the server they may use.
@@ -72,7 +75,7 @@ def serve(
         max_batch=max_batch,
         queue=queue,
         prefill_chunk=prefill_chunk,
-        cache_memory=num_bytes("cache_memory", cache_memory),
+        cache_memory=None if cache_memory is None else num_bytes("cache_memory", cache_memory),
         prefix_memory=num_bytes("prefix_memory", prefix_memory),
         timeout=timeout,
     )

@@ -45,7 +45,8 @@ def test_metrics_add_up(start_server):
     assert found["process_resident_memory_bytes"] > 2**20
     assert "python_info" in " ".join(found)
     assert found["palm_rlhf_running"] == found["palm_rlhf_waiting"] == 0
-    assert found["palm_rlhf_cache_bytes"] > 0
+    assert 0 < found["palm_rlhf_cache_bytes"] < found["palm_rlhf_max_cache_bytes"] == 2**31
+    assert found["palm_rlhf_max_running"] == 16
     assert found["palm_rlhf_prefix_bytes"] > 0
 
 

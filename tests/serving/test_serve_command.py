@@ -54,7 +54,7 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
     options = ("--port", 0, "--name", "bird", "--reward-model", reward_folder, "--api-key-file", tmp_path / "keys")
     more = ("--context", 100, "--max-batch", 2, "--queue", 1, "--prefix-memory", 0, "--cache-memory", "1MB")
     access = ("--allowed-hosts", "llm.example.org", "--cors-origin", SITE, "--forwarded-allow-ips", "127.0.0.1")
-    more = (*more, *access, "--header-timeout", 0.5, "--grace", 1, "--device", "cpu")
+    more = (*more, *access, "--header-timeout", 0.5, "--grace", 1, "--device", "cpu", "--prefill-chunk", 32)
     with command(checkpoint, *options, *more, PALM_RLHF_API_KEYS="three,") as (process, url):
         assert url.startswith("http://127.0.0.1:")
         for key in ("one", "two", "three"):
@@ -81,6 +81,7 @@ def test_it_answers_until_it_is_interrupted(command, checkpoint, reward_folder, 
         assert "client='203.0.113.7' key='alice' status=404 method=GET path='/v1/models/nothing'" in errors
         noted = """user='someone' metadata={"team": "\\n"} prompt_tokens=8 completion_tokens=46 replies=2 ended=stop"""
         assert noted in errors
+        assert "at most 2 replies at once, 1000000 bytes of their keys and values, and 32 tokens of prompts" in errors
 
 
 @pytest.mark.slow(7)

@@ -11,6 +11,7 @@ from torch import Tensor
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.captured import why_not_captured
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.serving.engine.capacity import COLUMN_STEP, columns_of
 from palm_rlhf.serving.engine.prefix_cache import PrefixCache, common_prefix
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
 from palm_rlhf.serving.engine.sampler import SampledToken, Sampler
@@ -20,8 +21,8 @@ from palm_rlhf.serving.engine.transfer import upload
 from palm_rlhf.serving.generation import EngineError, Generation
 
 logger = logging.getLogger(__name__)
-COLUMN_STEP = 64  # reserved lengths are rounded up to it, so that the block is seldom reshaped
-FORWARD_COST = 32  # the cost of one more forward, as the number of tokens that could be read in the same time
+# The cost of one more forward, as the number of tokens that could be read in the same time, on a CPU and on a GPU.
+FORWARD_COST, GPU_FORWARD_COST = 32, 256
 HEADROOM = 256  # tokens that each row can grow by after another joins, before memory can run out again
 Outcome = SampledToken | Exception
 Results = list[tuple[Generation, Outcome]]
@@ -38,6 +39,7 @@ class Batch:
     def __init__(self, palm: PaLM, sampler: Sampler, slots: SlotCache, *, prefix_bytes: int):
         self.palm, self.sampler, self.slots = palm, sampler, slots
         self.prefixes = PrefixCache(prefix_bytes, SlotCache.bytes_per_token(palm))
+        self.forward_cost = FORWARD_COST if palm.device.type == "cpu" else GPU_FORWARD_COST
         self.captures = why_not_captured(palm) is None
         self.rows: list[Generation] = []
         self.reading: list[Generation] = []  # all read to the same position
@@ -95,7 +97,7 @@ class Batch:
         longest = max(other.length for other in self.reading) - start
         together = max(longest, generation.length - start) * (others + 1)
         alone = generation.length - max(known, shared)
-        return known >= start and together <= num_tokens and together <= others * longest + alone + FORWARD_COST
+        return known >= start and together <= num_tokens and together <= others * longest + alone + self.forward_cost
 
     def halt(self) -> None:
         """Leave the sequences being read for later, so that others are read first."""
@@ -110,8 +112,7 @@ class Batch:
         return self._reserve(self.members, max(member.length for member in self.members))
 
     def _reserve(self, members: list[Generation], columns: int) -> bool:
-        columns = -(-columns // COLUMN_STEP) * COLUMN_STEP
-        return self.slots.reserve(len(members), columns, [member.num_read for member in self.members])
+        return self.slots.reserve(len(members), columns_of(columns), [member.num_read for member in self.members])
 
     def _find(self, generation: Generation) -> tuple[int, int | Tensor | None]:
         """Return the longest prefix known from sequences of the same client, in tokens, and where it is.
@@ -228,8 +229,8 @@ class Batch:
         Args:
             columns: The most tokens of a sequence.
         """
-        rows, blocks = self.slots.max_rows, -(-columns // COLUMN_STEP)
-        columns = min(blocks, self.slots.max_tokens // self.slots.max_rows // COLUMN_STEP) * COLUMN_STEP
+        rows = self.slots.max_rows
+        columns = min(columns_of(columns), self.slots.max_tokens // rows // COLUMN_STEP * COLUMN_STEP)
         try:
             if self.captures and columns and self.slots.reserve(rows, columns, []):
                 self.slots.static_step = StaticStep(self.palm, self.slots)

@@ -17,7 +17,8 @@ from palm_rlhf.data.tokenizer import Tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.ops.cpu.threads import adapt
-from palm_rlhf.serving.engine.batch import COLUMN_STEP, Batch
+from palm_rlhf.serving.engine.batch import Batch
+from palm_rlhf.serving.engine.capacity import Capacity, capacity, columns_of, free_memory
 from palm_rlhf.serving.engine.config import EngineConfig
 from palm_rlhf.serving.engine.sampler import Sampler
 from palm_rlhf.serving.engine.scheduler import Scheduler
@@ -51,10 +52,11 @@ class Engine:
         self.palm, self.tokenizer = palm.eval(), tokenizer
         self.context = palm.config.max_seq_len if config.context is None else config.context
         self.counts: Counter[str] = Counter()  # of events since the start, for the metrics
-        self.limit = config.max_batch + config.queue  # the most replies that may run or wait
+        self.capacity = self._size()
+        self.limit = self.capacity.max_batch + config.queue  # the most replies that may run or wait
         batch = self._make_batch()
         self._scheduler = Scheduler(
-            batch, chunk=config.prefill_chunk, timeout=config.timeout, counts=self.counts, ended=self._ended
+            batch, chunk=self.capacity.prefill_chunk, timeout=config.timeout, counts=self.counts, ended=self._ended
         )
         self._inbox: deque[Generation] = deque()
         self._jobs: dict[str, deque[tuple[Callable[[], Any], Future]]] = {}  # by client: clients take turns
@@ -67,20 +69,35 @@ class Engine:
         if batch.captures:  # in that thread, and before the first request, since it takes time
             self.call(lambda: batch.warm_up(self.context)).result()
 
-    def _make_batch(self) -> Batch:
-        config, per_token = self.config, SlotCache.bytes_per_token(self.palm)
-        if not self.palm.config.causal:
+    def _size(self) -> Capacity:
+        """Return how much is taken on at once; ValueError where the memory is too small for one sequence."""
+        palm, per_token = self.palm, SlotCache.bytes_per_token(self.palm)
+        if not palm.config.causal:
             raise ValueError("got a bidirectional PaLM, expected one with causal=True: only that can be sampled from")
-        least = -(-self.context // COLUMN_STEP) * COLUMN_STEP
-        if config.cache_memory < least * per_token:
+        size = capacity(
+            self.config,
+            context=self.context,
+            bytes_per_token=per_token,
+            num_tokens=palm.num_tokens,
+            free_memory=free_memory(palm.device),
+        )
+        least = columns_of(self.context) * per_token
+        if size.cache_memory < least:
             raise ValueError(
-                f"got cache_memory={config.cache_memory:,} bytes, expected at least {least * per_token:,}, for one "
-                f"sequence of the context of {self.context} tokens: raise it, or lower the context"
+                f"got cache_memory={size.cache_memory:,} bytes, expected at least {least:,}, for one sequence of the "
+                f"context of {self.context} tokens: raise it, or lower the context"
             )
-        slots = SlotCache(self.palm, max_tokens=config.cache_memory // per_token, max_rows=config.max_batch)
+        logger.info(
+            "at most %d replies at once, %d bytes of their keys and values, and %d tokens of prompts a step", *size
+        )
+        return size
+
+    def _make_batch(self) -> Batch:
+        max_tokens = self.capacity.cache_memory // SlotCache.bytes_per_token(self.palm)
+        slots = SlotCache(self.palm, max_tokens=max_tokens, max_rows=self.capacity.max_batch)
         allowed = known_tokens(self.tokenizer, self.palm.num_tokens)
         allowed = None if allowed is None else allowed.to(self.palm.device)
-        return Batch(self.palm, Sampler(allowed), slots, prefix_bytes=config.prefix_memory)
+        return Batch(self.palm, Sampler(allowed), slots, prefix_bytes=self.config.prefix_memory)
 
     @property
     def num_running(self) -> int:
@@ -116,7 +133,7 @@ class Engine:
 
     def most_of(self, client: str) -> int:
         """Return how many replies a client may ask for at once while no other client has any."""
-        return max(self.config.max_batch, self.limit // 2) if client else self.limit
+        return max(self.capacity.max_batch, self.limit // 2) if client else self.limit
 
     @beartype
     def submit(self, request: Request, deliver: Callable[[Generation, Piece], None] | None = None) -> Generation:
@@ -169,7 +186,7 @@ class Engine:
         1998), so that there is room for others who come later. A client that is alone may take all rows.
         """
         used, own = self._open.total(), self._open[client]
-        share = max(self.limit - used - total, self.config.max_batch if own == used else 0) if client else self.limit
+        share = max(self.limit - used - total, self.capacity.max_batch if own == used else 0) if client else self.limit
         if used + total > self.limit:
             reason = f"{used} replies run or wait, and {total} more would be above the limit of {self.limit}"
         elif own + count > share:
@@ -216,7 +233,7 @@ class Engine:
 
     def _retry_after(self) -> int:
         """Return the seconds until a reply has probably ended: the mean time of one, by the number computed at once."""
-        seconds = self._mean_seconds / self.config.max_batch * max(1, self.config.queue / 2)
+        seconds = self._mean_seconds / self.capacity.max_batch * max(1, self.config.queue / 2)
         return min(max(math.ceil(seconds), 1), LONGEST_RETRY)
 
     # The methods from here on run in the engine's thread.

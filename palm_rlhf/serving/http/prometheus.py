@@ -73,7 +73,9 @@ class Metrics:
         for name, description, value in (
             ("running", "Replies that have a row in the cache.", self.engine.num_running),
             ("waiting", "Replies that wait for a row.", self.engine.num_waiting),
+            ("max_running", "The most replies that have a row at once.", self.engine.capacity.max_batch),
             ("cache_bytes", "Memory of the cache of running replies.", self.engine.cache_bytes),
+            ("max_cache_bytes", "The most memory of this cache.", self.engine.capacity.cache_memory),
             ("prefix_bytes", "Memory of cached prefixes.", self.engine.prefix_bytes),
         ):
             yield GaugeMetricFamily(PREFIX + name, description, value=value)
