@@ -61,13 +61,15 @@ def exact(tensors: list[Tensor], **options: object) -> list[Tensor]:
     return gradients(attention_reference, [t.detach().double().requires_grad_() for t in tensors], **options)
 
 
+def error(got: Tensor, truth: Tensor) -> float:
+    """The largest error of a result, in parts of what its type allows."""
+    allowed = TOLERANCE[got.dtype] * truth.abs().max().clamp(min=0.1)
+    return float(((got.double() - truth).abs().max() / allowed).detach())
+
+
 def errors(got: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
     """The largest error of each, in parts of what its type allows."""
-    allowed = TOLERANCE[got[0].dtype]
-    return {
-        name: float((a.double() - b).abs().max() / (allowed * b.abs().max().clamp(min=0.1)))
-        for name, a, b in zip(NAMES, got, truth, strict=True)
-    }
+    return {name: error(a, b) for name, a, b in zip(NAMES, got, truth, strict=True)}
 
 
 def implementation(name: str) -> Callable:

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -45,14 +45,23 @@ def table(rows: dict[str, dict[str, float]], unit: str, scale: float = 1.0) -> s
     return "\n".join(lines)
 
 
+def version_of(package: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def surroundings(*packages: str) -> dict[str, object]:
-    """What a figure depends on: device, threads, versions."""
+    """What a figure depends on: device, threads, versions; None is the version of what is not installed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu or f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", *packages)},
+        **{name: version_of(name) for name in ("torch", *packages)},
+        "cuda": torch.version.cuda,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
