@@ -2,6 +2,7 @@
 
 import warnings
 from functools import lru_cache
+from operator import index
 from typing import Any, Literal, get_args
 
 import torch
@@ -112,8 +113,9 @@ def choose(
     pass_name = "decode" if num_queries == 1 else "extend" if causal and num_queries != num_keys else "sequence"
     is_traced = torch.compiler.is_compiling()
     length, batch = (TRACED_LENGTH, TRACED_BATCH) if is_traced else (_bucket(num_keys), _bucket(len(q)))
+    dim, heads, kv_heads = map(index, (q.shape[3], q.shape[1], k.shape[1]))  # no symbols, also where a graph has some
     types = (q.dtype, k.dtype, v.dtype)
-    return _first(q.device, types, q.shape[3], q.shape[1], k.shape[1], pass_name, mask, length, batch, is_traced)
+    return _first(q.device, types, dim, heads, kv_heads, pass_name, mask, length, batch, is_traced)
 
 
 def _bucket(size: int) -> int:

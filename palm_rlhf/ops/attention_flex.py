@@ -194,11 +194,12 @@ def _mask_of_pairs(
 
 
 @cache
-def _compiled(*kind: object) -> Callable[..., Tensor]:
+def _compiled(device_type: str, *kind: object) -> Callable[..., Tensor]:
     """Return FlexAttention compiled for a kind of call: type of the numbers, heads, masks, with gradients or without.
 
     torch.compile counts how often a function was compiled, by its code, and refuses after 8 times. So each kind has a
-    code of its own, and its lengths alone may vary: the second one is compiled for all.
+    code of its own, and its lengths alone may vary: the second one is compiled for all. On a CPU each length is a kind,
+    since the C++ that torch 2.13 writes for all of them has errors.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -207,7 +208,7 @@ def _compiled(*kind: object) -> Callable[..., Tensor]:
 
     flex.__code__ = flex.__code__.replace(co_name="flex_" + "_".join(map(str, kind)))
     # fullgraph: an error rather than all scores in memory where it cannot be compiled
-    return torch.compile(flex, fullgraph=True)
+    return torch.compile(flex, fullgraph=True, dynamic=None if device_type in GPUS else False)
 
 
 def attention_flex(
@@ -230,5 +231,6 @@ def attention_flex(
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=KERNEL_OPTIONS)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     masks = (causal, key_mask is not None, document_ids is not None, q.shape[2] == k.shape[2])
-    shape = (q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3])
-    return _compiled(*shape, *masks, needs_grad)(q, k, v, mask)
+    kind = (q.dtype, q.shape[1], k.shape[1], q.shape[3], *masks, needs_grad)
+    lengths = () if q.device.type in GPUS else (len(q), q.shape[2], k.shape[2])
+    return _compiled(q.device.type, *kind, *lengths)(q, k, v, mask)

@@ -39,9 +39,11 @@ def attention_fused(
     num_queries, num_keys, kv_heads = q.shape[-2], k.shape[-2], k.shape[1]
     if num_queries == 1:
         causal = False  # the last query sees every key
-    visible = None
+    visible = None  # b i j
     is_square = not causal or num_queries == num_keys  # PyTorch's own causal mask starts at the first key
-    if key_mask is not None or document_ids is not None or not is_square:
+    if num_queries == 1 and document_ids is None:
+        visible = None if key_mask is None else key_mask.unsqueeze(1)
+    elif key_mask is not None or document_ids is not None or not is_square:
         visible = visibility(
             num_queries, num_keys, causal=causal, key_mask=key_mask, document_ids=document_ids, device=q.device
         )

@@ -1,0 +1,141 @@
+"""PyTorch's attention as it is called on a GPU: what the calls are, and that they compute the definition.
+
+The calls are made on the CPU, whose kernels take them too; which kernel of a GPU they lead to, only a GPU can show.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from palm_rlhf.ops.attention import attention
+from palm_rlhf.ops.attention_fused import attention_fused, for_every_head, may_plan, takes_groups
+from tests.ops.test_attention import MASKS, assert_equal, naive, qkv, run
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("palm_rlhf.ops.attention_fused.GPUS", {"cpu"})
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("num_queries", [7, 3, 1])
+def test_it_computes_the_definition(num_queries, causal, mask, as_on_a_gpu):
+    inputs, options = qkv(num_queries, 7), {"causal": causal, **MASKS[mask]}
+    assert_equal(run(attention_fused, inputs, **options), run(naive, inputs, **options))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_groups_share_a_key_head(kv_heads, as_on_a_gpu):
+    for mask in ("plain", "holes"):
+        inputs, options = qkv(7, 7, heads=6, kv_heads=kv_heads), {"causal": True, **MASKS[mask]}
+        assert_equal(run(attention_fused, inputs, **options), run(naive, inputs, **options))
+
+
+def test_a_query_that_sees_nothing_has_no_bad_gradients(as_on_a_gpu, monkeypatch):
+    """With a kernel that makes NaN of it, as those of a GPU may; the one of the CPU does not."""
+    original = F.scaled_dot_product_attention
+
+    def with_nan(q, k, v, attn_mask, **options):
+        hidden = attn_mask.isneginf().all(dim=-1, keepdim=True)
+        return original(q, k, v, attn_mask=attn_mask, **options) + torch.where(hidden, torch.nan, 0.0) * v.sum()
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", with_nan)
+    options = {"causal": True, **MASKS["left padding"]}
+    inputs = qkv(7, 7)
+    assert_equal(run(attention_fused, inputs, **options), run(naive, inputs, **options))
+    with torch.no_grad():
+        assert torch.equal(attention_fused(*inputs, **options)[1, :, :6], torch.zeros(4, 6, 6, dtype=torch.float64))
+
+
+def fakes(device="cuda", *, dtype=torch.bfloat16, dim=64, queries=256, keys=256, heads=4, kv_heads=2):
+    shapes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
+    return [torch.empty(2, h, n, dim, device=device, dtype=dtype) for h, n in shapes]
+
+
+class Calls(TorchDispatchMode):
+    """Writes down the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_groups_are_named_only_where_a_fast_kernel_takes_them():
+    with FakeTensorMode():
+        for dtype, dim, masked, expected in (
+            (torch.bfloat16, 64, False, True),
+            (torch.float16, 256, False, True),
+            (torch.bfloat16, 64, True, False),  # flash takes no mask, efficient no groups
+            (torch.float32, 64, False, False),  # which flash does not take
+            (torch.bfloat16, 320, False, False),
+        ):
+            assert takes_groups(fakes(dtype=dtype, dim=dim)[0], masked) == expected
+    assert takes_groups(torch.empty(1, 4, 3, 320), True), "the kernel of the CPU takes all"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_head_is_repeated_for_its_group(kv_heads):
+    x = torch.arange(2 * kv_heads * 3 * 5.0).view(2, kv_heads, 3, 5)
+    repeated = for_every_head(x, 4)
+    for head in range(4):
+        assert torch.equal(repeated[:, head], x[:, head // (4 // kv_heads)])
+    assert kv_heads > 1 or repeated.data_ptr() == x.data_ptr(), "one head is not copied"
+
+
+def test_cudnn_plans_for_whole_sequences_of_round_lengths():
+    with FakeTensorMode():
+        (q, *_) = fakes()
+        for queries, keys, masked, expected in (
+            (1024, 1024, False, True),
+            (1024, 1024, True, False),
+            (1000, 1000, False, False),
+            (1, 1024, False, False),  # a cache
+            (128, 1024, False, False),
+        ):
+            assert may_plan(q, queries, keys, masked) == expected
+    assert may_plan(torch.empty(1, 1, 3, 8), 3, 3, True), "there is none on a CPU"
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_setting_of_the_process_comes_back(was_enabled, as_on_a_gpu, monkeypatch):
+    seen = []
+    original = F.scaled_dot_product_attention
+
+    def look(*args, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+        for length in (7, 128):
+            attention(*qkv(length, length), causal=True, implementation="fused")
+            assert torch.backends.cuda.cudnn_sdp_enabled() == was_enabled
+        with pytest.raises(RuntimeError):
+            attention_fused(*qkv(7, 8), causal=False, key_mask=torch.ones(9, 8, dtype=torch.bool))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == was_enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, was_enabled, False]
+
+
+@pytest.mark.parametrize("mask", ["none", "padding"])
+def test_a_new_query_waits_for_nothing_and_has_few_operations(mask, as_on_a_gpu):
+    """What a CUDA graph holds: no number is read back, and a mask costs four operations a layer."""
+    masks = {} if mask == "none" else {"key_mask": torch.rand(2, 256) < 0.5}
+    tensors = fakes("cpu", queries=1)
+    with torch.no_grad(), Calls() as calls:
+        attention(*tensors, causal=True, **masks, implementation="fused")
+    views = ("view", "unsqueeze", "expand", "slice", "detach", "alias", "scalar_tensor")
+    names = [name.removeprefix("aten::") for name in calls.names]
+    names = [name.split(".")[0] for name in names if not name.startswith(views)]  # a kernel takes a number by value
+    kernel = ["_scaled_dot_product_flash_attention_for_cpu"]
+    assert names == (kernel if mask == "none" else ["any", "_to_copy", "log_", *kernel, "where"])
