@@ -94,3 +94,30 @@ def test_serving(bench):
     small = "--dim", "32", "--depth", "1", "--prompt-len", "4", "--num-tokens", "4", "--rounds", "2"
     result = bench("serving.py", *small)
     assert len(result["seconds"]) == 6 and len(result["speedups"]) == 5
+
+
+@pytest.mark.slow(6)
+def test_the_engine_beside_generate(bench):
+    small = (
+        "--dim",
+        "32",
+        "--depth",
+        "1",
+        "--prompt-len",
+        "4",
+        "--num-tokens",
+        "4",
+        "--rounds",
+        "2",
+        "--clients",
+        "1",
+        "3",
+    )
+    result = bench("serving.py", *small, "--beside", "palm", "--vocabulary", "300")
+    assert list(result["seconds"]) == [
+        "engine, 1 clients",
+        "generate, batch of 1",
+        "engine, 3 clients",
+        "generate, batch of 3",
+    ]
+    assert list(result["speedups"]) == ["1 clients", "3 clients", "tokens/s of 3 clients by those of 1"]
