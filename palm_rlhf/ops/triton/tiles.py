@@ -16,6 +16,7 @@ if find_fault("descriptors", INSTALLED) is None:
     from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
 else:
     TensorDescriptor = None
+POINTERS_TO_ONE_ROW = find_fault("descriptors of one row", INSTALLED, capability=(9, 0)) is not None
 
 LOG2_E = math.log2(math.e)
 OLDEST_CUDA = (8, 0)
@@ -115,7 +116,7 @@ def describe(x: torch.Tensor, block: tuple[int, ...]) -> "TensorDescriptor | Non
         return None
     strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride(), strict=False)]
     aligned = all(stride * x.element_size() % 16 == 0 < stride for stride in strides)
-    if x.element_size() != 2 or not x.numel():
+    if x.element_size() != 2 or not x.numel() or (POINTERS_TO_ONE_ROW and x.shape[-2] == 1 < block[-2]):
         return None
     if not aligned or x.data_ptr() % 16 or x.stride(-1) != 1:
         return None

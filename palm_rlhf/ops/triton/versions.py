@@ -10,7 +10,7 @@ import triton
 
 INSTALLED: str = triton.__version__
 Numbers = tuple[int, int]
-Part = Literal["kernels", "descriptors", "interpreter"]
+Part = Literal["kernels", "descriptors", "descriptors of one row", "interpreter"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -51,6 +51,14 @@ FAULTS = (
         until=(3, 4),
         problem="it has no tensor descriptors",
         instead="kernels read blocks through pointers",
+    ),
+    Fault(
+        "descriptors of one row",
+        since=(3, 4),
+        until=(3, 7),
+        capability=(9, 0),
+        problem="its assembler crashes on loops over a single key that is read by a descriptor",
+        instead="kernels read a single key through a pointer",
     ),
     Fault(
         "interpreter",

@@ -1,6 +1,7 @@
 """Known faults of versions of Triton, as a table that is read without a GPU."""
 
 import pytest
+import torch
 
 from palm_rlhf.ops.triton.versions import FAULTS, INSTALLED, explain_fault, find_fault, parse_version
 
@@ -33,6 +34,20 @@ def test_kernels_run_where_a_version_knows_the_gpu(version, capability, runs):
 @pytest.mark.parametrize("version, has_them", [("3.2.0", False), ("3.3.1", False), ("3.4.0", True), ("3.9.0", True)])
 def test_descriptors_are_used_where_a_version_has_them(version, has_them):
     assert (find_fault("descriptors", version) is None) == has_them
+
+
+@pytest.mark.parametrize("version, crashes", [("3.3.1", False), ("3.4.0", True), ("3.6.0", True), ("3.7.1", False)])
+def test_a_single_key_is_read_through_a_pointer_where_the_assembler_crashes(version, crashes, monkeypatch):
+    from palm_rlhf.ops.triton import tiles
+
+    fault = find_fault("descriptors of one row", version, capability=(9, 0))
+    assert (fault is not None) == crashes and find_fault("descriptors of one row", version) is None
+    monkeypatch.setattr(tiles, "TMA_ARCHITECTURES", ("sm_80",))
+    monkeypatch.setattr(tiles, "POINTERS_TO_ONE_ROW", crashes)
+    one, two = (torch.zeros(2, 3, n, 64, dtype=torch.bfloat16) for n in (1, 2))
+    assert (tiles.describe(one, (1, 1, 64, 64)) is None) == crashes
+    assert tiles.describe(two, (1, 1, 64, 64)) is not None
+    assert tiles.describe(one, (1, 1, 1, 64)) is not None  # one head in a block of one
 
 
 @pytest.mark.parametrize(
