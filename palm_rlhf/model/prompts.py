@@ -48,11 +48,14 @@ def read_prompts(
         raise ValueError("a prompt has the wrong number of axes; expected `n`, `b n`, or a list of 1-d tensors")
     if not rows or any(len(row) == 0 for row in rows):
         raise ValueError("got an empty prompt; expected at least one token in each row (None starts at a random one)")
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
+    alike = len({(row.dtype, row.device) for row in rows}) == 1
+    for ids in [torch.cat(rows)] if alike else rows:  # a GPU is waited for once, not once for each row
+        check_token_ids(ids, palm.num_tokens)
+    sizes = [len(row) for row in rows]
+    tokens = torch.zeros(len(rows), max(sizes), dtype=torch.long, device=rows[0].device)
     for block_row, row in zip(tokens, rows, strict=True):
-        check_token_ids(row, palm.num_tokens)
         block_row[len(block_row) - len(row) :] = row
+    tokens, lengths = tokens.to(device), torch.tensor(sizes, device=device)
     return PaddedPrompts(tokens, lengths, form)
 
 

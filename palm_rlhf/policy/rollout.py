@@ -142,12 +142,13 @@ def collect(
         )
         return _rollout_of(conversations, repeated_columns)
     responses, logprobs = draw(prompts, num_samples, None)
-    repeated = [prompt.to(palm.device) for prompt in prompts for _ in range(num_samples)]
-    truncated = [sampling.eos_token is not None and int(row[-1]) != sampling.eos_token for row in responses]
+    repeated = [prompt for prompt in (row.to(palm.device) for row in prompts) for _ in range(num_samples)]
+    sequences = join(repeated, responses)
+    last = torch.stack([row[-1] for row in responses])
     return Rollout(
-        join(repeated, responses),
+        sequences,
         pad_sequence(logprobs, batch_first=True),
-        torch.tensor(truncated, device=palm.device),
+        torch.zeros_like(last, dtype=torch.bool) if sampling.eos_token is None else last != sampling.eos_token,
         columns=repeated_columns,
     )
 
