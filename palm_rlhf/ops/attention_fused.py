@@ -12,6 +12,7 @@ where no other can compute. What each of them takes, in torch 2.6 to 2.13:
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from palm_rlhf.ops.attention_reference import visibility
 from palm_rlhf.ops.devices import GPUS
@@ -19,6 +20,7 @@ from palm_rlhf.ops.devices import GPUS
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 MAX_FLASH_DIM = 256
 CUDNN_MULTIPLE = 128  # of a length
+_biases = WeakTensorKeyDictionary()  # `_bias_of_mask` of the masks that exist
 
 
 def attention_fused(
@@ -39,6 +41,10 @@ def attention_fused(
     num_queries, num_keys, kv_heads = q.shape[-2], k.shape[-2], k.shape[1]
     if num_queries == 1:
         causal = False  # the last query sees every key
+        if key_mask is not None and document_ids is None and q.device.type in GPUS and not torch.is_grad_enabled():
+            key_bias, sees_key = _bias_of_mask(key_mask, q)
+            rows = q.reshape(len(q), kv_heads, -1, q.shape[-1])  # b hk g d
+            return torch.where(sees_key, _sdpa_without_cudnn(rows, k, v, key_bias, False).reshape(q.shape), 0.0)
     visible = None  # b i j
     is_square = not causal or num_queries == num_keys  # PyTorch's own causal mask starts at the first key
     if num_queries == 1 and document_ids is None:
@@ -72,6 +78,23 @@ def _as_bias(visible: Tensor, sees_any: Tensor | None, q: Tensor, k: Tensor, v: 
     if sees_any is not None and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         visible = visible | ~sees_any
     return visible.to(q.dtype).log_()
+
+
+def _bias_of_mask(key_mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 0 for the keys that one query sees and -inf for others, and whether it sees any: `b 1 1 j`, `b 1 1 1`.
+
+    Both are computed once for all layers of a model, which get the same mask.
+    """
+    keeps = not (torch.compiler.is_compiling() or key_mask.is_inference())  # such tensors do not count their changes
+    state = (key_mask._version, q.dtype) if keeps else None
+    known = _biases.get(key_mask) if keeps else None
+    if known is None or known[0] != state:
+        visible = key_mask[:, None, None]
+        sees_any = visible.any(dim=-1, keepdim=True)
+        known = state, (_as_bias(visible, None, q, q, q), sees_any)
+        if keeps:
+            _biases[key_mask] = known
+    return known[1]
 
 
 def takes_groups(q: Tensor, masked: bool) -> bool:
