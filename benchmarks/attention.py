@@ -1,6 +1,7 @@
 """Attention: the fused kernels beside PyTorch's and the eager definition, forward, backward, both, and decoding.
 
 python benchmarks/attention.py                # on a GPU n from 1k to 16k; on a CPU what runs there, on a smaller grid
+python benchmarks/attention.py --write-table  # measures which implementation is fastest where, for `auto` to take
 
 Ends with a line of JSON, and draws the speeds.
 """
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import attention_table
 import torch
 import tyro
 from attention_work import Work, errors, exact, gradients, implementation, peak_on_gpu
@@ -160,8 +162,14 @@ def main(
     rounds: int = 20 if GPU else 5,
     memory: bool = True,
     plot: Path | None = Path("attention.png"),
+    write_table: bool = False,
+    output: Path | None = None,
+    budget: float = 180,
 ) -> None:
     """Check that all implementations agree, time them in turn, and print a table and a last line of JSON.
+
+    With --write-table, measure instead the table of choices of this device, by which `auto` goes, and exit with 1 if
+    `auto` would be over 5% slower than the best implementation in any row.
 
     Args:
         lengths: Tokens of a sequence.
@@ -171,7 +179,12 @@ def main(
         rounds: Timed rounds.
         memory: Measure the peak memory of a forward and backward of the longest sequences.
         plot: Where to draw the speeds.
+        write_table: Measure the table of choices of this device.
+        output: With --write-table, the table to write; None is that of the package, which a CPU does not overwrite.
+        budget: With --write-table, seconds after which no further row is measured.
     """
+    if write_table:
+        raise SystemExit(attention_table.write_table(output, budget))
     if not GPU:
         print("no GPU: the Triton kernels cannot be timed here; these are the implementations of the CPU, in float32\n")
     check_parity(dims, heads, kv_heads)

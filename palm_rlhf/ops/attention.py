@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.ops import attention_choices
-from palm_rlhf.ops.attention_choices import AttentionWork
+from palm_rlhf.ops.attention_choices import AttentionWork, group_of
 from palm_rlhf.ops.attention_chunked import attention_chunked
 from palm_rlhf.ops.attention_flex import attention_flex, give_up, why_not_flex
 from palm_rlhf.ops.attention_fused import attention_fused
@@ -146,8 +146,8 @@ def _first_that_runs(
     is_traced: bool,
 ) -> str:
     """Return the first implementation of the table's ranking that runs on the device."""
-    group = "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped"
-    work = AttentionWork(pass_name, mask, str(types[0]).removeprefix("torch."), dim, group, length, batch)
+    dtype, group = str(types[0]).removeprefix("torch."), group_of(heads, kv_heads)
+    work = AttentionWork(pass_name, mask, dtype, dim, group, length, batch)
     for name in table.ranking(attention_choices.generation_of(device), work):
         if name == "chunked" and (is_traced or device.type == "meta"):
             continue  # its graph has a part for each chunk

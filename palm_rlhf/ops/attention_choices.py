@@ -106,6 +106,11 @@ class ChoiceTable:
         return tuple(dict.fromkeys(names))
 
 
+def group_of(heads: int, kv_heads: int) -> str:
+    """Return the name of the table for how query heads share key heads."""
+    return "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped"
+
+
 _BLOCKS = ("defaults", "rows")
 
 

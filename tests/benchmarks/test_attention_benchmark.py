@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from palm_rlhf.ops.attention_choices import PACKAGED, ChoiceTable, use_table
+
 
 @pytest.fixture
 def bench(root):
@@ -44,6 +46,89 @@ def test_the_benchmark_of_attention(bench, tmp_path):
     assert all(line["seconds"]["median"] > 0 and line["tflops"] > 0 and line["gb_per_second"] > 0 for line in lines)
     assert sum(line["peak_megabytes"] is not None for line in lines) == 3
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_choices_is_measured(bench, tmp_path):
+    """On the tiny grid of a CPU: the table that is written loads, holds the others' entries, and ranks by the times."""
+    path = tmp_path / "choices.json"
+    done = bench("attention.py", "--write-table", "--output", str(path), CUDA_VISIBLE_DEVICES="")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == int(result["failed"]), done.stderr
+    packaged, written = ChoiceTable.load(PACKAGED), ChoiceTable.load(path)
+    assert (
+        written.entries == {**packaged.entries, "cpu": result["entry"]} and result["entry"] != packaged.entries["cpu"]
+    )
+    entry = result["entry"]
+    assert entry["how"] == "measured" and entry["torch"] == torch.__version__ and entry["card"] == result["device"]
+    work = [(row["pass"], row["mask"]) for row in entry["rows"]]
+    whole = [("sequence", mask) for mask in ("none", "padding", "documents")]
+    assert work == [*whole, ("extend", "none"), ("decode", "none"), ("decode", "padding")]
+    for row, choice in zip(entry["rows"], result["choices"], strict=True):
+        assert set(row["figures"]) == {"fused", "chunked"} == set(row["ranking"])
+        assert all(
+            len(times) == 1 + (row["pass"] == "sequence") and min(times) > 0 for times in row["figures"].values()
+        )
+        assert choice["auto"] == row["ranking"][0] and choice["slower"] >= 1
+        assert f"{row['pass']:8} {row['mask']:9} float32" in done.stdout
+    assert result["failed"] == any(choice["slower"] > 1.05 for choice in result["choices"])
+
+
+def test_a_cpu_does_not_overwrite_the_table_of_the_package(bench):
+    before = PACKAGED.read_bytes()
+    done = bench("attention.py", "--write-table", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "give --output" in done.stderr and PACKAGED.read_bytes() == before
+
+
+def test_one_choice_holds_for_both_passes(module):
+    """The best is the one whose worse ratio is smallest."""
+    table = module("attention_table")
+    times = {"slow backward": [1.0, 10.0], "slow forward": [2.0, 9.0], "even": [1.2, 9.9]}
+    assert table.ratios(times) == {
+        "slow backward": pytest.approx(10 / 9),
+        "slow forward": pytest.approx(2),
+        "even": pytest.approx(1.2),
+    }
+    assert table.rank(times) == ["slow backward", "even", "slow forward"]
+
+
+def test_an_implementation_that_disagrees_has_no_time(module):
+    table = module("attention_table")
+    cell = next(table.grid("cpu"))
+    times, problems = table.measure(cell, 1)
+    assert set(times) == {"fused", "chunked"} and problems == []
+    original = table.attention
+
+    def wrong(*tensors, implementation, **options):
+        return original(*tensors, implementation=implementation, **options) * (
+            1.001 if implementation == "chunked" else 1
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "attention", wrong)
+        times, problems = table.measure(cell, 1)
+    assert set(times) == {"fused"} and problems == ["chunked disagrees with fused"]
+
+
+def test_time_that_is_up_leaves_rows_out(module, tmp_path, capsys):
+    path = tmp_path / "choices.json"
+    assert module("attention_table").write_table(path, budget=-1) == 0
+    assert capsys.readouterr().out.count("left out, for the time is up") == 6
+    use_table(None)
+    assert ChoiceTable.load(path).entries["cpu"]["rows"] == []
+
+
+def test_a_grid_of_a_gpu_asks_for_all_that_it_can_choose(module):
+    """Made without memory: each pass, each mask, the head dimensions, groups and lengths that models have."""
+    cells = list(module("attention_table").grid("meta"))
+    assert {(cell.pass_name, cell.mask) for cell in cells} >= {
+        *(("sequence", mask) for mask in ("none", "padding", "documents")),
+        *((name, mask) for name in ("extend", "decode") for mask in ("none", "padding")),
+    }
+    plain = [cell.work for cell in cells if (cell.pass_name, cell.mask) == ("sequence", "none")]
+    assert {work.dim for work in plain} == {64, 128, 256} and {work.num_keys for work in plain} >= {1024, 2048, 8192}
+    assert len(set(cells)) == len(cells) == 40
+    names = [cell.mask for cell in cells if cell.pass_name == "sequence"]
+    assert names == sorted(names, key=lambda mask: mask != "none"), "what FlexAttention compiles comes last"
 
 
 def test_a_wrong_implementation_is_not_timed(module):
