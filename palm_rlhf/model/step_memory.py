@@ -13,6 +13,7 @@ from palm_rlhf.model.captured import StepGraphs, addresses
 from palm_rlhf.model.decoding_step import CastMatrices, RotaryLookup
 from palm_rlhf.model.prompts import PaddedPrompts, seen_tokens
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
+from palm_rlhf.ops.devices import GPUS
 from palm_rlhf.ops.sampling import Sampling, race, sampling_logprobs
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class StepMemory:
         self.matrices: CastMatrices | None = None
         self.matrices_of = ""  # the `addresses` of the model that they are of
         self.graphs = StepGraphs(device)
-        on_gpu = self.graphs.captures
+        on_gpu = device.type in GPUS
         self.host_running = torch.zeros(rows, dtype=torch.bool, device="cpu", pin_memory=on_gpu)
         self.fetched, self.finished = (torch.cuda.Event() if on_gpu else None for _ in range(2))
 
@@ -207,6 +208,6 @@ def _forget(kept: list[StepMemory], most: int) -> None:
 
 def _is_worth_keeping(memory: StepMemory) -> bool:
     device = memory.clocks.device
-    if device.type == "cpu":
+    if device.type not in GPUS:
         return True
     return memory.num_bytes <= MAX_KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory

@@ -9,12 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from palm_rlhf.model import step_memory
+from palm_rlhf.model.captured import StepGraphs
 from palm_rlhf.model.decoding_step import CastMatrices, static_logits
 from palm_rlhf.model.prompts import PaddedPrompts
+from palm_rlhf.model.static_cache import StaticCache
 from palm_rlhf.model.static_generate import CHECK_EVERY
 from palm_rlhf.model.step_memory import StepMemory
+from palm_rlhf.ops.cpu import native_library
 from palm_rlhf.ops.sampling import Sampling
 from tests.factories import palm_of as small_palm
 from tests.model.test_generate import GREEDY, OPTIONS, VOCABULARY, cut, palm_of, palm_with, prompts_of, seeded
@@ -254,6 +259,103 @@ def test_rows_that_have_ended_are_dropped_and_the_end_is_noticed():
     ending = sizes_of_steps(palm, prompt=rows, max_new_tokens=torch.tensor([2] * 8 + [500]), eos_token=0)
     tokens = static(palm, prompt=rows[8:], max_new_tokens=500, eos_token=0)
     assert len(ending) <= len(tokens[0]) + 2 * every + 500 * (len(tokens[0]) == 500)
+
+
+# replays
+
+
+class Tape(TorchDispatchMode):
+    """The operations of a step, to be done again on the same tensors: what a CUDA graph does, on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, results))
+        return results
+
+    def replay(self):
+        for function, args, kwargs, results in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Tapes(StepGraphs):
+    """Steps that are recorded the second time, without effect, and then replayed."""
+
+    replays = 0
+
+    def __init__(self, memory):
+        super().__init__(torch.device("cpu"))
+        self.memory, self.captures = memory, True
+
+    def _capture(self, step):
+        cache = vars(self.memory.cache)
+        tensors = [t for t in tree_leaves([cache, vars(self.memory)]) if isinstance(t, torch.Tensor)]
+        before = [t.clone() for t in tensors]
+        tape = Tape()
+        with tape:
+            step()
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        return tape
+
+    def run(self, key, step):
+        Tapes.replays += key in self.graphs
+        super().run(key, step)
+
+
+class TapedMemory(StepMemory):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.graphs = Tapes(self)
+
+
+def run_and_replayed(monkeypatch, **options):
+    """Tokens of steps that run each time, and of replayed ones, at two calls with other prompts and weights."""
+    limits, found = torch.tensor([3, 30, 30, 2, 2, 2, 2, 30, 4]), []
+    monkeypatch.setenv("PALM_RLHF_NATIVE", "0")  # kernels in C write past the tape
+    native_library._load.cache_clear()
+    try:
+        for kind in (StepMemory, TapedMemory):
+            monkeypatch.setattr(step_memory, "StepMemory", kind)
+            palm, before = palm_with(qk_norm=True, xpos=True), Tapes.replays
+            for seed in (3, 4):
+                rows = prompts_of(*[1 + n % 3 for n in range(9)], seed=seed)
+                length = {"max_new_tokens": limits, "eos_token": 5}
+                answers = static(palm, prompt=rows, generator=seeded(seed), **length, **options)
+                found.append([row.tolist() for row in answers])
+                for parameter in palm.parameters():
+                    parameter.data.neg_()
+        assert Tapes.replays - before > 30
+    finally:
+        native_library._load.cache_clear()
+    return found[:2], found[2:]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, GREEDY, {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01}, {"allowed_tokens": ALLOWED},
+     {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1}],
+    ids=str,
+)  # fmt: skip
+def test_a_replayed_step_goes_on_where_the_last_one_ended(options, monkeypatch):
+    """No number of a step is one of Python's: at other columns, for other rows, prompts, limits and weights."""
+    run, replayed = run_and_replayed(monkeypatch, **options)
+    assert run == replayed
+
+
+def test_a_number_of_python_in_a_step_is_noticed(monkeypatch):
+    def positions(cache, num_new=1, device=None):
+        return (int(cache.lengths[0]) - cache.first).unsqueeze(-1)
+
+    monkeypatch.setattr(StaticCache, "positions", positions)
+    run, replayed = run_and_replayed(monkeypatch)
+    assert run != replayed
 
 
 # memory
