@@ -33,7 +33,7 @@ EXTRAS = {
     "serve": ["fastapi>=0.115", "llguidance>=1.9", "prometheus-client>=0.20", "uvicorn[standard]>=0.30"],
     "plot": ["matplotlib>=3.8"],
     # Builds of torch for GPUs bring their own Triton: here it is for running the kernels without one, in Triton's
-    # interpreter or its compiler. No version, for a bound would fight torch's pin; the kernels check it when used.
+    # interpreter or its compiler. No version, for a bound would fight torch's pin: ops/triton/versions.py judges it.
     "triton": [
         'triton; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")'
     ],

@@ -1,20 +1,13 @@
 """The command ``palm-rlhf info``: versions, devices and kernels."""
 
-import importlib.metadata
 import platform
 
 import torch
 
 from palm_rlhf import __version__
-from palm_rlhf.ops.devices import available_implementations, triton_faults, why_not_native
+from palm_rlhf.ops.devices import available_implementations, triton_faults, triton_version, why_not_native
 
-
-def triton_version() -> str:
-    """Return the version of Triton, or a note that it is missing."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed (GPU builds of torch include it); only the GPU kernels need it"
+NO_TRITON = "not installed (GPU builds of torch include it); only the GPU kernels need it"
 
 
 def devices() -> list[str]:
@@ -50,7 +43,7 @@ def info() -> None:
         "palm-rlhf": [__version__],
         "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         "torch": [torch.__version__],
-        "triton": [triton_version(), *triton_faults()],
+        "triton": [triton_version() or NO_TRITON, *triton_faults()],
         "devices": devices(),
         "native": [f"C kernels: {usable(why_not_native())}"],
         "attention": attention_implementations(),

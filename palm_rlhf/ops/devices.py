@@ -75,6 +75,15 @@ def _find_why_not_triton_on(device_type: str) -> str | None:
     return why_not(device_type)
 
 
+def triton_version() -> str | None:
+    """Return the version of Triton, or None where it is not installed."""
+    try:
+        from palm_rlhf.ops.triton import versions
+    except ImportError:
+        return None
+    return versions.INSTALLED
+
+
 def triton_faults() -> list[str]:
     """Return what is wrong with the installed version of Triton on the GPU here, or beside this NumPy."""
     try:

@@ -4,12 +4,18 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from palm_rlhf.ops.triton.versions import INSTALLED, explain_fault
+from tests.conftest import NEEDS_TRITON
 
 
 @pytest.fixture(scope="module")
 def processes(root, request):
     """The files of `interpreted/` that a module names in INTERPRETED, at work side by side."""
+    if (reason := explain_fault("interpreter", INSTALLED, numpy=np.__version__)) is not None:
+        pytest.skip(f"{NEEDS_TRITON}: {reason}")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = {}
     for name in request.module.INTERPRETED:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("triton.tools.tensor_descriptor", reason="needs a newer Triton, with tensor descriptors")
+
 from palm_rlhf.ops.triton import attention_backward, attention_forward, tiles
 from palm_rlhf.ops.triton.attention_backward import backward
 from palm_rlhf.ops.triton.attention_forward import forward
