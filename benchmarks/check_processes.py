@@ -5,13 +5,14 @@ A process that dies, as one does whose compiler crashes, has failed the task tha
 
 import itertools
 import json
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Task = list  # the name of a part, and what else says what to check; JSON
 TIME_WAS_UP = "the time was up"
@@ -19,12 +20,17 @@ ENDED = "ended"  # of a task, among the results
 
 
 class Result(NamedTuple):
-    """A check that ran."""
+    """A check or a measurement that ran."""
 
     part: str
     name: str
     passed: bool
     seconds: float
+    figures: dict[str, Any] | None = None
+
+
+# (name, passed) of a check, or (name, passed, figures) of a measurement
+Found = tuple[str, bool] | tuple[str, bool, dict[str, Any]]
 
 
 def name_of(task: Task) -> str:
@@ -34,7 +40,7 @@ def name_of(task: Task) -> str:
 
 def in_this_process(
     tasks: list[Task],
-    run: Callable[[Task], Iterator[tuple[str, bool]]],
+    run: Callable[[Task], Iterator[Found]],
     show: Callable[[Result], object],
     deadline: float = float("inf"),
     ended: Callable[[Task], object] = lambda task: None,
@@ -46,8 +52,8 @@ def in_this_process(
     results: list[Result] = []
     left_out: dict[str, str] = {}
 
-    def note(part: str, name: str, passed: bool, since: float) -> None:
-        results.append(Result(part, name, bool(passed), time.monotonic() - since))
+    def note(part: str, name: str, passed: bool, since: float, *figures: dict[str, Any]) -> None:
+        results.append(Result(part, name, bool(passed), time.monotonic() - since, *figures))
         show(results[-1])
 
     for task in tasks:
@@ -56,8 +62,8 @@ def in_this_process(
             left_out[name_of(task)] = TIME_WAS_UP
             continue
         try:
-            for name, passed in run(task):
-                note(task[0], name, passed, since)
+            for name, passed, *figures in run(task):
+                note(task[0], name, passed, since, *figures)
                 since = time.monotonic()
         except Exception as error:  # of a kernel, a compiler, or a driver; the other tasks go on
             note(task[0], f"{name_of(task)}: {type(error).__name__}: {error}"[:300].replace("\n", " "), False, since)
@@ -65,14 +71,15 @@ def in_this_process(
     return results, left_out
 
 
-def worker(tasks: list[Task], run: Callable[[Task], Iterator[tuple[str, bool]]]) -> None:
-    """Run tasks for the process that started this one, and write what it reads."""
-    in_this_process(
-        tasks,
-        run,
-        show=lambda result: print(json.dumps(result), flush=True),
-        ended=lambda task: print(json.dumps(ENDED), flush=True),
-    )
+def worker(tasks: list[Task], run: Callable[[Task], Iterator[Found]]) -> None:
+    """Run tasks for the process that started this one, and write what it reads; other output is no result."""
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def write(message: object) -> None:
+        lines.write(json.dumps(message) + "\n")
+
+    in_this_process(tasks, run, show=write, ended=lambda task: write(ENDED))
 
 
 class Worker:
