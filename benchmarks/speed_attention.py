@@ -145,7 +145,11 @@ def attention(device: str, number: int) -> Iterator[tuple[str, bool, dict[str, A
             yield label, True, {"left out": f"not installed: {missing}"}
             continue
         except (RuntimeError, ValueError, NotImplementedError) as refusal:  # no kernel for this shape, type or GPU
-            yield label, name != "ours, auto", {"left out": f"does not run here: {str(refusal).splitlines()[0][:150]}"}
+            yield (
+                label,
+                name != "ours, auto",
+                {"left out": f"does not run here: {' '.join(str(refusal).split())[:200]}"},
+            )
             continue
         firsts[name] = time.perf_counter() - started
         allowed = 1 if name in ("ours, Triton", "chunked") else 4  # others round their gradients more than once

@@ -157,6 +157,13 @@ def test_an_unknown_format_is_refused(tmp_path):
     assert files(tmp_path) == []
 
 
+def test_a_model_is_saved_from_any_device_and_opened_on_any(device, tmp_path):
+    model().to(device).save_pretrained(tmp_path)
+    palm = PaLM.from_pretrained(tmp_path, device=device)
+    assert {tensor.device.type for tensor in palm.state_dict().values()} == {device.type}
+    assert same(palm.cpu(), model()) and same(PaLM.from_pretrained(tmp_path), model())
+
+
 def test_dtype_and_device_can_be_chosen(tmp_path):
     palm = model()
     palm.save_pretrained(tmp_path)

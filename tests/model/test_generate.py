@@ -30,7 +30,7 @@ def palm_with(*, dtype=torch.float64, **options) -> PaLM:
     return wandering_palm(**{**sizes, **options}).to(dtype)
 
 
-palm_of = functools.cache(lambda: palm_with().eval())
+palm_of = functools.cache(lambda device="cpu": palm_with().to(device).eval())
 
 
 def prompts_of(*lengths, seed=0):
@@ -38,8 +38,8 @@ def prompts_of(*lengths, seed=0):
     return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def seeded(seed=0, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def slowly(palm, prompt, num_new, *, repetition_penalty=1.0, presence_penalty=0.
     """Greedy, reading everything again at each step."""
     tokens = prompt.tolist()
     for _ in range(num_new):
-        logits = palm(torch.tensor([tokens]))[0, -1].tolist()
+        logits = palm(torch.tensor([tokens], device=palm.device))[0, -1].tolist()
         for token in set(tokens):
             logits[token] *= repetition_penalty if logits[token] < 0 else 1 / repetition_penalty
         for token in tokens[len(prompt) :]:
@@ -64,7 +64,7 @@ def recomputed_logprobs(palm, prompt, answer, **options):
     found = []
     for n, token in enumerate(answer.tolist()):
         prefix = torch.cat((prompt, answer[:n]))
-        seen = torch.zeros(1, VOCABULARY, dtype=torch.bool).index_fill_(1, prefix, True)
+        seen = torch.zeros(1, VOCABULARY, dtype=torch.bool, device=palm.device).index_fill_(1, prefix, True)
         counts = answer[:n].bincount(minlength=VOCABULARY)[None]
         logits = palm(prefix[None])[:, -1]
         found.append(sampling_logprobs(logits, Sampling(**options), seen=seen, counts=counts)[0, token])
@@ -81,18 +81,23 @@ def cut(tokens, eos):
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 10), st.integers(0, 99))
-def test_greedy_rows_of_any_length_equal_the_slow_loop(lengths, num_new, seed):
-    palm, rows = palm_of(), prompts_of(*lengths, seed=seed)
+def test_greedy_rows_of_any_length_equal_the_slow_loop(device, lengths, num_new, seed):
+    palm, rows = palm_of(device), [row.to(device) for row in prompts_of(*lengths, seed=seed)]
     got = palm.generate(prompt=rows, max_new_tokens=num_new, **GREEDY)
     assert [row.tolist() for row in got] == [slowly(palm, row, num_new) for row in rows]
 
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=3), st.fixed_dictionaries({}, optional=OPTIONS), st.just(2))
-def test_recorded_logprobs_are_those_of_a_forward_without_a_cache(lengths, options, num_samples):
-    palm, rows = palm_of(), prompts_of(*lengths)
+def test_recorded_logprobs_are_those_of_a_forward_without_a_cache(device, lengths, options, num_samples):
+    palm, rows = palm_of(device), [row.to(device) for row in prompts_of(*lengths)]
     answers, logprobs = palm.generate(
-        prompt=rows, seq_len=10, num_samples=num_samples, generator=seeded(), return_logprobs=True, **options
+        prompt=rows,
+        seq_len=10,
+        num_samples=num_samples,
+        generator=seeded(device=device),
+        return_logprobs=True,
+        **options,
     )
     assert len(answers) == len(rows) * num_samples
     for n, (answer, recorded) in enumerate(zip(answers, logprobs, strict=True)):

@@ -88,11 +88,11 @@ def moved(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     st.sampled_from([{}, {"temperature": 0.7, "top_k": 7, "top_p": 0.8}]),
     st.integers(0, 99),
 )
-def test_a_row_alone_equals_the_row_among_others_and_pads(build, rows_of, kind, lengths, truncation, seed):
-    actor_critic, sequences = build(kind), rows_of(lengths, seed)
+def test_a_row_alone_equals_the_row_among_others_and_pads(device, build, rows_of, kind, lengths, truncation, seed):
+    actor_critic, sequences = build(kind).to(device), rows_of(lengths, seed).to(device)
     reference = Reference(actor_critic)
     filled = torch.where(sequences.key_mask, sequences.tokens, 5)  # garbage where the pads are, and more of it
-    filled = torch.cat((filled, torch.randint(13, (len(sequences), 3))), dim=1)
+    filled = torch.cat((filled, torch.randint(13, (len(sequences), 3), device=device)), dim=1)
     filled = Sequences(filled, sequences.prompt_lengths, sequences.response_lengths)
 
     @torch.no_grad()

@@ -51,11 +51,12 @@ def rows(seed: int, lengths: list[tuple[int, int]]) -> tuple[list, list]:
     st.sampled_from(["right", "left", "both"]),
     st.integers(0, 99),
 )
-def test_a_row_alone_equals_the_row_among_others_and_pads(pooling, causal, bins, lora, lengths, side, seed):
-    model = make_model(palm={"causal": causal}, pooling=pooling, num_binned_output=bins, use_lora=lora).double()
-    prompts, responses = rows(seed, lengths)
+def test_a_row_alone_equals_the_row_among_others_and_pads(device, pooling, causal, bins, lora, lengths, side, seed):
+    model = make_model(palm={"causal": causal}, pooling=pooling, num_binned_output=bins, use_lora=lora)
+    model.to(device, torch.float64)
+    prompts, responses = ([row.to(device) for row in part] for part in rows(seed, lengths))
     width = max(p + r for p, r in lengths) + 3
-    tokens = torch.randint(NUM_TOKENS, (len(lengths), width))  # garbage where the pads are
+    tokens = torch.randint(NUM_TOKENS, (len(lengths), width), device=device)  # garbage where the pads are
     key_mask, prompt_mask = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         size = len(prompt) + len(response)
@@ -67,7 +68,7 @@ def test_a_row_alone_equals_the_row_among_others_and_pads(pooling, causal, bins,
         together = model(tokens, key_mask, prompt_mask=prompt_mask)
         alone = torch.cat([model.score(join([p], [r])) for p, r in zip(prompts, responses, strict=True)])
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
-        by_lengths = model(tokens, key_mask, prompt_lengths=torch.tensor([p for p, _ in lengths]))
+        by_lengths = model(tokens, key_mask, prompt_lengths=torch.tensor([p for p, _ in lengths], device=device))
         torch.testing.assert_close(by_lengths, alone, rtol=0, atol=1e-10)
         torch.testing.assert_close(model.score(join(prompts, responses), batch_size=2), alone, rtol=0, atol=1e-10)
 

@@ -18,8 +18,8 @@ EOS = 4
 LENGTHS = (3, 1, 6, 2)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def responses_of(rollout: Rollout) -> list[list[int]]:
@@ -53,12 +53,13 @@ def assert_parity(rollout: Rollout, logprobs: torch.Tensor) -> None:
     st.integers(0, 99),
 )
 def test_what_is_recorded_while_sampling_is_what_training_reads(
-    wandering_palm, draw_rows, said_by_hand, lengths, sampling, limit, num_samples, batch_size, seed
+    device, wandering_palm, draw_rows, said_by_hand, lengths, sampling, limit, num_samples, batch_size, seed
 ):
-    palm = wandering_palm(dropout=0.5)
+    palm, generator = wandering_palm(dropout=0.5).to(device), seeded(seed, device)
     actor_critic = ActorCritic(palm, value="none").train()
-    prompts, sampling = draw_rows(*lengths, seed=seed), ResponseSampling(**sampling, **limit)
-    rollout = collect(palm, prompts, sampling, num_samples=num_samples, batch_size=batch_size, generator=seeded(seed))
+    prompts = [row.to(device) for row in draw_rows(*lengths, seed=seed)]
+    sampling = ResponseSampling(**sampling, **limit)
+    rollout = collect(palm, prompts, sampling, num_samples=num_samples, batch_size=batch_size, generator=generator)
     assert_parity(rollout, response_logprobs(palm, rollout.sequences, **sampling.truncation).logprobs.detach())
     assert_parity(rollout, actor_critic(rollout.sequences, **sampling.truncation).logprobs.detach())
     for row, (prompt, response) in enumerate(zip(*spoken(rollout.sequences), strict=True)):
@@ -67,12 +68,13 @@ def test_what_is_recorded_while_sampling_is_what_training_reads(
         assert rollout.logprobs[row, : len(response)].tolist() == pytest.approx(logprobs, abs=1e-5)
 
 
-def test_parity_with_adapters(wandering_palm, draw_rows, stir):
-    palm = wandering_palm()
+def test_parity_with_adapters(device, wandering_palm, draw_rows, stir):
+    palm, prompts = wandering_palm(), [row.to(device) for row in draw_rows(*LENGTHS)]
     actor_critic = ActorCritic(palm, value="none", actor_lora_r=2)
     stir(actor_critic.actor_parameters())
-    sampling = ResponseSampling(max_new_tokens=8, temperature=0.8, eos_token=EOS)
-    rollout = collect(palm, draw_rows(*LENGTHS), sampling, finetune_scope="actor", num_samples=2, generator=seeded())
+    actor_critic.to(device)
+    sampling, generator = ResponseSampling(max_new_tokens=8, temperature=0.8, eos_token=EOS), seeded(device=device)
+    rollout = collect(palm, prompts, sampling, finetune_scope="actor", num_samples=2, generator=generator)
     assert_parity(rollout, actor_critic(rollout.sequences, **sampling.truncation).logprobs.detach())
     with pytest.raises(AssertionError):  # without them it is another policy
         assert_parity(rollout, response_logprobs(palm, rollout.sequences, **sampling.truncation).logprobs.detach())

@@ -41,8 +41,11 @@ def ask(prompt, num_tokens, **options) -> Request:
 
 @pytest.mark.parametrize("chunk", [3, 256])
 @pytest.mark.parametrize("prefix_memory", [0, 2**20])
-def test_greedy_replies_are_those_of_generate_alone(start_engine, prompts, alone, chunk, prefix_memory):
-    engine = start_engine(max_batch=4, prefill_chunk=chunk, prefix_memory=prefix_memory)
+def test_greedy_replies_are_those_of_generate_alone(
+    device, start_engine, checkpoint, prompts, alone, chunk, prefix_memory
+):
+    palm = load(checkpoint, device=str(device)).palm
+    engine = start_engine(palm, max_batch=4, prefill_chunk=chunk, prefix_memory=prefix_memory)
     for _ in range(2):  # the second time the cache knows the prompts
         replies = [engine.submit(ask(prompt, len(tokens))) for prompt, tokens in zip(prompts, alone)]
         for reply, tokens in zip(replies, alone):

@@ -80,10 +80,11 @@ SAMPLING = [
 
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_the_first_ratio_is_one(options, dtype, tolerance):
+def test_the_first_ratio_is_one(device, options, dtype, tolerance):
     """For every token, in train() mode, with dropout in the config and prompts of different lengths."""
     trainer = make_trainer(palm_of(dropout=0.3).to(dtype), **options)
     trainer.actor_critic.train()
+    assert trainer.run.device.type == device.type
     metrics = trainer.update(experience_of(trainer))
     assert metrics["optimizer_steps"] == 1
     assert abs(metrics["ratio_min"] - 1) < tolerance and abs(metrics["ratio_max"] - 1) < tolerance
