@@ -68,7 +68,7 @@ def new_token_limits(prompts: PaddedPrompts, seq_len: int | None, max_new_tokens
                 f"max_new_tokens is {max_new_tokens}; expected at least 1, as one number or for each of the "
                 f"{len(prompts.lengths)} prompts"
             )
-        return limits.expand_as(prompts.lengths)
+        return limits.long().expand_as(prompts.lengths)
     if seq_len is None or max_new_tokens is not None:
         raise ValueError(f"got seq_len={seq_len} and max_new_tokens={max_new_tokens}; expected exactly one of them")
     longest = int(prompts.lengths.max())

@@ -133,7 +133,7 @@ class StaticRows:
         memory.cache.view(self.size, memory.cache.capacity).fill(cache, copies)
         memory.start(prompts, limits, sampling, allowed_tokens)
         self.prompt_logits: Tensor | None = palm.to_logits(embeds[:, -1]).repeat_interleave(copies, dim=0)
-        self.tokens = limits.new_zeros(len(limits), int(limits.max()))
+        self.tokens = memory.drawn.new_zeros(len(limits), int(limits.max()))
         self.logprobs = memory.drawn_logprobs.new_zeros(self.tokens.shape)
 
     def find_weights(self) -> None:
@@ -226,5 +226,5 @@ class StaticRows:
     def _on_device(self, numbers: list[int]) -> Tensor:
         """Return integers as a tensor, which a GPU fetches without a wait of the host."""
         device = self.memory.clocks.device
-        tensor = torch.tensor(numbers)
+        tensor = torch.tensor(numbers, device="cpu")
         return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

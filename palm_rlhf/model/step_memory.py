@@ -194,8 +194,11 @@ def borrowed(palm: "PaLM", rows: int, capacity: int) -> Iterator[StepMemory]:
         if works:
             memory.end_use()
             with _lock:
-                kept.append(memory)
-                _forget(kept, MAX_KEPT if _is_worth_keeping(memory) else 0)
+                if _is_worth_keeping(memory):
+                    kept.append(memory)
+                    _forget(kept, MAX_KEPT)
+                else:
+                    _forget([memory], 0)
 
 
 def _forget(kept: list[StepMemory], most: int) -> None:

@@ -234,6 +234,14 @@ def test_a_list_gives_a_list_of_rows():
     assert alone.shape == (4,)
 
 
+def test_limits_of_another_integer_type_end_rows_alike():
+    rows, limits = prompts_of(2, 5, 3), torch.tensor([3, 1, 5])
+    expected = palm_of().generate(prompt=rows, max_new_tokens=limits, **GREEDY)
+    for dtype in (torch.int32, torch.uint8):
+        got = palm_of().generate(prompt=rows, max_new_tokens=limits.to(dtype), **GREEDY)
+        assert [row.tolist() for row in got] == [row.tolist() for row in expected]
+
+
 def test_without_a_prompt_the_whole_sequence_comes_back():
     palm = palm_of()
     tokens, logprobs = palm.generate(12, return_logprobs=True, generator=seeded())
