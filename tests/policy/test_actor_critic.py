@@ -15,6 +15,7 @@ from palm_rlhf.policy.sequences import Sequences, join, response_logprobs
 KINDS = ("separate", "shared", "none", "another palm", "reward model", "reward model with lora", "lora", "shared lora")
 WITH_VALUES = [kind for kind in KINDS if kind != "none"]
 LENGTHS = [(3, 2), (1, 5), (6, 1)]
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}  # a GPU adds float32 up in the order of its kernels, which differ
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,8 @@ def test_a_row_alone_equals_the_row_among_others_and_pads(device, build, rows_of
         for batch in (together, among_pads):
             for found, expected in zip(batch, alone, strict=True):
                 assert expected.shape == (1, num_actions)
-                torch.testing.assert_close(found[row, :num_actions], expected[0], rtol=0, atol=1e-5)
+                tolerance = TOLERANCE[device.type]  # values of this reward model are larger than 1
+                torch.testing.assert_close(found[row, :num_actions], expected[0], rtol=tolerance, atol=tolerance)
 
 
 def test_a_value_is_read_before_its_action(build, rows_of):

@@ -85,6 +85,8 @@ def test_the_first_ratio_is_one(device, options, dtype, tolerance):
     trainer = make_trainer(palm_of(dropout=0.3).to(dtype), **options)
     trainer.actor_critic.train()
     assert trainer.run.device.type == device.type
+    if device.type == "cuda" and dtype is torch.float32:
+        tolerance = 1e-4  # the kernels of rollouts and of updates add up in different orders
     metrics = trainer.update(experience_of(trainer))
     assert metrics["optimizer_steps"] == 1
     assert abs(metrics["ratio_min"] - 1) < tolerance and abs(metrics["ratio_max"] - 1) < tolerance
