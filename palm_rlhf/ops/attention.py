@@ -3,13 +3,13 @@
 import warnings
 from functools import lru_cache
 from operator import index
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from palm_rlhf.ops import attention_choices
-from palm_rlhf.ops.attention_choices import AttentionWork, group_of
+from palm_rlhf.ops.attention_choices import AttentionWork, ChoiceTable, group_of
 from palm_rlhf.ops.attention_chunked import attention_chunked
 from palm_rlhf.ops.attention_flex import attention_flex, give_up, why_not_flex
 from palm_rlhf.ops.attention_fused import attention_fused
@@ -53,9 +53,9 @@ def attention(
             - `triton`: our fused kernels for GPUs.
             - `auto`: the fastest of them for this work on this device, as far as it was measured: see `choose`.
     """
-    if not torch.compiler.is_compiling():
-        _check(q, k, v, causal, key_mask, document_ids)
     masks: Masks = {"causal": causal, "key_mask": key_mask, "document_ids": document_ids}
+    if not torch.compiler.is_compiling():
+        _check(q.shape, k.shape, v.shape, causal, _form(key_mask), _form(document_ids))
     if implementation == "auto":
         name = choose(q, k, v, **masks)
         return _try_flex(q, k, v, masks) if name == "flex" else _run(name, q, k, v, masks)
@@ -91,7 +91,7 @@ def _try_flex(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         return attention_flex(q, k, v, **masks)
     except TorchDynamoException as error:
         warnings.warn(f"FlexAttention is left out: {give_up(error)}", stacklevel=3)
-        _first_that_runs.cache_clear()
+        forget_choices()
         return _run(choose(q, k, v, **masks), q, k, v, masks)
 
 
@@ -107,15 +107,45 @@ def choose(
 
     q: `b (hk g) i d`, k and v: `b hk j d`, key_mask and document_ids: `b j`
     """
-    num_queries, num_keys = q.shape[2], k.shape[2]
     mask = "documents" if document_ids is not None else "none" if key_mask is None else "padding"
-    # With all queries, a bidirectional call is like a causal one: no implementation needs a mask for it.
-    pass_name = "decode" if num_queries == 1 else "extend" if causal and num_queries != num_keys else "sequence"
-    is_traced = torch.compiler.is_compiling()
-    length, batch = (TRACED_LENGTH, TRACED_BATCH) if is_traced else (_bucket(num_keys), _bucket(len(q)))
-    dim, heads, kv_heads = map(index, (q.shape[3], q.shape[1], k.shape[1]))  # no symbols, also where a graph has some
     types = (q.dtype, k.dtype, v.dtype)
-    return _first(q.device, types, dim, heads, kv_heads, pass_name, mask, length, batch, is_traced)
+    if not torch.compiler.is_compiling():
+        return _choice(attention_choices.current_table(), q.device, types, q.shape, k.shape, causal, mask)
+    dim, heads, kv_heads = map(index, (q.shape[3], q.shape[1], k.shape[1]))  # no symbols, also where a graph has some
+    pass_name = _pass_name(q.shape[2], k.shape[2], causal)
+    return _choice_of_graph(q.device, types, dim, heads, kv_heads, pass_name, mask)
+
+
+@lru_cache(maxsize=4096)
+def _choice(
+    table: ChoiceTable,
+    device: torch.device,
+    types: tuple[torch.dtype, torch.dtype, torch.dtype],
+    q: torch.Size,
+    k: torch.Size,
+    causal: bool,
+    mask: str,
+) -> str:
+    """Return the choice for tensors of these shapes; a model asks for the same in each layer."""
+    batch, heads, num_queries, dim = q
+    kv_heads, num_keys = k[1:3]
+    pass_name = _pass_name(num_queries, num_keys, causal)
+    lengths = (_bucket(num_keys), _bucket(batch))
+    return _first_that_runs(table, device, types, dim, heads, kv_heads, pass_name, mask, *lengths, is_traced=False)
+
+
+def _choice_of_graph(*question: Any) -> str:
+    table = attention_choices.current_table()
+    return _first_that_runs(table, *question, TRACED_LENGTH, TRACED_BATCH, is_traced=True)
+
+
+# torch.compile takes the answer for a constant, as that of `why_not_triton_on`.
+_choice_of_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions can have any attribute
+
+
+def _pass_name(num_queries: int, num_keys: int, causal: bool) -> str:
+    """Return the pass of the table; a bidirectional call needs no mask for its lengths, and is like a square one."""
+    return "decode" if num_queries == 1 else "extend" if causal and num_queries != num_keys else "sequence"
 
 
 def _bucket(size: int) -> int:
@@ -123,17 +153,9 @@ def _bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _first(*question: Any) -> str:
-    return _first_that_runs(attention_choices.current_table(), *question)
-
-
-# torch.compile takes the answer for a constant, as that of `why_not_triton_on`.
-_first._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions can have any attribute
-
-
 @lru_cache(maxsize=4096)
 def _first_that_runs(
-    table: attention_choices.ChoiceTable,
+    table: ChoiceTable,
     device: torch.device,
     types: tuple[torch.dtype, torch.dtype, torch.dtype],
     dim: int,
@@ -181,24 +203,23 @@ def why_not(name: str, q: Tensor, k: Tensor, v: Tensor, device_type: str | None 
     return reason
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, document_ids: Tensor | None) -> None:
-    """Raise ValueError for tensors that do not fit together; shapes that were seen before cost one look-up."""
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        raise ValueError(f"key_mask is {key_mask.dtype}; expected torch.bool, True for the keys to see")
-    masks = (None if key_mask is None else key_mask.shape, None if document_ids is None else document_ids.shape)
-    _check_shapes(q.shape, k.shape, v.shape, causal, *masks)
+def forget_choices() -> None:
+    """Ask anew what can run, the next time."""
+    _choice.cache_clear()
+    _first_that_runs.cache_clear()
+
+
+Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
+
+
+def _form(mask: Tensor | None) -> Form:
+    """Return what has to fit of a mask."""
+    return None if mask is None else (mask.shape, mask.dtype)
 
 
 @lru_cache(maxsize=4096)
-def _check_shapes(
-    q: torch.Size,
-    k: torch.Size,
-    v: torch.Size,
-    causal: bool,
-    key_mask: torch.Size | None,
-    document_ids: torch.Size | None,
-) -> None:
-    """Raise ValueError for shapes that do not fit together."""
+def _check(q: torch.Size, k: torch.Size, v: torch.Size, causal: bool, key_mask: Form, document_ids: Form) -> None:
+    """Raise ValueError for shapes that do not fit together; those that were seen before cost one look-up."""
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) != 4:
             raise ValueError(f"{name} has shape {tuple(shape)}; expected 4 axes, `b h n d`")
@@ -219,5 +240,7 @@ def _check_shapes(
             "query is at the position of the last key"
         )
     for name, mask in (("key_mask", key_mask), ("document_ids", document_ids)):
-        if mask is not None and mask != (batch, num_keys):
-            raise ValueError(f"{name} has shape {tuple(mask)}; expected `b j` = {(batch, num_keys)}")
+        if mask is not None and mask[0] != (batch, num_keys):
+            raise ValueError(f"{name} has shape {tuple(mask[0])}; expected `b j` = {(batch, num_keys)}")
+    if key_mask is not None and key_mask[1] != torch.bool:
+        raise ValueError(f"key_mask is {key_mask[1]}; expected torch.bool, True for the keys to see")

@@ -178,18 +178,18 @@ def generation_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-_tables: dict[str, ChoiceTable] = {}
+_current: ChoiceTable | None = None
 
 
 def current_table() -> ChoiceTable:
     """Return the table that `auto` reads: that of `use_table`, of the environment variable, or of the package."""
-    if "current" not in _tables:
-        _tables["current"] = ChoiceTable.load(os.environ.get(VARIABLE) or PACKAGED)
-    return _tables["current"]
+    global _current
+    if _current is None:
+        _current = ChoiceTable.load(os.environ.get(VARIABLE) or PACKAGED)
+    return _current
 
 
 def use_table(table: ChoiceTable | None) -> None:
     """Let `auto` read another table from now on; None brings back the one that a new process reads."""
-    _tables.pop("current", None)
-    if table is not None:
-        _tables["current"] = table
+    global _current
+    _current = table

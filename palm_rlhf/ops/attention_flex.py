@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from palm_rlhf.ops.attention_fused import is_captured
 from palm_rlhf.ops.devices import GPUS, why_not_flex_on
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _may_keep(q: Tensor, masks: tuple[Tensor | None, Tensor | None]) -> bool:
     """
     if any(t is not None and t.is_inference() for t in masks):
         return False
-    return not (q.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not is_captured(q)
 
 
 def block_mask(

@@ -83,10 +83,11 @@ def _as_bias(visible: Tensor, sees_any: Tensor | None, q: Tensor, k: Tensor, v: 
 def _bias_of_mask(key_mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return 0 for the keys that one query sees and -inf for others, and whether it sees any: `b 1 1 j`, `b 1 1 1`.
 
-    Both are computed once for all layers of a model, which get the same mask.
+    Both are computed once for all layers of a model, which get the same mask. A CUDA graph computes its own, whatever
+    ran before it was captured: a replay must see the mask that is there by then.
     """
     keeps = not (torch.compiler.is_compiling() or key_mask.is_inference())  # such tensors do not count their changes
-    state = (key_mask._version, q.dtype) if keeps else None
+    state = (key_mask._version, q.dtype, is_captured(q)) if keeps else None
     known = _biases.get(key_mask) if keeps else None
     if known is None or known[0] != state:
         visible = key_mask[:, None, None]
@@ -95,6 +96,11 @@ def _bias_of_mask(key_mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if keeps:
             _biases[key_mask] = known
     return known[1]
+
+
+def is_captured(x: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured."""
+    return x.device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def takes_groups(q: Tensor, masked: bool) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from palm_rlhf.ops import attention_flex as module
 from palm_rlhf.ops import devices
-from palm_rlhf.ops.attention import _first_that_runs, attention, choose
+from palm_rlhf.ops.attention import attention, choose, forget_choices
 from palm_rlhf.ops.attention_choices import PACKAGED, ChoiceTable, use_table
 from palm_rlhf.ops.attention_flex import BLOCK, block_mask, mask_for, why_not_flex
 from palm_rlhf.ops.attention_reference import visibility
@@ -156,7 +156,7 @@ def flex_first():
     yield
     use_table(None)
     module._failure = None
-    _first_that_runs.cache_clear()
+    forget_choices()
 
 
 @needs_a_compiler

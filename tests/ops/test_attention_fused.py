@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from palm_rlhf.ops import attention_fused as module
 from palm_rlhf.ops.attention import attention
 from palm_rlhf.ops.attention_fused import attention_fused, for_every_head, may_plan, takes_groups
 from tests.ops.test_attention import MASKS, assert_equal, naive, qkv, run
@@ -163,3 +164,15 @@ def test_a_mask_that_has_changed_is_looked_at_again(as_on_a_gpu):
             torch.testing.assert_close(
                 attention_fused(*inputs, **options), naive(*inputs, **options), rtol=0, atol=1e-12
             )
+
+
+def test_a_graph_does_not_hold_what_was_computed_before_it(monkeypatch):
+    """Else a replay would see the mask as it was when the graph was captured."""
+    key_mask, (q, *_) = torch.ones(2, 256, dtype=torch.bool), fakes("cpu", queries=1)
+    before = module._bias_of_mask(key_mask, q)
+    assert module._bias_of_mask(key_mask, q) is before
+    monkeypatch.setattr(module, "is_captured", lambda x: True)
+    inside = module._bias_of_mask(key_mask, q)
+    assert inside is not before and module._bias_of_mask(key_mask, q) is inside
+    monkeypatch.setattr(module, "is_captured", lambda x: False)
+    assert module._bias_of_mask(key_mask, q) is not inside, "whose memory is the graph's"
