@@ -63,16 +63,29 @@ class StepGraphs:
         """Forget all graphs."""
         if self.graphs:
             torch.cuda.synchronize(self.device)
+            self.pool = torch.cuda.graph_pool_handle()  # PyTorch refuses a pool that no graph holds any more
         self.graphs.clear()
         self.has_run.clear()
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Wait for all graphs, and return the graph of a step, which does not run meanwhile."""
+        """Wait for all graphs, and return the graph of a step, which does not run meanwhile.
+
+        After an error PyTorch's random numbers and allocator may still believe in the capture, so that no step from
+        Python could take its place.
+        """
         graph = torch.cuda.CUDAGraph()
         # the mode leaves the CUDA calls of other threads alone, such as those that pin the memory of a data loader
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device), capture, without_cached_casts(self.device.type), torch.no_grad():
-            step()
+        try:
+            with torch.cuda.device(self.device), capture, without_cached_casts(self.device.type), torch.no_grad():
+                step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a decoding step cannot be captured as a CUDA graph: {error}; start the process with "
+                "PALM_RLHF_CUDA_GRAPHS=0, which runs steps from Python"
+            ) from error
         return graph
 
 

@@ -1,5 +1,7 @@
 """The cache of fixed memory: its logits are those of the growing one, and a step reads no number back."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
@@ -162,6 +164,73 @@ def test_a_step_keeps_no_cast_weights():
         graphs.run("low", step)
         assert torch.is_autocast_cache_enabled()
     assert caches[1] == (False, torch.float16)
+
+
+@pytest.fixture
+def graphs_without_gpu(monkeypatch):
+    """StepGraphs whose graphs write down what is done to them, in a list that comes with them."""
+    said = []
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    @contextmanager
+    def capture(graph, **options):
+        assert isinstance(graph, Graph) and options.pop("pool") is not None
+        assert options == {"stream": "a stream", "capture_error_mode": "thread_local"}
+        said.append("capture")
+        yield
+        said.append("captured")
+
+    for name, fake in {"CUDAGraph": Graph, "graph": capture, "device": nullcontext, "synchronize": said.append}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    graphs = StepGraphs(torch.device("cpu"))
+    graphs.captures, graphs.pool, graphs.stream = True, object(), "a stream"
+    return graphs, said
+
+
+def test_a_step_runs_then_is_captured_then_replayed(graphs_without_gpu):
+    graphs, said = graphs_without_gpu
+
+    def step():
+        said.append((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            graphs.run("key", step)
+    alone = (False, False)  # without gradients, and without casts that autocast keeps
+    assert said == [alone, "capture", alone, "captured", "replay", "replay", "replay"]
+    graphs.run("other", step)
+    assert said[-1] == (False, True) and len(graphs.graphs) == 1
+
+
+def test_the_graph_unused_for_longest_goes_first(graphs_without_gpu, monkeypatch):
+    graphs, said = graphs_without_gpu
+    monkeypatch.setattr("palm_rlhf.model.captured.MAX_GRAPHS", 2)
+    for key in "aabbacc":
+        graphs.run(key, lambda: None)
+    assert list(graphs.graphs) == ["a", "c"]
+    pool = graphs.pool
+    graphs.clear()
+    said.clear()
+    graphs.run("a", lambda: None)
+    assert not said and not graphs.graphs and graphs.pool is not pool
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(graphs_without_gpu):
+    graphs, said = graphs_without_gpu
+
+    def step():
+        if said:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs.run("key", step)
+    with pytest.raises(
+        RuntimeError, match=r"operation not permitted.*; start the process with PALM_RLHF_CUDA_GRAPHS=0"
+    ):
+        graphs.run("key", step)
 
 
 def test_addresses_change_with_weights_scopes_and_precision_alone():
