@@ -12,6 +12,8 @@ from palm_rlhf.serving.engine.row_options import RowOptions, truncate_rows
 from palm_rlhf.serving.engine.transfer import to_lists, upload
 from palm_rlhf.serving.generation import Generation, TokenLogprob
 
+NO_TOKEN = -1
+
 
 class SampledToken(NamedTuple):
     """A row's next token, and its log-probability where the request asks for it."""
@@ -47,18 +49,17 @@ class Sampler:
         logits = self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
         chosen = choose(adjusted, rows, self._options)
-        fine = adjusted.amax(dim=-1).isfinite()
+        found = torch.where(adjusted.amax(dim=-1).isfinite(), chosen, NO_TOKEN)
         if scored is None:
-            tokens, is_fine = torch.stack((chosen, fine)).tolist()
-            return [SampledToken(token, None) if fine else None for token, fine in zip(tokens, is_fine, strict=True)]
+            return [None if token == NO_TOKEN else SampledToken(token, None) for token in found.tolist()]
         ranked = rank_tokens(scored.of(logits), scored.of(chosen), self._options.most_alternatives)
-        (tokens, is_fine), scores = to_lists([torch.stack((chosen, fine)).double(), ranked])
+        (tokens,), scores = to_lists([found.double().unsqueeze(0), ranked])
         logprobs = iter(logprobs_of(scores))
-        found = [
+        sampled = [
             SampledToken(int(token), None if request.logprobs is None else limited(next(logprobs), request.logprobs))
             for token, request in zip(tokens, requests, strict=True)
         ]
-        return [sampled if fine else None for sampled, fine in zip(found, is_fine, strict=True)]
+        return [None if one.token == NO_TOKEN else one for one in sampled]
 
     def masked(self, logits: Tensor) -> Tensor:
         """Return the logits of the model's own distribution, in float32 or wider: `... v -> ... v`."""

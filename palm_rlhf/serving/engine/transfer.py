@@ -13,10 +13,10 @@ def upload(numbers: np.ndarray | Sequence[float], device: torch.device) -> Tenso
     A copy from ordinary memory would wait for the GPU. The pinned memory that is copied from here is only used again
     after the copy.
     """
-    array = np.asarray(numbers)
-    if device.type != "cuda":
-        return torch.from_numpy(array).to(device)
-    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.asarray(numbers))
+    if device.type == "cpu":
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def to_lists(matrices: Sequence[Tensor]) -> list[list[list[float]]]:
