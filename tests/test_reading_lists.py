@@ -66,6 +66,7 @@ BESIDE = {
         "data": "tokenizers and chat templates",
         "serving.structured": "replies that follow a grammar",
         "serving.engine.capacity": "how many replies the memory holds",
+        "serving.engine.launched_step": "steps of a GPU that begin before the last tokens are known",
         "serving.engine.prefix_cache": "how cached beginnings of prompts are found and forgotten",
         "serving.engine.row_options": "options of sampling as tensors of all rows",
         "serving.engine.static_step": "the same next token on a GPU, by CUDA graphs",

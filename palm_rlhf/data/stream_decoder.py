@@ -26,11 +26,16 @@ class StreamDecoder:
         if token in self._skipped:
             return ""
         self._held.append(token)
-        return "" if self.tokenizer.decode(self._held).endswith("\ufffd") else self.finish()
+        text = self.tokenizer.decode(self._held)
+        return "" if text.endswith("\ufffd") else self._show(text)
 
     def finish(self) -> str:
         """Return the text that was held back."""
-        new = self.tokenizer.decode(self._held)[len(self._shown) :]
+        return self._show(self.tokenizer.decode(self._held))
+
+    def _show(self, text: str) -> str:
+        """Return what the text of all held tokens adds to the text that was returned."""
+        new = text[len(self._shown) :]
         self._held = self._held[self._num_shown :]
         self._num_shown, self._shown = len(self._held), self.tokenizer.decode(self._held)
         return new

@@ -138,6 +138,8 @@ class Generation:
         self.random = random.Random(None if request.seed is None else f"{request.seed}/{request.index}")
         self.constraint = None if request.grammar is None else request.grammar.start()
         self.counts: dict[int, int] = {}  # how often each token was sampled; only kept where a penalty needs it
+        self._drawn: float | None = None  # the last number of `random`
+        self._draws_again = False
         self._ids = np.array(request.prompt)  # of prompt and reply, with room for more
         self._text, self._wake = text, wake
         self._pending: list[TokenLogprob] = []  # of tokens whose text is still held back
@@ -179,6 +181,17 @@ class Generation:
     def failure(self) -> ValueError | None:
         """Why the grammar allows no next token; None where it allows one."""
         return None if self.constraint is None else self.constraint.failure
+
+    def draw(self) -> float:
+        """Return the next number of the reply's own generator, from 0 to below 1. For the engine's thread only."""
+        if self._drawn is None or not self._draws_again:
+            self._drawn = self.random.random()
+        self._draws_again = False
+        return self._drawn
+
+    def redraw(self) -> None:
+        """Let the next number be the last one again, which was not used. For the engine's thread only."""
+        self._draws_again = True
 
     def cancel(self) -> None:
         """End the reply, and free its row before the next token; do nothing where it has ended already."""

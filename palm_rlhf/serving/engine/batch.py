@@ -9,14 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from palm_rlhf.model.cache import Cache
-from palm_rlhf.model.captured import why_not_captured
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.serving.engine.capacity import COLUMN_STEP, columns_of
+from palm_rlhf.serving.engine.capacity import columns_of
+from palm_rlhf.serving.engine.launched_step import LaunchedStep
 from palm_rlhf.serving.engine.prefix_cache import PrefixCache, common_prefix
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
-from palm_rlhf.serving.engine.sampler import SampledToken, Sampler
+from palm_rlhf.serving.engine.sampler import NO_TOKEN, SampledToken, Sampler
 from palm_rlhf.serving.engine.slot_cache import SlotCache
-from palm_rlhf.serving.engine.static_step import StaticStep
+from palm_rlhf.serving.engine.static_step import StaticSteps
 from palm_rlhf.serving.engine.transfer import upload
 from palm_rlhf.serving.generation import EngineError, Generation
 
@@ -40,10 +40,11 @@ class Batch:
         self.palm, self.sampler, self.slots = palm, sampler, slots
         self.prefixes = PrefixCache(prefix_bytes, SlotCache.bytes_per_token(palm))
         self.forward_cost = FORWARD_COST if palm.device.type == "cpu" else GPU_FORWARD_COST
-        self.captures = why_not_captured(palm) is None
+        self.static = StaticSteps(palm, slots)
         self.rows: list[Generation] = []
         self.reading: list[Generation] = []  # all read to the same position
         self.halted: list[Generation] = []  # read in part, and left for later
+        self._ahead: LaunchedStep | None = None  # whose tokens have not been looked at
 
     @property
     def members(self) -> list[Generation]:
@@ -112,7 +113,7 @@ class Batch:
         return self._reserve(self.members, max(member.length for member in self.members))
 
     def _reserve(self, members: list[Generation], columns: int) -> bool:
-        return self.slots.reserve(len(members), columns_of(columns), [member.num_read for member in self.members])
+        return self.slots.reserve(len(members), columns_of(columns), [member.num_read + 1 for member in self.members])
 
     def _find(self, generation: Generation) -> tuple[int, int | Tensor | None]:
         """Return the longest prefix known from sequences of the same client, in tokens, and where it is.
@@ -167,22 +168,56 @@ class Batch:
         return sum(map(len, parts)), [(generation, found) for generation, found in results if found is not None]
 
     def step(self) -> Results:
-        """Return the next token of every row, or the error that ended it."""
+        """Return the next tokens of rows, or the errors that ended them.
+
+        On a GPU, the step after this one begins before anybody looks at the tokens. So the GPU computes while the
+        tokens are made into text; the next token of a row that ends with this one is dropped. A row that has just
+        joined waits for the step that is computed already.
+        """
+        launched, self._ahead = self._ahead or self._launch(None), None
+        if launched is None:
+            results = self._step_by_plain_forwards()
+        else:
+            self._ahead = self._launch(launched)
+            results = [(row, self._outcome(row, token)) for row, token in launched.wait()]
+        for row, found in results:
+            row.num_read += not isinstance(found, Exception)
+        return results
+
+    def _launch(self, before: LaunchedStep | None) -> LaunchedStep | None:
+        """Begin a step of all rows, after the step `before` where its tokens have not been looked at.
+
+        Returns None where the step has to wait for tokens, for memory or for rows, or cannot be captured.
+        """
+        if not self.static.enabled or not self.sampler.options_of(self.rows, self.palm.device).simple:
+            return None
+        tokens: Sequence[int] | Tensor = [row.tokens[-1] for row in self.rows]
+        lengths = [member.num_read for member in self.members]
+        if before is not None:
+            go_on = any(len(row.tokens) + 1 < row.request.max_new_tokens for row in self.rows)
+            if not go_on or not before.has(self.rows) or max(lengths) + 2 > self.slots.num_columns:
+                return None
+            tokens = before.tokens_of(self.rows)
+            lengths[: len(self.rows)] = [row.num_read + 1 for row in self.rows]
+        logits = self.static.logits(tokens, lengths)
+        return None if logits is None else LaunchedStep(self.rows, self.sampler.draw(logits, self.rows))
+
+    def _step_by_plain_forwards(self) -> Results:
+        """Compute and wait for a step of rows with any options, on any device."""
         rows = list(self.rows)
 
         def forward(first: int, count: int) -> list[Outcome]:
             some = rows[first : first + count]
-            if count == len(rows) and (logits := self._static_logits()) is not None:
-                return self._sample(logits, some)
             tokens, lengths = [row.tokens[-1] for row in some], [row.num_read for row in some]
+            if count == len(rows):
+                logits = self.static.logits(tokens, [member.num_read for member in self.members])
+                if logits is not None:
+                    return self._sample(logits, some)
             cache = self.slots.rows(lengths) if count == len(rows) else self.slots.row(first, *lengths)
             embeds = self._embed(np.array(tokens)[:, None], cache)
             return self._sample(self.palm.to_logits(embeds[:, -1]), some)
 
-        results = [(row, found) for row, found in self._each(rows, forward) if found is not None]
-        for row, found in results:
-            row.num_read += not isinstance(found, Exception)
-        return results
+        return [(row, found) for row, found in self._each(rows, forward) if found is not None]
 
     def _each(
         self, members: list[Generation], forward: Callable[[int, int], list[Outcome] | None]
@@ -211,45 +246,22 @@ class Batch:
         """Return the final embeddings: `b i -> b i e`."""
         return self.palm(upload(tokens, self.palm.device), cache=cache, return_only_embedding=True)
 
-    def _static_logits(self) -> Tensor | None:
-        """Return the logits after the last token of every row, `b v`, by a CUDA graph; None where there can be none."""
-        if not self.captures:
-            return None
-        try:
-            step = self.slots.static_step = self.slots.static_step or StaticStep(self.palm, self.slots)
-            return step([row.tokens[-1] for row in self.rows], [member.num_read for member in self.members])
-        except Exception:
-            logger.exception("a decoding step cannot be captured as a CUDA graph; replies are slower from now on")
-            self.captures, self.slots.static_step = False, None
-            return None
-
-    def warm_up(self, columns: int) -> None:
-        """Take the memory of the cache, and capture the usual steps, where steps can be captured.
-
-        Args:
-            columns: The most tokens of a sequence.
-        """
-        rows = self.slots.max_rows
-        columns = min(columns_of(columns), self.slots.max_tokens // rows // COLUMN_STEP * COLUMN_STEP)
-        try:
-            if self.captures and columns and self.slots.reserve(rows, columns, []):
-                self.slots.static_step = StaticStep(self.palm, self.slots)
-                self.slots.static_step.warm_up()
-        except Exception:
-            logger.exception("decoding steps cannot be captured as CUDA graphs; replies will be slower")
-            self.captures, self.slots.static_step = False, None
-
     def _sample(self, logits: Tensor, members: list[Generation]) -> list[Outcome]:
         """Return the next tokens after logits, `b v`, or the reasons why there is none."""
         found = self.sampler(logits, members)
-        return [
-            sampled or member.failure or EngineError("the model computed logits that are not finite")
-            for member, sampled in zip(members, found, strict=True)
-        ]
+        return [sampled or self._why_none(member) for member, sampled in zip(members, found, strict=True)]
+
+    def _outcome(self, member: Generation, token: int) -> Outcome:
+        return self._why_none(member) if token == NO_TOKEN else SampledToken(token, None)
+
+    def _why_none(self, member: Generation) -> Exception:
+        return member.failure or EngineError("the model computed logits that are not finite")
 
     def remove(self, generation: Generation, *, keep: bool = True) -> None:
         """Take a sequence out, which frees its row. `keep` is False after an error: its keys and values are lost."""
         before = self.members
+        if self._ahead is not None:
+            self._ahead.drop(generation)
         if keep:
             self._keep(before.index(generation), generation)
         else:
@@ -260,7 +272,7 @@ class Batch:
             group[group.index(generation)] = last
         for row, member in enumerate(self.members):  # each moves down, to a row that is free by then
             if before[row] is not member:
-                self.slots.move(before.index(member), row, member.num_read)
+                self.slots.move(before.index(member), row, member.num_read + 1)  # with what a step ahead has written
 
     def _keep(self, row: int, generation: Generation) -> None:
         """Keep the keys and values of a sequence for later prompts."""
@@ -269,6 +281,6 @@ class Batch:
 
     def clear(self) -> None:
         """Forget all sequences and all cached prefixes."""
-        self.rows, self.reading, self.halted = [], [], []
+        self.rows, self.reading, self.halted, self._ahead = [], [], [], None
         self.slots.clear()
         self.prefixes.clear()

@@ -66,8 +66,8 @@ class Engine:
         self._busy, self._done, self._progressed = False, 0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="palm-rlhf-engine", daemon=True)
         self._thread.start()
-        if batch.captures:  # in that thread, and before the first request, since it takes time
-            self.call(lambda: batch.warm_up(self.context)).result()
+        if batch.static.enabled:  # in that thread, and before the first request, since it takes time
+            self.call(lambda: batch.static.warm_up(self.context)).result()
 
     def _size(self) -> Capacity:
         """Return how much is taken on at once; ValueError where the memory is too small for one sequence."""

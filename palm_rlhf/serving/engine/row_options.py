@@ -30,7 +30,8 @@ class Column(NamedTuple):
 class RowOptions:
     """The options of so many requests, in their order; made anew only where the rows of a batch change.
 
-    `top_k`, `top_p` and `min_p` count the rows of a temperature above 0 only, which are drawn.
+    `top_k`, `top_p` and `min_p` count the rows of a temperature above 0 only, which are drawn. `simple` is whether all
+    requests are, see `is_simple`.
     """
 
     def __init__(self, requests: Sequence[Request], device: torch.device):
@@ -42,6 +43,7 @@ class RowOptions:
         self.min_p = self._column([request.min_p or None for request in drawn])
         self.largest_k = max((request.top_k or 0 for request in drawn), default=0)
         self.scored = self._column([request.logprobs for request in requests])
+        self.simple = all(map(is_simple, requests))
         self.most_alternatives = max((request.logprobs or 0 for request in requests), default=0)
 
     def are_of(self, requests: Sequence[Request], device: torch.device) -> bool:
@@ -56,6 +58,12 @@ class RowOptions:
             return None
         column = upload([float(values[place] or 0) for place in places], self.device).unsqueeze(-1)
         return Column(None if len(places) == len(values) else upload(places, self.device), column)
+
+
+def is_simple(request: Request) -> bool:
+    """Return whether a next token depends on nothing but logits: not on the tokens before it, nor on a bias."""
+    penalised = request.repetition_penalty != 1 or request.presence_penalty != 0 or request.frequency_penalty != 0
+    return not penalised and not request.logit_bias and request.grammar is None and request.logprobs is None
 
 
 def truncate_rows(logits: Tensor, options: RowOptions) -> Tensor:

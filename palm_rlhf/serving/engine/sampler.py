@@ -42,17 +42,14 @@ class Sampler:
         Args:
             logits: `b v`, one row for each generation.
         """
-        requests = [row.request for row in rows]
-        if self._options is None or not self._options.are_of(requests, logits.device):
-            self._options = RowOptions(requests, logits.device)
-        scored = self._options.scored
-        logits = self.masked(logits)
+        options, requests = self.options_of(rows, logits.device), [row.request for row in rows]
+        scored, logits = options.scored, self.masked(logits)
         adjusted = constrain(adjust(logits, rows), rows)
-        chosen = choose(adjusted, rows, self._options)
-        found = torch.where(adjusted.amax(dim=-1).isfinite(), chosen, NO_TOKEN)
+        chosen = choose(adjusted, rows, options)
+        found = where_finite(adjusted, chosen)
         if scored is None:
             return [None if token == NO_TOKEN else SampledToken(token, None) for token in found.tolist()]
-        ranked = rank_tokens(scored.of(logits), scored.of(chosen), self._options.most_alternatives)
+        ranked = rank_tokens(scored.of(logits), scored.of(chosen), options.most_alternatives)
         (tokens,), scores = to_lists([found.double().unsqueeze(0), ranked])
         logprobs = iter(logprobs_of(scores))
         sampled = [
@@ -61,10 +58,27 @@ class Sampler:
         ]
         return [None if one.token == NO_TOKEN else one for one in sampled]
 
+    def draw(self, logits: Tensor, rows: Sequence[Generation]) -> Tensor:
+        """Return the next tokens of rows whose options are `simple`, or NO_TOKEN, without waiting for them: `b`."""
+        logits = self.masked(logits)
+        return where_finite(logits, choose(logits, rows, self.options_of(rows, logits.device)))
+
+    def options_of(self, rows: Sequence[Generation], device: torch.device) -> RowOptions:
+        """Return the options of rows, which are made anew only where the rows have changed."""
+        requests = [row.request for row in rows]
+        if self._options is None or not self._options.are_of(requests, device):
+            self._options = RowOptions(requests, device)
+        return self._options
+
     def masked(self, logits: Tensor) -> Tensor:
         """Return the logits of the model's own distribution, in float32 or wider: `... v -> ... v`."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.forbidden is None else logits.masked_fill(self.forbidden, -torch.inf)
+
+
+def where_finite(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Return the chosen tokens, and NO_TOKEN where the largest logit is no number: `b v, b -> b`."""
+    return torch.where(logits.amax(dim=-1).isfinite(), chosen, NO_TOKEN)
 
 
 def adjust(logits: Tensor, rows: Sequence[Generation]) -> Tensor:
@@ -125,7 +139,7 @@ def choose(logits: Tensor, rows: Sequence[Generation], options: RowOptions) -> T
     mass = truncate_rows(scaled, options).exp().cumsum(dim=-1)
     total = mass[:, -1:]
     # always below the total, since no token lies beyond it
-    uniform = upload([row.random.random() for row in rows if row.request.temperature > 0], logits.device)
+    uniform = upload([row.draw() for row in rows if row.request.temperature > 0], logits.device)
     drawn_mass = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(mass, drawn_mass, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     return options.temperature.put(drawn, chosen)

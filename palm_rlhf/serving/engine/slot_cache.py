@@ -52,7 +52,7 @@ class SlotCache:
         Raises MemoryError, and changes nothing, where the machine has less memory than the budget.
 
         Args:
-            used: The lengths of the rows in use, whose contents stay.
+            used: The lengths of the rows in use, whose contents stay as far as there are columns for them.
         """
         if rows <= self.num_rows and columns <= self.num_columns:
             return True
@@ -73,13 +73,15 @@ class SlotCache:
         return False
 
     def _resize(self, shape: tuple[int, int], num_used: int, longest: int) -> None:
+        if self.device.type == "cuda":  # a graph that runs needs the old blocks
+            torch.cuda.synchronize(self.device)
         self.kernels.clear()  # they and the static step hold the old blocks
         self.static_step = None
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
                 if (old.shape[0], old.shape[2]) != shape:
-                    blocks[layer] = self._block(*shape)
-                    blocks[layer][:num_used, :, :longest] = old[:num_used, :, :longest]
+                    blocks[layer], kept = self._block(*shape), min(longest, old.shape[2], shape[1])
+                    blocks[layer][:num_used, :, :kept] = old[:num_used, :, :kept]
         self.num_rows, self.num_columns = shape
 
     def wipe(self, row: int) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palm_rlhf.model.captured import MAX_GRAPHS, StepGraphs, addresses
+from palm_rlhf.model.captured import MAX_GRAPHS, StepGraphs, addresses, why_not_captured
 from palm_rlhf.model.decoding_step import RotaryLookup, static_logits
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
+from palm_rlhf.serving.engine.capacity import COLUMN_STEP, columns_of
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.engine.transfer import upload
 
@@ -47,19 +48,24 @@ class StaticStep:
         self.lookup = RotaryLookup(palm, columns)
         self.graphs, self.addresses = StepGraphs(device), addresses(palm)
 
-    def __call__(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         """Read one token into each of the first rows, and return the logits after it, `b v`, until the next call.
 
         Args:
-            tokens: The last token of each row of the step.
+            tokens: The last token of each row of the step, `b`; those that a step before has left on the device may be
+                negative, for rows that have failed.
             lengths: The tokens read so far of every row in use: of those of the step, then of those being read.
         """
         rows = min(rows_computed(len(tokens)), self.slots.num_rows)
         # a row that is computed beside the others needs its next column too, which may lie further right
         columns = min(round_columns(max(lengths[:rows]) + 1), self.slots.num_columns)
         inputs = np.zeros((rows, 2), dtype=np.int64)
-        inputs[: len(tokens), 0], inputs[: len(lengths), 1] = tokens, lengths[:rows]
+        inputs[: len(lengths), 1] = lengths[:rows]
+        if not isinstance(tokens, Tensor):
+            inputs[: len(tokens), 0] = tokens
         self.inputs[:rows] = upload(inputs, self.inputs.device)
+        if isinstance(tokens, Tensor):
+            self.tokens[: len(tokens)] = tokens.clamp(min=0)
         self._run(rows, columns)
         return self.logits[: len(tokens)]
 
@@ -88,3 +94,37 @@ class StaticStep:
         if self.inputs.device.type == "cuda":
             torch.cuda.synchronize(self.inputs.device)
         logger.info("captured %d decoding steps in %.1f seconds", len(warm), time.monotonic() - began)
+
+
+class StaticSteps:
+    """The `StaticStep` of a SlotCache, made anew where the cache was resized; none where steps cannot be captured."""
+
+    def __init__(self, palm: PaLM, slots: SlotCache):
+        self.palm, self.slots = palm, slots
+        self.enabled = why_not_captured(palm) is None
+
+    def logits(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """Return the logits of a step, `b v`, or None where it cannot be captured; from then on none is."""
+        if not self.enabled:
+            return None
+        try:
+            step = self.slots.static_step = self.slots.static_step or StaticStep(self.palm, self.slots)
+            return step(tokens, lengths)
+        except Exception:
+            self._give_up()
+            return None
+
+    def warm_up(self, columns: int) -> None:
+        """Take the memory of all rows, for sequences of up to so many tokens, and capture the usual steps."""
+        rows = self.slots.max_rows
+        columns = min(columns_of(columns), self.slots.max_tokens // rows // COLUMN_STEP * COLUMN_STEP)
+        try:
+            if self.enabled and columns and self.slots.reserve(rows, columns, []):
+                self.slots.static_step = StaticStep(self.palm, self.slots)
+                self.slots.static_step.warm_up()
+        except Exception:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        logger.exception("a decoding step cannot be captured as a CUDA graph: replies are slower from now on")
+        self.enabled, self.slots.static_step = False, None
