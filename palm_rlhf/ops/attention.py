@@ -17,6 +17,7 @@ from palm_rlhf.ops.attention_reference import Masks, attention_reference
 from palm_rlhf.ops.devices import why_not_triton_on
 
 Implementation = Literal["auto", "eager", "fused", "chunked", "flex", "triton"]
+IMPLEMENTATIONS = get_args(Implementation)
 # While torch.compile traces, lengths can be symbols: a choice by length would be compiled anew for each. They count as
 TRACED_LENGTH, TRACED_BATCH = 2048, 8
 
@@ -59,8 +60,8 @@ def attention(
     if implementation == "auto":
         name = choose(q, k, v, **masks)
         return _try_flex(q, k, v, masks) if name == "flex" else _run(name, q, k, v, masks)
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"got implementation={implementation!r}, expected one of {get_args(Implementation)}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"got implementation={implementation!r}, expected one of {IMPLEMENTATIONS}")
     if (reason := why_not(implementation, q, k, v)) is not None:
         raise ValueError(f'implementation="{implementation}" cannot run here: {reason}; use "auto" or another')
     return _run(implementation, q, k, v, masks)

@@ -56,9 +56,15 @@ def visibility(
 
 def full_precision(device_type: str) -> AbstractContextManager:
     """Return a context in which autocast leaves float32 products in float32."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compile takes the answer for a constant. Before torch 2.7 it cannot trace the question.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions can have any attribute
 
 
 def attention_reference(
