@@ -140,7 +140,7 @@ def test_what_is_not_done_in_time_is_named(share):
 
 def test_the_tests_that_need_a_gpu_are_found_and_read(module, root):
     tests = module("gpu_tests")
-    names = {path.removeprefix(f"{root}/") for path in tests.files_of_tests()}
+    names = {str(path.relative_to(root)) for path in tests.files_of_tests()}
     assert {
         "tests/ops/triton/test_fused_layers.py",
         "tests/model/test_laws.py",
@@ -156,3 +156,13 @@ def test_the_tests_that_need_a_gpu_are_found_and_read(module, root):
         ("tests", "a::wrong", False, 1.0, None),
         ("tests", "a::broken", False, 0.0, None),
     ]
+
+
+def test_test_files_are_left_out_for_want_of_a_package(module, root, monkeypatch):
+    tests, path = module("gpu_tests"), root / "tests/serving/test_engine.py"
+    assert not tests.missing_packages(path)
+    found = tests.importlib.util.find_spec
+    absent = {"openai", "hypothesis"}
+    monkeypatch.setattr(tests.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
+    assert tests.missing_packages(path) == {"openai", "hypothesis"}  # of conftest.py beside it, and of that above
+    assert tests.missing_packages(root / "tests/training/test_devices.py") == {"hypothesis"}
