@@ -6,8 +6,8 @@ to the front, and the steps that follow compute fewer rows.
 
 The random numbers of a step are drawn for all rows, ended or not. So the tokens of a row do not depend on when others
 end, nor on when rows move; and a seeded generator gives the tokens of `generate.py` up to the step at which the first
-response ends. Greedy tokens are always the same. Rows move at the same steps in every run, which leaves the generator
-in the same state.
+response ends. Greedy tokens are always the same. (All this up to rounding: a GPU may add in another order where a step
+has more rows or columns.) Rows move at the same steps in every run, which leaves the generator in the same state.
 """
 
 from collections.abc import Iterator

@@ -42,9 +42,9 @@ def attention_fused(
     if num_queries == 1:
         causal = False  # the last query sees every key
         if key_mask is not None and document_ids is None and q.device.type in GPUS and not torch.is_grad_enabled():
-            key_bias, sees_key = _bias_of_mask(key_mask, q)
+            key_bias, sees_none = _bias_of_mask(key_mask, q)
             rows = q.reshape(len(q), kv_heads, -1, q.shape[-1])  # b hk g d
-            return torch.where(sees_key, _sdpa_without_cudnn(rows, k, v, key_bias, False).reshape(q.shape), 0.0)
+            return _sdpa_without_cudnn(rows, k, v, key_bias, False).reshape(q.shape).masked_fill_(sees_none, 0.0)
     visible = None  # b i j
     is_square = not causal or num_queries == num_keys  # PyTorch's own causal mask starts at the first key
     if num_queries == 1 and document_ids is None:
@@ -81,7 +81,7 @@ def _as_bias(visible: Tensor, sees_any: Tensor | None, q: Tensor, k: Tensor, v: 
 
 
 def _bias_of_mask(key_mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 0 for the keys that one query sees and -inf for others, and whether it sees any: `b 1 1 j`, `b 1 1 1`.
+    """Return 0 for the keys that one query sees and -inf for others, and whether it sees none: `b 1 1 j`, `b 1 1 1`.
 
     Both are computed once for all layers of a model, which get the same mask. A CUDA graph computes its own, whatever
     ran before it was captured: a replay must see the mask that is there by then.
@@ -91,8 +91,7 @@ def _bias_of_mask(key_mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     known = _biases.get(key_mask) if keeps else None
     if known is None or known[0] != state:
         visible = key_mask[:, None, None]
-        sees_any = visible.any(dim=-1, keepdim=True)
-        known = state, (_as_bias(visible, None, q, q, q), sees_any)
+        known = state, (_as_bias(visible, None, q, q, q), ~visible.any(dim=-1, keepdim=True))
         if keeps:
             _biases[key_mask] = known
     return known[1]

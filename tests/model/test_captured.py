@@ -84,7 +84,7 @@ def test_graphs_grow_with_the_columns(gpu, monkeypatch):
 
 
 def test_rows_that_end_are_dropped(gpu, monkeypatch):
-    palm, prompts = palm_on(gpu), prompts_of(gpu, *[4] * 32)
+    palm, prompts = palm_on(gpu, torch.float32), prompts_of(gpu, *[4] * 32)
     limits = torch.tensor([5] * 20 + [40] * 9 + [100] * 3, device=gpu)
     for options in ({"eos_token": 3}, {}):
         expected = uncaptured(palm, prompts, monkeypatch, max_new_tokens=limits, **options)
@@ -102,7 +102,8 @@ def test_the_loop_and_the_graphs_agree(gpu, monkeypatch):
 
 
 def test_a_stream_is_what_generate_returns(gpu):
-    palm, prompts = palm_on(gpu), torch.stack(prompts_of(gpu, *[5] * 6))
+    """In float32: the two drop rows at different steps, and sums of fewer rows may be rounded otherwise."""
+    palm, prompts = palm_on(gpu, torch.float32), torch.stack(prompts_of(gpu, *[5] * 6))
     options = {"max_new_tokens": 40, "eos_token": 3}
     tokens = palm.generate(prompt=prompts, generator=torch.Generator(gpu).manual_seed(2), **options)
     steps = list(palm.stream(prompts, generator=torch.Generator(gpu).manual_seed(2), **options))

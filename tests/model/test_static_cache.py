@@ -1,15 +1,18 @@
 """The cache of fixed memory: its logits are those of the growing one, and a step reads no number back."""
 
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.captured import StepGraphs, addresses, why_not_captured
 from palm_rlhf.model.decoding_step import RotaryLookup, static_logits
 from palm_rlhf.model.lora import adapters_of
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
+from palm_rlhf.ops.cpu import native_library
 from tests.factories import palm_of as small_palm
 from tests.model.steps import EXACT, add_scope, palm_of, rows_of, without_kernel
 
@@ -141,6 +144,54 @@ def test_a_step_that_reads_one_is_noticed():
 
     with pytest.raises(RuntimeError, match="meta"):
         step_without_numbers(Reading)
+
+
+VIEWS = ("view", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "detach", "split", "alias")
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.counts[name] += not name.removesuffix("_with_sizes").strip("_").endswith(VIEWS)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def operations_of_a_step(monkeypatch, depth):
+    monkeypatch.setattr("palm_rlhf.ops.attention_fused.GPUS", {"cpu"})
+    monkeypatch.setenv("PALM_RLHF_NATIVE", "0")
+    native_library._load.cache_clear()
+    try:
+        palm = small_palm(depth=depth)
+        cache, lookup = static_cache_of(palm, 4, 256), RotaryLookup(palm, 256)
+        with Operations() as operations:
+            static_logits(palm, torch.zeros(4, dtype=torch.int64), cache, lookup)
+    finally:
+        native_library._load.cache_clear()
+    return operations.counts
+
+
+def test_a_layer_of_a_step_takes_few_operations(monkeypatch):
+    """Each is a launch in a graph, of some two microseconds; masks and rotary tables are made once for all layers."""
+    one, two = (operations_of_a_step(monkeypatch, depth) for depth in (1, 2))
+    layer = two - one
+    rotation = Counter(roll=1, mul_=1, addcmul_=1, _to_copy=layer["_to_copy"])  # a single kernel on a GPU
+    assert layer - rotation == Counter(
+        native_layer_norm=1,
+        mm=3,
+        scatter_=2,
+        _scaled_dot_product_flash_attention_for_cpu=1,
+        masked_fill_=1,
+        silu=1,  # with the next, a single kernel on a GPU
+        mul_=1,
+        add=2,
+    )
 
 
 # graphs

@@ -231,12 +231,17 @@ def test_a_stream_is_what_generate_returns():
     palm, rows = palm_of(), torch.stack(prompts_of(*[4] * 10))
     options = {"max_new_tokens": 60, "eos_token": 3, "temperature": 1.5}
     with steps_of_fixed_shapes():
-        tokens = palm.generate(prompt=rows, generator=seeded(), **options)
+        tokens, logprobs = palm.generate(prompt=rows, generator=seeded(), return_logprobs=True, **options)
         streamed = []
-        for step in palm.stream(rows, generator=seeded(), **options):
-            streamed.append(step.clone())
-            step.fill_(0)  # what is yielded belongs to the caller
-    assert torch.equal(torch.stack(streamed, dim=1), tokens) and (tokens == 3).any(dim=-1).sum() >= 5
+        for step in palm.stream(rows, generator=seeded(), return_logprobs=True, **options):
+            streamed.append([part.clone() for part in step])
+            for part in step:
+                part.fill_(0)  # what is yielded belongs to the caller
+    for got, parts in zip((tokens, logprobs), zip(*streamed, strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(parts, dim=1), got, rtol=0, atol=1e-10)
+    assert (tokens == 3).any(dim=-1).sum() >= 5
+    after = (tokens == 3).cumsum(dim=-1) - (tokens == 3).int() > 0
+    assert after.any() and (tokens[after] == 3).all() and torch.equal(logprobs == 0, after)
 
 
 def sizes_of_steps(palm, **options):

@@ -136,7 +136,9 @@ def test_a_new_query_waits_for_nothing_and_has_few_operations(mask, as_on_a_gpu)
     views = ("view", "unsqueeze", "expand", "slice", "detach", "alias", "scalar_tensor")
     kernel = ["_scaled_dot_product_flash_attention_for_cpu"]
     first, later = (
-        (kernel, kernel) if mask == "none" else (["any", "_to_copy", "log_", *kernel, "where"], [*kernel, "where"])
+        (kernel, kernel)
+        if mask == "none"
+        else (["_to_copy", "log_", "any", "bitwise_not", *kernel, "masked_fill_"], [*kernel, "masked_fill_"])
     )
     for expected in (first, later, later):  # of the layers of a model
         with torch.no_grad(), Calls() as calls:
