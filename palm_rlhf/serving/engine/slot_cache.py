@@ -1,5 +1,6 @@
 """Keys and values of many sequences of different lengths, in one block of memory that stays within a budget."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ class SlotCache:
         self.depth, self.kv_heads, self.dim_head = config.depth, config.kv_heads, config.dim_head
         self.device, self.dtype = palm.device, palm.dtype
         self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.kernels: dict[str, NativeDecoder] = {}
+        self.static_step: StaticStep | None = None
         self.clear()
 
     @staticmethod
@@ -37,10 +40,17 @@ class SlotCache:
 
     def clear(self) -> None:
         """Forget all sequences, and free the memory."""
+        self._drop_steps()
         self.num_rows = self.num_columns = 0
-        self.kernels: dict[str, NativeDecoder] = {}
-        self.static_step: StaticStep | None = None
         self.keys, self.values = ([self._block(0, 0) for _ in range(self.depth)] for _ in range(2))
+
+    def _drop_steps(self) -> None:
+        """Forget the native kernels and the static step, which hold the old blocks."""
+        if self.static_step is not None and self.device.type == "cuda":
+            with suppress(RuntimeError):  # an error of the GPU was raised where it happened
+                torch.cuda.synchronize(self.device)  # a graph may still run
+        self.kernels.clear()
+        self.static_step = None
 
     def _block(self, rows: int, columns: int) -> Tensor:
         # zeros, since new memory may hold NaN, which no mask would hide
@@ -73,10 +83,7 @@ class SlotCache:
         return False
 
     def _resize(self, shape: tuple[int, int], num_used: int, longest: int) -> None:
-        if self.device.type == "cuda":  # a graph that runs needs the old blocks
-            torch.cuda.synchronize(self.device)
-        self.kernels.clear()  # they and the static step hold the old blocks
-        self.static_step = None
+        self._drop_steps()
         for blocks in (self.keys, self.values):
             for layer, old in enumerate(blocks):  # one layer at a time: there are never two caches
                 if (old.shape[0], old.shape[2]) != shape:
