@@ -28,10 +28,11 @@ class StepGraphs:
 
     Args:
         device: where the tensors lie.
+        max_graphs: how many graphs are kept.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.captures = device, device.type in GPUS
+    def __init__(self, device: torch.device, max_graphs: int = MAX_GRAPHS):
+        self.device, self.captures, self.max_graphs = device, device.type in GPUS, max_graphs
         self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
         self.has_run: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
@@ -48,7 +49,7 @@ class StepGraphs:
         if graph is None and key in self.has_run:
             graph = self._capture(step)
             self.graphs[key] = graph
-            if len(self.graphs) > MAX_GRAPHS:
+            if len(self.graphs) > self.max_graphs:
                 self.graphs.popitem(last=False)
         if graph is not None:
             self.graphs.move_to_end(key)

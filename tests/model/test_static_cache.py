@@ -257,9 +257,9 @@ def test_a_step_runs_then_is_captured_then_replayed(graphs_without_gpu):
     assert said[-1] == (False, True) and len(graphs.graphs) == 1
 
 
-def test_the_graph_unused_for_longest_goes_first(graphs_without_gpu, monkeypatch):
+def test_the_graph_unused_for_longest_goes_first(graphs_without_gpu):
     graphs, said = graphs_without_gpu
-    monkeypatch.setattr("palm_rlhf.model.captured.MAX_GRAPHS", 2)
+    graphs.max_graphs = 2
     for key in "aabbacc":
         graphs.run(key, lambda: None)
     assert list(graphs.graphs) == ["a", "c"]

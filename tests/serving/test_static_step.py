@@ -11,13 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
-from palm_rlhf.model.captured import MAX_GRAPHS
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine import batch as batch_module
 from palm_rlhf.serving.engine import static_step as static_module
 from palm_rlhf.serving.engine.launched_step import LaunchedStep
 from palm_rlhf.serving.engine.slot_cache import SlotCache
-from palm_rlhf.serving.engine.static_step import StaticStep, rows_computed
+from palm_rlhf.serving.engine.static_step import MAX_GRAPHS, WARM_GRAPHS, StaticStep, rows_computed
 from palm_rlhf.serving.generation import EngineError, Request
 from tests.factories import palm_of
 
@@ -113,13 +112,14 @@ def test_rows_are_rounded_to_few_numbers():
         128,
         256,
     ]
-    assert len({rows_computed(rows) for rows in range(1, 257)}) <= MAX_GRAPHS // 2
+    assert len({rows_computed(rows) for rows in range(1, 257)}) <= WARM_GRAPHS < MAX_GRAPHS
 
 
 @torch.no_grad()
 def test_a_resize_frees_the_old_memory(palm):
     slots = filled(palm, [3], 2, 64)
     slots.static_step = StaticStep(palm, slots)
+    assert slots.static_step.graphs.max_graphs == MAX_GRAPHS
     slots.static_step([1], [3])
     old = weakref.ref(slots.keys[0])
     slots.max_tokens = 10**4
@@ -333,7 +333,7 @@ def test_steps_are_captured_before_the_first_request(palm, start_engine, static,
 
 def test_a_large_context_captures_as_many_steps_as_are_kept(palm, start_engine, static):
     start_engine(palm, ByteTokenizer(), max_batch=8, context=4096)
-    assert len(static) == MAX_GRAPHS
+    assert len(static) == 2 * WARM_GRAPHS
     assert {rows for rows, columns in static if columns == 256} == {1, 2, 4, 8}
 
 

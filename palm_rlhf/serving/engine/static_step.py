@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palm_rlhf.model.captured import MAX_GRAPHS, StepGraphs, addresses, why_not_captured
+from palm_rlhf.model.captured import StepGraphs, addresses, why_not_captured
 from palm_rlhf.model.decoding_step import RotaryLookup, static_logits
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
@@ -19,6 +19,7 @@ from palm_rlhf.serving.engine.transfer import upload
 logger = logging.getLogger(__name__)
 MANY_ROWS = 64  # above it, numbers of rows are rounded up to a multiple of COARSE_ROWS, so that there are few graphs
 COARSE_ROWS = 32
+MAX_GRAPHS, WARM_GRAPHS = 128, 32  # how many are kept, and how many of them are made before the first request
 
 
 def rows_computed(num_rows: int) -> int:
@@ -46,7 +47,7 @@ class StaticStep:
         first = torch.zeros(rows, dtype=torch.int64, device=device)
         self.cache = StaticCache.around(slots.keys, slots.values, lengths, first, torch.arange(columns, device=device))
         self.lookup = RotaryLookup(palm, columns)
-        self.graphs, self.addresses = StepGraphs(device), addresses(palm)
+        self.graphs, self.addresses = StepGraphs(device, MAX_GRAPHS), addresses(palm)
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         """Read one token into each of the first rows, and return the logits after it, `b v`, until the next call.
@@ -86,7 +87,7 @@ class StaticStep:
             for columns in sorted({round_columns(column) for column in range(1, self.slots.num_columns + 1)})
             for rows in sorted({rows_computed(row) for row in range(1, self.slots.num_rows + 1)}, reverse=True)
         ]
-        warm = list(dict.fromkeys(shapes))[: MAX_GRAPHS // 2]
+        warm = list(dict.fromkeys(shapes))[:WARM_GRAPHS]
         for rows, columns in warm:
             for _ in range(2):  # kernels compile the first time, and the second time is captured
                 self.inputs.zero_()
