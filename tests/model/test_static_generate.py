@@ -426,6 +426,23 @@ def test_weights_may_change_between_steps_and_calls():
     assert got + rest == found
 
 
+def test_weights_that_are_cast_may_change_between_steps(monkeypatch):
+    """Autocast would cast them anew in the next step."""
+    row, found = prompts_of(4)[0], []
+    for casts_once in (True, False):
+        if not casts_once:
+            monkeypatch.setattr(CastMatrices, "are_needed", staticmethod(lambda palm: False))
+        palm, other = (palm_with(dtype=torch.float32, seed=seed) for seed in (0, 1))
+        logprobs = []
+        with steps_of_fixed_shapes(), torch.autocast("cpu", torch.bfloat16):
+            for _, logprob in palm.stream(row, max_new_tokens=8, return_logprobs=True, generator=seeded()):
+                logprobs.append(logprob.item())
+                if len(logprobs) == 4:
+                    palm.load_state_dict(other.state_dict())
+        found.append(logprobs)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
 def test_modes_of_the_caller_do_not_matter(first):
     palm, rows = palm_with(), torch.stack(prompts_of(3, 3))
