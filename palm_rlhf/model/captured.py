@@ -1,6 +1,7 @@
 """CUDA graphs of decoding steps: hundreds of launches from Python become one, which costs microseconds."""
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from palm_rlhf.model.palm import PaLM
 
 MAX_GRAPHS = 48  # kept for one set of tensors; the one unused for longest goes first
+_one_capture = threading.Lock()  # PyTorch has one at a time in a process
 
 
 class StepGraphs:
@@ -78,8 +80,9 @@ class StepGraphs:
         # the mode leaves the CUDA calls of other threads alone, such as those that pin the memory of a data loader
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(self.device), capture, without_cached_casts(self.device.type), torch.no_grad():
-                step()
+            with _one_capture, torch.cuda.device(self.device), capture:
+                with without_cached_casts(self.device.type), torch.no_grad():
+                    step()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
