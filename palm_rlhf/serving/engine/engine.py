@@ -240,6 +240,8 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        if self.palm.device.type == "cuda":
+            torch.cuda.set_device(self.palm.device)  # of this thread
         while self._has_work():
             try:
                 adapt(self.palm.device.type)

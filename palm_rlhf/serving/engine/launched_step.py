@@ -25,7 +25,7 @@ class LaunchedStep:
             self._copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._copy.copy_(tokens, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def has(self, rows: Sequence[Generation]) -> bool:
         """Return whether the step computes a token for each of these sequences."""
