@@ -103,7 +103,8 @@ def gpu() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+# Of a module, since pytest puts tests of one parameter side by side: those of a session would tear the files apart.
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     """The CPU and then a GPU, for tests of what holds on both."""
     return torch.device(request.param)
