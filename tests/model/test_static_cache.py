@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.captured import StepGraphs, addresses, why_not_captured
-from palm_rlhf.model.decoding_step import RotaryLookup, static_logits
+from palm_rlhf.model.decoding_step import CastMatrices, RotaryLookup, static_logits
 from palm_rlhf.model.lora import adapters_of
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
 from palm_rlhf.ops.cpu import native_library
@@ -64,6 +64,26 @@ def test_logits_are_those_of_the_growing_cache(fields, scope):
         torch.testing.assert_close(got[:3], expected, rtol=0, atol=EXACT)
         assert got.isfinite().all()
     assert cache.lengths.tolist() == [11] * 4 + [5] * 4 and cache.first.tolist() == [3, 0, 2] + [5] * 5
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "autocast", "cast once"])
+@torch.no_grad()
+def test_logits_in_lower_precision(way):
+    """A mask over more columns adds zeros in another order, so that sums are rounded otherwise."""
+    palm = palm_of().to(torch.bfloat16 if way == "bfloat16" else torch.float32)
+    prompts, cache = read_prompts(palm, rows_of([3, 5]), 16), static_cache_of(palm, 2, 16)
+    cache.fill(prompts)
+    lookup, tokens = RotaryLookup(palm, 16), torch.tensor([3, 1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=way != "bfloat16"):
+        matrices = CastMatrices(palm) if way == "cast once" else None
+        if matrices is not None:
+            matrices.refresh()
+        for _ in range(6):
+            got = static_logits(palm, tokens, cache, lookup, None, matrices)
+            expected = palm(tokens[:, None], cache=prompts)[:, 0]
+            assert got.dtype == expected.dtype == torch.bfloat16
+            torch.testing.assert_close(got, expected, rtol=0.02, atol=0.05)
+            tokens = (tokens * 5 + 1) % 17
 
 
 @torch.no_grad()
