@@ -3,10 +3,13 @@
 The calls are made on the CPU, whose kernels take them too; which kernel of a GPU they lead to, only a GPU can show.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf.ops import attention_fused as module
@@ -178,3 +181,46 @@ def test_a_graph_does_not_hold_what_was_computed_before_it(monkeypatch):
     assert inside is not before and module._bias_of_mask(key_mask, q) is inside
     monkeypatch.setattr(module, "is_captured", lambda x: False)
     assert module._bias_of_mask(key_mask, q) is not inside, "whose memory is the graph's"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_call_needs_the_slowest_kernel_of_a_gpu(gpu, dtype):
+    """With `math` switched off, PyTorch raises an error where no other kernel can compute."""
+    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    for kv_heads, num_queries, mask in itertools.product((1, 2, 4), (128, 60, 1), ("none", "padding", "documents")):
+        drawn = qkv(num_queries, 128, kv_heads=kv_heads, dim=64, dtype=dtype)
+        inputs = [t.detach().to(gpu).requires_grad_() for t in drawn]
+        columns = torch.arange(128, device=gpu).expand(3, 128)
+        masks = {
+            "none": {},
+            "padding": {"key_mask": columns >= torch.tensor([[0], [128], [70]], device=gpu)},
+            "documents": {"document_ids": columns // 50},
+        }[mask]
+        with sdpa_kernel(fast):
+            got = run_there(inputs, causal=True, **masks, implementation="fused")
+        expected = run_there(inputs, causal=True, **masks, implementation="eager")
+        assert_equal(got, expected, tolerance=5e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def run_there(inputs, **options):
+    """`run` of attention, its direction drawn on the CPU."""
+    return run(lambda *tensors, **rest: attention(*tensors, **rest).cpu(), inputs, **options)
+
+
+def test_a_replay_sees_the_mask_of_its_time(gpu):
+    q, k, v = (t.detach().to(gpu) for t in qkv(1, 128, dim=64, dtype=torch.bfloat16))
+    key_mask = torch.ones(3, 128, dtype=torch.bool, device=gpu)
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(q)
+
+    def step():
+        out.copy_(attention(q, k, v, causal=True, key_mask=key_mask, implementation="fused"))
+
+    with torch.no_grad():
+        step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            step()
+        key_mask[:, 50:] = False
+        graph.replay()
+        expected = attention(q, k, v, causal=True, key_mask=key_mask, implementation="eager")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-2)
