@@ -57,6 +57,7 @@ BESIDE = {
         "training.run.launch": "several processes",
         "training.run.optimizer_state": "the optimiser in checkpoints",
         "training.run.random_state": "random generators in checkpoints",
+        "training.run.readings": "numbers that stay on a GPU until they are looked at",
         "training.run.sharding": "several GPUs",
     },
     "Serving": {

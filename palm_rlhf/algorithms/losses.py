@@ -116,8 +116,9 @@ def _reported(
     token_mean = partial(masked_mean, mask=action_mask, denominator=num_tokens)
     clip_fraction = token_mean(is_clipped.to(ratio.dtype))
     approx_kl = token_mean(kl_estimate(old_logprobs, logprobs, kind="k3")).detach()
-    extremes = (ratio.detach()[action_mask] if action_mask.any() else ratio.new_ones(1)).aminmax()
-    return PolicyLoss(loss, clip_fraction, approx_kl, *extremes)
+    is_any, ratio = action_mask.any(), ratio.detach()
+    low, high = torch.where(action_mask, ratio, torch.inf).amin(), torch.where(action_mask, ratio, -torch.inf).amax()
+    return PolicyLoss(loss, clip_fraction, approx_kl, *(torch.where(is_any, end, 1.0) for end in (low, high)))
 
 
 @beartype

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import chunks_are_faster, distribution_entropy, linear_logprobs, token_logprobs
 from palm_rlhf.ops.sampling import truncated_logits
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.policy.shared_prompts import embeds_before_actions
 
 
@@ -71,6 +73,11 @@ class Sequences:
         """The responses from column 0, an environment's tokens included; any token at padding: `b t`."""
         return self.tokens.gather(-1, self._action_columns)
 
+    @cached_property
+    def host_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of each row's prompt and of its response: read from the device once, and not from parts again."""
+        return list(zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True))
+
     @property
     def num_actions(self) -> int:
         """Actions of all rows together."""
@@ -82,7 +89,7 @@ class Sequences:
 
     @property
     def _steps(self) -> Tensor:
-        return torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
+        return torch.arange(max(response for _, response in self.host_lengths), device=self.tokens.device)
 
     @property
     def _action_columns(self) -> Tensor:
@@ -96,15 +103,23 @@ class Sequences:
 
     def select(self, rows: Tensor | slice) -> "Sequences":
         """Return some of the rows, without the columns that are padding in all of them."""
-        prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
-        tokens = self.tokens[rows][:, : int((prompts + responses).max())]
-        mask = None if self.policy_mask is None else self.policy_mask[rows][:, : int(responses.max())]
-        return Sequences(tokens, prompts, responses, mask)
+        places = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        lengths = [self.host_lengths[place] for place in places]
+        rows = rows if isinstance(rows, slice) else upload(rows, self.tokens.device)
+        tokens = self.tokens[rows][:, : max(map(sum, lengths))]
+        mask = self.policy_mask
+        mask = None if mask is None else mask[rows][:, : max(response for _, response in lengths)]
+        return Sequences(tokens, self.prompt_lengths[rows], self.response_lengths[rows], mask)._knowing(lengths)
 
     def to(self, device: torch.device | str) -> "Sequences":
         """Return the same rows on another device."""
-        mask = None if self.policy_mask is None else self.policy_mask.to(device)
-        return Sequences(self.tokens.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device), mask)
+        parts = (self.tokens, self.prompt_lengths, self.response_lengths, self.policy_mask)
+        moved = Sequences(*(part if part is None else upload(part, device) for part in parts))
+        return moved._knowing(self.host_lengths)
+
+    def _knowing(self, lengths: list[tuple[int, int]]) -> "Sequences":
+        self.__dict__["host_lengths"] = lengths
+        return self
 
 
 @beartype

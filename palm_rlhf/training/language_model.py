@@ -11,9 +11,10 @@ from typing import cast
 import torch
 from accelerate.utils import gather_object
 from beartype import beartype
-from torch import nn
+from torch import Tensor, nn
 
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.epoch_sampler import micro_batches
 from palm_rlhf.training.language_model_config import LMConfig
@@ -139,34 +140,41 @@ class LanguageModelTrainer:
 
         The loss is the mean over the targets of all of them.
         """
-        config, run, started = self.config, self.run, time.perf_counter()
+        config, run, readings = self.config, self.run, self.run.readings
+        started = readings.mark()
         factor = warmup_cosine(self.step, self.progress, config.warmup_steps, config.min_lr_ratio)
         windows = self.sampler.draw(config.batch_size * config.grad_accum * run.num_processes)
         num_targets = sum(window.num_targets for window in windows)
-        denominator = torch.tensor(num_targets, device=run.device)
+        denominator = torch.full((), num_targets, device=run.device)
         with run.optimizer_step(rate_factor=factor) as step:
             for batch in step.micro_batches(micro_batches(windows, config.batch_size, run.shard)):
                 tokens, loss_mask = self.sampler.read(batch)
-                tokens, loss_mask = tokens.to(run.device), None if loss_mask is None else loss_mask.to(run.device)
+                tokens = upload(tokens, run.device)
+                loss_mask = None if loss_mask is None else upload(loss_mask, run.device)
                 with run.autocast():
                     loss = run.model(tokens, return_loss=True, loss_mask=loss_mask, loss_denominator=denominator)
                 step.backward(loss)
-        self._update_average()
+        self._update_average(step.skip)
         run.step += 1
-        return {
-            "step": self.step,
-            "loss": step.loss,
-            "learning_rate": config.learning_rate * factor,
-            "grad_norm": step.norms[0],
-            "tokens_per_second": num_targets / (time.perf_counter() - started),
-        }
+        return readings.metrics(
+            {
+                "step": self.step,
+                "loss": step.loss,
+                "learning_rate": config.learning_rate * factor,
+                "grad_norm": step.norms[0],
+                "tokens_per_second": readings.rate(num_targets, started),
+            }
+        )
 
     @torch.no_grad()
-    def _update_average(self) -> None:
+    def _update_average(self, skip: Tensor | None) -> None:
         if self.averaged is not None:
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # the first weights fade fast
-            for average, parameter in zip(self.averaged.parameters(), self.palm.parameters(), strict=True):
-                average.lerp_(parameter, 1 - decay)
+            averages, parameters = [*self.averaged.parameters()], [*self.palm.parameters()]
+            if skip is None:
+                torch._foreach_lerp_(averages, parameters, 1 - decay)
+            else:
+                torch._foreach_lerp_(averages, parameters, [(1 - decay) * (1 - skip)] * len(averages))
 
     @beartype
     def evaluate(

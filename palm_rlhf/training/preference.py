@@ -159,7 +159,8 @@ class PreferenceTrainer:
         items, drawn = self.items["train"], self.sampler.draw(self.items_per_step)
         ref_logprobs = self.ref_logprobs["train"][:, drawn] if self.config.has_reference else None
         metrics = self.learner.update([items[index] for index in drawn], ref_logprobs, num_steps=self.num_steps)
-        return metrics | {"epoch": self.sampler.num_drawn / self.sampler.num_items}
+        metrics["epoch"] = self.sampler.num_drawn / self.sampler.num_items
+        return metrics
 
     @beartype
     def evaluate(self, data: Preferences | None = None) -> Metrics:

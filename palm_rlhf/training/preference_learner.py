@@ -1,7 +1,6 @@
 """A policy beside its reference, and optimiser steps on preferences, for both preference trainers."""
 
 import copy
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -15,6 +14,7 @@ from palm_rlhf.model.modes import evaluating, switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, token_logprobs
 from palm_rlhf.ops.masked import masked_sum
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.policy.actor_critic import check_model
 from palm_rlhf.policy.sequences import Sequences, batches_by_length
 from palm_rlhf.training.epoch_sampler import micro_batches
@@ -118,7 +118,8 @@ class PreferenceLearner:
             ref_logprobs: log-probabilities of the responses under the reference, `2 p`, or `1 p` of unpaired ones.
             num_steps: steps of the whole run, for the schedule of the learning rate.
         """
-        config, run, started = self.config, self.run, time.perf_counter()
+        config, run, readings = self.config, self.run, self.run.readings
+        started = readings.mark()
         factor = warmup_cosine(run.step, run.step / num_steps, config.warmup_steps, config.min_lr_ratio)
         learning_rate = config.learning_rate * factor
         if not items:
@@ -135,22 +136,25 @@ class PreferenceLearner:
                 with run.autocast():
                     logprobs = run.model(as_rows(rows).to(run.device)).unflatten(0, (-1, len(rows)))
                     if batch:
-                        ref = None if ref_logprobs is None else ref_logprobs[:, batch].to(run.device)
+                        ref = None if ref_logprobs is None else upload(ref_logprobs[:, batch], run.device)
                         loss, metrics = objective(config, rows, logprobs, ref, counts, z_ref)
                         totals += metrics
                     else:
                         loss = logprobs.sum() * 0.0
                 step.backward(loss)
         run.step += 1
-        return {
-            "step": run.step,
-            "loss": step.loss,
-            **dict(zip(names, run.accelerator.reduce(totals, "sum").tolist(), strict=True)),
-            **({} if z_ref is None else {"z_ref": float(z_ref)}),
-            "learning_rate": learning_rate,
-            "grad_norm": step.norms[0],
-            "tokens_per_second": sum(item.num_tokens for item in items) / (time.perf_counter() - started),
-        }
+        means = map(readings.number, run.accelerator.reduce(totals, "sum").unbind())
+        return readings.metrics(
+            {
+                "step": run.step,
+                "loss": step.loss,
+                **dict(zip(names, means, strict=True)),
+                **({} if z_ref is None else {"z_ref": readings.number(z_ref)}),
+                "learning_rate": learning_rate,
+                "grad_norm": step.norms[0],
+                "tokens_per_second": readings.rate(sum(item.num_tokens for item in items), started),
+            }
+        )
 
     @beartype
     def evaluate(self, items: Preferences, ref_logprobs: Tensor | None) -> Metrics:

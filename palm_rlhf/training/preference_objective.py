@@ -9,6 +9,7 @@ from torch import Tensor
 
 from palm_rlhf.algorithms.preferences import PreferenceLoss, dpo_loss, kto_loss, orpo_loss, simpo_loss
 from palm_rlhf.ops.masked import masked_mean
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, UnpairedPreference
 
@@ -67,7 +68,7 @@ def objective(
         assert ref_logprobs is not None and z_ref is not None  # the loss kto has a reference
         unpaired = cast(Sequence[UnpairedPreference], items)
         return _unpaired(config, unpaired, logprobs[0], ref_logprobs[0], counts, z_ref)
-    lengths = torch.tensor([[len(response) for response in item.responses] for item in items], device=logprobs.device).T
+    lengths = upload(torch.tensor([[len(response) for response in item.responses] for item in items]).T, logprobs.device)
     means = logprobs / lengths
     (loss, chosen, rejected), nll = _paired(config, logprobs, means, ref_logprobs, lengths, counts), -means[0]
     if config.nll_coef:
@@ -110,7 +111,7 @@ def _unpaired(
     counts: Counts,
     z_ref: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    desirable = torch.tensor([item.desirable for item in items], device=logprobs.device)
+    desirable = upload(torch.tensor([item.desirable for item in items]), logprobs.device)
     loss, rewards = kto_loss(
         logprobs,
         ref_logprobs,

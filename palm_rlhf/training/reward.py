@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from beartype import beartype
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.algorithms.preferences import bradley_terry_loss, plackett_luce_loss, ranking_loss
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences, batches_by_length, join
 from palm_rlhf.training.epoch_sampler import EpochSampler, micro_batches
@@ -154,7 +155,8 @@ class RewardModelTrainer:
 
         The loss is the mean over all of them, or over their pairs.
         """
-        config, run, started = self.config, self.run, time.perf_counter()
+        config, run, readings = self.config, self.run, self.run.readings
+        started = readings.mark()
         factor = warmup_cosine(self.step, self.step / self.num_steps, config.warmup_steps, config.min_lr_ratio)
         drawn = [self.train_items[index] for index in self.sampler.draw(self._items_per_step)]
         num_pairs = sum(item.num_pairs for item in drawn)
@@ -169,36 +171,40 @@ class RewardModelTrainer:
                         num_right += right
                 step.backward(loss)
         run.step += 1
-        metrics: Metrics = {
+        metrics: dict[str, Any] = {
             "step": self.step,
             "epoch": self.sampler.num_drawn / self.sampler.num_items,
             "loss": step.loss,
         }
         if num_pairs:
-            metrics["accuracy"] = float(self.accelerator.reduce(num_right, "sum")) / num_pairs
+            metrics["accuracy"] = readings.number(self.accelerator.reduce(num_right, "sum").double() / num_pairs)
         num_responses = sum(len(item.responses) for item in drawn)
-        return metrics | {
+        metrics |= {
             "learning_rate": config.learning_rate * factor,
             "grad_norm": step.norms[0],
-            "responses_per_second": num_responses / (time.perf_counter() - started),
+            "responses_per_second": readings.rate(num_responses, started),
         }
+        return readings.metrics(metrics)
 
     def _ranking_loss(self, rankings: Sequence[Ranking], num_rankings: int, num_pairs: int) -> tuple[Tensor, Tensor]:
         """Return the share of some rankings in a step's loss, and how many of their pairs are in the right order."""
         block, config = self._block(rankings), self.config
         scores = self.run.model(block.tokens, block.key_mask, prompt_mask=block.prompt_mask, raw=True)
         rows = scores.split([len(ranking.responses) for ranking in rankings])
-        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         scores = pad_sequence(rows, batch_first=True)  # b k
         # pairs in the order of itertools.combinations, row by row, as margins have it
-        row, better, worse = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1).nonzero(as_tuple=True)
+        pairs = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1).nonzero().T
+        row, better, worse = upload(pairs, scores.device)
+        mask = upload(mask, scores.device)
         chosen, rejected = scores[row, better], scores[row, worse]
         if self.loss == "ranking":
             loss = ranking_loss(scores, mask, centering=config.centering, denominator=num_rankings)
         elif self.loss == "plackett_luce":
             loss = plackett_luce_loss(scores, mask, denominator=num_rankings)
         else:
-            margin = torch.tensor([m for ranking in rankings for m in ranking.pair_margins], device=scores.device)
+            margins = torch.tensor([m for ranking in rankings for m in ranking.pair_margins])
+            margin = upload(margins, scores.device)
             loss = bradley_terry_loss(
                 chosen, rejected, margin=margin, centering=config.centering, denominator=num_pairs
             )
@@ -208,7 +214,7 @@ class RewardModelTrainer:
         """Return the share of some ratings in the mean loss of `num_ratings`."""
         block = self._block(ratings)
         dtype = torch.long if self.reward_model.num_binned_output else torch.float32
-        labels = torch.tensor([rating.label for rating in ratings], dtype=dtype, device=self.run.device)
+        labels = upload(torch.tensor([rating.label for rating in ratings], dtype=dtype), self.run.device)
         return model(
             block.tokens, block.key_mask, prompt_mask=block.prompt_mask, labels=labels, denominator=num_ratings
         )

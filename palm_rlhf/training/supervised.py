@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from palm_rlhf.model.modes import evaluating
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.cross_entropy import cross_entropy
-from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
+from palm_rlhf.ops.logprobs import next_token_pairs
 from palm_rlhf.policy.sequences import batches_by_length
 from palm_rlhf.training.epoch_sampler import micro_batches
 from palm_rlhf.training.run.log import Metrics, Result
@@ -53,9 +53,9 @@ class RowsLoss(nn.Module):
         inputs, targets = next_token_pairs(rows.tokens)
         documents = None if rows.document_ids is None else next_token_pairs(rows.document_ids)[0]
         embeds = self.palm(inputs, document_ids=documents, return_only_embedding=True, finetune_scope=self.scope)
-        counted = target_mask(loss_mask=rows.weights != 0, document_ids=rows.document_ids)
         weights = next_token_pairs(rows.weights)[1]
-        columns = [x[counted].split(max(1, LOGITS // self.palm.num_tokens)) for x in (embeds, targets, weights)]
+        chosen = [x.flatten(0, 1)[rows.counted] for x in (embeds, targets, weights)]
+        columns = [x.split(max(1, LOGITS // self.palm.num_tokens)) for x in chosen]
         parts = list(zip(*columns, strict=True))
         if len(parts) == 1:
             return self._part(parts[0], denominator)
@@ -200,7 +200,8 @@ class SupervisedTrainer:
 
         The loss is the weighted mean over the tokens of all of them.
         """
-        config, run, started = self.config, self.run, time.perf_counter()
+        config, run, readings = self.config, self.run, self.run.readings
+        started = readings.mark()
         factor = warmup_cosine(self.step, self.progress, config.warmup_steps, config.min_lr_ratio)
         rows = self.sampler.draw(self.rows_per_step)
         total_weight = sum(self.weights[index] for row in rows for index in row)
@@ -212,15 +213,17 @@ class SupervisedTrainer:
                 step.backward(loss)
         run.step += 1
         lengths = [sum(len(self.examples[index]) for index in row) for row in rows]
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "loss": step.loss,
-            "filled": sum(lengths) / (max(lengths) * len(lengths)),
-            "learning_rate": config.learning_rate * factor,
-            "grad_norm": step.norms[0],
-            "tokens_per_second": sum(lengths) / (time.perf_counter() - started),
-        }
+        return readings.metrics(
+            {
+                "step": self.step,
+                "epoch": self.epoch,
+                "loss": step.loss,
+                "filled": sum(lengths) / (max(lengths) * len(lengths)),
+                "learning_rate": config.learning_rate * factor,
+                "grad_norm": step.norms[0],
+                "tokens_per_second": readings.rate(sum(lengths), started),
+            }
+        )
 
     @torch.no_grad()
     @beartype

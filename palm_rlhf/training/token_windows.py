@@ -146,6 +146,5 @@ def read_windows(arrays: Sequence[np.ndarray], windows: Sequence[Window], width:
     tokens = np.zeros((len(windows), width), dtype=np.int64)
     for row, (source, start, stop) in zip(tokens, windows, strict=True):
         row[: stop - start] = arrays[source][start:stop]
-    lengths = torch.tensor([stop - start for _, start, stop in windows])
-    mask = torch.arange(width) < lengths[:, None]
-    return torch.from_numpy(tokens), None if bool(mask.all()) else mask
+    mask = np.arange(width) < np.array([[stop - start] for _, start, stop in windows])
+    return torch.from_numpy(tokens), None if mask.all() else torch.from_numpy(mask)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.model.inputs import check_token_ids
+from palm_rlhf.ops.logprobs import target_mask
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.training.epoch_sampler import EpochSampler
 
 
@@ -69,19 +71,20 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 
 class Rows(NamedTuple):
-    """Rows of examples next to each other, padded on the right: all `b n`.
+    """Rows of examples next to each other, padded on the right: `b n`.
 
-    `document_ids` are equal for the tokens of one example, and None where no row has several.
+    `document_ids` are equal for the tokens of one example, and None where no row has several. `counted` are the places
+    of the targets that have a weight, counted through `b (n-1)`.
     """
 
     tokens: Tensor
     weights: Tensor
     document_ids: Tensor | None
+    counted: Tensor
 
     def to(self, device: torch.device | str) -> "Rows":
         """Return the same rows on another device."""
-        ids = None if self.document_ids is None else self.document_ids.to(device)
-        return Rows(self.tokens.to(device), self.weights.to(device), ids)
+        return Rows(*(part if part is None else upload(part, device) for part in self))
 
 
 @beartype
@@ -94,7 +97,10 @@ def lay_out(rows: Sequence[Sequence[Example]]) -> Rows:
         lengths = [torch.tensor([len(example) for example in row]) for row in rows]
         ids = [torch.arange(len(row)).repeat_interleave(length) for row, length in zip(rows, lengths, strict=True)]
         document_ids = pad_sequence(ids, batch_first=True, padding_value=-1)
-    return Rows(pad_sequence(tokens, batch_first=True), pad_sequence(weights, batch_first=True), document_ids)
+    padded = pad_sequence(weights, batch_first=True)
+    mask = target_mask(loss_mask=padded != 0, document_ids=document_ids)
+    assert mask is not None
+    return Rows(pad_sequence(tokens, batch_first=True), padded, document_ids, mask.flatten().nonzero().flatten())
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ from palm_rlhf.algorithms.advantages import (
 )
 from palm_rlhf.algorithms.ratios import importance_weights
 from palm_rlhf.ops.masked import masked_sum
+from palm_rlhf.ops.transfer import upload
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
@@ -42,10 +43,16 @@ class Experience:
         """Return the rows in the order in which an epoch, counted from 0, takes them: `b`."""
         return torch.randperm(len(self.sequences)) if epoch or self.first_order is None else self.first_order
 
+    def counts(self, minibatches: Sequence[Tensor]) -> Tensor:
+        """Return the numbers of actions and of responses that count in the losses of each minibatch: `m 2`."""
+        of_rows = torch.stack([self.action_mask.sum(dim=-1), self.action_mask.any(dim=-1)], dim=-1)
+        return torch.stack([of_rows[upload(rows, of_rows.device)].sum(dim=0) for rows in minibatches])
+
     def select(self, rows: Tensor) -> "Experience":
         """Return some of the rows, without the columns that only the others need."""
         sequences = self.sequences.select(rows)
-        width = int(sequences.response_lengths.max())
+        width = max(response for _, response in sequences.host_lengths)
+        rows = upload(rows, self.action_mask.device)
         names = {field.name for field in dataclasses.fields(self)} - {"sequences", "first_order"}
         return Experience(sequences, **{name: getattr(self, name)[rows, :width] for name in names})
 
@@ -57,7 +64,7 @@ def in_row_order(results: Sequence[Tensor], batches: Sequence[Tensor]) -> Tensor
     """
     width = max(result.shape[1] for result in results)
     padded = [F.pad(result, (0, width - result.shape[1])) for result in results]
-    return torch.cat(padded)[torch.cat(list(batches)).argsort()]
+    return torch.cat(padded)[upload(torch.cat(list(batches)).argsort(), padded[0].device)]
 
 
 def shape_scores(

@@ -36,6 +36,7 @@ eval_overoptimized  1 where the score has risen and a held-out reward has fallen
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,7 @@ from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.training.rlhf.experience import Experience
 from palm_rlhf.training.run.log import Metrics
+from palm_rlhf.training.run.readings import Readings
 
 CURVES = {
     "score": "score",
@@ -62,9 +64,9 @@ SHOWN = ("score", "kl", "tokens_per_second")  # behind the progress bar
 class UpdateStatistics:
     """The metrics of a step's losses, gathered over micro-batches, processes and optimiser steps."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.finished: list[Metrics] = []
+    def __init__(self, accelerator: Accelerator, readings: Readings):
+        self.accelerator, self.readings = accelerator, readings
+        self.finished: list[dict[str, float | Tensor]] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -77,24 +79,29 @@ class UpdateStatistics:
             self.parts[name] = self.parts.get(name, 0.0) + part.detach().float()
         self.ratios += [torch.stack([ratio_min, ratio_max]).detach().float()]
 
-    def finish_step(self, norms: Metrics) -> None:
-        """End an optimiser step, whose micro-batches were added."""
-        names = list(self.parts)
-        totals = self.accelerator.reduce(torch.stack([self.parts[name] for name in names]), "sum").tolist()
+    def finish_step(self, norms: Sequence[float | Tensor]) -> None:
+        """End an optimiser step, whose micro-batches were added; `norms` are of the gradients: policy, critic."""
+        totals = self.accelerator.reduce(torch.stack([*self.parts.values()]), "sum").unbind()
         ratios = self.accelerator.gather(torch.stack(self.ratios))
-        extremes = {"ratio_min": float(ratios[:, 0].min()), "ratio_max": float(ratios[:, 1].max())}
-        self.finished.append({**dict(zip(names, totals, strict=True)), **extremes, **norms})
+        numbers = dict(zip(self.parts, totals, strict=True))
+        numbers |= {"ratio_min": ratios[:, 0].min(), "ratio_max": ratios[:, 1].max()}
+        read = {name: self.readings.number(number) for name, number in numbers.items()}
+        self.finished.append({**read, **dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))})
         self._clear()
 
     def last(self, name: str) -> float:
         """Return a metric of the latest optimiser step; 0 before the first."""
-        return self.finished[-1][name] if self.finished else 0.0
+        return float(self.finished[-1][name]) if self.finished else 0.0
 
     def means(self) -> Metrics:
-        """Return means over the optimiser steps, and the extremes of extremes."""
+        """Return means over the optimiser steps, and the extremes of extremes; all are read in one transfer."""
         if not self.finished:
             return {"optimizer_steps": 0}
-        columns = {name: [step[name] for step in self.finished] for name in self.finished[0]}
+        flat = [number for step in self.finished for number in step.values()]
+        if self.readings.deferred:
+            flat = self.readings.read(flat)
+        width = len(self.finished[0])
+        columns = {name: flat[place::width] for place, name in enumerate(self.finished[0])}
         summaries = {"ratio_min": min, "ratio_max": max}
         metrics = {
             name: summaries[name](column) if name in summaries else sum(column) / len(column)

@@ -200,11 +200,11 @@ class RLHFTrainer(Collector):
             raise ValueError(f"kl_coef is {self.kl_coef} in a run begun with 0, without a reference; give it one")
         order = torch.randperm(len(sequences))
         options = {**self.sampling.truncation, "entropy_needs_grad": config.entropy_coef > 0}
-        batches = batches_by_length(sequences.lengths, self.forward_size)
+        batches = batches_by_length(torch.tensor([*map(sum, sequences.host_lengths)]), self.forward_size)
         # Below float32 the log-probabilities of a row depend on how it is read: token by token or at once, and in which
         # batch. It is read again in the batches of the first epoch, whose ratios are then 1 until the policy moves.
         if again := self._below_float32:
-            minibatches = order.to(self.run.device).split(self.minibatch_rows)
+            minibatches = order.split(self.minibatch_rows)
             batches = [rows for minibatch in minibatches for rows in minibatch.split(self.forward_size)]
         ours, theirs = [], []
         with self.run.autocast(), whole(self.actor_critic):
@@ -230,22 +230,21 @@ class RLHFTrainer(Collector):
     @beartype
     def update(self, experience: Experience) -> Metrics:
         """Optimise on the responses, `epochs` times, in minibatches; return the means of the losses' metrics."""
-        config, run, statistics = self.config, self.run, UpdateStatistics(self.accelerator)
+        config, run, statistics = self.config, self.run, UpdateStatistics(self.accelerator, self.run.readings)
         factor = warmup_cosine(run.step, run.step / config.num_steps, config.warmup_steps, config.min_lr_ratio)
         options = {**self.sampling.truncation, "entropy_needs_grad": config.entropy_coef > 0}
         kl_coef = self.kl_coef if config.kl_in_loss and self.reference is not None else None
         room = config.response_room(self._shortest_prompt)
         clipped_together = [group for group in self._parameter_groups() if group]
         for epoch in range(config.epochs):
-            for rows in experience.order(epoch).split(self.minibatch_rows):
-                minibatch = experience.select(rows.to(run.device))
-                mask = minibatch.action_mask
-                sums = torch.stack([mask.sum(), mask.any(dim=-1).sum()])
-                num_tokens, num_sequences = self.accelerator.reduce(sums, "sum")
-                if not num_tokens:  # no response of this minibatch counts
+            minibatches = experience.order(epoch).split(self.minibatch_rows)
+            counts = self.accelerator.reduce(experience.counts(minibatches), "sum")
+            for rows, (num_tokens, num_sequences), counted in zip(minibatches, counts, counts.tolist(), strict=True):
+                if not counted[0]:  # no response of this minibatch counts
                     continue
+                minibatch = experience.select(rows)
                 with run.optimizer_step(rate_factor=factor, clip=clipped_together) as step:
-                    micro_batches = torch.arange(len(mask), device=run.device).split(self.forward_size)
+                    micro_batches = torch.arange(len(rows)).split(self.forward_size)
                     for part in map(minibatch.select, step.micro_batches(micro_batches)):
                         with run.autocast():
                             output = run.model(part.sequences, **options)
@@ -255,7 +254,7 @@ class RLHFTrainer(Collector):
                             )  # fmt: skip
                         step.backward(loss)
                         statistics.add(parts, ratio_min, ratio_max)
-                statistics.finish_step(dict(zip(("grad_norm", "critic_grad_norm"), step.norms, strict=False)))
+                statistics.finish_step(step.norms)
                 if config.early_stop_kl is not None and statistics.last("approx_kl") > config.early_stop_kl:
                     return statistics.means()
         return statistics.means()

@@ -3,12 +3,13 @@
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from beartype import beartype
 from tqdm import tqdm
 
-from palm_rlhf.training.run.log import Metrics
+from palm_rlhf.training.run.readings import DeferredMetrics
 from palm_rlhf.training.run.run import Run
 
 BAR = "{percentage:3.0f}% |{bar:12}| {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
@@ -62,26 +63,34 @@ class Loop:
         return self.num_steps is not None and self.run.step >= self.num_steps
 
     @beartype
-    def finish_step(self, metrics: Metrics, *, must_log: bool = False, must_save: bool = False) -> bool:
+    def finish_step(self, metrics: dict[str, Any], *, must_log: bool = False, must_save: bool = False) -> bool:
         """Add the run's `elapsed` seconds to the metrics of a step, log them when due, and move the progress bar.
 
         Returns whether a checkpoint is due: every `save_every` steps, at the end, and with `must_save`, for the best
         step so far. With `must_log`, for a step with an evaluation, the metrics are logged and drawn in any case.
+        Metrics whose reading is deferred are read if they are logged, or before a checkpoint.
         """
         run, limit = self.run, self.run.config.max_seconds
+        logs = must_log or run.is_due(run.config.log_every)
+        saves = must_save or run.is_due(run.config.save_every) or self._is_done
+        is_read = logs or saves or not isinstance(metrics, DeferredMetrics)
+        if isinstance(metrics, DeferredMetrics) and is_read:
+            metrics.read()
         elapsed = time.perf_counter() - self.started
-        if run.num_processes > 1:  # by the main process's clock, so that all processes decide the same
+        if run.num_processes > 1 and (limit is not None or is_read):
+            # by the main process's clock, so that all processes decide the same
             elapsed = broadcast_object_list([elapsed])[0]
         run.elapsed = metrics["elapsed"] = elapsed
         if limit is not None and elapsed - self.elapsed_before >= limit and not self._is_done:
             run.ending = {"stopped_early": "max_seconds"}
-        if must_log or run.is_due(run.config.log_every):
+        if logs:
             run.log.write(metrics, draw=must_log)
         self.bar.total = self.num_steps
-        shown = {name.replace("_per_second", "/s"): metrics[name] for name in self.shown if name in metrics}
-        self.bar.set_postfix(shown, refresh=False)
+        if is_read:
+            shown = {name.replace("_per_second", "/s"): metrics[name] for name in self.shown if name in metrics}
+            self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        return must_save or run.is_due(run.config.save_every) or not self.goes_on
+        return saves or not self.goes_on
 
     def _say_why_it_ends(self) -> None:
         run = self.run

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,7 @@ from palm_rlhf.training.run.log import Metrics, Result, RunLog
 from palm_rlhf.training.run.optimizer import forward_precision
 from palm_rlhf.training.run.optimizer_state import load_optimizer, optimizer_tensors
 from palm_rlhf.training.run.random_state import rng_state, set_rng_state
+from palm_rlhf.training.run.readings import Readings
 
 Batch = TypeVar("Batch")
 
@@ -43,10 +44,14 @@ class SavedRun(NamedTuple):
 
 
 class OptimizerStep:
-    """One optimiser step in the making. At its end, `loss` and the gradient `norms` before clipping are known."""
+    """One optimiser step in the making. At its end, `loss` and the gradient `norms` before clipping are known.
 
-    loss: float
-    norms: list[float]
+    They are tensors where the run defers its readings, and `skip` is 1.0 where the update is left out, else 0.0.
+    """
+
+    loss: float | Tensor
+    norms: list[float | Tensor]
+    skip: Tensor | None = None
 
     def __init__(self, accelerator: Accelerator, model: nn.Module):
         self.accelerator, self.model = accelerator, model
@@ -102,6 +107,8 @@ class Run:
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
         self.shard = self.rank, self.num_processes  # the part of the data that this process reads: the i-th of k
         self.autocast = forward_precision(config.precision, self.device)
+        deferred = self.device.type == "cuda" and not self.accelerator.is_fsdp2
+        self.readings = Readings(self.device, deferred=deferred, fail=self._report_left_out)
         set_seed(config.seed, device_specific=True)
         self.step, self.elapsed = 0, 0.0
         self.ending: dict[str, str] = {}  # {"stopped_early": "max_seconds"} where the time was over before the steps
@@ -138,7 +145,8 @@ class Run:
     ) -> Iterator[OptimizerStep]:
         """Take one optimiser step at the end of the block, on the gradients that the block's micro-batches add up.
 
-        Raises FloatingPointError where the loss or a norm is not finite; the weights are then as they were.
+        Raises FloatingPointError where the loss or a norm is not finite; the weights are then as they were. Where
+        readings are deferred, the next reading raises it, and no update is made until then.
 
         Args:
             rate_factor: multiplies the learning rates of the optimiser.
@@ -150,22 +158,21 @@ class Run:
         self.optimizer.zero_grad()
         step = OptimizerStep(self.accelerator, self.model)
         yield step
-        step.loss = float(self.accelerator.reduce(step.total, "sum"))
-        limit = self.config.grad_clip or math.inf
+        loss, limit = self.accelerator.reduce(step.total, "sum"), self.config.grad_clip or math.inf
         groups = [list(self.module.parameters())] if clip is None else clip
-        step.norms = [float(self.accelerator.clip_grad_norm_(group, limit)) for group in groups]
-        self.check_finite({"loss": step.loss, "gradient norm": sum(step.norms)})
+        norms = [self.accelerator.clip_grad_norm_(group, limit).to(self.device) for group in groups]
+        step.loss, step.norms, step.skip = self.readings.check(self.step + 1, loss, norms)
+        if step.skip is not None:  # a fused optimiser leaves its update out where `found_inf` is 1.0
+            self.optimizer.optimizer.found_inf = step.skip
         self.optimizer.step()
 
-    @beartype
-    def check_finite(self, values: Mapping[str, float]) -> None:
-        """Raise FloatingPointError where one of the named numbers of the present step is NaN or infinite."""
-        if all(math.isfinite(value) for value in values.values()):
-            return
+    def _report_left_out(self, step: int, numbers: Mapping[str, float]) -> NoReturn:
+        """Raise FloatingPointError for a step that has a number which is NaN or infinite; go back to before it."""
+        self.step = step - 1
         saved = [] if self.output_dir is None else complete_checkpoints(self.checkpoints)
-        got = " and ".join(f"the {name} {value}" for name, value in values.items())
+        got = " and ".join(f"the {name} {value}" for name, value in numbers.items())
         raise FloatingPointError(
-            f"step {self.step + 1} has {got}, expected finite numbers; its update is left out. The last good "
+            f"step {step} has {got}, expected finite numbers; its update is left out. The last good "
             f"checkpoint is {saved[-1] if saved else 'none'}: go on from it with a lower learning_rate, "
             f"more warmup_steps, or precision float32"
         )
@@ -188,6 +195,7 @@ class Run:
             state: the trainer's state that is not a tensor, as JSON.
             best: names, by its "step", the best checkpoint so far, for best.json; that checkpoint is kept.
         """
+        self.readings.read()  # raises where the weights are those of an earlier step
         if self.output_dir is None:
             yield None
             return
@@ -233,6 +241,7 @@ class Run:
         Returns these metrics with `steps`, `seconds` and, where that is so, `stopped_early`. `seconds` includes the
         time since `started`, by `time.perf_counter`, when that evaluation began.
         """
+        self.readings.read()
         if metrics:
             self.log.write({"step": self.step, **metrics})
         self.log.close()
