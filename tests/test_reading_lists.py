@@ -53,6 +53,7 @@ BESIDE = {
         "training.rlhf.sample_table": "tables of responses",
         "training.rlhf.token_table": "tables of tokens",
         "training.rlhf.variants": "GRPO's variants",
+        "training.run.compilation": "the same numbers, by compiled code",
         "training.run.curves": "pictures",
         "training.run.launch": "several processes",
         "training.run.optimizer_state": "the optimiser in checkpoints",

@@ -113,9 +113,11 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> "Sequences":
         """Return the same rows on another device."""
-        parts = (self.tokens, self.prompt_lengths, self.response_lengths, self.policy_mask)
-        moved = Sequences(*(part if part is None else upload(part, device) for part in parts))
-        return moved._knowing(self.host_lengths)
+        mask = None if self.policy_mask is None else upload(self.policy_mask, device)
+        tokens, prompts, responses = (
+            upload(part, device) for part in (self.tokens, self.prompt_lengths, self.response_lengths)
+        )
+        return Sequences(tokens, prompts, responses, mask)._knowing(self.host_lengths)
 
     def _knowing(self, lengths: list[tuple[int, int]]) -> "Sequences":
         self.__dict__["host_lengths"] = lengths

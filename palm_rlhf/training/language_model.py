@@ -6,12 +6,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate.utils import gather_object
 from beartype import beartype
-from torch import Tensor, nn
+from torch import Tensor
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.transfer import upload
@@ -74,12 +73,9 @@ class LanguageModelTrainer:
         self.accelerator = self.run.accelerator
         palm.to(self.run.device)
         make_optimizer = {"adamw": adamw, "muon": muon}[config.optimizer]
-        self.run.prepare(
-            palm, make_optimizer(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)
-        )
+        optimizer = make_optimizer(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)
+        self.run.prepare(palm, optimizer, config.num_steps * config.grad_accum)
         self.averaged = copy.deepcopy(palm).requires_grad_(False) if config.ema_decay > 0 else None
-        if config.compile:
-            self.run.model = cast(nn.Module, torch.compile(self.run.model))
         self._resume()
         self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, CURVES)
 
@@ -170,11 +166,13 @@ class LanguageModelTrainer:
     def _update_average(self, skip: Tensor | None) -> None:
         if self.averaged is not None:
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # the first weights fade fast
-            averages, parameters = [*self.averaged.parameters()], [*self.palm.parameters()]
+            averages: list[Tensor] = [*self.averaged.parameters()]
+            parameters: list[Tensor] = [*self.palm.parameters()]
             if skip is None:
                 torch._foreach_lerp_(averages, parameters, 1 - decay)
             else:
-                torch._foreach_lerp_(averages, parameters, [(1 - decay) * (1 - skip)] * len(averages))
+                weights: list[Tensor] = [(1 - decay) * (1 - skip)] * len(averages)
+                torch._foreach_lerp_(averages, parameters, weights)
 
     @beartype
     def evaluate(

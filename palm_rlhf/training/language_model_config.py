@@ -54,9 +54,6 @@ class LMConfig(RunConfig):
     ema_decay: float = 0.0
     """Decay per step of a running average of the weights, evaluated and saved in their place; 0: no average."""
 
-    compile: bool = False
-    """Compile the model with torch.compile: minutes at the start, faster steps after."""
-
     eval_every: int = 250
     """Steps between evaluations on the validation data."""
 

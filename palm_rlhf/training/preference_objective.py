@@ -68,7 +68,9 @@ def objective(
         assert ref_logprobs is not None and z_ref is not None  # the loss kto has a reference
         unpaired = cast(Sequence[UnpairedPreference], items)
         return _unpaired(config, unpaired, logprobs[0], ref_logprobs[0], counts, z_ref)
-    lengths = upload(torch.tensor([[len(response) for response in item.responses] for item in items]).T, logprobs.device)
+    lengths = upload(
+        torch.tensor([[len(response) for response in item.responses] for item in items]).T, logprobs.device
+    )
     means = logprobs / lengths
     (loss, chosen, rejected), nll = _paired(config, logprobs, means, ref_logprobs, lengths, counts), -means[0]
     if config.nll_coef:

@@ -68,9 +68,8 @@ class RewardModelTrainer:
         self.run = Run(config, output_dir=output_dir, resume=resume)
         self.accelerator = self.run.accelerator
         reward_model.to(self.run.device)
-        self.run.prepare(
-            reward_model, adamw(reward_model, config.learning_rate, config.betas, config.eps, config.weight_decay)
-        )
+        optimizer = adamw(reward_model, config.learning_rate, config.betas, config.eps, config.weight_decay)
+        self.run.prepare(reward_model, optimizer, self.num_steps * config.grad_accum)
         self._resume()
         settings = {**dataclasses.asdict(reward_model.palm.config), **dataclasses.asdict(config)}
         self.run.open_log(settings, CURVES | (RATING_CURVES if self.loss == "labels" else RANKING_CURVES))

@@ -118,7 +118,9 @@ class SupervisedTrainer:
         if config.lora_r > 0:  # not before the run has seeded the generator that adapters are drawn with
             palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha)
             palm.token_emb.weight.requires_grad_(config.lora_embeddings)
-        self.run.prepare(self.loss, adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay))
+        optimizer = adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)
+        num_rows = config.num_epochs * len(train_data) // self.run.num_processes
+        self.run.prepare(self.loss, optimizer, num_rows // config.batch_size)
         self._resume()
         panels = CURVES if valid_data is None else {**CURVES, "valid_loss": "validation loss (nats per token)"}
         self.run.open_log({**dataclasses.asdict(palm.config), **dataclasses.asdict(config)}, panels)

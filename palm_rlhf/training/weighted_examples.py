@@ -84,7 +84,8 @@ class Rows(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Rows":
         """Return the same rows on another device."""
-        return Rows(*(part if part is None else upload(part, device) for part in self))
+        ids = None if self.document_ids is None else upload(self.document_ids, device)
+        return Rows(upload(self.tokens, device), upload(self.weights, device), ids, upload(self.counted, device))
 
 
 @beartype

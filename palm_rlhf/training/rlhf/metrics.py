@@ -97,9 +97,7 @@ class UpdateStatistics:
         """Return means over the optimiser steps, and the extremes of extremes; all are read in one transfer."""
         if not self.finished:
             return {"optimizer_steps": 0}
-        flat = [number for step in self.finished for number in step.values()]
-        if self.readings.deferred:
-            flat = self.readings.read(flat)
+        flat = self.readings.read([number for step in self.finished for number in step.values()])
         width = len(self.finished[0])
         columns = {name: flat[place::width] for place, name in enumerate(self.finished[0])}
         summaries = {"ratio_min": min, "ratio_max": max}

@@ -1,7 +1,7 @@
 """The settings of every run; the command line's help is made of the texts below them."""
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from beartype import BeartypeConf, beartype
 
@@ -66,6 +66,10 @@ class RunConfig(Settings):
 
     precision: Precision = "auto"
     """Arithmetic of the forward; auto is bf16 where the hardware has it. Weights stay in float32."""
+
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the model's blocks in the first step, for faster ones after it. auto: on a GPU, for runs of minutes;
+    not where log-probabilities are compared with earlier ones, since in bf16 compiled code rounds differently."""
 
     save_every: int = 250
     """Steps between checkpoints."""

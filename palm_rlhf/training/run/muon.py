@@ -1,7 +1,8 @@
 """Muon for the matrices, AdamW for the rest: fewer steps to the same loss than AdamW alone."""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from beartype import beartype
@@ -45,19 +46,25 @@ class Muon(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        same_shape = defaultdict(list)  # stacked: many small products are slow one by one
+        found_inf = getattr(self, "found_inf", None)  # 1.0 where the step is left out, see `Readings.check`
+        of_same_shape = defaultdict(list)  # stacked: many small products are slow one by one
         for group in groups:
-            for parameter in group["params"] if "momentum" in group else ():
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    sizes = group["row_blocks"] or [len(parameter)]
-                    update = self._momentum(parameter, group["momentum"])
-                    for block, part in zip(update.split(sizes), parameter.split(sizes), strict=True):
-                        same_shape[block.shape].append((block, part, group["lr"]))
-        for shape, blocks in same_shape.items():
-            updates = orthogonalise(torch.stack([block for block, _, _ in blocks]))
-            for update, (_, part, rate) in zip(updates, blocks, strict=True):
-                part.add_(update, alpha=-0.2 * max(shape) ** 0.5 * rate)
+            parameters = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []
+            if not parameters:
+                continue
+            momenta = self._momenta(parameters, group["momentum"], found_inf)
+            keep = 1 - group["lr"] * group["weight_decay"]
+            torch._foreach_mul_(parameters, keep if found_inf is None else torch.where(found_inf > 0, 1.0, keep))
+            for parameter, update in zip(parameters, momenta, strict=True):
+                sizes = group["row_blocks"] or [len(parameter)]
+                for block, part in zip(update.split(sizes), parameter.split(sizes), strict=True):
+                    of_same_shape[block.shape, group["lr"]].append((block, part))
+        for (shape, rate), pairs in of_same_shape.items():
+            updates = orthogonalise(torch.stack([block for block, _ in pairs]))
+            if found_inf is not None:
+                updates = torch.where(found_inf > 0, 0.0, updates)
+            parts = [part for _, part in pairs]
+            torch._foreach_add_(parts, [*updates.unbind()], alpha=-0.2 * max(shape) ** 0.5 * rate)
         return loss
 
     def __setstate__(self, state):
@@ -66,14 +73,19 @@ class Muon(torch.optim.AdamW):
         super().__setstate__({**state, "param_groups": [group for group in groups if "momentum" not in group]})
         self.param_groups = groups
 
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Return Nesterov's momentum: the running average of the gradients, one step ahead."""
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+    def _momenta(
+        self, parameters: Sequence[nn.Parameter], momentum: float, found_inf: Tensor | None
+    ) -> Sequence[Tensor]:
+        """Return Nesterov's momenta: the running averages of the gradients, one step ahead."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        averages = [self.state[parameter]["momentum"] for parameter in parameters]
+        if found_inf is not None:  # the average of an average and itself stays what it is
+            gradients = [torch.where(found_inf > 0, a, g) for a, g in zip(averages, gradients, strict=True)]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, averages, momentum)
 
 
 @beartype

@@ -1,14 +1,14 @@
 """The numbers of a step: read at once on a CPU, and on a GPU left there until somebody looks at them.
 
 The launch of a kernel returns before the kernel has run, so Python can be steps ahead of a GPU. To read a number,
-Python waits for the GPU, and then the GPU waits for Python. So a training step on a GPU reads nothing: an update is left
-out on the GPU itself where a number is not finite, and the error is raised at the next reading.
+Python waits for the GPU, and then the GPU waits for Python. So a training step on a GPU reads nothing: an update is
+left out on the GPU itself where a number is not finite, and the error is raised at the next reading.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,18 +17,18 @@ Mark = float | torch.cuda.Event  # a point in time
 
 
 class Rate(NamedTuple):
-    """A count over the time from one mark to another, where the GPU may still be before the second."""
+    """A number of items over the time from one mark to another, where the GPU may still be before the second."""
 
-    count: int
+    num_items: int
     started: Mark
     ended: Mark
 
     def per_second(self) -> float:
         """Return the rate; wait for the second mark."""
         if isinstance(self.started, float) or isinstance(self.ended, float):
-            return self.count / (float(self.ended) - float(self.started))
+            return self.num_items / (cast(float, self.ended) - cast(float, self.started))
         self.ended.synchronize()
-        return self.count / (self.started.elapsed_time(self.ended) / 1e3)
+        return self.num_items / (self.started.elapsed_time(self.ended) / 1e3)
 
 
 class DeferredMetrics(dict[str, Any]):
@@ -106,9 +106,9 @@ class Readings:
         event.record()
         return event
 
-    def rate(self, count: int, started: Mark) -> float | Rate:
-        """Return a count over the seconds since a mark."""
-        rate = Rate(count, started, self.mark())
+    def rate(self, num_items: int, started: Mark) -> float | Rate:
+        """Return a number of items over the seconds since a mark."""
+        rate = Rate(num_items, started, self.mark())
         return rate if self.deferred else rate.per_second()
 
     def metrics(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +121,8 @@ class Readings:
     ) -> tuple[float | Tensor, list[float | Tensor], Tensor | None]:
         """Return the loss and the norms of a step's gradients, and whether its update is to be left out.
 
-        Calls `fail` where one is not finite. Where readings are deferred, the next reading does so, and the third result
-        is 1.0 from that step until then, else 0.0: all that the optimiser changes stays as it was before that step.
+        Calls `fail` where one is not finite. Where readings are deferred, the next reading does so, and the third
+        result is 1.0 from that step until then, else 0.0: all that the optimiser changes stays as before that step.
         """
         if not self.deferred:
             of_norms = [float(norm) for norm in norms]
@@ -136,11 +136,11 @@ class Readings:
         self._first_bad = torch.where(is_good, self._first_bad, now)
         return loss, [*norms], (self._first_bad[0] > 0).float()
 
-    def read(self, tensors: Sequence[Tensor] = ()) -> list[float]:
+    def read(self, tensors: Sequence[float | Tensor] = ()) -> list[float]:
         """Return the numbers of tensors, in one transfer. Calls `fail` as `check` says."""
         if not self.deferred:
             return [float(tensor) for tensor in tensors]
-        known = torch.stack([*self._first_bad.unbind(), *(tensor.double() for tensor in tensors)])
+        known = torch.stack([*self._first_bad.unbind(), *(cast(Tensor, tensor).double() for tensor in tensors)])
         step, loss, norm, *numbers = known.tolist()
         if step:
             self._first_bad = self._none_bad()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,7 @@ from palm_rlhf.training.run.checkpoints import (
     require_unused,
     write_state,
 )
+from palm_rlhf.training.run.compilation import CompiledBlocks
 from palm_rlhf.training.run.config import RunConfig
 from palm_rlhf.training.run.launch import build_accelerator
 from palm_rlhf.training.run.log import Metrics, Result, RunLog
@@ -114,9 +115,14 @@ class Run:
         self.ending: dict[str, str] = {}  # {"stopped_early": "max_seconds"} where the time was over before the steps
 
     @beartype
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Make a module, which is on `device`, and its optimiser ready for the processes of this run."""
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, num_forwards: int = 0) -> None:
+        """Make a module, which is on `device`, and its optimiser ready for the processes of this run.
+
+        `num_forwards` is about the number of forwards with gradients of one process in the whole run; 0, where it is
+        not known or the model should not be compiled by itself.
+        """
         self.module = module
+        self.compiled = CompiledBlocks(module, self.config.compile, self.device, num_forwards, speaks=self.is_main)
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -157,13 +163,14 @@ class Run:
             group["lr"] = rate * rate_factor
         self.optimizer.zero_grad()
         step = OptimizerStep(self.accelerator, self.model)
-        yield step
+        with self.compiled():
+            yield step
         loss, limit = self.accelerator.reduce(step.total, "sum"), self.config.grad_clip or math.inf
         groups = [list(self.module.parameters())] if clip is None else clip
         norms = [self.accelerator.clip_grad_norm_(group, limit).to(self.device) for group in groups]
         step.loss, step.norms, step.skip = self.readings.check(self.step + 1, loss, norms)
         if step.skip is not None:  # a fused optimiser leaves its update out where `found_inf` is 1.0
-            self.optimizer.optimizer.found_inf = step.skip
+            cast(Any, self.optimizer).optimizer.found_inf = step.skip
         self.optimizer.step()
 
     def _report_left_out(self, step: int, numbers: Mapping[str, float]) -> NoReturn:

@@ -45,16 +45,6 @@ def test_evaluations_give_each_token_its_context_and_read_so_many_tokens(context
     assert trainer.finish()["bits_per_byte"] == trainer.evaluate() != pytest.approx(measured, rel=1e-3)
 
 
-@pytest.mark.law("LMConfig.compile")
-@pytest.mark.parametrize("compile_", [True, False])
-def test_the_model_is_compiled_where_that_is_asked_for(compile_, monkeypatch):
-    """That it computes the same is a slow test of the language model's trainer."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    trainer = build(LMConfig, compile=compile_)
-    assert compiled == ([trainer.palm] if compile_ else [])
-
-
 @pytest.mark.law("SupervisedConfig.gradient_checkpointing")
 @pytest.mark.parametrize("recompute", [True, False])
 def test_checkpointing_computes_every_block_a_second_time(recompute):
