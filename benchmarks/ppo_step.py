@@ -1,27 +1,36 @@
 """An iteration of PPO - rollouts, scores, update - beside one of the PyPI package palm-rlhf-pytorch's trainer.
 
 python benchmarks/ppo_step.py                 # 64 prompts, 64 new tokens, minutes; needs the extra palm-rlhf[bench]
+python benchmarks/ppo_step.py --gpu           # on a GPU, ours alone: PPO and GRPO of 139M parameters, 128 rollouts of
+                                              # 128 tokens in bfloat16, one epoch: the time of each part of a step
 
-Both have models of one size, and answer each prompt once, at full length, with the same epochs and minibatches. That
-package trains adapters by default, and with an option all of policy and critic, as ours does here; with AdamW here, and
-its own optimiser there. Ours also asks a reference.
+On a CPU both have models of one size, and answer each prompt once, at full length, with the same epochs and
+minibatches. That package trains adapters by default, and with an option all of policy and critic, as ours does here;
+with AdamW here, and its own optimiser there. Ours also asks a reference.
 """
 
 import copy
 import io
 import itertools
+import json
+import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
-from side_by_side import alternate, report, speedup
+from side_by_side import alternate, report, speedup, surroundings
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from training_models import SIZES
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
+from palm_rlhf.model.config import PaLMConfig
 
 Iteration = Callable[[], None]
 OURS = {
@@ -131,7 +140,68 @@ def silence() -> Iterator[None]:
         yield
 
 
+PARTS = ("rollouts", "scores", "advantages", "update", "step")
+
+
+def seconds_of_parts(
+    algorithm: str, model: PaLMConfig, prompts: list[Tensor], new_tokens: int, minibatch: int, rounds: int
+) -> dict[str, float]:
+    """The median seconds of each part of a step, and of the whole, after one that compiles and captures what it needs.
+
+    Between the parts Python waits for the GPU, which an ordinary step does not.
+    """
+    num_samples = 1 if algorithm == "ppo" else 4
+    config = PPOConfig(
+        algorithm=algorithm,
+        num_steps=1_000_000,
+        num_samples=num_samples,
+        rollouts_per_step=len(prompts),
+        rollout_batch_size=len(prompts),
+        max_new_tokens=new_tokens,
+        minibatch_size=minibatch,
+        epochs=1,
+        precision="bf16",
+    )
+    trainer = RLHFTrainer(
+        palm=PaLM.from_config(model),
+        reward_model=lambda prompts, completions: [index % 7 / 7 for index in range(len(completions))],
+        prompt_token_ids=prompts,
+        config=config,
+    )
+    wait = torch.cuda.synchronize if trainer.run.device.type == "cuda" else lambda: None
+
+    def timed(part: Callable, *args: object) -> tuple[float, Any]:
+        wait()
+        started = time.perf_counter()
+        result = part(*args)
+        wait()
+        return time.perf_counter() - started, result
+
+    times: list[dict[str, float]] = []
+    for _ in range(1 + rounds):
+        seconds = [0.0] * 4
+        seconds[0], rollout = timed(trainer.collect)
+        seconds[1], scores = timed(trainer.score, rollout)
+        seconds[2], experience = timed(trainer.estimate_advantages, rollout, scores)
+        seconds[3], _ = timed(trainer.update, experience)
+        times.append(dict(zip(PARTS, [*seconds, sum(seconds)], strict=True)))
+    return {name: statistics.median(part[name] for part in times[1:]) for name in PARTS}
+
+
+def on_gpu(model: PaLMConfig, num_prompts: int, new_tokens: int, minibatch: int, rounds: int) -> None:
+    """Print the parts of a step of PPO and of GRPO, and a last line of JSON."""
+    title = f"steps of RLHF, {num_prompts} rollouts of {new_tokens} tokens, bfloat16, one epoch"
+    print(f"{title}\n{'':8}{''.join(f'{name:>12}' for name in PARTS)}  seconds")
+    prompts = [torch.randint(model.num_tokens, (64,)) for _ in range(num_prompts)]
+    found = {}
+    for algorithm in ("ppo", "grpo"):
+        found[algorithm] = seconds_of_parts(algorithm, model, prompts, new_tokens, minibatch, rounds)
+        print(f"{algorithm:8}{''.join(f'{found[algorithm][name]:12.3f}' for name in PARTS)}", flush=True)
+    print(json.dumps({"benchmark": title, **surroundings(), "seconds": found}))
+
+
 def main(
+    gpu: bool = False,
     dim: int = 256,
     depth: int = 4,
     num_prompts: int = 64,
@@ -145,6 +215,7 @@ def main(
     """Time an iteration of ours in float32 and bfloat16, with a shared trunk too, and of palm-rlhf-pytorch in float32.
 
     Args:
+        gpu: Time the parts of a step of ours on a GPU instead; of the options below, rounds alone counts then.
         dim: Width of the model.
         depth: Blocks.
         num_prompts: Prompts answered in an iteration, once each.
@@ -155,6 +226,13 @@ def main(
         minibatch: Responses behind an optimiser step.
         rounds: Timed rounds.
     """
+    if gpu:
+        if not torch.cuda.is_available():
+            print(f"no GPU: torch {torch.__version__} sees none, so nothing was timed")
+            sys.exit(3)
+        on_gpu(SIZES["139M"].config, num_prompts=128, new_tokens=128, minibatch=32, rounds=rounds)
+        return
+
     from palm_rlhf_pytorch import PaLM as TheirPaLM
     from palm_rlhf_pytorch import RewardModel as TheirRewardModel
 

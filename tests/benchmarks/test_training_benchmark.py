@@ -1,6 +1,7 @@
 """The benchmark of training steps, as far as it goes without a GPU."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -72,3 +73,14 @@ def test_every_row_is_timed(module, capsys):
     lines = step.measure(size, "cpu", num_steps=1)
     assert [line["name"] for line in lines] == list(models.rows(size, "cpu"))
     assert all(line["tokens_per_second"] > 0 and line["mfu"] is None for line in lines)
+
+
+def test_the_parts_of_a_step_of_reinforcement_learning_are_timed(module, capsys):
+    ppo = module("ppo_step")
+    model = PaLMConfig(num_tokens=64, dim=32, depth=1, heads=4, dim_head=16)
+    ppo.on_gpu(model, num_prompts=8, new_tokens=4, minibatch=4, rounds=1)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["seconds"]) == {"ppo", "grpo"}
+    for parts in result["seconds"].values():
+        assert tuple(parts) == ppo.PARTS and all(seconds > 0 for seconds in parts.values())
+        assert parts["step"] == pytest.approx(sum(seconds for name, seconds in parts.items() if name != "step"))
