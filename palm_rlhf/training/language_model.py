@@ -99,6 +99,9 @@ class LanguageModelTrainer:
 
         `loss` is in nats per token (with the z-loss), `elapsed` in seconds; steps with an evaluation have
         `bits_per_byte`. Raises FloatingPointError where the loss or the gradient is not finite.
+
+        On a GPU the numbers of a step stay there until one of them is looked at or logged: looking at each step makes
+        every one wait for the GPU. The error comes at that point too; until then no weight has changed.
         """
         self.palm.train()
         with Loop(self.run, self.config.num_steps, SHOWN, progress_bar) as loop:

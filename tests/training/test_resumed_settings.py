@@ -31,6 +31,7 @@ START = {
 # Other values where half of a number or the other of two words will not do, with what they need beside them.
 OTHERS = {
     "precision": "bf16",
+    "compile": True,
     "trackers": ("tensorboard",),
     "betas": (0.8, 0.99),
     "min_lr_ratio": 0.5,
@@ -99,6 +100,7 @@ def held(trainer) -> dict:
         "groups": groups,
         "rates": trainer.run.base_rates,
         "precision": trainer.run.autocast().__class__,
+        "compiled": len(trainer.run.compiled.blocks),
         **{name: getattr(trainer, name) for name in names if hasattr(trainer, name)},
     }
 
