@@ -141,6 +141,8 @@ def test_compiled_steps_are_those_of_the_definition(kind):
         runs.append((metrics, trainer.run.module.state_dict()))
     (plain, weights), (compiled, compiled_weights) = runs
     timed = {"elapsed", "tokens_per_second", "responses_per_second"}
+    if kind is PreferenceConfig:
+        timed.add("accuracy")  # where the policy is still its reference, rewards are equal or differ by their rounding
     for one, other in zip(plain, compiled, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - timed:
