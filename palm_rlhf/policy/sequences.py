@@ -103,9 +103,9 @@ class Sequences:
 
     def select(self, rows: Tensor | slice) -> "Sequences":
         """Return some of the rows, without the columns that are padding in all of them."""
-        places = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        lengths = [self.host_lengths[place] for place in places]
-        rows = rows if isinstance(rows, slice) else upload(rows, self.tokens.device)
+        places = torch.arange(len(self))[rows if isinstance(rows, slice) else rows.cpu()]
+        lengths = [self.host_lengths[place] for place in places.tolist()]
+        rows = rows if isinstance(rows, slice) else upload(places, self.tokens.device)
         tokens = self.tokens[rows][:, : max(map(sum, lengths))]
         mask = self.policy_mask
         mask = None if mask is None else mask[rows][:, : max(response for _, response in lengths)]
