@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import chunks_are_faster, distribution_entropy, linear_logprobs, token_logprobs
+from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.ops.sampling import truncated_logits
-from palm_rlhf.ops.transfer import upload
 from palm_rlhf.policy.shared_prompts import embeds_before_actions
 
 

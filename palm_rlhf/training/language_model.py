@@ -13,7 +13,7 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.transfer import upload
+from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.epoch_sampler import micro_batches
 from palm_rlhf.training.language_model_config import LMConfig

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from palm_rlhf.algorithms.preferences import PreferenceLoss, dpo_loss, kto_loss, orpo_loss, simpo_loss
 from palm_rlhf.ops.masked import masked_mean
-from palm_rlhf.ops.transfer import upload
+from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, UnpairedPreference
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.algorithms.preferences import bradley_terry_loss, plackett_luce_loss, ranking_loss
-from palm_rlhf.ops.transfer import upload
+from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences, batches_by_length, join
 from palm_rlhf.training.epoch_sampler import EpochSampler, micro_batches

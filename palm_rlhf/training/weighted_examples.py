@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf.model.inputs import check_token_ids
 from palm_rlhf.ops.logprobs import target_mask
-from palm_rlhf.ops.transfer import upload
+from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.training.epoch_sampler import EpochSampler
 
 

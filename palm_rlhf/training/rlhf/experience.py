@@ -18,7 +18,7 @@ from palm_rlhf.algorithms.advantages import (
 )
 from palm_rlhf.algorithms.ratios import importance_weights
 from palm_rlhf.ops.masked import masked_sum
-from palm_rlhf.ops.transfer import upload
+from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.policy.rewards import Scores
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import Sequences
