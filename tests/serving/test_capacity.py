@@ -5,7 +5,10 @@ import pytest
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.serving.engine import EngineConfig
 from palm_rlhf.serving.engine import engine as engine_module
+from palm_rlhf.serving.engine.batch import FORWARD_COST, GPU_FORWARD_COST, Batch
 from palm_rlhf.serving.engine.capacity import Capacity, capacity
+from palm_rlhf.serving.engine.sampler import Sampler
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.generation import Request
 from tests.factories import palm_of
 
@@ -63,3 +66,12 @@ def test_an_engine_takes_on_what_the_gpu_holds(start_engine, monkeypatch):
     monkeypatch.setattr(engine_module, "free_memory", lambda device: 2**30 + 1000)
     with pytest.raises(ValueError, match="cache_memory=0 bytes, expected at least 32,768, for one sequence"):
         start_engine(palm, ByteTokenizer(), prefix_memory=0)
+
+
+def test_one_more_forward_costs_a_gpu_more_tokens_than_a_cpu():
+    def cost(palm) -> int:
+        slots = SlotCache(palm, max_tokens=64, max_rows=1)
+        return Batch(palm, Sampler(), slots, prefix_bytes=0).forward_cost
+
+    assert cost(palm_of()) == FORWARD_COST
+    assert cost(palm_of().to("meta")) == GPU_FORWARD_COST > FORWARD_COST
