@@ -12,7 +12,7 @@ from palm_rlhf.ops.attention_choices import PACKAGED, ChoiceTable, use_table
 from palm_rlhf.ops.attention_flex import BLOCK, block_mask, mask_for, why_not_flex
 from palm_rlhf.ops.attention_reference import visibility
 from palm_rlhf.ops.devices import available_implementations
-from tests.ops.test_attention import MASKS, assert_equal, qkv, run
+from tests.ops.test_attention import MASKS, assert_close, qkv, run
 
 needs_a_compiler = pytest.mark.skipif(
     available_implementations("cpu")["flex"] is not None, reason="needs a C++ compiler and AVX2"
@@ -228,7 +228,7 @@ def test_it_is_near_the_definition_with_gradients_on_a_gpu(gpu, kv_heads):
             run(lambda *t, **options: attention(*t, causal=True, **options).cpu(), inputs, **masks, **name)
             for name in names
         )
-        assert_equal(got, expected, tolerance=5e-2)
+        assert_close(got, expected, 3e-2)
         with torch.no_grad():  # a whole sequence has the same bits without gradients
             out = attention(*inputs, causal=True, **masks, implementation="flex")
         assert torch.equal(out.cpu(), got[0])

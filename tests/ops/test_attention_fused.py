@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from palm_rlhf.ops import attention_fused as module
 from palm_rlhf.ops.attention import attention
 from palm_rlhf.ops.attention_fused import attention_fused, for_every_head, may_plan, takes_groups
-from tests.ops.test_attention import MASKS, assert_equal, naive, qkv, run
+from tests.ops.test_attention import MASKS, assert_close, assert_equal, naive, qkv, run
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_no_call_needs_the_slowest_kernel_of_a_gpu(gpu, dtype):
         with sdpa_kernel(fast):
             got = run_there(inputs, causal=True, **masks, implementation="fused")
         expected = run_there(inputs, causal=True, **masks, implementation="eager")
-        assert_equal(got, expected, tolerance=5e-2 if dtype == torch.bfloat16 else 1e-3)
+        assert_close(got, expected, 3e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
 def run_there(inputs, **options):
