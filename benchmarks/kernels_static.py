@@ -93,8 +93,10 @@ OPERATIONS: dict[str, Callable[[], None]] = {
 
 
 def name_of(operation: str, launch: Launch) -> str:
-    """`attention d64 forward`."""
-    return f"{operation} {launch.kernel.__name__.removesuffix('_kernel').replace('_', ' ')}"
+    """`attention d64 forward`; of a launch for one of two gradients also which: `attention d256 keys backward d_k`."""
+    gradients = [name for name in ("D_K", "D_V") if launch.arguments.get(name)]
+    one = gradients[0].lower() if len(gradients) == 1 else ""
+    return f"{operation} {launch.kernel.__name__.removesuffix('_kernel').replace('_', ' ')} {one}".strip()
 
 
 def config_of(compiled: Compiled) -> str:

@@ -17,9 +17,10 @@ DIMS = (64, 128, 256)  # the largest that each tile serves
 # All but the masked calls, which take another minute and a half; `python benchmarks/kernels_static.py` has them.
 OPERATIONS = (*(f"attention d{dim}" for dim in DIMS), "cross_entropy", "logprobs", "swiglu", "rotary")
 VERSIONS = ("3.8", "3.9")  # of Triton
-# TFLOP/s of the model for the kernels that this project set out to match, by sm_80, sm_90 and sm_100.
+# TFLOP/s of the model for the kernels that this project set out to match, by sm_80, sm_90 and sm_100. On sm_90, a tile
+# smaller than the model's best was measured to be faster at 64 dimensions.
 GOALS = {
-    "attention d64 forward": (192, 480, 742),
+    "attention d64 forward": (192, 440, 742),
     "attention d128 forward": (208, 645, 1116),
     "attention d64 keys backward": (199, 542, 888),
     "attention d128 keys backward": (214, 612, 1177),
@@ -44,9 +45,12 @@ def rows(root):
 @pytest.mark.slow(35)
 def test_every_kernel_passes_on_every_architecture(rows):
     kernels = {kernel for kernel, _ in rows}
-    assert set(rows) == {(kernel, arch) for kernel in kernels for arch in ARCHITECTURES}
+    both = {(kernel.removesuffix(" d_k"), arch) for kernel, arch in rows if not kernel.endswith(" d_v")}
+    assert both == {(kernel, arch) for kernel, _ in both for arch in ARCHITECTURES}
+    assert [place for place in rows if place[0].endswith(" d_k")] == [("attention d256 keys backward d_k", "sm_90")]
+    assert [place for place in rows if place[0].endswith(" d_v")] == [("attention d256 keys backward d_v", "sm_90")]
     for dim in DIMS:
-        for name in ("forward", "keys backward", "queries backward", "delta", "decode", "combine"):
+        for name in ("forward", "keys backward", "queries backward", "sum shares", "delta", "decode", "combine"):
             assert f"attention d{dim} {name}" in kernels
     assert {kernel.split()[0] for kernel in kernels} == {"attention", "cross_entropy", "logprobs", "swiglu", "rotary"}
 
@@ -81,21 +85,20 @@ def static(root, monkeypatch):
 
 def test_any_mask_takes_the_tiles_of_masked_calls(static):
     """Of every kernel that has them, and without a mask none does."""
-    from palm_rlhf.ops.triton import attention_backward, attention_forward
+    from palm_rlhf.ops.triton import attention_forward, attention_keys_backward
 
     tables = {
         "forward_kernel": attention_forward.MASKED_TILES,
-        "keys_backward_kernel": attention_backward.MASKED_KEY_TILES,
-        "queries_backward_kernel": attention_backward.MASKED_QUERY_TILES,
+        "keys_backward_kernel": attention_keys_backward.MASKED_KEY_TILES,
     }
     for kernel, table in tables.items():
         for arch, dim in ((arch, dim) for arch, by_dim in table.items() for dim in by_dim):
             for masks in product((False, True), repeat=2):
                 launches = static.record(partial(static.attend, dim, *masks), arch)
-                (launch,) = (launch for launch in launches if launch.kernel.__name__ == kernel)
-                taken = {**launch.arguments, **launch.options}
                 own = table[arch][dim].options()
-                assert ({name: taken[name] for name in own} == own) == any(masks), (kernel, arch, dim, masks)
+                for launch in (launch for launch in launches if launch.kernel.__name__ == kernel):
+                    taken = {**launch.arguments, **launch.options}
+                    assert ({name: taken[name] for name in own} == own) == any(masks), (kernel, arch, dim, masks)
 
 
 @pytest.fixture
@@ -111,6 +114,28 @@ def compile_forward(static):
         return analyse(static.build(launch._replace(options={**launch.options, **options}), "sm_80"))
 
     return report
+
+
+def test_blocks_are_added_up_in_float32_not_rows(static, monkeypatch):
+    """The compiler must not make one long sum of it: its rounding errors would grow with the length."""
+    from palm_rlhf.ops.triton import attention_backward, attention_forward, attention_keys_backward
+    from palm_rlhf.ops.triton.tiles import Tile
+
+    tables = attention_forward.TILES, attention_backward.QUERY_TILES, attention_keys_backward.KEY_TILES
+    for table in tables:
+        monkeypatch.setitem(table, "sm_80", {64: Tile(16, 32, 4)})
+    q = torch.empty(1, 2, 256, 16, device="meta")
+
+    def run():
+        out, lse = attention_forward.forward(q, q, q, True, None, None)
+        attention_backward.backward(out, q, q, q, out, lse, True, None, None)
+
+    sums = {"forward_kernel": 1, "queries_backward_kernel": 1, "keys_backward_kernel": 2}
+    for launch in static.record(run, "sm_80"):
+        name = launch.kernel.__name__
+        products = [line for line in static.build(launch, "sm_80").asm["ttir"].splitlines() if "tt.dot " in line]
+        separate = [line for line in products if re.search(r"%cst\w* ?{maxNumImpreciseAcc", line)]
+        assert len(separate) == 2 * sums.get(name, 0), (name, products)  # in the loops with and without a mask
 
 
 MUTANTS = {

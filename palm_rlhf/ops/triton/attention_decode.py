@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palm_rlhf.ops.triton.attention_forward import attend, span
+from palm_rlhf.ops.triton.attention_forward import attend
 from palm_rlhf.ops.triton.tiles import (
     LOG2_E,
     Tile,
@@ -23,8 +23,22 @@ from palm_rlhf.ops.triton.tiles import (
 
 MAX_ROWS = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}  # new tokens times heads that share a key head
 MIN_KEYS, MAX_SPLITS = 256, 128
+PROGRAMS = 4  # that a multiprocessor holds at once, and which keep its memory busy
 _TILES = {64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}
 TILES = dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"), _TILES)  # block_m grows with the rows
+
+
+@triton.jit
+def kept_range(lo, hi, key_mask_ptr):
+    """Return the first kept position between lo and hi, the one after the last, and the number of kept positions."""
+    first, stop, count = hi, lo, 0
+    for start in tl.range(lo, hi, 1024):
+        positions = start + tl.arange(0, 1024)
+        kept = tl.load(key_mask_ptr + positions, mask=positions < hi, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(kept, positions, hi), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(kept, positions + 1, lo), 0))
+        count += tl.sum(kept.to(tl.int32), 0)
+    return first, stop, count
 
 
 @triton.jit
@@ -42,14 +56,17 @@ def decode_kernel(
     inside, at = query < num_queries, query + num_keys - num_queries
     lo = tl.minimum(tl.program_id(1) * chunk, num_keys)
     hi = tl.minimum(lo + chunk, num_keys)
-    full = hi
+    whole, full = lo, hi
     if CAUSAL:
         full = tl.minimum(num_keys - num_queries + 1, hi)  # every query sees what the first one sees
     if key_mask_ptr is not None:
         key_mask_ptr += batch * num_keys
-        first, hi = span(lo, hi, 0, 0, key_mask_ptr, None)
+        first, hi, count = kept_range(lo, hi, key_mask_ptr)
         lo = tl.maximum(tl.minimum(first, hi) // BLOCK_N * BLOCK_N, lo)
+        whole = tl.cdiv(first, BLOCK_N) * BLOCK_N
+        full = tl.where(count == hi - first, tl.minimum(full, hi), lo)  # all between the first and the last are kept
     full = tl.maximum(tl.minimum(full, hi) // BLOCK_N * BLOCK_N, lo)
+    whole = tl.maximum(tl.minimum(whole, full), lo)
 
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -59,13 +76,13 @@ def decode_kernel(
     for EDGE in tl.static_range(2):
         acc, row_max, row_sum = attend(
             acc, row_max, row_sum, q, k_ptr, v_ptr, batch, kv_head, stride_kj, stride_vj,
-            full if EDGE else lo, hi if EDGE else full, num_keys, at, at, key_mask_ptr, None,
+            lo, whole, full, hi, num_keys, at, at, key_mask_ptr, None,
             scale_log2, EDGE, CAUSAL, DIM, BLOCK_DIM, BLOCK_N, PRECISION, False,
         )  # fmt: skip
 
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    lse = tl.where(empty, float("-inf"), row_max * scale_log2 + tl.math.log2(row_sum))
+    lse = tl.where(empty, float("-inf"), row_max + tl.math.log2(row_sum))
     packed = ((tl.program_id(1) * batch_size + batch) * num_queries + query) * kv_heads * GROUP + head
     store_rows(out_ptr, packed * DIM, inside, acc / row_sum[:, None], DIM, BLOCK_DIM)
     tl.store(lse_ptr + packed, lse, mask=inside)
@@ -92,8 +109,8 @@ def combine_kernel(
 
 
 def choose_splits(programs: int, num_keys: int, processors: int) -> int:
-    """Return how many chunks of keys fill the GPU twice, with `programs` for each; no chunk is too short."""
-    return max(1, min(2 * processors // max(1, programs), num_keys // MIN_KEYS, MAX_SPLITS))
+    """Return how many chunks of keys fill the GPU, with `programs` for each; no chunk is too short."""
+    return max(1, min(PROGRAMS * processors // max(1, programs), num_keys // MIN_KEYS, MAX_SPLITS))
 
 
 def decode(

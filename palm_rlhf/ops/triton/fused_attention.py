@@ -2,12 +2,13 @@
 
 The query heads that share a key head are packed into the rows of a tile, row = query * group + head. So keys and values
 are never expanded, and the gradient of a shared key is summed in registers, always in the same order. One loop without
-a mask takes the blocks of keys that all rows of a tile see, another with a mask takes the blocks on the diagonal;
-blocks that no row sees are left out. Exponentials are powers of 2, so that the scale of the scores can be folded into
-the subtraction of the maximum.
+a mask takes the blocks of keys that all rows of a tile see. Another with a mask takes the blocks on the diagonal, at
+the edges of documents and around padding. Blocks that no row sees are left out. Exponentials are powers of 2, so that
+the scale of the scores can be folded into the subtraction of the maximum.
 
 This file has the operators for autograd and torch.compile. The kernels and their launchers are in
-`attention_forward.py`, `attention_backward.py` and `attention_decode.py`.
+`attention_forward.py`, `attention_backward.py`, `attention_keys_backward.py` and `attention_decode.py`, and masks in
+`attention_masks.py`.
 """
 
 import torch

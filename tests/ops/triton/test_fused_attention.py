@@ -128,14 +128,18 @@ def test_a_named_one_is_refused_with_the_reason():
 
 
 def test_programs_are_split_until_they_fill_the_machine():
-    from palm_rlhf.ops.triton.attention_backward import shares
     from palm_rlhf.ops.triton.attention_decode import choose_splits
+    from palm_rlhf.ops.triton.attention_keys_backward import rows_of_share, shares
+    from palm_rlhf.ops.triton.tiles import Tile
 
     splits = [
         choose_splits(programs, num_keys, 108) for programs, num_keys in ((4, 16384), (4, 1024), (4, 7), (300, 16384))
     ]
-    assert splits == [54, 4, 1, 1]
-    assert [shares(blocks, 108) for blocks in (8, 54, 108, 500)] == [8, 2, 1, 1]
+    assert splits == [64, 4, 1, 1]
+    assert [shares(blocks, 108) for blocks in (8, 64, 128, 512, 1024)] == [16, 16, 8, 2, 1]
+    tile = Tile(96, 64, 4)  # a share is a number of whole tiles, and the same for all lengths up to the next power of 2
+    assert [rows_of_share(length, 3, 4, tile) for length in (2048, 2049, 4096)] == [1536, 3072, 3072]
+    assert rows_of_share(5, 3, 16, tile) == 576
 
 
 def test_kernels_on_a_gpu_equal_the_definition(gpu):

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from palm_rlhf.ops.attention import attention
 from palm_rlhf.ops.attention_reference import attention_reference
+from palm_rlhf.ops.triton import tiles
+from palm_rlhf.ops.triton.attention_keys_backward import rows_of_share, shares
+from palm_rlhf.ops.triton.tiles import Tile
 
 # Of the largest exact number, or of 0.1 if that is more.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -41,6 +44,14 @@ class Case(NamedTuple):
             options["document_ids"] = torch.randint(4, shape, generator=generator).sort(dim=-1).values
         if "scattered" in self.masks:
             options["document_ids"] = torch.randint(3, shape, generator=generator)
+        if "runs" in self.masks:  # longer than blocks of keys, beginning inside them, and one document comes twice
+            starts = torch.tensor([70, 250, 390])
+            runs = torch.searchsorted(starts, torch.arange(self.num_keys), right=True)
+            options["document_ids"] = torch.tensor([2, 0, 2, 1])[runs].expand(shape).contiguous()
+        if "holes" in self.masks:
+            keys = torch.arange(self.num_keys)
+            kept = ((keys % 280 < 21) | (keys % 280 > 30)) & (keys < 395)
+            options["key_mask"] = kept.expand(shape).contiguous()
         return options
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
@@ -118,6 +129,36 @@ def test_kernels_are_as_accurate_as_their_dtype(case, dtype):
     assert_accurate(triton, case, dtype)
 
 
+# Every part of a range of blocks occurs: hidden ones, ones that need a mask, some between them that need none.
+RUNS = [
+    Case(400, 400, 2, 1, 128, "runs"),
+    Case(203, 400, 4, 2, 64, "runs holes", causal=False),
+    Case(200, 400, 4, 1, 64, "runs"),
+    Case(330, 330, 2, 1, 32, "holes"),
+]
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_blocks_that_need_no_mask_are_between_blocks_that_do(case):
+    assert_accurate(triton, case, torch.float32)
+
+
+def test_the_masks_of_a_case_are_those_it_names():
+    options = RUNS[1].options()
+    ids, kept = options["document_ids"][0], options["key_mask"][0]
+    assert [int(ids[i]) for i in (0, 69, 70, 249, 250, 389, 390)] == [2, 2, 0, 0, 2, 2, 1]
+    assert (~kept).nonzero().flatten().tolist() == [*range(21, 31), *range(301, 311), *range(395, 400)]
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_rows_in_shares_are_as_accurate(dim, monkeypatch):
+    """On a GPU with so many multiprocessors that the rows of a block of keys are split among programs."""
+    monkeypatch.setattr(tiles, "properties", lambda device: ("sm_90", 108))
+    case = Case(300, 330, 4, 1, dim, "runs")
+    assert_accurate(triton, case, torch.float32)
+    assert shares(6, 108) > 1 and rows_of_share(300, 4, shares(6, 108), Tile(64, 64, 4)) == 512 < 300 * 4
+
+
 @pytest.fixture
 def mutate(root, tmp_path, monkeypatch):
     """`mutate(file, old, new)` is the attention of a copy of the kernels in which `old` became `new`."""
@@ -143,25 +184,26 @@ def mutate(root, tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-FORWARD, BACKWARD = "attention_forward.py", "attention_backward.py"
+MASKS, FORWARD, BACKWARD = "attention_masks.py", "attention_forward.py", "attention_backward.py"
+KEYS = "attention_keys_backward.py"
 MUTANTS = {
-    "the unchanged copy": (FORWARD, "at[:, None] >= keys[None, :]", "at[:, None] >= keys[None, :]"),
-    "the diagonal is hidden": (FORWARD, "at[:, None] >= keys[None, :]", "at[:, None] > keys[None, :]"),
-    "the next key is visible": (FORWARD, "at[:, None] >= keys[None, :]", "at[:, None] + 1 >= keys[None, :]"),
+    "the unchanged copy": (MASKS, "at[:, None] >= keys[None, :]", "at[:, None] >= keys[None, :]"),
+    "the diagonal is hidden": (MASKS, "at[:, None] >= keys[None, :]", "at[:, None] > keys[None, :]"),
+    "the next key is visible": (MASKS, "at[:, None] >= keys[None, :]", "at[:, None] + 1 >= keys[None, :]"),
     "the scale is missing": (FORWARD, "dim**-0.5 * LOG2_E", "LOG2_E"),
     "powers of e": (FORWARD, "dim**-0.5 * LOG2_E", "dim**-0.5"),
     "one block too many without a mask": (FORWARD, "full = first_at + 1", "full = first_at + 1 + BLOCK_N"),
     "the old sum is not scaled": (FORWARD, "row_sum * shrink +", "row_sum +"),
-    "keys past the end count": (FORWARD, "exists = keys < num_keys", "exists = keys < num_keys + 1"),
+    "keys past the end count": (MASKS, "exists = keys < num_keys", "exists = keys < num_keys + 1"),
     "heads dealt out in turn": (FORWARD, "kv_head * GROUP + rows % GROUP", "kv_head + rows % GROUP * 2"),
-    "the backward's diagonal is hidden": (BACKWARD, "[None, :] >= keys[:, None]", "[None, :] > keys[:, None]"),
-    "no delta": (BACKWARD, "weights * (d_weights - delta[None, :])", "weights * d_weights"),
+    "the backward's diagonal is hidden": (KEYS, "[None, :] >= keys[:, None]", "[None, :] > keys[:, None]"),
+    "no delta": (KEYS, "weights * (d_weights - delta[None, :])", "weights * d_weights"),
     "delta in another order": (BACKWARD, "if out_ptr.dtype.element_ty == tl.float32:", "if False:"),
-    "d_k is not scaled": (BACKWARD, "d_k * scale", "d_k"),
+    "d_k is not scaled": (KEYS, "d_k * scale", "d_k"),
     "the first rows of a block are left out": (
-        BACKWARD,
-        "lo * GROUP // BLOCK_M * BLOCK_M",
-        "tl.cdiv(lo * GROUP, BLOCK_M) * BLOCK_M",
+        KEYS,
+        "tl.maximum(first_key - shift, 0) * GROUP // BLOCK_M * BLOCK_M",
+        "tl.cdiv(tl.maximum(first_key - shift, 0) * GROUP, BLOCK_M) * BLOCK_M",
     ),
 }
 
@@ -177,6 +219,59 @@ MUTANT_CASES = [
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_rejected(mutate, mutant):
     function = mutate(*MUTANTS[mutant])
-    with nullcontext() if mutant == "the unchanged copy" else pytest.raises(AssertionError):
+    with rejected(mutant):
         for case in MUTANT_CASES:
             assert_accurate(function, case, torch.float32)
+
+
+RUN = "tl.where(step < whole, step, step + full - whole)"
+MASK_MUTANTS = {  # and the case that it spoils
+    "the unchanged copy": (MASKS, "whole & (kept == 2)", "whole & (kept == 2)", 2),
+    "rows of several documents see all": (MASKS, " & (low_id == high_id)", "", 2),
+    "blocks of several documents are seen whole": (MASKS, " & (lowest == highest)", "", 2),
+    "blocks with a hidden key are seen whole": (MASKS, "whole & (kept == 2)", "whole & (kept > 0)", 1),
+    "blocks after the run are seen whole": (MASKS, "tl.maximum(whole, lo), end", "tl.maximum(whole, lo), stop", 2),
+    "keys after the run are left out": (FORWARD, RUN, "step", 0),
+    "d_q lacks the keys after the run": (BACKWARD, RUN, "step", 0),
+    "d_k lacks the rows after the run": (KEYS, RUN, "step", 1),
+    "a block is left out": (MASKS, "tl.maximum(first, lo), stop", "tl.maximum(first, lo) + POSITIONS, stop", 2),
+    "rows before the run need no mask": (
+        KEYS,
+        "tl.cdiv((seen - shift) * GROUP, BLOCK_M) * BLOCK_M",
+        "(seen - shift) * GROUP // BLOCK_M * BLOCK_M",
+        1,
+    ),
+    "blocks have the document of their first position": (
+        MASKS,
+        "tl.where(exists, tl.load",
+        "tl.where(~exists, tl.load",
+        2,
+    ),
+}
+SHARE_MUTANTS = {
+    "the unchanged copy": (KEYS, "tl.range(first, num_shares)", "tl.range(first, num_shares)"),
+    "the first share is left out": (KEYS, "tl.range(first, num_shares)", "tl.range(first + 1, num_shares)"),
+    "a share is not written": (KEYS, "tl.program_id(2) >= first_share", "tl.program_id(2) > first_share"),
+    "rows are in two shares": (KEYS, "tl.program_id(2) * share + share", "tl.program_id(2) * share + share + BLOCK_M"),
+}
+
+
+def rejected(name: str) -> AbstractContextManager:
+    """Within, an error is expected, unless the mutant is none."""
+    return nullcontext() if name == "the unchanged copy" else pytest.raises(AssertionError)
+
+
+@pytest.mark.parametrize("mutant", MASK_MUTANTS)
+def test_mutants_of_masks_are_rejected(mutate, mutant):
+    *change, case = MASK_MUTANTS[mutant]
+    function = mutate(*change)
+    with rejected(mutant):
+        assert_accurate(function, RUNS[case], torch.float32)
+
+
+@pytest.mark.parametrize("mutant", SHARE_MUTANTS)
+def test_mutants_of_shares_are_rejected(mutate, mutant, monkeypatch):
+    function = mutate(*SHARE_MUTANTS[mutant])
+    monkeypatch.setattr(importlib.import_module("mutant_ops.tiles"), "properties", lambda device: ("sm_90", 108))
+    with rejected(mutant):
+        assert_accurate(function, Case(300, 330, 4, 1, 64), torch.float32)
