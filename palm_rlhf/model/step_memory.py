@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_KEPT = 2  # memories of one model
 MAX_KEPT_SHARE = 0.1  # of the memory of a GPU: a larger one is freed after use, and its graphs captured anew
+ROOMY_SHARE = 0.01  # of the memory of a GPU: within it there is room for longer sequences to come
 
 
 class StepMemory:
@@ -181,7 +182,7 @@ def borrowed(palm: "PaLM", rows: int, capacity: int) -> Iterator[StepMemory]:
             kept.remove(memory)
         else:
             _forget(kept, MAX_KEPT - 1)  # before there is new memory
-    memory = memory or StepMemory(palm, rows, capacity)
+    memory = memory or StepMemory(palm, rows, _with_room(palm, rows, capacity))
     memory.begin_use()
     works = False
     try:
@@ -209,8 +210,22 @@ def _forget(kept: list[StepMemory], most: int) -> None:
     del kept[: len(kept) - most]
 
 
+def _with_room(palm: "PaLM", rows: int, capacity: int) -> int:
+    """Return the columns of a new memory: up to the model's context, where a GPU has plenty of memory for them.
+
+    Else a chat that grows would need new memory, and new graphs, again and again.
+    """
+    c = palm.config
+    longest = max(capacity, round_columns(c.max_seq_len))
+    num_bytes = 2 * c.depth * c.kv_heads * c.dim_head * palm.cache_dtype.itemsize * rows * longest
+    return longest if num_bytes <= ROOMY_SHARE * _memory_of(palm.device) else capacity
+
+
 def _is_worth_keeping(memory: StepMemory) -> bool:
     device = memory.clocks.device
-    if device.type not in GPUS:
-        return True
-    return memory.num_bytes <= MAX_KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return device.type not in GPUS or memory.num_bytes <= MAX_KEPT_SHARE * _memory_of(device)
+
+
+def _memory_of(device: torch.device) -> int:
+    """Return the memory of a GPU in bytes; 0 for another device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type in GPUS else 0

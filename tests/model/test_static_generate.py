@@ -393,6 +393,19 @@ def test_memory_is_used_again_and_belongs_to_no_copy_and_no_file():
     assert last() is None
 
 
+@pytest.mark.parametrize("share, capacity", [(1, 1024), (100, 1024), (101, 256)])
+def test_memory_has_room_for_longer_sequences_where_it_is_small(share, capacity, monkeypatch):
+    """Up to 1 % of a GPU's memory: a chat that grows keeps its graphs."""
+    palm, rows = palm_with(max_seq_len=1000), prompts_of(3, 4)
+    needed = 2 * 2 * 2 * 4 * 8 * 2 * 1024  # keys and values, layers, heads, dimensions, bytes, rows, columns
+    monkeypatch.setattr(step_memory, "_memory_of", lambda device: needed * 100 * 100 // share)
+    static(palm, prompt=rows, max_new_tokens=4)
+    (memory,) = kept(palm)
+    assert memory.cache.capacity == capacity
+    static(palm, prompt=rows, max_new_tokens=300)
+    assert (kept(palm) == [memory]) == (capacity == 1024)
+
+
 def test_generations_at_the_same_time_have_memory_of_their_own():
     palm, rows = palm_with(), torch.stack(prompts_of(3, 3))
     options = {"max_new_tokens": 5, **GREEDY}
