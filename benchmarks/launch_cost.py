@@ -7,12 +7,13 @@ launch comes on top of both.
 """
 
 import os
+import time
 from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
 import tyro
-from side_by_side import alternate, report, speedup
+from side_by_side import report, speedup
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -65,8 +66,19 @@ def repeat(run: Callable[[], object], times: int, as_operator: bool) -> Callable
     return many
 
 
+def alternate(runs: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the processor that each run takes, in turn: of this thread alone, whatever else is at work."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.thread_time()
+            run()
+            seconds[name].append(time.thread_time() - started)
+    return seconds
+
+
 def main(times: int = 100, rounds: int = 21) -> None:
-    """Print microseconds a call, ratios, and a last line of JSON.
+    """Print the time of a call, ratios, and a last line of JSON.
 
     Args:
         times: Calls in a round.

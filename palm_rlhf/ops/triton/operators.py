@@ -1,8 +1,8 @@
 """Launchers of kernels as functions for eager calls, and as operators of PyTorch for code that looks at calls.
 
-An operator of `torch.library` takes about 0.2 ms of Python a call, much longer than the launch of a kernel. So an eager
-call goes to the launcher itself, through an autograd function if it needs gradients. The operator is for torch.compile,
-fake tensors and dispatch modes, which have to see a call in order to trace or count it.
+An operator of `torch.library` takes more Python a call than the launch of a kernel: 0.2 ms, measured beside an H200. So
+an eager call goes to the launcher itself, through an autograd function if it needs gradients. The operator is for
+torch.compile, fake tensors and dispatch modes, which have to see a call in order to trace or count it.
 """
 
 from collections.abc import Callable
