@@ -4,8 +4,10 @@ Most tests defer the readings of a run on the CPU, where a recorder sees each nu
 """
 
 import copy
+import gc
 import json
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -135,12 +137,12 @@ def test_the_averaged_weights_are_the_same(optimizer):
 # ---- updates that are left out
 
 
-def poison(trainer, at: int) -> None:
-    """Makes the loss of one step NaN, by an output of its first block."""
+def poison(trainer, *at: int) -> None:
+    """Makes the loss of some steps NaN, by an output of their first block."""
     palm = getattr(trainer, "palm", None) or trainer.reward_model.palm
 
     def hook(_, args, out):
-        return out * float("nan") if torch.is_grad_enabled() and trainer.run.step == at - 1 else None
+        return out * float("nan") if torch.is_grad_enabled() and trainer.run.step + 1 in at else None
 
     palm.layers[0].register_forward_hook(hook)
 
@@ -149,7 +151,7 @@ def poison(trainer, at: int) -> None:
 def test_a_step_that_is_not_finite_changes_nothing_and_is_reported_when_it_is_read(kind, tmp_path):
     """The second of four: the third changes nothing either, and its line in the log, the first, is never written."""
     trainer = deferred(kind, tmp_path, log_every=3, save_every=1 if kind is PPOConfig else 100)
-    poison(trainer, at=2)
+    poison(trainer, 2)
     steps = trainer.steps()
     next(steps)
     before, moments = weights_of(trainer), copy.deepcopy(trainer.run.optimizer.state_dict()["state"])
@@ -171,7 +173,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_reported_when_it_is_re
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_average_and_muons_momentum_stay_as_well(optimizer):
     trainer = deferred(LMConfig, optimizer=optimizer, ema_decay=0.9, log_every=100, save_every=100)
-    poison(trainer, at=2)
+    poison(trainer, 2)
     steps = trainer.steps()
     next(steps)
     average = copy.deepcopy(trainer.averaged.state_dict())
@@ -185,11 +187,30 @@ def test_the_average_and_muons_momentum_stay_as_well(optimizer):
         next(steps)  # the last: it is read before the checkpoint
 
 
+def test_the_first_of_several_steps_that_are_not_finite_is_reported(tmp_path):
+    trainer = deferred(LMConfig, tmp_path, log_every=3, save_every=100)
+    poison(trainer, 2, 3)
+    with pytest.raises(FloatingPointError, match="step 2 has the loss nan"):
+        list(trainer.steps())
+
+
+def test_a_run_ends_with_its_last_reference():
+    """Otherwise connections to other processes would stay open until the garbage is collected."""
+    trainer = build(LMConfig)
+    run = weakref.ref(trainer.run)
+    gc.disable()
+    try:
+        del trainer
+        assert run() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("look", [lambda trainer, metrics: metrics["loss"], lambda trainer, metrics: trainer.save(),
                                   lambda trainer, metrics: trainer.finish()])  # fmt: skip
 def test_whoever_looks_at_it_gets_the_error(look, tmp_path):
     trainer = deferred(LMConfig, tmp_path, log_every=100, save_every=100)
-    poison(trainer, at=1)
+    poison(trainer, 1)
     metrics = next(trainer.steps())
     with pytest.raises(FloatingPointError, match="step 1 has the loss nan"):
         look(trainer, metrics)
@@ -265,7 +286,7 @@ def test_a_step_on_a_gpu_does_not_wait(kind):
 @pytest.mark.gpu
 def test_an_update_on_a_gpu_is_left_out_where_its_loss_is_not_finite():
     trainer = build(LMConfig, log_every=100, save_every=100)
-    poison(trainer, at=2)
+    poison(trainer, 2)
     steps = trainer.steps()
     next(steps)
     before = weights_of(trainer)

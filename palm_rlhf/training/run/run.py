@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -109,7 +111,8 @@ class Run:
         self.shard = self.rank, self.num_processes  # the part of the data that this process reads: the i-th of k
         self.autocast = forward_precision(config.precision, self.device)
         deferred = self.device.type == "cuda" and not self.accelerator.is_fsdp2
-        self.readings = Readings(self.device, deferred=deferred, fail=self._report_left_out)
+        fail = partial(Run._report_left_out, weakref.proxy(self))  # no cycle: a run ends with its last reference
+        self.readings = Readings(self.device, deferred=deferred, fail=fail)
         set_seed(config.seed, device_specific=True)
         self.step, self.elapsed = 0, 0.0
         self.ending: dict[str, str] = {}  # {"stopped_early": "max_seconds"} where the time was over before the steps
