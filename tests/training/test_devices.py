@@ -24,7 +24,14 @@ from palm_rlhf.training.weighted_examples import Example
 from tests.factories import palm_of
 
 STEPS = 3
-SHORT = {"log_every": 1, "plot": False, "precision": "float32", "learning_rate": 1e-2, "save_every": 1}
+SHORT = {
+    "log_every": 1,
+    "plot": False,
+    "compile": False,
+    "precision": "float32",
+    "learning_rate": 1e-2,
+    "save_every": 1,
+}
 EPOCH = {**SHORT, "batch_size": 2, "grad_accum": 1, "num_epochs": 1, "warmup_steps": 0}
 RLHF = {**SHORT, "num_steps": STEPS, "rollouts_per_step": 4, "minibatch_size": 4, "max_new_tokens": 4, "eos_token": 5}
 # In the mean over the weights, which move by 1e-2 a step; a GPU's backward may add up in another order each time.
