@@ -17,7 +17,7 @@ from palm_rlhf.ops.devices import available_implementations
 INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py", "test_attention_descriptors.py"]
 
 
-@pytest.mark.slow(93)
+@pytest.mark.slow(140)
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_in_the_interpreter(processes, name):
     output, _ = processes[name].communicate()

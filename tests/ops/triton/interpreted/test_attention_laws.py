@@ -208,6 +208,17 @@ def test_decoding_in_any_number_of_splits_is_the_end_of_the_prefill(num_queries,
     assert_close([triton(new, k, v, **CAUSAL, key_mask=key_mask)], [prefill], tolerance)
 
 
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_decoding_sees_what_a_mask_keeps_and_no_more(num_splits):
+    """Columns of a cache between padding at both ends; a hole inside blocks that are kept otherwise; nothing."""
+    q, k, v = (t.detach() for t in qkv(1, 300, batch=3))
+    columns = torch.arange(300)
+    key_mask = torch.stack(((columns >= 5) & (columns < 270), (columns < 100) | (columns > 101), columns > 300))
+    out = decode(q, k, v, True, key_mask, num_splits)
+    assert_close([out[:2]], [eager(q[:2], k[:2], v[:2], **CAUSAL, key_mask=key_mask[:2])], 1e-6)
+    assert not out[2].any()
+
+
 def test_decoding_sees_no_future_and_no_neighbour():
     q, k, v = (t.detach() for t in qkv(3, 100))
     out = decode(q, k, v, True, None, 2)
