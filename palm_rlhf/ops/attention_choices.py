@@ -63,7 +63,7 @@ class ChoiceTable:
             if needed not in entries:
                 raise ValueError(
                     f"got a table of choices for {', '.join(entries) or 'nothing'}, expected one for {needed} as well; "
-                    "write it with benchmarks/attention.py --write-table"
+                    "benchmarks/attention.py writes whole ones"
                 )
         self.entries = entries
         self.ranking = lru_cache(maxsize=4096)(self._ranking)
