@@ -63,8 +63,23 @@ def test_the_packages_beside_ours_compute_the_same(module):
     assert float(theirs) == pytest.approx(float(ours), rel=1e-5)
 
 
-@pytest.mark.slow(80)
-def test_every_row_is_timed(module, capsys):
+@pytest.fixture
+def traces(monkeypatch):
+    """What torch.compile has traced, which runs as it is: the C++ compiler takes long."""
+    found, compile_ = [], torch.compile
+
+    def compiler(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=compiler, **options))
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow(20)
+def test_every_row_is_timed(module, traces, capsys):
     """On the CPU, where the rows are the same and the times mean nothing; compiled ones included."""
     pytest.importorskip("transformers")
     pytest.importorskip("palm_rlhf_pytorch", reason="needs the extra palm-rlhf[bench]")
@@ -73,6 +88,11 @@ def test_every_row_is_timed(module, capsys):
     lines = step.measure(size, "cpu", num_steps=1)
     assert [line["name"] for line in lines] == list(models.rows(size, "cpu"))
     assert all(line["tokens_per_second"] > 0 and line["mfu"] is None for line in lines)
+    for name, make in models.rows(size, "cpu").items():
+        torch._dynamo.reset()
+        traces.clear()
+        make()()
+        assert bool(traces) == ("compiled" in name), name
 
 
 def test_the_parts_of_a_step_of_reinforcement_learning_are_timed(module, capsys):
