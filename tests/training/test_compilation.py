@@ -129,8 +129,8 @@ def test_a_whole_forward_with_its_loss_is_one_graph(masks, eager_compiler):
     torch.testing.assert_close(compiled, palm(tokens, return_loss=True, **options), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow(60)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.slow(35)
+@pytest.mark.parametrize("kind", [LMConfig, SupervisedConfig, PPOConfig], ids=lambda kind: kind.__name__)
 def test_compiled_steps_are_those_of_the_definition(kind):
     """By the C++ compiler; with rows of uneven lengths, whose padding changes no loss."""
     torch._dynamo.reset()
@@ -141,8 +141,6 @@ def test_compiled_steps_are_those_of_the_definition(kind):
         runs.append((metrics, trainer.run.module.state_dict()))
     (plain, weights), (compiled, compiled_weights) = runs
     timed = {"elapsed", "tokens_per_second", "responses_per_second"}
-    if kind is PreferenceConfig:
-        timed.add("accuracy")  # where the policy is still its reference, rewards are equal or differ by their rounding
     for one, other in zip(plain, compiled, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - timed:
