@@ -6,17 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palm_rlhf.ops import pinned_copy
+
 
 def upload(numbers: np.ndarray | Sequence[float], device: torch.device) -> Tensor:
-    """Return numbers on a device; a GPU computes on meanwhile, and is not waited for.
-
-    A copy from ordinary memory would wait for the GPU. The pinned memory that is copied from here is only used again
-    after the copy.
-    """
-    tensor = torch.from_numpy(np.asarray(numbers))
-    if device.type == "cpu":
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Return numbers on a device; a GPU computes on meanwhile, and is not waited for."""
+    return pinned_copy.upload(torch.from_numpy(np.asarray(numbers)), device)
 
 
 def to_lists(matrices: Sequence[Tensor]) -> list[list[list[float]]]:
