@@ -31,6 +31,18 @@ EXTRAS = {
         "pyarrow>=15.0",
     ],
     "serve": ["fastapi>=0.115", "llguidance>=1.9", "prometheus-client>=0.20", "uvicorn[standard]>=0.30"],
+    "feedback": [
+        "alembic>=1.13",
+        "argon2-cffi>=23.1",
+        "babel>=2.14",
+        "fastapi>=0.115",
+        "itsdangerous>=2.2",
+        "python-multipart>=0.0.18",
+        "scipy>=1.11",
+        "sqlalchemy>=2.0.30",
+        "uvicorn[standard]>=0.30",
+    ],
+    "postgres": ["psycopg[binary]>=3.2"],
     "plot": ["matplotlib>=3.8"],
     # Builds of torch for GPUs bring their own Triton: here it is for running the kernels without one, in Triton's
     # interpreter or its compiler. No version, for a bound would fight torch's pin: ops/triton/versions.py judges it.
@@ -54,6 +66,8 @@ EXTRAS["test"] = [
     *EXTRAS["data"],
     *EXTRAS["hf"],
     *EXTRAS["serve"],
+    *EXTRAS["feedback"],
+    *EXTRAS["postgres"],
     *EXTRAS["plot"],
     *EXTRAS["tensorboard"],
     *EXTRAS["triton"],
@@ -95,6 +109,8 @@ setup(
     package_data={
         "palm_rlhf": ["py.typed"],
         "palm_rlhf.evaluation.reports": ["page/*"],
+        "palm_rlhf.feedback.store": ["migrations/*.mako"],
+        "palm_rlhf.feedback.web": ["locales/*", "static/*", "templates/*"],
         "palm_rlhf.ops": ["attention_choices.json"],
         "palm_rlhf.ops.cpu": ["csrc/*"],
         "palm_rlhf.serving": ["page/*"],

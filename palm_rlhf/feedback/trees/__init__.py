@@ -1,0 +1,1 @@
+"""Message trees that people grow: states, tasks, reviews and rankings."""

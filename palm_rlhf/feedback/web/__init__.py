@@ -1,0 +1,1 @@
+"""The pages of the collection, by FastAPI, Jinja and htmx."""
