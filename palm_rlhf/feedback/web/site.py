@@ -1,0 +1,89 @@
+"""What all pages of a feedback site share: its store, settings, secret, texts and templates."""
+
+import secrets
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from itsdangerous import URLSafeTimedSerializer
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from palm_rlhf.feedback.settings import CollectionSettings
+from palm_rlhf.feedback.store.database import Store
+from palm_rlhf.feedback.web.catalogues import Catalogues
+
+WEB = Path(__file__).parent
+
+
+@dataclass
+class Site:
+    """A feedback site; an application's `app.state.site`.
+
+    `is_local` is whether a visitor without a login is the one local person, as on a server that only this machine
+    reaches and that has no people set up.
+    """
+
+    store: Store
+    settings: CollectionSettings = field(default_factory=CollectionSettings)
+    secret: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    is_local: bool = False
+
+    @cached_property
+    def catalogues(self) -> Catalogues:
+        """The texts of the pages in all languages."""
+        return Catalogues(WEB / "locales")
+
+    @cached_property
+    def environment(self) -> Environment:
+        """The templates, in which everything is escaped."""
+        environment = Environment(
+            loader=FileSystemLoader(WEB / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            extensions=["jinja2.ext.i18n"],
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment
+
+    def serializer(self, purpose: str) -> URLSafeTimedSerializer:
+        """Return the signer of one kind of token; a token of another kind is refused."""
+        return URLSafeTimedSerializer(self.secret, salt=f"palm-rlhf.feedback.{purpose}")
+
+    def render(self, request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+        """Return a page, in the visitor's language.
+
+        Templates have `request`, `visitor` (None before a login), `url(name, **path)`, `_()`, `language`, `direction`
+        (ltr or rtl), and the values.
+        """
+        visitor = getattr(request.state, "visitor", None)
+        language = self.catalogues.choose(
+            request.query_params.get("lang"),
+            request.cookies.get("lang"),
+            None if visitor is None else visitor.person.language,
+            request.headers.get("accept-language"),
+        )
+        environment = self.environment.overlay()
+        environment.install_gettext_translations(self.catalogues[language], newstyle=True)  # type: ignore[attr-defined]
+        html = environment.get_template(template).render(
+            request=request,
+            visitor=visitor,
+            url=lambda name, /, **path: request.url_for(name, **path).path,
+            language=language,
+            languages=self.catalogues.names,
+            direction=self.catalogues.direction(language),
+            settings=self.settings,
+            **values,
+        )
+        response = HTMLResponse(html, status_code=status)
+        if request.query_params.get("lang") == language:
+            response.set_cookie("lang", language, max_age=365 * 86400, samesite="lax", httponly=True)
+        return response
+
+
+def site_of(request: Request) -> Site:
+    """Return the site that a request is for."""
+    return request.app.state.site
