@@ -8,7 +8,7 @@ from beartype import beartype
 from torch import Tensor
 
 from palm_rlhf.algorithms import Denominator, Number, kept
-from palm_rlhf.ops.masked import masked_mean
+from palm_rlhf.ops.masked import masked_mean, masked_sum, weighted_mean
 
 
 class PreferenceLoss(NamedTuple):
@@ -33,57 +33,79 @@ def bradley_terry_loss(
     *,
     margin: Tensor | None = None,
     centering: Number = 0.0,
+    weights: Tensor | None = None,
     denominator: Denominator = None,
 ) -> Tensor:
     """Return the mean of `-log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2`, in nats.
 
     Equal scores cost ln 2. Margins are from Llama 2 (Touvron et al. 2023, section 3.2.2). Centering holds the mean
-    score at 0 (Eisenstein et al. 2023). `denominator` replaces the number of pairs.
+    score at 0 (Eisenstein et al. 2023). A pair of weight 2 counts as two pairs. `denominator` replaces the number of
+    pairs, or with `weights` their sum.
 
     Shapes: all `b`; returns a scalar.
     """
     margin = torch.zeros_like(chosen) if margin is None else margin
     chosen, rejected, margin = kept(chosen=chosen, rejected=rejected, margin=margin)
     losses = -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
+    if weights is not None:
+        return weighted_mean(*kept(losses=losses, weights=weights), denominator=denominator)
     return masked_mean(losses, denominator=denominator)
 
 
 @beartype
 def ranking_loss(
-    scores: Tensor, mask: Tensor | None = None, *, centering: Number = 0.0, denominator: Denominator = None
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    centering: Number = 0.0,
+    weights: Tensor | None = None,
+    denominator: Denominator = None,
 ) -> Tensor:
     """Return the Bradley-Terry loss of the K(K-1)/2 pairs of each ranking (Ouyang et al. 2022, equation 1), in nats.
 
-    It is the mean over the pairs of a row, then over rows. Rows of fewer than two completions do not count;
-    `denominator` replaces the number of rows that do.
+    It is the mean over the pairs of a row, then over rows. Rows of fewer than two completions do not count, and a row
+    of weight 2 counts as two rows. `denominator` replaces the number of rows that count, or with `weights` their sum.
 
-    Shapes: scores, best completion first, and the mask of completions `b k`; returns a scalar.
+    Shapes: scores, best completion first, and the mask of completions `b k`, weights `b`; returns a scalar.
     """
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     (scores,) = kept(mask, scores=scores)
     better, worse = scores.unsqueeze(-1), scores.unsqueeze(-2)
     pairs = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1)
     num_pairs = pairs.sum(dim=(-2, -1), keepdim=True)
-    num_rows = (num_pairs > 0).sum() if denominator is None else denominator
     losses = -F.logsigmoid(better - worse) + centering * (better + worse).square()
+    if weights is not None:
+        row_losses = masked_sum((losses / num_pairs.clamp(min=1)).flatten(1), pairs.flatten(1), dim=-1)
+        return weighted_mean(row_losses, weights * (num_pairs.flatten() > 0), denominator=denominator)
+    num_rows = (num_pairs > 0).sum() if denominator is None else denominator
     return masked_mean(losses, pairs, denominator=num_pairs * num_rows)
 
 
 @beartype
-def plackett_luce_loss(scores: Tensor, mask: Tensor | None = None, *, denominator: Denominator = None) -> Tensor:
+def plackett_luce_loss(
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    denominator: Denominator = None,
+) -> Tensor:
     """Return the mean of -log p of each ranking, drawn place by place from the completions left.
 
-    This is the Plackett-Luce model (Luce 1959; Plackett 1975). Rows of fewer than two completions do not count;
-    `denominator` replaces the number of rows that do.
+    This is the Plackett-Luce model (Luce 1959; Plackett 1975). Rows of fewer than two completions do not count, and a
+    row of weight 2 counts as two rows. `denominator` replaces the number of rows that count, or with `weights` their
+    sum.
 
-    Shapes: scores, best completion first, and the mask of completions `b k`; returns a scalar, in nats.
+    Shapes: scores, best completion first, and the mask of completions `b k`, weights `b`; returns a scalar, in nats.
     """
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     (scores,) = kept(mask, scores=scores)
     # At padding only the padding itself is left, since the logarithm of an empty sum has no gradient.
     left = (mask.unsqueeze(-2) | torch.eye(scores.shape[-1], dtype=torch.bool, device=mask.device)).triu()
     losses = torch.where(left, scores.unsqueeze(-2), -torch.inf).logsumexp(dim=-1) - scores
-    return masked_mean(losses, mask, denominator=(mask.sum(dim=-1) > 1).sum() if denominator is None else denominator)
+    counts = mask.sum(dim=-1) > 1
+    if weights is not None:
+        return weighted_mean(masked_sum(losses, mask, dim=-1), weights * counts, denominator=denominator)
+    return masked_mean(losses, mask, denominator=counts.sum() if denominator is None else denominator)
 
 
 @beartype

@@ -18,12 +18,14 @@ class Ranking:
     """A prompt and two or more responses to it, best first: 1-d tensors of token ids.
 
     `margins` are the differences in score that the better responses should have: one number for all pairs, or one each
-    in the order of `itertools.combinations`: the first and the second, the first and the third, ...
+    in the order of `itertools.combinations`: the first and the second, the first and the third, ... A ranking of
+    `weight` 2 counts in the loss as two rankings of weight 1; evaluations count pairs without weights.
     """
 
     prompt: Tensor
     responses: Sequence[Tensor]
     margins: float | Sequence[float] = 0.0
+    weight: float = 1.0
 
     @property
     def num_pairs(self) -> int:
@@ -98,6 +100,8 @@ def checked(
         raise ValueError(f"{name} is empty: expected at least one Ranking or Rating")
     if len({type(item) for item in data}) > 1:
         raise ValueError(f"{name} mixes Rankings and Ratings: expected one kind, each has losses of its own")
+    if not any(isinstance(item, Rating) or item.weight for item in data):
+        raise ValueError(f"{name} has rankings of weight 0 only: expected one with a weight above 0 to learn from")
     ready: list[Item] = []
     for index, item in enumerate(data):
         label = f"{name}[{index}]"
@@ -134,6 +138,8 @@ def _check_ranking(label: str, ranking: Ranking) -> None:
         raise ValueError(
             f"{label} has the margins {margins}, expected one number, or {ranking.num_pairs}: one for each pair"
         )
+    if not 0 <= ranking.weight < math.inf:
+        raise ValueError(f"{label} has the weight {ranking.weight}, expected a finite number of 0 or more")
 
 
 def _check_label(label: str, value: float | int, num_bins: int) -> None:
@@ -162,6 +168,8 @@ def fingerprint(data: Sequence[Item]) -> str:
     digest = hashlib.sha256()
     for item in data:
         digest.update(repr(item.label if isinstance(item, Rating) else item.pair_margins).encode())
+        if isinstance(item, Ranking) and item.weight != 1:  # without weights the digest is the one of earlier runs
+            digest.update(f"weight {float(item.weight)!r}".encode())
         for tokens in (item.prompt, *item.responses):
             digest.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
     return digest.hexdigest()

@@ -9,9 +9,7 @@ from typing import Any, cast
 import torch
 from beartype import beartype
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from palm_rlhf.algorithms.preferences import bradley_terry_loss, plackett_luce_loss, ranking_loss
 from palm_rlhf.ops.pinned_copy import upload
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences, batches_by_length, join
@@ -19,6 +17,7 @@ from palm_rlhf.training.epoch_sampler import EpochSampler, micro_batches
 from palm_rlhf.training.ranked_data import Item, Ranking, Rating, checked, fingerprint
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.reward_metrics import RatingMetrics, RewardMetrics, correlation, ranking_metrics
+from palm_rlhf.training.reward_objective import loss_denominator, ranking_objective
 from palm_rlhf.training.run.log import Metrics, Result
 from palm_rlhf.training.run.loop import Loop
 from palm_rlhf.training.run.optimizer import adamw, warmup_cosine
@@ -152,13 +151,14 @@ class RewardModelTrainer:
     def update(self) -> Metrics:
         """Take one optimiser step on the next batch_size * grad_accum items of every process.
 
-        The loss is the mean over all of them, or over their pairs.
+        The loss is the weighted mean over all of them, or over their pairs.
         """
         config, run, readings = self.config, self.run, self.run.readings
         started = readings.mark()
         factor = warmup_cosine(self.step, self.step / self.num_steps, config.warmup_steps, config.min_lr_ratio)
         drawn = [self.train_items[index] for index in self.sampler.draw(self._items_per_step)]
         num_pairs = sum(item.num_pairs for item in drawn)
+        denominator = loss_denominator(drawn, self.loss)
         num_right = torch.zeros((), device=run.device)
         with run.optimizer_step(rate_factor=factor) as step:
             for items in step.micro_batches(micro_batches(drawn, config.batch_size, run.shard)):
@@ -166,7 +166,7 @@ class RewardModelTrainer:
                     if self.loss == "labels":
                         loss = self._label_loss(run.model, cast(Sequence[Rating], items), len(drawn))
                     else:
-                        loss, right = self._ranking_loss(cast(Sequence[Ranking], items), len(drawn), num_pairs)
+                        loss, right = self._ranking_loss(cast(Sequence[Ranking], items), denominator)
                         num_right += right
                 step.backward(loss)
         run.step += 1
@@ -185,29 +185,11 @@ class RewardModelTrainer:
         }
         return readings.metrics(metrics)
 
-    def _ranking_loss(self, rankings: Sequence[Ranking], num_rankings: int, num_pairs: int) -> tuple[Tensor, Tensor]:
+    def _ranking_loss(self, rankings: Sequence[Ranking], denominator: float) -> tuple[Tensor, Tensor]:
         """Return the share of some rankings in a step's loss, and how many of their pairs are in the right order."""
-        block, config = self._block(rankings), self.config
+        block = self._block(rankings)
         scores = self.run.model(block.tokens, block.key_mask, prompt_mask=block.prompt_mask, raw=True)
-        rows = scores.split([len(ranking.responses) for ranking in rankings])
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-        scores = pad_sequence(rows, batch_first=True)  # b k
-        # pairs in the order of itertools.combinations, row by row, as margins have it
-        pairs = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1).nonzero().T
-        row, better, worse = upload(pairs, scores.device)
-        mask = upload(mask, scores.device)
-        chosen, rejected = scores[row, better], scores[row, worse]
-        if self.loss == "ranking":
-            loss = ranking_loss(scores, mask, centering=config.centering, denominator=num_rankings)
-        elif self.loss == "plackett_luce":
-            loss = plackett_luce_loss(scores, mask, denominator=num_rankings)
-        else:
-            margins = torch.tensor([m for ranking in rankings for m in ranking.pair_margins])
-            margin = upload(margins, scores.device)
-            loss = bradley_terry_loss(
-                chosen, rejected, margin=margin, centering=config.centering, denominator=num_pairs
-            )
-        return loss, (chosen > rejected).sum()
+        return ranking_objective(scores, rankings, self.loss, centering=self.config.centering, denominator=denominator)
 
     def _label_loss(self, model: nn.Module, ratings: Sequence[Rating], num_ratings: int) -> Tensor:
         """Return the share of some ratings in the mean loss of `num_ratings`."""

@@ -211,6 +211,25 @@ def test_parts_of_a_step_add_up(loss):
     torch.testing.assert_close(total, loss(scores, mask), rtol=0, atol=1e-12)
 
 
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9), st.integers(0, 3)), min_size=1))
+def test_a_row_of_weight_n_counts_as_n_rows(rows):
+    scores = torch.tensor([row[:2] for row in rows], dtype=torch.float64)
+    counts = torch.tensor([count for *_, count in rows])
+    if not counts.any():
+        return
+    repeated, weights = scores.repeat_interleave(counts, dim=0), counts.double()
+    for loss in (ranking_loss, plackett_luce_loss, lambda scores, **options: bradley_terry_loss(*scores.T, **options)):
+        torch.testing.assert_close(loss(scores, weights=weights), loss(repeated), rtol=0, atol=1e-12)
+        torch.testing.assert_close(loss(scores, weights=weights, denominator=7), loss(repeated) * len(repeated) / 7)
+
+
+@pytest.mark.parametrize("loss", [ranking_loss, plackett_luce_loss], ids=lambda f: f.__name__)
+def test_a_row_of_one_completion_has_no_weight(loss):
+    scores, weights = doubles([1.0, 2.0, 3.0], [1.0, NAN, NAN]), doubles(0.5, 4.0)
+    mask = torch.tensor([[True] * 3, [True, False, False]])
+    torch.testing.assert_close(loss(scores, mask, weights=weights), loss(scores[:1]), rtol=0, atol=1e-12)
+
+
 def check_dpo(dpo_loss):
     chosen, rejected = doubles(-1.0, -4.0).requires_grad_(), doubles(-2.0, -3.0).requires_grad_()
     ref_chosen, ref_rejected = doubles(-1.5, -2.0), doubles(-1.0, -6.0)

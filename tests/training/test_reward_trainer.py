@@ -1,7 +1,9 @@
 """The trainer of reward models: its losses by their formulas, what it learns, what it refuses, what it measures."""
 
+import hashlib
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,6 +140,52 @@ def test_a_step_follows_its_formula_however_it_is_batched(tiny_model, loss, marg
         assert distance(followed, descent) < 1e-5
     right = [bool(a > b) for ranking in data for a, b in itertools.combinations(scores_of(model, ranking), 2)]
     assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("loss", ["ranking", "bradley_terry", "plackett_luce"])
+def test_a_ranking_of_weight_two_counts_as_two_rankings_and_one_of_weight_zero_as_none(tiny_model, loss):
+    data, weights = rankings(UNEVEN), [2, 1, 0, 3, 1, 0, 1, 2]
+    weighted = [replace(ranking, weight=weight) for ranking, weight in zip(data, weights, strict=True)]
+    repeated = [ranking for ranking, weight in zip(data, weights, strict=True) for _ in range(weight)]
+    settings = config(loss=loss, batch_size=len(repeated), **GRADIENT_DESCENT)
+    expected, descent = one_step(tiny_model(), repeated, settings)
+    unweighted, other = one_step(tiny_model(), data, replace(settings, batch_size=8))
+    assert abs(unweighted["loss"] - expected["loss"]) > 1e-3 and distance(other, descent) > 1e-4
+    for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
+        split = replace(settings, batch_size=batch_size, grad_accum=grad_accum)
+        for scale in (1, 0.125):  # weights are relative to each other, even if their sum is below 1
+            scaled = [replace(ranking, weight=ranking.weight * scale) for ranking in weighted]
+            metrics, followed = one_step(tiny_model(), scaled, split)
+            assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert distance(followed, descent) < 1e-5
+
+
+def test_a_step_without_weight_moves_nothing(tiny_model):
+    data = [replace(ranking, weight=weight) for ranking, weight in zip(rankings([2, 3]), [0, 1], strict=True)]
+    trainer = RewardModelTrainer(tiny_model(), train_data=data, config=config(batch_size=1, **GRADIENT_DESCENT))
+    losses = {}
+    for _ in range(2):
+        (place,) = trainer.sampler.draw(1)
+        trainer.sampler.num_drawn -= 1
+        before = [parameter.detach().clone() for parameter in trainer.reward_model.parameters()]
+        losses[place] = trainer.update()["loss"]
+        after = trainer.reward_model.parameters()
+        assert all(map(torch.equal, before, after)) == (place == 0)
+    assert losses[0] == 0 and losses[1] > 0
+
+
+def test_the_digest_of_data_without_weights_is_the_one_of_earlier_runs(tiny_model, tmp_path):
+    ranking = Ranking(torch.tensor([7, 8]), [torch.tensor([1, 2, 3]), torch.tensor([4])])
+    parts = [[7, 8], [1, 2, 3], [4]]
+    expected = hashlib.sha256(b"[0.0]")
+    for part in parts:
+        expected.update(len(part).to_bytes(8, "little") + np.array(part, dtype=np.int64).tobytes())
+    assert fingerprint([ranking]) == expected.hexdigest()
+    assert len({fingerprint([replace(ranking, weight=weight)]) for weight in (1, 1.0, 2, 0.5)}) == 3
+    list(RewardModelTrainer(tiny_model(), train_data=[ranking], config=config(), output_dir=tmp_path).steps())
+    with pytest.raises(ValueError, match="train_data has changed"):
+        changed = [replace(ranking, weight=2)]
+        RewardModelTrainer(tiny_model(), train_data=changed, config=config(), output_dir=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("data", [rankings([2, 3]), ratings(2)], ids=["rankings", "ratings"])
@@ -288,6 +336,9 @@ ONE, SAME_START = torch.tensor([1]), [torch.tensor([2, 3, 4]), torch.tensor([9])
         ({"train_data": [Ranking(ONE, [ONE])]}, r"train_data\[0\] has 1 responses"),
         ({"train_data": [Ranking(ONE, SAME_START, [1.0, 2.0])]}, "or 3: one for each pair"),
         ({"train_data": [Ranking(ONE, SAME_START, 1.0)]}, "choose bradley_terry"),
+        ({"train_data": [Ranking(ONE, SAME_START, weight=-1)]}, r"train_data\[0\] has the weight -1"),
+        ({"train_data": [Ranking(ONE, SAME_START, weight=math.inf)]}, r"train_data\[0\] has the weight inf"),
+        ({"train_data": [Ranking(ONE, SAME_START, weight=0)]}, "rankings of weight 0 only"),
         ({"train_data": [Ranking(ONE, [ONE, ONE[:0]])]}, r"response 1 of train_data\[0\] has the shape \(0,\)"),
         ({"train_data": [Ranking(torch.tensor([256]), SAME_START)]}, r"prompt of train_data\[0\]: token id 256"),
         ({"train_data": [*rankings([2]), Rating(ONE, ONE, 1)]}, "mixes Rankings and Ratings"),

@@ -4,6 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from itertools import combinations, takewhile
 from typing import Any
 
@@ -256,4 +257,4 @@ def fit_rankings(
         if len(kept) > 1:
             margins = dict(zip(combinations(range(len(responses)), 2), ranking.pair_margins))
             kept_margins = [margins[pair] for pair in combinations(kept, 2)]
-            yield Ranking(prompt, [responses[place] for place in kept], kept_margins)
+            yield replace(ranking, prompt=prompt, responses=[responses[place] for place in kept], margins=kept_margins)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -430,6 +431,11 @@ def test_margins_follow_the_responses_that_stay():
     assert [response.tolist() for response in found.responses] == [[1, 1], [2], [3]]
     assert found.pair_margins == [1.0, 3.0, 5.0]  # of the first, second and fourth
     assert rejected == {"equal after truncation": 3}
+
+
+def test_the_weight_stays_with_what_is_left_of_a_ranking():
+    (found,) = fit_rankings([replace(tensors([1], [1, 1, 1], [2], [1, 1, 2]), weight=0.25)], 3)
+    assert (found.weight, len(found.responses)) == (0.25, 2)
 
 
 def test_no_room_is_refused():
