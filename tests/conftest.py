@@ -41,9 +41,10 @@ NEEDS_DATA = "needs ../shared/data"
 NEEDS_PEERS = "needs the extra peers"
 NEEDS_CLIENTS = "needs the extra clients"
 NEEDS_TRITON = "needs a newer Triton"
+NEEDS_POSTGRES = "needs PostgreSQL"
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
-ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON)
+ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES)
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
