@@ -1,0 +1,1 @@
+"""Which pairs of answers people compare, and which prompts are held out."""
