@@ -15,7 +15,8 @@ class CollectionSettings:
     """How many trees are open, how large they become, and how many people look at each message."""
 
     max_open_trees: int = 10
-    """The most trees in prompt review or growing at once; while there are as many, nobody is asked for a prompt."""
+    """The most trees of a language in prompt review or growing at once; while there are as many, nobody is asked for a
+    prompt."""
 
     max_tree_size: int = 12
     """The most messages of a tree, the prompt included."""
@@ -24,7 +25,10 @@ class CollectionSettings:
     """The most replies above each other: replies to a message of this depth are not asked for."""
 
     max_children: int = 3
-    """The most replies of people to a prompt or a message of the assistant."""
+    """The most replies of people to a prompt, or to another message of a user."""
+
+    max_user_replies: int = 1
+    """The most replies of users to a message of the assistant."""
 
     num_model_replies: int = 1
     """Replies of the model to each message of a user, which are ranked among people's."""
@@ -37,6 +41,9 @@ class CollectionSettings:
 
     num_rankings: int = 3
     """People that rank the replies to a message."""
+
+    allow_own: bool = False
+    """Whether people may label, answer and rank their own messages: a collection of one person needs it."""
 
     min_replies_to_rank: int = 2
     """Fewer accepted replies than this are not ranked."""
