@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
+JSON_OR_NULL = JSON(none_as_null=True)  # None is the NULL that `is_(None)` finds, and not the text null
+
 
 def new_id() -> str:
     """Return a new random id."""
@@ -40,7 +42,7 @@ class UtcTime(TypeDecorator):
 class Base(DeclarativeBase):
     """The base of all tables."""
 
-    type_annotation_map = {str: Text, datetime: UtcTime, dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012
+    type_annotation_map = {str: Text, datetime: UtcTime, dict[str, Any]: JSON_OR_NULL, list[Any]: JSON_OR_NULL}  # noqa: RUF012
 
 
 def id_column() -> Any:

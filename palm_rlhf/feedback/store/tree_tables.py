@@ -13,13 +13,17 @@ from palm_rlhf.feedback.store.table_base import Base, id_column, reference, utc_
 
 
 class Tree(Base):
-    """A tree of messages; `state` is the newest of its events. `source` is people, or names the imported file."""
+    """A tree of messages; `state` is the newest of its events.
+
+    `source` is people for a tree that grew here, and names the file of an imported one. `ranked_by` is people or ai.
+    """
 
     __tablename__ = "trees"
     id: Mapped[str] = id_column()
     language: Mapped[str]
     state: Mapped[str] = mapped_column(index=True)
     source: Mapped[str] = mapped_column(default="people")
+    ranked_by: Mapped[str] = mapped_column(default="people")
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -52,6 +56,7 @@ class TreeMessage(Base):
     task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id", use_alter=True), unique=True)
     accepted: Mapped[bool | None]  # by the reviews; None before there are enough of them
     rank: Mapped[int | None]  # among its siblings, 0 is the best; None before they are ranked
+    imported: Mapped[dict[str, Any] | None]  # the fields of its record in the imported file that have no column here
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
