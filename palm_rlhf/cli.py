@@ -65,6 +65,11 @@ COMMANDS = {
         "online_dpo",
         "Improve a model by DPO, or another --loss of pairs, on its own replies, which rewards compare.",
     ),
+    "learn": Command(
+        "palm_rlhf.commands.learn_command",
+        "learn",
+        "Improve a model by what people said of its answers: a reward model, PPO, and a blind comparison with the old.",
+    ),
     "chat": Command(
         "palm_rlhf.serving.chat",
         "chat",

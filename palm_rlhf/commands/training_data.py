@@ -177,6 +177,16 @@ def read_prompt_rows(file: Path, model: ChatModel, *, with_columns: bool = False
     return rows
 
 
+@beartype
+def read_prompt_messages(file: Path) -> list[Messages]:
+    """Read the prompts of a file, of its records or of its lines, as messages; prompts with tools are left out."""
+    records = list(_prompt_records(file, with_columns=False))
+    kept = [record["prompt"] for record in records if not has_tools(record["prompt"], record.get("tools") or ())]
+    if left_out := len(records) - len(kept):
+        say(f"{file}: left out {left_out} prompts with tools")
+    return [[{"role": turn["role"], "content": turn["content"]} for turn in prompt] for prompt in kept]
+
+
 def _prompt_records(file: Path, with_columns: bool) -> Iterable[Record]:
     if file.suffix in TEXT_SUFFIXES:
         return ({"prompt": [{"role": "user", "content": x.strip()}]} for x in read_lines(file))
