@@ -11,6 +11,11 @@ from babel.support import NullTranslations, Translations
 SOURCE = "en"
 
 
+def N_(text: str) -> str:  # gettext's own name for it, which Babel looks for
+    """Mark a text for the catalogues, and return it as it is; a template translates it where it is shown."""
+    return text
+
+
 class Catalogues:
     """Translations by language, read from files `LANGUAGE.po`."""
 

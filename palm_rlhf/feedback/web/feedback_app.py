@@ -1,11 +1,13 @@
 """The feedback site as a FastAPI application, alone or below a path of another application."""
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
+from palm_rlhf import serving
 from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.store.database import StoreError
 from palm_rlhf.feedback.web import home_pages
@@ -22,6 +24,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+CHAT_PAGE = Path(serving.__file__).parent / "page"  # the feedback pages share its look, and its reader of Markdown
 ROUTERS = (home_pages.router,)
 
 
@@ -31,6 +34,7 @@ def create_feedback_app(site: Site) -> FastAPI:
     app.state.site = site
     for router in ROUTERS:
         app.include_router(router)
+    app.mount("/page", StaticFiles(directory=CHAT_PAGE), name="page")
     app.mount("/static", StaticFiles(directory=WEB / "static"), name="static")
     add_headers(app)
     add_refusals(app)

@@ -14,8 +14,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.web.catalogues import Catalogues
+from palm_rlhf.feedback.web.navigation import is_known, links_for
 
 WEB = Path(__file__).parent
+HTMX = {
+    "allowEval": False,
+    "historyCacheSize": 0,  # texts of people stay out of the browser's storage
+    "includeIndicatorStyles": False,  # an inline style, which the policy forbids
+    "refreshOnHistoryMiss": True,
+    "responseHandling": [  # refusals are pages too: the form again, with the error beside its field
+        {"code": "204", "swap": False},
+        {"code": "[2345]..", "swap": True},
+    ],
+    "selfRequestsOnly": True,
+}
 
 
 @dataclass
@@ -56,8 +68,8 @@ class Site:
     def render(self, request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page, in the visitor's language.
 
-        Templates have `request`, `visitor` (None before a login), `url(name, **path)`, `_()`, `language`, `direction`
-        (ltr or rtl), and the values.
+        Templates have `request`, `visitor` (None before a login), `url(name, **path)`, `is_known(name)` of routes,
+        `_()`, `language`, `direction` (ltr or rtl), and the values.
         """
         visitor = getattr(request.state, "visitor", None)
         language = self.catalogues.choose(
@@ -75,6 +87,11 @@ class Site:
             language=language,
             languages=self.catalogues.names,
             direction=self.catalogues.direction(language),
+            language_path=request.url.path if request.method == "GET" else request.url_for("home").path,
+            navigation=list(links_for(request, visitor)),
+            is_known=lambda name: is_known(request, name),
+            is_local=self.is_local,
+            htmx_config=HTMX,
             settings=self.settings,
             **values,
         )
