@@ -40,6 +40,7 @@ EXTRAS = {
         "python-multipart>=0.0.18",
         "scipy>=1.11",
         "sqlalchemy>=2.0.30",
+        "starlette>=0.40",
         "uvicorn[standard]>=0.30",
     ],
     "postgres": ["psycopg[binary]>=3.2"],
