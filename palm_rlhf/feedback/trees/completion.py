@@ -1,6 +1,5 @@
 """The way of a tree through its states, as its messages are reviewed, answered and ranked."""
 
-from collections.abc import Iterable
 from datetime import datetime
 
 from sqlalchemy import select
@@ -38,21 +37,32 @@ def advance(session: Session, tree: Tree, settings: CollectionSettings, now: dat
         growth = growing_trees(session, now, tree_id=tree.id)
         if all(shape.is_grown(settings) for shape in growth):
             enter(session, tree, RANKING, now)
-    if tree.state == RANKING:
-        sets = reply_sets(session, tree.id, settings)
-        ballots = {parent_id: _ballots(session, parent_id, replies) for parent_id, replies in sets.items()}
-        if all(len(orders) >= settings.num_rankings for orders in ballots.values()):
-            for parent_id, replies in sets.items():
-                order = ranked_pairs(ballots[parent_id])
-                for reply in replies:
-                    reply.rank = order.index(reply.id)
-            enter(session, tree, SCORED, now)
+    if tree.state == RANKING and all(
+        len(_ballots(session, parent_id)) >= settings.num_rankings for parent_id in reply_sets(session, tree, settings)
+    ):
+        merge_rankings(session, tree, settings)
+        enter(session, tree, SCORED, now)
 
 
-def reply_sets(session: Session, tree_id: str, settings: CollectionSettings) -> dict[str, list[TreeMessage]]:
+def merge_rankings(session: Session, tree: Tree, settings: CollectionSettings) -> None:
+    """Give the replies of a tree their ranks, from the rankings of each set by ranked pairs.
+
+    Replies that were withdrawn since a ranking are left out of it; a set without any ranking keeps its ranks.
+    """
+    for parent_id, replies in reply_sets(session, tree, settings).items():
+        ids = [reply.id for reply in replies]
+        ballots = [[reply for reply in order if reply in ids] for order in _ballots(session, parent_id)]
+        if ballots:
+            order = ranked_pairs(ballots)
+            for reply in replies:
+                reply.rank = order.index(reply.id)
+    session.flush()
+
+
+def reply_sets(session: Session, tree: Tree, settings: CollectionSettings) -> dict[str, list[TreeMessage]]:
     """Return the replies of a tree that are ranked, by the message that they answer."""
     query = select(TreeMessage).where(
-        TreeMessage.tree_id == tree_id,
+        TreeMessage.tree_id == tree.id,
         TreeMessage.role == "assistant",
         TreeMessage.accepted.is_(True),
         is_kept(TreeMessage),
@@ -64,8 +74,7 @@ def reply_sets(session: Session, tree_id: str, settings: CollectionSettings) -> 
     return {parent_id: replies for parent_id, replies in sets.items() if len(replies) >= settings.min_replies_to_rank}
 
 
-def _ballots(session: Session, parent_id: str, replies: Iterable[TreeMessage]) -> list[list[str]]:
-    """Return the rankings of replies, best first, without replies that were withdrawn since."""
-    kept = {reply.id for reply in replies}
+def _ballots(session: Session, parent_id: str) -> list[list[str]]:
+    """Return the rankings of the replies to a message, best first."""
     query = select(ReplyRanking.best_first).where(ReplyRanking.parent_id == parent_id, is_kept(ReplyRanking))
-    return [[reply for reply in order if reply in kept] for order in session.scalars(query)]
+    return list(session.scalars(query))

@@ -14,7 +14,7 @@ from palm_rlhf.feedback.trees.kept_rows import holds_a_slot, is_kept
 from palm_rlhf.feedback.trees.states import GROWING
 
 REPLY_KINDS = {"prompter": "reply_as_assistant", "assistant": "reply_as_user"}  # by the role of the message answered
-MODEL_TRIES = 4  # replies of the model to a message that may come out blank or as one that is there already
+SPARE_TRIES = 3  # replies of the model to a message that may come out blank, or the same as a reply that is there
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,17 @@ class Growth:
         for parent in self.messages:
             if parent.role == "prompter" and parent.accepted and parent.depth < settings.max_depth:
                 given = sum(reply.model_id is not None for reply in self._replies(parent))
-                tries = given + sum(reply.parent_id == parent.id for reply in self.refused)
-                missing = min(
-                    settings.num_model_replies - given, settings.num_model_replies + MODEL_TRIES - 1 - tries, room
-                )
+                tries_left = settings.num_model_replies + SPARE_TRIES - self.num_model_tries(parent)
+                missing = min(settings.num_model_replies - given, tries_left, room)
                 if missing > 0:
                     wanted.append((parent, missing))
                     room -= missing
         return wanted
+
+    def num_model_tries(self, parent: TreeMessage) -> int:
+        """Return how many replies to a message the model has generated, refused ones included."""
+        tries = [*self.messages, *self.refused]
+        return sum(reply.parent_id == parent.id and reply.model_id is not None for reply in tries)
 
     def reply_slots(self, settings: CollectionSettings) -> list[ReplySlot]:
         """Return the messages that want a person's reply; room for the replies of the model is kept free."""

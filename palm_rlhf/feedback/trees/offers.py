@@ -23,6 +23,8 @@ from palm_rlhf.feedback.trees.states import GROWING, PROMPT_REVIEW, RANKING
 KINDS = ("write_prompt", "label_prompt", "reply_as_user", "reply_as_assistant", "label_reply", "rank_replies")
 
 
+TEXT_KINDS = ("write_prompt", "reply_as_user", "reply_as_assistant")
+LABEL_KINDS = ("label_prompt", "label_reply")
 STATE_OF_KIND = {  # of the trees that have such tasks
     "label_prompt": PROMPT_REVIEW,
     "reply_as_user": GROWING,

@@ -14,11 +14,8 @@ from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Ta
 from palm_rlhf.feedback.trees.completion import advance, judge
 from palm_rlhf.feedback.trees.kept_rows import is_kept
 from palm_rlhf.feedback.trees.labels import check_labels
-from palm_rlhf.feedback.trees.offers import STATE_OF_KIND, candidates
+from palm_rlhf.feedback.trees.offers import LABEL_KINDS, STATE_OF_KIND, TEXT_KINDS, candidates
 from palm_rlhf.feedback.trees.states import OPEN_STATES, PROMPT_REVIEW, enter
-
-TEXT_KINDS = ("write_prompt", "reply_as_user", "reply_as_assistant")
-LABEL_KINDS = ("label_prompt", "label_reply")
 
 
 def submit_text(

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from palm_rlhf.feedback.store.tree_tables import Task, TreeMessage
 from palm_rlhf.feedback.trees.labels import REQUIRED, labels_of
+from palm_rlhf.feedback.trees.offers import LABEL_KINDS
 
 
 @dataclass(frozen=True)
@@ -31,36 +32,39 @@ class TaskView:
     kind: str
     language: str
     expires_at: datetime
-    thread: tuple[ShownMessage, ...] = ()
-    message: ShownMessage | None = None
-    replies: tuple[ShownMessage, ...] = ()
-    labels: tuple[str, ...] = ()
-    required_labels: tuple[str, ...] = ()
+    thread: tuple[ShownMessage, ...]
+    message: ShownMessage | None
+    replies: tuple[ShownMessage, ...]
+    labels: tuple[str, ...]
+    required_labels: tuple[str, ...]
 
 
 def task_view(session: Session, task: Task) -> TaskView:
     """Return the contents of a task's page."""
-    path = _path(session, task.message_id)
-    view = TaskView(task.id, task.kind, task.language, task.expires_at, tuple(map(_shown, path)))
-    if task.kind in ("label_prompt", "label_reply"):
-        labels = labels_of(path[-1].role)
-        return TaskView(
-            task.id, task.kind, task.language, task.expires_at, view.thread[:-1], view.thread[-1], (), labels, REQUIRED
-        )
-    if task.kind == "rank_replies":
-        replies = tuple(_shown(session.get_one(TreeMessage, reply)) for reply in task.shown or ())
-        return TaskView(task.id, task.kind, task.language, task.expires_at, view.thread, None, replies)
-    return view
+    thread = [_shown(message) for message in path_to(session, task.message_id)]
+    is_labelled = task.kind in LABEL_KINDS
+    message = thread.pop() if is_labelled else None
+    return TaskView(
+        task_id=task.id,
+        kind=task.kind,
+        language=task.language,
+        expires_at=task.expires_at,
+        thread=tuple(thread),
+        message=message,
+        replies=tuple(_shown(session.get_one(TreeMessage, reply)) for reply in task.shown or ()),
+        labels=() if message is None else labels_of(message.role),
+        required_labels=REQUIRED if is_labelled else (),
+    )
 
 
-def _shown(message: TreeMessage) -> ShownMessage:
-    return ShownMessage(message.id, message.role, message.text, message.language)
-
-
-def _path(session: Session, message_id: str | None) -> list[TreeMessage]:
-    """Return the messages from the prompt to a message."""
+def path_to(session: Session, message_id: str | None) -> list[TreeMessage]:
+    """Return the messages from the prompt to a message; none for None."""
     path: list[TreeMessage] = []
     while message_id is not None:
         path.insert(0, session.get_one(TreeMessage, message_id))
         message_id = path[0].parent_id
     return path
+
+
+def _shown(message: TreeMessage) -> ShownMessage:
+    return ShownMessage(message.id, message.role, message.text, message.language)
