@@ -61,13 +61,18 @@ class CollectionSettings:
     """Languages in which messages are collected."""
 
     random_share: float = 0.25
-    """The share of comparisons that show a random pair. Only they measure the accuracy of the reward model."""
+    """The share of random pairs among the comparisons from which the reward model learns."""
 
     held_out: float = 0.2
-    """The share of prompts whose votes are never trained on."""
+    """The share of prompts whose votes are never trained on, and of comparisons on them. Their pairs are random, and
+    measure the accuracy of the reward model."""
+
+    num_votes: int = 3
+    """People that compare each pair of a blind evaluation, and each pair of a held-out prompt."""
 
     def __post_init__(self) -> None:
-        for name in ("max_open_trees", "max_tree_size", "max_depth", "max_children", "num_reviews", "num_rankings"):
+        counts = ("max_open_trees", "max_tree_size", "max_depth", "max_children")
+        for name in (*counts, "num_reviews", "num_rankings", "num_votes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected at least 1")
         if self.min_replies_to_rank < 2:
@@ -75,5 +80,7 @@ class CollectionSettings:
         for name in ("min_acceptance", "random_share", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected a share, from 0 to 1")
+        if self.held_out == 1:
+            raise ValueError("got held_out=1, expected less: leave some prompts to train on")
         if not self.languages:
             raise ValueError("got no languages, expected at least one, such as en")
