@@ -76,7 +76,7 @@ COMMANDS = {
         "Talk with a model in the terminal: it remembers what was said, and its replies come word by word.",
     ),
     "serve": Command(
-        "palm_rlhf.serving.serve_command",
+        "palm_rlhf.commands.serve_command",
         "serve",
         "Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.",
     ),

@@ -31,7 +31,7 @@ SERVING = (  # the rooms of serving, lowest first
     {"served_model"},
     {"protocol"},
     {"http"},
-    {"access_options", "chat", "dialogue", "serve_command", "terminal"},
+    {"access_options", "chat", "dialogue", "terminal"},
 )
 ROOM_OF_AN_EXTRA = "feedback"  # its tables and pages are declared at import, by packages of the extra of its name
 MIGRATIONS = "feedback/store/migrations/versions"  # written once by Alembic, and never read from top to bottom

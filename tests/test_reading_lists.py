@@ -84,6 +84,7 @@ BESIDE = {
         "serving.http.api_keys": "who may use a server",
         "serving.http.fastapi_import": "an error where an extra is missing",
         "serving.http.middleware": "who may use a server, and the log",
+        "serving.http.page_files": "the files of the chat page",
         "serving.http.prometheus": "metrics",
         "serving.http.request_log": "the log",
     },

@@ -30,7 +30,7 @@ import tyro
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
 
-START = "import sys; from palm_rlhf.serving.serve_command import serve; import tyro; tyro.cli(serve, args=sys.argv[1:])"
+START = "import sys; from palm_rlhf.commands.serve_command import serve; import tyro; tyro.cli(serve)"
 OPTIONS = ("--port", "0", "--max-batch", "8", "--queue", "24", "--cache-memory", "64MB", "--prefix-memory", "4MB")
 OPTIONS += ("--write-timeout", "2", "--max-output", "20000")
 KEYS = ("operator", "one", "two", "three", "unfair")  # of clients, but for the first

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from palm_rlhf.serving.http.api_keys import ApiKeys
-from palm_rlhf.serving.http.app import PAGE
+from palm_rlhf.serving.http.page_files import PAGE
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -1,7 +1,6 @@
 """The OpenAI-compatible server as a FastAPI application."""
 
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from palm_rlhf import __version__
@@ -11,6 +10,7 @@ from palm_rlhf.serving.http.api_keys import ApiKeys
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
 from palm_rlhf.serving.http.handlers import Handlers
 from palm_rlhf.serving.http.middleware import AccessMiddleware, error_response, json_response
+from palm_rlhf.serving.http.page_files import FEEDBACK, add_page
 from palm_rlhf.serving.http.prometheus import Metrics
 from palm_rlhf.serving.http.request_bodies import RequestLimits
 from palm_rlhf.serving.protocol.engine_requests import Kind
@@ -20,9 +20,6 @@ from palm_rlhf.serving.protocol.responses_parameters import RESPONSE
 from palm_rlhf.serving.protocol.tokenize_api import DETOKENIZE, TOKENIZE
 from palm_rlhf.serving.served_model import ServedModel
 
-PAGE = Path(__file__).parents[1] / "page"
-# The page may only reach this server, so that no reply of a model can make it call others.
-PAGE_POLICY = "default-src 'self'; frame-ancestors 'none'"
 ERRORS = {
     400: "The request cannot be answered.",
     401: "The API key is missing or wrong.",
@@ -46,6 +43,7 @@ def create_app(
     api_keys: Sequence[str] | ApiKeys = (),
     limits: RequestLimits | None = None,
     access: Access | None = None,
+    feedback: Callable[[Handlers], Callable] | None = None,
 ) -> Any:
     """Return the FastAPI application; close the engine after it.
 
@@ -53,9 +51,10 @@ def create_app(
         api_keys: Keys, one of which every path under /v1 requires; without any, no key is required.
         limits: The limits of single requests.
         access: The hosts and origins that are answered; by default only those of this machine.
+        feedback: Makes the ASGI application of /feedback, which the chat page then uses, from the handlers of requests.
     """
     fastapi_module()  # an ImportError says how to install what is missing
-    from fastapi import FastAPI, Response
+    from fastapi import FastAPI
 
     keys = (
         api_keys
@@ -68,7 +67,9 @@ def create_app(
         """The application behind the middleware, which also sees the replies of FastAPI's own layers."""
 
         def build_middleware_stack(self) -> Callable:
-            return AccessMiddleware(super().build_middleware_stack(), keys, hosts_and_origins, metrics)
+            return AccessMiddleware(
+                super().build_middleware_stack(), keys, hosts_and_origins, metrics, has_feedback=feedback is not None
+            )
 
     handlers = Handlers(model, engine, metrics, limits or RequestLimits())
     # without FastAPI's pages about the API, which need a CDN
@@ -76,18 +77,9 @@ def create_app(
     add_protocol(app, handlers, secured=keys.secured)
     add_operations(app, handlers, metrics)
     add_errors(app)
-    if PAGE.is_dir():
-        from fastapi.staticfiles import StaticFiles
-
-        class PageFiles(StaticFiles):
-            """Files that a browser asks for again each time, so that it never mixes the files of two versions."""
-
-            def file_response(self, *args: Any, **kwargs: Any) -> Response:
-                response = super().file_response(*args, **kwargs)
-                response.headers["Cache-Control"] = "no-cache"
-                return response
-
-        app.mount("/page", PageFiles(directory=PAGE), name="page")
+    add_page(app, has_feedback=feedback is not None)
+    if feedback is not None:
+        app.mount(FEEDBACK, feedback(handlers))
     return app
 
 
@@ -155,7 +147,7 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
 
 
 def add_operations(app: Any, handlers: Handlers, metrics: Metrics) -> None:
-    """Add the page, and the paths by which a server is monitored."""
+    """Add the paths by which a server is monitored."""
     from fastapi import Response
 
     @app.get("/health", operation_id="health", **described(None))
@@ -173,14 +165,6 @@ def add_operations(app: Any, handlers: Handlers, metrics: Metrics) -> None:
     async def read_metrics() -> Response:
         text, content_type = metrics.page()
         return Response(text, media_type=content_type)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        file = PAGE / "index.html"
-        if not file.is_file():
-            raise ApiError(404, "there is no page here; the API is under /v1")
-        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
-        return Response(file.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
 
 def add_errors(app: Any) -> None:

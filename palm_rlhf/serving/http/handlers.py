@@ -63,10 +63,14 @@ class Handlers:
     async def generate(self, request: Any, kind: Kind) -> JsonReply | EventStream:
         """Answer a request for a chat completion, a completion or a response, whole or as a stream."""
         client = client_of(request.scope)
-        parsed, requests = await self._prepared(request, lambda body: self._parse(kind, body, client))
+        parsed, requests = await self.prepared(request, lambda body: self.parse(kind, read_json(body), client))
         writer = self._writer(kind, parsed)
-        if not parsed.stream:
-            return JsonReply(await self._while_connected(request, self._whole(writer, parsed, requests)))
+        if parsed.stream:
+            return self.stream(writer, parsed, requests)
+        return JsonReply(await self._while_connected(request, self._whole(writer, parsed, requests)))
+
+    def stream(self, writer: ReplyWriter, parsed: ParsedRequest, requests: list[Request]) -> EventStream:
+        """Return the replies to requests as a stream of events."""
         inbox = self._submit(requests, PATIENCE)
         return EventStream(self._events(writer, parsed, inbox), inbox.generations)
 
@@ -76,9 +80,8 @@ class Handlers:
         counting = (parsed.include_usage, parsed.continuous_usage, parsed.prompt_logprobs)
         return CompletionWriter(kind, self.model.name, self.model.tokenizer, *counting)
 
-    def _parse(self, kind: Kind, body: bytearray, client: str) -> tuple[ParsedRequest, list[Request]]:
+    def parse(self, kind: Kind, values: dict[str, Any], client: str) -> tuple[ParsedRequest, list[Request]]:
         """Return a parsed body, and its requests to the engine."""
-        values = read_json(body)
         check_counts(values, self.engine.context)
         parsed = READERS[kind](values)
         self._check_model(parsed.model)
@@ -94,7 +97,7 @@ class Handlers:
 
     async def score(self, request: Any) -> dict[str, Any]:
         """Return the reward model's scores of replies to a prompt."""
-        tokens, answers = await self._prepared(request, self._parse_score)
+        tokens, answers = await self.prepared(request, self._parse_score)
         work = self._scores(tokens, answers, client_of(request.scope))
         scores = await self._while_connected(request, work)
         num_tokens = len(tokens) + sum(map(len, answers))
@@ -118,11 +121,11 @@ class Handlers:
     async def tokenize(self, request: Any) -> dict[str, Any]:
         """Return the tokens of a text or a conversation."""
         context = self.engine.context
-        return await self._prepared(request, lambda body: tokenize(self.model, context, self._values(body, TOKENIZE)))
+        return await self.prepared(request, lambda body: tokenize(self.model, context, self._values(body, TOKENIZE)))
 
     async def detokenize(self, request: Any) -> dict[str, Any]:
         """Return the text of tokens."""
-        return await self._prepared(request, lambda body: detokenize(self.model, self._values(body, DETOKENIZE)))
+        return await self.prepared(request, lambda body: detokenize(self.model, self._values(body, DETOKENIZE)))
 
     def _values(self, body: bytearray, schema: dict[str, Any]) -> dict[str, Any]:
         """Return the checked entries of a body that need not name the model."""
@@ -163,7 +166,7 @@ class Handlers:
             raise ApiError(503, f"{taken} replies run and wait, as many as may", code="queue_full")
         return {**health, "status": "ready"}
 
-    async def _prepared(self, request: Any, work: Callable[[bytearray], Any]) -> Any:
+    async def prepared(self, request: Any, work: Callable[[bytearray], Any]) -> Any:
         """Return the result of some work on the body of a request, which runs in a thread."""
         client = client_of(request.scope)
         async with self.bodies.read(client, request.receive) as body:

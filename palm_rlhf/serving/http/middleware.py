@@ -8,6 +8,7 @@ from typing import Any
 
 from palm_rlhf.serving.http.access import Access
 from palm_rlhf.serving.http.api_keys import ApiKeys, KeyOwner
+from palm_rlhf.serving.http.page_files import FEEDBACK
 from palm_rlhf.serving.http.prometheus import Metrics
 from palm_rlhf.serving.http.request_log import RequestRecord, begin, note_reason
 from palm_rlhf.serving.protocol.errors import ApiError
@@ -25,10 +26,14 @@ class AccessMiddleware:
     `scope["palm_rlhf.client"]` is a short string, the same for all requests with one key, or from one address where no
     key was sent. The key cannot be found from it. Every reply has an `x-request-id`, which the log shows too. A HEAD
     request is answered as a GET without its body.
+
+    The pages of the feedback, where the server `has_feedback`, have logins and forms of their own, and so need neither
+    a key nor JSON; requests of the chat page (/feedback/chat) need both.
     """
 
-    def __init__(self, app: Callable, keys: ApiKeys, access: Access, metrics: Metrics):
+    def __init__(self, app: Callable, keys: ApiKeys, access: Access, metrics: Metrics, *, has_feedback: bool = False):
         self.app, self.keys, self.access, self.metrics = app, keys, access, metrics
+        self.has_feedback = has_feedback
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
@@ -59,7 +64,7 @@ class AccessMiddleware:
             record.key, scope[CLIENT] = owner.name, f"key {owner.id}"
         elif self.keys.secured and self._needs_key(scope["path"]):
             return error_response(unauthorized(headers))
-        if scope["method"] in WITH_BODY:
+        if scope["method"] in WITH_BODY and not self._is_page_of_feedback(scope["path"]):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if (
                 kind != "application/json"
@@ -88,7 +93,12 @@ class AccessMiddleware:
         return sending
 
     def _needs_key(self, path: str) -> bool:
-        return path not in OPEN_PATHS and not path.startswith("/page/")
+        is_open = path in OPEN_PATHS or path.startswith("/page/") or self._is_page_of_feedback(path)
+        return not is_open
+
+    def _is_page_of_feedback(self, path: str) -> bool:
+        _, first, *rest = [*path.split("/"), ""]
+        return self.has_feedback and f"/{first}" == FEEDBACK and rest[0] != "chat"
 
     def _owner(self, headers: Mapping[str, str]) -> KeyOwner | None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
