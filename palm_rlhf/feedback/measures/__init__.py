@@ -1,0 +1,1 @@
+"""Measures of the collected feedback: win rates, agreement, reliability, coverage and contributions."""
