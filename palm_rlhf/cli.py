@@ -65,6 +65,11 @@ COMMANDS = {
         "online_dpo",
         "Improve a model by DPO, or another --loss of pairs, on its own replies, which rewards compare.",
     ),
+    "collect": Command(
+        "palm_rlhf.feedback.collect_command",
+        "collect",
+        "Open a web site on which people write, label and rank messages, and compare answers of models.",
+    ),
     "learn": Command(
         "palm_rlhf.commands.learn_command",
         "learn",

@@ -1,6 +1,5 @@
 """The command ``palm-rlhf serve``."""
 
-import ipaddress
 import logging
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +8,7 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.serving.access_options import AccessOptions, num_bytes
+from palm_rlhf.serving.access_options import AccessOptions, is_loopback, num_bytes
 
 if TYPE_CHECKING:
     from palm_rlhf.serving.engine import EngineConfig
@@ -118,13 +117,3 @@ def serve_checkpoint(
             )
             with suppress(KeyboardInterrupt):  # Ctrl-C is how the server is stopped
                 server.run([listener])
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address is reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,5 +1,6 @@
 """The options of the serve command that say who may connect, and how much of the server a client may use."""
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,3 +101,13 @@ def num_bytes(name: str, size: str) -> int:
         return parse_size(size)
     except ValueError as error:
         raise ValueError(f'got {name}={size!r}, expected bytes, or a size such as "2GB" or "512MiB"') from error
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

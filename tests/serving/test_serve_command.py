@@ -17,8 +17,8 @@ import openai
 import pytest
 
 from palm_rlhf.cli import main
-from palm_rlhf.commands.serve_command import is_loopback, serve
-from palm_rlhf.serving.access_options import AccessOptions, num_bytes
+from palm_rlhf.commands.serve_command import serve
+from palm_rlhf.serving.access_options import AccessOptions, is_loopback, num_bytes
 
 RUN = "import sys, tyro; from palm_rlhf.commands.serve_command import serve; tyro.cli(serve, args=sys.argv[1:])"
 HELLO = [{"role": "user", "content": "Hello"}]

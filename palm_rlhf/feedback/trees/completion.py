@@ -8,15 +8,15 @@ from sqlalchemy.orm import Session
 from palm_rlhf.data.preferences.ranked_pairs_voting import ranked_pairs
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Tree, TreeMessage
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 from palm_rlhf.feedback.trees.growth import growing_trees
-from palm_rlhf.feedback.trees.kept_rows import is_kept
 from palm_rlhf.feedback.trees.labels import acceptance
 from palm_rlhf.feedback.trees.states import GROWING, LOW_GRADE, PROMPT_REVIEW, RANKING, SCORED, enter
 
 
 def judge(session: Session, message: TreeMessage, settings: CollectionSettings) -> None:
     """Accept or refuse a message once it has all of its reviews."""
-    query = select(MessageReview.labels).where(MessageReview.message_id == message.id, is_kept(MessageReview))
+    query = select(MessageReview.labels).where(MessageReview.message_id == message.id, not_withdrawn(MessageReview))
     reviews = list(session.scalars(query))
     if message.accepted is None and len(reviews) >= settings.num_reviews:
         message.accepted = acceptance(reviews) > settings.min_acceptance
@@ -65,7 +65,7 @@ def reply_sets(session: Session, tree: Tree, settings: CollectionSettings) -> di
         TreeMessage.tree_id == tree.id,
         TreeMessage.role == "assistant",
         TreeMessage.accepted.is_(True),
-        is_kept(TreeMessage),
+        not_withdrawn(TreeMessage),
     )
     sets: dict[str, list[TreeMessage]] = {}
     for reply in session.scalars(query.order_by(TreeMessage.created_at, TreeMessage.id)):
@@ -76,5 +76,5 @@ def reply_sets(session: Session, tree: Tree, settings: CollectionSettings) -> di
 
 def _ballots(session: Session, parent_id: str) -> list[list[str]]:
     """Return the rankings of the replies to a message, best first."""
-    query = select(ReplyRanking.best_first).where(ReplyRanking.parent_id == parent_id, is_kept(ReplyRanking))
+    query = select(ReplyRanking.best_first).where(ReplyRanking.parent_id == parent_id, not_withdrawn(ReplyRanking))
     return list(session.scalars(query))

@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.tree_tables import Task, Tree, TreeMessage
-from palm_rlhf.feedback.trees.kept_rows import holds_a_slot, is_kept
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 from palm_rlhf.feedback.trees.states import GROWING
+from palm_rlhf.feedback.trees.task_queries import holds_a_slot
 
 REPLY_KINDS = {"prompter": "reply_as_assistant", "assistant": "reply_as_user"}  # by the role of the message answered
 SPARE_TRIES = 3  # replies of the model to a message that may come out blank, or the same as a reply that is there
@@ -93,7 +94,7 @@ def growing_trees(
         wanted.append(Tree.language == language)
     if tree_id is not None:
         wanted.append(Tree.id == tree_id)
-    query = select(TreeMessage).join(Tree, TreeMessage.tree_id == Tree.id).where(*wanted, is_kept(TreeMessage))
+    query = select(TreeMessage).join(Tree, TreeMessage.tree_id == Tree.id).where(*wanted, not_withdrawn(TreeMessage))
     trees: dict[str, list[TreeMessage]] = {}
     for message in session.scalars(query.order_by(Tree.created_at, Tree.id, TreeMessage.depth, TreeMessage.created_at)):
         trees.setdefault(message.tree_id, []).append(message)

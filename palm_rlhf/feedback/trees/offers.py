@@ -10,15 +10,10 @@ from sqlalchemy.orm import Session, aliased
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Task, Tree, TreeMessage
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 from palm_rlhf.feedback.trees.growth import REPLY_KINDS, growing_trees
-from palm_rlhf.feedback.trees.kept_rows import (
-    holds_a_slot,
-    is_kept,
-    num_open_tasks_of,
-    num_rankings_of,
-    num_reviews_of,
-)
 from palm_rlhf.feedback.trees.states import GROWING, PROMPT_REVIEW, RANKING
+from palm_rlhf.feedback.trees.task_queries import holds_a_slot, num_open_tasks_of, num_rankings_of, num_reviews_of
 
 KINDS = ("write_prompt", "label_prompt", "reply_as_user", "reply_as_assistant", "label_reply", "rank_replies")
 
@@ -61,7 +56,7 @@ def candidates(
     if kind in REPLY_KINDS.values():
         return _replies_wanted(session, kind, settings, person, language, now)
     query = select(TreeMessage.id).join(Tree, TreeMessage.tree_id == Tree.id)
-    query = query.where(Tree.language == language, Tree.state == STATE_OF_KIND[kind], is_kept(TreeMessage))
+    query = query.where(Tree.language == language, Tree.state == STATE_OF_KIND[kind], not_withdrawn(TreeMessage))
     taken = num_open_tasks_of(kind, now)
     if kind == "rank_replies":
         enough = _num_replies() >= settings.min_replies_to_rank
@@ -98,7 +93,7 @@ def _replies_wanted(
 
 
 def _is_ranked(reply: Any, parent_id: Any) -> tuple[ColumnElement[bool], ...]:
-    return reply.parent_id == parent_id, reply.role == "assistant", reply.accepted.is_(True), is_kept(reply)
+    return reply.parent_id == parent_id, reply.role == "assistant", reply.accepted.is_(True), not_withdrawn(reply)
 
 
 def _num_replies() -> Any:

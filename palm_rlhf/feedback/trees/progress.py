@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Tree, TreeMessage
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 from palm_rlhf.feedback.trees.growth import growing_trees
-from palm_rlhf.feedback.trees.kept_rows import is_kept
 from palm_rlhf.feedback.trees.states import STATES
 
 WINDOWS = {"day": timedelta(days=1), "week": timedelta(days=7), "all": None}
@@ -56,12 +56,12 @@ def progress(session: Session, settings: CollectionSettings, *, language: str | 
     by_state = select(Tree.state, func.count()).where(*of_language).group_by(Tree.state)
     trees = dict(row.tuple() for row in session.execute(by_state))
     messages = select(TreeMessage.model_id.is_(None), func.count()).join(Tree, TreeMessage.tree_id == Tree.id)
-    messages = messages.where(is_kept(TreeMessage), *of_language).group_by(TreeMessage.model_id.is_(None))
+    messages = messages.where(not_withdrawn(TreeMessage), *of_language).group_by(TreeMessage.model_id.is_(None))
     of_people = {bool(people): number for people, number in session.execute(messages)}
     reviews = select(func.count()).select_from(MessageReview).join(TreeMessage)
-    reviews = reviews.join(Tree, TreeMessage.tree_id == Tree.id).where(is_kept(MessageReview), *of_language)
+    reviews = reviews.join(Tree, TreeMessage.tree_id == Tree.id).where(not_withdrawn(MessageReview), *of_language)
     rankings = select(func.count()).select_from(ReplyRanking).join(TreeMessage)
-    rankings = rankings.join(Tree, TreeMessage.tree_id == Tree.id).where(is_kept(ReplyRanking), *of_language)
+    rankings = rankings.join(Tree, TreeMessage.tree_id == Tree.id).where(not_withdrawn(ReplyRanking), *of_language)
     growth = growing_trees(session, now, language=language)
     return Progress(
         trees={state: trees.get(state, 0) for state in STATES},
@@ -81,7 +81,9 @@ def contributions(session: Session, window: str, now: datetime) -> list[Contribu
     length = WINDOWS[window]
 
     def counted(table: Any, *conditions: ColumnElement[bool]) -> dict[str, int]:
-        query = select(table.person_id, func.count()).where(table.person_id.is_not(None), is_kept(table), *conditions)
+        query = select(table.person_id, func.count()).where(
+            table.person_id.is_not(None), not_withdrawn(table), *conditions
+        )
         if length is not None:
             query = query.where(table.created_at > now - length)
         return dict(row.tuple() for row in session.execute(query.group_by(table.person_id)))

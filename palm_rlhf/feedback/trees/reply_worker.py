@@ -96,7 +96,10 @@ class ReplyWorker:
         return self._reply(wanted[0]) if wanted else 0
 
     def _reply(self, wanted: ReplyWanted) -> int:
-        prompt = self.model.encode_chat(wanted.conversation)
+        try:
+            prompt = self.model.encode_chat(wanted.conversation)
+        except ValueError as error:  # which will not change: the tree goes on without this reply
+            return self._add(wanted, "", {"refused": str(error)})
         room = min(self.max_new_tokens, self.engine.context - len(prompt))
         if room < 1:
             reason = f"the conversation has {len(prompt)} tokens, and the context {self.engine.context}"
@@ -104,13 +107,13 @@ class ReplyWorker:
         numbers = range(wanted.num_tries, wanted.num_tries + wanted.number)
         requests = [self._request(prompt, room, number) for number in numbers]
         self._running = self.engine.submit_all(requests)
-        if self._closed.is_set():  # `close` may have looked before there was anything to cancel
-            return 0
         num_added = 0
         for request, generation in zip(requests, self._running):
+            if self._closed.is_set():  # `close` may have looked before there was anything to cancel
+                generation.cancel()
             text = generation.text()
             if self._closed.is_set():
-                return 0
+                continue
             sampling = {**self.sampling.options, "max_new_tokens": room, "seed": self.seed, "index": request.index}
             num_added += self._add(wanted, text, {**sampling, "finish": generation.finish_reason})
         return num_added

@@ -11,8 +11,8 @@ from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Task, Tree, TreeMessage
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 from palm_rlhf.feedback.trees.completion import advance, judge
-from palm_rlhf.feedback.trees.kept_rows import is_kept
 from palm_rlhf.feedback.trees.labels import check_labels
 from palm_rlhf.feedback.trees.offers import LABEL_KINDS, STATE_OF_KIND, TEXT_KINDS, candidates
 from palm_rlhf.feedback.trees.states import OPEN_STATES, PROMPT_REVIEW, enter
@@ -128,7 +128,7 @@ def check_text(text: str, settings: CollectionSettings) -> str:
 
 def is_repeated(session: Session, text: str, parent: TreeMessage | None, language: str) -> bool:
     """Return whether a text is that of a sibling, or for a prompt, of another prompt of an open tree."""
-    query = select(TreeMessage.id).where(TreeMessage.text == text, is_kept(TreeMessage))
+    query = select(TreeMessage.id).where(TreeMessage.text == text, not_withdrawn(TreeMessage))
     if parent is None:
         query = query.join(Tree, TreeMessage.tree_id == Tree.id).where(TreeMessage.parent_id.is_(None))
         query = query.where(Tree.state.in_(OPEN_STATES), Tree.language == language)
@@ -175,7 +175,7 @@ def _is_wanted(session: Session, task: Task) -> bool:
     if task.message_id is None:
         return True
     query = select(Tree.state).join(TreeMessage, TreeMessage.tree_id == Tree.id)
-    state = session.scalars(query.where(TreeMessage.id == task.message_id, is_kept(TreeMessage))).first()
+    state = session.scalars(query.where(TreeMessage.id == task.message_id, not_withdrawn(TreeMessage))).first()
     return state == STATE_OF_KIND[task.kind]
 
 

@@ -10,8 +10,8 @@ from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.tree_tables import Task, TreeMessage
-from palm_rlhf.feedback.trees.kept_rows import holds_a_slot
 from palm_rlhf.feedback.trees.offers import KINDS, Candidate, candidates, ranked_replies
+from palm_rlhf.feedback.trees.task_queries import holds_a_slot
 
 # The weights by which Open-Assistant's tree manager draws a task among the kinds that there are
 REPLY_WEIGHT = 2.0  # of both kinds of replies together

@@ -1,17 +1,12 @@
-"""Conditions of queries that many rules share: rows that were not withdrawn, and tasks that hold a slot."""
+"""Parts of queries that many rules share: tasks that hold a slot, and what a message has so far."""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy import ColumnElement, func, select
 
-from palm_rlhf.feedback.store.learning_tables import Withdrawal
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Task, TreeMessage
-
-
-def is_kept(table: Any) -> ColumnElement[bool]:
-    """Return the condition that a row of a table was not withdrawn."""
-    return ~exists().where(Withdrawal.table == table.__tablename__, Withdrawal.row_id == table.id)
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 
 
 def holds_a_slot(now: datetime) -> ColumnElement[bool]:
@@ -21,13 +16,13 @@ def holds_a_slot(now: datetime) -> ColumnElement[bool]:
 
 def num_reviews_of() -> Any:
     """Return the number of reviews of a message, for a query of `TreeMessage`."""
-    kept = select(func.count()).where(MessageReview.message_id == TreeMessage.id, is_kept(MessageReview))
+    kept = select(func.count()).where(MessageReview.message_id == TreeMessage.id, not_withdrawn(MessageReview))
     return kept.correlate(TreeMessage).scalar_subquery()
 
 
 def num_rankings_of() -> Any:
     """Return the number of rankings of the replies to a message, for a query of `TreeMessage`."""
-    kept = select(func.count()).where(ReplyRanking.parent_id == TreeMessage.id, is_kept(ReplyRanking))
+    kept = select(func.count()).where(ReplyRanking.parent_id == TreeMessage.id, not_withdrawn(ReplyRanking))
     return kept.correlate(TreeMessage).scalar_subquery()
 
 
