@@ -1,33 +1,19 @@
-"""The database: opening it, bringing it up to date, and its transactions."""
+"""The database: opening it, and its transactions."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from alembic import command
-from alembic.config import Config
 from beartype import beartype
-from sqlalchemy import Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session
 
-MIGRATIONS = Path(__file__).parent / "migrations"
-WRITE_LOCK = 0x70616C6D  # of PostgreSQL's advisory locks: one writer at a time, as in SQLite
-BUSY_SECONDS = 30.0  # to wait for another writer
+from palm_rlhf.feedback.store.database_address import database_url, engine_of
+from palm_rlhf.feedback.store.migrating import MIGRATIONS, migrate
+from palm_rlhf.feedback.store.store_errors import BUSY, BUSY_SECONDS, StoreError, as_store_error
+from palm_rlhf.feedback.store.transactions import READ_ONLY, begin_reading, begin_writing
 
-
-class StoreError(RuntimeError):
-    """The database cannot keep what it was given; nothing of the transaction was kept."""
-
-
-@beartype
-def database_url(database: str | Path) -> str:
-    """Return the URL of a database: a URL as it is, and the path of a file as SQLite's."""
-    name = str(database)
-    if "://" in name:
-        return name.replace("postgresql://", "postgresql+psycopg://", 1)
-    return f"sqlite:///{name}"
+__all__ = ["MIGRATIONS", "Store", "StoreError"]
 
 
 class Store:
@@ -41,40 +27,51 @@ class Store:
     def __init__(self, database: str | Path):
         """Open a database, create it where there is none, and migrate an older one.
 
-        Raises ValueError for a URL that is not one of a database, and StoreError where it cannot be opened.
-        """
-        self.url = database_url(database)
-        try:
-            self.engine = _engine(self.url)
-        except (ArgumentError, ImportError) as error:
-            raise ValueError(
-                f"got the database {database!r}, expected a path, sqlite:///PATH, or postgresql://USER@HOST/NAME with "
-                f"palm-rlhf[postgres] installed ({error})"
-            ) from error
-        with _as_store_error():
-            self._migrate()
+        Raises ValueError for anything but a database of ours or a place for one, and StoreError where it cannot be
+        opened.
 
-    def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        with self.engine.connect() as connection:
-            _lock(connection)
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-            connection.commit()
+        Args:
+            database: A path, or a URL of SQLite or PostgreSQL.
+        """
+        url = database_url(database)
+        self.url = url.render_as_string(hide_password=False)
+        is_file = url.get_backend_name() == "sqlite"
+        self.name = str(url.database if is_file else url)  # for messages: without the password
+        self.engine = engine_of(url)
+        self._turn = threading.Lock()  # threads take turns in the order in which they came; processes wait for a lock
+        self._writer: int | None = None
+        self._reading_options = {} if is_file else READ_ONLY
+        try:
+            with as_store_error(self.name):
+                migrate(self.engine, self.name)
+        except BaseException:
+            self.engine.dispose()
+            raise
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """Yield a session that sees one state of the database."""
-        with _as_store_error(), Session(self.engine, expire_on_commit=False) as session:
+        """Yield a session that sees one state of the database, and can change nothing."""
+        with as_store_error(self.name), Session(self.engine, expire_on_commit=False) as session:
+            begin_reading(session.connection(execution_options=self._reading_options))
             yield session
+            if session.new or session.dirty or session.deleted:
+                raise RuntimeError("rows were changed while reading, and would be lost: change them in Store.writing")
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """Yield a session that alone may write; commit at the end, or keep nothing where an error is raised."""
-        with _as_store_error(), Session(self.engine, expire_on_commit=False) as session, session.begin():
-            _lock(session)
-            yield session
+        if self._writer == threading.get_ident():
+            raise RuntimeError("Store.writing within Store.writing would wait for itself: pass the session on")
+        if not self._turn.acquire(timeout=BUSY_SECONDS):
+            raise StoreError(f"the database {self.name} failed: {BUSY}")
+        try:
+            self._writer = threading.get_ident()
+            with as_store_error(self.name), Session(self.engine, expire_on_commit=False) as session, session.begin():
+                begin_writing(session.connection())
+                yield session
+        finally:
+            self._writer = None
+            self._turn.release()
 
     def close(self) -> None:
         """Close the connections."""
@@ -87,39 +84,3 @@ class Store:
     def __exit__(self, *_: object) -> None:
         """Close the connections."""
         self.close()
-
-
-def _engine(url: str) -> Engine:
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
-
-    @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # the driver begins no transaction by itself: `_lock` does
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")  # in WAL mode NORMAL may lose commits when power fails
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    return engine
-
-
-def _lock(executor: Any) -> None:
-    """Begin a transaction that alone may write."""
-    connection = executor.connection() if isinstance(executor, Session) else executor
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    else:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": WRITE_LOCK})
-
-
-@contextmanager
-def _as_store_error() -> Iterator[None]:
-    """Turn an error of the database or of its disk into a StoreError in words."""
-    try:
-        yield
-    except OperationalError as error:
-        raise StoreError(
-            f"the database failed ({error.orig}): nothing of this was kept; look whether its disk is full, and whether "
-            "it can be reached and written"
-        ) from error

@@ -1,5 +1,6 @@
-"""The base of all tables: ids, times and references."""
+"""The base of all tables: ids, times, texts, JSON and references, which both databases keep alike."""
 
+import json
 import uuid
 from datetime import datetime, timezone
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, mapped_column
 
-JSON_OR_NULL = JSON(none_as_null=True)  # None is the NULL that `is_(None)` finds, and not the text null
+from palm_rlhf.feedback.refusals import FeedbackError
 
 
 def new_id() -> str:
@@ -39,10 +40,60 @@ class UtcTime(TypeDecorator):
         return None if value is None else value.replace(tzinfo=timezone.utc)
 
 
+class CleanText(TypeDecorator):
+    """Text of characters that both databases and UTF-8 files keep."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Return the text; FeedbackError for one with the character U+0000 or half of a surrogate pair."""
+        if value is not None:
+            _check_characters(value)
+        return value
+
+
+class CleanJson(TypeDecorator):
+    """Values of JSON, with texts that are clean too; None is the NULL that `is_(None)` finds, not the text null."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(none_as_null=True)
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        """Return the value; FeedbackError for unclean text in it, ValueError for a number that is not finite."""
+        if value is not None:
+            text = json_text(value)
+            _check_characters(text.replace("\\\\", "").replace("\\u0000", "\0"))
+        return value
+
+    def coerce_compared_value(self, op: Any, value: Any) -> Any:
+        """Return the type of a part of the value, in a query."""
+        return self.impl_instance.coerce_compared_value(op, value)
+
+
+def json_text(value: Any) -> str:
+    """Return JSON as the databases keep it; ValueError for NaN and infinities, which PostgreSQL refuses."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _check_characters(text: str) -> None:
+    if "\0" in text:
+        raise FeedbackError("got a text with the character U+0000, which no database keeps: remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FeedbackError(
+            f"got a text with the character {error.object[error.start]!a}, half of a surrogate pair: remove it"
+        ) from None
+
+
 class Base(DeclarativeBase):
     """The base of all tables."""
 
-    type_annotation_map = {str: Text, datetime: UtcTime, dict[str, Any]: JSON_OR_NULL, list[Any]: JSON_OR_NULL}  # noqa: RUF012
+    type_annotation_map = {str: CleanText, datetime: UtcTime, dict[str, Any]: CleanJson, list[Any]: CleanJson}  # noqa: RUF012
 
 
 def id_column() -> Any:

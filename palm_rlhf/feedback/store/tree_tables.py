@@ -6,7 +6,7 @@ A contribution is written once and never changed; a withdrawal is a row of its o
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, UniqueConstraint
+from sqlalchemy import ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from palm_rlhf.feedback.store.table_base import Base, id_column, reference, utc_now
@@ -53,7 +53,7 @@ class TreeMessage(Base):
     person_id: Mapped[str | None] = reference("people.id", nullable=True)
     model_id: Mapped[str | None] = reference("models.id", nullable=True)
     sampling: Mapped[dict[str, Any] | None]
-    task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id", use_alter=True), unique=True)
+    task_id: Mapped[str | None] = mapped_column(String(36), unique=True)  # no foreign key: tasks refer to messages
     accepted: Mapped[bool | None]  # by the reviews; None before there are enough of them
     rank: Mapped[int | None]  # among its siblings, 0 is the best; None before they are ranked
     imported: Mapped[dict[str, Any] | None]  # the fields of its record in the imported file that have no column here
