@@ -77,7 +77,7 @@ def add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(StoreError)
     async def not_kept(request: Request, error: StoreError) -> Response:
-        return answer(request, str(error), 507)
+        return answer(request, str(error), error.status)
 
     @app.exception_handler(404)
     async def unknown(request: Request, _: Exception) -> Response:
