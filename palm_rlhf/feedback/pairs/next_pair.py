@@ -82,7 +82,8 @@ def _choose(
     if pool.purpose == "evaluation":
         pair = evaluation_pair(pool.unseen, settings.num_votes, rng)
         return None if pair is None else (pair, "random")
-    held_out, trained = [], []
+    held_out: list[CandidatePair] = []
+    trained: list[CandidatePair] = []
     for pair in pool.unseen:
         (held_out if is_held_out(pair.prompt_key, settings) else trained).append(pair)
     measured = held_out_pair(held_out, settings.num_votes, rng)
