@@ -13,6 +13,7 @@ from typing import Any
 from beartype import beartype
 from sqlalchemy.orm import Session
 
+from palm_rlhf.evaluation.measures.model_folders import default_device
 from palm_rlhf.feedback.learning.model_answers import Scorer, compare, fill_pool
 from palm_rlhf.feedback.learning.policy_improvement import improve_policy, register_policy
 from palm_rlhf.feedback.learning.reward_fitting import fit_reward_model
@@ -39,6 +40,10 @@ from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.learning_settings import LearningSettings
 
 POLL_SECONDS = 2.0  # between looks at the database while votes are wanted
+OF_ANSWERS = (  # settings that a round keeps from its first answer on; the others, from the time when it has its votes
+    *("output_dir", "seed", "num_prompts", "num_answers", "num_evaluations", "max_new_tokens", "temperature", "top_p"),
+    *("max_seq_len", "held_out"),
+)
 
 
 @beartype
@@ -92,7 +97,7 @@ def run_round(
     """Complete a round, a new one or one that was begun before; return its number, its model and its main figures.
 
     Raises ValueError for a round that was begun with other settings, from another model, or in another folder, and
-    where there is nothing to learn from.
+    where there is nothing to learn from. Settings of training can change until the round has its votes.
 
     Args:
         store: The database.
@@ -143,9 +148,14 @@ def _begin(
             row = Round(number=number, base_model_id=newest_model(session, first), settings=kept)
             session.add(row)
             session.flush()
+            if (folder := folder_of(output_dir, row)).exists():
+                raise FileExistsError(
+                    f"{folder} is of another database's round {row.number}, expected no such folder: choose another "
+                    "output_dir, or move it away"
+                )
         else:
-            _require_same(session, row, first, kept)
-        folder = output_dir / f"round-{row.number:03d}"
+            _go_on(session, row, first, kept)
+        folder = folder_of(output_dir, row)
         known = session.get(KnownModel, row.base_model_id)
         assert known is not None and known.folder is not None  # rounds begin with models that have been registered
         say(f"round {row.number} begins with the model in {known.folder}; saved to {folder}")
@@ -163,8 +173,13 @@ def _begin(
         )
 
 
-def _require_same(session: Session, row: Round, first: str, kept: dict[str, Any]) -> None:
-    """Raise ValueError unless an unfinished round is of this model, these settings and this folder."""
+def folder_of(output_dir: Path, row: Round) -> Path:
+    """Return the folder of a round."""
+    return output_dir / f"round-{row.number:03d}"
+
+
+def _go_on(session: Session, row: Round, first: str, kept: dict[str, Any]) -> None:
+    """Give an unfinished round its settings. Raises ValueError if it needs others, or is of another model or folder."""
     if all(row.id != each.id for each in rounds_from(session, first)):
         known = session.get(KnownModel, row.base_model_id)
         raise ValueError(
@@ -173,12 +188,14 @@ def _require_same(session: Session, row: Round, first: str, kept: dict[str, Any]
         )
     defaults = {field.name: field.default for field in fields(LearningSettings)}
     there = {**defaults, **row.settings}
-    if changed := [name for name in kept if there[name] != kept[name]]:
+    fixed = kept if "votes" in events_of(session, row.id) else OF_ANSWERS
+    if changed := [name for name in fixed if there[name] != kept[name]]:
         got, expected = ([f"{name}={values[name]}" for name in changed] for values in (kept, there))
         raise ValueError(
             f"got {got} for round {row.number}, which was begun with {expected}: complete it with these values, and "
             "give others for the round after it"
         )
+    row.settings = kept
 
 
 def _answer(context: RoundContext, prompts: Sequence[Messages]) -> dict[str, Any]:
@@ -194,8 +211,8 @@ def _scorer(context: RoundContext) -> Scorer | None:
             if row.number < context.number and "reward" in (events := events_of(session, row.id)):
                 if events.get("model", {}).get("model") != context.base_id:
                     continue
-                folder = Path(row.settings["output_dir"]) / f"round-{row.number:03d}" / REWARD / MODEL
-                return Scorer(row.id, RewardModel.from_pretrained(folder))
+                folder = folder_of(Path(row.settings["output_dir"]), row) / REWARD / MODEL
+                return Scorer(row.id, RewardModel.from_pretrained(folder, device=default_device()))
     return None
 
 

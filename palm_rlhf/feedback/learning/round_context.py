@@ -9,6 +9,7 @@ from typing import cast
 from beartype import beartype
 
 from palm_rlhf.data.conversation import Template, end_of_turn
+from palm_rlhf.evaluation.measures.model_folders import default_device
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.model.files import sync
 from palm_rlhf.model.palm import PaLM
@@ -58,7 +59,7 @@ class RoundContext:
 
     def open_reward_model(self) -> RewardModel:
         """Open the reward model that the round has trained."""
-        return RewardModel.from_pretrained(self.folder / REWARD / MODEL)
+        return RewardModel.from_pretrained(self.folder / REWARD / MODEL, device=default_device())
 
 
 @beartype
