@@ -8,11 +8,15 @@ from palm_rlhf.feedback.store.table_base import Base, id_column, reference, utc_
 
 
 class Participant(Base):
-    """Somebody who contributes; `role` is contributor, moderator or admin."""
+    """Somebody who contributes; `role` is contributor, moderator or admin.
+
+    `name_key` is the name as logins compare it. A deleted person has an empty name, and None as its key.
+    """
 
     __tablename__ = "people"
     id: Mapped[str] = id_column()
     name: Mapped[str]
+    name_key: Mapped[str | None] = mapped_column(unique=True)
     role: Mapped[str]
     password_hash: Mapped[str | None]
     language: Mapped[str | None]

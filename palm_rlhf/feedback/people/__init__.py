@@ -1,0 +1,1 @@
+"""Accounts of people: invitations, passwords, logins, limits and deletion."""
