@@ -2,8 +2,13 @@
 
 
 class FeedbackError(ValueError):
-    """A request that is refused; `status` is its HTTP status."""
+    """A request that is refused.
 
-    def __init__(self, message: str, status: int = 400):
+    Args:
+        status: Its HTTP status.
+        retry_after: Seconds after which the same request may be answered, where waiting helps.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, retry_after: float | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after

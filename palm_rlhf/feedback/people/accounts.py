@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import exists, select, update
 from sqlalchemy.orm import Session
 
-from palm_rlhf.feedback.people.passwords import Passwords
+from palm_rlhf.feedback.people.passwords import Passwords, check_password
 from palm_rlhf.feedback.people.roles import check_role
 from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.store.people_tables import LoginSession, Participant
@@ -27,7 +27,7 @@ def add_person(session: Session, name: str, role: str, now: datetime, *, languag
 
 
 def set_name(session: Session, person: Participant, name: str) -> None:
-    """Give a person a name; FeedbackError for a name that another person has, and for one that `checked_name` refuses."""
+    """Give a person a name; FeedbackError for a name that somebody else has, or that `checked_name` refuses."""
     name = checked_name(name)
     key = name_key(name)
     with session.no_autoflush:
@@ -70,7 +70,7 @@ def has_accounts(session: Session) -> bool:
 
 
 def local_person(session: Session, now: datetime) -> Participant:
-    """Return the one person of a site without accounts, an admin without a password, who is added where there is none."""
+    """Return the one person of a site without accounts: an admin without a password, added where there is none."""
     query = select(Participant).where(
         Participant.role == "admin", Participant.password_hash.is_(None), Participant.deleted_at.is_(None)
     )
@@ -123,11 +123,12 @@ def set_password(session: Session, person: Participant, password_hash: str, now:
 
 
 def set_admin(session: Session, name: str, password: str, passwords: Passwords, now: datetime) -> Participant:
-    """Return the admin of a name with a password, who is added where there is none, and given the password where not."""
+    """Return the admin of a name and a password, after adding the person or changing the password where needed."""
     person = person_of_name(session, name) or add_person(session, name, "admin", now)
     person.role = "admin"
     if not passwords.verify(password, person.password_hash):
-        set_password(session, person, passwords.hash(password, name), now)
+        check_password(password, password, name)
+        set_password(session, person, passwords.hash(password), now)
     return person
 
 

@@ -26,9 +26,7 @@ def invite(
     check_role(role)
     secret = secrets.token_urlsafe(24)
     creator = None if created_by is None else created_by.id
-    row = Invitation(
-        secret_hash=hash_of(secret), role=role, created_by=creator, created_at=now, expires_at=now + lasts
-    )
+    row = Invitation(secret_hash=hash_of(secret), role=role, created_by=creator, created_at=now, expires_at=now + lasts)
     session.add(row)
     return secret
 

@@ -40,18 +40,10 @@ class Passwords:
         """A hash of no password that anybody could have, of this cost."""
         return self._hasher.hash("\0")
 
-    def hash(self, password: str, name: str) -> str:
-        """Return the hash of a new password of a person; FeedbackError for one that is too short, too long, or the name.
-
-        The salt is random, and a part of the hash.
-        """
-        password = _normalized(password)
-        if not FEWEST <= len(password) <= MOST:
-            raise FeedbackError(f"got a password of {len(password)} characters, expected {FEWEST} to {MOST}", 422)
-        if password.casefold() == name.casefold() or len(set(password)) < 3:
-            raise FeedbackError("this password is easily guessed: choose another one", 422)
+    def hash(self, password: str) -> str:
+        """Return the hash of a password; its salt is random, and a part of it."""
         with AT_ONCE:
-            return self._hasher.hash(password)
+            return self._hasher.hash(_normalized(password))
 
     def verify(self, password: str, hashed: str | None) -> bool:
         """Return whether a password is that of a hash; it takes as long where there is no hash (None)."""
@@ -66,6 +58,20 @@ class Passwords:
     def is_outdated(self, hashed: str) -> bool:
         """Return whether a hash was made at another cost."""
         return self._hasher.check_needs_rehash(hashed)
+
+
+def check_password(password: str, again: str, name: str) -> None:
+    """Check a new password, which was typed twice.
+
+    Raises FeedbackError for one that is too short or too long, that is easily guessed, or that was mistyped.
+    """
+    length = len(_normalized(password))
+    if not FEWEST <= length <= MOST:
+        raise FeedbackError(f"got a password of {length} characters, expected {FEWEST} to {MOST}", 422)
+    if password.casefold() == name.strip().casefold() or len(set(password)) < 3:
+        raise FeedbackError("this password is easily guessed: choose another one", 422)
+    if password != again:
+        raise FeedbackError("the two passwords differ: type the same one twice", 422)
 
 
 def _normalized(password: str) -> str:

@@ -11,10 +11,13 @@ from fastapi.responses import HTMLResponse
 from itsdangerous import URLSafeTimedSerializer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from palm_rlhf.feedback.people.passwords import Passwords
+from palm_rlhf.feedback.people.rate_limits import SiteLimits, Throttle
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.web.catalogues import Catalogues
 from palm_rlhf.feedback.web.navigation import is_known, links_for
+from palm_rlhf.serving.http.access import Access
 
 WEB = Path(__file__).parent
 HTMX = {
@@ -34,14 +37,23 @@ HTMX = {
 class Site:
     """A feedback site; an application's `app.state.site`.
 
-    `is_local` is whether a visitor without a login is the one local person, as on a server that only this machine
-    reaches and that has no people set up.
+    `is_local` is whether only this machine reaches the site: until somebody has a password, a visitor without a login
+    is then the one local person. `access` names the hosts by which the site is known; any other is refused, or a page
+    of another site could point its own name here and speak as the local person.
     """
 
     store: Store
     settings: CollectionSettings = field(default_factory=CollectionSettings)
     secret: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     is_local: bool = False
+    access: Access = field(default_factory=Access)
+    limits: SiteLimits = field(default_factory=SiteLimits)
+    passwords: Passwords = field(default_factory=Passwords)
+
+    @cached_property
+    def throttle(self) -> Throttle:
+        """The counts of requests and of wrong passwords."""
+        return Throttle(self.limits)
 
     @cached_property
     def catalogues(self) -> Catalogues:
@@ -90,7 +102,7 @@ class Site:
             language_path=request.url.path if request.method == "GET" else request.url_for("home").path,
             navigation=list(links_for(request, visitor)),
             is_known=lambda name: is_known(request, name),
-            is_local=self.is_local,
+            is_local=visitor is not None and visitor.person.password_hash is None,
             htmx_config=HTMX,
             settings=self.settings,
             **values,

@@ -1,24 +1,25 @@
-"""Who sends a request: sessions in signed cookies, and tokens that show that a form came from a page of ours."""
+"""Who sends a request, and whether the form came from a page of ours.
+
+A route declares who may use it by the type of an argument: `Visiting` and `Sending` are everybody's who has logged in,
+`Moderating` and `ModeratorSending` need a moderator, `Administering` and `AdminSending` an admin; `AnyGuest` and
+`GuestSending` are of the pages before a login. The types with Sending are for requests that change something.
+"""
 
 import hmac
+import secrets
+import time
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Annotated
 
-from fastapi import Depends, Request, Response
-from itsdangerous import BadData
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from fastapi import Depends, Request
 
+from palm_rlhf.feedback.people.accounts import has_accounts, live_session, local_person, open_session
+from palm_rlhf.feedback.people.roles import has_role
 from palm_rlhf.feedback.refusals import FeedbackError
-from palm_rlhf.feedback.store.people_tables import LoginSession, Participant
+from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.table_base import utc_now
+from palm_rlhf.feedback.web.session_cookies import form_token, read_cookie
 from palm_rlhf.feedback.web.site import Site, site_of
-
-COOKIE = "palm_rlhf_session"
-LASTS = timedelta(days=30)
-LOCAL_NAME = "local"
-ROLES = ("contributor", "moderator", "admin")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,14 @@ class Visitor:
 
     def has_role(self, role: str) -> bool:
         """Return whether the person may do what `role` may do."""
-        return ROLES.index(self.person.role) >= ROLES.index(role)
+        return has_role(self.person, role)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A browser before a login, with the token that its forms have to send."""
+
+    form_token: str
 
 
 class LoginNeeded(FeedbackError):
@@ -41,79 +49,107 @@ class LoginNeeded(FeedbackError):
         super().__init__("log in first", 401)
 
 
-def begin_session(site: Site, session: Session, person: Participant, response: Response) -> LoginSession:
-    """Open a session of a person, and put its signed id into the response's cookie."""
-    login = LoginSession(person_id=person.id, expires_at=utc_now() + LASTS)
-    session.add(login)
-    session.flush()
-    set_cookie(site, response, login.id)
-    return login
-
-
-def set_cookie(site: Site, response: Response, session_id: str) -> None:
-    """Put the signed id of a session into a response's cookie."""
-    value = site.serializer("session").dumps(session_id)
-    response.set_cookie(COOKIE, value, max_age=int(LASTS.total_seconds()), httponly=True, samesite="lax", path="/")
-
-
-def form_token(site: Site, session_id: str) -> str:
-    """Return the token of the forms of a session."""
-    return hmac.new(site.secret.encode(), f"form:{session_id}".encode(), "sha256").hexdigest()
-
-
-def visitor_of(request: Request, response: Response) -> Visitor:
+def visitor_of(request: Request) -> Visitor:
     """Return who sends a request; LoginNeeded for nobody.
 
     A request that changes something needs the session's token, in the form's field `token` or in the header
     `X-Form-Token`; `checked_form` checks it.
     """
     site = site_of(request)
-    found = _known_visitor(site, request)
-    if found is None:
-        if not site.is_local:
-            raise LoginNeeded
-        with site.store.writing() as session:
-            person = session.scalars(select(Participant).where(Participant.name == LOCAL_NAME)).first()
-            if person is None:
-                person = Participant(name=LOCAL_NAME, role="admin")
-                session.add(person)
-                session.flush()
-            login = begin_session(site, session, person, response)
-            found = Visitor(person, login.id, form_token(site, login.id))
-        request.state.new_session = found.session_id
+    found = known_visitor(site, request) or _local_visitor(site, request)
+    site.throttle.count_request(found.person.id, time.monotonic())
     request.state.visitor = found
     return found
 
 
-def _known_visitor(site: Site, request: Request) -> Visitor | None:
-    """Return the visitor of the request's cookie, or None where there is none or it has ended."""
-    cookie = request.cookies.get(COOKIE)
-    if not cookie:
-        return None
-    try:
-        session_id = site.serializer("session").loads(cookie, max_age=int(LASTS.total_seconds()))
-    except BadData:
+def known_visitor(site: Site, request: Request) -> Visitor | None:
+    """Return the visitor of the request's cookie, or None where there is none or its session has ended."""
+    session_id = read_cookie(site, request, "session")
+    if session_id is None:
         return None
     with site.store.reading() as session:
-        login = session.get(LoginSession, session_id)
-        if login is None or login.ended_at is not None or login.expires_at <= utc_now():
-            return None
-        person = session.get(Participant, login.person_id)
-        if person is None or person.deleted_at is not None:
-            return None
-        return Visitor(person, login.id, form_token(site, login.id))
+        found = live_session(session, session_id, utc_now())
+    return None if found is None else Visitor(found[1], session_id, form_token(site, "session", session_id))
+
+
+def _local_visitor(site: Site, request: Request) -> Visitor:
+    """Return the one local person of a site that nobody else reaches, in a new session."""
+    if not site.is_local:
+        raise LoginNeeded
+    with site.store.writing() as session:
+        if has_accounts(session):
+            raise LoginNeeded
+        now = utc_now()
+        person = local_person(session, now)
+        login = open_session(session, person, now)
+    request.state.new_session = login.id
+    return Visitor(person, login.id, form_token(site, "session", login.id))
 
 
 async def checked_form(request: Request, visitor: Annotated[Visitor, Depends(visitor_of)]) -> Visitor:
     """Return who sends a form; FeedbackError without the token of the session's own pages."""
+    await _check_token(request, visitor.form_token)
+    return visitor
+
+
+def guest_of(request: Request) -> Guest:
+    """Return the browser that opens a page before a login; it gets a cookie, to which the page's form is bound."""
+    site = site_of(request)
+    guest_id = read_cookie(site, request, "guest")
+    if guest_id is None:
+        guest_id = request.state.new_guest = secrets.token_urlsafe(16)
+    return Guest(form_token(site, "guest", guest_id))
+
+
+async def checked_guest_form(request: Request, guest: Annotated[Guest, Depends(guest_of)]) -> Guest:
+    """Return the browser that sends a form before a login; FeedbackError without the token of its own page."""
+    await _check_token(request, guest.form_token)
+    return guest
+
+
+async def _check_token(request: Request, expected: str) -> None:
     token = request.headers.get("x-form-token")
     if token is None and not request.headers.get("content-type", "").startswith("application/json"):
         value = (await request.form()).get("token")
         token = value if isinstance(value, str) else None
-    if token is None or not hmac.compare_digest(token.encode(), visitor.form_token.encode()):
+    if token is None or not hmac.compare_digest(token.encode(), expected.encode()):
         raise FeedbackError("this form is not of this session: load the page again", 403)
-    return visitor
+
+
+class NeedsRole:
+    """A dependency that lets visitors of a role pass."""
+
+    def __init__(self, role: str):
+        self.role = role
+
+    def check(self, visitor: Visitor) -> Visitor:
+        """Return the visitor; FeedbackError for one without the role."""
+        if not visitor.has_role(self.role):
+            raise FeedbackError(f"only a person with the role {self.role} may do this", 403)
+        return visitor
+
+
+class PageOfRole(NeedsRole):
+    """A dependency of pages that need a role."""
+
+    def __call__(self, visitor: Annotated[Visitor, Depends(visitor_of)]) -> Visitor:
+        """Return the visitor; FeedbackError for one without the role."""
+        return self.check(visitor)
+
+
+class FormOfRole(NeedsRole):
+    """A dependency of forms that need a role."""
+
+    def __call__(self, visitor: Annotated[Visitor, Depends(checked_form)]) -> Visitor:
+        """Return the visitor; FeedbackError for one without the role."""
+        return self.check(visitor)
 
 
 Visiting = Annotated[Visitor, Depends(visitor_of)]  # of pages
 Sending = Annotated[Visitor, Depends(checked_form)]  # of forms
+Moderating = Annotated[Visitor, Depends(PageOfRole("moderator"))]
+ModeratorSending = Annotated[Visitor, Depends(FormOfRole("moderator"))]
+Administering = Annotated[Visitor, Depends(PageOfRole("admin"))]
+AdminSending = Annotated[Visitor, Depends(FormOfRole("admin"))]
+AnyGuest = Annotated[Guest, Depends(guest_of)]
+GuestSending = Annotated[Guest, Depends(checked_guest_form)]
