@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -15,8 +16,7 @@ from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.store.identities import remember_model, weights_digest
 from palm_rlhf.feedback.trees.reply_worker import ReplyWorker
 from palm_rlhf.feedback.web.feedback_app import create_feedback_app
-from palm_rlhf.feedback.web.host_check import HostCheck
-from palm_rlhf.feedback.web.site import Site
+from palm_rlhf.feedback.web.site_setup import first_words, opened_site
 from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.ops.sampling import UncheckedSampling
 from palm_rlhf.serving.access_options import AccessOptions, is_loopback
@@ -43,6 +43,8 @@ def collect(
     seed: int = 0,
     allowed_hosts: tuple[str, ...] = (),
     forwarded_allow_ips: str = "",
+    secret_file: Path | None = None,
+    admin_password_file: Path | None = None,
 ) -> None:
     """Open a web site on which people write, label and rank messages, and compare answers of models.
 
@@ -72,6 +74,11 @@ def collect(
             unless some are given.
         forwarded_allow_ips: Addresses or networks of proxies in front, separated by commas, which are believed about
             the addresses of people and about HTTPS; * is any.
+        secret_file: A file with the secret by which cookies are signed, at least 32 characters, made where there is
+            none. By default it is the environment variable PALM_RLHF_FEEDBACK_SECRET, or DATABASE.secret beside a
+            database that is a file; for PostgreSQL without either, people log in again after a restart.
+        admin_password_file: A file with the password of the person `admin`, who is added where there is none. Without
+            one, a site that other machines reach prints a link by which its first admin joins.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -82,15 +89,22 @@ def collect(
         raise ValueError("got a model and --num-model-replies 0: leave the model out, as it would not reply")
     options = {"template": template, "dtype": None if dtype == "auto" else getattr(torch, dtype), "device": device}
     replying = {"sampling": sampling.checked(), "max_new_tokens": max_new_tokens, "seed": seed}
-    with closing(listen(host, port)) as listener, Store(database) as store:
-        site = Site(store, settings, is_local=is_loopback(host))
-        app = HostCheck(create_feedback_app(site), access.hosts_and_origins(host, loopback=is_loopback(host)))
-        with replies_of(model, options, store, settings, replying):
-            server = make_server(
-                app,
-                connections=access.connections(),
-                when_ready=lambda: print(f"feedback is collected at {url_of(listener)}", flush=True),
-            )
+    opening = {
+        "access": access.hosts_and_origins(host, loopback=is_loopback(host)),
+        "is_loopback": is_loopback(host),
+        "secret_file": secret_file,
+        "admin_password_file": admin_password_file,
+    }
+    with closing(listen(host, port)) as listener, opened_site(database, settings, **opening) as site:
+
+        def say_where() -> None:
+            print(f"feedback is collected at {url_of(listener)}", flush=True)
+            if words := first_words(site, url_of(listener)):
+                print(words, flush=True)
+
+        with replies_of(model, options, site.store, settings, replying):
+            app = create_feedback_app(site)
+            server = make_server(app, connections=access.connections(), when_ready=say_where)
             with suppress(KeyboardInterrupt):  # Ctrl-C is how the site is stopped
                 server.run([listener])
 

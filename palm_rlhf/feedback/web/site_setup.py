@@ -3,9 +3,13 @@
 import logging
 import os
 import secrets
+import socket
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from beartype import beartype
 from sqlalchemy import make_url
@@ -72,6 +76,14 @@ def open_site(
     return site
 
 
+@contextmanager
+def opened_site(database: str | Path, settings: CollectionSettings | None = None, **options: Any) -> Iterator[Site]:
+    """Open a site as `open_site` does, for the length of a block."""
+    site = open_site(database, settings, **options)
+    with closing(site.store):
+        yield site
+
+
 @beartype
 def first_words(site: Site, url: str) -> str | None:
     """Return the words by which the first admin of a site is invited, or None where nobody has to be.
@@ -80,7 +92,7 @@ def first_words(site: Site, url: str) -> str | None:
     is shown once, whenever the site is opened and has nobody who can log in.
 
     Args:
-        url: The address of the site's first page, as the admin reaches it.
+        url: The address of the site's first page; one of all networks is shown with the name of this machine.
     """
     if site.is_local:
         return None
@@ -91,6 +103,8 @@ def first_words(site: Site, url: str) -> str | None:
         secret = invite_first_admin(session, utc_now())
     if secret is None:
         return None
+    for everywhere in ("//0.0.0.0", "//[::]"):
+        url = url.replace(everywhere, f"//{socket.gethostname()}")
     return f"nobody can log in yet: open {url.rstrip('/')}/join/{secret} within a day to become the admin"
 
 
