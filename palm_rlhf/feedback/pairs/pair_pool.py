@@ -6,12 +6,13 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from beartype import beartype
-from sqlalchemy import exists, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
 from palm_rlhf.feedback.pairs.pair_choice import CandidatePair
 from palm_rlhf.feedback.store.answer_tables import Answer, AnswerScore, ComparisonVote, ShownComparison
-from palm_rlhf.feedback.store.learning_tables import Round, Withdrawal
+from palm_rlhf.feedback.store.learning_tables import Round
+from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 
 Purpose = Literal["training", "evaluation"]
 SPACES = " \t\r\n"
@@ -68,14 +69,13 @@ def open_pool(
 
 def _votes(session: Session, purpose: str, round_id: str) -> tuple[set[str], set[str]]:
     """Return the comparisons of a pool that have a vote, and the ones with a vote that is not withdrawn."""
-    withdrawn = exists().where(Withdrawal.table == ComparisonVote.__tablename__, Withdrawal.row_id == ComparisonVote.id)
     query = (
-        select(ComparisonVote.comparison_id, withdrawn)
+        select(ComparisonVote.comparison_id, not_withdrawn(ComparisonVote))
         .join(ShownComparison, ShownComparison.id == ComparisonVote.comparison_id)
         .where(ShownComparison.purpose == purpose, ShownComparison.round_id == round_id)
     )
     rows = session.execute(query).all()
-    return {comparison for comparison, _ in rows}, {comparison for comparison, gone in rows if not gone}
+    return {comparison for comparison, _ in rows}, {comparison for comparison, counts in rows if counts}
 
 
 def _pairs(session: Session, purpose: str, round_id: str, num_people: Counter[frozenset[str]]) -> list[CandidatePair]:
@@ -86,12 +86,12 @@ def _pairs(session: Session, purpose: str, round_id: str, num_people: Counter[fr
         .join(second, second.prompt_key == first.prompt_key)
         .where(first.purpose == purpose, second.purpose == purpose)
         .where(first.round_id == round_id, second.round_id == round_id)
+        .where(not_withdrawn(first), not_withdrawn(second))
         .where(first.id < second.id, func.trim(first.text, SPACES) != func.trim(second.text, SPACES))
         .order_by(first.prompt_key, first.id, second.id)
     )
     if purpose == "evaluation":
         query = query.where(first.model_id != second.model_id)
-    withdrawn = set(session.scalars(select(Withdrawal.row_id).where(Withdrawal.table == Answer.__tablename__)))
     scores = _scores(session, purpose, round_id)
 
     def difference(one: str, other: str) -> float | None:
@@ -100,7 +100,6 @@ def _pairs(session: Session, purpose: str, round_id: str, num_people: Counter[fr
     return [
         CandidatePair(key, one, other, num_people[frozenset((one, other))], difference(one, other))
         for key, one, other in session.execute(query)
-        if one not in withdrawn and other not in withdrawn
     ]
 
 
