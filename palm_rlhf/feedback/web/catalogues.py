@@ -36,9 +36,15 @@ class Catalogues:
     @property
     def names(self) -> dict[str, str]:
         """The languages of the pages, each with its own name."""
-        return {
-            language: Locale.parse(language, sep="-").get_display_name() or language for language in self._translations
-        }
+        return {language: self.name_of(language) for language in self._translations}
+
+    @staticmethod
+    def name_of(language: str, reader: str | None = None) -> str:
+        """Return the name of a language in a reader's language, or in itself; its code where Babel does not know it."""
+        try:
+            return Locale.parse(language, sep="-").get_display_name(reader) or language
+        except (UnknownLocaleError, ValueError):
+            return language
 
     def choose(self, *wishes: str | None) -> str:
         """Return the language of the first wish that can be met; a wish is a language or an Accept-Language header."""

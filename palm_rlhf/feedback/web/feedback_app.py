@@ -7,14 +7,14 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from palm_rlhf import serving
-from palm_rlhf.feedback.web import home_pages, login_pages
+from palm_rlhf.feedback.web import home_pages, login_pages, task_pages
 from palm_rlhf.feedback.web.page_headers import PageHeaders
 from palm_rlhf.feedback.web.refusal_pages import add_refusals
 from palm_rlhf.feedback.web.request_checks import RequestChecks
 from palm_rlhf.feedback.web.site import WEB, Site
 
 CHAT_PAGE = Path(serving.__file__).parent / "page"  # the feedback pages share its look, and its reader of Markdown
-ROUTERS = (home_pages.router, login_pages.router)
+ROUTERS = (home_pages.router, login_pages.router, task_pages.router)
 
 
 class FeedbackApp(FastAPI):

@@ -81,7 +81,7 @@ def accept_invitation(
     except FeedbackError as error:
         if error.status == 410:
             raise
-        values = {"form_token": guest.form_token, "secret": secret, "name": name, "error": str(error)}
+        values = {"form_token": guest.form_token, "secret": secret, "name": name, "error": site.translate(request, error)}
         return site.render(request, "join.html", status=error.status, **values)
     site.throttle.forgive_guess(None, address_of(request))
     _begin(site, request, person)
@@ -107,7 +107,9 @@ def _login_form(
 ) -> Response:
     values = {"form_token": guest.form_token, "next": own_path(next), "name": name}
     status = 200 if error is None else error.status
-    return site_of(request).render(request, "login.html", status=status, error=error and str(error), **values)
+    site = site_of(request)
+    words = error and site.translate(request, error)
+    return site.render(request, "login.html", status=status, error=words, **values)
 
 
 def _begin(site: Site, request: Request, person: Participant, *, outdated: bool = False, password: str = "") -> None:

@@ -18,7 +18,8 @@ def refusal_response(request: Request, error: FeedbackError) -> Response:
     """Return the reply for a refusal."""
     headers = {} if error.retry_after is None else {"Retry-After": f"{error.retry_after:.0f}"}
     if _is_page(request):
-        page = site_of(request).render(request, "refused.html", status=error.status, message=str(error))
+        site = site_of(request)
+        page = site.render(request, "refused.html", status=error.status, message=site.translate(request, error))
         page.headers.update(headers)
         return page
     return JSONResponse({"error": {"message": str(error)}}, status_code=error.status, headers=headers)
@@ -63,4 +64,4 @@ def add_refusals(app: FastAPI) -> None:
 
 
 def _is_page(request: Request) -> Any:
-    return "text/html" in request.headers.get("accept", "")
+    return "text/html" in request.headers.get("accept", "") or request.headers.get("hx-request") == "true"

@@ -6,13 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 from itsdangerous import URLSafeTimedSerializer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from palm_rlhf.feedback.people.passwords import Passwords
 from palm_rlhf.feedback.people.rate_limits import SiteLimits, Throttle
+from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.web.catalogues import Catalogues
@@ -61,21 +62,49 @@ class Site:
         return Catalogues(WEB / "locales")
 
     @cached_property
-    def environment(self) -> Environment:
-        """The templates, in which everything is escaped."""
-        environment = Environment(
-            loader=FileSystemLoader(WEB / "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            extensions=["jinja2.ext.i18n"],
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        return environment
+    def environments(self) -> dict[str, Environment]:
+        """The templates by the language of their texts; everything in them is escaped, and each is compiled once."""
+        found = {}
+        for language in self.catalogues.names:
+            environment = Environment(
+                loader=FileSystemLoader(WEB / "templates"),
+                autoescape=True,
+                undefined=StrictUndefined,
+                extensions=["jinja2.ext.i18n"],
+                trim_blocks=True,
+                lstrip_blocks=True,
+            )
+            translations = self.catalogues[language]
+            environment.install_gettext_translations(translations, newstyle=True)  # type: ignore[attr-defined]
+            found[language] = environment
+        return found
 
     def serializer(self, purpose: str) -> URLSafeTimedSerializer:
         """Return the signer of one kind of token; a token of another kind is refused."""
         return URLSafeTimedSerializer(self.secret, salt=f"palm-rlhf.feedback.{purpose}")
+
+    def language_of(self, request: Request) -> str:
+        """Return the language of the pages for a request: the browser's choice, or what it accepts."""
+        visitor = getattr(request.state, "visitor", None)
+        return self.catalogues.choose(
+            request.query_params.get("lang"),
+            request.cookies.get("lang"),
+            None if visitor is None else visitor.person.language,
+            request.headers.get("accept-language"),
+        )
+
+    def task_language(self, request: Request) -> str:
+        """Return the language of the tasks for a request: the visitor's choice, or the pages' if it is collected."""
+        visitor = getattr(request.state, "visitor", None)
+        wishes = (None if visitor is None else visitor.person.language, self.language_of(request))
+        return next((wish for wish in wishes if wish in self.settings.languages), self.settings.languages[0])
+
+    def translate(self, request: Request, error: Exception) -> str:
+        """Return the message of an error, in the language of the pages if the catalogue has it."""
+        if not isinstance(error, FeedbackError):
+            return str(error)
+        message = self.catalogues[self.language_of(request)].gettext(error.template)
+        return message.format(**error.values) if error.values else message
 
     def render(self, request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page, in the visitor's language.
@@ -84,33 +113,30 @@ class Site:
         `_()`, `language`, `direction` (ltr or rtl), and the values.
         """
         visitor = getattr(request.state, "visitor", None)
-        language = self.catalogues.choose(
-            request.query_params.get("lang"),
-            request.cookies.get("lang"),
-            None if visitor is None else visitor.person.language,
-            request.headers.get("accept-language"),
-        )
-        environment = self.environment.overlay()
-        environment.install_gettext_translations(self.catalogues[language], newstyle=True)  # type: ignore[attr-defined]
-        html = environment.get_template(template).render(
-            request=request,
-            visitor=visitor,
-            url=lambda name, /, **path: request.url_for(name, **path).path,
-            language=language,
-            languages=self.catalogues.names,
-            direction=self.catalogues.direction(language),
-            language_path=request.url.path if request.method == "GET" else request.url_for("home").path,
-            navigation=list(links_for(request, visitor)),
-            is_known=lambda name: is_known(request, name),
-            is_local=visitor is not None and visitor.person.password_hash is None,
-            htmx_config=HTMX,
-            settings=self.settings,
-            **values,
-        )
+        language = self.language_of(request)
+        known = {
+            "request": request,
+            "visitor": visitor,
+            "url": lambda name, /, **path: request.url_for(name, **path).path,
+            "language": language,
+            "languages": self.catalogues.names,
+            "direction": self.catalogues.direction(language),
+            "language_path": request.url.path if request.method == "GET" else request.url_for("home").path,
+            "navigation": list(links_for(request, visitor)),
+            "is_known": lambda name: is_known(request, name),
+            "is_local": visitor is not None and visitor.person.password_hash is None,
+            "htmx_config": HTMX,
+            "settings": self.settings,
+        }
+        html = self.environments[language].get_template(template).render(**known, **values)
         response = HTMLResponse(html, status_code=status)
         if request.query_params.get("lang") == language:
-            response.set_cookie("lang", language, max_age=365 * 86400, samesite="lax", httponly=True)
+            self.keep_language(response, language)
         return response
+
+    def keep_language(self, response: Response, language: str) -> None:
+        """Keep the language of the pages in the browser."""
+        response.set_cookie("lang", language, max_age=365 * 86400, samesite="lax", httponly=True)
 
 
 def site_of(request: Request) -> Site:

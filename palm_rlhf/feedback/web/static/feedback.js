@@ -1,6 +1,7 @@
 /** What pages do beyond links and forms, which work without it. */
 
 import { show } from "../page/markdown.js";
+import { setUpTask } from "./tasks.js";
 
 /** Shows the Markdown of the assistant's messages inside an element. */
 function showMarkdown(element) {
@@ -46,10 +47,26 @@ function sendByKey(event) {
     form.requestSubmit(form.querySelector("[data-sends]") ?? undefined);
 }
 
+/** Sets up the content of a page, at first and after each replacement. */
+function setUp(element) {
+    showMarkdown(element);
+    setUpTask(element);
+}
+
+/** Goes on at the beginning of a replaced page, or at the field that the page is about. */
+function focusContent(event) {
+    if (event.target.id !== "main") return;
+    const main = document.getElementById("main");
+    setUp(main);
+    const heading = main.querySelector("h1");
+    if (heading) heading.tabIndex = -1;
+    (main.querySelector("[aria-invalid=true] input, [aria-invalid=true], [autofocus]") ?? heading ?? main).focus();
+}
+
 document.addEventListener("keydown", closeMenus);
 document.addEventListener("keydown", pressByKey);
 document.addEventListener("keydown", sendByKey);
 document.addEventListener("click", closeMenus);
 document.addEventListener("focusin", closeMenus);
-document.addEventListener("htmx:load", (event) => showMarkdown(event.target));
-showMarkdown(document);
+document.addEventListener("htmx:afterSettle", focusContent);
+setUp(document);
