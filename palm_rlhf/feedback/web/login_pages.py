@@ -81,7 +81,8 @@ def accept_invitation(
     except FeedbackError as error:
         if error.status == 410:
             raise
-        values = {"form_token": guest.form_token, "secret": secret, "name": name, "error": site.translate(request, error)}
+        words = site.translate(request, error)
+        values = {"form_token": guest.form_token, "secret": secret, "name": name, "error": words}
         return site.render(request, "join.html", status=error.status, **values)
     site.throttle.forgive_guess(None, address_of(request))
     _begin(site, request, person)
