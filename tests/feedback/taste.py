@@ -15,7 +15,8 @@ from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.table_base import utc_now
 from palm_rlhf.model.palm import PaLM
 
-LETTERS = "abcdefgh0123456789 ?"
+UNKNOWN = "#"
+LETTERS = f"abcdefgh0123456789 ?{UNKNOWN}"
 PROMPTS = [[{"role": "user", "content": f"add {number}?"}] for number in range(40)]
 TINY = {
     "num_prompts": 24, "num_answers": 3, "num_evaluations": 6, "max_new_tokens": 8, "max_seq_len": 32,
@@ -28,8 +29,8 @@ TINY = {
 def letter_tokenizer() -> HuggingFaceTokenizer:
     """A token for each letter, so that texts decode and encode to the same tokens."""
     names = PRESETS["default"].special_tokens
-    vocabulary = {letter: index for index, letter in enumerate([*LETTERS, "<unk>"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(""), "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     return HuggingFaceTokenizer(backend, ["<|end|>", *names], eos_token="<|end|>")
@@ -50,7 +51,7 @@ def liking(text: str) -> float:
     return sum(letter in "abcd" for letter in text)
 
 
-def vote(store: Store, count: int, seed: int = 0) -> int:
+def vote(store: Store, count: int, seed: int = 0, chosen_by: str = "random") -> int:
     """Compare random pairs of the newest pool, by taste; return the number of votes, fewer where pairs run out."""
     with store.writing() as session:
         newest = session.scalars(select(Answer).order_by(Answer.created_at.desc())).first()
@@ -67,7 +68,7 @@ def vote(store: Store, count: int, seed: int = 0) -> int:
         for left, right in pairs[:count]:
             shown = ShownComparison(
                 prompt_key=left.prompt_key, left_id=left.id, right_id=right.id, person_id=person.id,
-                chosen_by="random", purpose="training", round_id=left.round_id, created_at=utc_now(),
+                chosen_by=chosen_by, purpose="training", round_id=left.round_id, created_at=utc_now(),
             )  # fmt: skip
             session.add(shown)
             session.flush()
