@@ -10,37 +10,46 @@ pip install "palm-rlhf[examples]" && python examples/rlhf.py --seed 0
 import copy
 import itertools
 import json
-import random
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from palm_rlhf.ops.cpu.threads import share_the_machine
 
 share_the_machine()  # before torch is imported
 
-import numpy as np
 import torch
 import tyro
+from dialogue_model import (
+    END_OF_TURN,
+    FINE_TUNING,
+    MODEL,
+    PRETRAINING,
+    TOKENIZER,
+    Dialogues,
+    FineTuning,
+    OutOfTime,
+    check_complete,
+    fine_tune,
+    hold_out,
+    pretrain,
+    read_conversations,
+    turn,
+)
 from rlhf_report import Measurement, draw_curves, report, say
-from torch import Tensor
-from tqdm import tqdm
 
 from palm_rlhf.cli import replace_unprintable_characters
 from palm_rlhf.commands.run_folder import quoted, show_next
-from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.files import write_text
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import ResponseSampling, collect
-from palm_rlhf.policy.sequences import join, response_logprobs, spoken
-from palm_rlhf.training.epoch_sampler import EpochSampler
-from palm_rlhf.training.language_model import LanguageModelTrainer
+from palm_rlhf.policy.sequences import response_logprobs, spoken
 from palm_rlhf.training.language_model_config import LMConfig
 from palm_rlhf.training.ranked_data import Ranking
 from palm_rlhf.training.reward import RewardModelTrainer
@@ -48,40 +57,14 @@ from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.run.config import RunConfig
-from palm_rlhf.training.run.log import Result
-from palm_rlhf.training.run.muon import muon
-from palm_rlhf.training.run.optimizer import forward_precision, warmup_cosine
 
 try:
-    import chatterbot_corpus
-    import yaml
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 except ImportError as error:
-    sys.exit(f"rlhf.py: {error}; the dialogues and their annotator come with: pip install palm-rlhf[examples]")
+    sys.exit(f"rlhf.py: {error}; the annotator comes with: pip install palm-rlhf[examples]")
 
-TOKENIZER = ByteTokenizer()  # the model has the 256 bytes alone, without the special tokens
-END_OF_TURN = ord("\n")
-LONGEST_TURN = 80  # bytes of a prompt or an answer; a few answers are programs of a thousand
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """Settings of the fine-tuning."""
-
-    num_steps: int = 400
-    """Optimiser steps."""
-
-    batch_size: int = 32
-    """Pairs of a prompt and an answer in one step."""
-
-    learning_rate: float = 5e-3
-    """Peak learning rate, of Muon."""
-
-
-# The defaults take some eight minutes of one CPU core.
-MODEL = PaLMConfig(num_tokens=256, dim=192, depth=4, heads=4, ff_mult=2, dropout=0.1)
-PRETRAINING = LMConfig(seq_len=128, num_steps=500, optimizer="muon", learning_rate=1e-2, warmup_steps=30)
 RANKED_TEMPERATURE = 1.0  # above PPO's, so that the reward model sees words that the policy will use later
+# The defaults take some eight minutes of one CPU core.
 REWARD = RewardConfig(grad_accum=1, learning_rate=1e-3, max_seq_len=192)
 PPO = PPOConfig(
     num_steps=20,
@@ -93,45 +76,6 @@ PPO = PPOConfig(
     learning_rate=2e-4,
     kl_coef=0.1,  # fixed: an adaptive coefficient falls while the KL is still small, and the policy then overshoots
 )
-
-
-def turn(text: str) -> Tensor:
-    """Return the bytes of a prompt or an answer, with the token that ends it."""
-    return torch.tensor([*TOKENIZER.encode(text), END_OF_TURN])
-
-
-def read_conversations() -> list[tuple[str, ...]]:
-    """Read the English dialogues, each once, with each turn on one line."""
-    paths = sorted((Path(chatterbot_corpus.__file__).parent / "data/english").glob("*.yml"))
-    files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths]
-    conversations = [turns for file in files for turns in file["conversations"]]
-    return list(dict.fromkeys(tuple(" ".join(text.split()) for text in turns) for turns in conversations))
-
-
-def pretrain(palm: PaLM, conversations: list[tuple[str, ...]], config: LMConfig, folder: Path, resume: bool) -> Result:
-    """Train on next-token prediction, on the dialogues as one text with blank lines between them."""
-    text = "\n\n".join("\n".join(turns) for turns in conversations)
-    data = np.frombuffer(text.encode(), dtype=np.uint8)
-    return LanguageModelTrainer(palm, train_data=data, config=config, output_dir=folder, resume=resume).train()
-
-
-def fine_tune(palm: PaLM, pairs: list[tuple[str, str]], config: FineTuning, seed: int) -> None:
-    """Train on next-token prediction of the answers only, each after its prompt."""
-    sampler = EpochSampler(len(pairs), seed)
-    optimizer = muon(palm, config.learning_rate, (0.9, 0.95), 1e-8, 0.1)
-    autocast = forward_precision("auto", palm.device)
-    palm.train()
-    for step in tqdm(range(config.num_steps), mininterval=30, unit="step", file=sys.stderr):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * warmup_cosine(step, step / config.num_steps, 20, 0.0)
-        drawn = [pairs[index] for index in sampler.draw(config.batch_size)]
-        rows = join([turn(prompt) for prompt, _ in drawn], [turn(answer) for _, answer in drawn])
-        with autocast():
-            loss = palm(rows.tokens, return_loss=True, loss_mask=rows.response_mask, key_mask=rows.key_mask)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(palm.parameters(), 1.0)
-        optimizer.step()
 
 
 class Annotator:
@@ -207,16 +151,6 @@ def read_rankings(path: Path) -> list[Ranking]:
     return [Ranking(prompt, responses) for prompt, *responses in rows]
 
 
-class OutOfTime(Exception):
-    """max_seconds ended the named stage before its last step."""
-
-
-def check_complete(stage: str, result: Result) -> None:
-    """Raise OutOfTime if the stage ended early."""
-    if "stopped_early" in result:
-        raise OutOfTime(stage)
-
-
 def split(rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
     """Split off a tenth of the rankings for validation; training rankings with the same prompts are dropped."""
     valid = rankings[: len(rankings) // 10]
@@ -239,19 +173,6 @@ def learn_reward(palm: PaLM, rankings: list[Ranking], config: RewardConfig, fold
     return model
 
 
-def hold_out(
-    conversations: list[tuple[str, ...]], held_out: int, seed: int
-) -> tuple[list[tuple[str, ...]], list[tuple[str, str]], list[str], list[str]]:
-    """Return training conversations, training pairs of turns, their prompts, and held-out prompts."""
-    pairs = dict.fromkeys(itertools.chain.from_iterable(map(itertools.pairwise, conversations)))
-    pairs = [pair for pair in pairs if all(1 <= len(text.encode()) <= LONGEST_TURN for text in pair)]
-    prompts = sorted({prompt for prompt, _ in pairs})
-    random.Random(seed).shuffle(prompts)
-    unseen, prompts = prompts[:held_out], prompts[held_out:]
-    conversations = [turns for turns in conversations if set(unseen).isdisjoint(turns)]
-    return conversations, [pair for pair in pairs if pair[0] not in unseen], prompts, unseen
-
-
 def improve(
     trainer: RLHFTrainer, before: Measurement, measured: Callable[[], Measurement], measure_every: int
 ) -> list[Measurement]:
@@ -266,20 +187,14 @@ def improve(
 
 
 def answering(
-    model: PaLMConfig,
-    data: tuple[list[tuple[str, ...]], list[tuple[str, str]], list[str], list[str]],
-    pretraining: LMConfig,
-    fine_tuning: FineTuning,
-    output_dir: Path,
-    resume: bool,
+    model: PaLMConfig, data: Dialogues, pretraining: LMConfig, fine_tuning: FineTuning, output_dir: Path, resume: bool
 ) -> PaLM:
     """Train a model to answer, by the first two stages. Raises OutOfTime if the first one ended early."""
-    conversations, pairs, _, _ = data
-    say(f"1. pretraining on {len(conversations)} conversations")
+    say(f"1. pretraining on {len(data.conversations)} conversations")
     palm = PaLM.from_config(model)
-    check_complete("pretraining", pretrain(palm, conversations, pretraining, output_dir / "pretraining", resume))
-    say(f"2. fine-tuning on {len(pairs)} answers")
-    fine_tune(palm, pairs, fine_tuning, pretraining.seed)
+    check_complete("pretraining", pretrain(palm, data.conversations, pretraining, output_dir / "pretraining", resume))
+    say(f"2. fine-tuning on {len(data.pairs)} answers")
+    fine_tune(palm, [(turn(prompt), turn(answer)) for prompt, answer in data.pairs], fine_tuning, pretraining.seed)
     return palm
 
 
@@ -308,7 +223,7 @@ def main(
     measure_every: int = 10,
     model: PaLMConfig = MODEL,
     pretraining: LMConfig = PRETRAINING,
-    fine_tuning: FineTuning = FineTuning(),
+    fine_tuning: FineTuning = FINE_TUNING,
     reward: RewardConfig = REWARD,
     ppo: PPOConfig = PPO,
 ) -> None:
@@ -339,7 +254,7 @@ def main(
         return replace(config, seed=seed, max_seconds=left)
 
     torch.manual_seed(seed)
-    _, _, prompts, unseen = data = hold_out(read_conversations(), held_out, seed)
+    data = hold_out(read_conversations(), held_out, seed)
     annotator, ranked, folder = Annotator(), output_dir / "rankings.jsonl", output_dir / "fine_tuned"
     try:
         if resume and ranked.is_file():
@@ -347,9 +262,9 @@ def main(
             say(f"1. to 3. are done: {len(rankings)} rankings in {ranked}")
         else:
             palm = answering(model, data, timed(pretraining), fine_tuning, output_dir, resume)
-            say(f"3. ranking {num_ranked} answers to each of {len(prompts)} prompts")
+            say(f"3. ranking {num_ranked} answers to each of {len(data.prompts)} prompts")
             sampling = replace(ppo.sampling, temperature=RANKED_TEMPERATURE)
-            rankings = annotator.rank(palm, prompts, sampling, num_ranked, seed)
+            rankings = annotator.rank(palm, data.prompts, sampling, num_ranked, seed)
             palm.save_pretrained(folder)
             write_rankings(ranked, rankings)
         fine_tuned = copy.deepcopy(palm).eval()
@@ -363,20 +278,20 @@ def main(
         palm=palm,
         reward_model=reward_model,
         critic=reward_model,
-        prompts=[f"{prompt}\n" for prompt in prompts],
+        prompts=[f"{prompt}\n" for prompt in data.prompts],
         tokenizer=TOKENIZER,
         config=timed(ppo),
         output_dir=output_dir / "ppo",
         resume=resume,
     )
-    judge = (fine_tuned, reward_model, annotator, unseen, ppo.sampling, num_samples)
+    judge = (fine_tuned, reward_model, annotator, data.held_out, ppo.sampling, num_samples)
     history = improve(trainer, measure(fine_tuned, *judge), lambda: measure(palm, *judge), measure_every)
     palm.save_pretrained(output_dir / "policy")
     reward_model.save_pretrained(output_dir / "reward_model")
     draw_curves(output_dir / "rlhf.png", history)
     show_what_next(output_dir)
     seconds = round(time.perf_counter() - started, 1)
-    print(json.dumps({**report(unseen, history), **trainer.run.ending, "seconds": seconds}))
+    print(json.dumps({**report(data.held_out, history), **trainer.run.ending, "seconds": seconds}))
 
 
 if __name__ == "__main__":
