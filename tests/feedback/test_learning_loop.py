@@ -1,9 +1,12 @@
 """Rounds of learning from a person with a known taste: from votes in the database to a model that pleases more."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sqlalchemy import select
 
+from palm_rlhf.cli import main
 from palm_rlhf.feedback.learning.learning_loop import learn
 from palm_rlhf.feedback.learning.round_context import end_of_answer
 from palm_rlhf.feedback.learning.round_rows import STAGES, events_of
@@ -11,6 +14,7 @@ from palm_rlhf.feedback.pairs.held_out_prompts import is_held_out
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.answer_tables import Answer, AnswerScore, KnownModel
 from palm_rlhf.feedback.store.learning_tables import Round
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.serving.served_model import load
@@ -93,3 +97,99 @@ def test_two_rounds_learn_the_taste(rounds, store, chat_model, tmp_path):
     assert two["reward"]["accuracy"] > 0.6 and two["reward"]["low"] < two["reward"]["accuracy"] < two["reward"]["high"]
     assert two["policy"]["steps"] == [1, 2, 3, 4, 5, 6] and two["policy"]["kl"][-1] > 0.1
     assert mean_liking(models[last]) > mean_liking(chat_model) + 1
+
+
+def test_it_says_how_many_votes_are_wanted(store, chat_model, tmp_path):
+    said = []
+
+    def say(text):
+        said.append(text)
+        if text.startswith("waiting for"):
+            vote(store, 12)
+
+    options = {"prompts": PROMPTS, "num_votes": 12, "poll_seconds": 0.0, "say": say}
+    list(learn(store, chat_model, tmp_path / "run", replace(SETTINGS, num_steps=1, reward_epochs=1), **options))
+    (line,) = (text for text in said if text.startswith("waiting"))
+    assert line.startswith("waiting for 12 more votes: they are given at /compare of palm-rlhf collect")
+
+
+def test_a_round_goes_on_with_its_settings(store, chat_model, tmp_path):
+    """Those of answers are fixed by the first answer, those of training by the votes."""
+
+    def run(settings, *, now=False, model=chat_model, folder=tmp_path / "run"):
+        def say(text):
+            if text.startswith(("waiting", "improving") if not now else "improving"):
+                raise InterruptedError
+
+        options = {"prompts": PROMPTS, "num_votes": 0 if now else 12, "poll_seconds": 0.0, "say": say}
+        list(learn(store, model, folder, settings, **options))
+
+    with pytest.raises(InterruptedError):
+        run(SETTINGS)
+    with pytest.raises(ValueError, match=r"got \['temperature=0.5'\] for round 1, which was begun with"):
+        run(replace(SETTINGS, temperature=0.5))
+    with pytest.raises(ValueError, match=r"got \['output_dir=.*other'\] for round 1, which was begun with"):
+        run(SETTINGS, folder=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"round 1 of this database was begun from another model, .*dialogue"):
+        run(SETTINGS, model=save_chat_model(tmp_path / "another", seed=1))
+    vote(store, 12)
+    changed = replace(SETTINGS, kl_coef=0.2, reward_epochs=1)
+    with pytest.raises(InterruptedError):
+        run(changed)
+    with store.reading() as session:
+        assert session.scalars(select(Round)).one().settings["kl_coef"] == 0.2
+    for name, value in (("kl_coef", 0.3), ("reward_epochs", 2)):
+        with pytest.raises(ValueError, match=rf"got \['{name}={value}'\] for round 1, which was begun with"):
+            run(replace(changed, **{name: value}))
+    with pytest.raises(InterruptedError):
+        run(changed, now=True)  # how many votes are waited for is no setting of the round
+
+
+def test_what_cannot_be_learnt_from_is_refused(store, chat_model, tmp_path, monkeypatch):
+    def run(settings=SETTINGS, folder="run", prompts=PROMPTS, model=chat_model):
+        options = {"num_votes": 0, "prompts": prompts, "say": lambda text: None}
+        list(learn(store, model, tmp_path / folder, settings, **options))
+
+    with pytest.raises(ValueError, match="without a chat template, expected a model of conversations"):
+        palm = PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8)
+        palm.save_pretrained(tmp_path / "plain")
+        run(model=tmp_path / "plain")
+    (tmp_path / "used/round-001").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="round-001 is of another database's round 1"):
+        run(folder="used")
+    assert not store_rows(store, Round)
+    with pytest.raises(ValueError, match="got no prompt for the model to answer, expected some: give a file"):
+        run(prompts=[])
+    with pytest.raises(ValueError, match="got no prompt for the model to answer"):
+        run(prompts=[[{"role": "user", "content": "a" * 40}]])  # no room for an answer
+    with pytest.raises(ValueError, match="got no preference to learn from, expected one on a prompt that is not held"):
+        run()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="got several processes, expected one"):
+        run()
+
+
+def store_rows(store, table):
+    with store.reading() as session:
+        return session.scalars(select(table)).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--now", "--rounds", "0"], "got --now with --rounds 0, which would learn from the same votes for ever"),
+        (["--rounds", "-1"], "got --rounds -1 --votes 50, expected 0 or more rounds, and at least one vote"),
+        (["--votes", "0"], "got --rounds 1 --votes 0"),
+        (["--held-out", "1"], "held_out is 1.0, expected at least 0 and below 1"),
+        (["--num-answers", "1"], "num_answers is 1, expected at least 2"),
+        (["--ai-weight", "-1"], "ai_weight is -1.0, expected 0 or more"),
+        (["--max-seq-len", "128"], "max_seq_len is 128, expected above max_new_tokens"),
+        (["--num-steps", "0"], "num_steps is 0"),
+        (["--reward-epochs", "0"], "num_epochs is 0"),
+    ],
+)
+def test_the_command_refuses_settings_before_it_begins(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["learn", str(tmp_path / "feedback.db"), "model", "--output-dir", str(tmp_path / "run"), *options])
+    assert message in " ".join(f"{ended.value} {capsys.readouterr().err}".replace("│", "").split())
+    assert not (tmp_path / "run").exists()

@@ -67,7 +67,7 @@ def keep_preferences(context: RoundContext, num_votes: int, poll_seconds: float)
         with context.store.reading() as session:
             figures = _figures(context, session)
             is_time = figures["new"] >= num_votes
-            preferences = _all_preferences(context, session) if is_time else []
+            preferences = all_preferences(session, context.settings.held_out) if is_time else []
         weights = context.settings.weights
         if any(not each.held_out and weights[each.origin] > 0 for each in preferences):
             break
@@ -93,8 +93,10 @@ def _wanted(missing: int) -> str:
     )
 
 
-def _all_preferences(context: RoundContext, session: Session) -> list[LearntPreference]:
-    collection = CollectionSettings(held_out=context.settings.held_out)
+@beartype
+def all_preferences(session: Session, held_out: float | int) -> list[LearntPreference]:
+    """Return all preferences in the database, of which the share `held_out` of the prompts is held out."""
+    collection = CollectionSettings(held_out=held_out)
     found = [
         LearntPreference(
             each.prompt,
@@ -108,9 +110,9 @@ def _all_preferences(context: RoundContext, session: Session) -> list[LearntPref
         if each.purpose != "evaluation"
     ]
     for better, worse in liked_and_disliked(session):
-        held_out = is_held_out(better.prompt_key, collection)
+        is_out = is_held_out(better.prompt_key, collection)
         responses = [better.text, worse.text]
-        found.append(LearntPreference(better.prompt, responses, "people", "reactions", False, held_out))
+        found.append(LearntPreference(better.prompt, responses, "people", "reactions", False, is_out))
     return found
 
 
