@@ -75,6 +75,16 @@ COMMANDS = {
         "learn",
         "Improve a model by what people said of its answers: a reward model, PPO, and a blind comparison with the old.",
     ),
+    "export": Command(
+        "palm_rlhf.commands.export_command",
+        "export",
+        "Write what people gave to a database of feedback to a file that the other commands read.",
+    ),
+    "import": Command(
+        "palm_rlhf.commands.import_command",
+        "import_feedback",
+        "Add Open-Assistant's trees, or a file of preferences, to a database of feedback.",
+    ),
     "chat": Command(
         "palm_rlhf.serving.chat",
         "chat",

@@ -24,16 +24,17 @@ class Store:
     """
 
     @beartype
-    def __init__(self, database: str | Path):
-        """Open a database, create it where there is none, and migrate an older one.
+    def __init__(self, database: str | Path, *, create: bool = True):
+        """Open a database, and migrate an older one.
 
         Raises ValueError for anything but a database of ours or a place for one, and StoreError where it cannot be
         opened.
 
         Args:
             database: A path, or a URL of SQLite or PostgreSQL.
+            create: Whether to create the tables, and for SQLite the file, where there are none; else ValueError.
         """
-        url = database_url(database)
+        url = database_url(database, must_exist=not create)
         self.url = url.render_as_string(hide_password=False)
         is_file = url.get_backend_name() == "sqlite"
         self.name = str(url.database if is_file else url)  # for messages: without the password
@@ -43,7 +44,7 @@ class Store:
         self._reading_options = {} if is_file else READ_ONLY
         try:
             with as_store_error(self.name):
-                migrate(self.engine, self.name)
+                migrate(self.engine, self.name, create=create)
         except BaseException:
             self.engine.dispose()
             raise

@@ -19,10 +19,11 @@ CONNECT_SECONDS = 10
 
 
 @beartype
-def database_url(database: str | Path) -> URL:
+def database_url(database: str | Path, *, must_exist: bool = False) -> URL:
     """Return the URL of a database, with its driver; the path of a file becomes absolute.
 
-    Raises ValueError for a URL of another database, of no file, or of a file that is none of SQLite's.
+    Raises ValueError for a URL of another database, of no file, or of a file that is none of SQLite's, and with
+    `must_exist`, of a file that is not there.
     """
     name = str(database)
     if "://" not in name:
@@ -40,12 +41,14 @@ def database_url(database: str | Path) -> URL:
         if not path or path == ":memory:" or path.startswith("file:"):
             raise ValueError(f"got the database {url} without a file, expected {EXPECTED}")
         url = url.set(database=os.path.abspath(path))
-        _check_file(Path(url.database or ""))
+        _check_file(Path(url.database or ""), must_exist)
     return url.set(drivername=DRIVERS[kind])
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, must_exist: bool) -> None:
     """Raise ValueError unless a path is SQLite's, empty, or free in a folder that exists."""
+    if must_exist and not path.exists():
+        raise ValueError(f"got the database {path}, which does not exist: mend the path")
     if not path.parent.is_dir():
         raise ValueError(f"got the database {path} in a folder that does not exist: make the folder, or mend the path")
     if path.is_dir():

@@ -47,9 +47,7 @@ class KeptMessage:
 
 
 @beartype
-def kept_trees(
-    session: Session, *, states: Collection[str] | None = None, languages: Collection[str] | None = None
-) -> Iterator[tuple[Tree, KeptMessage]]:
+def kept_trees(session: Session, *, states: Collection[str] | None = None) -> Iterator[tuple[Tree, KeptMessage]]:
     """Yield trees with their roots, the oldest tree first.
 
     A tree holds the messages that were accepted and not withdrawn, whose parents are in it. A tree without any is left
@@ -59,12 +57,9 @@ def kept_trees(
     Args:
         session: A session of the store.
         states: The states of trees to read; None reads all but those that ended early.
-        languages: The languages of trees to read; None reads all.
     """
     query = select(Tree).where(not_withdrawn(Tree)).order_by(Tree.created_at, Tree.id)
     query = query.where(Tree.state.not_in(ENDED_STATES) if states is None else Tree.state.in_(states))
-    if languages is not None:
-        query = query.where(Tree.language.in_(languages))
     for trees in session.scalars(query).partitions(100):
         messages, ballots = _messages_of(session, trees), _ballots_of(session, trees)
         for tree in trees:

@@ -22,10 +22,11 @@ VERSION_TABLE = "palm_rlhf_version"
 _ALEMBIC = threading.Lock()  # it keeps its state in globals
 
 
-def migrate(engine: Engine, name: str) -> None:
+def migrate(engine: Engine, name: str, *, create: bool) -> None:
     """Bring a database up to date, or create its tables; processes that start at once take turns.
 
-    Raises ValueError for the database of a newer version, or of another program.
+    Raises ValueError for the database of a newer version, or of another program, and for one without tables unless
+    `create` is set.
     """
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
@@ -33,8 +34,11 @@ def migrate(engine: Engine, name: str) -> None:
     with engine.connect() as connection:
         if connection.dialect.name == "sqlite":
             _use_wal(connection)
-        if _revision(connection, scripts, name) == scripts.get_current_head():
+        found = _revision(connection, scripts, name)
+        if found == scripts.get_current_head():
             return
+        if found is None and not create:
+            raise ValueError(f"got the database {name}, which holds no feedback: mend its address")
         connection.rollback()
         with _without_foreign_keys(connection), _ALEMBIC:
             begin_writing(connection)

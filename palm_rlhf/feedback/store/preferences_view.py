@@ -1,6 +1,6 @@
 """Everything in the database that says which of several replies is better, in one form."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import combinations
@@ -52,13 +52,17 @@ class RecordedPreference:
 
 
 @beartype
-def iter_preferences(session: Session) -> Iterator[RecordedPreference]:
+def iter_preferences(session: Session, *, states: Collection[str] | None = None) -> Iterator[RecordedPreference]:
     """Yield the preferences in the database: of trees, comparisons, corrections and files, each kind by its time.
 
     Nothing that was withdrawn is among them, and no ties. Of the votes on a comparison, and of a person's corrections
     of an answer, the newest counts.
+
+    Args:
+        session: A session of the store.
+        states: The states of trees to read, see `kept_trees`.
     """
-    for tree, root in kept_trees(session):
+    for tree, root in kept_trees(session, states=states):
         yield from tree_preferences(tree, root)
     yield from _comparisons(session)
     yield from _corrections(session)

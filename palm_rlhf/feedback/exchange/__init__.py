@@ -1,0 +1,1 @@
+"""Files that leave the database, and files that come in."""
