@@ -33,8 +33,8 @@ def export(
     count for neither. messages writes {"messages": [{"role", "content"}]} to fine-tune on: the threads of trees,
     corrections, and answers with thumbs up. Only accepted messages are written, and nothing that was taken back.
 
-    The file appears when it is whole, and shows one moment of the database, which may be in use meanwhile. Trees that
-    --to trees has written are in the state exported from then on, and later exports write them again. The last line of
+    The file appears when it is whole, and shows one moment of the database, which may be in use meanwhile. Complete
+    trees are in the state exported once they were written as trees; later exports write them again. The last line of
     standard output is JSON that counts the records (of standard error, if the file is standard output).
 
     Args:

@@ -18,12 +18,18 @@ def render_item(kind: str, item: Any, _: Any) -> str | Literal[False]:
     return f"sa.{type(item.impl_instance).__name__}()" if isinstance(item, TypeDecorator) else False
 
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=Base.metadata,
-    version_table=VERSION_TABLE,
-    render_item=render_item,
-    render_as_batch=True,  # SQLite changes a table by copying it
-    transactional_ddl=False,  # the store has begun the transaction, and commits it
-)
-context.run_migrations()
+def run() -> None:
+    """Run the migrations on the connection that the store has opened."""
+    context.configure(
+        connection=context.config.attributes["connection"],
+        target_metadata=Base.metadata,
+        version_table=VERSION_TABLE,
+        render_item=render_item,
+        render_as_batch=True,  # SQLite changes a table by copying it
+        transactional_ddl=False,  # the store has begun the transaction, and commits it
+    )
+    context.run_migrations()
+
+
+if hasattr(context, "config"):  # as it has while Alembic runs this file
+    run()
