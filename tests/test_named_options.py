@@ -20,6 +20,7 @@ COMMANDS = {
     "data": [("data", name) for name in DATA],
     "evaluation": [("evaluate", name) for name in EVALUATE],
     "serving": [("serve",), ("chat",)],
+    "feedback": [("collect",), ("learn",), ("serve",), ("sft",)],  # learn says how the others lead to it
     "commands": [(name,) for name, command in cli.COMMANDS.items() if command.module.startswith("palm_rlhf.commands.")],
 }
 

@@ -51,9 +51,11 @@ def archives(root, tmp_path_factory) -> tuple[Path, Path]:
 
 def shipped_files(root: Path) -> set[str]:
     package = root / "palm_rlhf"
-    folders = ("ops/cpu/csrc", "serving/page", "evaluation/reports/page")
+    site = (f"feedback/web/{folder}" for folder in ("locales", "static", "templates"))
+    folders = ("ops/cpu/csrc", "serving/page", "evaluation/reports/page", *site)
     files = [*package.rglob("*.py"), *(file for folder in folders for file in (package / folder).iterdir())]
     data = {"palm_rlhf/py.typed", "palm_rlhf/ops/attention_choices.json"}
+    data.add("palm_rlhf/feedback/store/migrations/script.py.mako")
     return {path.relative_to(root).as_posix() for path in files} | data
 
 
