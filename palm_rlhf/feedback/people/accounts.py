@@ -47,7 +47,8 @@ def checked_name(name: str) -> str:
     while "  " in name:
         name = name.replace("  ", " ")
     if not 1 <= len(name) <= LONGEST_NAME:
-        raise FeedbackError(f"got a name of {len(name)} characters, expected 1 to {LONGEST_NAME}", 422)
+        length, most = len(name), LONGEST_NAME
+        raise FeedbackError("got a name of {length} characters, expected 1 to {most}", 422, length=length, most=most)
     if not name.replace(" ", "_").isprintable() or not any(map(str.isalnum, name)):
         raise FeedbackError("a name has letters or digits, and no characters that are not seen: choose another", 422)
     return name

@@ -67,7 +67,13 @@ def check_password(password: str, again: str, name: str) -> None:
     """
     length = len(_normalized(password))
     if not FEWEST <= length <= MOST:
-        raise FeedbackError(f"got a password of {length} characters, expected {FEWEST} to {MOST}", 422)
+        raise FeedbackError(
+            "got a password of {length} characters, expected {fewest} to {most}",
+            422,
+            length=length,
+            fewest=FEWEST,
+            most=MOST,
+        )
     if password.casefold() == name.strip().casefold() or len(set(password)) < 3:
         raise FeedbackError("this password is easily guessed: choose another one", 422)
     if password != again:

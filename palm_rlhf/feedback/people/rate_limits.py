@@ -83,7 +83,13 @@ class Throttle:
     def count_request(self, person_id: str, now: float) -> None:
         """Count a request of a person; FeedbackError with status 429 where there were too many."""
         if wait := self.requests.use(person_id, now):
-            raise too_many("you send requests faster than anybody can read", wait)
+            seconds = math.ceil(wait)
+            raise FeedbackError(
+                "you send requests faster than anybody can read: wait for {seconds} seconds",
+                429,
+                retry_after=seconds,
+                seconds=seconds,
+            )
 
     def count_guess(self, name: str | None, address: str, now: float) -> None:
         """Count a guess of a password, or of an invitation where `name` is None, before it is looked at.
@@ -95,7 +101,13 @@ class Throttle:
             if wait := self.guesses[kind].use(key, now):
                 for other, counted in keys[:done]:
                     self.guesses[other].give_back(counted)
-                raise too_many("there were too many wrong guesses", wait)
+                seconds = math.ceil(wait)
+                raise FeedbackError(
+                    "there were too many wrong guesses: wait for {seconds} seconds",
+                    429,
+                    retry_after=seconds,
+                    seconds=seconds,
+                )
 
     def forgive_guess(self, name: str | None, address: str) -> None:
         """Take back the count of a guess that was right."""
@@ -108,12 +120,6 @@ class Throttle:
         if name is None:
             return [("address", network)]
         return [("name and address", f"{network} {name}"), ("address", network), ("name", name)]
-
-
-def too_many(reason: str, wait: float) -> FeedbackError:
-    """Make the error for requests that come too fast."""
-    seconds = math.ceil(wait)
-    return FeedbackError(f"{reason}: wait for {seconds} seconds", 429, retry_after=seconds)
 
 
 def network_of(address: str) -> str:

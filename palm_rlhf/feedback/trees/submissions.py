@@ -120,7 +120,8 @@ def check_text(text: str, settings: CollectionSettings) -> str:
     if not text:
         raise FeedbackError("the text is blank: write something")
     if len(text) > settings.max_message_length:
-        raise FeedbackError(f"got {len(text)} characters, expected at most {settings.max_message_length}", 413)
+        most = settings.max_message_length
+        raise FeedbackError("got {length} characters, expected at most {most}", 413, length=len(text), most=most)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise FeedbackError("the text holds characters that are none: a zero, or half of a surrogate pair")
     return text

@@ -66,7 +66,8 @@ def hand_out(
         return held[0]
     handed = select(func.count()).where(Task.person_id == person.id, Task.handed_at > now - timedelta(hours=1))
     if session.execute(handed).scalar_one() >= settings.max_tasks_per_hour:
-        raise FeedbackError(f"you were handed {settings.max_tasks_per_hour} tasks in an hour: take a rest", 429)
+        most = settings.max_tasks_per_hour
+        raise FeedbackError("you were handed {most} tasks in an hour: take a rest", 429, most=most)
     chosen = _choose(session, person, settings, kind, language, now, rng)
     if chosen is None:
         return None

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.store.database import StoreError
+from palm_rlhf.feedback.web.catalogues import N_
 from palm_rlhf.feedback.web.site import site_of
 from palm_rlhf.feedback.web.visitors import LoginNeeded
 
@@ -53,7 +54,7 @@ def add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        message = "there is nothing here" if error.status_code == 404 else str(error.detail)
+        message = N_("there is nothing here") if error.status_code == 404 else str(error.detail)
         response = refusal_response(request, FeedbackError(message, error.status_code))
         response.headers.update(error.headers or {})
         return response

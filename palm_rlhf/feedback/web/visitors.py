@@ -18,6 +18,7 @@ from palm_rlhf.feedback.people.roles import has_role
 from palm_rlhf.feedback.refusals import FeedbackError
 from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.table_base import utc_now
+from palm_rlhf.feedback.web.catalogues import N_
 from palm_rlhf.feedback.web.session_cookies import form_token, read_cookie
 from palm_rlhf.feedback.web.site import Site, site_of
 
@@ -46,7 +47,7 @@ class LoginNeeded(FeedbackError):
     """A request of nobody: a page sends it to the login."""
 
     def __init__(self) -> None:
-        super().__init__("log in first", 401)
+        super().__init__(N_("log in first"), 401)
 
 
 def visitor_of(request: Request) -> Visitor:
