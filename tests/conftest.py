@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -127,6 +128,20 @@ def run_server():
             server.closing.set()
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def eventually():
+    """Waits until something is true, and returns it; fails where it never is, on however slow a machine."""
+
+    def wait(condition, seconds: float = 600):
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "it did not become true"
+            time.sleep(0.005)
+        return found
+
+    return wait
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The command ``palm-rlhf serve``."""
 
 import logging
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -11,7 +12,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from palm_rlhf.serving.access_options import AccessOptions, is_loopback, num_bytes
 
 if TYPE_CHECKING:
+    from palm_rlhf.feedback.web.site import Site
     from palm_rlhf.serving.engine import EngineConfig
+    from palm_rlhf.serving.http.handlers import Handlers
+    from palm_rlhf.serving.served_model import ServedModel
 
 DEFAULT_ACCESS = AccessOptions()
 logger = logging.getLogger(__name__)
@@ -36,6 +40,7 @@ def serve(
     cache_memory: Annotated[str | None, arg(metavar="BYTES")] = None,
     prefix_memory: str = "256MB",
     device: Annotated[str | None, arg(metavar="DEVICE")] = None,
+    feedback: Annotated[str | None, arg(metavar="DATABASE")] = None,
     access: OmitArgPrefixes[AccessOptions] = DEFAULT_ACCESS,
 ) -> None:
     """Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.
@@ -64,6 +69,9 @@ def serve(
             what the replies need on a GPU.
         prefix_memory: Memory for keys and values of ended replies, which prompts that begin alike reuse; 0 keeps none.
         device: Where to compute, such as cpu or cuda:1; by default the first GPU where there is one.
+        feedback: A database in which people's judgments of answers are kept: the path of a file, sqlite:///PATH, or
+            postgresql://USER@HOST/NAME. The chat page then has thumbs, better answers, and Compare, which shows two
+            answers side by side; the pages of the feedback are under /feedback. `palm-rlhf learn` learns from it.
         access: Who may connect, and how much of the server they may use.
     """
     from palm_rlhf.serving.engine import EngineConfig
@@ -86,11 +94,17 @@ def serve(
         "dtype": None if dtype == "auto" else getattr(torch, dtype),
         "device": device,
     }
-    serve_checkpoint(host, port, checkpoint, loading, config, access)
+    serve_checkpoint(host, port, checkpoint, loading, config, access, feedback)
 
 
 def serve_checkpoint(
-    host: str, port: int, checkpoint: str, loading: dict[str, Any], config: "EngineConfig", access: AccessOptions
+    host: str,
+    port: int,
+    checkpoint: str,
+    loading: dict[str, Any],
+    config: "EngineConfig",
+    access: AccessOptions,
+    feedback: str | None = None,
 ) -> None:
     """Load a checkpoint, and answer requests until the command is interrupted."""
     from palm_rlhf.serving.engine import Engine
@@ -104,10 +118,18 @@ def serve_checkpoint(
     hosts_and_origins = access.hosts_and_origins(host, loopback=is_loopback(host))
     if not keys.secured and not is_loopback(host):
         logger.warning("other machines reach %s, and there are no API keys: everyone who reaches it is answered", host)
-    with closing(listen(host, port)) as listener:  # before the model is loaded: the port may be in use
+    # before the model is loaded: the port may be in use, and the database out of reach
+    with closing(listen(host, port)) as listener, feedback_site(feedback, host) as site:
         model = load(checkpoint, **loading)
         with Engine(model.palm, model.tokenizer, config) as engine:
-            app = create_app(model, engine, api_keys=keys, limits=limits, access=hosts_and_origins)
+            app = create_app(
+                model,
+                engine,
+                api_keys=keys,
+                limits=limits,
+                access=hosts_and_origins,
+                feedback=None if site is None else asking_for_feedback(site, model, checkpoint),
+            )
             server = make_server(
                 app,
                 grace=access.grace,
@@ -117,3 +139,25 @@ def serve_checkpoint(
             )
             with suppress(KeyboardInterrupt):  # Ctrl-C is how the server is stopped
                 server.run([listener])
+
+
+@contextmanager
+def feedback_site(database: str | None, host: str) -> Iterator["Site | None"]:
+    """Open the feedback site of a database; None without a database."""
+    if database is None:
+        yield None
+        return
+    from palm_rlhf.feedback.store.database import Store
+    from palm_rlhf.feedback.web.site import Site
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    with Store(database) as store:
+        yield Site(store, is_local=is_loopback(host))
+
+
+def asking_for_feedback(site: "Site", model: "ServedModel", checkpoint: str) -> "Callable[[Handlers], Any]":
+    """Return the function that makes the application of /feedback for a model's chat page."""
+    from palm_rlhf.feedback.chat.chat_site import chat_site
+    from palm_rlhf.model.weights_folder import local_folder
+
+    return chat_site(site, model, local_folder(checkpoint))

@@ -1,6 +1,5 @@
 """A small model that has learnt some dialogues by heart, and servers of it on the loopback interface."""
 
-import time
 from contextlib import ExitStack
 
 import openai
@@ -113,17 +112,3 @@ def client(server):
     """OpenAI's own client of that server; it does not try again."""
     with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def eventually():
-    """Waits until something is true, and returns it; fails where it never is, on however slow a machine."""
-
-    def wait(condition, seconds: float = 600):
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert time.monotonic() < deadline, "it did not become true"
-            time.sleep(0.005)
-        return found
-
-    return wait

@@ -24,7 +24,7 @@ def body_schema(**properties: dict[str, Any]) -> dict[str, Any]:
 
 
 GIVEN = body_schema(answers=IDS, comparisons=IDS)
-REACTION = body_schema(answer=ID, value={"type": "integer", "enum": [1, -1]})
+REACTION = body_schema(answer=ID, value={"type": "integer", "minimum": -1, "maximum": 1})
 CORRECTION = body_schema(answer=ID, text={"type": "string"})
 VOTE = body_schema(comparison=ID, verdict={"type": "string", "enum": list(VERDICTS)})
 WITHDRAWAL = body_schema(table={"type": "string", "maxLength": 40}, id=ID)

@@ -20,7 +20,7 @@ from palm_rlhf.feedback.judgments.contributions import take_back
 from palm_rlhf.feedback.judgments.judging import correct, given, react, vote
 from palm_rlhf.feedback.store.table_base import utc_now
 from palm_rlhf.feedback.web.site import site_of
-from palm_rlhf.feedback.web.visitors import LoginNeeded, Visitor, checked_form, visitor_of
+from palm_rlhf.feedback.web.visitors import Visitor, checked_form, visitor_of
 from palm_rlhf.serving.http.handlers import client_of
 from palm_rlhf.serving.http.middleware import error_response, json_response
 from palm_rlhf.serving.protocol.errors import ApiError
@@ -55,14 +55,9 @@ class _Streamed(Response):
 
 
 @router.get("/visitor")
-def who_is_here(request: Request) -> Response:
-    """Tell the page who is here, and the token that its requests have to send; or where to log in."""
-    home = request.url_for("home").path
-    try:
-        visitor = visitor_of(request)
-    except LoginNeeded:
-        return json_response({"name": None, "token": None, "home": home})
-    return json_response({"name": visitor.person.name, "token": visitor.form_token, "home": home})
+def who_is_here(visitor: Known) -> Response:
+    """Tell the page who is here, and the token that its requests have to send; status 401 before a login."""
+    return json_response({"name": visitor.person.name, "token": visitor.form_token})
 
 
 @router.post("/reply")
@@ -79,7 +74,7 @@ async def compare(request: Request, visitor: Sender) -> Response:
 
 async def _answered(request: Request, visitor: Visitor, number: int) -> Response:
     chat: ChatServer = request.app.state.chat
-    handlers, client = chat.handlers, client_of(request.scope)
+    handlers, client = chat.handlers, client_of(dict(request.scope))
     read = lambda body: chat.read(body, client, visitor.person.id, number)  # noqa: E731
     parsed, asked = await handlers.prepared(request, read)
     writer = KeptWriter("chat", handlers.model.name, handlers.model.tokenizer)

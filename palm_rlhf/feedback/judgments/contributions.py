@@ -56,7 +56,9 @@ def contributions(session: Session, person_id: str, *, offset: int = 0, limit: i
     ]
     every = union_all(*parts).subquery()
     newest = select(every.c.name, every.c.id).order_by(every.c.at.desc(), every.c.id).offset(offset).limit(limit)
-    return [_described(session, name, session.get_one(TABLES[name], row_id)) for name, row_id in session.execute(newest)]
+    return [
+        _described(session, name, session.get_one(TABLES[name], row_id)) for name, row_id in session.execute(newest)
+    ]
 
 
 @beartype
