@@ -10,6 +10,7 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.serving.access_options import AccessOptions, is_loopback, num_bytes
+from palm_rlhf.serving.http.access import Access
 
 if TYPE_CHECKING:
     from palm_rlhf.feedback.web.site import Site
@@ -119,7 +120,7 @@ def serve_checkpoint(
     if not keys.secured and not is_loopback(host):
         logger.warning("other machines reach %s, and there are no API keys: everyone who reaches it is answered", host)
     # before the model is loaded: the port may be in use, and the database out of reach
-    with closing(listen(host, port)) as listener, feedback_site(feedback, host) as site:
+    with closing(listen(host, port)) as listener, feedback_site(feedback, host, hosts_and_origins) as site:
         model = load(checkpoint, **loading)
         with Engine(model.palm, model.tokenizer, config) as engine:
             app = create_app(
@@ -130,29 +131,32 @@ def serve_checkpoint(
                 access=hosts_and_origins,
                 feedback=None if site is None else asking_for_feedback(site, model, checkpoint),
             )
+
+            def say_where() -> None:
+                print(f"{model.name} answers at {url_of(listener)}", flush=True)
+                if site is not None:
+                    say_how_to_log_in(site, url_of(listener))
+
             server = make_server(
-                app,
-                grace=access.grace,
-                connections=connections,
-                when_ready=lambda: print(f"{model.name} answers at {url_of(listener)}", flush=True),
-                when_late=engine.close,
+                app, grace=access.grace, connections=connections, when_ready=say_where, when_late=engine.close
             )
             with suppress(KeyboardInterrupt):  # Ctrl-C is how the server is stopped
                 server.run([listener])
 
 
 @contextmanager
-def feedback_site(database: str | None, host: str) -> Iterator["Site | None"]:
-    """Open the feedback site of a database; None without a database."""
+def feedback_site(database: str | None, host: str, access: Access) -> Iterator["Site | None"]:
+    """Open the feedback site of a database; None without a database. No model replies in its trees."""
     if database is None:
         yield None
         return
-    from palm_rlhf.feedback.store.database import Store
-    from palm_rlhf.feedback.web.site import Site
+    from palm_rlhf.feedback.settings import CollectionSettings
+    from palm_rlhf.feedback.web.site_setup import opened_site
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    with Store(database) as store:
-        yield Site(store, is_local=is_loopback(host))
+    settings = CollectionSettings(num_model_replies=0)
+    with opened_site(database, settings, access=access, is_loopback=is_loopback(host)) as site:
+        yield site
 
 
 def asking_for_feedback(site: "Site", model: "ServedModel", checkpoint: str) -> "Callable[[Handlers], Any]":
@@ -161,3 +165,11 @@ def asking_for_feedback(site: "Site", model: "ServedModel", checkpoint: str) -> 
     from palm_rlhf.model.weights_folder import local_folder
 
     return chat_site(site, model, local_folder(checkpoint))
+
+
+def say_how_to_log_in(site: "Site", url: str) -> None:
+    """Print the link of the first admin, where other machines reach the site and nobody can log in yet."""
+    from palm_rlhf.feedback.web.site_setup import first_words
+
+    if words := first_words(site, f"{url}/feedback"):
+        print(words, flush=True)

@@ -52,7 +52,7 @@ class ChatClient(httpx.Client):
 
     def ask(self, kind: str = "reply", messages=HELLO, **values) -> dict:
         """The ids of answers, their texts from left to right, and what is kept of them."""
-        body = {"model": "random", "messages": messages, "max_tokens": 8, **values}
+        body = {"model": "random", "messages": messages, "max_tokens": 8, "seed": 0, **values}
         response = self.post(kind, json=body)
         assert response.status_code == 200, response.text
         assert response.text.endswith("data: [DONE]\n\n")

@@ -206,3 +206,22 @@ def test_sizes_and_hosts():
         "127.0.0.1",
         "::1",
     ]
+
+
+def test_feedback_is_kept_in_the_database_that_is_named(command, checkpoint, tmp_path):
+    from palm_rlhf.feedback.store.answer_tables import Answer, KnownModel, Reaction
+    from palm_rlhf.feedback.store.database import Store
+
+    with command(checkpoint, "--port", 0, "--device", "cpu", "--feedback", "judged.db") as (process, url):
+        assert 'data-feedback="feedback/"' in httpx.get(url).text
+        with httpx.Client(base_url=f"{url}/feedback/chat/", timeout=600) as client:
+            client.headers["x-form-token"] = client.get("visitor").json()["token"]
+            body = {"model": "parrot", "messages": HELLO, "temperature": 0}
+            opening, *_ = client.post("reply", json=body).text.split("\n\n")
+            (answer,) = json.loads(opening.removeprefix("data: "))["feedback"]["answers"]
+            assert client.post("reactions", json={"answer": answer, "value": 1}).status_code == 200
+        process.kill()  # what was acknowledged is on the disk
+    with Store(tmp_path / "judged.db") as store, store.reading() as session:
+        assert session.get_one(Answer, answer).text == "Hi there! How are you?"
+        (model,), (reaction,) = session.query(KnownModel).all(), session.query(Reaction).all()
+    assert (model.name, model.folder, reaction.value) == ("parrot", str(checkpoint), 1)
