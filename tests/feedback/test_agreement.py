@@ -130,6 +130,9 @@ def test_votes_agree_whichever_side_an_answer_was_on():
     ]
     found = vote_agreement(votes)
     assert found.share == pytest.approx(2 / 3) and found.num_shared == 3
-    values = [("ab", 1), ("ab", 1), ("cd", 0.5), ("cd", 0.5), ("ef", 1), ("ef", 0)]
-    assert found.alpha == pytest.approx(krippendorff_alpha(values, "interval"))
+    # Verdicts from both sides: 1 1, 0 0, 1/2 1/2 twice, 1 0 twice. Four ordered pairs of them differ, by 1 each. Over
+    # all ordered pairs of 4 ones, 4 zeros and 4 halves, the squares are 2 * 16 * 1 + 4 * 16 / 4 = 48.
+    assert found.alpha == pytest.approx(1 - 4 / (48 / 11))
+    turned = [vote._replace(left_id=vote.right_id, right_id=vote.left_id) for vote in votes]
+    assert vote_agreement(turned).alpha == pytest.approx(found.alpha)
     assert vote_agreement(votes[:1]).alpha is None and not math.isnan(found.alpha)

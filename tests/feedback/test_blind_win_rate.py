@@ -78,7 +78,7 @@ def test_no_votes_and_every_sentence():
     for low, high, verdict in ((0.51, 0.7, "better"), (0.3, 0.49, "worse"), (0.5, 0.7, "unclear")):
         found = BlindWinRate(3, 2, 0, 1, 5, 0.6, low, high)
         assert found.verdict == verdict
-        assert found.sentence(lambda text: f"In words: {text}") == f"In words: {found.sentence()}"
+        assert found.message % found.shown == found.sentence()
     assert set(SENTENCES) == {"better", "worse", "unclear", "no votes"}
 
 

@@ -49,7 +49,8 @@ class VoteAgreement:
     """How far votes of different people on the same two answers agree.
 
     `share` of the pairs of votes is the same verdict, where a tie and two bad answers are one verdict. `alpha` is that
-    of an interval scale on which a tie lies halfway. Both are None where no two people compared the same answers.
+    of an interval scale on which a tie lies halfway; each comparison counts from both sides, since no answer is the
+    first by nature. Both are None where no two people compared the same answers.
     """
 
     share: float | None
@@ -116,5 +117,6 @@ def vote_agreement(votes: Sequence[VoteRecord]) -> VoteAgreement:
     if not shared:
         return VoteAgreement(None, None, 0)
     same = [one == other for given in shared.values() for one, other in combinations(given, 2)]
-    alpha = krippendorff_alpha(((pair, share) for pair, given in shared.items() for share in given), "interval")
-    return VoteAgreement(fmean(same), alpha, len(shared))
+    from_first = [((pair, "first"), share) for pair, given in shared.items() for share in given]
+    from_second = [((pair, "second"), 1 - share) for (pair, _), share in from_first]
+    return VoteAgreement(fmean(same), krippendorff_alpha(from_first + from_second, "interval"), len(shared))

@@ -1,6 +1,6 @@
 """The blind win rate of a new model against an old one, and the sentence that says whether it is better."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,11 +63,23 @@ class BlindWinRate:
             return "no votes"
         return "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "unclear"
 
-    def sentence(self, translate: Callable[[str], str] = str) -> str:
-        """Return a sentence for everybody that says whether the new model is better, in the translation's language."""
+    @property
+    def message(self) -> str:
+        """The sentence that says for everybody whether the new model is better, in English, with places for `shown`."""
+        return SENTENCES[self.verdict]
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The numbers of the sentence, as they are shown in it."""
         numbers = {"rate": self.win_rate, "low": self.low, "high": self.high}
-        shown = {name: "" if value is None else f"{value:.0%}" for name, value in numbers.items()}
-        return translate(SENTENCES[self.verdict]) % {**shown, "votes": self.num_votes}
+        return {
+            "votes": str(self.num_votes),
+            **{name: "" if value is None else f"{value:.0%}" for name, value in numbers.items()},
+        }
+
+    def sentence(self) -> str:
+        """Return the sentence in English."""
+        return self.message % self.shown
 
 
 @beartype

@@ -7,14 +7,30 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from palm_rlhf import serving
-from palm_rlhf.feedback.web import home_pages, login_pages, task_pages
+from palm_rlhf.feedback.web import (
+    home_pages,
+    leaderboard_pages,
+    login_pages,
+    moderator_pages,
+    rounds_pages,
+    statistics_pages,
+    task_pages,
+)
 from palm_rlhf.feedback.web.page_headers import PageHeaders
 from palm_rlhf.feedback.web.refusal_pages import add_refusals
 from palm_rlhf.feedback.web.request_checks import RequestChecks
 from palm_rlhf.feedback.web.site import WEB, Site
 
 CHAT_PAGE = Path(serving.__file__).parent / "page"  # the feedback pages share its look, and its reader of Markdown
-ROUTERS = (home_pages.router, login_pages.router, task_pages.router)
+ROUTERS = (
+    home_pages.router,
+    login_pages.router,
+    task_pages.router,
+    leaderboard_pages.router,
+    statistics_pages.router,
+    rounds_pages.router,
+    moderator_pages.router,
+)
 
 
 class FeedbackApp(FastAPI):
