@@ -99,8 +99,8 @@ def test_two_rounds_learn_the_taste(rounds, store, chat_model, tmp_path):
     assert mean_liking(models[last]) > mean_liking(chat_model) + 1
 
 
-def test_it_says_how_many_votes_are_wanted(store, chat_model, tmp_path):
-    said = []
+def test_it_says_how_many_votes_are_wanted(any_store, chat_model, tmp_path):
+    said, store = [], any_store
 
     def say(text):
         said.append(text)

@@ -1,6 +1,7 @@
 """palm-rlhf learn, killed at several moments: it goes on to the same bits, and nothing is there twice."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,16 @@ from sqlalchemy import select
 
 from palm_rlhf.cli import main
 from palm_rlhf.feedback.learning.learning_loop import learn
+from palm_rlhf.feedback.learning.policy_improvement import improve_policy
+from palm_rlhf.feedback.learning.reward_fitting import fit_reward_model
+from palm_rlhf.feedback.learning.round_context import RoundContext
 from palm_rlhf.feedback.learning.round_rows import STAGES
 from palm_rlhf.feedback.learning.sole_learner import sole_learner
 from palm_rlhf.feedback.store.answer_tables import Answer
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.store.identities import weights_digest
 from palm_rlhf.feedback.store.learning_tables import Round, RoundEvent
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.learning_settings import LearningSettings
 from palm_rlhf.training.run.checkpoints import complete_checkpoints
@@ -100,6 +105,30 @@ def test_a_round_that_is_stopped_in_each_stage_goes_on(store, tmp_path, model, w
             learn_here(store, model, tmp_path / "run", stop_at=line)
     learn_here(store, model, tmp_path / "run")
     check_is_whole(store, tmp_path / "run", whole)
+
+
+def test_training_that_was_killed_before_its_model_was_saved_ends_with_the_same_bits(store, tmp_path, model):
+    learn_here(store, model, tmp_path / "run", num_steps=2, reward_epochs=1)
+    with store.reading() as session:
+        (row,) = session.scalars(select(Round))
+    context = RoundContext(
+        store=store,
+        round_id=row.id,
+        number=1,
+        folder=tmp_path / "run/round-001",
+        base_id=row.base_model_id,
+        base=str(model),
+        first_id=row.base_model_id,
+        first=str(model),
+        settings=LearningSettings(**{**SETTINGS, "num_steps": 2, "reward_epochs": 1}),
+        say=lambda text: None,
+    )
+    for part, train, kind in (("reward", fit_reward_model, RewardModel), ("policy", improve_policy, PaLM)):
+        saved = context.folder / part / "model"
+        before, figures = weights_digest(kind.from_pretrained(saved)), train(context)
+        shutil.rmtree(saved)
+        assert train(context) == figures
+        assert weights_digest(kind.from_pretrained(saved)) == before
 
 
 @pytest.mark.slow
