@@ -100,7 +100,7 @@ def growing_trees(
         trees.setdefault(message.tree_id, []).append(message)
     held = select(Task.message_id, func.count()).join(Tree, Task.tree_id == Tree.id).where(*wanted, holds_a_slot(now))
     held = held.where(Task.kind.in_(REPLY_KINDS.values())).group_by(Task.message_id)
-    open_tasks: dict[str | None, int] = dict(row.tuple() for row in session.execute(held))
+    open_tasks = {row[0]: row[1] for row in session.execute(held)}
     return [_growth(messages, open_tasks) for messages in trees.values()]
 
 

@@ -29,6 +29,9 @@ STATE_OF_KIND = {  # of the trees that have such tasks
 }
 
 
+REPLY = aliased(TreeMessage)  # to the message of a query
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A task that a person could be handed."""
@@ -97,15 +100,13 @@ def _is_ranked(reply: Any, parent_id: Any) -> tuple[ColumnElement[bool], ...]:
 
 
 def _num_replies() -> Any:
-    reply = aliased(TreeMessage)
-    number = select(func.count()).select_from(reply).where(*_is_ranked(reply, TreeMessage.id))
+    number = select(func.count()).select_from(REPLY).where(*_is_ranked(REPLY, TreeMessage.id))
     return number.correlate(TreeMessage).scalar_subquery()
 
 
 def _is_for(person: Participant, kind: str, settings: CollectionSettings, now: datetime) -> list[ColumnElement[bool]]:
     """Return the conditions that a task on a `TreeMessage` may be this person's."""
-    reply = aliased(TreeMessage)
-    own_reply = exists().where(reply.parent_id == TreeMessage.id, reply.person_id == person.id)
+    own_reply = exists().where(REPLY.parent_id == TreeMessage.id, REPLY.person_id == person.id)
     is_own = own_reply if kind == "rank_replies" else func.coalesce(TreeMessage.person_id, "") == person.id
     # Skipped and expired tasks go to others first
     lately = or_(Task.outcome == "done", func.coalesce(Task.closed_at, Task.expires_at) > now - settings.task_timeout)

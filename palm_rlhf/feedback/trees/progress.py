@@ -54,7 +54,7 @@ def progress(session: Session, settings: CollectionSettings, *, language: str | 
     """Return how far a collection is, in a language or in all."""
     of_language = [] if language is None else [Tree.language == language]
     by_state = select(Tree.state, func.count()).where(*of_language).group_by(Tree.state)
-    trees = dict(row.tuple() for row in session.execute(by_state))
+    trees = {row[0]: row[1] for row in session.execute(by_state)}
     messages = select(TreeMessage.model_id.is_(None), func.count()).join(Tree, TreeMessage.tree_id == Tree.id)
     messages = messages.where(not_withdrawn(TreeMessage), *of_language).group_by(TreeMessage.model_id.is_(None))
     of_people = {bool(people): number for people, number in session.execute(messages)}
@@ -86,7 +86,7 @@ def contributions(session: Session, window: str, now: datetime) -> list[Contribu
         )
         if length is not None:
             query = query.where(table.created_at > now - length)
-        return dict(row.tuple() for row in session.execute(query.group_by(table.person_id)))
+        return {row[0]: row[1] for row in session.execute(query.group_by(table.person_id))}
 
     prompts = counted(TreeMessage, TreeMessage.parent_id.is_(None))
     replies = counted(TreeMessage, TreeMessage.parent_id.is_not(None))

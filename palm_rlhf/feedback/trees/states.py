@@ -24,12 +24,14 @@ MODERATORS = ("moderator", "admin")
 def enter(
     session: Session, tree: Tree, state: str, now: datetime, *, reason: str | None = None, person_id: str | None = None
 ) -> None:
-    """Bring a tree into a state, with the event that says when, by whom (None: by the rules) and why."""
+    """Bring a tree into a state, with the event that says when, by whom (None: by the rules) and why.
+
+    Tasks that are still open were for the state before, and are cancelled.
+    """
     tree.state = state
     session.add(TreeEvent(tree_id=tree.id, state=state, reason=reason, person_id=person_id, at=now))
-    if state in (LOW_GRADE, HALTED):
-        cancelled = update(Task).where(Task.tree_id == tree.id, Task.outcome.is_(None))
-        session.execute(cancelled.values(outcome="cancelled", closed_at=now))
+    cancelled = update(Task).where(Task.tree_id == tree.id, Task.outcome.is_(None))
+    session.execute(cancelled.values(outcome="cancelled", closed_at=now))
     session.flush()
 
 

@@ -163,7 +163,7 @@ def _open_task(
     if task.outcome in ("done", "skipped"):
         raise FeedbackError(f"this task is closed already: {task.outcome}", 409)
     if task.outcome == "cancelled":
-        raise FeedbackError("the tree of this task was stopped in the meantime", 409)
+        raise FeedbackError("the tree of this task was stopped, or went on without it: take another one", 409)
     if not _is_wanted(session, task):
         raise FeedbackError("the tree of this task went on without it: take another one", 409)
     if task.outcome == "expired" or task.expires_at <= now:

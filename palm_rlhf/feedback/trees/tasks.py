@@ -14,8 +14,13 @@ from palm_rlhf.feedback.trees.offers import KINDS, Candidate, candidates, ranked
 from palm_rlhf.feedback.trees.task_queries import holds_a_slot
 
 # The weights by which Open-Assistant's tree manager draws a task among the kinds that there are
-REPLY_WEIGHT = 2.0  # of both kinds of replies together
-WEIGHTS = {"rank_replies": 10.0, "label_reply": 5.0, "label_prompt": 5.0, "write_prompt": 0.01}
+WEIGHTS: dict[tuple[str, ...], float] = {
+    ("rank_replies",): 10,
+    ("label_reply",): 5,
+    ("label_prompt",): 5,
+    ("reply_as_user", "reply_as_assistant"): 2,
+    ("write_prompt",): 0.01,
+}
 LONELY_SHARE = 0.75  # of the assistant's replies go to messages with one reply, which alone cannot be ranked
 
 
@@ -92,16 +97,19 @@ def _choose(
     now: datetime,
     rng: random.Random,
 ) -> Candidate | None:
-    kinds = KINDS if kind is None else (kind,)
-    found = {each: candidates(session, each, settings, person=person, language=language, now=now) for each in kinds}
-    found = {each: choices for each, choices in found.items() if choices}
-    if not found:
-        return None
-    num_replies = sum(len(choices) for each, choices in found.items() if each not in WEIGHTS)
-    weights = [WEIGHTS.get(each, REPLY_WEIGHT * len(choices) / max(1, num_replies)) for each, choices in found.items()]
-    choices = rng.choices(list(found.values()), weights)[0]
-    lonely = [choice for choice in choices if choice.lonely]
-    return rng.choice(lonely if lonely and rng.random() < LONELY_SHARE else choices)
+    weights = dict(WEIGHTS) if kind is None else {(kind,): 1.0}
+    while weights:  # without the kinds that were drawn and have nothing, which is a draw among the others
+        kinds = rng.choices(list(weights), list(weights.values()))[0]
+        choices = [
+            choice
+            for each in kinds
+            for choice in candidates(session, each, settings, person=person, language=language, now=now)
+        ]
+        if choices:
+            lonely = [choice for choice in choices if choice.lonely]
+            return rng.choice(lonely if lonely and rng.random() < LONELY_SHARE else choices)
+        del weights[kinds]
+    return None
 
 
 def open_tasks(
