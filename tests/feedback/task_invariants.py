@@ -154,6 +154,8 @@ def _verdicts(rows, settings):
             continue  # a withdrawn review leaves the verdict as it was
         labels = [row.labels for row in rows.reviews if row.message_id == key]
         above = rows.messages.get(message.parent_id)
+        if message.accepted is False and above is not None and rows.is_dead(above):
+            continue  # it left the tree with the message above it
         if message.accepted is None:
             if len(labels) >= settings.num_reviews:
                 yield f"{key} has its reviews and no verdict"
@@ -162,7 +164,7 @@ def _verdicts(rows, settings):
             strange = math.fsum(each["lang_mismatch"] for each in labels) / len(labels)
             if message.accepted is not (1 - (spam + strange) > settings.min_acceptance):
                 yield f"{key} is accepted: {message.accepted}, with spam {spam} and language {strange}"
-        elif not (message.accepted is False and above is not None and rows.is_dead(above)):
+        else:
             yield f"{key} has the verdict {message.accepted} after {len(labels)} reviews"
 
 
