@@ -27,11 +27,10 @@ def test_the_umpire_and_the_reward_by_hand(example):
 
 
 @pytest.mark.slow(20)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_policy_learns_to_ask(root, seed):
+def test_a_policy_learns_to_ask(root):
     """From about a quarter of the games to nearly all."""
     done = subprocess.run(
-        [sys.executable, str(root / "examples/guessing_game.py"), "--seed", str(seed), "--games", "60"],
+        [sys.executable, str(root / "examples/guessing_game.py"), "--seed", "0", "--games", "60"],
         env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
