@@ -245,6 +245,9 @@ def test_preferences_of_weight_zero_are_left_out(tmp_path):
     ]
     rankings = encode_rankings(given, model, 32, {"people": 1.0, "imported": 0.5, "ai": 0.0})
     assert [ranking.weight for ranking in rankings] == [1.0, 0.5]
+    tool = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
+    written = [LearntPreference(tool, ["a", "b"], "people", "file", False, False), given[0]]
+    assert len(encode_rankings(written, model, 32, {"people": 1.0})) == 1  # the other, no chat template of ours writes
 
 
 def test_the_command_learns_from_imported_preferences_alone(tmp_path, capsys):

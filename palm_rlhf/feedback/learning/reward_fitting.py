@@ -6,6 +6,7 @@ preferences of all rounds are learnt again, so nothing is lost, and no order of 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -38,17 +39,20 @@ class Accuracy(NamedTuple):
 def encode_rankings(
     preferences: Sequence[LearntPreference], model: ServedModel, max_seq_len: int, weights: dict[str, float]
 ) -> list[Ranking]:
-    """Return preferences as rankings of tokens, with weights by their origin; those of weight 0 are left out."""
+    """Return preferences as rankings of tokens, with weights by their origin.
+
+    Preferences of weight 0 are left out, and so are those that the chat template does not write, and those that are
+    equal within `max_seq_len`.
+    """
     tokenizer, template = model.tokenizer, template_of(model)
-    rankings = (
-        Ranking(
-            encode_prompt(each.prompt, tokenizer, template),
-            [encode_response(each.prompt, text, tokenizer, template) for text in each.responses],
-            weight=weights[each.origin],
-        )
-        for each in preferences
-        if weights[each.origin] > 0
-    )
+    rankings = []
+    for each in preferences:
+        if not weights[each.origin]:
+            continue
+        with suppress(ValueError):  # of messages that the template does not write, such as those of tools
+            prompt = encode_prompt(each.prompt, tokenizer, template)
+            responses = [encode_response(each.prompt, text, tokenizer, template) for text in each.responses]
+            rankings.append(Ranking(prompt, responses, weight=weights[each.origin]))
     return list(fit_rankings(rankings, max_seq_len))
 
 
@@ -61,7 +65,7 @@ def fit_reward_model(context: RoundContext) -> dict[str, Any]:
     train = encode_rankings(learnt, base, settings.max_seq_len, settings.weights)
     config = settings.reward_config(context.number)
     if not (run / MODEL).is_dir():
-        context.say(f"fitting the reward model to {len(train)} preferences")
+        context.say(f"fitting the reward model to {len(train)} of {len(learnt)} preferences")
         torch.manual_seed(config.seed)  # of the head, which is the same in a resumed run
         trainer = RewardModelTrainer(
             RewardModel(base.palm, pooling=settings.pooling),

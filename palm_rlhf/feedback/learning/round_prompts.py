@@ -71,7 +71,10 @@ def choose_prompts(context: RoundContext, model: ServedModel, more: Sequence[Mes
     distinct = {prompt_key_of(prompt): prompt for prompt in (*known, *more)}
     fitting = {key: prompt for key, prompt in sorted(distinct.items()) if _fits(context, model, prompt)}
     if left_out := len(distinct) - len(fitting):
-        context.say(f"left out {left_out} prompts that leave no room for an answer within max_seq_len")
+        context.say(
+            f"left out {left_out} prompts that leave no room for an answer within max_seq_len, or that the chat "
+            "template does not write"
+        )
     if not fitting:
         raise ValueError(
             "got no prompt for the model to answer, expected some: give a file of prompts by --prompts, or let people "
@@ -85,7 +88,10 @@ def choose_prompts(context: RoundContext, model: ServedModel, more: Sequence[Mes
 
 def _fits(context: RoundContext, model: ServedModel, prompt: Messages) -> bool:
     room = context.settings.max_seq_len - context.settings.max_new_tokens
-    return len(encode_prompt(prompt, model.tokenizer, template_of(model))) <= room
+    try:
+        return len(encode_prompt(prompt, model.tokenizer, template_of(model))) <= room
+    except ValueError:  # such as messages of a tool
+        return False
 
 
 def _assign(context: RoundContext, prompts: list[Messages]) -> list[RoundPrompt]:
@@ -94,7 +100,7 @@ def _assign(context: RoundContext, prompts: list[Messages]) -> list[RoundPrompt]
     random.Random(f"{settings.seed} {context.number}").shuffle(prompts)
     collection = CollectionSettings(held_out=settings.held_out)
     sides = [is_held_out(prompt_key_of(prompt), collection) for prompt in prompts]
-    evaluated = [place for place, held_out in enumerate(sides) if held_out][: settings.num_evaluations]
+    evaluated = set([place for place, held_out in enumerate(sides) if held_out][: settings.num_evaluations])
     return [
         RoundPrompt(prompt, held_out, in_pool=place < settings.num_prompts, in_evaluation=place in evaluated)
         for place, (prompt, held_out) in enumerate(zip(prompts, sides, strict=True))
