@@ -29,9 +29,10 @@ def export(
 
     trees writes Open-Assistant's form: messages with labels, ranks, languages and models, nested by their replies.
     rankings writes {"prompt": [messages], "responses": [best first]}: the merged rankings of trees, comparisons,
-    corrections, and imported preferences; preferences writes their pairs, {"prompt", "chosen", "rejected"}, and ties
-    count for neither. messages writes {"messages": [{"role", "content"}]} to fine-tune on: the threads of trees,
-    corrections, and answers with thumbs up. Only accepted messages are written, and nothing that was taken back.
+    corrections, answers to one prompt with thumbs up and down, and imported preferences; preferences writes their
+    pairs, {"prompt", "chosen", "rejected"}, and ties count for neither. messages writes {"messages": [{"role",
+    "content"}]} to fine-tune on: the threads of trees, corrections, and answers with more thumbs up than down. Only
+    accepted messages are written, and nothing that was taken back.
 
     The file appears when it is whole, and shows one moment of the database, which may be in use meanwhile. Complete
     trees are in the state exported once they were written as trees; later exports write them again. The last line of

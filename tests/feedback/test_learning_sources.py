@@ -5,7 +5,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from palm_rlhf.feedback.learning.round_prompts import prompts_of_people
-from palm_rlhf.feedback.learning.training_preferences import all_preferences, count_contributions, liked_and_disliked
+from palm_rlhf.feedback.learning.training_preferences import all_preferences, count_contributions
 from palm_rlhf.feedback.store.answer_tables import (
     Answer,
     ComparisonVote,
@@ -99,7 +99,7 @@ def test_thumbs_of_different_sign_on_answers_to_one_prompt_are_a_preference(sess
     values = [(liked, "ann", 1), (disliked, "ann", -1), (disliked, "bob", -1), (same_text, "ann", -1)]
     for row, person, value in [*values, (torn, "ann", 1), (torn, "bob", -1), (elsewhere, "ann", -1)]:
         add(session, Reaction(answer_id=row.id, person_id=person, value=value))
-    assert [(better.text, worse.text) for better, worse in liked_and_disliked(session)] == [("good", "bad")]
+    assert len(all_preferences(session, 0.2)) == 1
     assert found(session) == {("reactions", "people", "good", "bad")}
     later = NOW + timedelta(days=9999)
     add(session, Reaction(answer_id=disliked.id, person_id="ann", value=1, created_at=later))  # the newest counts

@@ -15,10 +15,11 @@ from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.files.records import write_records
 from palm_rlhf.data.preferences.ranking_files import pairs_of
 from palm_rlhf.feedback.exchange.tree_records import People, shown_people, tree_record
-from palm_rlhf.feedback.store.answer_tables import Answer, Correction, Reaction
+from palm_rlhf.feedback.store.answer_tables import Answer, Correction
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.store.kept_trees import RANKED_STATES, KeptMessage, kept_trees
 from palm_rlhf.feedback.store.preferences_view import iter_preferences
+from palm_rlhf.feedback.store.thumbs import answers_with_thumbs
 from palm_rlhf.feedback.store.tree_tables import Tree
 from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 from palm_rlhf.feedback.trees.states import mark_exported
@@ -74,10 +75,9 @@ def exported_records(
 ) -> Iterator[Record]:
     """Yield the contents of a database as records; nothing that was withdrawn or not accepted is among them.
 
-    `trees` are in the form of Open-Assistant. `rankings` are `{"prompt", "responses"}`, best first, of trees,
-    comparisons, corrections and imported files, and `preferences` their pairs, `{"prompt", "chosen", "rejected"}`; see
-    `iter_preferences`. `messages` are conversations to fine-tune on: the threads of trees, corrections, and answers
-    that somebody liked and nobody disliked.
+    `trees` are in the form of Open-Assistant. `rankings` are `{"prompt", "responses"}`, best first, of all that
+    `iter_preferences` yields, and `preferences` their pairs, `{"prompt", "chosen", "rejected"}`. `messages` are
+    conversations to fine-tune on: the threads of trees, corrections, and answers that more people liked than disliked.
 
     Args:
         session: A session of the store.
@@ -152,18 +152,9 @@ def _liked_answers(session: Session) -> Iterator[tuple[Answer, str, str]]:
     newest = {(row.answer_id, row.person_id): (row, answer) for row, answer in session.execute(corrections)}
     for row, answer in newest.values():
         yield answer, row.text, "correction"
-    reactions = (
-        select(Reaction, Answer)
-        .join(Answer, Answer.id == Reaction.answer_id)
-        .where(not_withdrawn(Reaction), not_withdrawn(Answer))
-        .order_by(Reaction.created_at, Reaction.id)
-    )
-    thumbs = {(row.answer_id, row.person_id): (row.value, answer) for row, answer in session.execute(reactions)}
-    liked = {answer.id: answer for value, answer in thumbs.values() if value > 0}
-    disliked = {answer.id for value, answer in thumbs.values() if value < 0}
-    for answer in liked.values():
-        if answer.id not in disliked:
-            yield answer, answer.text, "reaction"
+    for answer, thumbs, _ in answers_with_thumbs(session):
+        if thumbs > 0:
+            yield answer, answer.text, "reactions"
 
 
 def _in_languages(record: Record, language: str | None, languages: Collection[str]) -> Iterator[Record]:

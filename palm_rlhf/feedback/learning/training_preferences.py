@@ -7,8 +7,6 @@ prompt have thumbs of different sign. Votes of the blind comparison of two model
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from palm_rlhf.feedback.learning.round_context import RoundContext
 from palm_rlhf.feedback.learning.round_rows import all_rounds, events_of
 from palm_rlhf.feedback.pairs.held_out_prompts import is_held_out
 from palm_rlhf.feedback.settings import CollectionSettings
-from palm_rlhf.feedback.store.answer_tables import Answer, ComparisonVote, Correction, Reaction, ShownComparison
+from palm_rlhf.feedback.store.answer_tables import ComparisonVote, Correction, ShownComparison
 from palm_rlhf.feedback.store.preferences_view import iter_preferences
 from palm_rlhf.feedback.store.tree_tables import ReplyRanking
 from palm_rlhf.feedback.store.withdrawals import not_withdrawn
@@ -97,7 +95,7 @@ def _wanted(missing: int) -> str:
 def all_preferences(session: Session, held_out: float | int) -> list[LearntPreference]:
     """Return all preferences in the database, of which the share `held_out` of the prompts is held out."""
     collection = CollectionSettings(held_out=held_out)
-    found = [
+    return [
         LearntPreference(
             each.prompt,
             list(each.responses),
@@ -109,31 +107,6 @@ def all_preferences(session: Session, held_out: float | int) -> list[LearntPrefe
         for each in iter_preferences(session)
         if each.purpose != "evaluation"
     ]
-    for better, worse in liked_and_disliked(session):
-        is_out = is_held_out(better.prompt_key, collection)
-        responses = [better.text, worse.text]
-        found.append(LearntPreference(better.prompt, responses, "people", "reactions", False, is_out))
-    return found
-
-
-@beartype
-def liked_and_disliked(session: Session) -> Iterator[tuple[Answer, Answer]]:
-    """Yield the pairs of different answers to one prompt of which one has more thumbs up than down, and one fewer."""
-    query = (
-        select(Reaction, Answer)
-        .join(Answer, Answer.id == Reaction.answer_id)
-        .where(not_withdrawn(Reaction), not_withdrawn(Answer))
-        .order_by(Reaction.created_at, Reaction.id)
-    )
-    newest = {(row.answer_id, row.person_id): (row, answer) for row, answer in session.execute(query)}
-    sums: dict[str, int] = defaultdict(int)
-    answers: dict[str, dict[str, Answer]] = defaultdict(dict)
-    for reaction, answer in newest.values():
-        sums[answer.id] += reaction.value
-        answers[answer.prompt_key][answer.id] = answer
-    for same_prompt in answers.values():
-        liked, disliked = ([x for x in same_prompt.values() if sums[x.id] * sign > 0] for sign in (1, -1))
-        yield from ((x, y) for x in liked for y in disliked if x.text.strip() != y.text.strip())
 
 
 @beartype

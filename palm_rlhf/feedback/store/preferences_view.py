@@ -1,9 +1,10 @@
 """Everything in the database that says which of several replies is better, in one form."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any, Literal
 
 from beartype import beartype
@@ -14,11 +15,12 @@ from palm_rlhf.feedback.store.answer_tables import Answer, ComparisonVote, Corre
 from palm_rlhf.feedback.store.identities import prompt_key_of
 from palm_rlhf.feedback.store.kept_trees import KeptMessage, kept_trees
 from palm_rlhf.feedback.store.learning_tables import ImportedRanking
+from palm_rlhf.feedback.store.thumbs import answers_with_thumbs
 from palm_rlhf.feedback.store.tree_tables import Tree
 from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 
 Origin = Literal["people", "imported", "ai"]  # people here, people of a file, or a model of a file
-Kind = Literal["tree", "comparison", "correction", "file"]
+Kind = Literal["tree", "comparison", "correction", "reactions", "file"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class RecordedPreference:
     """Replies to one prompt, the best one first, all of different texts.
 
     `person_id` is None where several people's rankings are merged, and in imports. `chosen_by` and `purpose` are those
-    of the comparison, and None of other kinds. `row_id` is the id of the vote, correction or imported ranking, or of
-    the message that the ranked replies answer.
+    of the comparison, and None of other kinds. `row_id` is the id of the vote, correction or imported ranking, of
+    the message that the ranked replies answer, or of the answer that people liked.
     """
 
     prompt: list[dict[str, Any]]
@@ -53,10 +55,11 @@ class RecordedPreference:
 
 @beartype
 def iter_preferences(session: Session, *, states: Collection[str] | None = None) -> Iterator[RecordedPreference]:
-    """Yield the preferences in the database: of trees, comparisons, corrections and files, each kind by its time.
+    """Yield the preferences in the database: of trees, comparisons, corrections, reactions and files, by their kinds.
 
     Nothing that was withdrawn is among them, and no ties. Of the votes on a comparison, and of a person's corrections
-    of an answer, the newest counts.
+    of an answer, the newest counts. Reactions prefer an answer that more people liked than disliked to one to the same
+    prompt that more people disliked.
 
     Args:
         session: A session of the store.
@@ -66,6 +69,7 @@ def iter_preferences(session: Session, *, states: Collection[str] | None = None)
         yield from tree_preferences(tree, root)
     yield from _comparisons(session)
     yield from _corrections(session)
+    yield from _reactions(session)
     for row in session.scalars(
         select(ImportedRanking)
         .where(not_withdrawn(ImportedRanking))
@@ -116,6 +120,17 @@ def _comparisons(session: Session) -> Iterator[RecordedPreference]:
             chosen_by=shown.chosen_by,
             purpose=shown.purpose,
         )
+
+
+def _reactions(session: Session) -> Iterator[RecordedPreference]:
+    of_prompts: dict[str, list[tuple[Answer, int, datetime]]] = defaultdict(list)
+    for answer, thumbs, at in answers_with_thumbs(session):
+        of_prompts[answer.prompt_key].append((answer, thumbs, at))
+    for answers in of_prompts.values():
+        for (better, up, at), (worse, down, other_at) in permutations(answers, 2):
+            if up > 0 > down and better.text.strip() != worse.text.strip():
+                responses, when = (better.text, worse.text), max(at, other_at)
+                yield RecordedPreference(better.prompt, responses, "reactions", "people", better.id, when)
 
 
 def _corrections(session: Session) -> Iterator[RecordedPreference]:
