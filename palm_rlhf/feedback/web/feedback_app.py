@@ -8,10 +8,12 @@ from fastapi.staticfiles import StaticFiles
 
 from palm_rlhf import serving
 from palm_rlhf.feedback.web import (
+    account_pages,
     home_pages,
     leaderboard_pages,
     login_pages,
     moderator_pages,
+    people_pages,
     rounds_pages,
     statistics_pages,
     task_pages,
@@ -25,6 +27,8 @@ CHAT_PAGE = Path(serving.__file__).parent / "page"  # the feedback pages share i
 ROUTERS = (
     home_pages.router,
     login_pages.router,
+    account_pages.router,
+    people_pages.router,
     task_pages.router,
     leaderboard_pages.router,
     statistics_pages.router,

@@ -28,6 +28,7 @@ PAGES = (  # the name of a page's route, its label, and the least role that sees
     ("rounds", N_("Rounds"), "contributor"),
     ("moderator", N_("Moderate"), "moderator"),
     ("people", N_("People"), "admin"),
+    ("account", N_("Account"), "contributor"),
 )
 
 

@@ -110,7 +110,8 @@ class Site:
         """Return a page, in the visitor's language.
 
         Templates have `request`, `visitor` (None before a login), `url(name, **path)`, `is_known(name)` of routes,
-        `_()`, `language`, `direction` (ltr or rtl), and the values.
+        `_()` for the texts of templates themselves, which are not escaped (`translate` is for errors), `language`,
+        `direction` (ltr or rtl), and the values.
         """
         visitor = getattr(request.state, "visitor", None)
         language = self.language_of(request)
