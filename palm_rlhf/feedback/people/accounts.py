@@ -3,7 +3,7 @@
 import unicodedata
 from datetime import datetime, timedelta
 
-from sqlalchemy import exists, select, update
+from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from palm_rlhf.feedback.people.passwords import Passwords, check_password
@@ -113,8 +113,9 @@ def end_session(session: Session, session_id: str, now: datetime) -> None:
 
 def end_sessions(session: Session, person: Participant, now: datetime) -> None:
     """End all sessions of a person."""
-    of_person = LoginSession.person_id == person.id, LoginSession.ended_at.is_(None)
-    session.execute(update(LoginSession).where(*of_person).values(ended_at=now))
+    query = select(LoginSession).where(LoginSession.person_id == person.id, LoginSession.ended_at.is_(None))
+    for login in session.scalars(query).all():
+        login.ended_at = now
 
 
 def set_password(session: Session, person: Participant, password_hash: str, now: datetime) -> None:
