@@ -14,4 +14,5 @@ def has_role(person: Participant, role: str) -> bool:
 def check_role(role: str) -> None:
     """Raise FeedbackError for a role that there is not."""
     if role not in ROLES:
-        raise FeedbackError(f"got the role {role!a:.40}, expected one of {', '.join(ROLES)}")
+        message = "got the role {role!a:.40}, expected one of {roles}"
+        raise FeedbackError(message, role=role, roles=", ".join(ROLES))

@@ -44,7 +44,8 @@ def speak(request: Request, visitor: Sending, language: Text = "") -> Response:
     """Show the pages in another language from now on, wherever the visitor logs in."""
     site = site_of(request)
     if language not in site.catalogues.names:
-        raise FeedbackError(f"got the language {language!a:.40}, expected one of {', '.join(site.catalogues.names)}")
+        message = "got the language {language!a:.40}, expected one of {languages}"
+        raise FeedbackError(message, language=language, languages=", ".join(site.catalogues.names))
     with site.store.writing() as session:
         session.get_one(Participant, visitor.person.id).language = language
     response = RedirectResponse(request.url_for("account").path, status_code=303)

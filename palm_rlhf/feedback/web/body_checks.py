@@ -25,26 +25,27 @@ def check_body(content_type: str, body: bytes) -> None:
     elif kind == JSON:
         _check_values(_parsed(body))
     elif body or kind:
-        raise FeedbackError(f"got the content type {kind!a:.80}, expected {FORM} or {JSON}", 415)
+        message = "got the content type {kind!a:.80}, expected {form} or {json}"
+        raise FeedbackError(message, 415, kind=kind, form=FORM, json=JSON)
 
 
 def check_encoded(text: bytes, name: str) -> None:
     """Check the fields of a form or of an address, in percent encoding."""
     if text.count(b"&") >= MOST_FIELDS:
-        raise FeedbackError(f"{name} has more than {MOST_FIELDS} fields", 413)
+        raise FeedbackError("{name} has more than {most} fields", 413, name=name, most=MOST_FIELDS)
     try:
         text.decode("ascii")
         check_text(unquote_to_bytes(text).decode("utf-8"), name)
     except UnicodeDecodeError as error:
-        raise FeedbackError(f"{name} is not UTF-8 in percent encoding ({error.reason})") from error
+        raise FeedbackError("{name} is not UTF-8 in percent encoding", name=name) from error
 
 
 def check_text(text: str, name: str) -> None:
     """Check that a text has no NUL, which PostgreSQL cannot keep, and no half of a surrogate pair."""
     if "\0" in text:
-        raise FeedbackError(f"{name} holds the character NUL, which is not text: take it out")
+        raise FeedbackError("{name} holds the character NUL, which is not text: take it out", name=name)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise FeedbackError(f"{name} holds half of a surrogate pair, which is not text: take it out")
+        raise FeedbackError("{name} holds half of a surrogate pair, which is not text: take it out", name=name)
 
 
 def _parsed(body: bytes) -> Any:
@@ -54,7 +55,7 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise FeedbackError(f"the body is not JSON: {error!s:.200}") from error
+        raise FeedbackError("the body is not JSON: {reason!s:.200}", reason=error) from error
 
 
 def _check_values(value: Any) -> None:
@@ -63,7 +64,8 @@ def _check_values(value: Any) -> None:
         value, depth = waiting.pop()
         seen += 1
         if depth > DEEPEST or seen > MOST_VALUES:
-            raise FeedbackError(f"the JSON has more than {MOST_VALUES} values, or is deeper than {DEEPEST}", 413)
+            message = "the JSON has more than {most} values, or is deeper than {deepest}"
+            raise FeedbackError(message, 413, most=MOST_VALUES, deepest=DEEPEST)
         if isinstance(value, str):
             check_text(value, "the JSON")
         elif isinstance(value, dict):

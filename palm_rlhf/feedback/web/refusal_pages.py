@@ -50,7 +50,8 @@ def add_refusals(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         found = [f"{'.'.join(map(str, part['loc'][1:]))}: {part['msg']}" for part in error.errors()[:5]]
-        return refusal_response(request, FeedbackError(f"this request cannot be read: {'; '.join(found)}", 422))
+        message = "this request cannot be read: {reasons}"
+        return refusal_response(request, FeedbackError(message, 422, reasons="; ".join(found)))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:

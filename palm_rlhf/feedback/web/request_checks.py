@@ -63,11 +63,10 @@ class RequestChecks:
         """
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.site.access.knows(host):
-            raise FeedbackError(
-                f"this server is not known as {host!a:.80}; name the host by the option --allowed-hosts", 403
-            )
+            message = "this server is not known as {host!a:.80}; name the host by the option --allowed-hosts"
+            raise FeedbackError(message, 403, host=host)
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            raise FeedbackError(f"pages of {origin!a:.80} may not use this site", 403)
+            raise FeedbackError("pages of {origin!a:.80} may not use this site", 403, origin=origin)
         if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return
         is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"

@@ -126,7 +126,7 @@ class NeedsRole:
     def check(self, visitor: Visitor) -> Visitor:
         """Return the visitor; FeedbackError for one without the role."""
         if not visitor.has_role(self.role):
-            raise FeedbackError(f"only a person with the role {self.role} may do this", 403)
+            raise FeedbackError("only a person with the role {role} may do this", 403, role=self.role)
         return visitor
 
 
