@@ -45,13 +45,13 @@ class Visit(TestClient):
         assert found, f"{path} has no form"
         return found[1]
 
-    def send(self, path: str, page: str, token: str | None = None, **fields):
+    def submit(self, path: str, page: str, token: str | None = None, **fields):
         """Send a form that stands on `page`."""
         data = {"token": self.token_of(page) if token is None else token, **fields}
         return self.post(path, data=data, headers=PAGE)
 
     def log_in(self, name: str, password: str = PASSWORD, **fields):
-        return self.send("/login", "/login", name=name, password=password, **fields)
+        return self.submit("/login", "/login", name=name, password=password, **fields)
 
 
 @contextmanager

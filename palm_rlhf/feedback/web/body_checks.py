@@ -55,7 +55,7 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise FeedbackError("the body is not JSON: {reason!s:.200}", reason=error) from error
+        raise FeedbackError(f"the body is not JSON: {error!s:.200}") from error
 
 
 def _check_values(value: Any) -> None:

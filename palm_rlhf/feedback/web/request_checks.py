@@ -66,7 +66,7 @@ class RequestChecks:
             message = "this server is not known as {host!a:.80}; name the host by the option --allowed-hosts"
             raise FeedbackError(message, 403, host=host)
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            raise FeedbackError("pages of {origin!a:.80} may not use this site", 403, origin=origin)
+            raise FeedbackError(f"pages of {origin!a:.80} may not use this site", 403)
         if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return
         is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"

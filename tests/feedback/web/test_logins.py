@@ -43,7 +43,7 @@ def test_a_person_logs_in_and_out(store):
         assert browser.log_in("alice", next="/account").headers["location"] == "/account"
         assert "Alice" in browser.page("/account").text
         cookie = session_cookie(browser)
-        assert browser.send("/logout", "/account").headers["location"] == "/login"
+        assert browser.submit("/logout", "/account").headers["location"] == "/login"
         assert session_cookie(browser) is None and live(store) == []
         browser.cookies.set(cookie_name(site, "session", is_https=False), cookie)
         assert browser.get("/account").status_code == 401
@@ -104,12 +104,12 @@ def test_wrong_passwords_are_counted(store):
         token = browser.token_of("/login")
         for name in ("Alice", "Nobody"):
             replies = [
-                browser.send("/login", "", token, name=name, password="wrong password " + str(i)) for i in range(4)
+                browser.submit("/login", "", token, name=name, password="wrong password " + str(i)) for i in range(4)
             ]
             assert [reply.status_code for reply in replies] == [401, 401, 401, 429]
             assert replies[3].headers["retry-after"] in ("199", "200")
             assert len({re.sub(r"(Alice|Nobody)", "", reply.text) for reply in replies[:3]}) == 1
-        assert browser.send("/login", "", token, name="alice", password=PASSWORD).status_code == 429
+        assert browser.submit("/login", "", token, name="alice", password=PASSWORD).status_code == 429
         join(site, "Bob")
         for _ in range(6):  # right ones are not
             assert browser.log_in("Bob").status_code == 303
@@ -119,7 +119,7 @@ def test_an_invited_person_joins_once(store):
     site = make_site(store)
     join(site, "Root", "admin")
     with visit(site, "Root") as admin, visit(site) as guest:
-        page = admin.send("/people/invite", "/people", role="moderator")
+        page = admin.submit("/people/invite", "/people", role="moderator")
         link = re.search(r'value="(http://127\.0\.0\.1/join/[\w-]+)"', page.text)[1]
         path = link.removeprefix("http://127.0.0.1")
         secret = path.rpartition("/")[2]
@@ -127,10 +127,10 @@ def test_an_invited_person_joins_once(store):
         joining = guest.page(path)
         assert joining.headers["referrer-policy"] == "no-referrer"
         fields = {"secret": secret, "name": "Zoë", "password": PASSWORD, "again": PASSWORD}
-        short = guest.send("/join", path, **{**fields, "password": "short", "again": "short"})
+        short = guest.submit("/join", path, **{**fields, "password": "short", "again": "short"})
         assert short.status_code == 422 and "expected 10 to 200" in short.text and 'value="Zoë"' in short.text
-        assert guest.send("/join", path, **{**fields, "name": "ROOT"}).status_code == 409
-        assert guest.send("/join", path, **fields).status_code == 303
+        assert guest.submit("/join", path, **{**fields, "name": "ROOT"}).status_code == 409
+        assert guest.submit("/join", path, **fields).status_code == 303
         assert "Zoë" in guest.page("/account").text and guest.page("/people").status_code == 403
         assert guest.page(path).status_code == 410
         with store.reading() as session:
@@ -148,7 +148,7 @@ def test_two_browsers_with_one_invitation_make_one_person(any_store):
 
     def accept(number: int) -> int:
         fields = {"secret": secret, "name": f"Guest {number}", "password": PASSWORD, "again": PASSWORD}
-        return browsers[number].send("/join", "", tokens[number], **fields).status_code
+        return browsers[number].submit("/join", "", tokens[number], **fields).status_code
 
     with ThreadPoolExecutor(4) as pool:
         assert sorted(pool.map(accept, range(4))) == [303, 410, 410, 410]
@@ -160,13 +160,13 @@ def test_the_local_person_needs_no_login_until_there_are_others(store):
     site = make_site(store, is_local=True)
     with visit(site) as browser, visit(site) as other:
         assert browser.page("/").status_code == 200 and browser.page("/people").status_code == 200
-        assert browser.send("/people/invite", "/account", role="contributor").status_code == 409
+        assert browser.submit("/people/invite", "/account", role="contributor").status_code == 409
         assert other.page("/").status_code == 200 and browser_person(other) == browser_person(browser)
-        assert browser.send("/account/password", "/account", name="", password=PASSWORD, again=PASSWORD).status_code == 422
+        assert browser.submit("/account/password", "/account", name="", password=PASSWORD, again=PASSWORD).status_code == 422
         fields = {"name": "Owner", "password": PASSWORD, "again": PASSWORD}
-        assert browser.send("/account/password", "/account", **fields).status_code == 303
+        assert browser.submit("/account/password", "/account", **fields).status_code == 303
         assert "Owner" in browser.page("/people").text
-        assert browser.send("/people/invite", "/people", role="contributor").status_code == 200
+        assert browser.submit("/people/invite", "/people", role="contributor").status_code == 200
         assert other.get("/").status_code == 401  # its session ended with the password
         with visit(site) as third:
             assert third.get("/").status_code == 401
@@ -189,19 +189,19 @@ def test_a_person_changes_the_account(store):
     join(site, "Alice")
     join(site, "Bob")
     with visit(site, "Alice") as browser, visit(site, "Alice") as other:
-        assert browser.send("/account/name", "/account", name="bob").status_code == 409
-        assert browser.send("/account/name", "/account", name="Alicia").status_code == 303
-        assert browser.send("/account/language", "/account", language="xx").status_code == 400
-        assert browser.send("/account/language", "/account", language="zh").status_code == 303
+        assert browser.submit("/account/name", "/account", name="bob").status_code == 409
+        assert browser.submit("/account/name", "/account", name="Alicia").status_code == 303
+        assert browser.submit("/account/language", "/account", language="xx").status_code == 400
+        assert browser.submit("/account/language", "/account", language="zh").status_code == 303
         assert '<html lang="zh"' in browser.page("/account").text
         changed = {"former": PASSWORD, "password": "another one 8", "again": "another one 8"}
-        assert browser.send("/account/password", "/account", **{**changed, "former": "x"}).status_code == 403
+        assert browser.submit("/account/password", "/account", **{**changed, "former": "x"}).status_code == 403
         assert other.get("/account").status_code == 200
-        assert browser.send("/account/password", "/account", **changed).status_code == 303
+        assert browser.submit("/account/password", "/account", **changed).status_code == 303
         assert browser.get("/account").status_code == 200 and other.get("/account").status_code == 401
         assert other.log_in("alicia", "another one 8").status_code == 303
         assert len(live(store)) == 2
-        assert other.send("/account/sessions/end", "/account").headers["location"] == "/login"
+        assert other.submit("/account/sessions/end", "/account").headers["location"] == "/login"
         assert live(store) == [] and browser.get("/account").status_code == 401
 
 
@@ -216,9 +216,9 @@ def test_a_person_reads_and_deletes_what_the_site_holds(store):
         assert found["people"][0]["name"] == "Alice" and len(found["sessions"]) == 1
         assert "argon2" not in reply.text and live(store)[0].id not in reply.text
         leave = {"password": PASSWORD, "contributions": "keep"}
-        assert browser.send("/account/delete", "/account", **{**leave, "password": "x"}).status_code == 403
-        assert browser.send("/account/delete", "/account", password=PASSWORD).status_code == 422
-        assert browser.send("/account/delete", "/account", **leave).headers["location"] == "/login"
+        assert browser.submit("/account/delete", "/account", **{**leave, "password": "x"}).status_code == 403
+        assert browser.submit("/account/delete", "/account", password=PASSWORD).status_code == 422
+        assert browser.submit("/account/delete", "/account", **leave).headers["location"] == "/login"
         assert browser.get("/account").status_code == 401 and browser.log_in("Alice").status_code == 401
         with store.reading() as session:
             gone = session.get(Participant, alice.id)
@@ -229,22 +229,22 @@ def test_an_admin_rules_people(store):
     site = make_site(store)
     root, alice = join(site, "Root", "admin"), join(site, "Alice")
     with visit(site, "Root") as admin, visit(site, "Alice") as browser:
-        assert admin.send(f"/people/{alice.id}/role", "/people", role="root").status_code == 400
-        assert admin.send(f"/people/{root.id}/role", "/people", role="contributor").status_code == 409
-        assert admin.send(f"/people/{root.id}/delete", "/people", contributions="keep").status_code == 409
-        assert admin.send(f"/people/{alice.id}/role", "/people", role="admin").status_code == 303
+        assert admin.submit(f"/people/{alice.id}/role", "/people", role="root").status_code == 400
+        assert admin.submit(f"/people/{root.id}/role", "/people", role="contributor").status_code == 409
+        assert admin.submit(f"/people/{root.id}/delete", "/people", contributions="keep").status_code == 409
+        assert admin.submit(f"/people/{alice.id}/role", "/people", role="admin").status_code == 303
         assert browser.page("/people").status_code == 200  # from the next request on
-        assert admin.send(f"/people/{alice.id}/role", "/people", role="contributor").status_code == 303
+        assert admin.submit(f"/people/{alice.id}/role", "/people", role="contributor").status_code == 303
         assert browser.page("/people").status_code == 403
         assert "Alice" in admin.page(f"/people/{alice.id}/delete").text
-        assert admin.send(f"/people/{alice.id}/delete", "/people", contributions="remove").status_code == 303
+        assert admin.submit(f"/people/{alice.id}/delete", "/people", contributions="remove").status_code == 303
         assert browser.get("/account").status_code == 401 and "Alice" not in admin.page("/people").text
-        assert admin.send(f"/people/{alice.id}/role", "/people", role="admin").status_code == 404
-        admin.send("/people/invite", "/people", role="contributor")
+        assert admin.submit(f"/people/{alice.id}/role", "/people", role="admin").status_code == 404
+        admin.submit("/people/invite", "/people", role="contributor")
         with store.reading() as session:
             [invitation] = session.scalars(select(Invitation))
-        assert admin.send(f"/people/invitations/{invitation.id}/end", "/people").status_code == 303
-        assert admin.send(f"/people/invitations/{invitation.id}/end", "/people").status_code == 404
+        assert admin.submit(f"/people/invitations/{invitation.id}/end", "/people").status_code == 303
+        assert admin.submit(f"/people/invitations/{invitation.id}/end", "/people").status_code == 404
 
 
 def test_a_session_that_has_expired_is_nobody_s(store):
@@ -276,7 +276,7 @@ def test_the_first_admin_of_a_site_that_others_reach_is_invited(store):
         secret = invite_first_admin(session, utc_now())
     with visit(site) as browser:
         fields = {"secret": secret, "name": "Root", "password": PASSWORD, "again": PASSWORD}
-        assert browser.send("/join", f"/join/{secret}", **fields).status_code == 303
+        assert browser.submit("/join", f"/join/{secret}", **fields).status_code == 303
         assert browser.page("/people").status_code == 200
 
 
