@@ -162,7 +162,8 @@ def test_the_local_person_needs_no_login_until_there_are_others(store):
         assert browser.page("/").status_code == 200 and browser.page("/people").status_code == 200
         assert browser.submit("/people/invite", "/account", role="contributor").status_code == 409
         assert other.page("/").status_code == 200 and browser_person(other) == browser_person(browser)
-        assert browser.submit("/account/password", "/account", name="", password=PASSWORD, again=PASSWORD).status_code == 422
+        nameless = {"name": "", "password": PASSWORD, "again": PASSWORD}
+        assert browser.submit("/account/password", "/account", **nameless).status_code == 422
         fields = {"name": "Owner", "password": PASSWORD, "again": PASSWORD}
         assert browser.submit("/account/password", "/account", **fields).status_code == 303
         assert "Owner" in browser.page("/people").text
