@@ -16,6 +16,7 @@ STATES = {
     "ranking": ("ready_for_export", "halted_by_moderator"),
     "ready_for_export": ("exported", "halted_by_moderator"),
     "exported": ("halted_by_moderator",),
+    "halted_by_moderator": ("initial_prompt_review", "growing", "ranking", "ready_for_export"),  # opened again
 }
 
 
@@ -192,7 +193,9 @@ def _trees(rows, settings, now):
         if tree.state in ("ready_for_export", "exported", "aborted_low_grade", "halted_by_moderator"):
             if any(task.tree_id == tree.id and task.outcome is None for task in rows.tasks.values()):
                 yield f"the tree {tree.id} is {tree.state} and has open tasks"
-    growing = Counter(tree.language for tree in rows.trees.values() if tree.state in list(STATES)[1:3])
+    growing = Counter(
+        tree.language for tree in rows.trees.values() if tree.state in ("initial_prompt_review", "growing")
+    )
     for task in rows.tasks.values():
         if task.kind == "write_prompt" and task.outcome is None and task.expires_at > now:
             growing[task.language] += 1
@@ -202,7 +205,7 @@ def _trees(rows, settings, now):
 
 
 def _order(state):
-    return [*STATES, "aborted_low_grade", "halted_by_moderator"].index(state)
+    return [*STATES, "aborted_low_grade"].index(state)
 
 
 def _answer(role):

@@ -1,10 +1,13 @@
 """Several people, a moderator and a model grow trees in any order: what must hold is checked after every step."""
 
 import random
+import shutil
 import uuid
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -28,9 +31,12 @@ TABLES = (TreeMessage, MessageReview, ReplyRanking)
 class Trees(RuleBasedStateMachine):
     """A small collection; forms are sent once, twice, late, by others, and in disorder."""
 
+    empty: Path
+    folder: Path
+
     def __init__(self):
         super().__init__()
-        self.store = Store("sqlite://")  # in memory
+        self.store = Store(shutil.copy(self.empty, self.folder / f"{uuid.uuid4()}.db"))
         numbers = random.Random(0)  # the ids order what is drawn from: an example has to have the same ones each time
         self.ids = mock.patch("uuid.uuid4", lambda: uuid.UUID(int=numbers.getrandbits(128)))
         self.ids.start()
@@ -167,6 +173,11 @@ class Trees(RuleBasedStateMachine):
 
 
 Trees.TestCase.settings = settings(  # to shrink a failure takes minutes
-    max_examples=15, stateful_step_count=30, phases=(Phase.generate,)
+    max_examples=10, stateful_step_count=30, phases=(Phase.generate,)
 )
 TestTrees = Trees.TestCase
+
+
+@pytest.fixture(autouse=True)
+def files(migrated_file, tmp_path):
+    Trees.empty, Trees.folder = migrated_file, tmp_path
