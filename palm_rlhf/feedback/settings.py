@@ -5,6 +5,7 @@ Köpf et al., "OpenAssistant Conversations" (https://arxiv.org/abs/2304.07327), 
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 from beartype import beartype
 
@@ -59,6 +60,10 @@ class CollectionSettings:
 
     languages: tuple[str, ...] = ("en", "zh")
     """Languages in which messages are collected."""
+
+    pairs: Literal["uncertainty", "random"] = "uncertainty"
+    """Which pairs of answers people compare where the reward model learns: those of which the current one is least
+    sure, or random ones."""
 
     random_share: float = 0.25
     """The share of random pairs among the comparisons from which the reward model learns."""

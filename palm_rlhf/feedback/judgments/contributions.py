@@ -16,6 +16,7 @@ from palm_rlhf.feedback.store.table_base import Base
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, TreeMessage
 from palm_rlhf.feedback.store.withdrawals import is_withdrawn, not_withdrawn, withdraw
 from palm_rlhf.feedback.trees.taking_back import settle_withdrawal
+from palm_rlhf.feedback.web.catalogues import N_
 
 TABLES: dict[str, Any] = {
     table.__tablename__: table
@@ -97,7 +98,7 @@ def _obstacle(session: Session, row: Base) -> str | None:
     reply = aliased(TreeMessage)
     others = reply.person_id.is_distinct_from(row.person_id), reply.parent_id == row.id, not_withdrawn(reply)
     if session.scalar(select(exists().where(*others))):
-        return "others have answered this message, and their work would go with it: ask a moderator"
+        return N_("others have answered this message, and their work would go with it: ask a moderator")
     return None
 
 

@@ -9,9 +9,11 @@ from fastapi.staticfiles import StaticFiles
 from palm_rlhf import serving
 from palm_rlhf.feedback.web import (
     account_pages,
+    compare_pages,
     home_pages,
     leaderboard_pages,
     login_pages,
+    mine_pages,
     moderator_pages,
     people_pages,
     rounds_pages,
@@ -30,6 +32,8 @@ ROUTERS = (
     account_pages.router,
     people_pages.router,
     task_pages.router,
+    compare_pages.router,
+    mine_pages.router,
     leaderboard_pages.router,
     statistics_pages.router,
     rounds_pages.router,

@@ -29,10 +29,10 @@ function isTyping(element) {
     return element instanceof Element && element.matches(typed);
 }
 
-/** Presses the button of a key, such as <button data-key="n">; <kbd> beside its label shows the key. */
+/** Presses the button of a key, such as <button data-key="1 arrowleft">; <kbd> beside its label shows the key. */
 function pressByKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || isTyping(event.target)) return;
-    const button = document.querySelector(`[data-key="${CSS.escape(event.key.toLowerCase())}"]`);
+    const button = document.querySelector(`[data-key~="${CSS.escape(event.key.toLowerCase())}"]`);
     if (!button || button.disabled) return;
     event.preventDefault();
     button.click();
