@@ -1,6 +1,7 @@
 """The store: the same laws for SQLite and PostgreSQL, and clear words where there is no database."""
 
 import math
+import shutil
 import sqlite3
 import subprocess
 import threading
@@ -10,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from palm_rlhf.feedback.refusals import FeedbackError
+from palm_rlhf.feedback.store import migrating
 from palm_rlhf.feedback.store.answer_tables import Answer, KnownModel
 from palm_rlhf.feedback.store.database import Store, StoreError
 from palm_rlhf.feedback.store.learning_tables import ImportedRanking
@@ -280,3 +282,51 @@ def test_postgresql_may_start_anew_between_transactions(migrated_postgres, postg
         migrated_postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
         with store.reading() as session:
             assert names(session) == ["Ann"]
+
+
+MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = {revision!r}, {before!r}
+
+
+def upgrade():
+    with op.batch_alter_table("people") as table:  # SQLite copies the table, to which others refer
+        table.add_column(sa.Column({column!r}, sa.Text(), nullable=False, server_default="none"))
+    {last}
+"""
+
+
+def add_migration(folder, revision, before, column, last="pass"):
+    text = MIGRATION.format(revision=revision, before=before, column=column, last=last)
+    (folder / "versions" / f"{revision}_more.py").write_text(text)
+
+
+def test_an_older_database_is_brought_up_to_date_or_stays_as_it_was(any_store, tmp_path, monkeypatch):
+    with any_store.writing() as session:
+        session.add(person(id="ann"))
+        session.flush()
+        session.add(LoginSession(person_id="ann", expires_at=datetime.now(timezone.utc)))
+    folder = shutil.copytree(migrating.MIGRATIONS, tmp_path / "migrations")
+    monkeypatch.setattr(migrating, "MIGRATIONS", folder)
+    add_migration(folder, "0002", "0001", "colour")
+    with Store(any_store.url) as store:
+        with store.reading() as session:
+            assert session.execute(sa.text("SELECT name, colour FROM people")).all() == [("Ann", "none")]
+            assert session.scalar(sa.select(LoginSession.person_id)) == "ann"
+        with pytest.raises(sa.exc.IntegrityError), store.writing() as session:  # on the connection that migrated
+            session.execute(sa.text("DELETE FROM people"))
+    add_migration(folder, "0003", "0002", "shape", last="raise RuntimeError('the power fails')")
+    with pytest.raises(RuntimeError, match="the power fails"):
+        Store(any_store.url)
+    columns = {column["name"] for column in sa.inspect(any_store.engine).get_columns("people")}
+    assert "colour" in columns
+    assert "shape" not in columns
+    (folder / "versions" / "0003_more.py").unlink()
+    Store(any_store.url).close()  # it is at 0002 still, and nobody holds a lock
+
+
+def test_foreign_keys_are_checked_in_a_new_file(tmp_path):
+    with Store(tmp_path / "new.db") as store, pytest.raises(sa.exc.IntegrityError), store.writing() as session:
+        session.add(LoginSession(person_id="nobody", expires_at=datetime.now(timezone.utc)))
