@@ -87,6 +87,8 @@ def collect(
         settings = dataclasses.replace(settings, num_model_replies=0)  # for which trees would wait for ever
     elif settings.num_model_replies == 0:
         raise ValueError("got a model and --num-model-replies 0: leave the model out, as it would not reply")
+    if max_new_tokens < 1:
+        raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
     options = {"template": template, "dtype": None if dtype == "auto" else getattr(torch, dtype), "device": device}
     replying = {"sampling": sampling.checked(), "max_new_tokens": max_new_tokens, "seed": seed}
     opening = {

@@ -76,10 +76,15 @@ class CollectionSettings:
     """People that compare each pair of a blind evaluation, and each pair of a held-out prompt."""
 
     def __post_init__(self) -> None:
-        counts = ("max_open_trees", "max_tree_size", "max_depth", "max_children")
-        for name in (*counts, "num_reviews", "num_rankings", "num_votes"):
+        counts = ("max_open_trees", "max_tree_size", "max_depth", "max_children", "num_reviews", "num_rankings")
+        for name in (*counts, "num_votes", "max_message_length", "max_tasks_per_hour"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}, expected at least 1")
+        for name in ("max_user_replies", "num_model_replies"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name}={getattr(self, name)}, expected at least 0")
+        if self.task_timeout <= timedelta(0):
+            raise ValueError(f"got task_timeout={self.task_timeout}, expected a time above 0")
         if self.min_replies_to_rank < 2:
             raise ValueError(f"got min_replies_to_rank={self.min_replies_to_rank}, expected at least 2")
         for name in ("min_acceptance", "random_share", "held_out"):

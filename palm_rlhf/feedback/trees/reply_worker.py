@@ -51,8 +51,6 @@ class ReplyWorker:
             max_new_tokens: The most tokens of a reply.
             seed: The seed of the samples.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"got max_new_tokens={max_new_tokens}, expected at least 1")
         self.store, self.model, self.engine, self.settings = store, model, engine, settings
         self.model_id, self.sampling, self.max_new_tokens, self.seed = model_id, sampling, max_new_tokens, seed
         self._running: list[Generation] = []
