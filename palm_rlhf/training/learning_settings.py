@@ -95,6 +95,9 @@ class LearningSettings(Settings):
     save_every: int = 10
     """Steps between checkpoints, of the reward model and of PPO."""
 
+    plot: bool | None = None
+    """Draw curves.png of both trainings; None: where matplotlib is installed (the extra palm-rlhf[plot])."""
+
     def __post_init__(self) -> None:
         self.expect_not_negative("num_prompts", "people_weight", "imported_weight", "ai_weight", "num_evaluations")
         self.expect("held_out", 0 <= self.held_out < 1, "at least 0 and below 1, so that some prompts train")
@@ -126,6 +129,7 @@ class LearningSettings(Settings):
             save_every=self.save_every,
             keep_checkpoints=1,
             log_every=1,
+            plot=self.plot,
         )
 
     def ppo_config(self, number: int, end_of_turn: int) -> PPOConfig:
@@ -147,4 +151,5 @@ class LearningSettings(Settings):
             save_every=self.save_every,
             keep_checkpoints=1,
             log_every=1,
+            plot=self.plot,
         )

@@ -22,7 +22,7 @@ TINY = {
     "num_prompts": 24, "num_answers": 3, "num_evaluations": 6, "max_new_tokens": 8, "max_seq_len": 32,
     "reward_epochs": 6, "reward_batch_size": 8, "reward_learning_rate": 1e-2, "pooling": "mean",
     "num_steps": 6, "rollouts_per_step": 16, "minibatch_size": 8, "epochs": 2, "learning_rate": 3e-3, "save_every": 50,
-    "held_out": 0.25,
+    "held_out": 0.25, "plot": False,
 }  # fmt: skip
 
 

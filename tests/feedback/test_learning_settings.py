@@ -38,17 +38,18 @@ SETTINGS = LearningSettings(
     top_p=0.95, max_seq_len=30, held_out=0.4, people_weight=2.0, imported_weight=0.75, ai_weight=0.0,
     pooling="mean_all", reward_epochs=2, reward_batch_size=9, reward_learning_rate=3e-3, num_steps=2,
     rollouts_per_step=8, minibatch_size=4, epochs=3, learning_rate=2e-2, kl_coef=0.2, missing_eos_penalty=0.3,
-    actor_lora_r=2, save_every=3,
+    actor_lora_r=2, save_every=3, plot=False,
 )  # fmt: skip
 OF_THE_REWARD_MODEL = {  # a setting of a round, and the field of RewardConfig that it is
     "max_seq_len": "max_seq_len", "reward_epochs": "num_epochs", "reward_batch_size": "batch_size",
     "reward_learning_rate": "learning_rate", "save_every": "save_every",
+    "plot": "plot",
 }  # fmt: skip
 OF_PPO = {
     name: name
     for name in (
         *("max_new_tokens", "temperature", "top_p", "num_steps", "rollouts_per_step", "minibatch_size", "epochs"),
-        *("learning_rate", "kl_coef", "missing_eos_penalty", "actor_lora_r", "save_every"),
+        *("learning_rate", "kl_coef", "missing_eos_penalty", "actor_lora_r", "save_every", "plot"),
     )
 }
 SEEN_BELOW = {
@@ -198,7 +199,8 @@ def test_its_accuracy_counts_votes_on_random_pairs_of_held_out_prompts(learnt):
     def score(prompt, text):
         tokens = encode_prompt(prompt, model.tokenizer, model.template)
         answer = encode_response(prompt, text, model.tokenizer, model.template)
-        return float(reward_model(torch.cat([tokens, answer])[None], prompt_lengths=torch.tensor([len(tokens)]))[0])
+        scores = reward_model(torch.cat([tokens, answer])[None], prompt_lengths=torch.tensor([len(tokens)]))
+        return float(scores.detach()[0])
 
     right = [
         (score(prompt, better) > score(prompt, worse), at_random) for _, prompt, (better, worse), at_random in held_out
