@@ -1,8 +1,11 @@
-"""A feedback site, people with sessions in it, and a browser without JavaScript that follows links and forms."""
+"""A feedback site, people with sessions in it, a browser without JavaScript, and a real one."""
 
+import threading
+import time
 from dataclasses import dataclass
 
 import pytest
+import uvicorn
 from bs4 import BeautifulSoup
 from fastapi import Response
 from fastapi.testclient import TestClient
@@ -11,6 +14,7 @@ from palm_rlhf.feedback.people.accounts import open_session
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.table_base import utc_now
+from palm_rlhf.feedback.store.tree_tables import Tree, TreeEvent, TreeMessage
 from palm_rlhf.feedback.web.feedback_app import create_feedback_app
 from palm_rlhf.feedback.web.session_cookies import add_cookie
 from palm_rlhf.feedback.web.site import Site
@@ -73,6 +77,30 @@ class PlainBrowser:
         return self.page.h1.get_text()
 
 
+def add_tree(site, *texts, state="growing", accepted=True):
+    """Add a tree of a prompt and replies of the assistant to it, which are nobody's; return the ids of its messages."""
+    with site.store.writing() as session:
+        tree = Tree(language="en", state=state)
+        session.add(tree)
+        session.flush()
+        session.add(TreeEvent(tree_id=tree.id, state=state))
+        ids = []
+        for text in texts:
+            message = TreeMessage(
+                tree_id=tree.id,
+                parent_id=ids[0] if ids else None,
+                role="assistant" if ids else "prompter",
+                text=text,
+                language="en",
+                depth=1 if ids else 0,
+                accepted=accepted if isinstance(accepted, bool | None) else accepted[len(ids)],
+            )
+            session.add(message)
+            session.flush()
+            ids.append(message.id)
+        return ids
+
+
 @pytest.fixture
 def site(store):
     """A site whose trees are small, so that few people finish one."""
@@ -97,3 +125,40 @@ def join(site):
         return PlainBrowser(client, person)
 
     return enter
+
+
+@pytest.fixture
+def address(site):
+    """The address of the site, which is served until the test ends."""
+    config = uvicorn.Config(create_feedback_app(site), port=0, log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def screen(browser, address, join):
+    """`screen("Ada")` is the real browser, as a phone in which a new person has logged in."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+
+    def enter(name):
+        browser.get(f"{address}/static/feedback.css")
+        browser.delete_all_cookies()
+        for cookie in join(name).client.cookies.jar:
+            browser.add_cookie({"name": cookie.name, "value": cookie.value})
+        browser.get_log("browser")
+        browser.get(address)
+        return browser
+
+    yield enter
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.delete_all_cookies()
+    browser.get("about:blank")

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
-from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Task, Tree, TreeEvent, TreeMessage
+from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Task, Tree, TreeMessage
 from palm_rlhf.feedback.web.task_pages import moved
+from tests.feedback.web.conftest import add_tree
 
 KINDS = {
     "Write a prompt": "write_prompt",
@@ -22,32 +23,6 @@ KINDS = {
 def count(site, table):
     with site.store.reading() as session:
         return session.scalar(select(func.count()).select_from(table))
-
-
-def add_tree(site, *texts, state="growing", accepted=True):
-    """A tree of a prompt and replies of the assistant to it; its messages are nobody's."""
-    with site.store.writing() as session:
-        tree = Tree(language="en", state=state)
-        session.add(tree)
-        session.flush()
-        session.add(TreeEvent(tree_id=tree.id, state=state))
-        messages = []
-        for text in texts:
-            parent = messages[0].id if messages else None
-            role = "assistant" if messages else "prompter"
-            message = TreeMessage(
-                tree_id=tree.id,
-                parent_id=parent,
-                role=role,
-                text=text,
-                language="en",
-                depth=len(messages[:1]),
-                accepted=accepted,
-            )
-            session.add(message)
-            session.flush()
-            messages.append(message)
-        return [message.id for message in messages]
 
 
 def do(browser, number):

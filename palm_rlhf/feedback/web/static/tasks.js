@@ -17,9 +17,10 @@ function setUpText(area) {
         const over = length - most;
         count.hidden = false;
         count.classList.toggle("over", over > 0);
-        count.textContent = over > 0 ? area.dataset.tooLong.replace("{over}", over) : `${length} / ${most}`;
+        count.textContent = over > 0 ? area.dataset.tooLong.replace("{over}", over) : `\u2066${length} / ${most}\u2069`; // from the left in every language
     };
     if (!area.value) area.value = localStorage.getItem(key) ?? "";
+    area.setSelectionRange(area.value.length, area.value.length); // a user goes on where the text ends
     area.addEventListener("input", () => {
         if (area.value) localStorage.setItem(key, area.value);
         else localStorage.removeItem(key);
