@@ -21,7 +21,7 @@ from palm_rlhf.feedback.pairs.held_out_prompts import is_held_out
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.answer_tables import Answer, ComparisonVote, KnownModel, ShownComparison
 from palm_rlhf.feedback.store.database import Store
-from palm_rlhf.feedback.store.identities import prompt_key_of
+from palm_rlhf.feedback.store.identities import prompt_key_of, remember_model, weights_digest
 from palm_rlhf.feedback.store.learning_tables import ImportedRanking, Round
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
@@ -86,6 +86,7 @@ def learnt(tmp_path_factory):
     model = save_chat_model(folder / "model")
     with Store(folder / "feedback.db") as store:
         with store.writing() as session:
+            remember_model(session, weights_digest(load(model).palm), "by a page that does not know its folder")
             for place, prompt in enumerate(IMPORTED):
                 kind = "ai" if place % 3 == 0 else "people"
                 texts = ["aa", "e", "f"]

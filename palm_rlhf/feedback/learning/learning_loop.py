@@ -23,6 +23,7 @@ from palm_rlhf.feedback.learning.round_rows import (
     STAGES,
     all_rounds,
     events_of,
+    folder_of_model,
     newest_model,
     record_stage,
     rounds_from,
@@ -148,24 +149,23 @@ def _begin(
             row = Round(number=number, base_model_id=newest_model(session, first), settings=kept)
             session.add(row)
             session.flush()
-            if (folder := folder_of(output_dir, row)).exists():
+            if (folder := round_folder(output_dir, row)).exists():
                 raise FileExistsError(
                     f"{folder} is of another database's round {row.number}, expected no such folder: choose another "
                     "output_dir, or move it away"
                 )
         else:
             _go_on(session, row, first, kept)
-        folder = folder_of(output_dir, row)
-        known = session.get(KnownModel, row.base_model_id)
-        assert known is not None and known.folder is not None  # rounds begin with models that have been registered
-        say(f"round {row.number} begins with the model in {known.folder}; saved to {folder}")
+        folder = round_folder(output_dir, row)
+        base = folder_of_model(session, row.base_model_id) or str(first_folder)
+        say(f"round {row.number} begins with the model in {base}; saved to {folder}")
         return RoundContext(
             store=store,
             round_id=row.id,
             number=row.number,
             folder=folder,
             base_id=row.base_model_id,
-            base=known.folder,
+            base=base,
             first_id=first,
             first=str(first_folder),
             settings=settings,
@@ -173,7 +173,7 @@ def _begin(
         )
 
 
-def folder_of(output_dir: Path, row: Round) -> Path:
+def round_folder(output_dir: Path, row: Round) -> Path:
     """Return the folder of a round."""
     return output_dir / f"round-{row.number:03d}"
 
@@ -211,7 +211,7 @@ def _scorer(context: RoundContext) -> Scorer | None:
             if row.number < context.number and "reward" in (events := events_of(session, row.id)):
                 if events.get("model", {}).get("model") != context.base_id:
                     continue
-                folder = folder_of(Path(row.settings["output_dir"]), row) / REWARD / MODEL
+                folder = round_folder(Path(row.settings["output_dir"]), row) / REWARD / MODEL
                 return Scorer(row.id, RewardModel.from_pretrained(folder, device=default_device()))
     return None
 

@@ -67,3 +67,13 @@ def newest_model(session: Session, model_id: str) -> str:
     for row in rounds_from(session, model_id):
         model_id = events_of(session, row.id).get("model", {}).get("model", model_id)
     return model_id
+
+
+@beartype
+def folder_of_model(session: Session, model_id: str) -> str | None:
+    """Return the folder of a model that a round has made, or None for another model."""
+    for row in reversed(all_rounds(session)):
+        figures = events_of(session, row.id).get("model", {})
+        if figures.get("model") == model_id:
+            return figures["folder"]
+    return None
