@@ -127,7 +127,7 @@ class Collection:
 
 def dump(session) -> str:
     """All rows of all tables."""
-    tables = [table for table in Base.metadata.sorted_tables]
+    tables = list(Base.metadata.sorted_tables)
     return json.dumps([[list(map(str, row)) for row in session.execute(select(table))] for table in tables])
 
 
@@ -171,7 +171,10 @@ def test_a_deleted_person_s_contributions_are_removed(any_store):
             assert of_alice(session, collection, table) == [], table
         [tree] = [root for _, root in kept_trees(session)]  # Alice's prompt took its tree along
         assert [message.row.text for message in tree.walk()] == ["Bob's prompt", "two", "one"]
-        ranks = {row.text: row.rank for row in session.scalars(select(TreeMessage).where(TreeMessage.parent_id == tree.row.id))}
+        ranks = {
+            row.text: row.rank
+            for row in session.scalars(select(TreeMessage).where(TreeMessage.parent_id == tree.row.id))
+        }
         assert ranks["two"] < ranks["one"]  # by Root's ranking, the only one left
         left = [(each.kind, each.responses) for each in iter_preferences(session)]
         assert left == [("tree", ("two", "one")), ("comparison", ("third", "fourth"))]

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 from fastapi.testclient import TestClient
 
-from palm_rlhf.feedback.people.accounts import add_person
+from palm_rlhf.feedback.people.accounts import add_person, open_session
 from palm_rlhf.feedback.people.passwords import Passwords
 from palm_rlhf.feedback.store.table_base import utc_now
 from palm_rlhf.feedback.web.feedback_app import create_feedback_app
+from palm_rlhf.feedback.web.session_cookies import cookie_name, form_token
 from palm_rlhf.feedback.web.site import Site
 
 ADDRESS = "http://127.0.0.1"
@@ -62,3 +63,25 @@ def visit(site: Site, name: str | None = None, **options):
         assert browser.log_in(name).status_code == 303
     yield browser
     browser.close()
+
+
+def enter(browser: Visit, person) -> str:
+    """Give a browser a new session of a person, without a login; return the token of its forms."""
+    with browser.site.store.writing() as session:
+        login = open_session(session, person, utc_now())
+    name = cookie_name(browser.site, "session", is_https=False)
+    browser.cookies.set(name, browser.site.serializer("session").dumps(login.id))
+    return form_token(browser.site, "session", login.id)
+
+
+def routes_of(app) -> list:
+    """The routes of a site with its chat, those of routers included."""
+
+    def walk(routes):
+        for route in routes:
+            if hasattr(route, "dependant"):
+                yield route
+            else:  # newer versions of FastAPI keep a router that is included as one entry
+                yield from walk(getattr(getattr(route, "original_router", route), "routes", []) or [])
+
+    return list(walk(app.router.routes))

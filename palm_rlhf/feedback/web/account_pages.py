@@ -125,7 +125,7 @@ def _check_former(request: Request, visitor: Visitor, password: str) -> None:
         return
     site.throttle.count_guess(key, address, time.monotonic())
     if not site.passwords.verify(password, visitor.person.password_hash):
-        raise FeedbackError("this is not your password", 403)
+        raise FeedbackError("this is not your password", 422)
     site.throttle.forgive_guess(key, address)
 
 
