@@ -11,6 +11,9 @@ export class ServerError extends Error {
     }
 }
 
+/** Where replies are asked for: the protocol of the server. */
+export const PROTOCOL = { path: "v1/chat/completions", headers: {} };
+
 /** Returns the models of the server. */
 export async function listModels(key) {
     const response = await ask("v1/models", {}, key);
@@ -20,22 +23,38 @@ export async function listModels(key) {
 }
 
 /**
- * Yields the pieces of a reply as they come: `{ text, finish }`; the last piece has the reason why the reply ends.
+ * Yields the pieces of a reply as they come: `{ text, finish, side }`; the last piece has the reason why the reply ends.
+ * Where two answers come at once, `side` is 0 for the left one and 1 for the right one.
+ *
+ * `door` is another path than the protocol's, with its headers. Pieces `{ kept }` say what a server with feedback keeps.
  *
  * After the last piece of a reply that breaks off, ServerError is thrown, or AbortError where `signal` ended it.
  */
-export async function* streamReply(body, key, signal) {
-    const headers = { "Content-Type": "application/json" };
+export async function* streamReply(body, key, signal, door = PROTOCOL) {
+    const headers = { "Content-Type": "application/json", ...door.headers };
     const request = { method: "POST", headers, body: JSON.stringify({ ...body, stream: true }), signal };
-    const response = await ask("v1/chat/completions", request, key);
+    const response = await ask(door.path, request, key);
     for await (const data of events(response.body)) {
         if (data === "[DONE]") return;
         const chunk = parsed(data);
         if (chunk?.error) throw new ServerError(chunk.error.message ?? "The server broke off the reply.", 200);
         const choice = chunk?.choices?.[0];
-        if (choice) yield { text: choice.delta?.content ?? "", finish: choice.finish_reason ?? null };
+        if (chunk?.feedback) yield { kept: chunk.feedback };
+        if (choice) yield { text: choice.delta?.content ?? "", finish: choice.finish_reason ?? null, side: choice.index ?? 0 };
     }
     throw new ServerError("The connection was lost before the reply had ended.", 0);
+}
+
+/** Returns the JSON at a path. */
+export async function getJson(path, key) {
+    return parsed(await (await ask(path, {}, key)).text());
+}
+
+/** Sends JSON, and returns the JSON of the reply. */
+export async function postJson(path, values, headers, key) {
+    const body = JSON.stringify(values);
+    const request = { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body };
+    return parsed(await (await ask(path, request, key)).text());
 }
 
 async function ask(path, request, key) {
@@ -49,9 +68,15 @@ async function ask(path, request, key) {
     }
     if (!response.ok) {
         const error = parsed(await response.text())?.error;
-        throw new ServerError(words(response, error?.message), response.status, error?.code);
+        throw new ServerError(words(response, error?.message), statusOf(response, request, error), error?.code);
     }
     return response;
+}
+
+/** Returns the status of an error; 403 where a login has ended, for which no key helps. */
+function statusOf(response, request, error) {
+    const isOfLogin = request.headers?.["X-Form-Token"] && error?.code !== "invalid_api_key";
+    return response.status === 401 && isOfLogin ? 403 : response.status;
 }
 
 function words(response, said) {

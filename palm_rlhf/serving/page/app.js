@@ -1,119 +1,20 @@
-/** The logic of the page: requests to the server, and the actions of buttons and keys. */
+/** The actions of buttons and keys, beside those of feedback. */
 
-import { ServerError, listModels, streamReply } from "./api.js";
 import { copy } from "./clipboard.js";
 import { withKey } from "./dialogs.js";
+import * as feedback from "./feedback.js";
 import { exportConversations, readConversations } from "./files.js";
+import { judge } from "./judging_actions.js";
+import { compare, goOn, loadGiven, loadModels, redraw, reply, running, save } from "./replies.js";
 import * as store from "./store.js";
-import { announce, byId, draw, drawModels, drawSoon, isSidebarOpen, noticeScroll, openSidebar } from "./view.js";
-import { toEnd, turnPage } from "./view.js";
+import { announce, byId, isSidebarOpen, noticeScroll, openSidebar, toEnd, turnPage } from "./view.js";
 
 const input = byId("input");
-const running = new Map(); // how to stop the reply that is coming in a conversation
-let models = [];
 let undo = null; // puts the conversation back that was deleted last
 let draft = null; // what the input had before the last message was put there to be edited
 
-/** Asks for the next message; `replaced` is put back where the reply has no text. */
-async function reply(conversation, replaced = null) {
-    const message = { role: "assistant", content: "", finish: null };
-    conversation.messages.push(message);
-    await write(conversation, message);
-    if (message.content || message.finish !== "stopped") return;
-    conversation.messages.splice(-1, 1, ...(replaced ? [replaced] : []));
-    keep(conversation);
-    redraw();
-}
-
-/** Asks for the rest of a reply that was cut. */
-function goOn() {
-    const conversation = store.current();
-    if (running.has(conversation)) return;
-    write(conversation, conversation.messages.at(-1));
-    input.focus();
-}
-
-/** Adds the reply of the server to the last message of a conversation. */
-async function write(conversation, message) {
-    const controller = new AbortController();
-    running.set(conversation, controller);
-    conversation.error = null;
-    message.finish = null;
-    redraw();
-    toEnd();
-    announce("The assistant is writing.");
-    try {
-        await withKey(async (key) => {
-            if (!models.length) await loadModels(key);
-            for await (const { text, finish } of fittingReply(conversation, key, controller.signal)) {
-                message.content += text;
-                message.finish = finish ?? message.finish;
-                if (conversation === store.current()) drawSoon(message);
-            }
-        });
-        announce("The reply is complete.");
-    } catch (error) {
-        message.finish = "stopped";
-        announce("The reply has stopped.");
-        if (error.name !== "AbortError") conversation.error = error.message;
-        if (error.name !== "AbortError" && !(error instanceof ServerError)) throw error;
-    } finally {
-        running.delete(conversation);
-        keep(conversation);
-        redraw();
-    }
-}
-
-/** Returns the pieces of a reply; the reply continues the last message where that is the assistant's. */
-async function* fittingReply(conversation, key, signal) {
-    const body = options();
-    for (let isCut = true; isCut; ) {
-        isCut = false;
-        const messages = store.messagesFor(conversation);
-        const isBegun = messages.at(-1).role === "assistant";
-        const going = isBegun ? { continue_final_message: true, add_generation_prompt: false } : {};
-        try {
-            for await (const piece of streamReply({ ...body, ...going, messages }, key, signal)) {
-                isCut = piece.finish === "length" && !body.max_tokens && makeRoom(conversation, body);
-                yield isCut ? { ...piece, finish: null } : piece;
-            }
-        } catch (error) {
-            isCut = error.code === "context_length_exceeded" && makeRoom(conversation, body);
-            if (!isCut) throw error;
-        }
-    }
-}
-
-/** Leaves out the oldest exchange, and limits the reply to a quarter of the context; false where none is left. */
-function makeRoom(conversation, body) {
-    if (!store.leaveOutOldest(conversation)) return false;
-    const context = models.find(({ id }) => id === body.model)?.max_model_len;
-    if (context) body.max_tokens ??= Math.max(Math.floor(context / 4), 1);
-    redraw();
-    return true;
-}
-
-/** Returns the parameters of a request, beside the messages. */
-function options() {
-    const { model, temperature, topP, maxTokens, stop, seed } = store.settings;
-    const chosen = models.some(({ id }) => id === model) ? model : models[0].id;
-    const stops = stop.split("\n").filter(Boolean);
-    return {
-        model: chosen,
-        temperature,
-        ...(topP < 1 && { top_p: topP }),
-        ...(maxTokens && { max_tokens: maxTokens }),
-        ...(stops.length && { stop: stops }),
-        ...(seed !== null && { seed }),
-    };
-}
-
-async function loadModels(key) {
-    models = await listModels(key);
-    drawModels(models, options().model);
-}
-
-function send() {
+/** Sends the message; `ask` is `reply`, or `compare` for two answers. */
+function send(ask = reply) {
     const conversation = store.current();
     const content = input.value.trim();
     if (!content || running.has(conversation)) return;
@@ -121,16 +22,23 @@ function send() {
     stopEditing("");
     offerUndo(false);
     conversation.messages.push({ role: "user", content });
-    reply(conversation);
+    ask(conversation);
 }
 
 /** Asks again for the last message of the assistant, or for the first time where there is none. */
-function regenerate() {
+function regenerate(ask = reply) {
     const conversation = store.current();
     if (running.has(conversation)) return;
     const isSaid = conversation.messages.at(-1)?.role === "assistant";
-    reply(conversation, isSaid ? conversation.messages.pop() : null);
+    ask(conversation, isSaid ? conversation.messages.pop() : null);
     input.focus();
+}
+
+/** Sends the message, or asks again for the last reply where nothing is written, for two answers. */
+function sendToCompare() {
+    if (!feedback.isOn()) return send();
+    if (input.value.trim()) send(compare);
+    else if (store.current().messages.length) regenerate(compare);
 }
 
 function stop() {
@@ -173,6 +81,7 @@ function open(conversation) {
     toEnd();
     openSidebar(false);
     input.focus();
+    loadGiven();
 }
 
 function remove(conversation) {
@@ -210,23 +119,9 @@ async function importFile({ target }) {
     }
 }
 
-function redraw() {
-    draw(running.has(store.current()));
-}
-
-function keep(conversation) {
-    store.touch(conversation);
-    save();
-}
-
-function save() {
-    if (!store.save()) announce("The browser's storage is full: what is new will be gone when this tab is.", true);
-}
-
 async function copyFrom(button) {
     const code = button.closest("figure")?.querySelector("code");
-    const index = [...byId("thread").querySelectorAll(".message")].indexOf(button.closest(".message"));
-    const isCopied = await copy(code ? code.textContent : store.current().messages[index].content);
+    const isCopied = await copy(code ? code.textContent : messageOf(button).content);
     button.classList.toggle("done", isCopied);
     setTimeout(() => button.classList.remove("done"), 1500);
     announce(isCopied ? "Copied." : "The browser does not let this page copy.", !isCopied);
@@ -238,7 +133,14 @@ function onThreadClick({ target }) {
     if (button.matches(".copy, .copy-message")) copyFrom(button);
     if (button.matches(".edit")) edit();
     if (button.matches(".regenerate, .retry")) regenerate();
-    if (button.matches(".continue")) goOn();
+    if (button.matches(".continue")) goOn(store.current());
+    judge(button, messageOf(button));
+}
+
+/** Returns the message that an element belongs to. */
+function messageOf(element) {
+    const index = [...byId("thread").querySelectorAll(".message")].indexOf(element.closest(".message"));
+    return store.current().messages[index];
 }
 
 function onConversationClick({ target }) {
@@ -251,7 +153,8 @@ function onInputKey(event) {
     if (event.isComposing) return; // this Enter ends a word of an input method
     if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
-        send();
+        if (event.ctrlKey || event.metaKey) sendToCompare();
+        else send();
     }
     if (event.key === "ArrowUp" && !input.value) {
         event.preventDefault();
@@ -279,6 +182,7 @@ byId("composer").addEventListener("submit", onSubmit);
 input.addEventListener("keydown", onInputKey);
 input.addEventListener("input", fit);
 byId("stop").addEventListener("click", stop);
+byId("compare").addEventListener("click", sendToCompare);
 byId("cancel-edit").addEventListener("click", () => stopEditing(draft));
 byId("thread").addEventListener("click", onThreadClick);
 byId("conversations").addEventListener("click", onConversationClick);

@@ -17,6 +17,9 @@ const removed = new Set(); // ids that this tab no longer keeps
 /**
  * Conversations, the newest first: `{ id, messages, error, changed, leftOut }`. A message has a role, its content and
  * the reason why it ended; `changed` is a time; the first `leftOut` messages no longer fit the context.
+ *
+ * On a server with feedback a reply has the id by which it is kept there, `answer`, or two answers to choose from:
+ * `comparison` is `{ id, sides, chosen }`, where a side has a content, a finish and an answer.
  */
 export const conversations = Array.isArray(saved.conversations) ? saved.conversations : [];
 export const settings = { ...DEFAULTS, ...saved.settings };

@@ -1,5 +1,6 @@
 /** The view of the conversations. */
 
+import { drawComparison, drawJudgments, drawOffer, drawSides } from "./judging.js";
 import { show } from "./markdown.js";
 import * as store from "./store.js";
 
@@ -34,10 +35,12 @@ export function draw(isRunning) {
     document.title = messages.length ? store.titleOf(conversation) : "Chat";
     synchronise(byId("conversations"), store.conversations.map(drawConversation));
     drawKept();
+    drawOffer();
     follow(isFollowed);
 }
 
 function drawMessage(message, index, messages, isRunning) {
+    if (message.comparison) return drawTwo(message, index === messages.length - 1, isRunning);
     const element = elementOf(message, "message-template");
     const part = (name) => element.querySelector(name);
     const isLast = index === messages.length - 1;
@@ -55,6 +58,15 @@ function drawMessage(message, index, messages, isRunning) {
     part(".edit").hidden = isRunning || index !== store.lastIndexOf(messages, "user");
     part(".regenerate").hidden = !isLast || !isReply;
     part(".continue").hidden = !isLast || !message.content || !CUT.includes(message.finish);
+    drawJudgments(element, message, isGrowing);
+    return element;
+}
+
+function drawTwo(message, isLast, isRunning) {
+    const element = elementOf(message.comparison, "comparison-template");
+    element.classList.toggle("last", isLast);
+    element.querySelector(".actions").hidden = !isLast || isRunning;
+    drawComparison(element, message, NOTES, isLast, isLast && isRunning);
     return element;
 }
 
@@ -74,7 +86,8 @@ export function drawSoon(message) {
 function drawGrowing(message) {
     const start = performance.now();
     const isFollowed = isAtEnd();
-    drawText(message, elements.get(message));
+    if (message.comparison) drawSides(elements.get(message.comparison), message.comparison);
+    else drawText(message, elements.get(message));
     follow(isFollowed);
     isDrawingSoon = false;
     pause = 2 * (performance.now() - start);
