@@ -150,6 +150,14 @@ def test_the_new_model_can_be_compared_with_the_first(learnt):
         assert row.model_id in (first, last)
 
 
+def test_the_policy_learns_on_prompts_that_are_not_held_out(learnt):
+    keys = map(prompt_key_of, PROMPTS)
+    number = sum(not is_held_out(key, CollectionSettings(held_out=SETTINGS.held_out)) for key in keys)
+    assert 0 < number < len(PROMPTS)
+    for round_number in (1, 2):
+        assert learnt.state(round_number, "policy")["sampler"]["num_items"] == number
+
+
 def test_adapters_are_merged(learnt):
     base = PaLM.from_pretrained(learnt.model)
     policy = PaLM.from_pretrained(learnt.folder / "round-001/policy")
