@@ -59,9 +59,7 @@ def join_page(request: Request, guest: AnyGuest, secret: str) -> Response:
     with site.store.reading() as session:
         open_invitation(session, secret, utc_now())
     site.throttle.forgive_guess(None, address_of(request))
-    response = site.render(request, "join.html", form_token=guest.form_token, secret=secret, name="", error=None)
-    response.headers["Referrer-Policy"] = "no-referrer"  # the address is the secret
-    return response
+    return site.render(request, "join.html", form_token=guest.form_token, secret=secret, name="", error=None)
 
 
 @router.post("/join", name="accept")
