@@ -58,11 +58,18 @@ EXTRAS = {
         'trl==1.16.0; python_version >= "3.11"',
     ],
     "clients": ["lm_eval[api]==0.4.13"],  # that tests run against the server
-    "examples": ["chatterbot-corpus>=1.3.3", "matplotlib>=3.8", "PyYAML>=6.0", "vaderSentiment>=3.3.2"],
+    "examples": [
+        "chatterbot-corpus>=1.3.3",
+        "matplotlib>=3.8",
+        "PyYAML>=6.0",
+        "selenium>=4.20",
+        "vaderSentiment>=3.3.2",
+    ],
     "dev": ["mypy>=1.13", "pre-commit>=4.0", "ruff>=0.9"],
     "docs": ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings-python>=1.16"],
     "mutation": ["cosmic-ray>=8.7", "pytest-timeout>=2.3"],
 }
+EXTRAS["examples"] += EXTRAS["feedback"]
 EXTRAS["test"] = [
     *EXTRAS["data"],
     *EXTRAS["hf"],
@@ -82,7 +89,6 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "schemathesis>=4.0",
     "scipy>=1.11",
-    "selenium>=4.20",
     "setuptools>=77",  # a test builds the wheel and the source archive
 ]
 
