@@ -97,7 +97,7 @@ def _choose(
     now: datetime,
     rng: random.Random,
 ) -> Candidate | None:
-    weights = dict(WEIGHTS) if kind is None else {(kind,): 1.0}
+    weights: dict[tuple[str, ...], float] = dict(WEIGHTS) if kind is None else {(kind,): 1.0}
     while weights:  # without the kinds that were drawn and have nothing, which is a draw among the others
         kinds = rng.choices(list(weights), list(weights.values()))[0]
         choices = [
