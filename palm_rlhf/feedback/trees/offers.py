@@ -16,8 +16,6 @@ from palm_rlhf.feedback.trees.states import GROWING, PROMPT_REVIEW, RANKING
 from palm_rlhf.feedback.trees.task_queries import holds_a_slot, num_open_tasks_of, num_rankings_of, num_reviews_of
 
 KINDS = ("write_prompt", "label_prompt", "reply_as_user", "reply_as_assistant", "label_reply", "rank_replies")
-
-
 TEXT_KINDS = ("write_prompt", "reply_as_user", "reply_as_assistant")
 LABEL_KINDS = ("label_prompt", "label_reply")
 STATE_OF_KIND = {  # of the trees that have such tasks
@@ -27,8 +25,6 @@ STATE_OF_KIND = {  # of the trees that have such tasks
     "label_reply": GROWING,
     "rank_replies": RANKING,
 }
-
-
 REPLY = aliased(TreeMessage)  # to the message of a query
 
 
