@@ -13,6 +13,7 @@ from palm_rlhf.data.formats.oasst_messages import MessageFilter
 from palm_rlhf.data.formats.oasst_trees import rankings, read_trees, threads, walk
 from palm_rlhf.feedback.exchange.exporting import export_records, exported_records
 from palm_rlhf.feedback.exchange.importing import import_file
+from palm_rlhf.feedback.people.deletion import delete_person
 from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.answer_tables import (
     Answer,
@@ -54,7 +55,7 @@ def filled(any_store):
         below = {"role": "assistant", "depth": 1, "parent_id": "prompt", **fields}
         session.add(TreeMessage(id="people's", text="Light scatters.", person_id="bob", **below))
         session.add(TreeMessage(id="model's", text="It is paint.", model_id="m" * 64, sampling={}, **below))
-        session.add(TreeMessage(id="spam", text="Buy paint!", person_id="eve", **{**below, "accepted": False}))
+        session.add(TreeMessage(id="spam", text="Buy paint!", model_id="m" * 64, **{**below, "accepted": False}))
         session.flush()
         order = ["people's", "model's"]
         for person in ("ann", "eve"):
@@ -334,3 +335,29 @@ def test_an_export_that_is_refused_changes_nothing(store, tmp_path, capsys):
 def test_a_source_is_a_name_of_its_own(store, tmp_path, source):
     with pytest.raises(ValueError, match="name of the file's contents"):
         import_file(store, tmp_path / "x", kind="people", source=source, now=NOON)
+
+
+RANKED_KINDS = {kind for kind, *_ in RANKED}
+
+
+@pytest.mark.parametrize("gone", ["ann", "bob", "eve"])
+def test_nothing_of_a_deleted_person_is_written(filled, gone):
+    """Of the tree, the chat and what the others said of it there is what can stay without the person."""
+    with filled.writing() as session:
+        session.add(Participant(id="max", name="Max", role="admin", password_hash="x"))
+        for answer in session.scalars(select(Answer)):
+            answer.person_id = "ann"
+        session.flush()
+        texts = set(session.scalars(select(TreeMessage.text).where(TreeMessage.person_id == gone)))
+        admin = session.get(Participant, "max")
+        delete_person(session, gone, NOON, CollectionSettings(), keeps_contributions=False, by=admin)
+    out = {to: records(filled, to) for to in ("trees", "rankings", "preferences", "messages")}
+    everything = json.dumps(out)
+    assert [text for text in texts if json.dumps(text)[1:-1] in everything] == []
+    assert '"content": ""' not in everything
+    assert '"prompt": []' not in everything
+    assert {each["kind"] for each in out["rankings"]} == {"eve": RANKED_KINDS, "bob": RANKED_KINDS - {"tree"}}.get(
+        gone, set()
+    )
+    with filled.reading() as session:
+        assert broken_laws(session, CollectionSettings(), NOON) == []

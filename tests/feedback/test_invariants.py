@@ -84,10 +84,10 @@ def collection(tmp_path_factory):
     return path
 
 
-A_REVIEW = "(SELECT id FROM reviews LIMIT 1)"
-A_RANKING = "(SELECT id FROM rankings LIMIT 1)"
-A_REPLY = "(SELECT id FROM messages WHERE depth = 1 LIMIT 1)"
-A_TASK = "(SELECT id FROM tasks WHERE outcome = 'done' AND kind = 'label_reply' LIMIT 1)"
+A_REVIEW = "(SELECT id FROM reviews ORDER BY id LIMIT 1)"
+A_RANKING = "(SELECT id FROM rankings ORDER BY id LIMIT 1)"
+A_REPLY = "(SELECT id FROM messages WHERE depth = 1 ORDER BY id LIMIT 1)"
+A_TASK = "(SELECT id FROM tasks WHERE outcome = 'done' AND kind = 'label_reply' ORDER BY id LIMIT 1)"
 BROKEN = {
     "a task is handed out beyond its need": (
         "INSERT INTO tasks SELECT 'more', kind, 'zoe', tree_id, message_id, language, shown, handed_at, "
@@ -116,8 +116,8 @@ BROKEN = {
         "labelled their own",
     ),
     "people rank their own": (
-        "UPDATE messages SET person_id = (SELECT person_id FROM rankings LIMIT 1) WHERE parent_id = "
-        "(SELECT parent_id FROM rankings LIMIT 1)",
+        "UPDATE messages SET person_id = (SELECT person_id FROM rankings ORDER BY id LIMIT 1) WHERE parent_id = "
+        "(SELECT parent_id FROM rankings ORDER BY id LIMIT 1)",
         "ranked a reply of their own",
     ),
     "people answer their own": ("UPDATE messages SET person_id = 'ann'", "answered their own"),

@@ -146,7 +146,7 @@ def _liked_answers(session: Session) -> Iterator[tuple[Answer, str, str]]:
     corrections = (
         select(Correction, Answer)
         .join(Answer, Answer.id == Correction.answer_id)
-        .where(not_withdrawn(Correction), not_withdrawn(Answer))
+        .where(not_withdrawn(Correction), not_withdrawn(Answer), Answer.text != "")
         .order_by(Correction.created_at, Correction.id)
     )
     newest = {(row.answer_id, row.person_id): (row, answer) for row, answer in session.execute(corrections)}

@@ -12,6 +12,7 @@ from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.answer_tables import Answer, ComparisonVote, ShownComparison
 from palm_rlhf.feedback.store.identities import prompt_key_of
 from palm_rlhf.feedback.store.learning_tables import Withdrawal
+from palm_rlhf.feedback.store.people_tables import Participant
 from palm_rlhf.feedback.store.table_base import Base
 from palm_rlhf.feedback.store.tree_tables import MessageReview, ReplyRanking, Task, Tree, TreeEvent, TreeMessage
 from palm_rlhf.feedback.store.withdrawals import not_withdrawn
@@ -92,9 +93,9 @@ def _tasks(session: Session, settings: CollectionSettings, now: datetime) -> Ite
 def _work_of_tasks(session: Session) -> Iterator[str]:
     """Yield tasks that are done without their work, and work whose task is another person's or not done."""
     for kind, (table, _) in WORK.items():
-        lost = select(Task.id).where(
-            Task.kind == kind, Task.outcome == "done", ~exists().where(table.task_id == Task.id)
-        )
+        lost = select(Task.id).join(Participant, Participant.id == Task.person_id)
+        lost = lost.where(Participant.deleted_at.is_(None))  # with whom their work may have been deleted
+        lost = lost.where(Task.kind == kind, Task.outcome == "done", ~exists().where(table.task_id == Task.id))
         yield from _found(session, lost, f"the task {{}} {kind} is done, but its work is not there")
     for table in (TreeMessage, MessageReview, ReplyRanking):
         name, kinds = table.__tablename__, [kind for kind, (kept, _) in WORK.items() if kept is table]
@@ -208,7 +209,7 @@ def _comparisons(session: Session) -> Iterator[str]:
         session, votes.where(wrong), "the vote {} is on no comparison that its person was shown, or no verdict"
     )
     for answer in session.scalars(select(Answer)):
-        if answer.prompt_key != prompt_key_of(answer.prompt):
+        if answer.prompt and answer.prompt_key != prompt_key_of(answer.prompt):  # emptied where a person was deleted
             yield f"the answer {answer.id} has the key of another prompt"
 
 

@@ -57,9 +57,9 @@ class RecordedPreference:
 def iter_preferences(session: Session, *, states: Collection[str] | None = None) -> Iterator[RecordedPreference]:
     """Yield the preferences in the database: of trees, comparisons, corrections, reactions and files, by their kinds.
 
-    Nothing that was withdrawn is among them, and no ties. Of the votes on a comparison, and of a person's corrections
-    of an answer, the newest counts. Reactions prefer an answer that more people liked than disliked to one to the same
-    prompt that more people disliked.
+    Nothing that was withdrawn is among them, nor ties and blank answers, as those are whose person was deleted. Of the
+    votes on a comparison, and of a person's corrections of an answer, the newest counts. Reactions prefer an answer
+    that more people liked than disliked to one to the same prompt that more people disliked.
 
     Args:
         session: A session of the store.
@@ -106,7 +106,7 @@ def _comparisons(session: Session) -> Iterator[RecordedPreference]:
     )
     newest = {vote.comparison_id: (vote, shown, one, other) for vote, shown, one, other in session.execute(query)}
     for vote, shown, one, other in newest.values():
-        if vote.verdict not in ("left", "right") or one.text == other.text:
+        if vote.verdict not in ("left", "right") or not _differ(one.text, other.text):
             continue
         responses = (one.text, other.text) if vote.verdict == "left" else (other.text, one.text)
         yield RecordedPreference(
@@ -128,7 +128,7 @@ def _reactions(session: Session) -> Iterator[RecordedPreference]:
         of_prompts[answer.prompt_key].append((answer, thumbs, at))
     for answers in of_prompts.values():
         for (better, up, at), (worse, down, other_at) in permutations(answers, 2):
-            if up > 0 > down and better.text.strip() != worse.text.strip():
+            if up > 0 > down and _differ(better.text, worse.text):
                 responses, when = (better.text, worse.text), max(at, other_at)
                 yield RecordedPreference(better.prompt, responses, "reactions", "people", better.id, when)
 
@@ -142,7 +142,7 @@ def _corrections(session: Session) -> Iterator[RecordedPreference]:
     )
     newest = {(row.answer_id, row.person_id): (row, answer) for row, answer in session.execute(query)}
     for row, answer in newest.values():
-        if row.text.strip() and row.text != answer.text:
+        if _differ(row.text, answer.text):
             yield RecordedPreference(
                 answer.prompt,
                 (row.text, answer.text),
@@ -152,3 +152,8 @@ def _corrections(session: Session) -> Iterator[RecordedPreference]:
                 row.created_at,
                 person_id=row.person_id,
             )
+
+
+def _differ(text: str, other: str) -> bool:
+    """Return whether two texts are different apart from blanks around them, and neither is blank."""
+    return text.strip() != other.strip() and bool(text.strip() and other.strip())

@@ -15,12 +15,13 @@ from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 def answers_with_thumbs(session: Session) -> list[tuple[Answer, int, datetime]]:
     """Return the answers under which people put thumbs: thumbs up less thumbs down, and the time of the last one.
 
-    Of one person's thumbs under an answer the newest counts; nothing that was withdrawn does.
+    Of one person's thumbs under an answer the newest counts; nothing that was withdrawn does, nor a blank answer, as
+    those are whose person was deleted.
     """
     query = (
         select(Reaction, Answer)
         .join(Answer, Answer.id == Reaction.answer_id)
-        .where(not_withdrawn(Reaction), not_withdrawn(Answer))
+        .where(not_withdrawn(Reaction), not_withdrawn(Answer), Answer.text != "")
         .order_by(Reaction.created_at, Reaction.id)
     )
     newest = {(row.answer_id, row.person_id): (row, answer) for row, answer in session.execute(query)}
