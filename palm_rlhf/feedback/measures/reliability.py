@@ -20,8 +20,8 @@ from palm_rlhf.feedback.store.tree_tables import ReplyRanking
 from palm_rlhf.feedback.store.withdrawals import not_withdrawn
 
 PRIOR_RIGHT, PRIOR_WRONG = 2.0, 1.0  # comparisons that everybody is given: few of them prove nobody perfect
-MAX_STEPS, TOLERANCE = 1000, 1e-9
-GRID = np.linspace(0.0005, 0.9995, 1000)
+MAX_STEPS, TOLERANCE = 1000, 1e-8
+GRID = np.linspace(0.001, 0.999, 500)
 
 
 class Judgement(NamedTuple):
@@ -60,39 +60,47 @@ def estimate_reliability(judgements: Sequence[Judgement]) -> list[PersonReliabil
     for judgement in judgements:
         given[judgement.pair][judgement.person_id] = judgement.first_is_better
     shared = [words for words in given.values() if len(words) > 1]
-    people = sorted({person for words in shared for person in words})
-    votes = np.zeros((len(shared), len(people)))  # 1: the first is better, -1: the second, 0: not judged
-    for row, words in enumerate(shared):
-        for person, first_is_better in words.items():
-            votes[row, people.index(person)] = 1 if first_is_better else -1
-    right = _maximise(votes)
-    log_odds = votes * np.log(right / (1 - right))
-    # What the others say of the first answer, and so how likely it is that this person's word is right.
-    by_others = 1 / (1 + np.exp(-votes * (log_odds.sum(axis=1, keepdims=True) - log_odds)))
-    sums, counts = votes.sum(axis=1, keepdims=True), np.abs(votes).sum(axis=1, keepdims=True)
-    same = (counts - 1 + votes * (sums - votes)) / 2  # of the other people's words on the pair
+    names = sorted({name for words in shared for name in words})
+    place = {name: index for index, name in enumerate(names)}
+    words = np.array([(pair, place[name], word) for pair, each in enumerate(shared) for name, word in each.items()])
+    if not len(words):
+        return []
+    pair, person, sign = words[:, 0], words[:, 1], 2.0 * words[:, 2] - 1  # 1: the first is better, -1: the second
+    right = _maximise(pair, person, sign)
+    support = sign * np.log(right / (1 - right))[person]  # log-odds for the first answer
+    # How likely each word is right by the other people's words on the pair, and the share of these that are the same.
+    by_others = _sigmoid(sign * (np.bincount(pair, support)[pair] - support))
+    num_others = np.bincount(pair)[pair] - 1.0
+    num_same = (num_others + sign * (np.bincount(pair, sign)[pair] - sign)) / 2
     found = []
-    for place, person in enumerate(people):
-        judged = votes[:, place] != 0
-        low, high = _credible_interval(by_others[judged, place])
-        agreement = float(same[judged, place].sum() / (counts[judged, 0] - 1).sum())
-        found.append(PersonReliability(person, float(right[place]), low, high, agreement, int(judged.sum())))
+    for index, name in enumerate(names):
+        own = person == index
+        low, high = _credible_interval(by_others[own])
+        agreement = float(num_same[own].sum() / num_others[own].sum())
+        found.append(PersonReliability(name, float(right[index]), low, high, agreement, int(own.sum())))
     return sorted(found, key=lambda each: (-each.reliability, each.person_id))
 
 
-def _maximise(votes: np.ndarray) -> np.ndarray:
-    """Return the probability that each person is right, by expectation maximisation; votes: `pairs people`."""
-    numbers = np.abs(votes).sum(axis=0)
-    chances = 1 / (1 + np.exp(-votes.sum(axis=1)))  # that the first answer is better
-    right = np.full(votes.shape[1], 0.5)
+def _maximise(pair: np.ndarray, person: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    """Return the probability that each person is right, by expectation maximisation.
+
+    pair, person and sign: `w`, those of each word
+    """
+    numbers = np.bincount(person)
+    support = np.bincount(pair, sign)  # the log-odds that the first answer of a pair is better
+    right = np.full(len(numbers), 0.5)
     for _ in range(MAX_STEPS):
         before = right
-        rights = np.where(votes > 0, chances[:, None], 1 - chances[:, None]) * (votes != 0)
-        right = (rights.sum(axis=0) + PRIOR_RIGHT) / (numbers + PRIOR_RIGHT + PRIOR_WRONG)
-        chances = 1 / (1 + np.exp(-(votes * np.log(right / (1 - right))).sum(axis=1)))
-        if np.abs(right - before).max(initial=0) < TOLERANCE:
+        num_right = np.bincount(person, _sigmoid(sign * support[pair]))
+        right = (num_right + PRIOR_RIGHT) / (numbers + PRIOR_RIGHT + PRIOR_WRONG)
+        support = np.bincount(pair, sign * np.log(right / (1 - right))[person])
+        if np.abs(right - before).max() < TOLERANCE:
             break
     return right
+
+
+def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-log_odds))
 
 
 def _credible_interval(by_others: np.ndarray) -> tuple[float, float]:
