@@ -42,6 +42,11 @@ def task_of(screen):
     return forms[0].get_attribute("action").rpartition("/")[2] if forms else ""
 
 
+def is_ready(screen):
+    """A task's page is set up: the focus is in its form."""
+    return screen.execute_script("return document.activeElement.closest('form.task') !== null")
+
+
 def has_no_draft(screen):
     """Nothing is kept of tasks that are done."""
     return screen.execute_script("return localStorage.length") == 0
@@ -61,13 +66,13 @@ def test_each_task_is_done_by_keys_alone(site, screen):
     ranked = add_tree(site, "Which?", "first", "second", "third", state="ranking")
     page = screen("Ada")
     press(page, "n")
-    wait(page, task_of)
+    wait(page, is_ready)
     done, shown, typed = {}, {}, {}
     while set(done.values()) != KINDS:
         task = task_of(page)
         ((kind,),) = read(site, select(Task.kind).where(Task.id == task))
         done[task] = kind
-        wait(page, lambda page: page.execute_script("return document.activeElement.closest('form.task') !== null"))
+        wait(page, is_ready)
         if "label" in kind:
             press(page, "n", "n", "4")
             wait(page, lambda page: page.switch_to.active_element.get_attribute("name") not in ("spam", "quality"))
@@ -97,7 +102,8 @@ def test_replies_are_dragged_and_a_double_click_counts_once(site, screen):
     add_tree(site, ARABIC, "Paris.", "It is **Paris**, on the Seine.\n\nSo I think.", state="ranking")
     page = screen("Ada")
     find(page, "[value=rank_replies]").click()
-    first, second = wait(page, lambda page: page.find_elements(By.CSS_SELECTOR, ".ranking li"))
+    wait(page, is_ready)
+    first, second = page.find_elements(By.CSS_SELECTOR, ".ranking li")
     order = [each.find_element(By.NAME, "order").get_attribute("value") for each in (first, second)]
     heads = [each.find_element(By.CSS_SELECTOR, ".card-head .name") for each in (first, second)]
     actions = ActionChains(page, duration=50).click_and_hold(heads[0]).move_by_offset(0, 10)
@@ -118,7 +124,7 @@ def test_a_draft_outlives_a_reload_and_an_error_keeps_the_text(site, screen):
     site.settings = replace(SMALL, max_message_length=12)
     page = screen("Ada")
     find(page, "[value=write_prompt]").click()
-    wait(page, task_of)
+    wait(page, is_ready)
     press(page, "thirteen 😀 so")
     assert "1 characters too many" in find(page, "#count").text
     page.refresh()
