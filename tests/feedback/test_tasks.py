@@ -165,9 +165,7 @@ def test_messages_at_the_greatest_depth_are_not_answered(store):
 
 def test_nobody_ranks_their_own_reply_and_the_order_is_shuffled_and_kept(store):
     names = ["ann", "bob", "cy", "dee", *"123456789"]
-    collection = Collection(
-        store, *names, num_reviews=1, max_depth=1, num_rankings=9, max_open_trees=1, max_children=3
-    )
+    collection = Collection(store, *names, num_reviews=1, max_depth=1, num_rankings=9, max_open_trees=1, max_children=3)
     prompt = collection.prompt("ann")
     collection.review(prompt, "bob")
     replies = [collection.reply(name, prompt) for name in ("bob", "cy", "dee")]
