@@ -21,6 +21,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 def random_model() -> ServedModel:
     """A model whose answers are random bytes."""
+    torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     palm = PaLM(num_tokens=tokenizer.num_tokens, dim=16, depth=1, heads=1, dim_head=16, max_seq_len=256)
     return ServedModel("random", palm.eval(), tokenizer, PRESETS["default"])
@@ -29,7 +30,6 @@ def random_model() -> ServedModel:
 @contextmanager
 def chat_server(store, model, *, api_keys=(), is_local=True, **config):
     """The URL of a server with feedback, and its engine."""
-    torch.manual_seed(0)
     with Engine(model.palm, model.tokenizer, EngineConfig(**config)) as engine:
         app = create_app(model, engine, api_keys=api_keys, feedback=chat_site(Site(store, is_local=is_local), model))
         with running(app) as url:

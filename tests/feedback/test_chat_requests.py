@@ -2,7 +2,8 @@
 
 import httpx
 import pytest
-from sqlalchemy import select
+import torch
+from sqlalchemy import select, text
 
 from palm_rlhf.feedback.store.answer_tables import Answer, ComparisonVote, KnownModel, ShownComparison
 from palm_rlhf.feedback.store.identities import prompt_key_of, weights_digest
@@ -60,6 +61,16 @@ def test_two_answers_are_compared_blind_and_in_random_order(store, client):
         assert left.sampling["seed"] == seed
         seen.add((left.sampling["index"], right.sampling["index"]))
     assert seen == {(0, 1), (1, 0)}
+
+
+def test_null_characters_are_alike_in_the_database_and_on_the_page(store):
+    model = random_model()
+    with torch.no_grad():
+        model.palm.token_emb.weight.fill_(0)  # all logits are 0, of which the first is taken: the byte 0
+    with chat_server(store, model) as (url, _), ChatClient(url) as client:
+        asked = client.ask(temperature=0, max_tokens=4)
+    (row,) = rows(store, Answer)
+    assert row.text == asked["texts"][0] == "\ufffd" * 4
 
 
 def test_a_vote_is_given_once_and_may_be_taken_back(store, client):
@@ -168,8 +179,8 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_kept(store, client):
         return client.post(kind, json={"model": "random", "messages": HELLO, "max_tokens": 4, **values})
 
     cut = client.ask()
-    (cut_id,), (text,) = cut["kept"], cut["texts"]
-    begun = [*HELLO, {"role": "assistant", "content": text}]
+    (cut_id,), (words,) = cut["kept"], cut["texts"]
+    begun = [*HELLO, {"role": "assistant", "content": words}]
     going_on = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
     for response, status, word in (
         (refused(messages=[{"role": "assistant", "content": "I"}]), 400, "no message of the user"),
@@ -192,7 +203,7 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_kept(store, client):
     assert [row.id for row in rows(store, Answer)] == [cut_id]
     more = client.ask(**going_on, continues=cut_id)
     (whole,) = [row for row in rows(store, Answer) if row.id in more["kept"]]
-    assert whole.text == text + more["texts"][0] and whole.prompt == HELLO and whole.sampling["begun"] == len(text)
+    assert whole.text == words + more["texts"][0] and whole.prompt == HELLO and whole.sampling["begun"] == len(words)
 
 
 def test_an_answer_that_is_cut_is_kept_as_far_as_it_was_read(store, server, client, eventually):
@@ -227,3 +238,15 @@ def test_whoever_has_not_logged_in_is_told_so(store, model):
         assert response.status_code == 401 and "log in" in response.text
         assert httpx.post(f"{url}/feedback/chat/reply", json={"model": "random", "messages": HELLO}).status_code == 401
     assert rows(store, Answer) == []
+
+
+def test_an_answer_that_the_database_cannot_keep_is_still_read_and_the_page_is_told(store, client):
+    with store.writing() as session:
+        session.execute(text("ALTER TABLE answers RENAME TO away"))
+    asked = client.ask("compare")
+    assert all(asked["texts"]) and asked["kept"] == [] and asked["comparison"] is None
+    assert "kept nothing of this" in asked["error"]
+    with store.writing() as session:
+        session.execute(text("ALTER TABLE away RENAME TO answers"))
+    assert client.give("reactions", answer=asked["answers"][0], value=1).status_code == 404
+    assert len(client.ask("compare")["kept"]) == 2

@@ -74,7 +74,7 @@ class AskedAnswers:
             id=answer_id,
             prompt_key=prompt_key_of(self.prompt),
             prompt=self.prompt,
-            text=(self.begun + text).replace("\0", "\ufffd"),  # PostgreSQL keeps no null characters
+            text=self.begun + text,
             finish=end or "stopped",
             model_id=self.model_id,
             sampling=sampling,
@@ -95,7 +95,11 @@ class KeptWriter(CompletionWriter):
     ends: dict[int, str] = field(default_factory=dict)
 
     def block(self, found: Sequence[tuple[int, Piece]], generations: Sequence[Generation]) -> bytes:
-        """Return the chunks of the pieces that have come, and keep their texts."""
+        """Return the chunks of the pieces that have come, and keep their texts.
+
+        A null character, which PostgreSQL does not keep, becomes the replacement character in both.
+        """
+        found = [(number, piece._replace(text=piece.text.replace("\0", "\ufffd"))) for number, piece in found]
         for number, piece in found:
             self.pieces.setdefault(number, []).append(piece.text)
             if piece.finish_reason is not None:
