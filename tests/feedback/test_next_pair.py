@@ -151,6 +151,7 @@ def test_held_out_prompts_have_random_pairs_for_a_number_of_people(session):
     shown = answered(session, add_person(session, "Ann"), settings, limit=50)
     held_out = [each for each in shown if is_held_out(each.prompt_key, settings)]
     assert 8 < len(held_out) < 25
+    assert 0 < sum(each in held_out for each in shown[:15]) < 11  # about 0.3 of them, while there are both kinds
     assert {each.chosen_by for each in held_out} == {"random"}
     assert {each.chosen_by for each in shown if each not in held_out} == {"uncertainty"}
     ranks = dict(map(tuple, session.execute(select(Answer.id, Answer.text))))
