@@ -127,11 +127,11 @@ def wait_for_judges(store: Store, most: int, num_people: int, check: Callable[[]
 
 @contextmanager
 def voters(
-    url: str, store: Store, simulate: int, seed: int, rounds: int, browser: bool
+    url: str, store: Store, simulate: int, seed: int, rounds: int, browser: bool, output_dir: Path
 ) -> Iterator[Callable[[], None]]:
     """Let stand-in people vote, or ask the person at this machine; yield a function that raises an error of voters."""
     if simulate:
-        with people_in_browsers(url, store, simulate, seed, lambda: is_voting(store, rounds)) as check:
+        with people_in_browsers(url, store, simulate, seed, lambda: is_voting(store, rounds), output_dir) as check:
             yield check
         return
     say(f"vote at {url}compare: which of two answers is better? The rounds are at {url}rounds")
@@ -181,7 +181,7 @@ def main(
     questions = [[{"role": "user", "content": prompt}] for prompt in prompts]
     database = output_dir / "feedback.db"
     with Store(database) as store, collecting(database, port, output_dir / "collect.log") as url:
-        with voters(url, store, simulate, seed, rounds, browser) as check:
+        with voters(url, store, simulate, seed, rounds, browser, output_dir) as check:
 
             def tell(text: str) -> None:
                 check()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from palm_rlhf.feedback.people.accounts import person_of_name
@@ -91,12 +92,18 @@ class StandIn:
         wait_for(lambda: (self.driver.execute_script(COMPARISON) or [None])[0] != address, self.driver)
         return True
 
-    def close(self) -> None:
-        """Stop, and close the browser."""
+    def end(self) -> None:
+        """Stop voting."""
         self.stop.set()
         if self.thread.is_alive():
             self.thread.join()
-        self.driver.quit()
+
+    def picture(self, page: str, file: Path) -> None:
+        """Save a picture of a page, down to its end."""
+        self.driver.get(f"{self.url}{page}")
+        height = self.driver.execute_script("return document.documentElement.scrollHeight")
+        self.driver.set_window_size(1000, max(700, min(height + 150, 2500)))
+        self.driver.save_screenshot(str(file))
 
 
 def wait_for(is_so: Callable[[], bool], driver: Any) -> None:
@@ -132,12 +139,12 @@ def open_browser() -> Any:
 
 @contextmanager
 def people_in_browsers(
-    url: str, store: Store, number: int, seed: int, wanted: Callable[[], bool]
+    url: str, store: Store, number: int, seed: int, wanted: Callable[[], bool], pictures: Path
 ) -> Iterator[Callable[[], None]]:
     """Let stand-in people vote for the length of a block; yield a function that raises an error of theirs.
 
-    The first of them becomes the admin, who invites the others. In a database that they have joined before, they join
-    again under new names.
+    The first of them becomes the admin, who invites the others, and saves a picture of the page of the rounds at the
+    end. In a database that they have joined before, they join again under new names.
     """
     people: list[StandIn] = []
 
@@ -157,9 +164,13 @@ def people_in_browsers(
         for person in people:
             person.thread.start()
         yield check
+        for person in people:
+            person.end()
+        people[0].picture("rounds", pictures / "rounds.png")
     finally:
         for person in people:
-            person.close()
+            person.end()
+            person.driver.quit()
 
 
 def name_of(place: int) -> str:

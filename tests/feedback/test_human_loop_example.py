@@ -48,6 +48,7 @@ def test_two_people_vote_in_browsers_and_the_last_line_tells_the_result_of_the_b
     assert result["rounds"] == 1 and result["votes"] >= 12 + 8
     assert 0 <= result["low"] <= result["win_rate"] <= result["high"] <= 1
     assert "The new model is" in done.stderr  # better, worse, or not shown to be better
+    assert (tmp_path / "run/rounds.png").read_bytes().startswith(b"\x89PNG")
     with Store(tmp_path / "run/feedback.db") as store, store.reading() as session:
         people = {person.id: person.role for person in session.scalars(select(Participant))}
         voters = {vote.person_id for vote in session.scalars(select(ComparisonVote))}
