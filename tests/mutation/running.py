@@ -31,7 +31,7 @@ LOADED_BEFORE = (
 )
 
 OPTIONS = ("-x", "-q", "-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider",
-           "--timeout", "300", "--hypothesis-profile", "mutation")  # fmt: skip
+           "--timeout", "90", "--hypothesis-profile", "mutation")  # fmt: skip
 # A test that hangs is one that fails: most mutants of a loop's end hang.
 LONGEST_TEST = 60.0  # seconds of a core, which a busy machine does not shorten
 LONGEST_RUN = 900.0  # seconds of one run of pytest

@@ -59,9 +59,14 @@ def curve_chart(steps: Sequence[int], values: Sequence[float | None]) -> CurveCh
     return CurveChart(
         points=" ".join(f"{x},{y}" for x, y in points),
         last=points[-1],
-        y_ticks=tuple(AxisTick(round(place_y(value), 2), f"{value:.3g}") for value in heights),
+        y_ticks=tuple(AxisTick(round(place_y(value), 2), _number(value, high - low)) for value in heights),
         x_ticks=tuple(AxisTick(round(place_x(step), 2), str(step)) for step in dict.fromkeys((first, last))),
     )
+
+
+def _number(value: float, span: float) -> str:
+    """Return a number as an axis shows it: one that is nothing beside the span of the axis is 0."""
+    return f"{value:.3g}" if abs(value) > span / 1e6 else "0"
 
 
 def bar_chart(numbers: Sequence[tuple[str, int]]) -> list[Bar]:

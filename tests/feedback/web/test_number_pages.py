@@ -165,6 +165,8 @@ def test_curves_and_bars_fill_their_picture():
     assert [(tick.at, tick.label) for tick in chart.x_ticks] == [(44.0, "0"), (312.0, "10")]
     flat = curve_chart([4], [0.5])
     assert flat.points == "44.0,65.0" and [tick.label for tick in flat.x_ticks] == ["4"]
+    rounded = curve_chart([1, 2], [9.6e-9, 5.5])
+    assert [tick.label for tick in rounded.y_ticks] == ["0", "2.75", "5.5"]
     assert curve_chart([1], [None]) is None and curve_chart([], []) is None
     bars = bar_chart([("a", 0), ("b", 4), ("c", 2), ("d", 1)])
     assert [(bar.x, bar.height, bar.y) for bar in bars] == [
