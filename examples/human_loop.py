@@ -39,6 +39,7 @@ from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import ByteTokenizer, add_special_tokens
 from palm_rlhf.feedback.learning.learning_loop import learn
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.learning.round_rows import all_rounds, events_of
 from palm_rlhf.feedback.measures.blind_win_rate import BlindWinRate, round_win_rate
 from palm_rlhf.feedback.measures.vote_records import vote_records
@@ -47,7 +48,6 @@ from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
 from palm_rlhf.training.language_model_config import LMConfig
-from palm_rlhf.training.learning_settings import LearningSettings
 
 LEARNING = LearningSettings(
     num_prompts=160,

@@ -46,6 +46,7 @@ PROMPT = torch.tensor([1, 2, 3])
 NOT_ALL = {
     "commands/train_command.py": "samples of a run of training are there to be looked at, and have a temperature alone",
     "evaluation/": "judges may be behind an API; the reference is sampled as the run was, at its temperature",
+    "feedback/learning/learning_settings.py": "texts of its own: answers and PPO share its temperature and top-p",
     "ops/logprobs.py": "log-probabilities are computed again for temperature, top-k and top-p only",
     "ops/nucleus.py": "the cuts of top-k and top-p alone",
     "ops/sampling.py": "truncation, which comes after the penalties",

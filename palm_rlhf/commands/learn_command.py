@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from palm_rlhf.commands.run_folder import quoted, say, show_next
 from palm_rlhf.commands.start_models import ModelName
 from palm_rlhf.commands.training_data import read_prompt_messages
-from palm_rlhf.training.learning_settings import LearningSettings
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 
 
 @beartype

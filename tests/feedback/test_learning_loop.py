@@ -8,6 +8,7 @@ from sqlalchemy import select
 
 from palm_rlhf.cli import main
 from palm_rlhf.feedback.learning.learning_loop import learn
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.learning.round_context import end_of_answer
 from palm_rlhf.feedback.learning.round_rows import STAGES, events_of
 from palm_rlhf.feedback.pairs.held_out_prompts import is_held_out
@@ -18,7 +19,6 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.policy.sequences import spoken
 from palm_rlhf.serving.served_model import load
-from palm_rlhf.training.learning_settings import LearningSettings
 from tests.feedback.taste import PROMPTS, TINY, liking, save_chat_model, vote
 
 SETTINGS = LearningSettings(**TINY)

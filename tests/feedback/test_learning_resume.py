@@ -14,6 +14,7 @@ from sqlalchemy import select
 
 from palm_rlhf.cli import main
 from palm_rlhf.feedback.learning.learning_loop import learn
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.learning.policy_improvement import improve_policy
 from palm_rlhf.feedback.learning.reward_fitting import fit_reward_model
 from palm_rlhf.feedback.learning.round_context import RoundContext
@@ -25,7 +26,6 @@ from palm_rlhf.feedback.store.identities import weights_digest
 from palm_rlhf.feedback.store.learning_tables import Round, RoundEvent
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.training.learning_settings import LearningSettings
 from palm_rlhf.training.run.checkpoints import complete_checkpoints
 from tests.feedback.taste import PROMPTS, TINY, save_chat_model, vote
 

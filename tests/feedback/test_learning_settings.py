@@ -14,6 +14,7 @@ from palm_rlhf.cli import main
 from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.feedback.learning.learning_loop import learn
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.learning.reward_fitting import encode_rankings, measure
 from palm_rlhf.feedback.learning.round_rows import events_of
 from palm_rlhf.feedback.learning.training_preferences import LearntPreference
@@ -27,7 +28,6 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.served_model import load
-from palm_rlhf.training.learning_settings import LearningSettings
 from palm_rlhf.training.ranked_data import Ranking, fingerprint
 from palm_rlhf.training.run.checkpoints import complete_checkpoints, read_state
 from tests.feedback.taste import PROMPTS, TINY, letter_tokenizer, save_chat_model, vote

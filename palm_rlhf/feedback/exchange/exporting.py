@@ -112,7 +112,10 @@ def _rankings(
     session: Session, languages: Collection[str], states: Collection[str], people: dict[str, str]
 ) -> Iterator[Record]:
     for preference in iter_preferences(session, states=states):
-        record: Record = {"prompt": preference.prompt, "responses": list(preference.responses)}
+        written = [response for response in preference.responses if response.strip()]
+        if len(written) < 2:  # readers of preferences take no blank replies
+            continue
+        record: Record = {"prompt": preference.prompt, "responses": written}
         record |= {"kind": preference.kind, "origin": preference.origin}
         if preference.person_id in people:
             record["annotator"] = people[preference.person_id]

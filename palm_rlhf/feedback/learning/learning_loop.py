@@ -14,6 +14,7 @@ from beartype import beartype
 from sqlalchemy.orm import Session
 
 from palm_rlhf.evaluation.measures.model_folders import default_device
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.learning.model_answers import Scorer, compare, fill_pool
 from palm_rlhf.feedback.learning.policy_improvement import improve_policy, register_policy
 from palm_rlhf.feedback.learning.reward_fitting import fit_reward_model
@@ -38,7 +39,6 @@ from palm_rlhf.feedback.store.learning_tables import Round
 from palm_rlhf.feedback.store.table_base import utc_now
 from palm_rlhf.model.weights_folder import MODEL, local_folder
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.training.learning_settings import LearningSettings
 
 POLL_SECONDS = 2.0  # between looks at the database while votes are wanted
 OF_ANSWERS = (  # settings that a round keeps from its first answer on; the others, from the time when it has its votes

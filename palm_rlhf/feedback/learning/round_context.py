@@ -10,13 +10,13 @@ from beartype import beartype
 
 from palm_rlhf.data.conversation import Template, end_of_turn
 from palm_rlhf.evaluation.measures.model_folders import default_device
+from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.model.files import sync
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import MODEL
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.serving.served_model import ServedModel, load
-from palm_rlhf.training.learning_settings import LearningSettings
 
 REWARD, POLICY = "reward", "policy"  # the folders of a round's training runs
 

@@ -57,9 +57,10 @@ class RecordedPreference:
 def iter_preferences(session: Session, *, states: Collection[str] | None = None) -> Iterator[RecordedPreference]:
     """Yield the preferences in the database: of trees, comparisons, corrections, reactions and files, by their kinds.
 
-    Nothing that was withdrawn is among them, nor ties and blank answers, as those are whose person was deleted. Of the
-    votes on a comparison, and of a person's corrections of an answer, the newest counts. Reactions prefer an answer
-    that more people liked than disliked to one to the same prompt that more people disliked.
+    Nothing that was withdrawn is among them, nor ties, nor answers to prompts that were emptied with their person. Of
+    the votes on a comparison, and of a person's corrections of an answer, the newest counts. Reactions prefer an answer
+    that more people liked than disliked to one to the same prompt that more people disliked. A model may answer with
+    nothing: a preferred answer may be blank, as may the other.
 
     Args:
         session: A session of the store.
@@ -106,7 +107,7 @@ def _comparisons(session: Session) -> Iterator[RecordedPreference]:
     )
     newest = {vote.comparison_id: (vote, shown, one, other) for vote, shown, one, other in session.execute(query)}
     for vote, shown, one, other in newest.values():
-        if vote.verdict not in ("left", "right") or not _differ(one.text, other.text):
+        if vote.verdict not in ("left", "right") or not one.prompt or not _differ(one.text, other.text):
             continue
         responses = (one.text, other.text) if vote.verdict == "left" else (other.text, one.text)
         yield RecordedPreference(
@@ -142,7 +143,7 @@ def _corrections(session: Session) -> Iterator[RecordedPreference]:
     )
     newest = {(row.answer_id, row.person_id): (row, answer) for row, answer in session.execute(query)}
     for row, answer in newest.values():
-        if _differ(row.text, answer.text):
+        if row.text.strip() and answer.prompt and _differ(row.text, answer.text):
             yield RecordedPreference(
                 answer.prompt,
                 (row.text, answer.text),
@@ -155,5 +156,5 @@ def _corrections(session: Session) -> Iterator[RecordedPreference]:
 
 
 def _differ(text: str, other: str) -> bool:
-    """Return whether two texts are different apart from blanks around them, and neither is blank."""
-    return text.strip() != other.strip() and bool(text.strip() and other.strip())
+    """Return whether two texts are different apart from blanks around them."""
+    return text.strip() != other.strip()
