@@ -309,21 +309,6 @@ def test_compiles_into_one_graph_with_the_same_gradients(variant, masks):
     assert_all_close(*(gradients(palm, loss) for loss in losses), atol=1e-10)
 
 
-@pytest.mark.slow(34)
-def test_a_compiled_step_of_training_equals_an_eager_one():
-    """By Inductor, `torch.compile`'s own default."""
-    torch.compiler.reset()
-    weights = []
-    for compiled in (False, True):
-        palm = small(depth=1, dtype=torch.float32)
-        optimizer = torch.optim.SGD(palm.parameters(), lr=0.1)
-        loss = (torch.compile(palm, fullgraph=True) if compiled else palm)(some_tokens(), return_loss=True)
-        loss.backward()
-        optimizer.step()
-        weights.append([loss.detach(), *(parameter.detach() for parameter in palm.parameters())])
-    assert_all_close(*weights, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "tokens, loss, expected",
     [

@@ -124,11 +124,8 @@ def triton(*tensors, **options):
 
 @pytest.mark.parametrize(
     "case, dtype",
-    [  # of the half types, of which the kernels know no difference, each case takes one
-        (case, dtype)
-        for index, case in enumerate(CASES)
-        for dtype in (torch.float32, (torch.float16, torch.bfloat16)[index % 2])
-    ],
+    # the types by turns: the kernels compute in float32 whatever they read
+    [(case, list(TOLERANCE)[index % 3]) for index, case in enumerate(CASES)],
     ids=str,
 )
 def test_kernels_are_as_accurate_as_their_dtype(case, dtype):
@@ -139,7 +136,7 @@ def test_kernels_are_as_accurate_as_their_dtype(case, dtype):
 RUNS = [
     Case(400, 400, 2, 1, 128, "runs"),
     Case(203, 400, 4, 2, 64, "runs holes", causal=False),
-    Case(200, 400, 4, 1, 64, "runs"),
+    Case(200, 400, 2, 1, 64, "runs"),
     Case(330, 330, 2, 1, 32, "holes"),
 ]
 
