@@ -16,7 +16,7 @@ def processes(root, request):
     """The files of `interpreted/` that a module names in INTERPRETED, at work side by side."""
     if (reason := explain_fault("interpreter", INSTALLED, numpy=np.__version__)) is not None:
         pytest.skip(f"{NEEDS_TRITON}: {reason}")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     started = {}
     for name in request.module.INTERPRETED:
         command = [sys.executable, "-m", "pytest", "-q", "--strict-skips", f"tests/ops/triton/interpreted/{name}"]

@@ -12,7 +12,7 @@ PARTS = {"bfloat16": "bfloat16", "the others": "not bfloat16"}
 @pytest.fixture(scope="module")
 def processes(root):
     """The tests of compiled kernels in `ptx/`, at work side by side."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     files = sorted(map(str, root.glob("tests/ops/triton/ptx/test_compiled_*.py")))
     command = [sys.executable, "-m", "pytest", "-q", "--strict-skips", *files, "-k"]
     started = {
