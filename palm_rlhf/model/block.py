@@ -1,77 +1,58 @@
-"""One layer of PaLM: attention and feed-forward in parallel, from one norm and one input projection."""
+"""One layer: PaLM's, with attention and feed-forward in parallel, and LLaMA's, with one after the other."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.lora import BlockLoRA
+from palm_rlhf.model.norms import LayerNorm, RMSNorm, head_norm, residual_norm
 from palm_rlhf.ops.attention import attention
-from palm_rlhf.ops.linear import split_linear, swiglu_sum_linear
+from palm_rlhf.ops.linear import linear, split_linear, swiglu_linear, swiglu_sum_linear
 from palm_rlhf.ops.rotary import rotary_split, rotary_tables, xpos_scales
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, without a bias (Ba et al. 2016); its scale starts at 1.
+class Block(nn.Module):
+    """The attention of a layer, and the sizes of its matrices; a subclass adds the feed-forward.
 
-    `shape` is that of the scale: the last axis alone, or heads and last axis, where every head has its own scale.
+    The rows of `in_proj` begin with those of queries, keys and values, in this order.
     """
 
-    weight: nn.Parameter
-
-    def __init__(self, *shape: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.ndim == 1:
-            return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
-        return F.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight
-
-
-class ParallelBlock(nn.Module):
-    """y = x + attention(norm(x)) + ff(norm(x)) (Chowdhery et al. 2022, section 2): `b n e -> b n e`.
-
-    The rows of `in_proj` are, in this order: queries, keys, values, the gate of the feed-forward, its value.
-    """
-
-    norm: LayerNorm
+    norm: LayerNorm | RMSNorm
     in_proj: nn.Linear
     attn_out: nn.Linear
     ff_out: nn.Linear
-    q_norm: LayerNorm  # where config.qk_norm
-    k_norm: LayerNorm
+    q_norm: LayerNorm | RMSNorm  # where config.qk_norm
+    k_norm: LayerNorm | RMSNorm
 
-    def __init__(self, config: PaLMConfig):
+    def __init__(self, config: PaLMConfig, more_rows: int = 0):
         super().__init__()
         self.config = config
         q_dim, kv_dim, inner = config.heads * config.dim_head, config.kv_heads * config.dim_head, config.inner_dim
-        self.sizes = [q_dim + 2 * kv_dim, inner, inner]
-        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
-        self.in_proj = nn.Linear(config.dim, sum(self.sizes), bias=False)
+        self.qkv_sizes, self.ff_sizes = [q_dim, kv_dim, kv_dim], [inner, inner]
+        self.norm = residual_norm(config)
+        self.in_proj = nn.Linear(config.dim, sum(self.qkv_sizes) + more_rows, bias=config.qkv_bias)
         self.attn_out = nn.Linear(q_dim, config.dim, bias=False)
         self.ff_out = nn.Linear(inner, config.dim, bias=False)
         if config.qk_norm:
-            self.q_norm = LayerNorm(config.heads, config.dim_head, eps=config.norm_eps)
-            self.k_norm = LayerNorm(config.kv_heads, config.dim_head, eps=config.norm_eps)
+            self.q_norm = head_norm(config, config.heads)
+            self.k_norm = head_norm(config, config.kv_heads)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
+    def matrices(self) -> dict[str, list[int]]:
+        """Return the names of the matrices, and the rows of each that belong together, in order."""
+        raise NotImplementedError
+
+    def attend(
         self,
-        x: Tensor,
+        qkv: Tensor,
         tables: tuple[Tensor, Tensor],
         key_mask: Tensor | None,
         document_ids: Tensor | None,
         cache: Cache | None,
         layer: int,
-        lora: BlockLoRA | None,
     ) -> Tensor:
-        normed = self.norm(x)
-        qkv, gate, value = split_linear(normed, self.in_proj.weight, self.sizes)
-        if lora is not None:
-            qkv = qkv + lora.qkv(normed)
+        """Return the averaged values, before their output projection: `b n (q k v) -> b n (h d)`."""
         q, k, v = self._heads(qkv, tables)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -84,11 +65,7 @@ class ParallelBlock(nn.Module):
             document_ids=document_ids,
             implementation="auto" if self.config.flash_attn else "eager",
         )
-        attended = attended.transpose(1, 2).flatten(2)  # b n (h d)
-        out = swiglu_sum_linear(attended, self.attn_out.weight, gate, value, self.ff_out.weight)
-        if lora is not None:
-            out = out + lora.out(attended)
-        return x + (self.dropout(out) if cache is None else out)
+        return attended.transpose(1, 2).flatten(2)
 
     def _heads(self, qkv: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised and rotated queries and keys, and values: `b n (q k v) -> b h n d, b hk n d, b hk n d`."""
@@ -105,12 +82,111 @@ class ParallelBlock(nn.Module):
         return torch.cat((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=-2)
 
 
+class ParallelBlock(Block):
+    """y = x + attention(norm(x)) + ff(norm(x)) (Chowdhery et al. 2022, section 2): `b n e -> b n e`.
+
+    After queries, keys and values, the rows of `in_proj` are the gate of the feed-forward and its value.
+    """
+
+    def __init__(self, config: PaLMConfig):
+        super().__init__(config, more_rows=2 * config.inner_dim)
+        self.sizes = [sum(self.qkv_sizes), *self.ff_sizes]
+
+    def matrices(self) -> dict[str, list[int]]:
+        """Return the names of the matrices, and the rows of each that belong together, in order."""
+        dim = self.config.dim
+        return {"in_proj": [*self.qkv_sizes, *self.ff_sizes], "attn_out": [dim], "ff_out": [dim]}
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        lora: BlockLoRA | None,
+    ) -> Tensor:
+        normed = self.norm(x)
+        qkv, gate, value = split_linear(normed, self.in_proj.weight, self.sizes)
+        if lora is not None:
+            qkv = qkv + lora.qkv(normed)
+        attended = self.attend(qkv, tables, key_mask, document_ids, cache, layer)
+        out = swiglu_sum_linear(attended, self.attn_out.weight, gate, value, self.ff_out.weight)
+        if lora is not None:
+            out = out + lora.out(attended)
+        return x + (self.dropout(out) if cache is None else out)
+
+
+class SerialBlock(Block):
+    """y = x + attention(norm(x)), then y + ff(ff_norm(y)) (Touvron et al. 2023, section 2.2): `b n e -> b n e`.
+
+    The rows of `ff_proj` are the gate of the feed-forward and its value.
+    """
+
+    ff_norm: LayerNorm | RMSNorm
+    ff_proj: nn.Linear
+
+    def __init__(self, config: PaLMConfig):
+        super().__init__(config)
+        self.ff_norm = residual_norm(config)
+        self.ff_proj = nn.Linear(config.dim, sum(self.ff_sizes), bias=False)
+
+    def matrices(self) -> dict[str, list[int]]:
+        """Return the names of the matrices, and the rows of each that belong together, in order."""
+        dim = self.config.dim
+        return {"in_proj": self.qkv_sizes, "attn_out": [dim], "ff_proj": self.ff_sizes, "ff_out": [dim]}
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        lora: BlockLoRA | None,
+    ) -> Tensor:
+        normed = self.norm(x)
+        qkv = linear(normed, self.in_proj.weight, self.in_proj.bias)
+        if lora is not None:
+            qkv = qkv + lora.qkv(normed)
+        attended = self.attend(qkv, tables, key_mask, document_ids, cache, layer)
+        out = linear(attended, self.attn_out.weight)
+        if lora is not None:
+            out = out + lora.out(attended)
+        x = x + (self.dropout(out) if cache is None else out)
+
+        gate, value = split_linear(self.ff_norm(x), self.ff_proj.weight, self.ff_sizes)
+        out = swiglu_linear(gate, value, self.ff_out.weight)
+        return x + (self.dropout(out) if cache is None else out)
+
+
+def new_block(config: PaLMConfig) -> Block:
+    """Return a freshly initialised block of the kind that the config names."""
+    return SerialBlock(config) if config.block == "serial" else ParallelBlock(config)
+
+
 def position_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosines and sines for `rotary_split`: `b n -> b n 1 d`, or with xPos, scaled, `b n (h + hk) d`."""
-    tables = rotary_tables(positions, config.dim_head, theta=config.rotary_theta, dtype=dtype)
+    tables = rotary_tables(
+        positions, config.dim_head, theta=config.rotary_theta, scaling=config.rotary_scaling, dtype=dtype
+    )
     cos, sin = (table.unsqueeze(-2) for table in tables)
     if not config.xpos:
         return cos, sin
     scale = xpos_scales(positions, config.dim_head, dtype=dtype).unsqueeze(-2)
     scales = torch.cat((scale,) * config.heads + (scale.reciprocal(),) * config.kv_heads, dim=-2)
     return cos * scales, sin * scales
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> None:
+    """Draw kernels from N(0, 1/fan_in) and embeddings from N(0, 1) (Chowdhery et al. 2022, section 5); biases are 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=module.in_features**-0.5)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_()

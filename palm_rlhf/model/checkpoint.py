@@ -39,7 +39,7 @@ def save_pretrained(palm: "PaLM", path: Path, *, format: str, max_shard_size: in
         config = cohere.to_cohere_config(palm.config, scopes=list(palm.finetune_modules), dtype=palm.dtype)
         tensors = cohere.to_cohere_tensors(palm.config, palm.state_dict())
     else:
-        config = {"model_type": "palm", **dataclasses.asdict(palm.config), "finetune_scopes": scope_options(palm)}
+        config = {"model_type": "palm", **palm.config.to_dict(), "finetune_scopes": scope_options(palm)}
         tensors = palm.state_dict()
     write_folder(path, config, tensors, parse_size(max_shard_size))
 

@@ -1,19 +1,31 @@
 """The config of a PaLM, and the sizes of the paper."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from palm_rlhf.ops.rotary_scaling import RotaryScaling
+
+Block: TypeAlias = Literal["parallel", "serial"]
+Norm: TypeAlias = Literal["layer", "rms"]
+# Switches of other architectures: the config.json of a PaLM does not mention them.
+SWITCHES = ("block", "norm", "qkv_bias", "tie_embeddings", "rotary_scaling")
 
 
 @dataclass(frozen=True)
 class PaLMConfig:
     """The config of a model, which is saved beside its weights; every field is a keyword of `PaLM`.
 
+    The defaults are those of PaLM. LLaMA (Touvron et al. 2023) has block="serial", norm="rms", and kv_heads=heads; its
+    kin differ by the switches that follow.
+
     Raises ValueError for a number out of its range.
 
     Args:
         num_tokens: size of the vocabulary.
         dim: width of the residual stream.
-        depth: number of parallel blocks.
+        depth: number of blocks.
         heads: query heads.
         dim_head: width of a head.
         kv_heads: heads of keys and values; 1 is multi-query attention, more is grouped-query attention.
@@ -25,11 +37,18 @@ class PaLMConfig:
         logit_scale: factor of the logits; None is the paper's `dim**-0.5`.
         z_loss: weight of the auxiliary loss `log(Z)^2`, which is added in `train()` mode only.
         norm_eps: epsilon of every layer norm.
-        qk_norm: layer-normalise the queries and keys of each head, before the rotary.
+        qk_norm: normalise the queries and keys of each head, before the rotary: by a layer norm with a scale for each
+            head (Command R+), or with norm="rms", by one scale for all heads (Qwen3, Yang et al. 2025).
         dropout: rate of dropout on the embeddings and on the output of each block.
         max_seq_len: the context that a server offers, in tokens; the rotary positions have no limit.
         flash_attn: False computes attention eagerly in float32.
         gradient_checkpointing: keep the inputs of the blocks in training, and compute the rest again in the backward.
+        block: "parallel" (Chowdhery et al. 2022, section 2), or "serial": attention, then the feed-forward, each with a
+            norm of its own (Touvron et al. 2023, section 2.2).
+        norm: "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019), of all norms.
+        qkv_bias: add biases to queries, keys and values (Qwen2, Yang et al. 2024).
+        tie_embeddings: use the token embeddings as the output layer; False gives it weights of its own.
+        rotary_scaling: stretch the wavelengths of the rotary for long contexts; a `RotaryScaling` or its fields.
     """
 
     num_tokens: int
@@ -51,8 +70,22 @@ class PaLMConfig:
     max_seq_len: int = 2048
     flash_attn: bool = True
     gradient_checkpointing: bool = False
+    block: Block = "parallel"
+    norm: Norm = "layer"
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+    rotary_scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_scaling, Mapping):
+            object.__setattr__(self, "rotary_scaling", RotaryScaling.from_dict(self.rotary_scaling))
+        for name, choices in (("block", ("parallel", "serial")), ("norm", ("layer", "rms"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {choices}")
+        if self.qkv_bias and self.block == "parallel":
+            raise ValueError('got qkv_bias=True with block="parallel"; expected block="serial", or no biases')
+        if self.xpos and self.rotary_scaling is not None:
+            raise ValueError("got xpos=True and a rotary_scaling; expected one of them: both stretch the context")
         for name in ("num_tokens", "dim", "depth", "heads", "dim_head", "kv_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -85,9 +118,14 @@ class PaLMConfig:
         """The factor of the logits."""
         return self.dim**-0.5 if self.logit_scale is None else self.logit_scale
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them, without the switches of other architectures that are off."""
+        values, defaults = dataclasses.asdict(self), {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in SWITCHES or value != defaults[name]}
+
     @classmethod
     def from_dict(cls, values: dict) -> "PaLMConfig":
-        """Return the config of a `dataclasses.asdict`; ValueError names the fields that this version does not know."""
+        """Return the config of a `to_dict`; ValueError names the fields that this version does not know."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the config holds unknown fields {unknown}; was it written by a newer palm_rlhf?")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from palm_rlhf.model.block import ParallelBlock, position_tables
+from palm_rlhf.model.block import Block, position_tables
 from palm_rlhf.model.lora import BlockLoRA
 from palm_rlhf.model.static_cache import StaticCache
 
@@ -38,20 +38,21 @@ class CastMatrices:
 
     def __init__(self, palm: "PaLM"):
         dtype = torch.get_autocast_dtype(palm.device.type)
-        layers = cast("Sequence[ParallelBlock]", palm.layers)
-        parts = [(layer.in_proj.weight, layer.attn_out.weight, layer.ff_out.weight) for layer in layers]
-        self.sources = [weight.detach() for part in parts for weight in part] + [palm.token_emb.weight.detach()]
+        self.names = [name for name, _ in palm.layers[0].named_parameters() if "norm" not in name]
+        layers = cast("Sequence[Block]", palm.layers)
+        sources = [dict(layer.named_parameters())[name] for layer in layers for name in self.names]
+        self.sources = [source.detach() for source in (*sources, palm.output_weight)]
         self.copies = [torch.empty_like(source, dtype=dtype) for source in self.sources]
 
     @property
-    def token_emb(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The matrix of the output layer: `v e`."""
         return self.copies[-1]
 
     def of_block(self, layer: int) -> dict[str, Tensor]:
-        """Return the matrices of a block by their names in it."""
-        names = ("in_proj.weight", "attn_out.weight", "ff_out.weight")
-        return dict(zip(names, self.copies[3 * layer : 3 * layer + 3], strict=True))
+        """Return the matrices of a block, and biases if it has some, by their names in it."""
+        start = len(self.names) * layer
+        return dict(zip(self.names, self.copies[start : start + len(self.names)], strict=True))
 
     def refresh(self) -> None:
         """Cast the weights again, which may have changed in place."""
@@ -100,4 +101,4 @@ def static_logits(
     embeds = palm.norm(x)[:, 0]
     if matrices is None:
         return palm.to_logits(embeds)
-    return F.linear(embeds, matrices.token_emb) * palm.config.output_scale
+    return F.linear(embeds, matrices.output_weight) * palm.config.output_scale

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
-    from palm_rlhf.model.block import ParallelBlock
+    from palm_rlhf.model.block import Block
 
 
 class LoRALinear(nn.Module):
@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
 
 
 class BlockLoRA(nn.Module):
-    """The adapters of one parallel block: on queries, keys, values, and on the output of the attention."""
+    """The adapters of one block: on queries, keys, values, and on the output of the attention."""
 
     q: LoRALinear
     k: LoRALinear
@@ -130,7 +130,7 @@ def remove_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "defa
 def merge_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> None:
     """Add a LoRA scope into the base weights, and remove it."""
     adapters = cast("Sequence[BlockLoRA]", palm.remove_finetune_params(scope))
-    for layer, block in zip(cast("Sequence[ParallelBlock]", palm.layers), adapters, strict=True):
+    for layer, block in zip(cast("Sequence[Block]", palm.layers), adapters, strict=True):
         block.merge_into(layer.in_proj.weight, layer.attn_out.weight)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.model.block import ParallelBlock, position_tables
+from palm_rlhf.model.block import Block, position_tables
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.lora import BlockLoRA
@@ -35,8 +35,13 @@ def native_step(
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(kind)
     few = tokens.shape[1] == 1 and native_decoding.is_faster(len(tokens), dtype) and kind == "cpu"
-    plain = c.flash_attn and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    layers = cast("Sequence[ParallelBlock]", palm.layers)
+    plain = (
+        c.flash_attn
+        and c.block == "parallel"
+        and c.norm == "layer"
+        and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    )
+    layers = cast("Sequence[Block]", palm.layers)
     if not few or not plain or why_not_native() is not None or _is_special(layers, adapters or ()):
         return None
     window = cache.window()
@@ -55,7 +60,7 @@ def native_step(
     return partial(decoder.step, first=first, lengths=lengths) if len(keys[0]) == len(tokens) else None
 
 
-def _is_special(layers: Sequence[ParallelBlock], adapters: Sequence[BlockLoRA]) -> bool:
+def _is_special(layers: Sequence[Block], adapters: Sequence[BlockLoRA]) -> bool:
     """Return whether weights are sharded, or a hook waits for the output of a block, which the kernel does not call."""
     parts = [part for block in adapters for part in block.parts]
     weights = [layer.in_proj.weight for layer in layers] + [part.A for part in parts]
@@ -64,7 +69,7 @@ def _is_special(layers: Sequence[ParallelBlock], adapters: Sequence[BlockLoRA]) 
     return hooked or any(type(weight) is not nn.Parameter for weight in weights)
 
 
-def _tensors(layer: ParallelBlock, lora: BlockLoRA | None, keys: Tensor, values: Tensor) -> BlockTensors:
+def _tensors(layer: Block, lora: BlockLoRA | None, keys: Tensor, values: Tensor) -> BlockTensors:
     q_norm, k_norm = (layer.q_norm.weight, layer.k_norm.weight) if layer.config.qk_norm else (None, None)
     weights = (layer.norm.weight, layer.in_proj.weight, layer.attn_out.weight, layer.ff_out.weight)
     if lora is None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf.model import generate as generation
 from palm_rlhf.model import lora, pretrained
-from palm_rlhf.model.block import LayerNorm, ParallelBlock, position_tables
+from palm_rlhf.model.block import draw_weights, new_block, position_tables
 from palm_rlhf.model.cache import Cache, KVCache
-from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
+from palm_rlhf.model.config import Block, Norm, PaLMConfig
 from palm_rlhf.model.inputs import check_token_ids, check_tokens, default_positions, without_right_padding
 from palm_rlhf.model.lora import BlockLoRA, adapters_of
 from palm_rlhf.model.native_decode import native_step, step_tables
+from palm_rlhf.model.norms import LayerNorm, RMSNorm, residual_norm
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy
 from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
+from palm_rlhf.ops.rotary_scaling import RotaryScaling
 
 
 class PaLM(nn.Module):
@@ -27,8 +28,9 @@ class PaLM(nn.Module):
 
     config: PaLMConfig
     token_emb: nn.Embedding
-    layers: nn.ModuleList  # of ParallelBlock
-    norm: LayerNorm
+    layers: nn.ModuleList  # of Block
+    norm: LayerNorm | RMSNorm
+    lm_head: nn.Linear  # unless config.tie_embeddings
     finetune_modules: nn.ModuleDict  # a ModuleList of BlockLoRA for each LoRA scope
 
     # Methods that are functions of generate.py, lora.py and pretrained.py, with the model as their first argument.
@@ -41,6 +43,7 @@ class PaLM(nn.Module):
     palm_parameters = lora.palm_parameters
     save_pretrained = pretrained.save_pretrained
     from_pretrained = classmethod(pretrained.from_pretrained)
+    preset = classmethod(pretrained.preset)
     from_palm_rlhf_pytorch = classmethod(pretrained.from_palm_rlhf_pytorch)
     load = pretrained.load
 
@@ -67,61 +70,29 @@ class PaLM(nn.Module):
         max_seq_len: int = 2048,
         flash_attn: bool = True,
         gradient_checkpointing: bool = False,
+        block: Block = "parallel",
+        norm: Norm = "layer",
+        qkv_bias: bool = False,
+        tie_embeddings: bool = True,
+        rotary_scaling: RotaryScaling | dict | None = None,
     ):
+        fields = {field.name for field in dataclasses.fields(PaLMConfig)}
+        self.config = config = PaLMConfig(**{name: value for name, value in locals().items() if name in fields})
         super().__init__()
-        self.config = config = PaLMConfig(
-            num_tokens=num_tokens,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            dim_head=dim_head,
-            kv_heads=kv_heads,
-            ff_mult=ff_mult,
-            ff_inner_dim=ff_inner_dim,
-            causal=causal,
-            rotary_theta=rotary_theta,
-            xpos=xpos,
-            logit_scale=logit_scale,
-            z_loss=z_loss,
-            norm_eps=norm_eps,
-            qk_norm=qk_norm,
-            dropout=dropout,
-            max_seq_len=max_seq_len,
-            flash_attn=flash_attn,
-            gradient_checkpointing=gradient_checkpointing,
-        )
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(ParallelBlock(config) for _ in range(depth))
-        self.norm = LayerNorm(dim, eps=norm_eps)
+        self.layers = nn.ModuleList(new_block(config) for _ in range(depth))
+        self.norm = residual_norm(config)
+        if not tie_embeddings:
+            self.lm_head = nn.Linear(dim, num_tokens, bias=False)
         self.finetune_modules = nn.ModuleDict()
-        self._init_weights()
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """Draw kernels from N(0, 1/fan_in) and embeddings from N(0, 1) (Chowdhery et al. 2022, section 5)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_()
+        draw_weights(self)
 
     @classmethod
     @beartype
     def from_config(cls, config: PaLMConfig) -> "PaLM":
         """Return a freshly initialised model with the given config."""
         return cls(**dataclasses.asdict(config))
-
-    @classmethod
-    @beartype
-    def preset(cls, name: str, **overrides: Any) -> "PaLM":
-        """Return a model of a size in the paper's table 1, "8B", "62B" or "540B"; overrides are keywords of `PaLM`.
-
-        Under `torch.device("meta")` it takes no memory.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"got preset {name!r}, expected one of {sorted(PRESETS)}")
-        return cls(**{**PRESET_COMMON, **PRESETS[name], **overrides})
 
     @property
     def num_tokens(self) -> int:
@@ -134,6 +105,11 @@ class PaLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.token_emb.weight.dtype
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the output layer, `v e`: the token embeddings, unless it has weights of its own."""
+        return self.token_emb.weight if self.config.tie_embeddings else self.lm_head.weight
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -202,7 +178,7 @@ class PaLM(nn.Module):
             if return_loss:
                 return linear_cross_entropy(
                     embeds,
-                    self.token_emb.weight,
+                    self.output_weight,
                     targets,
                     targets_mask,
                     scale=self.config.output_scale,
@@ -217,8 +193,8 @@ class PaLM(nn.Module):
             raise
 
     def to_logits(self, embeds: Tensor, *, wide: bool = False) -> Tensor:
-        """Apply the tied output layer: `... e -> ... v`; `wide` scales in float32, so that bfloat16 is rounded once."""
-        logits = F.linear(embeds, self.token_emb.weight)
+        """Apply the output layer: `... e -> ... v`; `wide` scales in float32, so that bfloat16 is rounded once."""
+        logits = F.linear(embeds, self.output_weight)
         if wide:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits * self.config.output_scale

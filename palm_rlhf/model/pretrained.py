@@ -1,4 +1,4 @@
-"""Saving and loading of a PaLM: functions that `PaLM` has as its methods; `model/checkpoint.py` does the work."""
+"""Saving and loading of a PaLM, and the paper's sizes: methods of `PaLM`; `model/checkpoint.py` does the work."""
 
 import os
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import torch
 from beartype import beartype
 
 from palm_rlhf.model import checkpoint
+from palm_rlhf.model.config import PRESET_COMMON, PRESETS
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
@@ -80,3 +81,14 @@ def load(palm: "palm_rlhf.model.palm.PaLM", path: str | os.PathLike) -> "palm_rl
     """
     checkpoint.load_into(palm, Path(path))
     return palm
+
+
+@beartype
+def preset(cls: type["palm_rlhf.model.palm.PaLM"], /, name: str, **overrides: Any) -> "palm_rlhf.model.palm.PaLM":
+    """Return a model of a size in the paper's table 1, "8B", "62B" or "540B"; overrides are keywords of `PaLM`.
+
+    Under `torch.device("meta")` it takes no memory.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"got preset {name!r}, expected one of {sorted(PRESETS)}")
+    return cls(**{**PRESET_COMMON, **PRESETS[name], **overrides})

@@ -47,10 +47,19 @@ def resize_token_embeddings(palm: PaLM, num_tokens: int, *, num_known: int | Non
             f"got num_tokens={num_tokens} and num_known={num_known} for a model of {palm.num_tokens} tokens; expected "
             f"1 <= num_known <= {palm.num_tokens} <= num_tokens: tokens can be added, not taken away"
         )
-    old = palm.token_emb.weight
-    weight = old.new_empty(num_tokens, palm.config.dim)
-    weight[:num_known] = old[:num_known]
-    weight[num_known:] = old[:num_known].mean(dim=0, dtype=torch.promote_types(old.dtype, torch.float32))
-    palm.token_emb = nn.Embedding(num_tokens, palm.config.dim, _weight=weight)
-    palm.token_emb.weight.requires_grad_(old.requires_grad)
+    embeddings = _with_mean_rows(palm.token_emb.weight, num_tokens, num_known)
+    palm.token_emb = nn.Embedding(num_tokens, palm.config.dim, _weight=embeddings)
+    palm.token_emb.weight.requires_grad_(embeddings.requires_grad)
+    if not palm.config.tie_embeddings:
+        weight = _with_mean_rows(palm.lm_head.weight, num_tokens, num_known)
+        palm.lm_head = nn.Linear(palm.config.dim, num_tokens, bias=False, device="meta")
+        palm.lm_head.weight = weight
     palm.config = dataclasses.replace(palm.config, num_tokens=num_tokens)
+
+
+def _with_mean_rows(old: Tensor, num_rows: int, num_known: int) -> nn.Parameter:
+    """Return a matrix of `num_rows` rows: the known ones, and after them their mean."""
+    rows = old.new_empty(num_rows, old.shape[1])
+    rows[:num_known] = old[:num_known]
+    rows[num_known:] = old[:num_known].mean(dim=0, dtype=torch.promote_types(old.dtype, torch.float32))
+    return nn.Parameter(rows, requires_grad=old.requires_grad)

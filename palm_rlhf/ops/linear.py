@@ -1,4 +1,4 @@
-"""The two products of a parallel block: one matrix with several outputs, and the sum of two products.
+"""The products of a block: one matrix with several outputs, hidden units, and the sum of two products.
 
 Their backwards are written for a CPU. They read and write gradients in place, where autograd would first concatenate
 or split them. For the gradient of a weight they transpose the narrow operand explicitly; oneDNN would transpose the
@@ -7,7 +7,7 @@ wide one, and the product would take three times as long.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from palm_rlhf.ops.devices import why_not_triton
 from palm_rlhf.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
@@ -74,12 +74,34 @@ class _SwiGLUSumLinear(torch.autograd.Function):
         )
 
 
+class _SwiGLULinear(torch.autograd.Function):
+    """`swiglu_linear`, with the backward of `_SwiGLUSumLinear`."""
+
+    @staticmethod
+    def forward(ctx, gate, value, weight):
+        ctx.save_for_backward(gate, value, weight)
+        return F.linear(swiglu_forward(gate, value), weight)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        gate, value, weight = ctx.saved_tensors
+        needs_gate, needs_value, needs_weight = ctx.needs_input_grad
+        rows = d_out.reshape(-1, d_out.shape[-1])
+        d_hidden = rows @ weight
+        d_gate, d_value, hidden = swiglu_backward_(d_hidden, *(t.reshape(d_hidden.shape) for t in (gate, value)))
+        return (
+            d_gate.view_as(gate) if needs_gate else None,
+            d_value.view_as(value) if needs_value else None,
+            rows.mT.contiguous() @ hidden if needs_weight else None,
+        )
+
+
 def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """Return `x @ weight.T`, split along the last axis into outputs of the given sizes.
 
     x: `... i`, weight: `sum(sizes) i` -> one `... size` for each size
     """
-    if not _is_faster(x):
+    if not _is_faster(x, weight):
         return linear(x, weight).split_with_sizes(sizes, dim=-1)
     return _SplitLinear.apply(*_autocast(x, weight), sizes)
 
@@ -89,32 +111,47 @@ def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hi
 
     x: `... i`, weight: `o i`, gate and value: `... j`, hidden_weight: `o j` -> `... o`
     """
-    if not _is_faster(x) or why_not_triton(gate, value) is None:
+    if not _is_faster(x, weight, hidden_weight) or why_not_triton(gate, value) is None:
         return linear(x, weight) + linear(swiglu(gate, value), hidden_weight)
     return _SwiGLUSumLinear.apply(*_autocast(x, weight, gate, value, hidden_weight))
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x @ weight.T`; for one row on a CPU as a matrix-vector product, which reads the weights faster.
+def swiglu_linear(gate: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    """Return `swiglu(gate, value) @ weight.T`: `... j`, `... j`, `o j` -> `... o`."""
+    if not _is_faster(gate, weight) or why_not_triton(gate, value) is None:
+        return linear(swiglu(gate, value), weight)
+    return _SwiGLULinear.apply(*_autocast(gate, value, weight))
 
-    x: `... i`, weight: `o i` -> `... o`
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias`; for one row on a CPU as a matrix-vector product, which reads the weights faster.
+
+    x: `... i`, weight: `o i`, bias: `o` -> `... o`
     """
-    plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_dense(weight)
     if plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     if x.numel() == weight.shape[1]:
-        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+        row = x.flatten()
+        product = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return product.view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
 
 
-def _is_faster(x: Tensor) -> bool:
+def _is_dense(weight: Tensor) -> bool:
+    """Return whether a weight is a plain tensor, and no subclass that keeps its numbers in fewer bits."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+def _is_faster(x: Tensor, *weights: Tensor) -> bool:
     """Return whether the functions above are faster than autograd: on a CPU, for more than one new token.
 
     It must not matter whether gradients are wanted: RLHF compares the log-probabilities that it recorded while sampling
     with those of the training forward.
     """
     one_token = x.ndim < 2 or x.shape[-2] == 1
-    return x.device.type == "cpu" and not one_token and not torch.compiler.is_compiling()
+    plain = not one_token and all(map(_is_dense, weights))
+    return x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,22 +5,34 @@ from torch import Tensor
 
 from palm_rlhf.ops.cpu.native_elementwise import rotate_native, why_not_rotate
 from palm_rlhf.ops.devices import why_not_triton
+from palm_rlhf.ops.rotary_scaling import RotaryScaling
 
 XPOS_SCALE_BASE = 512
 
 
 def rotary_tables(
-    positions: Tensor, dim_head: int, *, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    dim_head: int,
+    *,
+    theta: float = 10000.0,
+    scaling: RotaryScaling | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and signed sines of the angles `position * theta^(-2i/d)` (Su et al. 2021, section 3.2.2).
 
-    Pair i consists of entries i and i + d/2. The first half of the sines is negative, as `rotate` expects.
+    Pair i consists of entries i and i + d/2. The first half of the sines is negative, as `rotate` expects. A scaling
+    stretches the wavelengths.
 
     positions: `...` -> two of `... d`
     """
     exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=dtype) / dim_head
-    angles = positions.unsqueeze(-1).to(dtype) * theta**-exponents
-    return _twice(angles.cos()), _twice(angles.sin(), sign=-1)
+    frequencies = theta**-exponents
+    if scaling is not None:
+        frequencies = scaling.stretched(frequencies, theta)
+    angles = positions.unsqueeze(-1).to(dtype) * frequencies
+    cos, sin = _twice(angles.cos()), _twice(angles.sin(), sign=-1)
+    factor = 1.0 if scaling is None else scaling.table_factor
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def xpos_scales(positions: Tensor, dim_head: int, *, dtype: torch.dtype = torch.float32) -> Tensor:

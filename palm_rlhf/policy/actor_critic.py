@@ -43,7 +43,10 @@ class ActorCritic(nn.Module):
     another vocabulary, or holds LoRA scopes, which would not be applied.
     """
 
-    _no_split_modules = ("ParallelBlock",)  # accelerate makes a shard of each, unless it is told otherwise
+    _no_split_modules = (
+        "ParallelBlock",
+        "SerialBlock",
+    )  # accelerate makes a shard of each, unless it is told otherwise
     palm: PaLM
     critic: PaLM | RewardModel | None
     value_head: nn.Linear | None

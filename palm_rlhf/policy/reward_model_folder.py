@@ -4,7 +4,6 @@ A reward model is saved as a folder. It is loaded from such a folder, from a sta
 palm-rlhf-pytorch 0.8.0.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from itertools import chain
@@ -47,7 +46,7 @@ def save_pretrained(
     Weights larger than `max_shard_size`, in bytes or like "5GB", are split into several files. Raises OSError on a full
     disk; the earlier contents of the folder stay intact then.
     """
-    palm = {**dataclasses.asdict(model.palm.config), "finetune_scopes": scope_options(model.palm)}
+    palm = {**model.palm.config.to_dict(), "finetune_scopes": scope_options(model.palm)}
     options = {"num_binned_output": model.num_binned_output, "pooling": model.pooling}
     config = {"model_type": MODEL_TYPE, **options, "lora_scope": model.lora_scope, "palm": palm}
     write_folder(Path(directory), config, model.state_dict(), parse_size(max_shard_size))

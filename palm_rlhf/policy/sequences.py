@@ -205,7 +205,7 @@ def action_logprobs(
 
     Shapes: embeds `b t e`, at the token before each action; actions `b t`; allowed_tokens `v` bool.
     """
-    weight, in_chunks = palm.token_emb.weight, temperature > 0
+    weight, in_chunks = palm.output_weight, temperature > 0
     if allowed_tokens is not None:  # ids that pad the vocabulary are at its end, and are cut off
         num_allowed = int(allowed_tokens.sum())
         in_chunks = in_chunks and bool(allowed_tokens[:num_allowed].all())

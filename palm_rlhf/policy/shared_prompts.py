@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.model.block import ParallelBlock
+from palm_rlhf.model.block import Block
 from palm_rlhf.model.cache import PromptCache
 from palm_rlhf.model.palm import PaLM
 
@@ -49,7 +49,7 @@ def can_share(palm: PaLM) -> bool:
     narrow = palm.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(palm.device.type)
     recomputes = palm.config.gradient_checkpointing and palm.training and torch.is_grad_enabled()
     drops = palm.training and any(part.p > 0 for part in palm.modules() if isinstance(part, nn.Dropout))
-    block = cast(ParallelBlock, palm.layers[0])
+    block = cast(Block, palm.layers[0])
     whole = type(block.in_proj.weight) is nn.Parameter  # with shards, all processes must read equally often
     return whole and palm.config.causal and not (narrow or recomputes or drops or torch.compiler.is_compiling())
 

@@ -42,7 +42,7 @@ class ResponseLogprobs(nn.Module):
             return_only_embedding=True,
             finetune_scope=self.scope,
         )
-        embeds, weight = sequences.before_actions(embeds), self.palm.token_emb.weight
+        embeds, weight = sequences.before_actions(embeds), self.palm.output_weight
         if chunks_are_faster(embeds, weight):
             logprobs, _ = linear_logprobs(embeds, weight, sequences.actions, scale=self.palm.config.output_scale)
         else:

@@ -17,7 +17,7 @@ from beartype import beartype
 from torch import nn
 from tqdm import tqdm
 
-from palm_rlhf.model.block import ParallelBlock
+from palm_rlhf.model.block import Block
 
 Compile = Literal["auto"] | bool
 
@@ -58,14 +58,14 @@ class CompiledBlocks:
 
     @beartype
     def __init__(self, module: nn.Module, setting: Compile, device: torch.device, num_forwards: int, *, speaks: bool):
-        blocks = [block for block in module.modules() if isinstance(block, ParallelBlock)]
+        blocks = [block for block in module.modules() if isinstance(block, Block)]
         self.blocks = blocks if is_wanted(setting, device.type, len(blocks) * num_forwards) else []
         self.speaks, self.is_new = speaks, True
         if self.blocks and setting == "auto" and (reason := why_not(device)) is not None:
             self._say(f"the model is not compiled: torch.compile fails here, {reason}")
             self.blocks = []
         if self.blocks:
-            self.forward = torch.compile(ParallelBlock.forward)
+            self.forward = torch.compile(type(self.blocks[0]).forward)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from palm_rlhf.model.block import ParallelBlock
+from palm_rlhf.model.block import Block
 from palm_rlhf.training.run.optimizer import nonempty
 
 # A quintic whose iteration drives all singular values towards 1, fast rather than exactly (Jordan et al. 2024).
@@ -99,12 +99,11 @@ def muon(
 ) -> Muon:
     """Return Muon (Jordan et al. 2024) for the blocks' matrices, with AdamW for all other trainable parameters."""
     groups: list[dict[str, Any]] = []
-    for block in (module for module in model.modules() if isinstance(module, ParallelBlock)):
-        config = block.config
-        q_dim, kv_dim = config.heads * config.dim_head, config.kv_heads * config.dim_head
-        row_blocks = [q_dim, kv_dim, kv_dim, config.inner_dim, config.inner_dim]
-        groups.append({"params": [block.in_proj.weight], "row_blocks": row_blocks})
-        groups.append({"params": [block.attn_out.weight, block.ff_out.weight], "row_blocks": None})
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        rows = {getattr(block, name).weight: sizes for name, sizes in block.matrices().items()}
+        groups += ({"params": [weight], "row_blocks": sizes} for weight, sizes in rows.items() if len(sizes) > 1)
+        whole = [weight for weight, sizes in rows.items() if len(sizes) == 1]
+        groups.append({"params": whole, "row_blocks": None})
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         group.update(momentum=momentum, weight_decay=weight_decay)
