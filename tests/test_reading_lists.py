@@ -31,6 +31,7 @@ BESIDE = {
         "model.pretrained": "opening folders of the hub",
         "model.checkpoint": "files of weights",
         "model.weights_folder": "files of weights",
+        "model.local_model": "where a model lies",
         "model.files": "files that are whole or absent",
         "model.text_file": "files of text",
         "model.interop": "files of other packages",

@@ -10,9 +10,9 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
-from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.ops.sampling import UncheckedSampling
 
 
@@ -36,7 +36,7 @@ def generate(
         seed: Seed of the sample; by default a different one each time.
     """
     options = sampling.checked().options
-    folder = local_folder(checkpoint)
+    folder = local_model(checkpoint)
     palm = PaLM.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = _tokenizer_of(folder, palm)
     text = prompt.encode("utf-8", errors="surrogateescape")  # the bytes that were typed, in any encoding

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from beartype import beartype
 from tqdm import tqdm
 
-from palm_rlhf.model.weights_folder import MODEL
+from palm_rlhf.model.local_model import MODEL
 from palm_rlhf.training.run.checkpoints import complete_checkpoints
 
 RUNS = Path("runs")

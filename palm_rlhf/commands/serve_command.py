@@ -162,9 +162,9 @@ def feedback_site(database: str | None, host: str, access: Access) -> Iterator["
 def asking_for_feedback(site: "Site", model: "ServedModel", checkpoint: str) -> "Callable[[Handlers], Any]":
     """Return the function that makes the application of /feedback for a model's chat page."""
     from palm_rlhf.feedback.chat.chat_site import chat_site
-    from palm_rlhf.model.weights_folder import local_folder
+    from palm_rlhf.model.local_model import local_model
 
-    return chat_site(site, model, local_folder(checkpoint))
+    return chat_site(site, model, local_model(checkpoint))
 
 
 def say_how_to_log_in(site: "Site", url: str) -> None:

@@ -11,9 +11,9 @@ from palm_rlhf.data.conversation import Template, end_of_turn
 from palm_rlhf.data.templates import PRESETS, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, add_special_tokens, load_tokenizer
 from palm_rlhf.evaluation.measures.model_folders import is_reward_model
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
-from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.policy.reward_model import RewardModel
 
 TemplateName = Literal["auto", "default", "oasst", "vicuna", "openchat"]
@@ -41,7 +41,7 @@ def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
         source: Its folder, the folder of a run, or a hub id. A model of 256 tokens without a tokenizer reads bytes.
         template: One of PRESETS, or "auto": the folder's own template, or the default preset.
     """
-    folder = local_folder(source)
+    folder = local_model(source)
     if is_reward_model(folder):
         raise ValueError(
             f"got the reward model {source}, expected a language model: name the model that it was trained from"
@@ -78,7 +78,7 @@ def open_template(folder: Path, name: str) -> Template:
 @beartype
 def open_reward_model(source: str | Path, policy: ChatModel, name: str) -> RewardModel:
     """Open a reward model for a policy called `name`. Raises ValueError if it reads other tokens."""
-    folder = local_folder(source)
+    folder = local_model(source)
     reward_model = RewardModel.from_pretrained(folder)
     got, expected = reward_model.palm.num_tokens, policy.palm.num_tokens
     with contextlib.suppress(FileNotFoundError):  # without a tokenizer only the vocabulary sizes are compared

@@ -20,9 +20,9 @@ from palm_rlhf.data.templates import load_template
 from palm_rlhf.data.text import load_corpus
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import known_tokens
-from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.training.language_model import LanguageModelTrainer
 from palm_rlhf.training.language_model_config import LMConfig
 
@@ -170,13 +170,13 @@ def _start(model: str | None, tokenizer: str | None, fresh: PaLMConfig) -> tuple
     if model is not None and tokenizer is not None:
         raise ValueError(f"got --model {model} and --tokenizer {tokenizer}, expected one: a model keeps its tokenizer")
     if tokenizer is not None:
-        known = load_tokenizer(tokenizer if Path(tokenizer).is_file() else local_folder(tokenizer))
+        known = load_tokenizer(tokenizer if Path(tokenizer).is_file() else local_model(tokenizer))
         return PaLM.from_config(replace(fresh, num_tokens=known.num_tokens)), known, None
     if model is None:
         if fresh.num_tokens < NUM_BYTES:
             raise ValueError(f"got num_tokens {fresh.num_tokens}, expected at least {NUM_BYTES}: the tokens are bytes")
         return PaLM.from_config(fresh), ByteTokenizer(), None
-    folder = local_folder(model)
+    folder = local_model(model)
     palm = PaLM.from_pretrained(folder)
     template = None
     with contextlib.suppress(FileNotFoundError):

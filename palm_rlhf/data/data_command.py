@@ -228,9 +228,10 @@ def _counter(tokenizer: str | None) -> Callable[[str], int]:
     if tokenizer is None:
         return num_utf8_bytes
     from palm_rlhf.data.tokenizer import load_tokenizer
-    from palm_rlhf.model.weights_folder import TOKENIZER_FILES, local_folder
+    from palm_rlhf.model.local_model import local_model
+    from palm_rlhf.model.weights_folder import TOKENIZER_FILES
 
-    folder = tokenizer if os.path.isfile(tokenizer) else local_folder(tokenizer, files=TOKENIZER_FILES)
+    folder = tokenizer if os.path.isfile(tokenizer) else local_model(tokenizer, files=TOKENIZER_FILES)
     encode = load_tokenizer(folder).encode
     return lambda text: len(encode(text))
 

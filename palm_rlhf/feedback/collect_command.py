@@ -17,7 +17,7 @@ from palm_rlhf.feedback.store.identities import remember_model, weights_digest
 from palm_rlhf.feedback.trees.reply_worker import ReplyWorker
 from palm_rlhf.feedback.web.feedback_app import create_feedback_app
 from palm_rlhf.feedback.web.site_setup import first_words, opened_site
-from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.ops.sampling import UncheckedSampling
 from palm_rlhf.serving.access_options import AccessOptions, is_loopback
 from palm_rlhf.serving.engine import Engine
@@ -130,7 +130,7 @@ def replies_of(
     served = load(checkpoint, **options)
     model_id = weights_digest(served.palm)
     with store.writing() as session:
-        remember_model(session, model_id, served.name, local_folder(checkpoint))
+        remember_model(session, model_id, served.name, local_model(checkpoint))
     with (
         Engine(served.palm, served.tokenizer) as engine,
         ReplyWorker(store, served, engine, settings, model_id=model_id, **replying),

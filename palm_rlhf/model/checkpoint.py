@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.interop import cohere, palm_rlhf_pytorch
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import adapters_of
-from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes, local_folder
+from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def from_pretrained(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
-    folder = WeightsFolder(local_folder(source, revision))
+    folder = WeightsFolder(local_model(source, revision))
     model = filled(*open_with(cls, folder), dtype=dtype, device=device)
     folder.require_unchanged()
     return model

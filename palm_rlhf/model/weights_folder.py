@@ -1,12 +1,11 @@
 """Folders of weights in the layout of Hugging Face: config.json, and safetensors in one file or in shards.
 
-Here they are found and read; `weights_writer.py` writes them.
+Here they are read; `local_model.py` finds them, and `weights_writer.py` writes them.
 """
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from palm_rlhf.model.text_file import read_text
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WRITTEN = ".written"  # a subfolder of new files that are complete, but not yet in their places: see weights_writer.py
 FLOATS = ("F64", "F32", "F16", "BF16")
-MODEL, CHECKPOINTS = "model", "checkpoints/step_*/model"  # in the folder of a run
 # The tokenizer and the chat template of a model.
 TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
@@ -97,64 +95,6 @@ class WeightsFolder:
 def versions(files: list[Path]) -> set[tuple[int, int, int]]:
     """Return the inode, size and time of change of each file, by which a replaced or changed file is noticed."""
     return {(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)}
-
-
-def local_folder(
-    source: str | os.PathLike, revision: str | None = None, *, files: Sequence[str] = tuple(HUB_FILES)
-) -> Path:
-    """Return the folder of a model.
-
-    Raises FileNotFoundError where there is no such folder or hub id, and for a run that has not finished.
-
-    Args:
-        source: that folder, the folder of a run, or a hub id, "owner/name", which is downloaded.
-        revision: a branch, tag or commit on the hub.
-        files: patterns of the files to download.
-    """
-    path = Path(source)
-    if path.exists():
-        if not path.is_dir():
-            raise ValueError(
-                f"{path} is a file; expected a folder. Open a state dict with PaLM(...).load(path), "
-                "or with PaLM.from_palm_rlhf_pytorch(path)"
-            )
-        if revision is not None:
-            raise ValueError(
-                f"{path} is a folder, which has no revision {revision!r}; leave the revision out, or give a hub id"
-            )
-        return model_of_run(path)
-    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"there is no folder {path}; expected one of save_pretrained, or a hub id, owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"there is no folder {path}; to open a model of that name on the Hugging Face hub, "
-            "pip install 'palm-rlhf[hf]'"
-        ) from error
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise FileNotFoundError(
-            f"there is no folder {path}, and it was not found on the Hugging Face hub ({error}); check the name, the "
-            "revision, the network, and whether the model asks for a login"
-        ) from error
-
-
-def model_of_run(path: Path) -> Path:
-    """Return the folder of the finished model if `path` is the folder of a run, else `path` itself."""
-    if any((place / CONFIG).is_file() for place in (path, path / WRITTEN)):
-        return path
-    if (path / MODEL).is_dir():
-        return path / MODEL
-    if checkpoints := sorted(path.glob(CHECKPOINTS)):
-        raise FileNotFoundError(
-            f"{path} is the folder of a run that has not finished: resume it with the command that started it, or open "
-            f"its newest checkpoint, {checkpoints[-1]}"
-        )
-    return path
 
 
 @contextmanager

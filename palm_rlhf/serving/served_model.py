@@ -15,8 +15,8 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn, has_tools
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.weights_folder import local_folder
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.call_form import CallForm, call_form
@@ -156,7 +156,7 @@ def load(
         lora_scope: A LoRA scope that is merged into the weights.
         reward_model: A folder with a RewardModel, or its id on the hub; its tokenizer has to be the same.
     """
-    folder = local_folder(checkpoint)
+    folder = local_model(checkpoint)
     device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     palm = PaLM.from_pretrained(folder, dtype=dtype, device=device)
     if lora_scope is not None:
@@ -171,7 +171,7 @@ def load(
         template=_template_of(folder, tokenizer, palm, template),
         reward_model=None
         if reward_model is None
-        else _reward_model_of(local_folder(reward_model), folder, palm, device),
+        else _reward_model_of(local_model(reward_model), folder, palm, device),
     )
     _ = model.turn_ends  # so that a template that does not fit fails now, and not at the first request
     return model

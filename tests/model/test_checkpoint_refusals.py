@@ -106,7 +106,9 @@ def test_a_hub_id_that_cannot_be_reached():
 
 
 def test_a_folder_has_no_revision(whole):
-    with pytest.raises(ValueError, match="whole is a folder, which has no revision 'main'; leave the revision out"):
+    with pytest.raises(
+        ValueError, match="whole is on this machine, and has no revision 'main'; leave the revision out"
+    ):
         PaLM.from_pretrained(whole, revision="main")
 
 

@@ -49,7 +49,7 @@ from palm_rlhf.evaluation.measures.model_folders import is_reward_model, name_of
 from palm_rlhf.evaluation.reports import tables
 from palm_rlhf.evaluation.reports.report import Report
 from palm_rlhf.evaluation.verdicts import Scores
-from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.policy.reward_model import RewardModel
 
 PERSON = "person"
@@ -157,7 +157,7 @@ def _refuse_unused(
     """Raise ValueError for an option that would have no effect."""
     is_url, is_person = judge.startswith(SCHEMES), judge == PERSON
     may_be_reward = temperature is not None and not is_url and not is_person
-    is_reward = may_be_reward and is_reward_model(local_folder(judge))
+    is_reward = may_be_reward and is_reward_model(local_model(judge))
     for option, given, unused, reason in (
         ("--api-key-env", api_key_env, not is_url, "it is for a server"),
         ("--template", template, is_url or is_person, "it is for a model in a folder"),
@@ -217,7 +217,7 @@ def open_judge(
             raise ValueError(f"got no value of {api_key_env}, expected the key of the judge: export the variable first")
         options = options | {"max_tokens": options["max_tokens"] or None}
         return ChatJudge(judge, model, api_key=key, **options, **network)
-    folder = local_folder(judge)
+    folder = local_model(judge)
     found, tokenizer, chosen = open_chat_model(folder, template)
     name, version = model or name_of(judge), version_of(folder, template)
     if isinstance(found, RewardModel):

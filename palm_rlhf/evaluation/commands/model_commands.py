@@ -30,7 +30,7 @@ from palm_rlhf.evaluation.measures.rlhf_runs import read_run, read_settings, ref
 from palm_rlhf.evaluation.measures.text_prediction import ALL, measure_text, read_documents
 from palm_rlhf.evaluation.reports import tables
 from palm_rlhf.evaluation.reports.report import Report
-from palm_rlhf.model.weights_folder import local_folder
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.rlhf.sample_table import SAMPLES_FILE
 
@@ -95,7 +95,7 @@ def reward(
         batch_size: Pairs in one forward.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
-    if not is_reward_model(local_folder(checkpoint)):
+    if not is_reward_model(local_model(checkpoint)):
         raise ValueError(f"got {checkpoint}, expected the folder of a reward model, as `palm-rlhf reward` writes it")
     model, tokenizer, chosen = open_chat_model(checkpoint, template)
     assert isinstance(model, RewardModel)
@@ -154,7 +154,7 @@ def run(
         options = {name: value for name, value in settings.items() if value is not None}
         options |= {"seed": seed, "template": None if template is None else PRESETS[template]}
         # The reward model reads the run's token ids, so it needs no tokenizer and no chat template.
-        judge_model = RewardModel.from_pretrained(local_folder(reward_model), device=default_device()).eval()
+        judge_model = RewardModel.from_pretrained(local_model(reward_model), device=default_device()).eval()
         wins = wins_by_step(samples, *reference_scores(samples, palm, judge_model, tokenizer, **options))
     last = lines[-1]
     numbers: dict[str, Any] = {"steps": last["step"]}

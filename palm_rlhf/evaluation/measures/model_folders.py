@@ -11,8 +11,9 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template
 from palm_rlhf.data.templates import JINJA_FILE, PRESETS, TEMPLATE_FILE, load_template
 from palm_rlhf.data.tokenizer import CONFIG_FILE, NUM_BYTES, TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.weights_folder import CONFIG, local_folder, read_json
+from palm_rlhf.model.weights_folder import CONFIG, read_json
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.reward_model_folder import MODEL_TYPE
 
@@ -60,7 +61,7 @@ def open_tokenizer(folder: Path, num_tokens: int) -> Tokenizer:
 @beartype
 def open_palm(model: str | Path) -> tuple[PaLM, Tokenizer]:
     """Open a PaLM in evaluation mode with its tokenizer, from its folder, the folder of a run, or a hub id."""
-    folder = local_folder(model)
+    folder = local_model(model)
     palm = PaLM.from_pretrained(folder, device=default_device()).eval()
     return palm, open_tokenizer(folder, palm.num_tokens)
 
@@ -75,7 +76,7 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
         model: Its folder, the folder of a run, or a hub id.
         template: The name of a preset; by default the folder's template, or the default preset.
     """
-    folder = local_folder(model)
+    folder = local_model(model)
     opened: PaLM | RewardModel
     if is_reward_model(folder):
         opened = RewardModel.from_pretrained(folder, device=default_device()).eval()

@@ -37,7 +37,7 @@ from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.store.identities import remember_model, weights_digest
 from palm_rlhf.feedback.store.learning_tables import Round
 from palm_rlhf.feedback.store.table_base import utc_now
-from palm_rlhf.model.weights_folder import MODEL, local_folder
+from palm_rlhf.model.local_model import MODEL, local_model
 from palm_rlhf.policy.reward_model import RewardModel
 
 POLL_SECONDS = 2.0  # between looks at the database while votes are wanted
@@ -141,7 +141,7 @@ def _begin(
     first = weights_digest(opened.palm)
     kept = {**asdict(settings), "output_dir": str(output_dir.resolve())}
     with store.writing() as session:
-        first_folder = local_folder(model).resolve()
+        first_folder = local_model(model).resolve()
         remember_model(session, first, opened.name, first_folder)
         row = unfinished_round(session)
         if row is None:

@@ -13,7 +13,7 @@ from beartype import beartype
 from palm_rlhf.feedback.learning.round_context import POLICY, RoundContext, end_of_answer, save_whole
 from palm_rlhf.feedback.learning.round_prompts import encoded, read_round_prompts
 from palm_rlhf.feedback.store.identities import remember_model, weights_digest
-from palm_rlhf.model.weights_folder import MODEL
+from palm_rlhf.model.local_model import MODEL
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.run.checkpoints import METRICS_FILE

@@ -17,7 +17,7 @@ from palm_rlhf.data.conversation import encode_prompt, encode_response
 from palm_rlhf.data.preferences.ranking_files import fit_rankings
 from palm_rlhf.feedback.learning.round_context import REWARD, RoundContext, save_whole, template_of
 from palm_rlhf.feedback.learning.training_preferences import LearntPreference, read_preferences
-from palm_rlhf.model.weights_folder import MODEL
+from palm_rlhf.model.local_model import MODEL
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.served_model import ServedModel

@@ -13,8 +13,8 @@ from palm_rlhf.evaluation.measures.model_folders import default_device
 from palm_rlhf.feedback.learning.learning_settings import LearningSettings
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.model.files import sync
+from palm_rlhf.model.local_model import MODEL
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.weights_folder import MODEL
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.serving.served_model import ServedModel, load
 

