@@ -27,8 +27,10 @@ def save_pretrained(
 
     Args:
         directory: the folder; its earlier contents stay intact if writing fails.
-        format: "palm", or "cohere" for Hugging Face transformers. The latter has no place for the numbers of training,
-            such as the z-loss, and refuses xPos, bidirectional models and unmerged scopes.
+        format: "palm"; or for Hugging Face transformers, "hf", or the name of an architecture: "cohere", "llama",
+            "mistral", "qwen2" or "qwen3". "hf" takes the architecture that computes the same numbers. These formats
+            have no place for the settings of training, such as the z-loss, and refuse xPos, bidirectional models and
+            unmerged scopes.
         max_shard_size: in bytes or like "5GB"; larger weights are split into several files.
 
     Raises OSError on a full disk.
@@ -45,7 +47,10 @@ def from_pretrained(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> "palm_rlhf.model.palm.PaLM":
-    """Open a `save_pretrained` folder, a Hugging Face `cohere` folder, or the hub id of one.
+    """Open a `save_pretrained` folder, a Hugging Face folder, or the hub id of one.
+
+    Of Hugging Face, the model_types cohere, llama, mistral, qwen2 and qwen3 open, where a PaLM can compute all their
+    settings.
 
     Args:
         source: the folder, or the hub id, "owner/name".

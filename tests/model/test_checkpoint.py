@@ -154,7 +154,7 @@ def test_a_size_that_is_none_is_refused_before_anything_is_written(tmp_path, siz
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='\'gguf\'; expected "palm" or "cohere"'):
+    with pytest.raises(ValueError, match=r"'gguf'; expected one of \('palm', 'hf', 'cohere', 'llama'"):
         model().save_pretrained(tmp_path / "new", format="gguf")
     assert files(tmp_path) == []
 

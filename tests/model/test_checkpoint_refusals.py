@@ -198,10 +198,17 @@ def test_quantised_weights(whole):
     refused(whole, ValueError, str(whole), "norm.weight as I8; expected", "BF16", "before quantisation")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "cohere2", "", None, 3, ["palm"]])
+@pytest.mark.parametrize("model_type", ["cohere2", "gpt_neox", "", None, 3, ["palm"], ["llama"]])
 def test_a_foreign_model_type(whole, model_type):
     edit_config(whole, model_type=model_type)
-    refused(whole, ValueError, str(whole / "config.json"), f'model_type {model_type!r}; expected "palm"', '"cohere"')
+    refused(
+        whole,
+        ValueError,
+        str(whole / "config.json"),
+        f"model_type {model_type!r}",
+        'expected "palm"',
+        "'cohere', 'llama'",
+    )
 
 
 def test_no_model_type(whole):

@@ -341,7 +341,7 @@ def test_unmerged_scopes_are_refused_by_name_and_merged_ones_are_written(tmp_pat
         ({"attention_bias": True}, "attention_bias=True, not False"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', not 'silu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False, not True"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0}}, "the rope type='linear', not"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "the rope type='longrope', not"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "the rope type='dynamic', not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, not 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, not None"),

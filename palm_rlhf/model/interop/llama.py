@@ -1,0 +1,136 @@
+"""Weights of LLaMA and its kin in folders of Hugging Face: llama, mistral, qwen2 and qwen3.
+
+SmolLM2, Vicuna, TinyLlama and many others are of the model_type llama.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.interop.hugging_face import (
+    Weights,
+    common_config,
+    common_fields,
+    common_settings,
+    named_tensors,
+    read_tensors,
+    require_representable,
+    require_settings,
+    unrepresentable,
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one of the architectures from LLaMA: its switches, and the defaults of its config.json."""
+
+    class_name: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    kv_heads: int | None = None  # None: as many as query heads
+    dim_head: int | None = None  # None: the width divided by the query heads
+    context: int = 32768
+    constants: Mapping[str, Any] = field(default_factory=dict)  # of the config.json that is written
+
+
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", context=2048, constants={"mlp_bias": False}),
+    "mistral": Architecture("MistralForCausalLM", kv_heads=8, context=131072, constants={"sliding_window": None}),
+    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, kv_heads=32, constants={"use_sliding_window": False}),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM", qk_norm=True, kv_heads=32, dim_head=128, constants={"use_sliding_window": False}
+    ),
+}
+# Architectures for which people look here, and why a PaLM cannot compute them.
+OTHERS = {
+    "gpt_neox": "its blocks have two norms in parallel, biases everywhere, GELU, and a rotary of a part of each head",
+    "mixtral": "it is a mixture of experts",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+    "cohere2": "most of its layers attend to a sliding window",
+    "smollm3": "some of its layers have no rotary",
+    "gemma": "its feed-forward is gated by GELU, and its norms are scaled by 1 + weight",
+    "gemma2": "its feed-forward is gated by GELU, and half of its layers attend to a sliding window",
+    "gemma3_text": "its feed-forward is gated by GELU, and most of its layers attend to a sliding window",
+    "phi3": "its tensors are fused, and its rotary may turn a part of each head",
+    "gpt2": "its positions are learnt, and it has biases everywhere",
+}
+
+
+def from_llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return the fields of a PaLMConfig from a config.json of one of ARCHITECTURES; its z-loss is 0.
+
+    Raises ValueError that names settings which a PaLM cannot compute, or missing numbers.
+    """
+    model_type = values["model_type"]
+    kind = ARCHITECTURES[model_type]
+    layer_types = values.get("layer_types") or []
+    settings = common_settings(values, kind.class_name) | {
+        "mlp_bias": (values.get("mlp_bias"), (None, False)),
+        "use_sliding_window": (values.get("use_sliding_window"), (None, False)),
+        "layer_types": (sorted(set(layer_types)), ([], ["full_attention"])),
+    }
+    if model_type == "mistral":  # its window is 4096 where its config.json does not mention it
+        settings["sliding_window"] = (values.get("sliding_window", 4096), (None,))
+    require_settings(settings, where)
+    numbers = {"rms_norm_eps": values.get("rms_norm_eps", 1e-6)}
+    return {
+        **common_fields(
+            values, where, more_numbers=numbers, theta=10_000.0, kv_heads=kind.kv_heads, dim_head=kind.dim_head
+        ),
+        "logit_scale": 1.0,
+        "norm_eps": numbers["rms_norm_eps"],
+        "qk_norm": kind.qk_norm,
+        "max_seq_len": values.get("max_position_embeddings", kind.context),
+        "block": "serial",
+        "norm": "rms",
+        "qkv_bias": kind.qkv_bias,
+        "tie_embeddings": values.get("tie_word_embeddings", False),
+    }
+
+
+def from_llama_tensors(config: PaLMConfig, folder: Weights) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    """Return the names of our tensors and their parts, after checking all shapes; the parts are read when used."""
+    return read_tensors(config, folder)
+
+
+def to_llama_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtype, model_type: str) -> dict[str, Any]:
+    """Return the config.json of a folder of one of ARCHITECTURES, with the names of transformers 4 and 5.
+
+    Settings of training are left out: dropout, the z-loss, gradient checkpointing. A PaLM has no special tokens, so
+    their ids are null; until they are set, transformers generates up to the maximal length. Raises ValueError for a
+    model that the format cannot represent.
+    """
+    require_representable(config, scopes, format=model_type, switches=switches_of(model_type))
+    kind = ARCHITECTURES[model_type]
+    return {
+        **common_config(config, model_type=model_type, architecture=kind.class_name, dtype=dtype),
+        "rms_norm_eps": config.norm_eps,
+        **kind.constants,
+    }
+
+
+def to_llama_tensors(config: PaLMConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a folder of one of ARCHITECTURES.
+
+    They have no factor of the logits: the scale of the last norm takes it up.
+    """
+    if config.output_scale != 1.0:
+        state = {**state, "norm.weight": state["norm.weight"] * config.output_scale}
+    return named_tensors(config, state)
+
+
+def switches_of(model_type: str) -> dict[str, tuple]:
+    """Return the values that the fields of a PaLMConfig have in one of ARCHITECTURES."""
+    kind = ARCHITECTURES[model_type]
+    return {"block": ("serial",), "norm": ("rms",), "qkv_bias": (kind.qkv_bias,), "qk_norm": (kind.qk_norm,)}
+
+
+def model_type_of(config: PaLMConfig) -> str:
+    """Return the first of ARCHITECTURES that holds a model, or else the one whose switches it has most of."""
+    return min(ARCHITECTURES, key=lambda name: len(unrepresentable(config, [], switches_of(name))))
