@@ -21,6 +21,7 @@ from palm_rlhf.serving.terminal import TerminalSession, note
 def chat(
     checkpoint: Annotated[Positional[str], arg(metavar="MODEL")],
     *,
+    once: Annotated[str | None, arg(metavar="TEXT")] = None,
     system: Annotated[str | None, arg(metavar="TEXT")] = None,
     sampling: OmitArgPrefixes[UncheckedSampling] = UncheckedSampling(**CHATTING.options),  # noqa: B008 (it is frozen)
     max_tokens: Annotated[int | None, arg(metavar="TOKENS")] = None,
@@ -32,11 +33,12 @@ def chat(
     """Talk with a model in the terminal: it remembers what was said, and its replies come word by word.
 
     /help lists the commands, such as /reset, /system and /save. Where the input is a pipe, each line is a message, and
-    the output has only the replies.
+    the output has only the replies. With --once there is one message and one reply.
 
     Args:
-        checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
-            a tokenizer the tokens are bytes.
+        checkpoint: The folder of a run or of a model with its tokenizer and template, a .gguf file, a hub id,
+            owner/name, or smollm2; without a tokenizer the tokens are bytes.
+        once: Print the reply to this message, and end; - reads the message from standard input.
         system: A system message, such as "You are brief."
         sampling: How each token is sampled.
         max_tokens: The most tokens of a reply; by default as many as the context has room for.
@@ -66,6 +68,9 @@ def chat(
     with Engine(model.palm, model.tokenizer, config) as engine:
         dialogue = Dialogue(model, engine, system=system, sampling=checked, max_tokens=max_tokens, seed=seed)
         session = TerminalSession(dialogue)
+        if once is not None:
+            session.answer_once(once)
+            return
         if session.is_person:
             note(f"{model.name}, with {engine.context:,} tokens of context. /help lists the commands, Ctrl-D ends.")
         session.run()

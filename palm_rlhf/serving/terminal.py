@@ -78,9 +78,7 @@ class TerminalSession:
         dialogue = self.dialogue
         known, forgotten = dialogue.messages, dialogue.num_forgotten
         try:
-            for text in make_reply():
-                print(text.translate(VISIBLE) if self.is_screen else text, end="", flush=True)
-            print(flush=True)
+            self.write(make_reply())
         except KeyboardInterrupt:
             if not self.is_person:
                 raise
@@ -90,13 +88,28 @@ class TerminalSession:
             if dialogue.messages is not known:
                 print(flush=True)
             note(f"({error})")
-        else:
-            if dialogue.finish_reason == "length":
-                note("(the reply was cut: it reached its limit of tokens)")
         if dialogue.num_forgotten > forgotten:
             number = dialogue.num_forgotten
             what = "exchange is" if number == 1 else f"{number} exchanges are"
             note(f"(the context of {dialogue.engine.context} tokens is full: the first {what} forgotten)")
+
+    def write(self, reply: Iterator[str]) -> None:
+        """Print a reply while it is generated, and a note if it reached its limit of tokens."""
+        for text in reply:
+            print(text.translate(VISIBLE) if self.is_screen else text, end="", flush=True)
+        print(flush=True)
+        if self.dialogue.finish_reason == "length":
+            note("(the reply was cut: it reached its limit of tokens)")
+
+    def answer_once(self, text: str) -> None:
+        """Print the reply to one message, which is never a command; "-" is all of standard input.
+
+        Raises ValueError for a blank message, and for one that the context has no room for.
+        """
+        message = (sys.stdin.read().removeprefix("\ufeff") if text == "-" else text).strip()
+        if not message:
+            raise ValueError("got a blank message, expected a text after --once, or - and a text on standard input")
+        self.write(self.dialogue.say(message))
 
     def reset(self, _: str) -> None:
         """Forget the messages."""

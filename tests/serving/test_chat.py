@@ -264,6 +264,33 @@ def test_the_length_of_replies_is_limited_and_told(chat, dialogues):
     assert "cut" in captured.err
 
 
+def test_once_answers_one_message_and_ends(chat, conversation_with):
+    more = ("--temperature", "0", "--max-tokens", MAX_TOKENS)
+    captured = chat("Tell me more", options=("--once", "Hello", *more))
+    assert (captured.out, captured.err) == (f"{replies(conversation_with('Hello'))[0]}\n", "")
+    opening = [{"role": "system", "content": "Be kind."}]
+    kind = replies(conversation_with("Hello\nyou", messages=opening))[0]
+    assert chat("\ufeffHello", "you", options=("--once", "-", "--system", "Be kind.", *more)).out == f"{kind}\n"
+    assert chat(options=("--once", "/help", *more)).out == f"{replies(conversation_with('/help'))[0]}\n"
+
+
+def test_once_obeys_the_seed_and_the_limit(chat):
+    options = ("--once", "Hello", "--temperature", "3", "--max-tokens", "12", "--seed")
+    first, again, other = (chat(options=(*options, seed)) for seed in ("1", "1", "2"))
+    assert first.out == again.out != other.out
+    assert "cut" in first.err
+
+
+def test_what_once_cannot_answer_is_an_error(chat):
+    for text, options, words in (
+        (" ", (), "got a blank message"),
+        ("-", (), "got a blank message"),
+        ("Hello " * 60, ("--context", "64"), "the message has .* tokens"),
+    ):
+        with pytest.raises(SystemExit, match=f"^palm-rlhf: .*{words}"):
+            chat(options=("--once", text, *options))
+
+
 def test_a_model_of_bytes_without_a_tokenizer_is_talked_to(chat, tmp_path):
     PaLM(num_tokens=256, dim=16, depth=1, heads=1, dim_head=8).save_pretrained(tmp_path)
     captured = chat("Hello", folder=tmp_path, options=("--max-tokens", "8", "--seed", "0"))
