@@ -16,11 +16,13 @@ def palm_of(seed: int = 0, **fields: Any) -> PaLM:
 
 
 def palm_of_scaled_norms(seed: int = 0, *, dtype: torch.dtype = torch.float64, **fields: Any) -> PaLM:
-    """One whose norms have scales away from 1, so that a lost one shows."""
+    """One whose norms have scales away from 1, and whose biases are not 0, so that a lost one shows."""
     palm = palm_of(seed, **fields).to(dtype)
     for name, parameter in palm.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.normal_()
     return palm
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.ops.rms_norm import rms_norm
 
 
 class LayerNorm(nn.Module):
@@ -37,7 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def residual_norm(config: PaLMConfig) -> LayerNorm | RMSNorm:

@@ -54,10 +54,19 @@ class RotaryScaling:
                 f"got low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}, "
                 "expected the first to be lower"
             )
+        if not self.beta_fast >= self.beta_slow > 0:
+            raise ValueError(
+                f"got beta_fast={self.beta_fast} and beta_slow={self.beta_slow}, expected numbers above 0, "
+                "the first not the lower one"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RotaryScaling":
-        """Return the scaling of a dict of its fields. Raises ValueError for a field that it has not."""
+        """Return the scaling of a dict of its fields; a field that is None has its default.
+
+        Raises ValueError for a field that it has not, such as yarn's `mscale` and `truncate`.
+        """
+        values = {name: value for name, value in values.items() if value is not None}
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise ValueError(f"got a rotary scaling with {unknown}, expected {[field.name for field in fields(cls)]}")
         if missing := sorted({"rope_type", "factor"} - set(values)):
@@ -87,6 +96,6 @@ class RotaryScaling:
             )
             first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
             pairs = torch.arange(len(frequencies), device=frequencies.device, dtype=frequencies.dtype)
-            kept = 1 - (pairs - first) / max(last - first, 0.001)
+            kept = 1 - (pairs - first) / (last - first or 0.001)
         kept = kept.clamp(0, 1)
         return frequencies * kept + frequencies / self.factor * (1 - kept)

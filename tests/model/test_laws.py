@@ -19,6 +19,16 @@ VARIANTS = {
     "grouped-query": {"heads": 4, "kv_heads": 2, "qk_norm": True},
     "xpos": {"xpos": True, "heads": 2, "kv_heads": 2},
     "eager": {"flash_attn": False},
+    "serial": {
+        "block": "serial",
+        "norm": "rms",
+        "qkv_bias": True,
+        "qk_norm": True,
+        "heads": 4,
+        "kv_heads": 2,
+        "tie_embeddings": False,
+        "rotary_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
 }
 every_causal = pytest.mark.parametrize("variant", VARIANTS)
 every_variant = pytest.mark.parametrize("variant", [*VARIANTS, "bidirectional"])

@@ -1,7 +1,7 @@
-"""SwiGLU and rotary positions on a CPU, each in one pass, by the kernels in C of `csrc/elementwise.c`."""
+"""SwiGLU, RMSNorm and rotary positions on a CPU, each in one pass, by the kernels in C of `csrc/elementwise.c`."""
 
 import ctypes
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import c_double, c_float, c_int, c_long, c_void_p
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from palm_rlhf.ops.cpu.native_library import library, num_threads
 from palm_rlhf.ops.devices import why_not_native
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+ROWS = 32  # of RMSNorm, whose gradients of the weight are added up before those of all rows: `ROWS` in C
 
 
 class _Rotation(ctypes.Structure):
@@ -30,6 +31,13 @@ def why_not_swiglu(*tensors: Tensor) -> str | None:
     if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
         return "the tensors are of several dtypes"
     return _why_not(*tensors)
+
+
+def why_not_rms_norm(x: Tensor, weight: Tensor) -> str | None:
+    """Return why the kernels of RMSNorm cannot compute with these tensors, or None if they can."""
+    if weight.dtype not in DTYPES:
+        return "the weight is neither float32 nor bfloat16"
+    return _why_not(x, weight)
 
 
 def why_not_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
@@ -63,6 +71,29 @@ def swiglu_backward_native_(d_hidden: Tensor, gate: Tensor, value: Tensor) -> tu
     d_gate, hidden = torch.empty_like(d_hidden), torch.empty_like(d_hidden)
     _call("swiglu_backward", gate, (d_hidden, gate, value, d_gate, d_hidden, hidden), gate.numel())
     return d_gate, d_hidden, hidden
+
+
+def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis: contiguous `... d`, `d` -> `... d`."""
+    out = torch.empty_like(x)
+    _call("rms_norm", x, (x, weight.float(), out, c_double(eps)), *_rows(x))
+    return out
+
+
+def rms_norm_backward_native(
+    d_out: Tensor, x: Tensor, weight: Tensor, eps: float, *, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x, and unless `of_weight` is False, of the weight: `... d`, `d`."""
+    num_rows, dim = _rows(x)
+    d_x, parts = torch.empty_like(x), None
+    if of_weight:
+        parts = torch.empty(-(-num_rows // ROWS), dim, dtype=torch.float32, device=x.device)
+    _call("rms_norm_backward", x, (d_out.contiguous(), x, weight.float(), d_x, parts, c_double(eps)), num_rows, dim)
+    return d_x, None if parts is None else parts.sum(dim=0).to(weight.dtype)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
 
 
 def rotate_native(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, out: Tensor | None = None) -> Tensor:

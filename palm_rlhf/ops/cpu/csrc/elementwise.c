@@ -10,6 +10,8 @@ typedef struct {
     float sign; // of the sines; -1 rotates back
 } Rotation;
 
+enum { ROWS = 32 }; // of RMSNorm that one thread takes at a time, so that no sum depends on the number of threads
+
 #define T float
 #define OF(name) name##_f32
 #include "elementwise_body.h"
