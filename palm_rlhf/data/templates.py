@@ -13,7 +13,9 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, token_name
+from palm_rlhf.data.tokenizer_gguf import read_gguf_config
 from palm_rlhf.model.files import write_text
+from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.text_file import read_text
 from palm_rlhf.model.weights_folder import read_json
 
@@ -188,11 +190,14 @@ def _save(folder: Path, fields: dict[str, Any], source: str) -> None:
 
 @beartype
 def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
-    """Open a template that `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder."""
+    """Open a template that `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder or GGUF file."""
     folder = Path(directory)
     if (folder / TEMPLATE_FILE).is_file():
         return _from_fields(read_json(folder / TEMPLATE_FILE), folder / TEMPLATE_FILE)
-    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if is_gguf(folder):
+        config = read_gguf_config(folder)
+    else:
+        config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")

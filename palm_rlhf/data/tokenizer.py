@@ -16,7 +16,9 @@ from palm_rlhf.data.tokenizer_base import (
     ByteTokenizer,
     Tokenizer,
 )
+from palm_rlhf.data.tokenizer_gguf import read_gguf_tokenizer
 from palm_rlhf.data.tokenizer_hugging_face import TOKENIZER_FILE, HuggingFaceTokenizer
+from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
 from palm_rlhf.model.weights_folder import read_json
@@ -39,17 +41,20 @@ __all__ = [
 
 @beartype
 def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_token: str | None = None) -> Tokenizer:
-    """Open a tokenizer that `save_pretrained` wrote, or that of a Hugging Face folder with a `tokenizer.json`.
+    """Open a tokenizer that `save_pretrained` wrote, or that of a GGUF file, or of a Hugging Face folder.
 
     Args:
-        directory: The folder, or its tokenizer.json.
+        directory: The folder, which has a tokenizer.json, or that file, or a GGUF file.
         eos_token: The name of the token that ends a text, for folders that do not name it.
         pad_token: The name of the padding token, for folders that do not name it; else the EOS.
     """
     folder = Path(directory)
     file = folder if folder.is_file() else folder / TOKENIZER_FILE
-    config_file = file.with_name(CONFIG_FILE)
-    config = read_json(config_file) if config_file.is_file() else {}
+    if is_gguf(file):
+        config_file, (backend, config) = file, read_gguf_tokenizer(file)
+    else:
+        config_file = file.with_name(CONFIG_FILE)
+        backend, config = None, read_json(config_file) if config_file.is_file() else {}
     eos_token, pad_token = (
         name if name is not None else token_name(config.get(key))
         for key, name in (("eos_token", eos_token), ("pad_token", pad_token))
@@ -65,7 +70,7 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     if is_bytes:
         return ByteTokenizer(config.get("special_tokens", ()), eos_token=eos_token, pad_token=pad_token)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = backend or tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(
             f"{file} is not a tokenizer of the library tokenizers ({error}): copy, download or save it again"

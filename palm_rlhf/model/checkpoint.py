@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.interop import cohere, llama, palm_rlhf_pytorch
+from palm_rlhf.model.interop.gguf_file import GGUFFile
+from palm_rlhf.model.interop.gguf_header import is_gguf
+from palm_rlhf.model.interop.hugging_face import Weights
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import adapters_of
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
@@ -60,7 +63,7 @@ def from_pretrained(
     dtype: torch.dtype | None,
     device: str | torch.device | None,
     revision: str | None,
-    open_with: Callable[[type[Model], WeightsFolder], tuple[Model, Parts]],
+    open_with: Callable[[type[Model], Weights], tuple[Model, Parts]],
 ) -> Model:
     """Open a folder, or a hub id, as a new model, with the dtype of the file unless another is given.
 
@@ -68,7 +71,7 @@ def from_pretrained(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
-    folder = WeightsFolder(local_model(source, revision))
+    folder = open_weights(local_model(source, revision))
     model = filled(*open_with(cls, folder), dtype=dtype, device=device)
     folder.require_unchanged()
     return model
@@ -94,8 +97,8 @@ def load_into(palm: "PaLM", path: Path) -> None:
     file that is damaged or of another model; the model is unchanged then.
     """
     folder = None
-    if path.is_dir():
-        folder = WeightsFolder(path)
+    if path.is_dir() or is_gguf(path):
+        folder = open_weights(path)
         skeleton, parts = open_folder(type(palm), folder)
     else:
         state = read_state_dict(path)
@@ -115,9 +118,15 @@ def load_into(palm: "PaLM", path: Path) -> None:
         folder.require_unchanged()
 
 
-def open_folder(cls: type["PaLM"], folder: WeightsFolder) -> tuple["PaLM", Parts]:
+def open_weights(path: Path) -> Weights:
+    """Return the weights in a folder, or in a GGUF file."""
+    return GGUFFile(path) if is_gguf(path) else WeightsFolder(path)
+
+
+def open_folder(cls: type["PaLM"], folder: Weights) -> tuple["PaLM", Parts]:
     """Return the model of a folder, on the meta device, and its tensors, whose shapes are checked."""
-    config, where = dict(folder.config), folder.path / CONFIG
+    config = dict(folder.config)
+    where = folder.path if is_gguf(folder.path) else folder.path / CONFIG
     model_type = config.pop("model_type", None)
     if isinstance(model_type, str) and model_type in READERS:
         config_of, tensors_of = READERS[model_type]

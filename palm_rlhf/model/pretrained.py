@@ -47,14 +47,15 @@ def from_pretrained(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> "palm_rlhf.model.palm.PaLM":
-    """Open a `save_pretrained` folder, a Hugging Face folder, or the hub id of one.
+    """Open a `save_pretrained` folder, a Hugging Face folder, the hub id of one, or a GGUF file.
 
     Of Hugging Face, the model_types cohere, llama, mistral, qwen2 and qwen3 open, where a PaLM can compute all their
-    settings.
+    settings; of GGUF, the architectures llama, qwen2, qwen3 and command-r.
 
     Args:
-        source: the folder, or the hub id, "owner/name".
-        dtype: of the weights; None keeps the dtype of the file.
+        source: the folder or file, or the hub id, "owner/name".
+        dtype: of the weights; None keeps the dtype of a folder. The weights of a GGUF file, which may be quantised,
+            are then float32, which holds all their values.
         device: where to put the weights.
         revision: a branch, tag or commit on the hub.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from palm_rlhf.model import checkpoint
 from palm_rlhf.model.checkpoint import Parts, scope_options, shapes_of
 from palm_rlhf.model.interop import palm_rlhf_pytorch
+from palm_rlhf.model.interop.hugging_face import Weights
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
@@ -119,7 +120,7 @@ def load(
     return model
 
 
-def open_folder(cls: type["RewardModel"], folder: WeightsFolder) -> tuple["RewardModel", Parts]:
+def open_folder(cls: type["RewardModel"], folder: Weights) -> tuple["RewardModel", Parts]:
     """Return the model of a folder, on the meta device, and its tensors, whose shapes are checked."""
     config, where = dict(folder.config), folder.path / CONFIG
     if (model_type := config.pop("model_type", None)) != MODEL_TYPE:

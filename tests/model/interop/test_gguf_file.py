@@ -1,0 +1,107 @@
+"""GGUF files: a PaLM computes the logits of the model of transformers that the file was made from."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from palm_rlhf.model.palm import PaLM
+from tests.model.interop.gguf_files import SIZES, hugging_face_model, write_gguf
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+def tokens(length: int = 60) -> Tensor:
+    return torch.randint(SIZES["vocab_size"], (2, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def assert_same_logits(palm: PaLM, model: PreTrainedModel, tolerance: float = 1e-4) -> None:
+    expected = model(tokens()).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(palm.eval()(tokens()), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_logits_are_those_of_transformers_which_reads_the_same_file(architecture, kind, tied, tmp_path):
+    model = hugging_face_model(architecture, tie_word_embeddings=tied)
+    path = write_gguf(tmp_path / "model.gguf", model, architecture, kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    palm = PaLM.from_pretrained(path)
+    assert palm.dtype == torch.float32
+    assert palm.config.tie_embeddings == tied
+    assert_same_logits(palm, theirs)
+    if kind == "F32":
+        assert_same_logits(palm, model, 1e-5)
+
+
+def test_logits_of_qwen3_are_those_of_the_model_that_the_file_was_made_from(tmp_path):
+    model = hugging_face_model("qwen3", head_dim=16, tie_word_embeddings=False)
+    palm = PaLM.from_pretrained(write_gguf(tmp_path / "model.gguf", model, "qwen3"))
+    assert (palm.config.qk_norm, palm.config.dim_head) == (True, 16)
+    assert_same_logits(palm, model, 1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_logits_of_command_r_are_those_of_the_model_that_the_file_was_made_from(qk_norm, tmp_path):
+    model = hugging_face_model("command-r", use_qk_norm=qk_norm, logit_scale=0.3)
+    palm = PaLM.from_pretrained(write_gguf(tmp_path / "model.gguf", model, "command-r"))
+    assert palm.config.block == "parallel"
+    assert_same_logits(palm, model, 1e-5)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_rotary_scaling_of_the_metadata_is_computed(architecture, kind, tmp_path):
+    rope = {**SCALINGS[kind], "rope_theta": 500.0}
+    model = hugging_face_model(architecture, rope_parameters=rope)
+    values = {"rope.scaling.type": kind, "rope.scaling.factor": 4.0}
+    if kind == "yarn":
+        values["rope.scaling.original_context_length"] = 32
+    palm = PaLM.from_pretrained(write_gguf(tmp_path / "model.gguf", model, architecture, values=values))
+    assert palm.config.rotary_scaling is not None
+    assert_same_logits(palm, model)
+
+
+def llama3_divisors(factor: float, theta: float, context: int, dim_head: int) -> np.ndarray:
+    """What llama.cpp's converter writes to rope_freqs.weight, after Meta's code for Llama 3.1."""
+    divisors = []
+    for pair in range(dim_head // 2):
+        wavelength = 2 * math.pi * theta ** (2 * pair / dim_head)
+        if wavelength < context / 4:
+            divisors.append(1.0)
+        elif wavelength > context / 1:
+            divisors.append(factor)
+        else:
+            smooth = (context / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+def test_the_scaling_of_llama_3_is_found_from_its_divisors(tmp_path):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 200_000.0}
+    model = hugging_face_model("llama", rope_parameters=rope)
+    divisors = llama3_divisors(8.0, 200_000.0, 8192, 8)
+    assert len(set(divisors.tolist())) > 2
+    path = write_gguf(tmp_path / "model.gguf", model, "llama", tensors={"rope_freqs.weight": divisors})
+    palm = PaLM.from_pretrained(path)
+    assert dataclasses.asdict(palm.config.rotary_scaling) == {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": None,
+        **{name: value for name, value in rope.items() if name != "rope_theta"},
+    }
+    assert_same_logits(palm, model, 1e-5)
+    other = write_gguf(tmp_path / "other.gguf", model, "llama", tensors={"rope_freqs.weight": divisors**2})
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight other than that of Llama 3\.1"):
+        PaLM.from_pretrained(other)
