@@ -47,7 +47,7 @@ def generate(
     generator = None if seed is None else torch.Generator(palm.device).manual_seed(seed)
     eos_token = tokenizer.eos_token if tokenizer.eos_token < palm.num_tokens else None
     # A character can span several tokens: the decoder holds an incomplete character back until the rest has come.
-    decoder = StreamDecoder(tokenizer)
+    decoder = StreamDecoder(tokenizer, after=tokens)
     steps = palm.stream(
         torch.tensor(tokens),
         max_new_tokens=max_new_tokens,

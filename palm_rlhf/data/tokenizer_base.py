@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from beartype import beartype
@@ -78,7 +78,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
-        """Return the text of ids, with U+FFFD for invalid bytes; ValueError for ids without a token."""
+        """Return the text of ids, with U+FFFD for invalid bytes; ids without a token, which pad a vocabulary, add none.
+
+        Raises ValueError for a negative id.
+        """
 
     @abstractmethod
     def add_special_tokens(self, names: Iterable[str]) -> None:
@@ -96,12 +99,12 @@ class Tokenizer(ABC):
         for name, text in self._files().items():
             write_text(directory / name, text)
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if ids and not 0 <= min(ids) <= max(ids) < self.num_tokens:
-            bad = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(
-                f"got the token id {bad}, expected 0 to {self.num_tokens - 1}: take the tokenizer of the model"
-            )
+    def _known_ids(self, ids: Iterable[int]) -> list[int]:
+        """Return the ids below `num_tokens`; ValueError for a negative one."""
+        ids = [int(index) for index in ids]
+        if ids and min(ids) < 0:
+            raise ValueError(f"got the token id {min(ids)}, expected 0 or more: leave padding out")
+        return [index for index in ids if index < self.num_tokens]
 
 
 class ByteTokenizer(Tokenizer):
@@ -137,10 +140,9 @@ class ByteTokenizer(Tokenizer):
     @beartype
     def decode_bytes(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> bytes:
         """Return the bytes of ids: exactly those that were encoded."""
-        ids = [int(index) for index in ids]
-        self._check_ids(ids)
+        known = self._known_ids(ids)
         names = [name.encode() if with_special_tokens else b"" for name in self.special_tokens]
-        return b"".join(bytes([index]) if index < NUM_BYTES else names[index - NUM_BYTES] for index in ids)
+        return b"".join(bytes([index]) if index < NUM_BYTES else names[index - NUM_BYTES] for index in known)
 
     @beartype
     def add_special_tokens(self, names: Iterable[str]) -> None:

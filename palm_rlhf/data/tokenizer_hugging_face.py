@@ -170,10 +170,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @beartype
     def decode(self, ids: Iterable[int], *, with_special_tokens: bool = False) -> str:
-        """Return the text of ids, with U+FFFD for invalid bytes; ValueError for ids without a token."""
-        ids = [int(index) for index in ids]
-        self._check_ids(ids)
-        return self.backend.decode(ids, skip_special_tokens=not with_special_tokens)
+        """Return the text of ids, with U+FFFD for invalid bytes; ids without a token add none."""
+        return self.backend.decode(self._known_ids(ids), skip_special_tokens=not with_special_tokens)
 
     @beartype
     def add_special_tokens(self, names: Iterable[str]) -> None:

@@ -47,6 +47,7 @@ class Request(Sampling):
         logprobs: Reports the log-probability of each token, and of so many of the likeliest alternatives.
         prompt_logprobs: Reports the same of the prompt's tokens, which are computed anew even where they are cached.
         grammar: The grammar that the reply has to follow.
+        continues_text: The reply goes on with the text of the prompt, and may begin with a space; else it is a message.
         timeout: Seconds until the reply is ended, its time in the queue included.
         client: Names who asks, by any string. Clients share the machine fairly, and no client can learn of the prompts
             of another.
@@ -62,6 +63,7 @@ class Request(Sampling):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    continues_text: bool = False
     timeout: float | None = None
     client: str = ""
 
@@ -78,6 +80,11 @@ class Request(Sampling):
                 raise ValueError(f"got {name}={getattr(self, name)!r}, expected {expected}")
         if not self.prompt:
             raise ValueError("got an empty prompt, expected at least one token")
+
+    @property
+    def continued(self) -> list[int]:
+        """The tokens of the text that the reply goes on with."""
+        return self.prompt if self.continues_text else []
 
 
 class TokenLogprob(NamedTuple):

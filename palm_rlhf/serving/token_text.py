@@ -23,16 +23,16 @@ class TextStream:
     """The text of tokens as they are sampled, up to the `stop` string that is complete first, which is left out.
 
     Text that may be the beginning of a stop string is held back, and so is a character whose bytes are incomplete. A
-    reply that ends inside a character ends before it.
+    reply that ends inside a character ends before it. `after` are the tokens of a text that goes on in the reply.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), after: Sequence[int] = ()):
         self.stopped = False
         self.num_chars = 0  # decoded so far, including text that is held back
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._held = ""
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, after)
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that is certain now."""

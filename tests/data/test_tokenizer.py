@@ -145,9 +145,18 @@ def test_special_tokens_are_left_out_unless_asked(name):
     ids = [tokenizer.special_tokens["<|user|>"], *tokenizer.encode("so"), tokenizer.eos_token]
     assert tokenizer.decode(ids).split() == tokenizer.decode(tokenizer.encode("so")).split()
     assert tokenizer.decode(ids, with_special_tokens=True).replace(" ", "") == "<|user|>so</s>"
-    for bad in (-1, tokenizer.num_tokens):
-        with pytest.raises(ValueError, match=f"got the token id {bad}, expected"):
-            tokenizer.decode([0, bad])
+    with pytest.raises(ValueError, match="got the token id -1, expected"):
+        tokenizer.decode([0, -1])
+
+
+@every
+def test_ids_that_pad_a_vocabulary_decode_to_nothing(name):
+    tokenizer = tokenizer_of(name)
+    ids = tokenizer.encode("so so")
+    padded = [tokenizer.num_tokens, *ids[:1], tokenizer.num_tokens + 7, *ids[1:]]
+    for with_special_tokens in (False, True):
+        assert tokenizer.decode(padded, with_special_tokens=with_special_tokens) == tokenizer.decode(ids)
+    assert name not in LOSSLESS or streamed(tokenizer, padded) == tokenizer.decode(ids)
 
 
 def test_the_token_for_unknown_text_is_no_special_token_of_ours():

@@ -153,9 +153,8 @@ class Engine:
             self._check(request)
         if len(requests) > self.limit:
             raise ValueError(f"got {len(requests)} requests at once, expected at most {self.limit}, rows and queue")
-        generations = [
-            Generation(request, TextStream(self.tokenizer, request.stop), deliver, self._wake) for request in requests
-        ]
+        texts = [TextStream(self.tokenizer, request.stop, request.continued) for request in requests]
+        generations = [Generation(*pair, deliver, self._wake) for pair in zip(requests, texts)]
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
