@@ -18,7 +18,7 @@ from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.interop import cohere, llama, palm_rlhf_pytorch
 from palm_rlhf.model.interop.gguf_file import GGUFFile
 from palm_rlhf.model.interop.gguf_header import is_gguf
-from palm_rlhf.model.interop.hugging_face import Weights
+from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import adapters_of
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes

@@ -36,7 +36,7 @@ class WeightsFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        config = self._find(CONFIG, "expected a folder of save_pretrained, or a Hugging Face one of a cohere model")
+        config = self._find(CONFIG, "expected a folder of save_pretrained, or of a model of Hugging Face")
         weights = self._weight_files()
         self._versions = versions([config, *weights])
         self.config = read_json(config)

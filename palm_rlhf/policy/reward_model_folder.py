@@ -18,7 +18,7 @@ from torch import Tensor
 from palm_rlhf.model import checkpoint
 from palm_rlhf.model.checkpoint import Parts, scope_options, shapes_of
 from palm_rlhf.model.interop import palm_rlhf_pytorch
-from palm_rlhf.model.interop.hugging_face import Weights
+from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop.hugging_face import (
-    Weights,
+from palm_rlhf.model.interop.config_json import (
     common_config,
     common_fields,
     common_settings,
-    named_tensors,
-    read_tensors,
+    require_numbers,
     require_representable,
     require_settings,
+    unrepresentable,
 )
+from palm_rlhf.model.interop.tensor_layout import Weights, named_tensors, read_tensors
 
 MODEL_TYPE, ARCHITECTURE = "cohere", "CohereForCausalLM"
-SWITCHES = {"block": ("parallel",), "norm": ("layer",), "qkv_bias": (False,), "tie_embeddings": (True,)}
+SWITCHES = {"block": "parallel", "norm": "layer", "qkv_bias": False, "tie_embeddings": True}
 
 
 def to_cohere_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def to_cohere_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtyp
     their ids are null; until they are set, transformers generates up to the maximal length. vLLM and llama.cpp also
     expect `heads * dim_head == dim`. Raises ValueError for a model that the format cannot represent.
     """
-    require_representable(config, scopes, format=MODEL_TYPE, switches=SWITCHES)
+    require_representable(unrepresentable(config, SWITCHES), scopes, format=MODEL_TYPE)
     return {
         **common_config(config, model_type=MODEL_TYPE, architecture=ARCHITECTURE, dtype=dtype),
         "logit_scale": config.output_scale,
@@ -49,12 +49,12 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
 
     Raises ValueError that names settings which a PaLM cannot compute, or missing numbers.
     """
-    tied = {"tie_word_embeddings": (values.get("tie_word_embeddings"), (None, True))}
+    tied = {"tie_word_embeddings": (values.get("tie_word_embeddings"), (True,))}
     require_settings(common_settings(values, ARCHITECTURE) | tied, where)
     numbers = {"logit_scale": values.get("logit_scale", 0.0625), "layer_norm_eps": values.get("layer_norm_eps", 1e-5)}
+    require_numbers(numbers, values, where)
     return {
-        # the default of rope_theta differs between versions of transformers
-        **common_fields(values, where, more_numbers=numbers, theta=None),
+        **common_fields(values, where, theta=None),  # the default of rope_theta differs between versions
         "logit_scale": numbers["logit_scale"],
         "norm_eps": numbers["layer_norm_eps"],
         "qk_norm": bool(values.get("use_qk_norm")),

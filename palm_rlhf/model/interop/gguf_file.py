@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palm_rlhf.model.interop.gguf_config import ARCHITECTURE, EMBEDDINGS, ROPE_FACTORS, config_of
 from palm_rlhf.model.interop.gguf_header import DAMAGED, GGUFHeader, StoredTensor
-from palm_rlhf.model.interop.hugging_face import to_halves
+from palm_rlhf.model.interop.tensor_layout import to_halves
 from palm_rlhf.model.weights_folder import versions
 
 TOKENS = "tokenizer.ggml.tokens"

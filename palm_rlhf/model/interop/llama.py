@@ -12,39 +12,33 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop.hugging_face import (
-    Weights,
+from palm_rlhf.model.interop.config_json import (
     common_config,
     common_fields,
     common_settings,
-    named_tensors,
-    read_tensors,
+    require_numbers,
     require_representable,
     require_settings,
     unrepresentable,
 )
+from palm_rlhf.model.interop.tensor_layout import Weights, named_tensors, read_tensors
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one of the architectures from LLaMA: its switches, and the defaults of its config.json."""
+    """What tells one of the architectures from LLaMA: its switches, and settings that it needs."""
 
     class_name: str
     qkv_bias: bool = False
     qk_norm: bool = False
-    kv_heads: int | None = None  # None: as many as query heads
-    dim_head: int | None = None  # None: the width divided by the query heads
-    context: int = 32768
     constants: Mapping[str, Any] = field(default_factory=dict)  # of the config.json that is written
 
 
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", context=2048, constants={"mlp_bias": False}),
-    "mistral": Architecture("MistralForCausalLM", kv_heads=8, context=131072, constants={"sliding_window": None}),
-    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, kv_heads=32, constants={"use_sliding_window": False}),
-    "qwen3": Architecture(
-        "Qwen3ForCausalLM", qk_norm=True, kv_heads=32, dim_head=128, constants={"use_sliding_window": False}
-    ),
+    "llama": Architecture("LlamaForCausalLM", constants={"mlp_bias": False}),
+    "mistral": Architecture("MistralForCausalLM", constants={"sliding_window": None}),
+    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, constants={"use_sliding_window": False}),
+    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True, constants={"use_sliding_window": False}),
 }
 # Architectures for which people look here, and why a PaLM cannot compute them.
 OTHERS = {
@@ -69,28 +63,31 @@ def from_llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """
     model_type = values["model_type"]
     kind = ARCHITECTURES[model_type]
-    layer_types = values.get("layer_types") or []
     settings = common_settings(values, kind.class_name) | {
-        "mlp_bias": (values.get("mlp_bias"), (None, False)),
-        "use_sliding_window": (values.get("use_sliding_window"), (None, False)),
-        "layer_types": (sorted(set(layer_types)), ([], ["full_attention"])),
+        "mlp_bias": (values.get("mlp_bias"), (False,)),
+        "use_sliding_window": (values.get("use_sliding_window"), (False,)),
+        "layer_types": (sorted(set(values.get("layer_types") or ["full_attention"])), (["full_attention"],)),
     }
-    if model_type == "mistral":  # its window is 4096 where its config.json does not mention it
-        settings["sliding_window"] = (values.get("sliding_window", 4096), (None,))
     require_settings(settings, where)
-    numbers = {"rms_norm_eps": values.get("rms_norm_eps", 1e-6)}
+    window = values.get("sliding_window", 4096) if model_type == "mistral" else None  # 4096 is its default
+    if window is not None:
+        raise ValueError(
+            f"{where} has sliding_window={window}, expected null: a PaLM attends to all earlier tokens. Up to {window} "
+            "tokens that is the same: for texts that are no longer, set sliding_window to null and "
+            f"max_position_embeddings to {window} there"
+        )
+    norm_eps = values.get("rms_norm_eps", 1e-6)
+    require_numbers({"rms_norm_eps": norm_eps}, values, where)
     return {
-        **common_fields(
-            values, where, more_numbers=numbers, theta=10_000.0, kv_heads=kind.kv_heads, dim_head=kind.dim_head
-        ),
+        **common_fields(values, where, theta=10_000.0),
         "logit_scale": 1.0,
-        "norm_eps": numbers["rms_norm_eps"],
+        "norm_eps": norm_eps,
         "qk_norm": kind.qk_norm,
-        "max_seq_len": values.get("max_position_embeddings", kind.context),
+        "max_seq_len": values.get("max_position_embeddings") or 2048,
         "block": "serial",
         "norm": "rms",
         "qkv_bias": kind.qkv_bias,
-        "tie_embeddings": values.get("tie_word_embeddings", False),
+        "tie_embeddings": bool(values.get("tie_word_embeddings")),
     }
 
 
@@ -106,7 +103,7 @@ def to_llama_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtype
     their ids are null; until they are set, transformers generates up to the maximal length. Raises ValueError for a
     model that the format cannot represent.
     """
-    require_representable(config, scopes, format=model_type, switches=switches_of(model_type))
+    require_representable(refusals(config, model_type), scopes, format=model_type)
     kind = ARCHITECTURES[model_type]
     return {
         **common_config(config, model_type=model_type, architecture=kind.class_name, dtype=dtype),
@@ -125,12 +122,16 @@ def to_llama_tensors(config: PaLMConfig, state: Mapping[str, Tensor]) -> dict[st
     return named_tensors(config, state)
 
 
-def switches_of(model_type: str) -> dict[str, tuple]:
-    """Return the values that the fields of a PaLMConfig have in one of ARCHITECTURES."""
+def refusals(config: PaLMConfig, model_type: str) -> list[str]:
+    """Return the options of a model that one of ARCHITECTURES cannot hold, each with a way to mend it."""
     kind = ARCHITECTURES[model_type]
-    return {"block": ("serial",), "norm": ("rms",), "qkv_bias": (kind.qkv_bias,), "qk_norm": (kind.qk_norm,)}
+    switches = {"block": "serial", "norm": "rms", "qkv_bias": kind.qkv_bias, "qk_norm": kind.qk_norm}
+    refused = unrepresentable(config, switches)
+    if model_type == "llama" and config.dim % config.heads:
+        refused.append(f"dim={config.dim}, which is no multiple of heads={config.heads} (take format='mistral')")
+    return refused
 
 
 def model_type_of(config: PaLMConfig) -> str:
-    """Return the first of ARCHITECTURES that holds a model, or else the one whose switches it has most of."""
-    return min(ARCHITECTURES, key=lambda name: len(unrepresentable(config, [], switches_of(name))))
+    """Return the first of ARCHITECTURES that holds a model, or else the one that refuses fewest of its options."""
+    return min(ARCHITECTURES, key=lambda name: len(refusals(config, name)))
