@@ -29,6 +29,7 @@ BESIDE = {
         "model.captured": "which models take the steps of fixed shapes",
         "model.static_generate": "the same tokens, by steps of fixed shapes, for GPUs",
         "model.pretrained": "opening folders of the hub",
+        "model.adapter_folder": "files of adapters",
         "model.checkpoint": "files of weights",
         "model.weights_folder": "files of weights",
         "model.local_model": "where a model lies",

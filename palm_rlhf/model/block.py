@@ -110,11 +110,12 @@ class ParallelBlock(Block):
         normed = self.norm(x)
         qkv, gate, value = split_linear(normed, self.in_proj.weight, self.sizes)
         if lora is not None:
-            qkv = qkv + lora.qkv(normed)
+            qkv = lora.add_qkv(qkv, normed)
+            gate, value = lora.add_hidden(gate, value, normed)
         attended = self.attend(qkv, tables, key_mask, document_ids, cache, layer)
         out = swiglu_sum_linear(attended, self.attn_out.weight, gate, value, self.ff_out.weight)
         if lora is not None:
-            out = out + lora.out(attended)
+            out = lora.add_ff_out(lora.add_out(out, attended), gate, value)
         return x + (self.dropout(out) if cache is None else out)
 
 
@@ -150,15 +151,20 @@ class SerialBlock(Block):
         normed = self.norm(x)
         qkv = linear(normed, self.in_proj.weight, self.in_proj.bias)
         if lora is not None:
-            qkv = qkv + lora.qkv(normed)
+            qkv = lora.add_qkv(qkv, normed)
         attended = self.attend(qkv, tables, key_mask, document_ids, cache, layer)
         out = linear(attended, self.attn_out.weight)
         if lora is not None:
-            out = out + lora.out(attended)
+            out = lora.add_out(out, attended)
         x = x + (self.dropout(out) if cache is None else out)
 
-        gate, value = split_linear(self.ff_norm(x), self.ff_proj.weight, self.ff_sizes)
+        normed = self.ff_norm(x)
+        gate, value = split_linear(normed, self.ff_proj.weight, self.ff_sizes)
+        if lora is not None:
+            gate, value = lora.add_hidden(gate, value, normed)
         out = swiglu_linear(gate, value, self.ff_out.weight)
+        if lora is not None:
+            out = lora.add_ff_out(out, gate, value)
         return x + (self.dropout(out) if cache is None else out)
 
 

@@ -20,7 +20,7 @@ from palm_rlhf.model.interop.gguf_file import GGUFFile
 from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.local_model import local_model
-from palm_rlhf.model.lora import adapters_of
+from palm_rlhf.model.lora import ATTENTION, adapters_of
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
 
@@ -213,8 +213,13 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def scope_options(palm: "PaLM") -> dict[str, dict[str, Any]]:
     """Return, for each LoRA scope, the keywords with which `add_finetune_params` adds it again."""
     train_base = all(parameter.requires_grad for parameter in palm.palm_parameters())
-    first = {scope: adapters_of(palm, scope)[0].q for scope in palm.finetune_modules}
-    return {scope: {"r": lora.r, "alpha": lora.alpha, "train_base": train_base} for scope, lora in first.items()}
+    options = {}
+    for scope in palm.finetune_modules:
+        adapters = adapters_of(palm, scope)[0]
+        options[scope] = {"r": adapters.parts[0].r, "alpha": adapters.parts[0].alpha, "train_base": train_base}
+        if adapters.targets != ATTENTION:
+            options[scope]["targets"] = list(adapters.targets)
+    return options
 
 
 def require_same_mathematics(ours: PaLMConfig, theirs: PaLMConfig, path: Path) -> None:

@@ -1,15 +1,30 @@
-"""Low-rank adapters (Hu et al. 2021) on the attention of every block, kept in named scopes beside the base weights."""
+"""Low-rank adapters (Hu et al. 2021) on the matrices of every block, kept in named scopes beside the base weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.ops.swiglu import swiglu
+
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
     from palm_rlhf.model.block import Block
+
+# What can have an adapter: queries, keys, values and output of the attention; gate, value and output of the
+# feed-forward.
+TARGETS = ("q", "k", "v", "out", "gate", "value", "ff_out")
+ATTENTION = TARGETS[:4]
+# The targets in each matrix of a block, in the order of their rows; `in_proj` of a serial block has the first three.
+ROWS = {
+    "in_proj": ("q", "k", "v", "gate", "value"),
+    "attn_out": ("out",),
+    "ff_proj": ("gate", "value"),
+    "ff_out": ("ff_out",),
+}
 
 
 class LoRALinear(nn.Module):
@@ -40,35 +55,76 @@ class LoRALinear(nn.Module):
 
 
 class BlockLoRA(nn.Module):
-    """The adapters of one block: on queries, keys, values, and on the output of the attention."""
+    """The adapters of one block, each under the name of its target; a target without an adapter is None.
 
-    q: LoRALinear
-    k: LoRALinear
-    v: LoRALinear
-    out: LoRALinear
+    Args:
+        shapes: the widths of input and output of every target; see `adapter_shapes`.
+        parts: the adapters.
+    """
 
-    def __init__(self, dim: int, q_dim: int, kv_dim: int, r: int, alpha: float):
+    q: LoRALinear | None
+    k: LoRALinear | None
+    v: LoRALinear | None
+    out: LoRALinear | None
+    gate: LoRALinear | None
+    value: LoRALinear | None
+    ff_out: LoRALinear | None
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, LoRALinear]):
         super().__init__()
-        self.q = LoRALinear(dim, q_dim, r, alpha)
-        self.k = LoRALinear(dim, kv_dim, r, alpha)
-        self.v = LoRALinear(dim, kv_dim, r, alpha)
-        self.out = LoRALinear(q_dim, dim, r, alpha)
+        self.qkv_sizes = [shapes[name][1] for name in "qkv"]
+        for name in TARGETS:
+            self.register_module(name, parts.get(name))
 
     @property
-    def parts(self) -> tuple[LoRALinear, LoRALinear, LoRALinear, LoRALinear]:
-        """The four adapters: of queries, keys, values and the output."""
-        return self.q, self.k, self.v, self.out
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets that have an adapter, in the order of `TARGETS`."""
+        return tuple(name for name in TARGETS if getattr(self, name) is not None)
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """Return the change to the fused queries, keys and values: `b n e -> b n (q k v)`."""
-        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+    @property
+    def parts(self) -> tuple[LoRALinear, ...]:
+        """The adapters, in the order of `TARGETS`."""
+        return tuple(getattr(self, name) for name in self.targets)
+
+    def add_qkv(self, qkv: Tensor, x: Tensor) -> Tensor:
+        """Add the changes to queries, keys and values, which are computed from x: `b n (q k v)`, `b n e`."""
+        parts = (self.q, self.k, self.v)
+        if parts == (None, None, None):
+            return qkv
+        changes = [
+            qkv.new_zeros(*qkv.shape[:-1], size) if part is None else part(x)
+            for part, size in zip(parts, self.qkv_sizes, strict=True)
+        ]
+        return qkv + torch.cat(changes, dim=-1)
+
+    def add_out(self, out: Tensor, attended: Tensor) -> Tensor:
+        """Add the change to the output of the attention: `b n e`, `b n (h d)`."""
+        return out if self.out is None else out + self.out(attended)
+
+    def add_hidden(self, gate: Tensor, value: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the changes to gate and value of the feed-forward, which are computed from x: `b n j` each, `b n e`."""
+        gate = gate if self.gate is None else gate + self.gate(x)
+        return gate, value if self.value is None else value + self.value(x)
+
+    def add_ff_out(self, out: Tensor, gate: Tensor, value: Tensor) -> Tensor:
+        """Add the change to the output of the feed-forward, from its gate and value: `b n e`, `b n j` each."""
+        return out if self.ff_out is None else out + self.ff_out(swiglu(gate, value))
 
     @torch.no_grad()
-    def merge_into(self, in_proj: Tensor, attn_out: Tensor) -> None:
-        """Add the adapters to the weights of a block, `(q k v ff) e` and `e q`, in place."""
-        delta = torch.cat((self.q.delta, self.k.delta, self.v.delta))
-        in_proj[: len(delta)] += delta
-        attn_out += self.out.delta
+    def merge_into(self, layer: "Block") -> None:
+        """Add the adapters to the weights of a block, in place."""
+        for matrix, sizes in layer.matrices().items():
+            for target, rows in zip(ROWS[matrix], getattr(layer, matrix).weight.split(sizes), strict=False):
+                if (part := getattr(self, target)) is not None:
+                    rows += part.delta
+
+
+def adapter_shapes(config: PaLMConfig) -> dict[str, tuple[int, int]]:
+    """Return the widths of input and output of each target, by the names of `TARGETS`."""
+    dim, inner = config.dim, config.inner_dim
+    q_dim, kv_dim = config.heads * config.dim_head, config.kv_heads * config.dim_head
+    inputs = {"q": (dim, q_dim), "k": (dim, kv_dim), "v": (dim, kv_dim), "gate": (dim, inner), "value": (dim, inner)}
+    return inputs | {"out": (q_dim, dim), "ff_out": (inner, dim)}
 
 
 def adapters_of(palm: "palm_rlhf.model.palm.PaLM", scope: str) -> Sequence[BlockLoRA]:
@@ -86,6 +142,7 @@ def add_finetune_params(
     *,
     alpha: float | int | None = None,
     train_base: bool = False,
+    targets: Sequence[str] = ATTENTION,
 ) -> nn.ModuleList:
     """Add a LoRA scope that changes nothing yet, freeze the base unless `train_base`, and return the adapters.
 
@@ -94,6 +151,8 @@ def add_finetune_params(
         r: the rank.
         alpha: the adapters are scaled by alpha / r; None is r.
         train_base: leave the parameters of the base trainable.
+        targets: what has an adapter in each block: some of "q", "k", "v" and "out" of the attention, and of "gate",
+            "value" and "ff_out" of the feed-forward.
 
     Returns:
         One `BlockLoRA` for each block.
@@ -104,10 +163,13 @@ def add_finetune_params(
         raise ValueError(f"finetune scope {scope!r} cannot name a module; expected a name without dots: 'default'")
     if r < 1:
         raise ValueError(f"the rank r is {r}; expected at least 1")
-    c = palm.config
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown or not targets:
+        raise ValueError(f"got the targets {[*targets]}; expected at least one, and all of them from {TARGETS}")
+    shapes, factor = adapter_shapes(palm.config), r if alpha is None else alpha
     adapters = nn.ModuleList(
-        BlockLoRA(c.dim, c.heads * c.dim_head, c.kv_heads * c.dim_head, r, r if alpha is None else alpha)
-        for _ in range(c.depth)
+        BlockLoRA(shapes, {name: LoRALinear(*shapes[name], r, factor) for name in TARGETS if name in targets})
+        for _ in range(palm.config.depth)
     )
     palm.finetune_modules[scope] = adapters.to(palm.device, palm.dtype)
     for parameter in palm.palm_parameters():
@@ -131,7 +193,7 @@ def merge_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "defau
     """Add a LoRA scope into the base weights, and remove it."""
     adapters = cast("Sequence[BlockLoRA]", palm.remove_finetune_params(scope))
     for layer, block in zip(cast("Sequence[Block]", palm.layers), adapters, strict=True):
-        block.merge_into(layer.in_proj.weight, layer.attn_out.weight)
+        block.merge_into(layer)
 
 
 def palm_parameters(palm: "palm_rlhf.model.palm.PaLM") -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from palm_rlhf.model.block import Block, position_tables
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.lora import BlockLoRA
+from palm_rlhf.model.lora import ATTENTION, BlockLoRA
 from palm_rlhf.ops.cpu import native_decoding
 from palm_rlhf.ops.cpu.native_decoding import BlockTensors, NativeDecoder
 from palm_rlhf.ops.devices import why_not_native
@@ -61,7 +61,12 @@ def native_step(
 
 
 def _is_special(layers: Sequence[Block], adapters: Sequence[BlockLoRA]) -> bool:
-    """Return whether weights are sharded, or a hook waits for the output of a block, which the kernel does not call."""
+    """Return whether the kernel does not know how to compute with the weights of blocks, or with their adapters.
+
+    It reads whole weights, and adapters of the attention's four targets. It does not call the hooks of a block.
+    """
+    if any(block.targets != ATTENTION for block in adapters):
+        return True
     parts = [part for block in adapters for part in block.parts]
     weights = [layer.in_proj.weight for layer in layers] + [part.A for part in parts]
     # torch has no public way to ask a module for its hooks, and passing them by would be silent

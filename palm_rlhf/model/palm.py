@@ -9,8 +9,8 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from palm_rlhf.model import adapter_folder, lora, pretrained
 from palm_rlhf.model import generate as generation
-from palm_rlhf.model import lora, pretrained
 from palm_rlhf.model.block import draw_weights, new_block, position_tables
 from palm_rlhf.model.cache import Cache, KVCache
 from palm_rlhf.model.config import Block, Norm, PaLMConfig
@@ -33,13 +33,15 @@ class PaLM(nn.Module):
     lm_head: nn.Linear  # unless config.tie_embeddings
     finetune_modules: nn.ModuleDict  # a ModuleList of BlockLoRA for each LoRA scope
 
-    # Methods that are functions of generate.py, lora.py and pretrained.py, with the model as their first argument.
+    # Methods that are functions of other files, with the model as their first argument.
     generate = generation.generate
     stream = generation.stream
     add_finetune_params = lora.add_finetune_params
     remove_finetune_params = lora.remove_finetune_params
     merge_finetune_params = lora.merge_finetune_params
     finetune_parameters = lora.finetune_parameters
+    load_adapter = adapter_folder.load_adapter
+    save_adapter = adapter_folder.save_adapter
     palm_parameters = lora.palm_parameters
     save_pretrained = pretrained.save_pretrained
     from_pretrained = classmethod(pretrained.from_pretrained)

@@ -16,6 +16,7 @@ from torch import Tensor
 from palm_rlhf.model.text_file import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 WRITTEN = ".written"  # a subfolder of new files that are complete, but not yet in their places: see weights_writer.py
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The tokenizer and the chat template of a model.

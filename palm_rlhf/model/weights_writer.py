@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from palm_rlhf.model.files import sync
-from palm_rlhf.model.weights_folder import CONFIG, INDEX, WEIGHTS, WRITTEN, shards_of
+from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, INDEX, WEIGHTS, WRITTEN, shards_of
 
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 ANY_SHARD = SHARD.format(0, 0).replace("0", "[0-9]")
@@ -28,6 +28,27 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
 
     Raises OSError where the folder cannot be written to; the old weights are intact then.
     """
+
+    def write(place: Path) -> None:
+        write_files(place, config, tensors, max_shard_bytes)
+
+    write_whole(path, write)
+
+
+def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the settings and weights of an adapter to a folder, in the same way as `write_folder`."""
+
+    def write(place: Path) -> None:
+        here = {name: tensor.cpu() for name, tensor in tensors.items()}
+        save_file(here, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        write_json(place / ADAPTER_CONFIG, config)
+        sync_all(place)
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let a function write files to an empty folder, and move them to a folder as one change."""
     new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -36,7 +57,7 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
             try:
                 shutil.rmtree(path / WRITING, ignore_errors=True)
                 (path / WRITING).mkdir()
-                write_files(path / WRITING, config, tensors, max_shard_bytes)
+                write(path / WRITING)
                 os.rename(path / WRITING, path / WRITTEN)
             finally:
                 shutil.rmtree(path / WRITING, ignore_errors=True)
@@ -81,6 +102,11 @@ def write_files(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(path / CONFIG, config)
+    sync_all(path)
+
+
+def sync_all(path: Path) -> None:
+    """Wait until the files of a folder, and their names, are on the disk."""
     for file in [*path.iterdir(), path]:
         sync(file)
 
@@ -119,6 +145,11 @@ def finish(path: Path) -> None:
             if shard.name not in kept:
                 shard.unlink()
         os.replace(written / CONFIG, path / CONFIG)
+    if (written / ADAPTER_CONFIG).exists():
+        (path / ADAPTER_CONFIG).unlink(missing_ok=True)
+        if (written / ADAPTER_WEIGHTS).exists():
+            os.replace(written / ADAPTER_WEIGHTS, path / ADAPTER_WEIGHTS)
+        os.replace(written / ADAPTER_CONFIG, path / ADAPTER_CONFIG)
     written.rmdir()
     sync(path)
 

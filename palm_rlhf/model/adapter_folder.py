@@ -1,0 +1,101 @@
+"""LoRA scopes in folders of their own: methods of `PaLM` that read and write what PEFT (Hugging Face) does."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from beartype import beartype
+from torch import nn
+
+from palm_rlhf.model.checkpoint import open_folder, require_same_mathematics, scope_options
+from palm_rlhf.model.interop.peft_adapter import AdapterWeights, read_peft, to_peft
+from palm_rlhf.model.local_model import local_model
+from palm_rlhf.model.lora import adapters_of
+from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WeightsFolder
+from palm_rlhf.model.weights_writer import write_adapter
+
+if TYPE_CHECKING:
+    import palm_rlhf.model.palm
+
+
+@beartype
+def load_adapter(
+    palm: "palm_rlhf.model.palm.PaLM",
+    source: str | os.PathLike,
+    scope: str = "default",
+    *,
+    revision: str | None = None,
+) -> nn.ModuleList:
+    """Add a LoRA scope from a folder of PEFT, or from a `save_pretrained` folder of this model with a scope.
+
+    The base is frozen, as by `add_finetune_params`. PEFT's dropout of the adapters is left out. A pickle is never
+    opened. Raises FileNotFoundError for a missing file, and ValueError for an adapter that is damaged, belongs to
+    another model, or is more than plain LoRA of linear layers; the model is unchanged then.
+
+    Args:
+        source: the folder, or the hub id of an adapter of PEFT, "owner/name".
+        scope: the new name. A folder with several scopes has to have one of this name.
+        revision: a branch, tag or commit on the hub.
+
+    Returns:
+        One `BlockLoRA` for each block.
+    """
+    weights = read_adapter(palm, local_model(source, revision, files=(ADAPTER_CONFIG, ADAPTER_WEIGHTS)), scope)
+    adapters = palm.add_finetune_params(scope, **weights.options)
+    with torch.no_grad():
+        for block, tensors in zip(adapters, weights.blocks, strict=True):
+            for name, parameter in block.named_parameters():
+                parameter.copy_(tensors[name])
+    return adapters
+
+
+def read_adapter(palm: "palm_rlhf.model.palm.PaLM", folder: Path, scope: str) -> AdapterWeights:
+    """Read the adapter in a folder of PEFT, or the scope in a folder of ours, for a model."""
+    if (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        return read_scope(palm, WeightsFolder(folder), scope)
+    return read_peft(folder, palm.config)
+
+
+def read_scope(palm: "palm_rlhf.model.palm.PaLM", folder: WeightsFolder, scope: str) -> AdapterWeights:
+    """Read the LoRA scope of this name in a folder of ours, or the only one that it has."""
+    skeleton, _ = open_folder(type(palm), folder)
+    require_same_mathematics(palm.config, skeleton.config, folder.path)
+    options = scope_options(skeleton)
+    name = next(iter(options)) if len(options) == 1 else scope
+    if name not in options:
+        raise ValueError(
+            f"{folder.path} has the finetune scopes {sorted(options)}; expected one, or one of the name {scope!r}"
+        )
+    found = [
+        {tensor: folder[f"finetune_modules.{name}.{layer}.{tensor}"] for tensor, _ in block.named_parameters()}
+        for layer, block in enumerate(adapters_of(skeleton, name))
+    ]
+    folder.require_unchanged()
+    return AdapterWeights({**options[name], "train_base": False}, found)
+
+
+@beartype
+def save_adapter(
+    palm: "palm_rlhf.model.palm.PaLM",
+    directory: str | os.PathLike,
+    scope: str = "default",
+    *,
+    base: str | None = None,
+) -> None:
+    """Write a LoRA scope as a folder of PEFT, atomically: for transformers, PEFT and vLLM.
+
+    There it belongs over this model as `save_pretrained` writes it for Hugging Face.
+
+    Args:
+        directory: the folder; an adapter that it holds stays intact if writing fails.
+        scope: its name in this model.
+        base: the folder or hub id of the base, by which others find it.
+
+    Raises ValueError where the model has no such scope, and OSError on a full disk.
+    """
+    adapters = adapters_of(palm, scope)
+    part = adapters[0].parts[0]
+    options = {"r": part.r, "alpha": part.alpha, "targets": list(adapters[0].targets)}
+    blocks = [{name: parameter.detach() for name, parameter in block.named_parameters()} for block in adapters]
+    write_adapter(Path(directory), *to_peft(AdapterWeights(options, blocks, base), palm.config))
