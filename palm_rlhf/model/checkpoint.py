@@ -213,7 +213,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def scope_options(palm: "PaLM") -> dict[str, dict[str, Any]]:
     """Return, for each LoRA scope, the keywords with which `add_finetune_params` adds it again."""
     train_base = all(parameter.requires_grad for parameter in palm.palm_parameters())
-    options = {}
+    options: dict[str, dict[str, Any]] = {}
     for scope in palm.finetune_modules:
         adapters = adapters_of(palm, scope)[0]
         options[scope] = {"r": adapters.parts[0].r, "alpha": adapters.parts[0].alpha, "train_base": train_base}

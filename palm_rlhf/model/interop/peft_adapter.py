@@ -135,7 +135,8 @@ def check_tensors(
     where: Path,
 ) -> None:
     """Raise ValueError unless the tensors are those of the adapted modules, of the model's shapes, and all finite."""
-    shapes, expected = adapter_shapes(config), {}
+    shapes = adapter_shapes(config)
+    expected: dict[str, tuple[int, ...]] = {}
     for module, (_, target) in found.items():
         (width_in, width_out), r = shapes[target], settings.rank(module)
         expected |= dict(zip(tensor_names(module), ((r, width_in), (width_out, r)), strict=True))

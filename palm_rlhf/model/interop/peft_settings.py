@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ALL_LINEAR = "all-linear"  # every matrix but the output layer
-OFF = (None, False, (), {}, "")
+OFF: tuple[Any, ...] = (None, False, (), {}, "")
 # The values that a LoRA scope can compute with; a setting that is missing has PEFT's default, which is among them.
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -143,7 +143,7 @@ def is_one_of(got: Any, fine: tuple[Any, ...]) -> bool:
 
 def is_number(got: Any, kinds: type | tuple[type, ...]) -> bool:
     """Return whether a value is a finite number, and no truth value."""
-    return isinstance(got, kinds) and not isinstance(got, bool) and math.isfinite(got)
+    return isinstance(got, (int, float)) and isinstance(got, kinds) and type(got) is not bool and math.isfinite(got)
 
 
 def are_numbers(got: Any, kinds: type | tuple[type, ...]) -> bool:
