@@ -135,6 +135,6 @@ def test_a_saved_model_has_its_targets_again(tmp_path, targets):
 @pytest.mark.parametrize("targets", [(), ("q", "lm_head"), ("q_proj",)])
 def test_other_targets_are_refused_by_name(targets):
     palm = small_model()
-    with pytest.raises(ValueError, match="expected at least one, and all of them from .*'ff_out'"):
+    with pytest.raises(ValueError, match=r"expected at least one, and all of them from .*'ff_out'"):
         palm.add_finetune_params("default", targets=targets)
     assert not palm.finetune_modules
