@@ -1,7 +1,7 @@
 """Adapters in the folder form of PEFT (Hugging Face): adapter_config.json and adapter_model.safetensors.
 
 transformers has the same names of modules for LLaMA's kin and for Cohere. PEFT's matrices are the transposes of ours,
-and for Cohere, a parallel block, the rows of queries and keys are in the order of its rotary; see `hugging_face.py`.
+and for Cohere, a parallel block, the rows of queries and keys are in the order of its rotary; see `tensor_layout.py`.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop.hugging_face import to_halves, to_pairs
 from palm_rlhf.model.interop.peft_settings import PeftSettings, read_settings, to_values
+from palm_rlhf.model.interop.tensor_layout import to_halves, to_pairs
 from palm_rlhf.model.lora import TARGETS, adapter_shapes
 from palm_rlhf.model.weights_folder import (
     ADAPTER_CONFIG,
