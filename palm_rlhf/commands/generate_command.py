@@ -12,7 +12,7 @@ from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.token_ids import known_tokens
+from palm_rlhf.model.token_ids import known_tokens, require_room
 from palm_rlhf.ops.sampling import UncheckedSampling
 
 
@@ -62,9 +62,9 @@ def generate(
 
 
 def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
-    """Open the tokenizer beside a model, or bytes. Raises ValueError for a larger vocabulary without a tokenizer."""
+    """Open the tokenizer beside a model, or bytes. Raises ValueError where it does not fit the vocabulary."""
     try:
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     except FileNotFoundError:
         if palm.num_tokens > NUM_BYTES:
             raise ValueError(
@@ -72,4 +72,6 @@ def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
                 f"{NUM_BYTES} tokens, which are bytes: save the tokenizer of the training there, by "
                 "tokenizer.save_pretrained"
             ) from None
-    return ByteTokenizer()
+        return ByteTokenizer()
+    require_room(tokenizer.num_tokens, palm.num_tokens, folder)
+    return tokenizer

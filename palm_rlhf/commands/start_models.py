@@ -13,7 +13,7 @@ from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, add_sp
 from palm_rlhf.evaluation.measures.model_folders import is_reward_model
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.token_ids import resize_token_embeddings
+from palm_rlhf.model.token_ids import require_room, resize_token_embeddings
 from palm_rlhf.policy.reward_model import RewardModel
 
 TemplateName = Literal["auto", "default", "oasst", "vicuna", "openchat"]
@@ -57,12 +57,13 @@ def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
 def open_tokenizer(folder: Path, palm: PaLM) -> Tokenizer:
     """Open the tokenizer in a model's folder, or bytes, for whose special tokens the model gains embeddings."""
     try:
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     except FileNotFoundError:
         if palm.num_tokens != NUM_BYTES:
             raise
-    tokenizer = ByteTokenizer()
-    resize_token_embeddings(palm, tokenizer.num_tokens)
+        tokenizer = ByteTokenizer()
+        resize_token_embeddings(palm, tokenizer.num_tokens)
+    require_room(tokenizer.num_tokens, palm.num_tokens, folder)
     return tokenizer
 
 

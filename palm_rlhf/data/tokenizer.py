@@ -17,7 +17,7 @@ from palm_rlhf.data.tokenizer_base import (
     Tokenizer,
 )
 from palm_rlhf.data.tokenizer_gguf import read_gguf_tokenizer
-from palm_rlhf.data.tokenizer_hugging_face import TOKENIZER_FILE, HuggingFaceTokenizer
+from palm_rlhf.data.tokenizer_hugging_face import GENERATION_FILE, TOKENIZER_FILE, HuggingFaceTokenizer
 from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
@@ -75,7 +75,9 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         raise ValueError(
             f"{file} is not a tokenizer of the library tokenizers ({error}): copy, download or save it again"
         ) from error
-    return HuggingFaceTokenizer(backend, eos_token=eos_token, pad_token=pad_token, config=config)
+    generation_file = file.with_name(GENERATION_FILE)
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    return HuggingFaceTokenizer(backend, eos_token=eos_token, pad_token=pad_token, config=config, generation=generation)
 
 
 def token_name(value: Any) -> str | None:

@@ -33,6 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_token: The name of the token that ends a text.
         pad_token: The name of the padding token; by default `eos_token`.
         config: Further fields of tokenizer_config.json.
+        generation: Further fields of generation_config.json, with which transformers and vLLM generate.
     """
 
     @beartype
@@ -44,12 +45,13 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_token: str,
         pad_token: str | None = None,
         config: dict[str, Any] | None = None,
+        generation: dict[str, Any] | None = None,
     ):
         self.backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # their names are text like any other
-        self.config = config or {}
+        self.config, self.generation = config or {}, generation or {}
         self._unknown = unknown_token(self.backend)
         super().__init__(special_tokens, eos_token, pad_token)
         # After other text, or after a special token, text is encoded behind an anchor if it would gain a space.
@@ -193,11 +195,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @beartype
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the tokenizer, and for transformers and vLLM, the token that ends a reply, to a folder."""
+        """Write the tokenizer, and for transformers and vLLM, the tokens that end a reply, to a folder.
+
+        Several such tokens in `generation` stay, if the EOS is one of them.
+        """
         super().save_pretrained(directory)
         path = Path(directory) / GENERATION_FILE
-        generation = read_json(path) if path.exists() else {}
-        generation |= {"eos_token_id": self.eos_token, "pad_token_id": self.pad_token}
+        generation = {**self.generation, **(read_json(path) if path.exists() else {})}
+        ends = self.generation.get("eos_token_id")
+        if not isinstance(ends, list) or self.eos_token not in ends:
+            ends = self.eos_token
+        generation |= {"eos_token_id": ends, "pad_token_id": self.pad_token}
         write_text(path, json.dumps(generation, indent=2) + "\n")
 
 

@@ -1,6 +1,7 @@
 """The token ids of a model that its tokenizer knows, and new token ids for a trained model."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ def known_tokens(tokenizer: Any, num_tokens: int) -> Tensor | None:
     known = torch.zeros(num_tokens, dtype=torch.bool)
     known[[index for index in ids if index < num_tokens]] = True
     return None if known.all() else known
+
+
+@beartype
+def require_room(num_ids: int, num_tokens: int, folder: Path) -> None:
+    """Raise ValueError if the tokenizer in the folder of a model has more ids, `num_ids`, than the model has tokens."""
+    if num_ids > num_tokens:
+        raise ValueError(
+            f"the tokenizer in {folder} has {num_ids} tokens, and the model {num_tokens}; expected at most as many: "
+            "are they of different models? Else give the model room by resize_token_embeddings"
+        )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_temp
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.token_ids import require_room
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.call_form import CallForm, call_form
@@ -204,11 +205,7 @@ def _tokenizer_of(folder: Path, palm: PaLM) -> Tokenizer:
         if palm.num_tokens not in (NUM_BYTES, tokenizer.num_tokens):
             logger.warning("%s has no tokenizer: its first %d ids are taken for bytes", folder, NUM_BYTES)
         return tokenizer
-    if tokenizer.num_tokens > palm.num_tokens:
-        raise ValueError(
-            f"the tokenizer in {folder} has {tokenizer.num_tokens} tokens, and the model {palm.num_tokens}; expected "
-            "at most as many: are they of different models? Else give the model room by resize_token_embeddings"
-        )
+    require_room(tokenizer.num_tokens, palm.num_tokens, folder)
     return tokenizer
 
 

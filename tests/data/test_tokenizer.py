@@ -214,6 +214,19 @@ def test_transformers_is_told_what_ends_a_reply_and_keeps_its_other_settings(tmp
     assert theirs.temperature == 0.3
 
 
+@pytest.mark.parametrize("ends", ["several", "another"])
+def test_settings_of_generation_go_along_with_a_foreign_tokenizer(tmp_path, ends):
+    tokenizer = tokenizer_of("bpe")
+    eos, other = tokenizer.eos_token, tokenizer.special_tokens["<|user|>"]
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    settings = {"temperature": 0.6, "bos_token_id": other, "eos_token_id": [other, eos] if ends == "several" else other}
+    (tmp_path / "theirs/generation_config.json").write_text(json.dumps(settings))
+    load_tokenizer(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours/generation_config.json").read_text())
+    expected_ends = [other, eos] if ends == "several" else eos
+    assert written == {**settings, "eos_token_id": expected_ends, "pad_token_id": tokenizer.pad_token}
+
+
 def test_a_foreign_folder_opens_by_what_it_says(tmp_path):
     backend = tokenizers.Tokenizer.from_str(tokenizer_of("bpe").backend.to_str())
     backend.enable_truncation(2)

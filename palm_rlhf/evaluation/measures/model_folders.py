@@ -13,6 +13,7 @@ from palm_rlhf.data.templates import JINJA_FILE, PRESETS, TEMPLATE_FILE, load_te
 from palm_rlhf.data.tokenizer import CONFIG_FILE, NUM_BYTES, TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.token_ids import require_room
 from palm_rlhf.model.weights_folder import CONFIG, read_json
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.reward_model_folder import MODEL_TYPE
@@ -49,7 +50,9 @@ def is_reward_model(folder: Path) -> bool:
 def open_tokenizer(folder: Path, num_tokens: int) -> Tokenizer:
     """Open the folder's tokenizer, or bytes if there is none. Raises ValueError if the model has too few tokens."""
     if (folder / TOKENIZER_FILE).is_file() or (folder / CONFIG_FILE).is_file():
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        require_room(tokenizer.num_tokens, num_tokens, folder)
+        return tokenizer
     if num_tokens < NUM_BYTES:
         raise ValueError(
             f"got {folder} without {TOKENIZER_FILE} and a model of {num_tokens} tokens, too few for bytes; expected a "
