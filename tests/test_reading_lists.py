@@ -28,6 +28,7 @@ BESIDE = {
         "model.native_decode": "the same next token, by a kernel in C",
         "model.captured": "which models take the steps of fixed shapes",
         "model.static_generate": "the same tokens, by steps of fixed shapes, for GPUs",
+        "model.shared_base": "several sets of adapters over one base",
         "model.pretrained": "opening folders of the hub",
         "model.adapter_folder": "files of adapters",
         "model.checkpoint": "files of weights",
@@ -40,6 +41,7 @@ BESIDE = {
     "PPO": {
         "ops": "functions of the model",
         "model": "loading and storing models",
+        "policy.model_checks": "errors of arguments",
         "policy.shared_prompts": "the same embeddings, with each prompt read once",
         "policy.reward_model": "one kind of reward; another is any function of the responses",
         "policy.reward_model_folder": "files of weights",

@@ -19,7 +19,12 @@ MAIN = "reward_model"  # the name of the reward model given by --reward-model
 
 @beartype
 def open_rewards(
-    reward_model: str | None, named_sources: Sequence[str], policy: ChatModel, name: str
+    reward_model: str | None,
+    named_sources: Sequence[str],
+    policy: ChatModel,
+    name: str,
+    *,
+    share_base: bool = False,
 ) -> dict[str, Reward]:
     """Open the rewards of a policy. Raises ValueError without any, or if a source is no reward.
 
@@ -28,10 +33,11 @@ def open_rewards(
         named_sources: Rewards as NAME=FOLDER or NAME=FILE.py:FUNCTION.
         policy: The policy, whose tokens the reward models read.
         name: The policy's name in errors.
+        share_base: Open the reward models over the weights of the policy.
     """
     rewards: dict[str, Reward] = {}
     if reward_model is not None:
-        rewards[MAIN] = open_reward_model(reward_model, policy, name)
+        rewards[MAIN] = open_reward_model(reward_model, policy, name, share_base=share_base)
     for given in named_sources:
         own_name, _, source = given.partition("=")
         if not own_name or not source:
@@ -42,7 +48,7 @@ def open_rewards(
         if file.endswith(".py"):
             rewards[own_name] = read_function(Path(file), function)
         else:
-            rewards[own_name] = open_reward_model(source, policy, name)
+            rewards[own_name] = open_reward_model(source, policy, name, share_base=share_base)
     if not rewards:
         raise ValueError(
             "got no reward, expected --reward-model FOLDER, --rewards NAME=FILE.py:FUNCTION, or both: train a reward "

@@ -55,7 +55,7 @@ def reward(
         for side in split_held_out(read_records_for(data, "rankings"), held_out, training.seed)
     )
     trainer = RewardModelTrainer(
-        RewardModel(chat_model.palm, pooling=pooling, use_lora=lora_r > 0, lora_r=lora_r),
+        RewardModel(chat_model.palm, pooling=pooling, use_lora=lora_r > 0, lora_r=lora_r, share_base=lora_r > 0),
         train_data=train,
         valid_data=valid or None,
         config=training,

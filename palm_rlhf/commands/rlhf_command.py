@@ -41,8 +41,9 @@ def rlhf(
     """Improve a model by reinforcement learning from rewards, models or functions: PPO, GRPO or RLOO (--algorithm).
 
     With PPO the critic starts from the reward model, unless --shared-trunk reads values from the policy. Adapters
-    (--actor-lora-r) are merged at the end. The last line on standard output is JSON: the metrics of the last step,
-    such as score and kl, output_dir and model.
+    (--actor-lora-r) are merged at the end. With --share-base the weights are in memory once, and reward models are
+    those that `palm-rlhf reward --lora-r` trained on the same model; the models of --eval-rewards have their own. The
+    last line on standard output is JSON: the metrics of the last step, such as score and kl, output_dir and model.
 
     Args:
         prompts: A text file with a prompt on each line (.txt), or records in any format that `palm-rlhf data convert`
@@ -67,7 +68,7 @@ def rlhf(
     output_dir = run_folder("rlhf", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    judges = open_rewards(reward_model, rewards, chat_model, model)
+    judges = open_rewards(reward_model, rewards, chat_model, model, share_base=training.share_base)
     if training.eos_token is None:
         training = replace(training, eos_token=chat_model.end_of_turn)
     answers = None if environment is None else read_environment(environment, chat_model)
@@ -106,7 +107,11 @@ def rlhf(
 
 
 def merged_policy(trainer: RLHFTrainer, palm: PaLM) -> PaLM:
-    """Return the trained policy with merged adapters, of all shards. Every process has to call it."""
+    """Return the trained policy with merged adapters, of all shards. Every process has to call it.
+
+    The adapters are merged in place, without a second copy in memory: the trainer, its reference and reward models over
+    the same base mean nothing afterwards.
+    """
     state = full_state(trainer.actor_critic.palm)
     if trainer.accelerator.is_main_process:
         palm = plain_palm(palm, state)

@@ -77,10 +77,13 @@ def open_template(folder: Path, name: str) -> Template:
 
 
 @beartype
-def open_reward_model(source: str | Path, policy: ChatModel, name: str) -> RewardModel:
-    """Open a reward model for a policy called `name`. Raises ValueError if it reads other tokens."""
+def open_reward_model(source: str | Path, policy: ChatModel, name: str, *, share_base: bool = False) -> RewardModel:
+    """Open a reward model for a policy called `name`, with `share_base` over the weights of the policy.
+
+    Raises ValueError if it reads other tokens, or cannot share the weights.
+    """
     folder = local_model(source)
-    reward_model = RewardModel.from_pretrained(folder)
+    reward_model = RewardModel.from_pretrained(folder, base=policy.palm if share_base else None)
     got, expected = reward_model.palm.num_tokens, policy.palm.num_tokens
     with contextlib.suppress(FileNotFoundError):  # without a tokenizer only the vocabulary sizes are compared
         if load_tokenizer(folder).fingerprint != policy.tokenizer.fingerprint:

@@ -21,6 +21,7 @@ from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import ATTENTION, adapters_of
+from palm_rlhf.model.shared_base import require_sole_base
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
 
@@ -96,6 +97,7 @@ def load_into(palm: "PaLM", path: Path) -> None:
     LoRA scopes that the model lacks are added. Raises FileNotFoundError where there is no file, and ValueError for a
     file that is damaged or of another model; the model is unchanged then.
     """
+    require_sole_base(palm, f"load({str(path)!r})")
     folder = None
     if path.is_dir() or is_gguf(path):
         folder = open_weights(path)

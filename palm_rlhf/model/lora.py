@@ -8,6 +8,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.shared_base import is_shared, require_sole_base
 from palm_rlhf.ops.swiglu import swiglu
 
 if TYPE_CHECKING:
@@ -179,10 +180,10 @@ def add_finetune_params(
 
 @beartype
 def remove_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> nn.ModuleList:
-    """Remove a LoRA scope and return its adapters; without the last one the base is trainable again."""
+    """Remove a LoRA scope and return its adapters; without the last one the base is trainable, unless it is shared."""
     adapters_of(palm, scope)
     adapters = cast(nn.ModuleList, palm.finetune_modules.pop(scope))
-    if not palm.finetune_modules:
+    if not palm.finetune_modules and not is_shared(palm):
         for parameter in palm.palm_parameters():
             parameter.requires_grad_(True)
     return adapters
@@ -190,7 +191,8 @@ def remove_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "defa
 
 @beartype
 def merge_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> None:
-    """Add a LoRA scope into the base weights, and remove it."""
+    """Add a LoRA scope into the base weights, and remove it. Raises ValueError where another model holds the base."""
+    require_sole_base(palm, f"merge_finetune_params({scope!r})")
     adapters = cast("Sequence[BlockLoRA]", palm.remove_finetune_params(scope))
     for layer, block in zip(cast("Sequence[Block]", palm.layers), adapters, strict=True):
         block.merge_into(layer)

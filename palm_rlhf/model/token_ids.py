@@ -9,6 +9,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.shared_base import require_sole_base
 
 
 @beartype
@@ -58,6 +59,7 @@ def resize_token_embeddings(palm: PaLM, num_tokens: int, *, num_known: int | Non
             f"got num_tokens={num_tokens} and num_known={num_known} for a model of {palm.num_tokens} tokens; expected "
             f"1 <= num_known <= {palm.num_tokens} <= num_tokens: tokens can be added, not taken away"
         )
+    require_sole_base(palm, "resize_token_embeddings")
     embeddings = _with_mean_rows(palm.token_emb.weight, num_tokens, num_known)
     palm.token_emb = nn.Embedding(num_tokens, palm.config.dim, _weight=embeddings)
     palm.token_emb.weight.requires_grad_(embeddings.requires_grad)

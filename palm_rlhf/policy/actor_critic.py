@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.shared_base import copy_over_base, palm_over_base
+from palm_rlhf.policy.model_checks import check_model, check_options, check_shared_base
 from palm_rlhf.policy.reward_model import RewardModel, read_wide
 from palm_rlhf.policy.sequences import ActionLogprobs, Sequences, action_logprobs, response_logprobs
 from palm_rlhf.policy.shared_prompts import embeds_before_actions
@@ -38,15 +40,14 @@ class ActorCritic(nn.Module):
         value: "separate" for a trunk of the critic's own, "shared" for the policy's trunk, "none" for no critic.
         actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains the whole policy.
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
+        share_base: hold the policy's base as the critic's too, which has adapters only: new ones over the policy's
+            base, or a copy of those of a reward model over that base.
 
     Raises ValueError if options exclude each other, if the policy is frozen, and for a model that is bidirectional, has
     another vocabulary, or holds LoRA scopes, which would not be applied.
     """
 
-    _no_split_modules = (
-        "ParallelBlock",
-        "SerialBlock",
-    )  # accelerate makes a shard of each, unless it is told otherwise
+    _no_split_modules = ("ParallelBlock", "SerialBlock")  # accelerate makes a shard of each, unless told otherwise
     palm: PaLM
     critic: PaLM | RewardModel | None
     value_head: nn.Linear | None
@@ -62,24 +63,18 @@ class ActorCritic(nn.Module):
         value: str = "separate",
         actor_lora_r: int = 0,
         critic_lora_r: int = 0,
+        share_base: bool = False,
     ):
         super().__init__()
-        if value not in ("separate", "shared", "none") or (critic is not None and value != "separate"):
-            raise ValueError(
-                f"got value={value!r} and a critic of type {type(critic).__name__}; "
-                "expected 'separate', or without a critic to start from 'shared' or 'none'"
-            )
-        if critic_lora_r and (value != "separate" or isinstance(critic, RewardModel)):
-            raise ValueError(
-                f"got critic_lora_r={critic_lora_r} with value={value!r} and a critic of type {type(critic).__name__}; "
-                "expected 0, or a separate critic that starts from a PaLM"
-            )
+        check_options(critic, value=value, critic_lora_r=critic_lora_r)
         check_model("policy", palm, palm.num_tokens)
         if critic is not None:
             check_model("critic", critic, palm.num_tokens)
+        if share_base:
+            check_shared_base(palm, critic, value=value, actor_lora_r=actor_lora_r, critic_lora_r=critic_lora_r)
         self.actor_scope = self.critic_scope = self.critic = self.value_head = None
         if value == "separate":
-            self.critic = copy.deepcopy(palm if critic is None else critic)
+            self.critic = copied_critic(palm, critic, share_base=share_base)
             if isinstance(self.critic, RewardModel):
                 self.critic.requires_grad_(True)  # the original is often frozen
                 self.critic.use_lora_scope(self.critic.lora_scope)
@@ -174,28 +169,15 @@ class Reference:
         return response_logprobs(self.palm, sequences, **sampling)
 
 
+def copied_critic(palm: PaLM, start: PaLM | RewardModel | None, *, share_base: bool) -> PaLM | RewardModel:
+    """Return a copy of the model that the critic starts from: with `share_base`, of its adapters and heads alone."""
+    if isinstance(start, RewardModel) and share_base:
+        return copy_over_base(start, start.palm)
+    return palm_over_base(palm) if share_base else copy.deepcopy(palm if start is None else start)
+
+
 @torch.no_grad()
 def start_from_the_score(head: nn.Linear, reward_model: RewardModel) -> None:
     """Let a value head return the reward model's normalised scores of the text so far (Ouyang et al. 2022)."""
     head.weight.copy_(reward_model.head.weight / reward_model.score_std)
     head.bias.copy_(-reward_model.score_mean / reward_model.score_std)
-
-
-def check_model(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
-    """Raise ValueError if a model cannot be used with, or as, a policy of `num_tokens` tokens."""
-    palm = model.palm if isinstance(model, RewardModel) else model
-    if not palm.config.causal:
-        raise ValueError(f"the {name} has causal=False, so each token sees the tokens after it; expected causal=True")
-    check_vocabulary(name, model, num_tokens)
-    if palm is model and palm.finetune_modules:
-        raise ValueError(
-            f"the {name} has the LoRA scopes {sorted(palm.finetune_modules)}; expected none: merge them by "
-            "merge_finetune_params, or take them away by remove_finetune_params"
-        )
-
-
-def check_vocabulary(name: str, model: PaLM | RewardModel, num_tokens: int) -> None:
-    """Raise ValueError if the model's vocabulary is not the policy's, which has `num_tokens` tokens."""
-    palm = model.palm if isinstance(model, RewardModel) else model
-    if palm.num_tokens != num_tokens:
-        raise ValueError(f"the {name} has num_tokens={palm.num_tokens}; expected {num_tokens} as the policy has")

@@ -1,6 +1,7 @@
 """The reward model: a PaLM that scores a whole sequence."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.shared_base import is_shared, palm_over_base
 from palm_rlhf.ops.cross_entropy import cross_entropy
 from palm_rlhf.ops.masked import masked_mean, masked_sum
 from palm_rlhf.policy import reward_model_folder
@@ -25,7 +27,7 @@ class RewardModel(nn.Module):
     marked, one embedding is added to prompt tokens and another one to all others; both start as zero.
 
     Args:
-        palm: copied; the original does not change.
+        palm: copied, unless `share_base`; the original does not change.
         num_binned_output: number of bins; 0 for the scalar head.
         pooling: the embedding that the head reads. "last": that of the last token before padding (Stiennon et al.
             2020). "mean": the mean over the response, or over all tokens if no prompt is marked. "mean_all": always the
@@ -33,6 +35,9 @@ class RewardModel(nn.Module):
         use_lora: train a LoRA scope of the PaLM in place of its weights.
         lora_r: rank of that scope.
         reward_lora_scope: its name.
+        share_base: hold the weights of `palm` itself, frozen and without dropout from now on, in place of a copy. The
+            LoRA scope is the reward model's own: `palm` does not get it, and its scopes do not change the scores.
+            Folders hold the base as well, and open without `palm`.
     """
 
     palm: PaLM
@@ -57,12 +62,17 @@ class RewardModel(nn.Module):
         use_lora: bool = False,
         lora_r: int = 8,
         reward_lora_scope: str = "reward",
+        share_base: bool = False,
     ):
         super().__init__()
         if num_binned_output < 0 or num_binned_output == 1:
             raise ValueError(f"num_binned_output is {num_binned_output}; expected 2 or more bins, or 0 for a scalar")
+        if share_base and not use_lora:
+            raise ValueError(
+                "got share_base=True and use_lora=False, expected use_lora=True: training the weights would change palm"
+            )
         self.num_binned_output, self.pooling = num_binned_output, pooling
-        self.palm = switch_off_dropout(copy.deepcopy(palm))
+        self.palm = switch_off_dropout(palm_over_base(palm) if share_base else copy.deepcopy(palm))
         if use_lora:
             self.palm.add_finetune_params(reward_lora_scope, lora_r)
         self.use_lora_scope(reward_lora_scope if use_lora else None)
@@ -79,7 +89,12 @@ class RewardModel(nn.Module):
 
     @beartype
     def use_lora_scope(self, scope: str | None) -> None:
-        """Score with a LoRA scope of the PaLM, or with none; only that scope, or else the base, is trained."""
+        """Score with a LoRA scope of the PaLM, or with none; only that scope, or else the base, is trained.
+
+        Raises ValueError for none where another model holds the base.
+        """
+        if scope is None and is_shared(self.palm):
+            raise ValueError("got no LoRA scope for a reward model over a shared base, expected one of its own")
         self.lora_scope = scope
         self.palm.requires_grad_(False)
         for parameter in self.palm.palm_parameters() if scope is None else self.palm.finetune_parameters(scope):
@@ -89,6 +104,16 @@ class RewardModel(nn.Module):
     def reads_one_score_a_token(self) -> bool:
         """Whether the score of a sequence is a linear function of the embedding of its last token."""
         return self.pooling == "last" and not self.num_binned_output
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "RewardModel":
+        """Move or cast the model, as `to` does. Raises ValueError for a cast of a base that another model holds."""
+        here = torch.empty(0, dtype=self.palm.dtype, device=self.palm.device)
+        if is_shared(self.palm) and fn(here).dtype != here.dtype:
+            raise ValueError(
+                f"got a cast of a reward model that shares its base with another model, expected {here.dtype}: cast "
+                "the other model, and build the reward model over it then"
+            )
+        return super()._apply(fn, recurse)
 
     def finetune_parameters(self) -> list[nn.Parameter]:
         """Return all trained parameters: the head, the two embeddings, and the LoRA scope or else the whole PaLM."""

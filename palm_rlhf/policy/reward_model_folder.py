@@ -19,7 +19,10 @@ from palm_rlhf.model import checkpoint
 from palm_rlhf.model.checkpoint import Parts, scope_options, shapes_of
 from palm_rlhf.model.interop import palm_rlhf_pytorch
 from palm_rlhf.model.interop.tensor_layout import Weights
+from palm_rlhf.model.local_model import local_model
+from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.shared_base import adopt_base, base_parts, is_shared
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
 
@@ -61,8 +64,17 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    base: PaLM | None = None,
 ) -> "palm_rlhf.policy.reward_model.RewardModel":
-    """Open a `save_pretrained` folder, or the hub id of one, as `PaLM.from_pretrained` does, with its errors."""
+    """Open a `save_pretrained` folder, or the hub id of one, as `PaLM.from_pretrained` does, with its errors.
+
+    With `base` the model holds the weights of that PaLM, as `share_base` of the constructor, and no others; it has its
+    dtype and device. Raises ValueError for a model without LoRA, or with a base of other weights.
+    """
+    if base is not None:
+        if dtype is not None or device is not None:
+            raise ValueError(f"got base, dtype={dtype} and device={device}, expected base alone, which has both")
+        return open_over(cls, checkpoint.open_weights(local_model(source, revision)), base)
     return checkpoint.from_pretrained(cls, source, dtype=dtype, device=device, revision=revision, open_with=open_folder)
 
 
@@ -91,8 +103,8 @@ def load(
     """Load a folder, a `.pt` state dict of ours, or one of palm-rlhf-pytorch, in place; dtype and device stay.
 
     The pooling and the LoRA scope become those of the file, if it has them. A pickle is never executed. Raises
-    FileNotFoundError where there is no file, and ValueError for a file that is damaged or of another model; the model
-    is unchanged then.
+    FileNotFoundError where there is no file, and ValueError for a file that is damaged or of another model, or of
+    another base where the base is shared; the model is unchanged then.
     """
     path, folder = Path(path), None
     if path.is_dir():
@@ -107,6 +119,8 @@ def load(
             check_shapes(shapes_of(state), shapes_of(model.state_dict()), path)
             skeleton, parts = model, ((name, [tensor]) for name, tensor in state.items())
     require_same(model, skeleton, path)
+    if is_shared(model.palm):
+        parts = ((name, [tensor]) for name, tensor in without_base(parts, model.palm, path))
     for name, options in scope_options(skeleton.palm).items():
         if name not in model.palm.finetune_modules:
             model.palm.add_finetune_params(name, **options)
@@ -135,6 +149,44 @@ def open_folder(cls: type["RewardModel"], folder: Weights) -> tuple["RewardModel
     skeleton = skeleton_of(cls, palm, scopes, config, lora_scope, where)
     check_shapes(folder.shapes, shapes_of(skeleton.state_dict()), folder.path)
     return skeleton, ((name, [folder[name]]) for name in folder.shapes)
+
+
+def open_over(cls: type["RewardModel"], folder: Weights, base: PaLM) -> "RewardModel":
+    """Return the model of a folder over the weights of `base`, which have to be the same."""
+    model, parts = open_folder(cls, folder)
+    if model.lora_scope is None:
+        raise ValueError(
+            f"{folder.path} has no LoRA scope, so all its weights were trained; expected adapters over the base: train "
+            "the reward model with use_lora=True (palm-rlhf reward RANKINGS --lora-r 8), or do not share the base"
+        )
+    checkpoint.require_same_mathematics(base.config, model.palm.config, folder.path)
+    own = dict(without_base(parts, base, folder.path))
+    folder.require_unchanged()
+    dtypes = {name: own[name].dtype if name in dict(model.named_buffers()) else base.dtype for name in own}
+    adopt_base(model.palm, base)
+    state = {name: tensor.to(base.device, dtypes[name]) for name, tensor in own.items()}
+    model.load_state_dict(state, strict=False, assign=True)  # strict would ask for the base as well
+    switch_off_dropout(model).use_lora_scope(model.lora_scope)
+    return model
+
+
+def without_base(parts: Parts, base: PaLM, where: Path | str) -> list[tuple[str, Tensor]]:
+    """Return the tensors beside the base, each whole. Raises ValueError where the base of the file is not `base`."""
+    shared = base_parts(base)
+    ours = base.state_dict()
+    own = []
+    for name, rows in parts:
+        inner = name.removeprefix(PALM)
+        first, *others = rows
+        tensor = torch.cat((first, *others)) if others else first
+        if inner == name or inner.split(".")[0] not in shared:
+            own.append((name, tensor))
+        elif inner not in ours or not torch.equal(tensor.to(ours[inner]), ours[inner]):
+            raise ValueError(
+                f"{where} has another {inner} than the base that is to be shared, expected the same weights: give the "
+                "model that the reward model was trained from, or do not share the base"
+            )
+    return own
 
 
 def open_palm_rlhf_pytorch(
@@ -188,6 +240,8 @@ def skeleton_of(
 def require_same(model: "RewardModel", skeleton: "RewardModel", path: Path) -> None:
     """Raise ValueError if the weights of the file do not fit the model, or would compute other numbers in it."""
     checkpoint.require_same_mathematics(model.palm.config, skeleton.palm.config, path)
+    if is_shared(model.palm) and skeleton.lora_scope is None:
+        raise ValueError(f"{path} has no LoRA scope, expected one: this model shares its base, which is not trained")
     checkpoint.require_same_scopes(model.palm, skeleton.palm, path)
     here, there = model.num_binned_output, skeleton.num_binned_output
     if here != there:

@@ -11,7 +11,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from torch import Tensor
 
-from palm_rlhf.policy.actor_critic import check_vocabulary
+from palm_rlhf.policy.model_checks import check_vocabulary
 from palm_rlhf.policy.reward_functions import Numbers, arguments_of, call, shown, start
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences, spoken

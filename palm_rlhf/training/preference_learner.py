@@ -15,7 +15,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, token_logprobs
 from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.ops.pinned_copy import upload
-from palm_rlhf.policy.actor_critic import check_model
+from palm_rlhf.policy.model_checks import check_model
 from palm_rlhf.policy.sequences import Sequences, batches_by_length
 from palm_rlhf.training.epoch_sampler import micro_batches
 from palm_rlhf.training.preference_config import PreferenceConfig

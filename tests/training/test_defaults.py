@@ -173,6 +173,7 @@ DEFAULTS = {
         "actor_lora_r": 0,
         "critic_lora_r": 0,
         "shared_trunk": False,
+        "share_base": False,
         "eval_every": 10,
         "eval_samples": 1,
         "eval_temperature": None,

@@ -21,7 +21,7 @@ REFUSED = {
         *("seed", "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight", "undesirable_weight"),
         *("simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"),
     },
-    PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk"},
+    PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk", "share_base"},
 }
 START = {
     **SETTINGS,
@@ -72,6 +72,7 @@ NEEDED = {
     (PPOConfig, "ratio_level"): GROUPS,
     (PPOConfig, "overlong_penalty"): {**ROLLOUTS, "overlong_buffer": 2},
     (PPOConfig, "importance_cap"): {**ROLLOUTS, "precision": "bf16"},
+    (PPOConfig, "share_base"): {**ROLLOUTS, "actor_lora_r": 2, "critic_lora_r": 2},
     (PPOConfig, "kl_horizon"): {**ROLLOUTS, "kl_target": 2.0},
     (RewardConfig, "centering"): {**SETTINGS[RewardConfig], "loss": "ranking"},
     (PreferenceConfig, "desirable_weight"): {**SETTINGS[PreferenceConfig], "loss": "kto"},

@@ -66,7 +66,7 @@ def write_policy(
 
     `state` is the state dict of the actor-critic with all its shards.
     """
-    policy, critic = _parts(state)
+    policy, critic = _parts(actor_critic, state)
     plain_palm(actor_critic.palm, policy).save_pretrained(folder / "policy")
     if reference is not None and not reference.is_base:
         reference.palm.save_pretrained(folder / "reference")
@@ -84,7 +84,7 @@ def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference | 
         raise ValueError(
             f"this run's reference is {here}, that of {folder} is {there}: resume with the reference that it had"
         )
-    policy, critic = _parts(actor_critic.state_dict())
+    policy, critic = _parts(actor_critic, actor_critic.state_dict())
     saved_policy = PaLM.from_pretrained(folder / "policy")
     require_same_mathematics(actor_critic.palm.config, saved_policy.config, folder / "policy")
     pairs = (
@@ -100,7 +100,10 @@ def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference | 
         reference.palm.load(folder / "reference")
 
 
-def _parts(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the policy's tensors, by their names in the PaLM, and all other tensors."""
+def _parts(actor_critic: ActorCritic, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the policy's tensors, by their names in the PaLM, and all others; of a shared base, the policy's alone."""
+    in_policy = set(actor_critic.palm.parameters())
+    named = actor_critic.named_parameters(remove_duplicate=False)
+    theirs = {name for name, parameter in named if parameter in in_policy} | {n for n in state if n.startswith("palm.")}
     policy = {name.removeprefix("palm."): tensor for name, tensor in state.items() if name.startswith("palm.")}
-    return policy, {name: tensor for name, tensor in state.items() if not name.startswith("palm.")}
+    return policy, {name: tensor for name, tensor in state.items() if name not in theirs}

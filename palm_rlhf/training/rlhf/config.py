@@ -27,7 +27,8 @@ class PPOConfig(SamplingConfig, RunConfig):
     lm-human-preferences (arXiv:1909.08593) where the text below a field names no other source.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk")
+    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk",
+                                   "share_base")  # fmt: skip
 
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """ppo has a critic; grpo (arXiv:2402.03300) and rloo (arXiv:2402.14740) compare the responses to one prompt."""
@@ -201,6 +202,10 @@ class PPOConfig(SamplingConfig, RunConfig):
 
     shared_trunk: bool = False
     """Read values from the policy's own embeddings, instead of a separate critic."""
+
+    share_base: bool = False
+    """Hold the weights once for policy, reference, critic and reward model, which differ by adapters and heads; the
+    critic starts from the reward model's adapters, or with critic_lora_r from new ones."""
 
     eval_every: int = 10
     """Steps between evaluations on eval_prompts, if there are some; the last step always has one."""

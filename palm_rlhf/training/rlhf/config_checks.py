@@ -1,7 +1,13 @@
 """The rules of PPOConfig: a setting that is out of range, or that has no effect, is refused by its name."""
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.shared_base import have_one_base
+from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.policy.rewards import Reward
 
 if TYPE_CHECKING:
     from palm_rlhf.training.rlhf.config import PPOConfig
@@ -22,6 +28,8 @@ def check_config(config: "PPOConfig") -> None:
     config.expect_positive_or_none("max_new_tokens", "max_seq_len", "micro_batch_size", "critic_learning_rate",
                                    "score_clip", "clip_eps", "clip_eps_high", "value_clip_eps", "early_stop_kl",
                                    "kl_target", "max_turn_tokens", "reward_timeout", "importance_cap")  # fmt: skip
+    config.expect("actor_lora_r", config.actor_lora_r > 0 or not config.share_base,
+                  "1 or more with share_base, since whoever trains the base changes all models over it")  # fmt: skip
     config.expect("eos_token", config.eos_token is None or config.eos_token >= 0, "None or the id of a token")
     config.expect_share("gamma", "gae_lambda")
     config.expect("kl_coef", config.kl_coef is None or config.kl_coef >= 0, "None or 0 or more")
@@ -64,3 +72,25 @@ def _check_variant(config: "PPOConfig") -> None:
         config.expect_default("where overlong_buffer is 0", "overlong_penalty")
     room = config.response_room(0)
     config.expect("overlong_buffer", config.overlong_buffer <= room, f"up to the {room} tokens that there is room for")
+
+
+def check_sharing(config: "PPOConfig", palm: PaLM, rewards: Iterable[Reward], reference: PaLM | None) -> None:
+    """Raise ValueError for models that cannot hold one base, or would change when the policy is trained."""
+    models = [reward.palm for reward in rewards if isinstance(reward, RewardModel)]
+    over_base = [model for model in models if have_one_base(model, palm)]
+    if over_base and not config.actor_lora_r:
+        raise ValueError(
+            "got a reward model over the policy's base and actor_lora_r=0, expected 1 or more: training the base would "
+            "change the reward model too"
+        )
+    if not config.share_base:
+        return
+    if len(over_base) < len(models):
+        raise ValueError(
+            "got share_base=True and a reward model with a base of its own, expected one over the policy's base: "
+            "RewardModel(palm, use_lora=True, share_base=True), or RewardModel.from_pretrained(folder, base=palm)"
+        )
+    if reference is not None:
+        raise ValueError("got share_base=True and a reference, expected None: the policy's base is the reference")
+    if not models and (config.algorithm != "ppo" or config.shared_trunk):
+        raise ValueError("got share_base=True without a critic or a reward model to share with, expected False")

@@ -14,13 +14,14 @@ from palm_rlhf.algorithms.kl import adapt_kl_coef
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rewards import Rewards, Scores, move
+from palm_rlhf.policy.rewards import Rewards, Scores, move, named
 from palm_rlhf.policy.rollout import Rollout
 from palm_rlhf.policy.sequences import batches_by_length, join
 from palm_rlhf.policy.turns import Environment
 from palm_rlhf.training.rlhf.checkpoint import resume_from_checkpoint, save_checkpoint
 from palm_rlhf.training.rlhf.collector import Collector
 from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.config_checks import check_sharing
 from palm_rlhf.training.rlhf.dynamic_sampling import Sampled, replace_equal_groups
 from palm_rlhf.training.rlhf.evaluation import PANELS, make_evaluator
 from palm_rlhf.training.rlhf.experience import Experience, in_row_order, make_experience, shape_scores
@@ -85,13 +86,16 @@ class RLHFTrainer(Collector):
         super().__init__(palm, reward_model, read, tokenizer, environment, config)
         self._shortest_prompt = min(map(len, self.prompts))
         self.evaluator = make_evaluator(self, eval_prompts, eval_reward)
+        check_sharing(config, palm, named(reward_model).values(), reference)
         torch.manual_seed(config.seed)  # for the adapters, which are drawn here: the run seeds all else
+        value = "none" if config.algorithm != "ppo" else "shared" if config.shared_trunk else "separate"
         self.actor_critic = ActorCritic(
             palm,
             critic,
-            value="none" if config.algorithm != "ppo" else "shared" if config.shared_trunk else "separate",
+            value=value,
             actor_lora_r=config.actor_lora_r,
             critic_lora_r=config.critic_lora_r,
+            share_base=config.share_base and value == "separate",
         )
         measures_kl = config.initial_kl_coef > 0 or reference is not None
         self.reference = Reference(self.actor_critic, reference) if measures_kl else None

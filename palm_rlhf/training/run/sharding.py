@@ -14,6 +14,17 @@ from torch import Tensor, nn
 
 from palm_rlhf.model.checkpoint import scope_options
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.shared_base import is_shared
+
+
+@beartype
+def refuse_shared_bases(module: nn.Module) -> None:
+    """Raise ValueError for a PaLM over whose base there is another one, which could not read its shards."""
+    if any(isinstance(part, PaLM) and is_shared(part) for part in module.modules()):
+        raise ValueError(
+            "got one base for several models, and weights in shards (FSDP), expected whole weights in every process: "
+            "launch replicas (accelerate launch --multi_gpu), or give each model a base of its own"
+        )
 
 
 @torch.no_grad()
