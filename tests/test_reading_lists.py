@@ -34,8 +34,7 @@ BESIDE = {
         "model.checkpoint": "files of weights",
         "model.weights_folder": "files of weights",
         "model.local_model": "where a model lies",
-        "model.files": "files that are whole or absent",
-        "model.text_file": "files of text",
+        "model.files": "files of text, and files that are whole or absent",
         "model.interop": "files of other packages",
     },
     "PPO": {

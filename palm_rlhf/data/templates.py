@@ -14,9 +14,8 @@ from beartype import beartype
 
 from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, token_name
 from palm_rlhf.data.tokenizer_gguf import read_gguf_config
-from palm_rlhf.model.files import write_text
+from palm_rlhf.model.files import read_text, write_text
 from palm_rlhf.model.interop.gguf_header import is_gguf
-from palm_rlhf.model.text_file import read_text
 from palm_rlhf.model.weights_folder import read_json
 
 Messages = Sequence[Mapping[str, Any]]

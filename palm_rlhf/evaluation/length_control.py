@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from beartype import beartype
 
-from palm_rlhf.model.text_file import read_text
+from palm_rlhf.model.files import read_text
 
 STRENGTHS = np.logspace(-4, 4, 10)  # weights of the data against the penalty, for cross-validation to choose from
 NUM_FOLDS = 5

@@ -12,7 +12,7 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.evaluation.judging.answers import read_questions
 from palm_rlhf.evaluation.length_control import read_regularizer
 from palm_rlhf.evaluation.measures.text_prediction import read_documents
-from palm_rlhf.model.text_file import read_text
+from palm_rlhf.model.files import read_text
 from palm_rlhf.model.weights_folder import read_json
 from palm_rlhf.serving.http.api_keys import read_keys
 from palm_rlhf.training.rlhf.prompts import read_prompts

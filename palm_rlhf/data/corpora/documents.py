@@ -15,7 +15,7 @@ from typing import Any
 
 from palm_rlhf.data.files.records import read_records
 from palm_rlhf.data.files.tabular import is_csv
-from palm_rlhf.model.text_file import HOW_TO_CONVERT, UTF16, is_utf16
+from palm_rlhf.model.files import HOW_TO_CONVERT, UTF16, is_utf16
 
 CHUNK = 1 << 20
 

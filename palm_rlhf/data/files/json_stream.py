@@ -7,7 +7,7 @@ from typing import Any
 from palm_rlhf.data.files.json_array import json_array
 from palm_rlhf.data.files.json_lines import json_lines
 from palm_rlhf.data.files.json_record import CHUNK, GZIP_ERRORS, BrokenRecord, Record, damaged_gzip
-from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
+from palm_rlhf.model.files import HOW_TO_CONVERT, is_utf16
 
 
 def json_objects(stream: Any, limit: int) -> Iterator[tuple[int, Record | BrokenRecord]]:

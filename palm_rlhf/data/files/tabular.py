@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from palm_rlhf.data.extra_packages import missing_extra
 from palm_rlhf.data.files.json_record import GZIP_ERRORS, BrokenRecord, Record, damaged_gzip, too_long
-from palm_rlhf.model.text_file import HOW_TO_CONVERT, is_utf16
+from palm_rlhf.model.files import HOW_TO_CONVERT, is_utf16
 
 PARQUET_MAGIC = b"PAR1"
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}

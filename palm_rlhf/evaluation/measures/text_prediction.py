@@ -14,8 +14,8 @@ from beartype import beartype
 
 from palm_rlhf.data.files.records import read_records
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer
+from palm_rlhf.model.files import read_text
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.text_file import read_text
 from palm_rlhf.training.bits_per_byte import total_nats
 from palm_rlhf.training.token_windows import token_arrays
 

@@ -13,8 +13,7 @@ from typing import Any
 from beartype import beartype
 
 from palm_rlhf.evaluation.reports.plots import BarPlot, Line, LinePlot, Plot, draw
-from palm_rlhf.model.files import write_text
-from palm_rlhf.model.text_file import read_text
+from palm_rlhf.model.files import read_text, write_text
 
 Cell = str | int | float | bool | None
 

@@ -21,7 +21,7 @@ from palm_rlhf.feedback.settings import CollectionSettings
 from palm_rlhf.feedback.store.database import Store
 from palm_rlhf.feedback.store.table_base import utc_now
 from palm_rlhf.feedback.web.site import Site
-from palm_rlhf.model.text_file import read_text
+from palm_rlhf.model.files import read_text
 from palm_rlhf.serving.http.access import Access
 
 SECRET_VARIABLE = "PALM_RLHF_FEEDBACK_SECRET"

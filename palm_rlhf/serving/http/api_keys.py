@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from palm_rlhf.model.text_file import read_text
+from palm_rlhf.model.files import read_text
 
 KEYS_VARIABLE = "PALM_RLHF_API_KEYS"
 NAMED = re.compile(r"([^:]+):\s+(\S+)")

@@ -10,8 +10,8 @@ import torch
 from beartype import beartype
 from torch import Tensor
 
+from palm_rlhf.model.files import read_text
 from palm_rlhf.model.inputs import check_token_ids
-from palm_rlhf.model.text_file import read_text
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would also split at U+2028, which may be part of a text
 PROMPT = "prompt"  # the column of the prompt itself
