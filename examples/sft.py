@@ -1,14 +1,18 @@
 """Fine-tune a PaLM on conversations, measure how many of its replies end by themselves, and chat.
 
 python examples/sft.py                                       # the English dialogues of the package chatterbot-corpus
-python examples/sft.py --model DIR --data oasst.jsonl.gz --learning-rate 2e-5 --seq-len 1024
+python examples/sft.py --model smollm2                       # a real chat model learns to answer as these dialogues do
+python examples/sft.py --model DIR --data oasst.jsonl.gz --seq-len 1024
 """
 
+import argparse
 import contextlib
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from palm_rlhf.ops.cpu.threads import share_the_machine
@@ -47,8 +51,9 @@ class NewModel:
     dropout: float = 0.1  # Rate of dropout in training.
 
 
-# The defaults take a few minutes on two CPU cores.
+# The defaults take a few minutes on two CPU cores: those of a new model, and of one that exists, which gets adapters.
 TRAINING = SupervisedConfig(batch_size=4, num_epochs=6, learning_rate=2e-3, min_lr_ratio=0.0, eval_every=100)
+ADAPTING = replace(TRAINING, num_epochs=2, learning_rate=1e-3, lora_r=16, eval_every=10)
 
 
 def fresh_model(fresh: NewModel, name: str) -> ChatModel:
@@ -103,8 +108,9 @@ def main(
 
     Args:
         data: A file that `palm-rlhf data convert` reads; by default the dialogues of chatterbot-corpus.
-        model: The folder of a model or of its run, or a hub id; such models need a lower learning rate. By default a
-            new model is trained.
+        model: The folder of a model or of its run, a .gguf file, a hub id, or smollm2, a small chat model. It is trained
+            by adapters (--lora-r 16) with settings of their own, unless you give others. By default a new model is
+            trained.
         output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/. The
             measurement before the training is then of this checkpoint.
@@ -157,9 +163,17 @@ def main(
             converse(palm, tokenizer, form, sampling, seq_len)
 
 
+def command(args: Sequence[str]) -> None:
+    """Run `main` with the arguments of a command line; a model that exists has other defaults than a new one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    has_model = parser.parse_known_args(args)[0].model is not None
+    tyro.cli(partial(main, training=ADAPTING) if has_model else main, args=args)
+
+
 if __name__ == "__main__":
     replace_unprintable_characters()
     try:
-        tyro.cli(main)
+        command(sys.argv[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"sft.py: {error}")

