@@ -108,9 +108,9 @@ def main(
 
     Args:
         data: A file that `palm-rlhf data convert` reads; by default the dialogues of chatterbot-corpus.
-        model: The folder of a model or of its run, a .gguf file, a hub id, or smollm2, a small chat model. It is trained
-            by adapters (--lora-r 16) with settings of their own, unless you give others. By default a new model is
-            trained.
+        model: The folder of a model or of its run, a .gguf file, a hub id, or smollm2, a small chat model. Adapters are
+            trained (--lora-r 16), with other settings than for a new model; without them (--lora-r 0) it needs a far
+            lower learning rate, such as 2e-5. By default a new model is trained.
         output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/. The
             measurement before the training is then of this checkpoint.

@@ -36,7 +36,8 @@ def dpo(
     Args:
         data: A file in any format that `palm-rlhf data convert` reads as preferences (chosen and rejected, or
             rankings), for kto as unpaired (prompt, completion and label, or rankings).
-        model: The model to start from, fine-tuned on conversations: its folder, the folder of a run, or a hub id.
+        model: The model to start from, fine-tuned on conversations: its folder or .gguf file, the folder of a run, a
+            hub id, or smollm2.
         output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
         template: The chat template; auto is the model's own, or default.

@@ -28,8 +28,8 @@ def generate(
     """Continue a text, printing it as it is sampled.
 
     Args:
-        checkpoint: The folder of a run or of a model with its tokenizer, or a hub id, owner/name; without a tokenizer
-            the tokens are bytes.
+        checkpoint: The folder of a run or of a model with its tokenizer, a .gguf file, a hub id, owner/name, or
+            smollm2; without a tokenizer the tokens are bytes.
         prompt: The text to continue; it is not printed again.
         max_new_tokens: Number of tokens to sample.
         sampling: Sampling settings.

@@ -36,8 +36,8 @@ def learn(
 
     Args:
         database: The file of the database, or its URL.
-        model: The first model, fine-tuned on conversations: its folder, the folder of a run, or a hub id. A round
-            begins with the newest model that earlier rounds made of it.
+        model: The first model, fine-tuned on conversations: its folder or .gguf file, the folder of a run, a hub id, or
+            smollm2. A round begins with the newest model that earlier rounds made of it.
         output_dir: Folder of the rounds, each with its reward model and its policy.
         prompts: Prompts beside those of people in the database, as of `palm-rlhf rlhf`: a text file with a prompt on
             each line (.txt), or records in any format that `palm-rlhf data convert` reads.

@@ -48,7 +48,8 @@ def rlhf(
     Args:
         prompts: A text file with a prompt on each line (.txt), or records in any format that `palm-rlhf data convert`
             reads. Reward functions get the other fields of records with a prompt or a question.
-        model: The model to improve, fine-tuned on conversations: its folder, the folder of a run, or a hub id.
+        model: The model to improve, fine-tuned on conversations: its folder or .gguf file, the folder of a run, a hub
+            id, or smollm2.
         reward_model: A reward model with the same tokenizer: its folder, the folder of a run, or a hub id.
         rewards: Named rewards, beside reward_model or in its place: functions as NAME=FILE.py:FUNCTION, reward models
             as NAME=FOLDER. --reward-weights sets their weights, and the weight of reward_model under this name.

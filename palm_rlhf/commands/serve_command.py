@@ -50,8 +50,8 @@ def serve(
     Without any key, everyone who reaches the port is answered.
 
     Args:
-        checkpoint: The folder of a run or of a model with its tokenizer and template, or a hub id, owner/name; without
-            a tokenizer the tokens are bytes.
+        checkpoint: The folder of a run or of a model with its tokenizer and template, a .gguf file, a hub id,
+            owner/name, or smollm2; without a tokenizer the tokens are bytes.
         host: The address to listen on; 0.0.0.0 is every network that the machine is in.
         port: The port; 0 takes any free port.
         name: What clients call the model; the folder's name by default.

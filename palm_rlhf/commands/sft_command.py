@@ -34,7 +34,8 @@ def sft(
 
     Args:
         data: A file in any format that `palm-rlhf data convert` reads: Open-Assistant, ShareGPT, messages, preferences.
-        model: The model to start from, with its tokenizer and template: its folder, the folder of a run, or a hub id.
+        model: The model to start from, with its tokenizer and template: its folder or .gguf file, the folder of a run,
+            a hub id, or smollm2.
         output_dir: Folder of the model, tokenizer, template, checkpoints and metrics; by default a new one in runs/.
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
         template: The chat template; auto is the model's own, or default.

@@ -38,7 +38,8 @@ def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
     """Open a PaLM for conversations; embeddings for the special tokens of its chat template are added if missing.
 
     Args:
-        source: Its folder, the folder of a run, or a hub id. A model of 256 tokens without a tokenizer reads bytes.
+        source: Its folder or .gguf file, the folder of a run, a hub id, or smollm2. A model of 256 tokens without a
+            tokenizer reads bytes.
         template: One of PRESETS, or "auto": the folder's own template, or the default preset.
     """
     folder = local_model(source)

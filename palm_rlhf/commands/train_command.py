@@ -106,9 +106,10 @@ def train(
     Args:
         data: Parts of the mixture: enwik8, python-docs, auto (the first of these that is available), or a file, folder
             or glob; each may have a weight, as in notes/:0.3.
-        model: Continue from this model, with its tokenizer: its folder, the folder of a run, or a hub id. Such models
-            need a lower learning rate. By default a new model is trained.
-        tokenizer: The tokenizer of a new model: a folder with a tokenizer.json, or a hub id; bytes by default.
+        model: Continue from this model, with its tokenizer: its folder or .gguf file, the folder of a run, a hub id, or
+            smollm2. Such models need a lower learning rate. By default a new model is trained.
+        tokenizer: The tokenizer of a new model: a folder with a tokenizer.json, a .gguf file, a hub id, or smollm2;
+            bytes by default.
         output_dir: Folder of the model, checkpoints, metrics and curves; by default a new one in runs/.
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
         prompts: Prompts of the samples; by default a readable passage of the held-out text.

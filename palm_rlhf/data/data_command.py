@@ -116,7 +116,8 @@ def filter_conversations(
         near_duplicates: Leave out conversations that share so much of their text with an earlier one, such as 0.8.
         context: The most tokens of a conversation.
         overlong: Split longer ones between exchanges so that none is lost, or keep the exchanges that fit.
-        tokenizer: Counts the tokens: a tokenizer.json, a folder with it or of a run, or a hub id; bytes by default.
+        tokenizer: Counts the tokens: a tokenizer.json, a folder with it or of a run, a .gguf file, a hub id, or
+            smollm2; bytes by default.
         overhead: The tokens that the chat template adds to each message.
         eval_fraction: The share of conversations to hold out, chosen by their hash before any is split.
         eval_out: Where to write the conversations that are held out.

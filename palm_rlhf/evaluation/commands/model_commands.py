@@ -53,8 +53,8 @@ def lm(
     file names several languages.
 
     Args:
-        checkpoint: The folder of a run or of a model with its tokenizer, or a hub id; without a tokenizer the tokens
-            are bytes.
+        checkpoint: The folder of a run or of a model with its tokenizer, a .gguf file, a hub id, or smollm2; without a
+            tokenizer the tokens are bytes.
         data: A text file, or JSON records with a text each.
         text_key: The key of a record's text.
         language_key: The key of a record's language.
@@ -125,8 +125,8 @@ def run(
 
     Args:
         folder: The output folder of `palm-rlhf rlhf` or of an RLHFTrainer, with metrics.jsonl and samples.jsonl.
-        reference: The model that the run started from; it responds to the prompts of samples.jsonl too. Its folder,
-            the folder of a run, or a hub id.
+        reference: The model that the run started from; it responds to the prompts of samples.jsonl too. Its folder or
+            .gguf file, the folder of a run, a hub id, or smollm2.
         reward_model: The reward model that compares the responses: a folder or a hub id.
         max_new_tokens: Longest response of the reference, in tokens; by default the run's setting, or 256 without a
             checkpoint.

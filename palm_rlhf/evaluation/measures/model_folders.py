@@ -48,8 +48,11 @@ def is_reward_model(folder: Path) -> bool:
 
 @beartype
 def open_tokenizer(folder: Path, num_tokens: int) -> Tokenizer:
-    """Open the folder's tokenizer, or bytes if there is none. Raises ValueError if the model has too few tokens."""
-    if (folder / TOKENIZER_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+    """Open the tokenizer of a folder or GGUF file, or bytes if there is none.
+
+    Raises ValueError if the model has too few tokens.
+    """
+    if folder.is_file() or (folder / TOKENIZER_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         tokenizer = load_tokenizer(folder)
         require_room(tokenizer.num_tokens, num_tokens, folder)
         return tokenizer
@@ -76,7 +79,7 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
     Raises ValueError if the model has no embeddings for the special tokens of the template.
 
     Args:
-        model: Its folder, the folder of a run, or a hub id.
+        model: Its folder or .gguf file, the folder of a run, a hub id, or smollm2.
         template: The name of a preset; by default the folder's template, or the default preset.
     """
     folder = local_model(model)
@@ -90,7 +93,7 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
     chosen: Template
     if template is not None:
         chosen = PRESETS[template]
-    elif (folder / TEMPLATE_FILE).is_file() or (folder / JINJA_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+    elif folder.is_file() or any((folder / name).is_file() for name in (TEMPLATE_FILE, JINJA_FILE, CONFIG_FILE)):
         chosen = load_template(folder)
     else:
         chosen = PRESETS["default"]
@@ -105,6 +108,7 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
 
 @beartype
 def version_of(folder: Path, template: str | None = None) -> str:
-    """Return a digest of the sizes and times of a folder's files and of the template's name."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+    """Return a digest of the sizes and times of a folder's files, or of a GGUF file, and of the template's name."""
+    paths = [folder] if folder.is_file() else folder.iterdir()
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     return hashlib.sha256(repr((str(folder.resolve()), files, template)).encode()).hexdigest()

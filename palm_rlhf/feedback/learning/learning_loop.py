@@ -102,8 +102,8 @@ def run_round(
 
     Args:
         store: The database.
-        model: The first model, fine-tuned on conversations: its folder, the folder of a run, or a hub id. A round
-            begins with the newest model that rounds have made of it.
+        model: The first model, fine-tuned on conversations: its folder or .gguf file, the folder of a run, a hub id, or
+            smollm2. A round begins with the newest model that rounds have made of it.
         output_dir: The folder of the rounds' folders, round-001 and so on.
         settings: The settings of the round.
         num_votes: New contributions of people since the round before that are waited for; 0 waits for none.

@@ -67,7 +67,7 @@ def open_chat_model(source: str) -> ServedModel:
     """Open a model with tokenizer and chat template. Raises ValueError if it has no template, and so writes no turns.
 
     Args:
-        source: Its folder, the folder of a run, or a hub id.
+        source: Its folder or .gguf file, the folder of a run, a hub id, or smollm2.
     """
     model = load(source)
     if model.template is None:
