@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.model.block import Block, position_tables
+from palm_rlhf.model.block import Block, SerialBlock, position_tables
 from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.lora import ATTENTION, BlockLoRA
+from palm_rlhf.model.lora import BlockLoRA
 from palm_rlhf.ops.cpu import native_decoding
 from palm_rlhf.ops.cpu.native_decoding import BlockTensors, NativeDecoder
 from palm_rlhf.ops.devices import why_not_native
@@ -35,12 +35,7 @@ def native_step(
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(kind)
     few = tokens.shape[1] == 1 and native_decoding.is_faster(len(tokens), dtype) and kind == "cpu"
-    plain = (
-        c.flash_attn
-        and c.block == "parallel"
-        and c.norm == "layer"
-        and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    )
+    plain = c.flash_attn and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     layers = cast("Sequence[Block]", palm.layers)
     if not few or not plain or why_not_native() is not None or _is_special(layers, adapters or ()):
         return None
@@ -56,19 +51,19 @@ def native_step(
         shape = (len(tokens), c.kv_heads, c.dim_head)
         if len(scales) > 1 or native_decoding.why_not(blocks, palm.dtype, shape, dtype) is not None:
             return None
-        decoder = cache.kernels["decoder"] = NativeDecoder(blocks, c.heads, c.norm_eps, scales.pop())
+        factor = scales.pop()
+        decoder = cache.kernels["decoder"] = NativeDecoder(blocks, c.heads, c.norm_eps, factor, rms=c.norm == "rms")
     return partial(decoder.step, first=first, lengths=lengths) if len(keys[0]) == len(tokens) else None
 
 
 def _is_special(layers: Sequence[Block], adapters: Sequence[BlockLoRA]) -> bool:
-    """Return whether the kernel does not know how to compute with the weights of blocks, or with their adapters.
+    """Return whether weights are no plain tensors, or a hook waits for a block, which the kernel does not call.
 
-    It reads whole weights, and adapters of the attention's four targets. It does not call the hooks of a block.
+    Such weights are sharded, or hold their numbers in fewer bits.
     """
-    if any(block.targets != ATTENTION for block in adapters):
-        return True
     parts = [part for block in adapters for part in block.parts]
-    weights = [layer.in_proj.weight for layer in layers] + [part.A for part in parts]
+    weights = [getattr(layer, name).weight for layer in layers for name in layer.matrices()]
+    weights += [part.A for part in parts]
     # torch has no public way to ask a module for its hooks, and passing them by would be silent
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (*layers, *parts))
     return hooked or any(type(weight) is not nn.Parameter for weight in weights)
@@ -76,11 +71,17 @@ def _is_special(layers: Sequence[Block], adapters: Sequence[BlockLoRA]) -> bool:
 
 def _tensors(layer: Block, lora: BlockLoRA | None, keys: Tensor, values: Tensor) -> BlockTensors:
     q_norm, k_norm = (layer.q_norm.weight, layer.k_norm.weight) if layer.config.qk_norm else (None, None)
-    weights = (layer.norm.weight, layer.in_proj.weight, layer.attn_out.weight, layer.ff_out.weight)
+    ff_norm, ff_proj = (layer.ff_norm.weight, layer.ff_proj.weight) if isinstance(layer, SerialBlock) else (None, None)
+    weights = (layer.norm.weight, layer.in_proj.weight, layer.attn_out.weight, layer.ff_out.weight, q_norm, k_norm)
+    plain = BlockTensors(*weights, keys, values, layer.in_proj.bias, ff_norm, ff_proj)
     if lora is None:
-        return BlockTensors(*weights, q_norm, k_norm, keys, values)
-    down, up = zip(*((part.A, part.B) for part in lora.parts), strict=True)
-    return BlockTensors(*weights, q_norm, k_norm, keys, values, *down, *up)
+        return plain
+    parts = dict(zip(lora.targets, lora.parts, strict=True))
+    down, up = (
+        {f"{name}_{side}": getattr(part, matrix) for name, part in parts.items()}
+        for side, matrix in (("down", "A"), ("up", "B"))
+    )
+    return plain._replace(**down, **up)
 
 
 def step_tables(config: PaLMConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palm_rlhf.model.lora import ATTENTION, TARGETS
 from palm_rlhf.ops.cpu import native_library
 from palm_rlhf.ops.cpu.native_decoding import MAX_ROWS, is_faster
 
@@ -25,6 +26,7 @@ from .steps import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SERIAL = {"block": "serial", "norm": "rms", "qkv_bias": True, "qk_norm": True}
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -34,19 +36,28 @@ def readings(draw):
     kv_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = {"dim": st.integers(3, 21), "depth": st.integers(1, 3), "ff_inner_dim": st.integers(1, 23)}
     sizes |= {"dim_head": st.sampled_from([2, 4, 6, 10, 18]), "qk_norm": st.booleans(), "xpos": st.booleans()}
+    sizes |= {"norm": st.sampled_from(["layer", "rms"])}
     sizes, seed = draw(st.fixed_dictionaries(sizes)), draw(st.integers(0, 2**16))
+    if draw(st.booleans()):
+        sizes |= {"block": "serial", "qkv_bias": draw(st.booleans()), "tie_embeddings": draw(st.booleans())}
     lengths = draw(st.lists(st.integers(1, 10), min_size=1, max_size=10))
     order = draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=10))
-    palm = palm_of(seed=seed, heads=kv_heads * shared, kv_heads=kv_heads, **sizes)
     r, alpha = draw(st.integers(0, 5)), draw(st.sampled_from([None, 3.0]))
-    return palm, add_scope(palm, r, seed, alpha=alpha) if r else {}, rows_of(lengths, seed), order
+    targets = draw(st.sets(st.sampled_from(TARGETS), min_size=1)) if draw(st.booleans()) else ATTENTION
+
+    def build():
+        palm = palm_of(seed=seed, heads=kv_heads * shared, kv_heads=kv_heads, **sizes)
+        return palm, add_scope(palm, r, seed, alpha=alpha, targets=sorted(targets)) if r else {}
+
+    return build, rows_of(lengths, seed), order
 
 
 @every_way
 @settings(max_examples=60)
 @given(reading=readings())
 def test_tokens_read_one_by_one_equal_those_read_at_once(way, reading):
-    palm, scope, rows, order = reading
+    build, rows, order = reading
+    palm, scope = build()
     with WAYS[way]():
         logits, cache = read(palm, rows, order=order, **scope)
     assert_close(logits, read_at_once(palm, rows, order=order, **scope))
@@ -54,7 +65,7 @@ def test_tokens_read_one_by_one_equal_those_read_at_once(way, reading):
 
 
 @every_way
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "xpos": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "xpos": True}, SERIAL], ids=str)
 @pytest.mark.parametrize("scoped", [False, True])
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)], ids=str)
 def test_narrow_models_say_what_their_weights_say_in_float64(way, dtype, rtol, scoped, options):
@@ -71,7 +82,8 @@ def test_narrow_models_say_what_their_weights_say_in_float64(way, dtype, rtol, s
 @settings(max_examples=20)
 @given(reading=readings())
 def test_both_ways_leave_the_same_keys_and_values(reading):
-    palm, scope, rows, order = reading
+    build, rows, order = reading
+    palm, scope = build()
     _, cache = read(palm, rows, order=order, **scope)
     with without_kernel():
         _, expected = read(palm, rows, order=order, **scope)
@@ -190,6 +202,33 @@ def test_a_scope_comes_and_goes_between_two_tokens():
             logits.append(seen)
         assert_way(cache, way)
     assert_close(*logits)
+
+
+@pytest.mark.parametrize("options", [{}, SERIAL], ids=["parallel", "serial"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_adapter_of_each_target_alone_is_read(target, options):
+    palm, rows = palm_of(**options), rows_of([7, 5, 6])
+    scope = add_scope(palm, targets=[target])
+    logits, cache = read(palm, rows, **scope)
+    assert_close(logits, read_at_once(palm, rows, **scope))
+    assert (logits - read_at_once(palm, rows)).abs().nan_to_num(nan=1).max() > 1e-3
+    assert_way(cache, "kernel")
+
+
+@pytest.mark.parametrize("target", ["in_proj", "attn_out", "ff_proj", "ff_out"])
+def test_weights_that_are_no_plain_tensors_take_the_other_way(target):
+    """A subclass may keep its numbers elsewhere, in fewer bits or on other devices."""
+
+    class Subclass(torch.Tensor):
+        pass
+
+    palm, rows = palm_of(**SERIAL), rows_of([5, 6])
+    expected = read_at_once(palm, rows)
+    layer = getattr(palm.layers[1], target)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Subclass), requires_grad=False)
+    logits, cache = read(palm, rows)
+    assert_close(logits.as_subclass(torch.Tensor), expected)
+    assert_way(cache, "operations")
 
 
 def test_adapters_of_several_factors_take_the_other_way():

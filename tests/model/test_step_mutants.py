@@ -5,6 +5,7 @@ import platform
 
 import pytest
 
+from palm_rlhf.model.lora import ATTENTION, TARGETS
 from palm_rlhf.ops.cpu import native_library
 from tests.planting_in_c import plant
 
@@ -32,7 +33,7 @@ MUTANTS = {
     "gate": ("$gate / (1 + EXP(-$gate)) * $value", "$value / (1 + EXP(-$value)) * $gate", None),
     "eps": ("sqrt($variance / $n + $eps)", "sqrt($variance / $n)", {"norm_eps": 0.0}),
     "kv head": ("$kv = $head / ($heads / $kv_heads)", "$kv = $head % $kv_heads", {"kv_heads": 4}),
-    "norm's head": ("k_norm ? k_norm + $kv * $d : 0", "k_norm ? k_norm : 0", {"kv_heads": 1}),
+    "norm's head": ("k_norm ? k_norm + $kv * $scale : 0", "k_norm ? k_norm : 0", {"kv_heads": 1}),
     "table's head": ("$shape->table_heads == 1 ? 0 : $d", "0", {"xpos": False}),
     "table's row": ("cosines += ($shape->table_rows == 1 ? 0 : $row)", "cosines += 0", {"lengths": (6, 6, 6)}),
     "values' place": ("values[$length * $d + $c] =", "values[($length - 1) * $d + $c] =", None),
@@ -65,17 +66,39 @@ MUTANTS = {
     ),
     "adapter": ("OF(load)(up[$r * $width + $i])", "OF(load)(up[$i])", {"r": 1}),
     "adapter's factor": ("(A)$shape->adapter_scale * $low", "$low", {"alpha": None}),
-    "adapter's place": ("qkv + $begin, $width)", "qkv, $width)", None),
-    "adapter of the output": ("if ($shape->rank && $start", "if (0 && $start", {"r": 0}),
-    "residual": ("OF(sum_up)($shape, $layer, from,", "OF(sum_up)($shape, $layer, x,", {"depth": 1}),
-    "result": ("$thread == 0 && $from != $x", "$thread == 0 && $from == $x", {"depth": 2}),
+    "adapter's place": ("qkv + $first, $width)", "qkv, $width)", None),
+    "adapter of the output": (
+        "OF(add_adapter)($shape, $layer, OUTPUT",
+        "if (0) OF(add_adapter)($shape, $layer, OUTPUT",
+        {"r": 0},
+    ),
+    "residual": ("$x[$r * $dim + $i + $k] += $tile[$r][$k]", "$x[$r * $dim + $i + $k] = $tile[$r][$k]", None),
+}
+SERIAL = {"block": "serial", "norm": "rms", "qkv_bias": True, "xpos": False, "ff_inner_dim": 21, "targets": TARGETS}
+MUTANTS_OF_SERIAL = {
+    "mean": ("if (!$shape->rms)", "if (1)", {"norm": "layer"}),
+    "scale of all heads": ("$shape->rms ? 0 : $dim_head", "$dim_head", {"qk_norm": False}),
+    "bias": ("$sum + OF(load)($bias[$i + $k])", "$sum + OF(load)($bias[$k])", {"qkv_bias": False}),
+    "norm of the feed-forward": ("$layer->ff_norm, $dim", "$layer->norm, $dim", None),
+    "input of the feed-forward": (
+        "$layer->ff_norm, $dim, $normed + $r",
+        "$layer->ff_norm, $dim, $normed + 0 * $r",
+        {"lengths": (7,)},
+    ),
+    "adapter of the gate": ("$low + $part * $b * $shape->rank, $inner", "$low, $inner", {"r": 0}),
+    "adapter's tile": ("$i, $i + $rows, $tiles[$part][0]", "0, $rows, $tiles[$part][0]", {"ff_inner_dim": 7}),
+    "adapter of the feed-forward": (
+        "OF(add_adapter)($shape, $layer, FF_OUT",
+        "if (0) OF(add_adapter)($shape, $layer, FF_OUT",
+        {"r": 0},
+    ),
 }
 
 
-def error(lengths=(7, 5, 6), r=2, alpha=3.0, **changes):
+def error(lengths=(7, 5, 6), r=2, alpha=3.0, targets=ATTENTION, **changes):
     """Of the kernel's logits, for a model with all options and an odd number of blocks."""
     palm, rows = palm_of(**{"depth": 3, "qk_norm": True, "xpos": True, **changes}), rows_of(lengths)
-    scope = add_scope(palm, r, alpha=alpha) if r else {}
+    scope = add_scope(palm, r, alpha=alpha, targets=targets) if r else {}
     logits, cache = read(palm, rows, **scope)
     assert_way(cache, "kernel")
     return (logits - read_at_once(palm, rows, **scope)).abs().nan_to_num(nan=math.inf).max()
@@ -95,6 +118,7 @@ def use_mutant(compile_native, monkeypatch):
 
 def test_the_kernel_is_right_where_its_mutants_are_wrong():
     assert error() < EXACT
+    assert error(**SERIAL) < EXACT
 
 
 @pytest.mark.slow(10)
@@ -103,18 +127,19 @@ def test_the_kernel_is_right_on_older_processors(without, compile_native, monkey
     if native_library.why_not() is None and platform.machine() == "x86_64":
         older = compile_native({name: (native_library.SOURCES / name).read_text() for name in SOURCES}, more=[without])
         monkeypatch.setattr("palm_rlhf.ops.cpu.native_decoding.library", lambda: older)
-        assert error() < EXACT
+        assert error() < EXACT and error(**SERIAL) < EXACT
         assert bfloat16_error(pairs=False) < 2e-6
 
 
 @pytest.mark.slow(10)
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [*MUTANTS, *MUTANTS_OF_SERIAL])
 def test_a_wrong_line_is_noticed(name, use_mutant):
     if native_library.why_not() is None:
-        code, wrong, harmless = MUTANTS[name]
+        options = SERIAL if name in MUTANTS_OF_SERIAL else {}
+        code, wrong, harmless = {**MUTANTS, **MUTANTS_OF_SERIAL}[name]
         use_mutant(code, wrong)
-        assert error() > 1e-7
-        assert harmless is None or error(**harmless) < EXACT
+        assert error(**options) > 1e-7
+        assert harmless is None or error(**{**options, **harmless}) < EXACT
 
 
 def test_an_own_value_that_is_not_rounded_is_noticed_in_bfloat16(use_mutant):

@@ -21,21 +21,35 @@ class BlockTensors(NamedTuple):
     """
 
     norm: Tensor  # e
-    in_proj: Tensor  # (q k v gate value) e
+    in_proj: Tensor  # (q k v gate value) e, or in a serial block (q k v) e
     attn_out: Tensor  # e (h d)
     ff_out: Tensor  # e inner
-    q_norm: Tensor | None  # h d
-    k_norm: Tensor | None  # hk d
+    q_norm: Tensor | None  # h d, or of an RMSNorm d
+    k_norm: Tensor | None  # hk d, or of an RMSNorm d
     keys: Tensor  # b hk capacity d
     values: Tensor
-    q_down: Tensor | None = None  # i r; the adapters of LoRA, either all eight or none
+    qkv_bias: Tensor | None = None  # (q k v)
+    ff_norm: Tensor | None = None  # e; of a serial block, as the next
+    ff_proj: Tensor | None = None  # (gate value) e
+    q_down: Tensor | None = None  # i r; the adapters of LoRA, in the order of `Target` of `csrc/decode.c`
     k_down: Tensor | None = None
     v_down: Tensor | None = None
     out_down: Tensor | None = None
+    gate_down: Tensor | None = None
+    value_down: Tensor | None = None
+    ff_out_down: Tensor | None = None
     q_up: Tensor | None = None  # r o
     k_up: Tensor | None = None
     v_up: Tensor | None = None
     out_up: Tensor | None = None
+    gate_up: Tensor | None = None
+    value_up: Tensor | None = None
+    ff_out_up: Tensor | None = None
+
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks of the adapters."""
+        return {t.shape[1] for name, t in self._asdict().items() if name.endswith("_down") and t is not None}
 
 
 class _Shape(ctypes.Structure):
@@ -43,7 +57,7 @@ class _Shape(ctypes.Structure):
 
     _fields_ = [
         *((name, c_long) for name in ("depth", "dim", "heads", "kv_heads", "dim_head", "inner")),
-        *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads", "rank")),
+        *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads", "rank", "rms")),
         ("eps", c_double),
         ("adapter_scale", c_double),
     ]
@@ -88,15 +102,15 @@ def why_not(
         cache_dtype: the dtype that all keys and values must have.
     """
     caches = [t for block in blocks for t in (block.keys, block.values)]
-    weights = [t for block in blocks for t in (*block[:6], *block[8:]) if t is not None]
-    ranks = {block.q_down.shape[1] for block in blocks if block.q_down is not None}
+    weights = [t for block in blocks for t in block._replace(keys=None, values=None) if t is not None]
+    ranks = set().union(*(block.ranks for block in blocks))
     if not all(t.is_contiguous() for t in (*weights, *caches)):
         return "a tensor is not contiguous"
     if {t.dtype for t in weights} != {dtype}:
         return "a weight has another dtype than the model"
     if {(*t.shape[:2], t.shape[3], t.dtype) for t in caches} != {(*cache_shape, cache_dtype)}:
         return "a part of the cache has another shape or dtype than expected"
-    return None if len(ranks) <= 1 else "the adapters of the blocks have different ranks"
+    return None if len(ranks) <= 1 else "the adapters have different ranks"
 
 
 class NativeDecoder:
@@ -105,17 +119,17 @@ class NativeDecoder:
     The kernel reads the tensors in place, except for weights of another dtype than the cache, which are converted once.
     """
 
-    def __init__(self, blocks: list[BlockTensors], heads: int, eps: float, adapter_scale: float):
+    def __init__(self, blocks: list[BlockTensors], heads: int, eps: float, adapter_scale: float, *, rms: bool):
         first = blocks[0]
         batch, kv_heads, capacity, dim_head = first.keys.shape
         dim, inner = first.ff_out.shape
-        rank = 0 if first.q_down is None else first.q_down.shape[1]
+        rank = max((rank for block in blocks for rank in block.ranks), default=0)
         self.places, dtype = _places(blocks), first.keys.dtype
         self.blocks = [BlockTensors._make(t if t is None else t.to(dtype) for t in block) for block in blocks]
         pointers = [_Layer(*(None if t is None else t.data_ptr() for t in block)) for block in self.blocks]
         self.layers = (_Layer * len(blocks))(*pointers)
         self.shape = _Shape(len(blocks), dim, heads, kv_heads, dim_head, inner, batch, capacity)
-        self.shape.rank, self.shape.eps, self.shape.adapter_scale = rank, eps, adapter_scale
+        self.shape.rank, self.shape.eps, self.shape.adapter_scale, self.shape.rms = rank, eps, adapter_scale, rms
         self.function = getattr(library(), f"decode_{DTYPES[dtype]}")
         self.function.restype = None
         self.function.argtypes = [*(c_void_p,) * 8, c_int]

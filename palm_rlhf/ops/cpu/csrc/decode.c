@@ -1,7 +1,8 @@
-// One decoding step: the next token of each row goes through all blocks of a PaLM in one call. The weights are read
-// once from memory, and everything else stays in the caches. The threads synchronise three times a block. Sums are
-// float32 or wider for weights of any type. If the processor multiplies pairs of bfloat16, the activations that are
-// multiplied with weights or keys of bfloat16 are rounded to bfloat16.
+// One decoding step: the next token of each row goes through all blocks of a PaLM in one call, parallel or serial ones.
+// The weights are read once from memory, and everything else stays in the caches. The threads synchronise three times a
+// parallel block, and five times a serial one. Sums are float32 or wider for weights of any type. If the processor
+// multiplies pairs of bfloat16, the activations that are multiplied with weights or keys of bfloat16 are rounded to
+// bfloat16.
 
 #include "products.h"
 
@@ -10,17 +11,22 @@ typedef struct {
     long batch, capacity;                              // of the cache: its rows, and the tokens that it has room for
     long table_rows, table_heads;                      // of the rotary tables: `b|1 (h + hk)|1 d`
     long rank;                                         // of the adapters; 0 where there are none
+    long rms;                                          // 1 if norms are RMSNorms, 0 if they are layer norms
     double eps, adapter_scale;
 } Shape;
 
+// What can have an adapter: queries, keys, values and output of the attention; gate, value and output of the
+// feed-forward.
+enum Target { QUERIES, KEYS, VALUES, OUTPUT, GATE, VALUE, FF_OUT, TARGETS };
+
 typedef struct {
     const void *norm, *in_proj, *attn_out, *ff_out;
-    const void *q_norm, *k_norm; // `h d` and `hk d`, or null
+    const void *q_norm, *k_norm; // `h d` and `hk d`, of RMSNorms `d`; or null
     void *keys, *values;         // `b hk capacity d`
-    const void *down[4], *up[4]; // of queries, keys, values and the attention's output: `i rank` and `rank o`
+    const void *qkv_bias;        // or null
+    const void *ff_norm, *ff_proj; // of a serial block, or null: in a parallel one, the feed-forward is in `in_proj`
+    const void *down[TARGETS], *up[TARGETS]; // adapters, `i rank` and `rank o`, or null
 } Layer;
-
-enum { OUTPUT = 3 }; // the index of the attention's output in `down` and `up`
 
 static long padded(long batch) { return (batch + QUAD - 1) / QUAD * QUAD; }
 
@@ -32,14 +38,14 @@ static long heads_together(const Shape *s, int threads) {
 }
 
 static long numbers_of_thread(const Shape *s) {
-    long of_product = s->batch * s->dim + 2 * padded(s->batch) * TILE, of_adapter = s->batch * s->rank;
-    return of_product + of_adapter + (QUAD + 3) * s->dim_head + QUAD * s->capacity;
+    long of_product = s->batch * s->dim + 2 * padded(s->batch) * TILE, of_adapters = 2 * s->batch * s->rank;
+    return of_product + of_adapters + (QUAD + 3) * s->dim_head + QUAD * s->capacity;
 }
 
 // Returns the numbers of scratch (floats, or doubles) for a number of threads.
 long decode_scratch(const Shape *s, int threads) {
     long qkv = (s->heads + 2 * s->kv_heads) * s->dim_head, attended = s->heads * s->dim_head;
-    return s->batch * (s->dim + qkv + s->inner + attended) + threads * numbers_of_thread(s);
+    return s->batch * (qkv + s->inner + attended) + threads * numbers_of_thread(s);
 }
 
 #define T float

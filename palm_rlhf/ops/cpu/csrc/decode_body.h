@@ -1,10 +1,13 @@
 // The functions of decode.c for weights of type T and activations of type A.
 
-static void OF(layer_norm)(const A *x, const T *weight, long n, A eps, A *out) {
-    A mean = 0, variance = 0;
+// An RMSNorm is a layer norm that takes the mean for 0.
+static void OF(normalise)(const Shape *s, const A *x, const T *weight, long n, A *out) {
+    A mean = 0, variance = 0, eps = s->eps;
+    if (!s->rms) {
 #pragma omp simd reduction(+ : mean)
-    for (long k = 0; k < n; k++) mean += x[k];
-    mean /= n;
+        for (long k = 0; k < n; k++) mean += x[k];
+        mean /= n;
+    }
 #pragma omp simd reduction(+ : variance)
     for (long k = 0; k < n; k++) variance += (x[k] - mean) * (x[k] - mean);
     A scale = 1 / (A)sqrt(variance / n + eps);
@@ -12,9 +15,10 @@ static void OF(layer_norm)(const A *x, const T *weight, long n, A eps, A *out) {
 }
 
 // Normalises a query or key if there is a weight, then rotates it; the sines of the first half are negative.
-static void OF(turned)(const A *x, const T *norm, const A *cosines, const A *sines, long n, A eps,
-                       A *buffer, A *out) {
-    if (norm) OF(layer_norm)(x, norm, n, eps, buffer);
+static void OF(turned)(const Shape *s, const A *x, const T *norm, const A *cosines, const A *sines, A *buffer,
+                       A *out) {
+    long n = s->dim_head;
+    if (norm) OF(normalise)(s, x, norm, n, buffer);
     else memcpy(buffer, x, n * sizeof(A));
     for (long k = 0; k < n; k++) out[k] = buffer[k] * cosines[k] + buffer[k < n / 2 ? k + n / 2 : k - n / 2] * sines[k];
 }
@@ -44,7 +48,7 @@ static void OF(average)(const Shape *s, const T *values, const A *own, long firs
 // the key of the token itself. The first heads of a key head write this key and its value to the cache.
 static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, long heads, long first, long length,
                        const A *qkv, const A *cosines, const A *sines, A *scratch, A (*tile)[TILE], A *out) {
-    long d = s->dim_head, kv = head / (s->heads / s->kv_heads);
+    long d = s->dim_head, kv = head / (s->heads / s->kv_heads), scale = s->rms ? 0 : d;
     long table = s->table_heads == 1 ? 0 : d;
     cosines += (s->table_rows == 1 ? 0 : row) * s->table_heads * d;
     sines += (s->table_rows == 1 ? 0 : row) * s->table_heads * d;
@@ -52,10 +56,10 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
     T *own = (T *)buffer;
     const T *q_norm = layer->q_norm, *k_norm = layer->k_norm;
     for (long h = head; h < head + heads; h++)
-        OF(turned)(qkv + h * d, q_norm ? q_norm + h * d : 0, cosines + h * table, sines + h * table, d, s->eps, buffer,
+        OF(turned)(s, qkv + h * d, q_norm ? q_norm + h * scale : 0, cosines + h * table, sines + h * table, buffer,
                    q + (h - head) * d);
-    OF(turned)(qkv + (s->heads + kv) * d, k_norm ? k_norm + kv * d : 0, cosines + (s->heads + kv) * table,
-               sines + (s->heads + kv) * table, d, s->eps, buffer, k);
+    OF(turned)(s, qkv + (s->heads + kv) * d, k_norm ? k_norm + kv * scale : 0, cosines + (s->heads + kv) * table,
+               sines + (s->heads + kv) * table, buffer, k);
     for (long c = 0; c < d; c++) {
         own[c] = OF(store)(k[c]);
         v[c] = OF(load)(OF(store)(qkv[(s->heads + s->kv_heads + kv) * d + c]));
@@ -81,99 +85,133 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
         }
 }
 
-// Adds the output of an adapter, x @ down @ up times its scale, entries `first` to `stop`, to `out[b * stride +
-// entry]`. down: `n rank`, up: `rank width`; `low` has room for `b rank`.
-static void OF(adapt)(const Shape *s, const T *down, const T *up, const A *x, long n, long width, long first, long stop,
-                      A *low, A *out, long stride) {
-    long b = s->batch, rank = s->rank;
-    for (long t = 0; t < b; t++, low += rank) {
+// low = x @ down: `b n`, `n rank` -> `b rank`.
+static void OF(lower)(const Shape *s, const T *down, const A *x, long n, A *low) {
+    long rank = s->rank;
+    for (long t = 0; t < s->batch; t++, low += rank) {
         memset(low, 0, rank * sizeof(A));
         for (long k = 0; k < n; k++)
             for (long r = 0; r < rank; r++) low[r] += x[t * n + k] * OF(load)(down[k * rank + r]);
-        for (long r = 0; r < rank; r++)
-            for (long i = first; i < stop; i++)
-                out[t * stride + i] += (A)s->adapter_scale * low[r] * OF(load)(up[r * width + i]);
     }
 }
 
-// The part of one thread in the input projection, `b dim -> b (h + 2 hk) d`, and in the hidden units, `b inner`. `tile`
-// has room for `2 b TILE`, `low` for `b rank`.
+// Adds entries `first` to `stop` of low @ up, times the scale of adapters, to out[b * stride + entry - first].
+// up: `rank width`.
+static void OF(raise)(const Shape *s, const T *up, const A *low, long width, long first, long stop, A *out,
+                      long stride) {
+    for (long t = 0; t < s->batch; t++)
+        for (long r = 0; r < s->rank; r++)
+            for (long i = first; i < stop; i++)
+                out[t * stride + i - first] += (A)s->adapter_scale * low[t * s->rank + r] * OF(load)(up[r * width + i]);
+}
+
+// The part of one thread in the projection to queries, keys and values: `b dim -> b (h + 2 hk) d`. `tile` has room for
+// `b TILE`, `low` for `b rank`.
 static void OF(project)(const Shape *s, const Layer *layer, const A *normed, int thread, int threads, A (*tile)[TILE],
-                        A *low, A *qkv, A *hidden) {
-    const T *in_proj = layer->in_proj;
+                        A *low, A *qkv) {
+    const T *in_proj = layer->in_proj, *bias = layer->qkv_bias;
     long dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, b = s->batch, start, stop;
-    A(*gate)[TILE] = tile, (*value)[TILE] = tile + padded(b);
     share(width, TILE, thread, threads, &start, &stop);
     for (long i = start; i < stop; i += TILE) {
         long rows = stop - i < TILE ? stop - i : TILE;
         OF(product)(in_proj + i * dim, normed, dim, rows, b, tile);
-        for (long r = 0; r < b; r++) memcpy(qkv + r * width + i, tile[r], rows * sizeof(A));
-    }
-    for (long part = 0, begin = 0, end; s->rank && part < OUTPUT; part++, begin = end) {
-        end = begin + (part ? s->kv_heads : s->heads) * s->dim_head;
-        long first = start > begin ? start : begin, last = stop < end ? stop : end;
-        if (first < last)
-            OF(adapt)(s, layer->down[part], layer->up[part], normed, dim, end - begin, first - begin, last - begin, low,
-                      qkv + begin, width);
-    }
-    const T *gates = in_proj + width * dim, *values = gates + s->inner * dim;
-    share(s->inner, TILE, thread, threads, &start, &stop);
-    for (long i = start; i < stop; i += TILE) {
-        long rows = stop - i < TILE ? stop - i : TILE;
-        OF(product)(gates + i * dim, normed, dim, rows, b, gate);
-        OF(product)(values + i * dim, normed, dim, rows, b, value);
         for (long r = 0; r < b; r++)
             for (long k = 0; k < rows; k++)
-                hidden[r * s->inner + i + k] = gate[r][k] / (1 + EXP(-gate[r][k])) * value[r][k];
+                qkv[r * width + i + k] = bias ? tile[r][k] + OF(load)(bias[i + k]) : tile[r][k];
+    }
+    for (long part = QUERIES, begin = 0, end; part <= VALUES; part++, begin = end) {
+        end = begin + (part == QUERIES ? s->heads : s->kv_heads) * s->dim_head;
+        long first = start > begin ? start : begin, last = stop < end ? stop : end;
+        if (!layer->down[part] || first >= last) continue;
+        OF(lower)(s, layer->down[part], normed, dim, low);
+        OF(raise)(s, layer->up[part], low, end - begin, first - begin, last - begin, qkv + first, width);
     }
 }
 
-// The part of one thread in x + attended @ attn_out.T + hidden @ ff_out.T: `b dim`.
-static void OF(sum_up)(const Shape *s, const Layer *layer, const A *x, const A *attended, const A *hidden, int thread,
-                       int threads, A (*tile)[TILE], A *low, A *out) {
-    long dim = s->dim, inner = s->inner, q_dim = s->heads * s->dim_head, b = s->batch, start, stop;
-    A(*more)[TILE] = tile + padded(b);
+// The part of one thread in the hidden units: `b dim -> b inner`. The rows of `weights` are those of the gate, then
+// those of the value; `tile` has room for `2 b TILE`, `low` for `2 b rank`.
+static void OF(gate)(const Shape *s, const Layer *layer, const T *weights, const A *normed, int thread, int threads,
+                     A (*tile)[TILE], A *low, A *hidden) {
+    long dim = s->dim, inner = s->inner, b = s->batch, start, stop;
+    A(*tiles[2])[TILE] = {tile, tile + padded(b)};
+    share(inner, TILE, thread, threads, &start, &stop);
+    for (long part = 0; part < 2 && start < stop; part++)
+        if (layer->down[GATE + part]) OF(lower)(s, layer->down[GATE + part], normed, dim, low + part * b * s->rank);
+    for (long i = start; i < stop; i += TILE) {
+        long rows = stop - i < TILE ? stop - i : TILE;
+        for (long part = 0; part < 2; part++) {
+            OF(product)(weights + (part * inner + i) * dim, normed, dim, rows, b, tiles[part]);
+            if (layer->up[GATE + part])
+                OF(raise)(s, layer->up[GATE + part], low + part * b * s->rank, inner, i, i + rows, tiles[part][0], TILE);
+        }
+        for (long r = 0; r < b; r++)
+            for (long k = 0; k < rows; k++) {
+                A gate = tiles[0][r][k];
+                hidden[r * inner + i + k] = gate / (1 + EXP(-gate)) * tiles[1][r][k];
+            }
+    }
+}
+
+// The part of one thread in x += in @ weights.T: `b n -> b dim`.
+static void OF(add_output)(const Shape *s, const T *weights, const A *in, long n, int thread, int threads,
+                           A (*tile)[TILE], A *x) {
+    long dim = s->dim, b = s->batch, start, stop;
     share(dim, TILE, thread, threads, &start, &stop);
     for (long i = start; i < stop; i += TILE) {
         long rows = stop - i < TILE ? stop - i : TILE;
-        OF(product)((const T *)layer->attn_out + i * q_dim, attended, q_dim, rows, b, tile);
-        OF(product)((const T *)layer->ff_out + i * inner, hidden, inner, rows, b, more);
+        OF(product)(weights + i * n, in, n, rows, b, tile);
         for (long r = 0; r < b; r++)
-            for (long k = 0; k < rows; k++) out[r * dim + i + k] = x[r * dim + i + k] + tile[r][k] + more[r][k];
+            for (long k = 0; k < rows; k++) x[r * dim + i + k] += tile[r][k];
     }
-    if (s->rank && start < stop)
-        OF(adapt)(s, layer->down[OUTPUT], layer->up[OUTPUT], attended, q_dim, dim, start, stop, low, out, dim);
+}
+
+// The same for the adapter of an output, if there is one; `low` has room for `b rank`.
+static void OF(add_adapter)(const Shape *s, const Layer *layer, enum Target target, const A *in, long n, int thread,
+                            int threads, A *low, A *x) {
+    long start, stop;
+    share(s->dim, TILE, thread, threads, &start, &stop);
+    if (!layer->down[target] || start >= stop) return;
+    OF(lower)(s, layer->down[target], in, n, low);
+    OF(raise)(s, layer->up[target], low, s->dim, start, stop, x + start, s->dim);
 }
 
 // The decoding step. x: `b dim`, input and output; lengths: `b`, the tokens of each row in the cache, of which it sees
 // those from `first` on; scratch: `decode_scratch` numbers.
 void OF(decode)(const Shape *s, const Layer *layers, const A *cosines, const A *sines, const long *first,
                 const long *lengths, A *x, A *scratch, int max_threads) {
-    long b = s->batch, width = (s->heads + 2 * s->kv_heads) * s->dim_head, q_dim = s->heads * s->dim_head;
-    A *next = scratch, *qkv = next + b * s->dim, *hidden = qkv + b * width, *attended = hidden + b * s->inner;
-    A *of_threads = attended + b * q_dim;
+    long b = s->batch, dim = s->dim, width = (s->heads + 2 * s->kv_heads) * s->dim_head, q_dim = s->heads * s->dim_head;
+    A *qkv = scratch, *hidden = qkv + b * width, *attended = hidden + b * s->inner, *of_threads = attended + b * q_dim;
 #pragma omp parallel num_threads(max_threads)
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         A *normed = of_threads + thread * numbers_of_thread(s);
-        A(*tile)[TILE] = (A(*)[TILE])(normed + b * s->dim);
-        A *low = tile[2 * padded(b)], *mine = low + b * s->rank, *from = x, *to = next;
+        A(*tile)[TILE] = (A(*)[TILE])(normed + b * dim);
+        A *low = tile[2 * padded(b)], *mine = low + 2 * b * s->rank;
         long start, stop, together = heads_together(s, threads);
         for (const Layer *layer = layers; layer < layers + s->depth; layer++) {
-            for (long r = 0; r < b; r++)
-                OF(layer_norm)(from + r * s->dim, layer->norm, s->dim, s->eps, normed + r * s->dim);
-            OF(project)(s, layer, normed, thread, threads, tile, low, qkv, hidden);
+            const T *ff_proj = layer->ff_proj;
+            for (long r = 0; r < b; r++) OF(normalise)(s, x + r * dim, layer->norm, dim, normed + r * dim);
+            OF(project)(s, layer, normed, thread, threads, tile, low, qkv);
+            if (!ff_proj) // a parallel block
+                OF(gate)(s, layer, (const T *)layer->in_proj + width * dim, normed, thread, threads, tile, low, hidden);
 #pragma omp barrier
             share(b * s->heads, together, thread, threads, &start, &stop);
             for (long i = start; i < stop; i += together)
                 OF(attend)(s, layer, i / s->heads, i % s->heads, together, first[i / s->heads], lengths[i / s->heads],
                            qkv + i / s->heads * width, cosines, sines, mine, tile, attended + i * s->dim_head);
 #pragma omp barrier
-            OF(sum_up)(s, layer, from, attended, hidden, thread, threads, tile, low, to);
-            A *swapped = from;
-            from = to, to = swapped;
+            OF(add_output)(s, layer->attn_out, attended, q_dim, thread, threads, tile, x);
+            if (!ff_proj) OF(add_output)(s, layer->ff_out, hidden, s->inner, thread, threads, tile, x);
+            OF(add_adapter)(s, layer, OUTPUT, attended, q_dim, thread, threads, low, x);
+            if (ff_proj) {
+#pragma omp barrier
+                for (long r = 0; r < b; r++) OF(normalise)(s, x + r * dim, layer->ff_norm, dim, normed + r * dim);
+                OF(gate)(s, layer, ff_proj, normed, thread, threads, tile, low, hidden);
+#pragma omp barrier
+                OF(add_output)(s, layer->ff_out, hidden, s->inner, thread, threads, tile, x);
+            }
+            OF(add_adapter)(s, layer, FF_OUT, hidden, s->inner, thread, threads, low, x);
 #pragma omp barrier
         }
-        if (thread == 0 && from != x) memcpy(x, from, b * s->dim * sizeof(A));
     }
 }
