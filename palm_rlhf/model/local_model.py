@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from palm_rlhf.model.weights_folder import CONFIG, HUB_FILES, WRITTEN
+from palm_rlhf.model.weights_folder import CONFIG, HUB_COPIES, HUB_FILES, WRITTEN
 
 MODEL, CHECKPOINTS = "model", "checkpoints/step_*/model"  # in the folder of a run
 GGUF_SUFFIX = ".gguf"
@@ -99,7 +99,9 @@ def _from_hub(source: str, revision: str | None, files: Sequence[str]) -> Path:
             "pip install 'palm-rlhf[hf]'"
         ) from error
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=list(files), ignore_patterns=HUB_COPIES)
+        )
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -25,6 +25,8 @@ TOKENIZER_FILES = [
     *("chat_template.jinja", "template.json"),
 ]
 HUB_FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+# A second copy of the weights in another layout, beside the first in repositories of Mistral and others.
+HUB_COPIES = ["consolidated*.safetensors", "*/*"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

@@ -117,7 +117,8 @@ class SupervisedTrainer:
         palm.to(self.run.device)
         if config.lora_r > 0:  # not before the run has seeded the generator that adapters are drawn with
             palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha)
-            palm.token_emb.weight.requires_grad_(config.lora_embeddings)
+            for embeddings in (palm.token_emb.weight, palm.output_weight):
+                embeddings.requires_grad_(config.lora_embeddings)
         optimizer = adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)
         num_rows = config.num_epochs * len(train_data) // self.run.num_processes
         self.run.prepare(self.loss, optimizer, num_rows // config.batch_size)

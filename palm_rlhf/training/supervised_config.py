@@ -55,7 +55,7 @@ class SupervisedConfig(RunConfig):
     """The output of adapters is multiplied by alpha / r; None: alpha is r."""
 
     lora_embeddings: bool = False
-    """Train the token embeddings beside the adapters, as tokens that are new to the model need."""
+    """Train the token embeddings and the output layer beside the adapters, as tokens that are new to the model need."""
 
     eval_every: int = 50
     """Steps between evaluations on the validation data."""

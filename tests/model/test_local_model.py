@@ -83,6 +83,21 @@ def test_an_unknown_name_is_told_what_is_known():
         local_model("smolm2")
 
 
+def test_the_weights_of_a_repository_are_downloaded_once(tmp_path, monkeypatch):
+    """The choice of files by the hub's own client, of the files of Mistral-7B-Instruct-v0.3 and of others."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
+    assert local_model("owner/name", "main") == tmp_path and asked.pop("revision") == "main"
+    wanted = ["config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    wanted += ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"]
+    others = ["consolidated.safetensors", "tokenizer.model.v3", "params.json", "README.md", "onnx/model.safetensors"]
+    others += ["original/consolidated.00.pth", "pytorch_model.bin"]
+    assert list(filter_repo_objects([*wanted, *others], **asked)) == wanted
+
+
 def test_only_a_hub_id_has_a_revision(package, tmp_path):
     package()
     for source in ("tiny", tmp_path):

@@ -287,8 +287,9 @@ def test_validation_comes_when_it_is_due_and_at_the_end_where_there_is_data_for_
 
 @pytest.mark.law("SupervisedConfig.lora_embeddings")
 @pytest.mark.parametrize("embeddings", [False, True])
-def test_adapters_alone_are_trained_or_the_embeddings_too(embeddings):
-    palm = palm_of()
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_alone_are_trained_or_the_embeddings_too(tied, embeddings):
+    palm = palm_of(tie_embeddings=tied)
     before = {name: parameter.detach().clone() for name, parameter in palm.named_parameters()}
     trainer = trainer_of(palm=palm, lora_r=2, lora_embeddings=embeddings)
     metrics = list(trainer.steps())
@@ -296,7 +297,8 @@ def test_adapters_alone_are_trained_or_the_embeddings_too(embeddings):
     changed = {
         name for name, parameter in palm.named_parameters() if name in before and not before[name].equal(parameter)
     }
-    assert changed == ({"token_emb.weight"} if embeddings else set())
+    trainable = {"token_emb.weight"} if tied else {"token_emb.weight", "lm_head.weight"}
+    assert changed == (trainable if embeddings else set())
     with_adapters = palm.eval()(torch.tensor([[1, 2, 3]]), finetune_scope="supervised")
     assert not torch.allclose(with_adapters, palm(torch.tensor([[1, 2, 3]])))
 
