@@ -136,9 +136,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the encoding of a text behind an anchor, and the anchor's number of tokens and characters."""
         for anchor in ANCHORS:
             encoding = self._encoding(anchor + text)
-            num_skipped = next(at for at, (_, end) in enumerate(encoding.offsets) if end > len(anchor))
-            if encoding.offsets[num_skipped][0] >= len(anchor):
-                return encoding, num_skipped, len(anchor)
+            first = next((at for at, (_, end) in enumerate(encoding.offsets) if end > len(anchor)), None)
+            if first is not None and encoding.offsets[first][0] >= len(anchor):
+                return encoding, first, len(anchor)
         raise ValueError(
             f"got {text[:20]!r} after other text, expected text that the tokenizer does not join to all of {ANCHORS}: "
             "let the template put a special token before it"
@@ -177,8 +177,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @beartype
     def add_special_tokens(self, names: Iterable[str]) -> None:
-        """Add special tokens that are missing; a model needs room for them: see `add_special_tokens`."""
+        """Add special tokens that are missing; a model needs room for them: see `add_special_tokens`.
+
+        Raises ValueError where the backend would give a new token an id among those of other tokens.
+        """
         new = [name for name in checked_names(names) if name not in self.special_tokens]
+        self._check_room_for(new)
         self.backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
         added = sorted(self.backend.get_added_tokens_decoder().items())
         self.special_tokens = {
@@ -187,6 +191,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self._special_ids = frozenset(self.special_tokens.values())
         self._token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
         self._num_tokens = 1 + max(self._token_ids)
+
+    def _check_room_for(self, names: list[str]) -> None:
+        """Raise ValueError if tokens of these names would not come after all others, as the backend counts ids."""
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        words = [name for name in names if name not in ids]
+        if not words or len(set(ids.values())) > (last := max(ids.values(), default=-1)):
+            return  # without gaps between the ids, a new one is the next
+        trial = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        trial.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in words])
+        if early := [name for name in words if (trial.token_to_id(name) or 0) <= last]:
+            raise ValueError(
+                f"got a tokenizer with gaps between its ids, in which {early[0]!r} would take the id "
+                f"{trial.token_to_id(early[0])} of another token, expected ids without gaps: take a template whose "
+                "special tokens it has, or fill the gaps in its tokenizer.json"
+            )
 
     def _files(self) -> dict[str, str]:
         own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eos, "pad_token": self._pad}

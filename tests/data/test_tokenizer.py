@@ -339,6 +339,39 @@ def test_a_resized_model_trains_saves_and_keeps_what_is_frozen(tmp_path):
     half(tokens[:, 1:2], return_loss=False).sum().backward()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_take_the_padding_first_and_both_matrices_have_their_rows(tied):
+    """A vocabulary of 270 rows whose last 12 pad it, as in Qwen2, with rows that were never trained."""
+    tokenizer = ByteTokenizer(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
+    palm = palm_of(depth=1, num_tokens=270, tie_embeddings=tied, block="serial", norm="rms").eval()
+    matrices = ("token_emb",) if tied else ("token_emb", "lm_head")
+    old = {name: getattr(palm, name).weight.detach().clone() for name in matrices}
+    if not tied:
+        assert not torch.equal(*old.values())
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 258, (2, 30)))
+    before = palm(tokens)[..., :258]
+    for names, num_tokens in ((["<|user|>"], 270), (["<|user|>", *(f"<|{number}|>" for number in range(13))], 272)):
+        add_special_tokens(palm, tokenizer, names)
+        assert palm.num_tokens == palm.output_weight.shape[0] == num_tokens
+        assert tokenizer.special_tokens["<|user|>"] == 258
+        for name in matrices:
+            weight = getattr(palm, name).weight
+            assert weight.requires_grad and torch.equal(weight[:258], old[name][:258])
+            torch.testing.assert_close(weight[258], old[name][:258].mean(0))
+        torch.testing.assert_close(palm(tokens)[..., :258], before)
+    assert tokenizer.num_tokens == 272
+
+
+def test_a_new_token_never_takes_the_id_of_another():
+    """The library counts its tokens for a new id: with gaps between the ids, that is the id of another token."""
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2, "c": 4, "d": 5, "e": 9}, []))
+    backend.add_special_tokens(["</s>"])
+    tokenizer, palm = HuggingFaceTokenizer(backend, eos_token="</s>"), palm_of(depth=1, num_tokens=10)
+    with pytest.raises(ValueError, match=r"gaps between its ids, in which '<x>' would take the id 6"):
+        add_special_tokens(palm, tokenizer, ["</s>", "<x>"])
+    assert tokenizer.special_tokens == {"</s>": 2} and tokenizer.num_tokens == palm.num_tokens == 10
+
+
 @pytest.mark.parametrize("arguments", [{"num_tokens": 256}, {"num_tokens": 300, "num_known": 258}])
 def test_tokens_are_not_taken_away(arguments):
     with pytest.raises(ValueError, match="tokens can be added, not taken away"):
