@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from palm_rlhf.model.lora import BlockLoRA
+from palm_rlhf.model.quantised.quantised_model import is_quantised
 from palm_rlhf.ops.devices import GPUS
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def why_not_captured(palm: "PaLM") -> str | None:
         return "PALM_RLHF_CUDA_GRAPHS=0"
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return "the caller is compiled or captured itself"
+    if is_quantised(palm):
+        return "the weights are in fewer bits"
     for parameter in palm.parameters():
         if type(parameter) is not nn.Parameter or parameter.device != palm.device:
             return "weights are sharded, or lie on several devices"

@@ -7,6 +7,8 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from palm_rlhf.model.quantised.quantised_model import is_quantised, refuse_quantised
+
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.shared_base import is_shared, require_sole_base
 from palm_rlhf.ops.swiglu import swiglu
@@ -164,6 +166,8 @@ def add_finetune_params(
         raise ValueError(f"finetune scope {scope!r} cannot name a module; expected a name without dots: 'default'")
     if r < 1:
         raise ValueError(f"the rank r is {r}; expected at least 1")
+    if train_base:
+        refuse_quantised(palm, "to train the base", "leave train_base out, or call palm.dequantize_() first")
     unknown = [name for name in targets if name not in TARGETS]
     if unknown or not targets:
         raise ValueError(f"got the targets {[*targets]}; expected at least one, and all of them from {TARGETS}")
@@ -180,19 +184,23 @@ def add_finetune_params(
 
 @beartype
 def remove_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> nn.ModuleList:
-    """Remove a LoRA scope and return its adapters; without the last one the base is trainable, unless it is shared."""
+    """Remove a LoRA scope and return its adapters; without the last one a plain base is trainable, unless it is shared."""
     adapters_of(palm, scope)
     adapters = cast(nn.ModuleList, palm.finetune_modules.pop(scope))
     if not palm.finetune_modules and not is_shared(palm):
         for parameter in palm.palm_parameters():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(not is_quantised(palm))
     return adapters
 
 
 @beartype
 def merge_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> None:
-    """Add a LoRA scope into the base weights, and remove it. Raises ValueError where another model holds the base."""
+    """Add a LoRA scope into the base weights, and remove it.
+
+    Raises ValueError where another model holds the base, and for a base in fewer bits.
+    """
     require_sole_base(palm, f"merge_finetune_params({scope!r})")
+    refuse_quantised(palm, "to merge adapters into", "call palm.dequantize_() first")
     adapters = cast("Sequence[BlockLoRA]", palm.remove_finetune_params(scope))
     for layer, block in zip(cast("Sequence[Block]", palm.layers), adapters, strict=True):
         block.merge_into(layer)

@@ -18,6 +18,7 @@ from palm_rlhf.model.inputs import check_token_ids, check_tokens, default_positi
 from palm_rlhf.model.lora import BlockLoRA, adapters_of
 from palm_rlhf.model.native_decode import native_step, step_tables
 from palm_rlhf.model.norms import LayerNorm, RMSNorm, residual_norm
+from palm_rlhf.model.quantised import quantised_model
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy
 from palm_rlhf.ops.logprobs import next_token_pairs, target_mask
 from palm_rlhf.ops.rotary_scaling import RotaryScaling
@@ -43,6 +44,8 @@ class PaLM(nn.Module):
     load_adapter = adapter_folder.load_adapter
     save_adapter = adapter_folder.save_adapter
     palm_parameters = lora.palm_parameters
+    quantize_ = quantised_model.quantize_
+    dequantize_ = quantised_model.dequantize_
     save_pretrained = pretrained.save_pretrained
     from_pretrained = classmethod(pretrained.from_pretrained)
     preset = classmethod(pretrained.preset)

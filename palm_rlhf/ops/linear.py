@@ -5,12 +5,22 @@ or split them. For the gradient of a weight they transpose the narrow operand ex
 wide one, and the product would take three times as long.
 """
 
+from typing import Protocol, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf.ops.devices import why_not_triton
 from palm_rlhf.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
+
+
+class QuantisedMatrix(Protocol):
+    """A weight in fewer bits, `o i`, which the functions of this module take in place of a tensor."""
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `x @ weight.T + bias`: `... i -> ... o`."""
+        ...
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -96,7 +106,7 @@ class _SwiGLULinear(torch.autograd.Function):
         )
 
 
-def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+def split_linear(x: Tensor, weight: Tensor | QuantisedMatrix, sizes: list[int]) -> tuple[Tensor, ...]:
     """Return `x @ weight.T`, split along the last axis into outputs of the given sizes.
 
     x: `... i`, weight: `sum(sizes) i` -> one `... size` for each size
@@ -106,7 +116,9 @@ def split_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, .
     return _SplitLinear.apply(*_autocast(x, weight), sizes)
 
 
-def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hidden_weight: Tensor) -> Tensor:
+def swiglu_sum_linear(
+    x: Tensor, weight: Tensor | QuantisedMatrix, gate: Tensor, value: Tensor, hidden_weight: Tensor | QuantisedMatrix
+) -> Tensor:
     """Return `x @ weight.T + swiglu(gate, value) @ hidden_weight.T`.
 
     x: `... i`, weight: `o i`, gate and value: `... j`, hidden_weight: `o j` -> `... o`
@@ -116,18 +128,20 @@ def swiglu_sum_linear(x: Tensor, weight: Tensor, gate: Tensor, value: Tensor, hi
     return _SwiGLUSumLinear.apply(*_autocast(x, weight, gate, value, hidden_weight))
 
 
-def swiglu_linear(gate: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+def swiglu_linear(gate: Tensor, value: Tensor, weight: Tensor | QuantisedMatrix) -> Tensor:
     """Return `swiglu(gate, value) @ weight.T`: `... j`, `... j`, `o j` -> `... o`."""
     if not _is_faster(gate, weight) or why_not_triton(gate, value) is None:
         return linear(swiglu(gate, value), weight)
     return _SwiGLULinear.apply(*_autocast(gate, value, weight))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantisedMatrix, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias`; for one row on a CPU as a matrix-vector product, which reads the weights faster.
 
     x: `... i`, weight: `o i`, bias: `o` -> `... o`
     """
+    if not isinstance(weight, Tensor):
+        return weight.product(x, bias)
     plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_dense(weight)
     if plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -138,12 +152,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _is_dense(weight: Tensor) -> bool:
-    """Return whether a weight is a plain tensor, and no subclass that keeps its numbers in fewer bits."""
+def _is_dense(weight: Tensor | QuantisedMatrix) -> bool:
+    """Return whether a weight is a plain tensor, and neither in fewer bits nor a subclass, such as one in shards."""
     return type(weight) in (Tensor, nn.Parameter)
 
 
-def _is_faster(x: Tensor, *weights: Tensor) -> bool:
+def _is_faster(x: Tensor, *weights: Tensor | QuantisedMatrix) -> bool:
     """Return whether the functions above are faster than autograd: on a CPU, for more than one new token.
 
     It must not matter whether gradients are wanted: RLHF compares the log-probabilities that it recorded while sampling
@@ -154,8 +168,9 @@ def _is_faster(x: Tensor, *weights: Tensor) -> bool:
     return x.device.type == "cpu" and plain and not torch.compiler.is_compiling()
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the operands of a product as autocast would; it does not do so for an autograd.Function."""
+def _autocast(*operands: Tensor | QuantisedMatrix) -> tuple[Tensor, ...]:
+    """Cast the dense operands of a product as autocast would; it does not do so for an autograd.Function."""
+    tensors = cast(tuple[Tensor, ...], operands)
     if not torch.is_autocast_enabled("cpu"):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype("cpu")) for t in tensors)
