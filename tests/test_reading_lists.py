@@ -36,6 +36,7 @@ BESIDE = {
         "model.local_model": "where a model lies",
         "model.files": "files of text, and files that are whole or absent",
         "model.interop": "files of other packages",
+        "model.quantised": "weights in fewer bits",
     },
     "PPO": {
         "ops": "functions of the model",

@@ -12,6 +12,7 @@ from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.model.token_ids import known_tokens, require_room
 from palm_rlhf.ops.sampling import UncheckedSampling
 
@@ -24,6 +25,7 @@ def generate(
     max_new_tokens: int = 256,
     sampling: OmitArgPrefixes[UncheckedSampling] = UncheckedSampling(),  # noqa: B008 (it is frozen)
     seed: Annotated[int | None, arg(metavar="INT")] = None,
+    quantize: Quantisation | None = None,
 ) -> None:
     """Continue a text, printing it as it is sampled.
 
@@ -34,10 +36,15 @@ def generate(
         max_new_tokens: Number of tokens to sample.
         sampling: Sampling settings.
         seed: Seed of the sample; by default a different one each time.
+        quantize: Keep the matrices of the blocks in int8, a byte a weight, or int4, 4.5 bits a weight (NF4), by
+            bitsandbytes: less memory, and on a CPU slower steps.
     """
     options = sampling.checked().options
     folder = local_model(checkpoint)
-    palm = PaLM.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    palm = PaLM.from_pretrained(folder, device=device if quantize is None else "cpu")
+    if quantize is not None:
+        palm.quantize_(quantize, device=device)
     tokenizer = _tokenizer_of(folder, palm)
     text = prompt.encode("utf-8", errors="surrogateescape")  # the bytes that were typed, in any encoding
     if isinstance(tokenizer, ByteTokenizer):

@@ -10,9 +10,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.reward_arguments import MAIN, has_functions, open_rewards, read_environment, without_name
 from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
-from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model, quantize_base
 from palm_rlhf.commands.training_data import read_prompt_rows
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.rlhf.config import PPOConfig
@@ -36,6 +37,7 @@ def rlhf(
     output_dir: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     resume: bool = False,
     template: TemplateName = "auto",
+    quantize: Quantisation | None = None,
     training: OmitArgPrefixes[PPOConfig] = PPOConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Improve a model by reinforcement learning from rewards, models or functions: PPO, GRPO or RLOO (--algorithm).
@@ -64,12 +66,16 @@ def rlhf(
             runs/.
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
         template: The chat template; auto is the model's own, or default.
+        quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
+            (NF4), by bitsandbytes. The model that is saved has plain weights, with the adapters merged.
         training: Training settings; if --eos-token is None, the end of the assistant's turn ends a response.
     """
     output_dir = run_folder("rlhf", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
     judges = open_rewards(reward_model, rewards, chat_model, model, share_base=training.share_base)
+    if quantize is not None:  # after the reward model, which may hold the same base
+        quantize_base(chat_model.palm, quantize, training.actor_lora_r, "--actor-lora-r")
     if training.eos_token is None:
         training = replace(training, eos_token=chat_model.end_of_turn)
     answers = None if environment is None else read_environment(environment, chat_model)

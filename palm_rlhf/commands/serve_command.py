@@ -9,6 +9,7 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.serving.access_options import AccessOptions, is_loopback, num_bytes
 from palm_rlhf.serving.http.access import Access
 
@@ -34,6 +35,7 @@ def serve(
     lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
     reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    quantize: Quantisation | None = None,
     max_batch: Annotated[int | None, arg(metavar="REPLIES")] = None,
     queue: int = 64,
     timeout: float = 600.0,
@@ -60,6 +62,8 @@ def serve(
         lora_scope: A LoRA scope to merge into the weights.
         reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
         dtype: The numeric type to compute with; auto is the type of the saved weights.
+        quantize: Keep the matrices of the blocks in int8, a byte a weight, or int4, 4.5 bits a weight (NF4), by
+            bitsandbytes: less memory, and on a CPU slower replies.
         max_batch: The most replies that are computed together; by default 16 on a CPU, and as many as the memory of a
             GPU holds, up to 256.
         queue: The most replies that may wait beyond them; more are refused with status 429.
@@ -94,6 +98,7 @@ def serve(
         "reward_model": reward_model,
         "dtype": None if dtype == "auto" else getattr(torch, dtype),
         "device": device,
+        "quantize": quantize,
     }
     serve_checkpoint(host, port, checkpoint, loading, config, access, feedback)
 

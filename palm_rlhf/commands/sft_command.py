@@ -8,10 +8,18 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
-from palm_rlhf.commands.start_models import ChatModel, ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.start_models import (
+    ChatModel,
+    ModelName,
+    TemplateName,
+    merge_adapters,
+    open_chat_model,
+    quantize_base,
+)
 from palm_rlhf.commands.training_data import examples_of, fit_to_context, read_records_for, split_held_out
 from palm_rlhf.data.files.json_record import Record
 from palm_rlhf.data.packing import PackedSampler
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.training.supervised import SCOPE, SupervisedTrainer
 from palm_rlhf.training.supervised_config import SupervisedConfig
 
@@ -26,6 +34,7 @@ def sft(
     template: TemplateName = "auto",
     held_out: Annotated[float, arg(metavar="0..1")] = 0.05,
     seq_len: int = 1024,
+    quantize: Quantisation | None = None,
     training: OmitArgPrefixes[SupervisedConfig] = SupervisedConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Fine-tune a model on conversations; adapters (--lora-r) are merged at the end.
@@ -41,11 +50,15 @@ def sft(
         template: The chat template; auto is the model's own, or default.
         held_out: The share of conversations that is held out for evaluation; 0 holds out none.
         seq_len: Length of a row in tokens; longer conversations are split between turns.
+        quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
+            (NF4), by bitsandbytes. The model that is saved has plain weights, with the adapters merged.
         training: Training settings.
     """
     output_dir = run_folder("sft", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
+    if quantize is not None:
+        quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
     train, valid = split_held_out(read_records_for(data, "sft"), held_out, training.seed)
     trainer = make_trainer(
         chat_model,
@@ -62,7 +75,7 @@ def sft(
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
     result = trainer.finish()
     if training.lora_r:
-        chat_model.palm.merge_finetune_params(SCOPE)
+        merge_adapters(chat_model.palm, SCOPE)
     if trainer.accelerator.is_main_process:
         learn_reward = f"palm-rlhf reward RANKINGS --model {quoted(output_dir)}"
         finish_chat_model(result, output_dir, chat_model, [("learn a reward", learn_reward)])

@@ -13,6 +13,8 @@ from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, add_sp
 from palm_rlhf.evaluation.measures.model_folders import is_reward_model
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.quantised.quantised_model import is_quantised
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.model.token_ids import require_room, resize_token_embeddings
 from palm_rlhf.policy.reward_model import RewardModel
 
@@ -52,6 +54,22 @@ def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
     form = open_template(folder, template)
     add_special_tokens(palm, tokenizer, form.special_tokens)
     return ChatModel(palm, tokenizer, form)
+
+
+@beartype
+def quantize_base(palm: PaLM, kind: Quantisation, rank: int, option: str) -> None:
+    """Put the base below adapters into fewer bits. Raises ValueError without adapters: `rank` is that of `option`."""
+    if not rank:
+        raise ValueError(f"got --quantize {kind} without {option}, expected adapters: frozen weights do not train")
+    palm.quantize_(kind)
+
+
+@beartype
+def merge_adapters(palm: PaLM, scope: str) -> None:
+    """Merge adapters into plain weights: a base in fewer bits becomes the plain weights that its numbers stand for."""
+    if is_quantised(palm):
+        palm.dequantize_()
+    palm.merge_finetune_params(scope)
 
 
 @beartype

@@ -21,6 +21,7 @@ from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import ATTENTION, adapters_of
+from palm_rlhf.model.quantised.quantised_model import quantised_parts, require_frozen
 from palm_rlhf.model.shared_base import require_sole_base
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
@@ -113,9 +114,7 @@ def load_into(palm: "PaLM", path: Path) -> None:
     for scope, options in scope_options(skeleton).items():
         if scope not in palm.finetune_modules:
             palm.add_finetune_params(scope, **options)
-    parameters = dict(palm.named_parameters())
-    for name, rows in parts:
-        copy_rows(parameters[name], rows)
+    copy_parts(palm, parts)
     if folder is not None:
         folder.require_unchanged()
 
@@ -196,6 +195,20 @@ def filled(skeleton: Model, parts: Parts, *, dtype: torch.dtype | None, device: 
         copy_rows(state[name], chain([first], rows))
     skeleton.load_state_dict(state, assign=True)
     return skeleton
+
+
+def copy_parts(model: nn.Module, parts: Parts) -> None:
+    """Copy weights into a model, in place.
+
+    Raises ValueError where weights in fewer bits, which are frozen, are not those of the file; nothing is copied then.
+    """
+    if frozen := quantised_parts(model):
+        read = {name: list(rows) for name, rows in parts}
+        require_frozen(frozen, {name: torch.cat(read.pop(name)) for name in frozen})
+        parts = iter(read.items())
+    ours = dict(chain(model.named_parameters(), model.named_buffers()))
+    for name, rows in parts:
+        copy_rows(ours[name], rows)
 
 
 @torch.no_grad()

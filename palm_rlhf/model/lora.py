@@ -7,9 +7,8 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
-from palm_rlhf.model.quantised.quantised_model import is_quantised, refuse_quantised
-
 from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.quantised.quantised_model import is_quantised, refuse_quantised
 from palm_rlhf.model.shared_base import is_shared, require_sole_base
 from palm_rlhf.ops.swiglu import swiglu
 

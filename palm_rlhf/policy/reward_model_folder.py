@@ -126,9 +126,7 @@ def load(
             model.palm.add_finetune_params(name, **options)
     model.pooling = skeleton.pooling
     model.use_lora_scope(skeleton.lora_scope)
-    ours = model.state_dict()
-    for name, rows in parts:
-        checkpoint.copy_rows(ours[name], rows)
+    checkpoint.copy_parts(model, parts)
     if folder is not None:
         folder.require_unchanged()
     return model

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.ops.sampling import UncheckedSampling
 from palm_rlhf.serving.dialogue import CHATTING, Dialogue
 from palm_rlhf.serving.engine import Engine, EngineConfig
@@ -29,6 +30,7 @@ def chat(
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
     template: Literal["auto", "plain", "default", "oasst", "vicuna", "openchat"] = "auto",
     lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
+    quantize: Quantisation | None = None,
 ) -> None:
     """Talk with a model in the terminal: it remembers what was said, and its replies come word by word.
 
@@ -46,6 +48,8 @@ def chat(
         context: The most tokens of the conversation with the reply; the model's max_seq_len by default.
         template: The chat template; auto is the model's own, plain writes roles as words.
         lora_scope: A LoRA scope to merge into the weights.
+        quantize: Keep the matrices of the blocks in int8, a byte a weight, or int4, 4.5 bits a weight (NF4), by
+            bitsandbytes: less memory, and on a CPU slower replies.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"got max_tokens={max_tokens}, expected at least 1")
@@ -55,7 +59,7 @@ def chat(
             stream.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives `input` a history)
-    model = load(checkpoint, template=template, lora_scope=lora_scope)
+    model = load(checkpoint, template=template, lora_scope=lora_scope, quantize=quantize)
     size = (context or model.palm.config.max_seq_len) * SlotCache.bytes_per_token(model.palm)
     config = EngineConfig(
         context=context,

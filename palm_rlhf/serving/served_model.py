@@ -17,7 +17,11 @@ from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_temp
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
+<<<<<<< HEAD
 from palm_rlhf.model.token_ids import require_room
+=======
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
+>>>>>>> 4af8a95 (Model: frozen matrices in int8 or 4 bits below adapters, loaded, saved and resumed as the weights that they stand for; --quantize in chat, serve, generate, sft and rlhf)
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.call_form import CallForm, call_form
@@ -146,6 +150,7 @@ def load(
     reward_model: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: Quantisation | None = None,
 ) -> ServedModel:
     """Open a checkpoint: a folder with a model, the folder of a run, or an id on the Hugging Face hub.
 
@@ -156,14 +161,17 @@ def load(
         template: One of PRESETS, "plain" for a transcript, or "auto" for the checkpoint's own.
         lora_scope: A LoRA scope that is merged into the weights.
         reward_model: A folder with a RewardModel, or its id on the hub; its tokenizer has to be the same.
+        quantize: The kind of numbers for the matrices of the blocks, see `PaLM.quantize_`; None keeps the weights.
     """
     folder = local_model(checkpoint)
     device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    palm = PaLM.from_pretrained(folder, dtype=dtype, device=device)
+    palm = PaLM.from_pretrained(folder, dtype=dtype, device=device if quantize is None else "cpu")
     if lora_scope is not None:
         palm.merge_finetune_params(lora_scope)
     elif palm.finetune_modules:
         logger.warning("%s has the LoRA scopes %s, and none is used", folder, sorted(palm.finetune_modules))
+    if quantize is not None:
+        palm.quantize_(quantize, device=device)
     tokenizer = _tokenizer_of(folder, palm)
     model = ServedModel(
         name=name or Path(checkpoint).resolve().name,

@@ -1,5 +1,6 @@
 """A frozen base in fewer bits: the matrices of the blocks as int8 or 4-bit numbers, below trainable adapters."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,9 +107,7 @@ def quantize_(
     Raises ValueError for a model that is quantised already, ImportError without the extra `quantize`.
     """
     if is_quantised(palm):
-        raise ValueError(
-            f"got a model in {quantisation_of(palm)}, expected plain weights; call palm.dequantize_() first"
-        )
+        raise ValueError(f"got weights in {quantisation_of(palm)}, expected plain ones; call palm.dequantize_() first")
     device = palm.device if device is None else torch.device(device)
     for layer in palm.layers:
         for name, module in list(layer.named_children()):
@@ -150,10 +149,26 @@ def refuse_quantised(module: nn.Module, doing: str, mend: str) -> None:
         raise ValueError(f"got weights in {kind}, expected plain ones {doing}; {mend}")
 
 
+def check_frozen(module: nn.Module, *, is_sharded: bool) -> None:
+    """Raise ValueError if a base in fewer bits is to train, or to lie in shards (FSDP), before a run begins."""
+    blocks = [part for part in module.modules() if any(isinstance(child, QuantisedLinear) for child in part.children())]
+    if any(parameter.requires_grad for block in blocks for parameter in block.parameters()):
+        refuse_quantised(module, "to train", "train adapters (a rank of LoRA) above the frozen base")
+    if is_sharded:
+        refuse_quantised(module, "in shards (FSDP)", "leave the quantisation out, or run without shards")
+
+
 def quantised_parts(module: nn.Module) -> dict[str, QuantisedLinear]:
     """Return the layers in fewer bits, by the names that their weights have in the state dict."""
     parts = module.named_modules()
     return {f"{name}.weight": part for name, part in parts if isinstance(part, QuantisedLinear)}
+
+
+def require_frozen(parts: Mapping[str, QuantisedLinear], saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a saved weight is another one than that of its `quantised_parts`, which loading keeps."""
+    for name, part in parts.items():
+        if problem := part.why_not_equal(name, saved[name]):
+            raise ValueError(problem)
 
 
 def weights_bytes(module: nn.Module) -> int:

@@ -64,9 +64,14 @@ def pack(weight: Tensor, kind: Quantisation) -> Packed:
 
 def unpack(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return the weight that the numbers stand for: `o i`."""
-    if packed.numbers.dtype == torch.int8:
-        return (packed.numbers * packed.scales.unsqueeze(-1)).to(dtype)
-    return bitsandbytes().functional.dequantize_4bit(packed.numbers, _nf4_state(packed, shape, dtype))
+    numbers, scales = packed
+    if numbers.dtype == torch.int8:
+        return (numbers * scales.unsqueeze(-1)).to(dtype)
+    if shape[1] % BLOCK_SIZE:  # on a CPU bitsandbytes 0.50 begins a new block with each row, and packs no such rows
+        count = shape[0] * shape[1]
+        rows = (1, count) if count % BLOCK_SIZE else (count // BLOCK_SIZE, BLOCK_SIZE)
+        return bitsandbytes().functional.dequantize_4bit(numbers, _nf4_state(scales, rows, dtype)).view(shape)
+    return bitsandbytes().functional.dequantize_4bit(numbers, _nf4_state(scales, shape, dtype))
 
 
 def product(x: Tensor, packed: Packed, shape: tuple[int, int]) -> Tensor:
@@ -74,36 +79,41 @@ def product(x: Tensor, packed: Packed, shape: tuple[int, int]) -> Tensor:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    if packed.numbers.dtype == torch.int8:
-        return _Int8Product.apply(x, *packed)
-    # the state is of the matrix as it was packed, `o i`, and the function takes the transposed numbers
-    return bitsandbytes().matmul_4bit(x, packed.numbers.t(), _nf4_state(packed, shape, x.dtype))
+    numbers, scales = packed
+    if kind != "cpu" and numbers.dtype == torch.uint8 and shape[1] % BLOCK_SIZE == 0:
+        return bitsandbytes().matmul_4bit(x, numbers.t(), _nf4_state(scales, shape, x.dtype))  # reads packed numbers
+    return _Product.apply(x, numbers, scales, shape)
 
 
-class _Int8Product(torch.autograd.Function):
-    """The product with int8 numbers, exact in bfloat16 too, and then with the scales of the rows.
+class _Product(torch.autograd.Function):
+    """The product with a packed weight, which is unpacked anew in the backward.
 
-    It saves nothing but the packed weight. Autograd would keep the numbers in the type of x for the backward, and so
-    the whole model in its plain size.
+    Autograd would keep the unpacked weight for the backward, and so the whole model in its plain size. The numbers of
+    int8 are exact in bfloat16 too: the scales of the rows multiply the output.
     """
 
     @staticmethod
-    def forward(ctx, x, numbers, scales):
+    def forward(ctx, x, numbers, scales, shape):
         ctx.save_for_backward(numbers, scales)
-        return F.linear(x, numbers.to(x.dtype)).mul_(scales)
+        ctx.shape = shape
+        if numbers.dtype == torch.int8:
+            return F.linear(x, numbers.to(x.dtype)).mul_(scales)
+        return F.linear(x, unpack(Packed(numbers, scales), shape, x.dtype))
 
     @staticmethod
     def backward(ctx, d_out):
         numbers, scales = ctx.saved_tensors
-        return (d_out * scales).to(d_out.dtype) @ numbers.to(d_out.dtype), None, None
+        if numbers.dtype == torch.int8:
+            return (d_out * scales).to(d_out.dtype) @ numbers.to(d_out.dtype), None, None, None
+        return d_out @ unpack(Packed(numbers, scales), ctx.shape, d_out.dtype), None, None, None
 
 
-def _nf4_state(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+def _nf4_state(scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Any:
     """Return the description of NF4 numbers with which bitsandbytes reads them."""
     return bitsandbytes().functional.QuantState(
-        absmax=packed.scales,
+        absmax=scales,
         shape=torch.Size(shape),
-        code=_nf4_numbers(packed.numbers.device),
+        code=_nf4_numbers(scales.device),
         blocksize=BLOCK_SIZE,
         quant_type="nf4",
         dtype=dtype,

@@ -17,6 +17,7 @@ from beartype import beartype
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from palm_rlhf.model.quantised.quantised_model import check_frozen
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.run.checkpoints import (
     complete_checkpoints,
@@ -125,6 +126,7 @@ class Run:
         `num_forwards` is about the number of forwards with gradients of one process in the whole run; 0, where it is
         not known or the model should not be compiled by itself.
         """
+        check_frozen(module, is_sharded=self.accelerator.is_fsdp2)
         self.module = module
         if self.accelerator.is_fsdp2:
             refuse_shared_bases(module)
