@@ -183,7 +183,7 @@ def add_finetune_params(
 
 @beartype
 def remove_finetune_params(palm: "palm_rlhf.model.palm.PaLM", scope: str = "default") -> nn.ModuleList:
-    """Remove a LoRA scope and return its adapters; without the last one a plain base is trainable, unless it is shared."""
+    """Remove a LoRA scope and return its adapters; without the last one a plain, unshared base is trainable."""
     adapters_of(palm, scope)
     adapters = cast(nn.ModuleList, palm.finetune_modules.pop(scope))
     if not palm.finetune_modules and not is_shared(palm):

@@ -17,11 +17,8 @@ from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_temp
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
-<<<<<<< HEAD
-from palm_rlhf.model.token_ids import require_room
-=======
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
->>>>>>> 4af8a95 (Model: frozen matrices in int8 or 4 bits below adapters, loaded, saved and resumed as the weights that they stand for; --quantize in chat, serve, generate, sft and rlhf)
+from palm_rlhf.model.token_ids import require_room
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.call_form import CallForm, call_form

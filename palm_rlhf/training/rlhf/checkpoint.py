@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from beartype import beartype
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 
 CRITIC_FILE = "critic.safetensors"
-Part = TypeVar("Part")
 
 
 def save_checkpoint(trainer: "RLHFTrainer") -> None:
@@ -95,24 +94,17 @@ def read_policy(folder: Path, actor_critic: ActorCritic, reference: Reference | 
     )
     for targets, saved, where in pairs:
         check_shapes(shapes_of(saved), shapes_of(targets), where)
-    for (targets, saved, _), parts in zip(pairs, _parts(quantised_parts(actor_critic)), strict=True):
-        require_frozen(parts, {name: saved[name] for name in parts})
+    require_frozen(quantised_parts(actor_critic.palm), saved_policy.state_dict())
+    for targets, saved, _ in pairs:
         for name, target in targets.items():
-            if name not in parts:
-                load_full(target.detach(), saved[name])
+            load_full(target.detach(), saved[name])
     if reference is not None and not reference.is_base:
         reference.palm.load(folder / "reference")
 
 
-<<<<<<< HEAD
 def _parts(actor_critic: ActorCritic, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the policy's tensors, by their names in the PaLM, and all others; of a shared base, the policy's alone."""
-    in_policy = set(actor_critic.palm.parameters())
-    named = actor_critic.named_parameters(remove_duplicate=False)
-    theirs = {name for name, parameter in named if parameter in in_policy} | {n for n in state if n.startswith("palm.")}
-=======
-def _parts(state: dict[str, Part]) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Return the tensors of the policy, or other parts of it, by their names in the PaLM, and all others."""
->>>>>>> 4af8a95 (Model: frozen matrices in int8 or 4 bits below adapters, loaded, saved and resumed as the weights that they stand for; --quantize in chat, serve, generate, sft and rlhf)
+    in_policy, parts = set(actor_critic.palm.modules()), dict(actor_critic.named_modules(remove_duplicate=False))
+    theirs = {name for name in state if parts[name.rpartition(".")[0]] in in_policy}
     policy = {name.removeprefix("palm."): tensor for name, tensor in state.items() if name.startswith("palm.")}
     return policy, {name: tensor for name, tensor in state.items() if name not in theirs}
