@@ -92,16 +92,6 @@ def fine_tune(palm: PaLM, pairs: list[tuple[Tensor, Tensor]], config: FineTuning
         optimizer.step()
 
 
-class OutOfTime(Exception):
-    """max_seconds ended the named stage before its last step."""
-
-
-def check_complete(stage: str, result: Result) -> None:
-    """Raise OutOfTime if the stage ended early."""
-    if "stopped_early" in result:
-        raise OutOfTime(stage)
-
-
 class Dialogues(NamedTuple):
     """Conversations and their pairs of a prompt and an answer for training, the prompts of these, and others."""
 

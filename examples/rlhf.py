@@ -4,15 +4,16 @@ The dialogues are the English ones of the package chatterbot-corpus. A program s
 VADER (Hutto and Gilbert 2014), which scores the sentiment of a text and so prefers friendly answers. Its score is the
 gold score. The score of the reward model, which learns from VADER's rankings and which PPO maximises, is the proxy.
 
+With --model the recipe begins with a pretrained chat model: rlhf_pretrained.py.
+
 pip install "palm-rlhf[examples]" && python examples/rlhf.py --seed 0
 """
 
 import copy
-import itertools
+import importlib
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,28 +32,33 @@ from dialogue_model import (
     TOKENIZER,
     Dialogues,
     FineTuning,
-    OutOfTime,
-    check_complete,
     fine_tune,
     hold_out,
     pretrain,
     read_conversations,
     turn,
 )
-from rlhf_report import Measurement, draw_curves, report, say
+from rlhf_report import draw_curves, report, say
+from rlhf_stages import (
+    Bench,
+    OutOfTime,
+    ask,
+    check_complete,
+    improve,
+    learn_reward,
+    rank,
+    read_rankings,
+    write_rankings,
+)
 
 from palm_rlhf.cli import replace_unprintable_characters
 from palm_rlhf.commands.run_folder import quoted, show_next
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.files import write_text
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.ops.masked import masked_sum
 from palm_rlhf.policy.reward_model import RewardModel
-from palm_rlhf.policy.rollout import ResponseSampling, collect
-from palm_rlhf.policy.sequences import response_logprobs, spoken
+from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.language_model_config import LMConfig
 from palm_rlhf.training.ranked_data import Ranking
-from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
@@ -90,100 +96,10 @@ class Annotator:
     def rank(
         self, palm: PaLM, prompts: list[str], sampling: ResponseSampling, num_samples: int, seed: int
     ) -> list[Ranking]:
-        """Sample answers to each prompt and rank them, best first.
-
-        A ranking has no ties: of answers with equal scores, each is in another ranking of the prompt. A prompt has no
-        ranking if all of its answers have the same score.
-        """
+        """Sample answers to each prompt and rank them, best first."""
         turns, generator = [turn(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
-        rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
-        _, tokens = spoken(rollout.sequences)
-        _, answers = spoken(rollout.sequences, TOKENIZER, END_OF_TURN)
-        rankings = []
-        for prompt, first in zip(turns, range(0, len(answers), num_samples), strict=True):
-            these = slice(first, first + num_samples)
-            distinct = dict(zip(answers[these], tokens[these], strict=True))
-            alike = defaultdict(list)  # the answers of each score
-            for score, answer in zip(self.score(list(distinct)), distinct.values(), strict=True):
-                alike[score].append(answer)
-            best_first = [alike[score] for score in sorted(alike, reverse=True)]
-            for row in itertools.zip_longest(*best_first):
-                responses = [answer for answer in row if answer is not None]
-                if len(responses) > 1:
-                    rankings.append(Ranking(prompt, responses))
-        return rankings
-
-
-@torch.no_grad()
-def measure(
-    palm: PaLM,
-    reference: PaLM,
-    reward_model: RewardModel,
-    annotator: Annotator,
-    prompts: list[str],
-    sampling: ResponseSampling,
-    num_samples: int,
-) -> Measurement:
-    """Sample answers to the held-out prompts, from the same random numbers each time, and score them."""
-    generator = torch.Generator().manual_seed(0)
-    turns = [turn(prompt) for prompt in prompts]
-    rollout = collect(palm, turns, sampling, num_samples=num_samples, batch_size=512, generator=generator)
-    _, answers = spoken(rollout.sequences, TOKENIZER, END_OF_TURN)
-    ref_logprobs = response_logprobs(reference, rollout.sequences, **sampling.truncation).logprobs
-    kl = masked_sum(rollout.logprobs - ref_logprobs, rollout.sequences.action_mask, dim=-1)
-    return Measurement(
-        [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)],
-        torch.tensor(annotator.score(answers)).reshape(-1, num_samples),
-        reward_model.score(rollout.sequences).reshape(-1, num_samples),
-        kl.reshape(-1, num_samples),
-    )
-
-
-def write_rankings(path: Path, rankings: list[Ranking]) -> None:
-    """Write one ranking on each line, as token ids, best first."""
-    rows = [[ranking.prompt.tolist(), *(answer.tolist() for answer in ranking.responses)] for ranking in rankings]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rankings(path: Path) -> list[Ranking]:
-    """Read the rankings of `write_rankings`."""
-    rows = [[torch.tensor(tokens) for tokens in json.loads(line)] for line in path.read_text().splitlines()]
-    return [Ranking(prompt, responses) for prompt, *responses in rows]
-
-
-def split(rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
-    """Split off a tenth of the rankings for validation; training rankings with the same prompts are dropped."""
-    valid = rankings[: len(rankings) // 10]
-    asked = {tuple(ranking.prompt.tolist()) for ranking in valid}
-    return [ranking for ranking in rankings if tuple(ranking.prompt.tolist()) not in asked], valid
-
-
-def learn_reward(palm: PaLM, rankings: list[Ranking], config: RewardConfig, folder: Path, resume: bool) -> RewardModel:
-    """Train the reward model and normalise its scores. Raises OutOfTime if the training ended early."""
-    train, valid = split(rankings)
-    say(f"4. training the reward model on {len(train)} rankings")
-    torch.manual_seed(config.seed)  # of the head, which is the same in a resumed run
-    model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not only the last one
-    trainer = RewardModelTrainer(
-        model, train_data=train, valid_data=valid, config=config, output_dir=folder, resume=resume
-    )
-    check_complete("reward model", trainer.train())
-    trainer.normalise(train)
-    say(f"held-out rankings: {trainer.evaluate()}")
-    return model
-
-
-def improve(
-    trainer: RLHFTrainer, before: Measurement, measured: Callable[[], Measurement], measure_every: int
-) -> list[Measurement]:
-    """Run PPO to its last step; measure the policy before, every `measure_every` steps, and at the end."""
-    history = [before]
-    say(f"before: {before}")
-    for metrics in trainer.steps(progress_bar=True):
-        if metrics["step"] % measure_every == 0 and metrics["step"] < trainer.config.num_steps:
-            history.append(measured())
-            say(f"step {metrics['step']}: {history[-1]}")
-    return [*history, measured()]
+        rollout, answers = ask(palm, turns, sampling, TOKENIZER, num_samples, generator=generator)
+        return rank(turns, rollout, answers, self.score(answers))
 
 
 def answering(
@@ -268,7 +184,10 @@ def main(
             palm.save_pretrained(folder)
             write_rankings(ranked, rankings)
         fine_tuned = copy.deepcopy(palm).eval()
-        reward_model = learn_reward(palm, rankings, timed(reward), output_dir / "reward", resume)
+        torch.manual_seed(seed)  # of the head, which is the same in a resumed run
+        reward_model = RewardModel(palm, pooling="mean")  # every word of an answer counts, not only the last one
+        say("4. learning the rankings")
+        learn_reward(reward_model, rankings, timed(reward), output_dir / "reward", resume)
     except OutOfTime as ended:
         say(f"{ended} is not complete: continue with --resume --output-dir {output_dir}")
         return print(json.dumps({"stopped_early": "max_seconds", "stage": str(ended), "output_dir": str(output_dir)}))
@@ -284,8 +203,9 @@ def main(
         output_dir=output_dir / "ppo",
         resume=resume,
     )
-    judge = (fine_tuned, reward_model, annotator, data.held_out, ppo.sampling, num_samples)
-    history = improve(trainer, measure(fine_tuned, *judge), lambda: measure(palm, *judge), measure_every)
+    unseen, gold = [turn(prompt) for prompt in data.held_out], lambda answers, _: annotator.score(answers)
+    bench = Bench(unseen, TOKENIZER, ppo.sampling, num_samples, gold, reward_model, fine_tuned)
+    history = improve(trainer, bench.measure(fine_tuned), lambda: bench.measure(palm), measure_every)
     palm.save_pretrained(output_dir / "policy")
     reward_model.save_pretrained(output_dir / "reward_model")
     draw_curves(output_dir / "rlhf.png", history)
@@ -294,9 +214,16 @@ def main(
     print(json.dumps({**report(data.held_out, history), **trainer.run.ending, "seconds": seconds}))
 
 
+def recipe(arguments: list[str]) -> Callable[..., None]:
+    """Return the recipe that the arguments ask for: that of a pretrained model if they name one by --model."""
+    if any(argument.split("=")[0] == "--model" for argument in arguments):
+        return importlib.import_module("rlhf_pretrained").main
+    return main
+
+
 if __name__ == "__main__":
     replace_unprintable_characters()
     try:
-        tyro.cli(main)
-    except (ValueError, OSError, FloatingPointError) as error:
+        tyro.cli(recipe(sys.argv[1:]))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"rlhf.py: {error}")

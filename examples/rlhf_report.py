@@ -2,9 +2,11 @@
 
 import itertools
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,27 +65,43 @@ def report(prompts: list[str], history: list[Measurement]) -> dict[str, float]:
     return {name: round(number, 4) for name, number in numbers.items()}
 
 
-def draw_curves(path: Path, history: list[Measurement]) -> None:
-    """Plot both scores over the KL to the fine-tuned model, and the distributions of the gold score."""
+def draw_curves(path: Path, history: list[Measurement], steps: Sequence[Mapping[str, float]] = ()) -> None:
+    """Plot both scores over the KL to the policy before PPO, and the distributions of the gold score.
+
+    With the metrics of PPO's steps, which have a gold score and a proxy, plot these over the steps as well.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no curves: they are drawn with matplotlib, pip install palm-rlhf[plot]")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    scores, distribution = figure.subplots(1, 2)
+    figure = Figure(figsize=(15 if steps else 10, 4), layout="constrained")
+    scores, distribution, *more = figure.subplots(1, 3 if steps else 2)
     kl = [float(measured.kl.mean()) for measured in history]
     for axes, name, colour in ((scores, "gold", "C1"), (scores.twinx(), "proxy", "C0")):
         means, stderrs = zip(*(mean_and_stderr(getattr(measured, name)) for measured in history), strict=True)
         axes.errorbar(kl, means, stderrs, color=colour, marker="o", capsize=2)
         axes.set_ylabel(f"{name} score", color=colour)
-    scores.set_xlabel("KL to the fine-tuned model (nats per answer)")
+    scores.set_xlabel("KL to the policy before PPO (nats per answer)")
     both = [measured.gold.flatten().numpy() for measured in (history[0], history[-1])]
-    distribution.hist(both, bins=11, range=(-1, 1), label=["before PPO", "after"])
+    lowest = min(0.0, *(float(gold.min()) for gold in both))
+    distribution.hist(both, bins=11, range=(-1 if lowest < 0 else 0, 1), label=["before PPO", "after"])
     distribution.set_xlabel("gold score of an answer")
     distribution.legend()
+    for first in more:
+        for axes, name, colour in ((first, "gold", "C1"), (first.twinx(), "proxy", "C0")):
+            axes.plot([row["step"] for row in steps], [row[f"score/{name}"] for row in steps], color=colour)
+            axes.set_ylabel(f"{name} score", color=colour)
+        first.set_xlabel("step of PPO (answers to the prompts that it trains on)")
     figure.savefig(path, dpi=120)
 
 
 def say(text: str) -> None:
     """Print a text for people to standard error."""
     tqdm.write(text, file=sys.stderr)
+
+
+def correlation(one: Tensor, other: Tensor) -> float:
+    """Return Pearson's correlation of two scores of the same answers; 0 where one of them is constant."""
+    if min(float(scores.std()) for scores in (one, other)) == 0:
+        return 0.0
+    return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])

@@ -50,6 +50,12 @@ def summary(example):
     return importlib.import_module("rlhf_report")
 
 
+@pytest.fixture(scope="module")
+def stages(example):
+    """The stages that it shares with the recipe of pretrained models."""
+    return importlib.import_module("rlhf_stages")
+
+
 @pytest.fixture
 def measurement(summary):
     """`measurement(gold, proxy)`: what was measured of as many prompts, an answer to each."""
@@ -173,10 +179,10 @@ def test_the_annotator_ranks_friendly_first_and_has_no_choice_between_equals(exa
     assert annotator.rank(palm, ["hello"], short, 100, 0) == []
 
 
-def test_no_prompt_is_in_both_parts_of_the_rankings(example):
+def test_no_prompt_is_in_both_parts_of_the_rankings(stages):
     prompts = [0, 1, 1, 1, *range(2, 20)]  # the first tenth of the 22 ends between two rankings of the prompt 1
     rankings = [Ranking(torch.tensor([prompt]), [torch.tensor([1]), torch.tensor([2])]) for prompt in prompts]
-    train, valid = example.split(rankings)
+    train, valid = stages.split(rankings)
     assert [int(ranking.prompt) for ranking in valid] == [0, 1]
     assert [int(ranking.prompt) for ranking in train] == list(range(2, 20))
 
