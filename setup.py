@@ -86,6 +86,7 @@ EXTRAS["test"] = [
     *EXTRAS["triton"],
     *EXTRAS["examples"],
     *EXTRAS["gguf"],
+    *EXTRAS["quantize"],
     "httpx>=0.27",
     "hypothesis>=6.100",
     "jsonschema>=4.20",

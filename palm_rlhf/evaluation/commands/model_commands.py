@@ -1,6 +1,7 @@
 """The commands of ``palm-rlhf evaluate`` that open models: lm, reward and run."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,8 @@ from palm_rlhf.evaluation.measures.text_prediction import ALL, measure_text, rea
 from palm_rlhf.evaluation.reports import tables
 from palm_rlhf.evaluation.reports.report import Report
 from palm_rlhf.model.local_model import local_model
+from palm_rlhf.model.quantised.quantised_model import weights_bytes
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.rlhf.sample_table import SAMPLES_FILE
 
@@ -45,12 +48,14 @@ def lm(
     seq_len: int = 1024,
     context: Integer = None,
     batch_size: int = 4,
+    quantize: Quantisation | None = None,
     report: Page = None,
 ) -> None:
     """Measure how well a model predicts text: bits per byte, comparable over tokenizers, and perplexity per token.
 
     The last line is JSON: bits_per_byte, perplexity, tokens_per_byte, tokens, bytes, documents, and by_language if the
-    file names several languages.
+    file names several languages. With --quantize it has weights_bytes too, and under quantized all figures of the model
+    in fewer bits, with perplexity_increase, a share of the plain weights' perplexity.
 
     Args:
         checkpoint: The folder of a run or of a model with its tokenizer, a .gguf file, a hub id, or smollm2; without a
@@ -61,16 +66,31 @@ def lm(
         seq_len: Length of a window, in tokens.
         context: Least number of tokens before a predicted token; half of seq_len by default.
         batch_size: Windows in one forward.
+        quantize: Measure the model with the matrices of its blocks in int8, a byte a weight, or int4, 4.5 bits a weight
+            (NF4), too, beside the plain weights.
         report: Write a page with tables and pictures here, and JSON beside it.
     """
     palm, tokenizer = open_palm(checkpoint)
     documents = read_documents(data, text_key=text_key, language_key=language_key)
-    parts = measure_text(palm, tokenizer, documents, seq_len=seq_len, context=context, batch_size=batch_size)
+    measure = partial(measure_text, seq_len=seq_len, context=context, batch_size=batch_size)
+    parts = measure(palm, tokenizer, documents)
     numbers = parts[ALL].numbers()
     if len(parts) > 1:
         numbers["by_language"] = {name: part.numbers() for name, part in parts.items() if name != ALL}
     rows = {name: part.numbers() for name, part in parts.items()}
     sections = tables.by_group("Text", "language", rows, plotted="bits_per_byte", y_label="bits per byte")
+    if quantize is not None:
+        numbers["weights_bytes"] = weights_bytes(palm)
+        palm.quantize_(quantize)
+        fewer_bits = {**measure(palm, tokenizer, documents)[ALL].numbers(), "weights_bytes": weights_bytes(palm)}
+        fewer_bits["perplexity_increase"] = fewer_bits["perplexity"] / numbers["perplexity"] - 1
+        columns = ("weights_bytes", "bits_per_byte", "perplexity")
+        rows = {
+            "plain": {name: numbers[name] for name in columns},
+            quantize: {name: fewer_bits[name] for name in columns},
+        }
+        sections += tables.by_group("Weights", "weights", rows, plotted="bits_per_byte", y_label="bits per byte")
+        numbers["quantized"] = {"kind": quantize, **fewer_bits}
     finish(Report(f"Language model {name_of(checkpoint)}", sections, numbers), report, numbers)
 
 
