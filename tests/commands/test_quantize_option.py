@@ -69,7 +69,7 @@ def test_the_server_answers_with_the_dequantised_weights(folders, root, tmp_path
     finally:
         server.kill()
         server.communicate()
-    tokens, logprobs = PaLM.from_pretrained(int4).generate(
+    tokens, _ = PaLM.from_pretrained(int4).generate(
         prompt=torch.tensor(list(WORDS.encode())), max_new_tokens=8, temperature=0.0, return_logprobs=True
     )
     assert len(got["token_logprobs"]) == len(tokens) == 8
