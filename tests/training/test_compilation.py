@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from palm_rlhf.model.block import ParallelBlock
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from palm_rlhf.training.run import compilation
 from palm_rlhf.training.run.compilation import CompiledBlocks, is_wanted, why_not
@@ -93,6 +94,17 @@ def test_a_compiler_that_fails_leaves_an_auto_run_as_it_is(monkeypatch, capsys):
 
 
 # ---- what
+
+
+def test_a_policy_and_a_critic_with_blocks_of_two_kinds_are_each_compiled_as_what_they_are(eager_compiler):
+    options = {"num_tokens": 11, "dim": 8, "depth": 1, "heads": 2, "dim_head": 4, "flash_attn": False}
+    models = torch.nn.ModuleList([PaLM(**options), PaLM(**options, block="serial", norm="rms")])
+    tokens = torch.randint(11, (2, 5))
+    expected = [model(tokens) for model in models]
+    with CompiledBlocks(models, True, torch.device("cpu"), 1, speaks=False)():
+        got = [model(tokens) for model in models]
+    assert len(eager_compiler) == 2
+    torch.testing.assert_close(got, expected)
 
 
 def test_outside_of_the_steps_a_block_is_what_it_was(eager_compiler, tmp_path):

@@ -64,8 +64,7 @@ class CompiledBlocks:
         if self.blocks and setting == "auto" and (reason := why_not(device)) is not None:
             self._say(f"the model is not compiled: torch.compile fails here, {reason}")
             self.blocks = []
-        if self.blocks:
-            self.forward = torch.compile(type(self.blocks[0]).forward)
+        self.forwards = {kind: torch.compile(kind.forward) for kind in set(map(type, self.blocks))}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -75,7 +74,7 @@ class CompiledBlocks:
         """
         started = time.perf_counter()
         for block in self.blocks:
-            block.__dict__["forward"] = partial(self.forward, block)
+            block.__dict__["forward"] = partial(self.forwards[type(block)], block)
         try:
             yield
         finally:
