@@ -24,6 +24,7 @@ from torch import Tensor
 from palm_rlhf.commands.run_folder import finish_chat_model, quoted
 from palm_rlhf.commands.start_models import ChatModel, open_chat_model
 from palm_rlhf.data.conversation import encode_prompt
+from palm_rlhf.model.token_ids import known_tokens
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.training.ranked_data import Ranking
@@ -90,8 +91,9 @@ def ranked_answers(
     """Sample answers to each question, as PPO samples them, and rank them by the gold score."""
     palm, tokenizer, _ = chat_model
     prompts, generator = encoded(questions, chat_model), torch.Generator(palm.device).manual_seed(seed)
+    sampling = ppo.sampling.restricted_to(known_tokens(tokenizer, palm.num_tokens))
     with forward_precision(ppo.precision, palm.device)():
-        rollout, answers = ask(palm, prompts, ppo.sampling, tokenizer, num_ranked, generator=generator)
+        rollout, answers = ask(palm, prompts, sampling, tokenizer, num_ranked, generator=generator)
     return rank(prompts, rollout, answers, gold_scores(questions, answers, ended(rollout)))
 
 

@@ -119,15 +119,15 @@ class Bench:
     @torch.no_grad()
     def measure(self, palm: PaLM, finetune_scope: str | None = None) -> Measurement:
         """Sample answers to the held-out prompts, and score them."""
-        options = {"generator": torch.Generator().manual_seed(0), "finetune_scope": finetune_scope}
+        options = {"generator": torch.Generator(palm.device).manual_seed(0), "finetune_scope": finetune_scope}
         rollout, texts = ask(palm, self.prompts, self.sampling, self.tokenizer, self.num_samples, **options)
         theirs = response_logprobs(self.reference, rollout.sequences, **self.sampling.truncation).logprobs
         kl = masked_sum(rollout.logprobs - theirs, rollout.sequences.action_mask, dim=-1)
         return Measurement(
             [texts[first : first + self.num_samples] for first in range(0, len(texts), self.num_samples)],
             torch.tensor(self.gold(texts, ended(rollout))).reshape(-1, self.num_samples),
-            self.reward_model.score(rollout.sequences).reshape(-1, self.num_samples),
-            kl.reshape(-1, self.num_samples),
+            self.reward_model.score(rollout.sequences).cpu().reshape(-1, self.num_samples),
+            kl.cpu().reshape(-1, self.num_samples),
         )
 
 

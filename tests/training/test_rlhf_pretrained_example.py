@@ -75,6 +75,7 @@ CAPITAL, CONTINENT, LANGUAGE = (
         (CAPITAL, " ", 0.0),
         (CAPITAL, "Tokyo.", 0.0),  # no sentence
         (CAPITAL, "Tokyo, Japan.", 0.0),
+        (CAPITAL, "Is Tokyo.", 0.0),
         (CAPITAL, "The capital of Japan, Tokyo.", 0.0),  # no verb
         (CAPITAL, "The capital of Japan is Tokyo", 0.0),  # cut off, though it ended
         (CAPITAL, "the capital of Japan is Tokyo.", 0.0),
