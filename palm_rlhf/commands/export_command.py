@@ -1,8 +1,9 @@
-"""The command ``palm-rlhf export``: the contents of a database of feedback, in files that the data side reads."""
+"""The command ``palm-rlhf export``: a database of feedback as files of records, and a model as a GGUF file."""
 
 import json
 import sys
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from beartype import beartype
 from tyro.conf import Positional, arg
@@ -10,54 +11,116 @@ from tyro.conf import Positional, arg
 from palm_rlhf.data.command_files import refuse_existing
 from palm_rlhf.data.files.records import STANDARD
 
+OF_A_DATABASE = {"lang": (), "states": ("ready_for_export", "exported"), "people": "pseudonyms"}  # and their defaults
+OF_A_MODEL = {"type": None, "output": None}
+To = Literal["trees", "rankings", "preferences", "messages"]
+Type = Literal["f16", "q8_0", "bf16", "f32"]
+State = Literal["initial_prompt_review", "growing", "ranking", "ready_for_export", "exported"]
+
 
 @beartype
 def export(
-    source: Annotated[Positional[str], arg(metavar="DATABASE")],
-    out: Annotated[Positional[str], arg(metavar="OUT.jsonl[.gz]")],
+    source: Annotated[Positional[str], arg(metavar="DATABASE|MODEL")],
+    out: Annotated[Positional[str | None], arg(metavar="[OUT.jsonl[.gz]]", help_behavior_hint="")] = None,
     *,
-    to: Literal["trees", "rankings", "preferences", "messages"],
+    to: Annotated[To | None, arg(metavar="{trees,rankings,preferences,messages}", help_behavior_hint="")] = None,
+    format: Annotated[Literal["gguf"] | None, arg(metavar="gguf", help_behavior_hint="")] = None,
+    type: Annotated[Type | None, arg(metavar="{f16,q8_0,bf16,f32}", help_behavior_hint="(default: f16)")] = None,
+    output: Annotated[str | None, arg(metavar="FILE.gguf", help_behavior_hint="")] = None,
     lang: Annotated[tuple[str, ...], arg(metavar="CODE ...", help_behavior_hint="(default: all)")] = (),
-    states: tuple[Literal["initial_prompt_review", "growing", "ranking", "ready_for_export", "exported"], ...] = (
-        "ready_for_export",
-        "exported",
-    ),
+    states: tuple[State, ...] = ("ready_for_export", "exported"),
     people: Literal["pseudonyms", "names", "none"] = "pseudonyms",
     overwrite: bool = False,
 ) -> None:
-    """Write what people gave to a database of feedback to a file that the other commands read.
+    """Write a database of feedback to a file of records, or a model to a GGUF file of llama.cpp.
 
-    trees writes Open-Assistant's form: messages with labels, ranks, languages and models, nested by their replies.
-    rankings writes {"prompt": [messages], "responses": [best first]}: the merged rankings of trees, comparisons,
-    corrections, answers to one prompt with thumbs up and down, and imported preferences; preferences writes their
-    pairs, {"prompt", "chosen", "rejected"}, and ties count for neither. messages writes {"messages": [{"role",
-    "content"}]} to fine-tune on: the threads of trees, corrections, and answers with more thumbs up than down. Only
-    accepted messages are written, and nothing that was taken back.
+    A database: palm-rlhf export DATABASE OUT.jsonl --to trees|rankings|preferences|messages. trees writes
+    Open-Assistant's form: messages with labels, ranks, languages and models, nested by their replies. rankings writes
+    {"prompt": [messages], "responses": [best first]}: the merged rankings of trees, comparisons, corrections, answers
+    to one prompt with thumbs up and down, and imported preferences; preferences writes their pairs, {"prompt",
+    "chosen", "rejected"}, and ties count for neither. messages writes {"messages": [{"role", "content"}]} to fine-tune
+    on: the threads of trees, corrections, and answers with more thumbs up than down. Only accepted messages are
+    written, and nothing that was taken back. The file appears when it is whole, and shows one moment of the database,
+    which may be in use meanwhile. Complete trees are in the state exported once they were written as trees; later
+    exports write them again. The last line of standard output is JSON that counts the records (of standard error, if
+    the file is standard output).
 
-    The file appears when it is whole, and shows one moment of the database, which may be in use meanwhile. Complete
-    trees are in the state exported once they were written as trees; later exports write them again. The last line of
-    standard output is JSON that counts the records (of standard error, if the file is standard output).
+    A model: palm-rlhf export MODEL --format gguf --output FILE.gguf. The file has the weights, the tokenizer and the
+    chat template. Its architecture is command-r for the parallel block of PaLM, and llama, qwen2 or qwen3 for the
+    serial block. The last line of standard output is JSON with the architecture, the type and the bytes.
 
     Args:
-        source: The database: the path of a file, sqlite:///PATH, or postgresql://USER@HOST/NAME.
-        out: Where to write; - is stdout. A name that ends in .gz is packed; .csv and .parquet are tables.
-        to: What to write.
+        source: The database: the path of a file, sqlite:///PATH, or postgresql://USER@HOST/NAME. Or the model: the
+            folder of a run or of a model, a GGUF file, a hub id or a known name.
+        out: Of a database: where to write; - is stdout. A name that ends in .gz is packed; .csv and .parquet are
+            tables.
+        to: Of a database: what to write.
+        format: Of a model: the format to write.
+        type: Of a model: the type of its matrices. The file of q8_0 is half as large as that of f16.
+        output: Of a model: where to write.
         lang: Write texts in one of these languages only, such as en pt-BR; pt is any Portuguese. The languages of texts
             outside the trees are detected.
         states: States of the trees to read: complete ones by default. Trees that were stopped are never written.
         people: Name people by numbers (person-1) that stay the same in later exports, by their names, or not at all.
         overwrite: Write over a file that exists.
     """
+    given = {"to": to, "type": type, "output": output, "lang": lang, "states": states, "people": people}
+    if (to is None) == (format is None):
+        raise ValueError(
+            f"got --to {to} and --format {format}, expected one of them: --to for a database of feedback, --format for "
+            "a model"
+        )
+    foreign = OF_A_DATABASE if to is None else OF_A_MODEL
+    if names := [name for name, default in foreign.items() if given[name] != default]:
+        kind = "a model" if to is None else "a database"
+        raise ValueError(f"got --{' --'.join(names)} in an export of {kind}, expected none: leave them out")
+    if to is None:
+        if output is None or out is not None:
+            raise ValueError(f"got --output {output} and OUT {out}, expected the file of a model as --output FILE.gguf")
+        refuse_existing(overwrite, output)
+        export_model(source, Path(output), type or "f16")
+        return
+    if out is None:
+        raise ValueError("got no file to write, expected: palm-rlhf export DATABASE OUT.jsonl --to KIND")
+    refuse_existing(overwrite, out)
+    export_database(source, out, to, languages=lang, states=states, people=people)
+
+
+def export_database(source: str, out: str, to: To, **choices: Any) -> None:
+    """Write a database of feedback to a file, and print the number of its records."""
     from palm_rlhf.feedback.exchange.exporting import export_records, num_trees_by_state
     from palm_rlhf.feedback.store.database import Store
     from palm_rlhf.feedback.store.table_base import utc_now
 
-    refuse_existing(overwrite, out)
     stream = sys.stderr if out == STANDARD else sys.stdout
     with Store(source, create=False) as store:
-        counts = export_records(store, out, to, now=utc_now(), languages=lang, states=states, people=people)
+        counts = export_records(store, out, to, now=utc_now(), **choices)
         if not any(counts.values()):
             with store.reading() as session:
                 trees = ", ".join(f"{number} {state}" for state, number in num_trees_by_state(session).items())
             print(f"there is nothing of this yet; trees: {trees or 'none'}", file=sys.stderr)
     print(json.dumps(dict(counts)), file=stream)
+
+
+def export_model(source: str, output: Path, type: str) -> None:
+    """Write a model with its tokenizer and chat template to a GGUF file, and print its architecture and size."""
+    from palm_rlhf.data.templates import load_template
+    from palm_rlhf.data.tokenizer import load_tokenizer
+    from palm_rlhf.data.tokenizer_gguf_writer import gguf_metadata
+    from palm_rlhf.model.interop.gguf_writer import write_gguf
+    from palm_rlhf.model.local_model import local_model
+    from palm_rlhf.model.palm import PaLM
+
+    place = local_model(source)
+    palm = PaLM.from_pretrained(place)
+    tokenizer = load_tokenizer(place)
+    try:
+        template = load_template(place)
+    except FileNotFoundError:
+        template = None
+        print(f"{source} has no chat template, and so the file has none", file=sys.stderr)
+    metadata = gguf_metadata(tokenizer, template, palm.num_tokens)
+    architecture = write_gguf(
+        palm, output, type=type, name=Path(source).resolve().name.removesuffix(".gguf"), tokenizer=metadata
+    )
+    print(json.dumps({"architecture": architecture, "type": type, "bytes": output.stat().st_size}))

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from palm_rlhf.model.interop.gguf_header import GGUFHeader
 
-PREFIX = "tokenizer.ggml."
+PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the types of tokens
 # The names of the special tokens in tokenizer_config.json, and in the metadata.
 SPECIAL_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
@@ -39,7 +39,7 @@ def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any
     """
     metadata = GGUFHeader(path).metadata
     fields = {name.removeprefix(PREFIX): value for name, value in metadata.items() if name.startswith(PREFIX)}
-    if (model := fields.get("model", "none")) == "none":
+    if (model := fields.get("model", "none")) in ("none", "no_vocab"):
         raise FileNotFoundError(f"{path} has no tokenizer; expected one in its metadata: convert the model again")
     if model not in ("gpt2", "llama"):
         raise ValueError(
@@ -74,7 +74,7 @@ def config_of(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
     for role, key in SPECIAL_TOKENS.items():
         if (index := metadata.get(PREFIX + key)) is not None:
             config[f"{role}_token"] = token_at(metadata.get(f"{PREFIX}tokens", []), index, key, path)
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+    if isinstance(template := metadata.get(TEMPLATE), str):
         config["chat_template"] = template
     return config
 
@@ -90,9 +90,17 @@ def byte_level(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tok
     merges = [tuple(merge.split(" ")) for merge in strings(fields, "merges", path)]
     if broken := next((merge for merge in merges if len(merge) != 2), None):
         raise ValueError(f"{path} has the merge {' '.join(broken)!r}, expected two tokens and a space between them")
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=kind in WHOLE_WORDS))
-    if kind in COMPOSED:
-        backend.normalizer = normalizers.NFC()
+    normalizer, splitter, whole_words = splitting(kind)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def splitting(kind: str) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer, bool]:
+    """Return how a kind of byte-level tokenizer normalises texts, cuts words, and if a word that is a token stays."""
     words = WORDS[kind]
     if words in (GPT2, DIGITS):
         last = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -100,9 +108,11 @@ def byte_level(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tok
     else:
         last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         first = [pre_tokenizers.Split(Regex(words), behavior="isolated")]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return (
+        normalizers.NFC() if kind in COMPOSED else None,
+        pre_tokenizers.Sequence([*first, last]),
+        kind in WHOLE_WORDS,
+    )
 
 
 def sentencepiece(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tokenizers.Tokenizer:

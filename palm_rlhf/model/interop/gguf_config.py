@@ -1,7 +1,7 @@
 """The metadata of a GGUF file as the config.json of Hugging Face that its model had."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ NUMBERS = {
     "context_length": ("max_position_embeddings", None),
     "rope.freq_base": ("rope_theta", 10000.0),
 }
+FLOATS = {"rope.freq_base", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "logit_scale"}
 RMS_EPS = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", None)}
 LAYER_EPS = {"attention.layer_norm_epsilon": ("layer_norm_eps", None), "logit_scale": ("logit_scale", None)}
 # Metadata that tell nothing which the numbers and the tensors do not, or that `config_of` checks.
@@ -128,6 +129,28 @@ def scaling_of(
             if (value := values.get(f"rope.scaling.yarn_{name}")) is not None:
                 scaling[name] = value
     return scaling
+
+
+def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of the architecture, without its name before the keys, for the values of a config.json."""
+    rope = config["rope_parameters"]
+    values = {**config, "rope_theta": rope["rope_theta"]}
+    numbers = NUMBERS | (LAYER_EPS if config["model_type"] == "cohere" else RMS_EPS)
+    metadata = {key: float(values[ours]) if key in FLOATS else values[ours] for key, (ours, _) in numbers.items()}
+    width = config["head_dim"]
+    metadata |= {"vocab_size": config["vocab_size"], "attention.head_count_kv": config["num_key_value_heads"]}
+    metadata |= {"attention.key_length": width, "attention.value_length": width, "rope.dimension_count": width}
+    kind = rope["rope_type"]
+    if kind in ("default", "llama3"):  # the divisors of llama3 are a tensor
+        metadata["rope.scaling.type"] = "none"
+    else:
+        metadata |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if (context := rope.get("original_max_position_embeddings")) is not None:
+        metadata["rope.scaling.original_context_length"] = context
+    for name in ("beta_fast", "beta_slow"):
+        if name in rope:
+            metadata[f"rope.scaling.yarn_{name}"] = float(rope[name])
+    return metadata
 
 
 def llama3_scaling(config: dict[str, Any], factors: Sequence[float], context: int, where: Path) -> dict[str, Any]:

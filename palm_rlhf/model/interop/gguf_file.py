@@ -19,6 +19,7 @@ from palm_rlhf.model.interop.gguf_header import DAMAGED, GGUFHeader, StoredTenso
 from palm_rlhf.model.interop.tensor_layout import to_halves
 from palm_rlhf.model.weights_folder import versions
 
+CHUNK = 2**20  # numbers that are dequantised at a time
 TOKENS = "tokenizer.ggml.tokens"
 # The names of tensors in llama.cpp and in Hugging Face; those of a block follow its number.
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -101,15 +102,19 @@ class GGUFFile:
         return tensor.shape[-1] // block * size
 
     def _numbers(self, name: str) -> Tensor:
-        """Return a tensor in float32; its own bytes alone are read."""
+        """Return a tensor in float32, of which some rows at a time are read."""
         tensor = self._tensors[name]
-        data = np.empty((*tensor.shape[:-1], self._row_bytes[name]), np.uint8)
+        kind = self._gguf.GGMLQuantizationType(tensor.type_id)
+        numbers = torch.empty(prod(tensor.shape[:-1]), tensor.shape[-1], dtype=torch.float32)
+        size = max(1, CHUNK // tensor.shape[-1])
         with open(self.path, "rb") as file:
             file.seek(tensor.start)
-            if file.readinto(data) < data.nbytes:
-                raise ValueError(f"{self.path} ends before the end of {name}, expected a whole file: {DAMAGED}")
-        numbers = self._gguf.dequantize(data, self._gguf.GGMLQuantizationType(tensor.type_id))
-        return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float32)).reshape(tensor.shape)
+            for rows in numbers.split(size):
+                data = np.empty((1, len(rows) * self._row_bytes[name]), np.uint8)  # one row: gguf cuts between rows
+                if file.readinto(data) < data.nbytes:
+                    raise ValueError(f"{self.path} ends before the end of {name}, expected a whole file: {DAMAGED}")
+                rows.copy_(torch.from_numpy(self._gguf.dequantize(data, kind)).view_as(rows))
+        return numbers.reshape(tensor.shape)
 
 
 def folder_name(name: str) -> str:
