@@ -13,7 +13,7 @@ from palm_rlhf.model.files import replacing
 from palm_rlhf.model.interop import cohere, llama
 from palm_rlhf.model.interop.gguf_config import MODEL_TYPES, ROPE_FACTORS, llama3_factors, metadata_of
 from palm_rlhf.model.interop.gguf_file import INNER, OUTER, PAIRED, import_gguf
-from palm_rlhf.model.interop.hugging_face import to_pairs
+from palm_rlhf.model.interop.tensor_layout import to_pairs
 
 if TYPE_CHECKING:
     from palm_rlhf.model.palm import PaLM
