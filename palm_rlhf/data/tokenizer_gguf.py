@@ -19,15 +19,15 @@ LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST
 GPT2 = None  # the expression of GPT-2, which the library has
 DIGITS = "digits"  # each digit alone, and the expression of GPT-2 between them
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is not cut, whatever the merges
 # How each kind of byte-level tokenizer cuts a text into words, by its tokenizer.ggml.pre.
 WORDS = {
     **dict.fromkeys(("gpt-2", "olmo", "phi-2", "jais"), GPT2),
     **dict.fromkeys(("smollm", "command-r", "starcoder", "refact", "codeshell"), DIGITS),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), LLAMA3),
+    **dict.fromkeys(WHOLE_WORDS, LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
 }
 COMPOSED = ("qwen2", "command-r")  # their tokenizers read letters and accents as one character, NFC
-WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe")  # a word that is a token is not cut, whatever the merges
 WITH_BOS = WHOLE_WORDS  # without tokenizer.ggml.add_bos_token, a text starts with the BOS
 BLANK = "\u2581"  # instead of spaces in the tokens of SentencePiece
 

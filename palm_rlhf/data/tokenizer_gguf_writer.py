@@ -36,7 +36,7 @@ def gguf_metadata(
         )
     if tokenizer.num_tokens > num_tokens:
         raise ValueError(
-            f"got a tokenizer of {tokenizer.num_tokens} tokens, expected at most {num_tokens}, as the model"
+            f"got a tokenizer of {tokenizer.num_tokens} tokens, expected at most {num_tokens}: take that of the model"
         )
     backend = json.loads(tokenizer.backend.to_str())
     if backend["model"]["type"] != "BPE":
