@@ -78,7 +78,7 @@ COMMANDS = {
     "export": Command(
         "palm_rlhf.commands.export_command",
         "export",
-        "Write a database of feedback to a file that the other commands read, or a model to a GGUF file of llama.cpp.",
+        "Write a database of feedback to a file of records, or a model to a GGUF file of llama.cpp.",
     ),
     "import": Command(
         "palm_rlhf.commands.import_command",
