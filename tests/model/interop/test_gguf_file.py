@@ -41,14 +41,14 @@ def test_logits_are_those_of_transformers_which_reads_the_same_file(architecture
     assert palm.config.tie_embeddings == tied
     assert_same_logits(palm, theirs)
     if kind == "F32":
-        assert_same_logits(palm, model, 1e-5)
+        assert_same_logits(palm, model, 3e-5)
 
 
 def test_logits_of_qwen3_are_those_of_the_model_that_the_file_was_made_from(tmp_path):
     model = hugging_face_model("qwen3", head_dim=16, tie_word_embeddings=False)
     palm = PaLM.from_pretrained(write_gguf(tmp_path / "model.gguf", model, "qwen3"))
     assert (palm.config.qk_norm, palm.config.dim_head) == (True, 16)
-    assert_same_logits(palm, model, 1e-5)
+    assert_same_logits(palm, model, 3e-5)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -56,7 +56,7 @@ def test_logits_of_command_r_are_those_of_the_model_that_the_file_was_made_from(
     model = hugging_face_model("command-r", use_qk_norm=qk_norm, logit_scale=0.3)
     palm = PaLM.from_pretrained(write_gguf(tmp_path / "model.gguf", model, "command-r"))
     assert palm.config.block == "parallel"
-    assert_same_logits(palm, model, 1e-5)
+    assert_same_logits(palm, model, 3e-5)
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -101,7 +101,7 @@ def test_the_scaling_of_llama_3_is_found_from_its_divisors(tmp_path):
         "attention_factor": None,
         **{name: value for name, value in rope.items() if name != "rope_theta"},
     }
-    assert_same_logits(palm, model, 1e-5)
+    assert_same_logits(palm, model, 3e-5)
     other = write_gguf(tmp_path / "other.gguf", model, "llama", tensors={"rope_freqs.weight": divisors**2})
     with pytest.raises(ValueError, match=r"rope_freqs\.weight other than that of Llama 3\.1"):
         PaLM.from_pretrained(other)
