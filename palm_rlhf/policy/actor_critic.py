@@ -7,6 +7,7 @@ import torch
 from beartype import beartype
 from torch import Tensor, nn
 
+from palm_rlhf.model.block import Block
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.shared_base import copy_over_base, palm_over_base
@@ -47,7 +48,6 @@ class ActorCritic(nn.Module):
     another vocabulary, or holds LoRA scopes, which would not be applied.
     """
 
-    _no_split_modules = ("ParallelBlock", "SerialBlock")  # accelerate makes a shard of each, unless told otherwise
     palm: PaLM
     critic: PaLM | RewardModel | None
     value_head: nn.Linear | None
@@ -98,6 +98,8 @@ class ActorCritic(nn.Module):
         if not self.actor_parameters():
             raise ValueError("the policy is frozen; expected weights to train: palm.requires_grad_(), or actor_lora_r")
         switch_off_dropout(self)
+        # accelerate makes a shard of each block, unless told otherwise, and asks for the names of their classes
+        self._no_split_modules = sorted({type(part).__name__ for part in self.modules() if isinstance(part, Block)})
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the policy."""

@@ -117,6 +117,7 @@ OPTIONS = [
     {"reward": "picky", "scale_scores": True},  # which leaves the processes with different numbers of scores
     {"algorithm": "grpo", "grpo_variant": "gspo", "num_samples": 2, "advantage_scale": "batch", "mask_truncated": True},
 ]
+ONE_BASE = {"actor_lora_r": 2, "critic_lora_r": 2, "share_base": True}
 ROWS = [0, 1, 4, 5], [2, 3, 6, 7]  # of each process
 STEERED = {"rollouts_per_step": 4, "minibatch_size": 4, "learning_rate": 1e-12, "kl_coef": 0.5, "kl_target": 5.0,
            "kl_horizon": 20, "eos_token": None, "max_new_tokens": 3}  # fmt: skip
@@ -135,6 +136,13 @@ for index, options in enumerate(OPTIONS):
     found, metrics = gradients(mine, whole, rows)
     if rank == 0:
         torch.save((found, metrics), f"{out}/two{index}.pt")
+try:
+    mine = trainer(**ONE_BASE)
+    whole = torch.load(f"{out}/rollouts.pt", weights_only=False)
+    told = gradients(mine, whole, torch.arange(8).unflatten(0, (-1, 2))[mine.run.rank :: 2].flatten())
+except ValueError as refusal:
+    told = str(refusal)
+torch.save(told, f"{out}/one_base.pt")
 list(trainer(f"{out}/talking", **{**OPTIONS[4], "num_steps": 1}).steps())
 steered = trainer(reward="listening", reference=palm_of(1), **STEERED)
 metrics = list(steered.steps())
@@ -175,7 +183,7 @@ def runs(request, names, tmp_path_factory, root) -> Path:
     torch.save(names["rollouts"](**TALK), folder / "talks.pt")
     (folder / "script.py").write_text(
         RUN
-        + f"OPTIONS, STEERED, REDRAWN = {OPTIONS!r}, {STEERED!r}, {REDRAWN!r}\n"
+        + f"OPTIONS, ONE_BASE, STEERED, REDRAWN = {OPTIONS!r}, {ONE_BASE!r}, {STEERED!r}, {REDRAWN!r}\n"
         + (SHARDS if sharded else "")
         + TWO_PROCESSES
     )
@@ -208,6 +216,18 @@ def test_the_gradients_of_two_processes_are_those_of_one(runs, names, index):
     # what one of them alone would have done is something else
     alone, _ = names["gradients"](names["trainer"](**OPTIONS[index]), whole, torch.tensor(ROWS[0]))
     assert max(float((one[name] - alone[name]).abs().max()) for name in one) > 1e-4
+
+
+def test_one_base_for_all_roles_is_trained_by_replicas_and_refused_in_shards(runs, names):
+    two = torch.load(runs / "one_base.pt", weights_only=False)
+    if isinstance(two, str):
+        assert "weights in shards (FSDP), expected whole weights in every process" in two
+        return
+    whole = torch.load(runs / "rollouts.pt", weights_only=False)
+    one, metrics = names["gradients"](names["trainer"](**ONE_BASE), whole, torch.arange(8))
+    assert one.keys() == two[0].keys() and any("critic.finetune" in name for name in one)
+    assert max(float((one[name] - two[0][name]).abs().max()) for name in one) < 1e-9
+    assert two[1] == pytest.approx(metrics, abs=1e-6)
 
 
 def test_each_prompt_is_answered_by_one_process_and_the_prompts_are_those_of_one_process(runs, names):

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from palm_rlhf import PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE, Reference
 from palm_rlhf.policy.sequences import response_logprobs
-from palm_rlhf.training import Ranking, RewardConfig, RewardModelTrainer
+from palm_rlhf.training import Ranking, RewardConfig, RewardModelTrainer, SupervisedConfig, SupervisedTrainer
+from palm_rlhf.training.weighted_examples import Example
 from tests.factories import evens, palm_of
 
 SERIAL = {"block": "serial", "norm": "rms", "tie_embeddings": False, "kv_heads": 2}
@@ -182,6 +183,18 @@ def test_what_cannot_be_shared_is_refused():
         assert not palm.finetune_modules
     with pytest.raises(ValueError, match="actor_lora_r is 0, expected 1 or more with share_base"):
         PPOConfig(share_base=True)
+
+
+def test_no_trainer_trains_a_base_that_a_reward_model_holds():
+    palm = palm_of()
+    reward_model = reward_model_of(palm, share_base=True)
+    palm.requires_grad_(True)
+    config = SupervisedConfig(plot=False)
+    data = [Example(torch.arange(4), torch.ones(4))]
+    with pytest.raises(ValueError, match="whose base other models hold"):
+        SupervisedTrainer(palm, train_data=data, config=config)
+    del reward_model
+    SupervisedTrainer(palm, train_data=data, config=config)
 
 
 def test_merging_the_policy_at_the_end_does_not_change_the_reward_behind_its_back():

@@ -36,7 +36,7 @@ from palm_rlhf.training.run.optimizer import forward_precision
 from palm_rlhf.training.run.optimizer_state import load_optimizer, optimizer_tensors
 from palm_rlhf.training.run.random_state import rng_state, set_rng_state
 from palm_rlhf.training.run.readings import Readings
-from palm_rlhf.training.run.sharding import refuse_shared_bases
+from palm_rlhf.training.run.sharding import check_shared_bases
 
 Batch = TypeVar("Batch")
 
@@ -128,8 +128,7 @@ class Run:
         """
         check_frozen(module, is_sharded=self.accelerator.is_fsdp2)
         self.module = module
-        if self.accelerator.is_fsdp2:
-            refuse_shared_bases(module)
+        check_shared_bases(module, shards=self.accelerator.is_fsdp2)
         self.compiled = CompiledBlocks(module, self.config.compile, self.device, num_forwards, speaks=self.is_main)
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]

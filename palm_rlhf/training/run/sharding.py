@@ -18,13 +18,21 @@ from palm_rlhf.model.shared_base import is_shared
 
 
 @beartype
-def refuse_shared_bases(module: nn.Module) -> None:
-    """Raise ValueError for a PaLM over whose base there is another one, which could not read its shards."""
-    if any(isinstance(part, PaLM) and is_shared(part) for part in module.modules()):
-        raise ValueError(
-            "got one base for several models, and weights in shards (FSDP), expected whole weights in every process: "
-            "launch replicas (accelerate launch --multi_gpu), or give each model a base of its own"
-        )
+def check_shared_bases(module: nn.Module, *, shards: bool) -> None:
+    """Raise ValueError for a PaLM over whose base there is another one, if its base is trained or put in shards."""
+    for part in module.modules():
+        if not isinstance(part, PaLM) or not is_shared(part):
+            continue
+        if any(parameter.requires_grad for parameter in part.palm_parameters()):
+            raise ValueError(
+                "got a model to train whose base other models hold (a reward model with share_base), expected frozen "
+                "weights below adapters, since training would change the others: train a LoRA scope, or a copy"
+            )
+        if shards:
+            raise ValueError(
+                "got one base for several models, and weights in shards (FSDP), expected whole weights in every "
+                "process: launch replicas (accelerate launch --multi_gpu), or give each model a base of its own"
+            )
 
 
 @torch.no_grad()
