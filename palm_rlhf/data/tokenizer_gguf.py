@@ -87,9 +87,12 @@ def byte_level(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tok
             f"{path} has the tokenizer.ggml.pre {kind!r}, expected one of {sorted(WORDS)}: copy the tokenizer.json of "
             "the model to a folder, and name that"
         )
-    merges = [tuple(merge.split(" ")) for merge in strings(fields, "merges", path)]
-    if broken := next((merge for merge in merges if len(merge) != 2), None):
-        raise ValueError(f"{path} has the merge {' '.join(broken)!r}, expected two tokens and a space between them")
+    merges = []
+    for merge in strings(fields, "merges", path):
+        left, _, right = merge.partition(" ")
+        if not (left and right) or " " in right:
+            raise ValueError(f"{path} has the merge {merge!r}, expected two tokens and a space between them")
+        merges.append((left, right))
     normalizer, splitter, whole_words = splitting(kind)
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
     if normalizer is not None:
@@ -102,15 +105,15 @@ def byte_level(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tok
 def splitting(kind: str) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer, bool]:
     """Return how a kind of byte-level tokenizer normalises texts, cuts words, and if a word that is a token stays."""
     words = WORDS[kind]
-    if words in (GPT2, DIGITS):
-        last = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        first = [pre_tokenizers.Digits(individual_digits=True)] if words == DIGITS else []
-    else:
-        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        first = [pre_tokenizers.Split(Regex(words), behavior="isolated")]
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if words == DIGITS:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    elif words is not GPT2:
+        steps.append(pre_tokenizers.Split(Regex(words), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words in (GPT2, DIGITS)))
     return (
         normalizers.NFC() if kind in COMPOSED else None,
-        pre_tokenizers.Sequence([*first, last]),
+        pre_tokenizers.Sequence(steps),
         kind in WHOLE_WORDS,
     )
 
@@ -168,8 +171,11 @@ def add_ends(backend: tokenizers.Tokenizer, fields: dict[str, Any], config: dict
 
 def token_at(tokens: Sequence[str], index: Any, key: str, path: Path) -> str:
     """Return a token by its id. Raises ValueError for an id that the file does not have."""
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise ValueError(f"{path} has the {PREFIX}{key} {index!r}, expected an id from 0 to {len(tokens) - 1}")
+    num_tokens = len(tokens) if isinstance(tokens, list) else 0
+    if not isinstance(index, int) or not 0 <= index < num_tokens or not isinstance(tokens[index], str):
+        raise ValueError(
+            f"{path} has the {PREFIX}{key} {index!r}, expected an id of its {num_tokens} tokens: convert it again"
+        )
     return tokens[index]
 
 

@@ -278,7 +278,7 @@ BROKEN = {
     "a merge of one": ({"merges": ["ab"]}, "the merge 'ab', expected two tokens"),
     "a merge of unknown tokens": ({"merges": ["qqqq zzzz"]}, "a damaged tokenizer"),
     "types": ({"token_type": [1, 1]}, "not as many types"),
-    "an id": ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id 1000000, expected an id from 0 to"),
+    "an id": ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id 1000000, expected an id of its"),
     "an id of another type": ({"eos_token_id": "end"}, "tokenizer.ggml.eos_token_id 'end'"),
     "scores": ({"model": "llama", "scores": [0.5]}, "and 1 scores, expected as many"),
 }

@@ -33,7 +33,12 @@ OTHERS = {
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
 }
 # Metadata that are read if they have these values.
-EXPECTED = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0, "attention.sliding_window": 0}
+EXPECTED: dict[str, float] = {
+    "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.sliding_window": 0,
+}
 EXPECTED |= {"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0}
 SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
 # Llama 3.1 to 3.3: the numbers of their config.json that a file does not have.
@@ -48,9 +53,11 @@ def config_of(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dict[
     """
     where, metadata = header.path, header.metadata
     architecture = metadata.get(ARCHITECTURE)
-    if architecture not in MODEL_TYPES:
-        raise ValueError(f"{where} has the architecture {architecture!r}, expected one of {list(MODEL_TYPES)}")
-    if metadata.get("split.count", 0) > 1:
+    if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
+        raise ValueError(
+            f"{where} has the architecture {architecture!r}, expected one of {list(MODEL_TYPES)}: take another model"
+        )
+    if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{where} is a part of a model, expected a whole one: merge it with llama-gguf-split --merge")
     if EMBEDDINGS not in header.tensors or len(header.tensors[EMBEDDINGS].shape) != 2:
         raise ValueError(f"{where} lacks {EMBEDDINGS} of two axes; expected all tensors of a model")
@@ -64,6 +71,12 @@ def config_of(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dict[
     for name, (ours, default) in numbers.items():
         config[ours] = number(values, name, default, where)
     check_known(values, numbers, where)
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if len(blocks) != config["num_hidden_layers"]:
+        raise ValueError(
+            f"{where} has the block_count {config['num_hidden_layers']} and tensors of {len(blocks)} blocks, expected "
+            "as many: copy or download the file again"
+        )
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = number(values, "attention.head_count_kv", heads, where)
     width = number(values, "attention.key_length", config["hidden_size"] // max(heads, 1), where)
@@ -115,16 +128,17 @@ def scaling_of(
     A file of Llama 3.1 has the divisors of the frequencies instead, of which those of the released models are known.
     """
     kind = values.get("rope.scaling.type", "none")
-    context = values.get("rope.scaling.original_context_length")
+    trained = LLAMA3_CONTEXT if rope_factors is not None else config["max_position_embeddings"]
+    context = number(values, "rope.scaling.original_context_length", trained, where)
     if rope_factors is not None:
         if kind != "none":
             raise ValueError(f"{where} has {ROPE_FACTORS} and the rope.scaling.type {kind!r}, expected one of them")
-        return llama3_scaling(config, rope_factors, context or LLAMA3_CONTEXT, where)
+        return llama3_scaling(config, rope_factors, context, where)
     if kind == "none":
         return {}
     scaling = {"rope_type": kind, "factor": number(values, "rope.scaling.factor", None, where)}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = context or config["max_position_embeddings"]
+        scaling["original_max_position_embeddings"] = context
         for name in ("beta_fast", "beta_slow"):
             if (value := values.get(f"rope.scaling.yarn_{name}")) is not None:
                 scaling[name] = value
@@ -161,7 +175,7 @@ def llama3_scaling(config: dict[str, Any], factors: Sequence[float], context: in
     try:
         expected = llama3_factors(RotaryScaling.from_dict(scaling), config["rope_theta"], width)
         same = torch.allclose(expected, torch.tensor(factors, dtype=torch.float64), rtol=1e-3)
-    except (ValueError, RuntimeError):  # a factor below 1, another number of them
+    except (ValueError, RuntimeError, ArithmeticError):  # a factor below 1, another number of them
         same = False
     if not same:
         raise ValueError(

@@ -62,8 +62,10 @@ class GGUFFile:
         self.config = config_of(header, rope_factors)
         self._names = {folder_name(name): name for name in header.tensors if name != ROPE_FACTORS}
         self.shapes = {theirs: header.tensors[name].shape for theirs, name in self._names.items()}
+        if len(self._names) < len(header.tensors) - (rope_factors is not None):
+            raise ValueError(f"{path} has two tensors for one place in the model, expected one: {DAMAGED}")
         rows, tokens = header.tensors[EMBEDDINGS].shape[0], self.metadata.get(TOKENS)
-        if tokens is not None and len(tokens) != rows:
+        if isinstance(tokens, list) and len(tokens) != rows:
             raise ValueError(
                 f"{path} has a tokenizer of {len(tokens)} tokens and {rows} rows of embeddings, expected as many: "
                 "convert the model again"
@@ -111,7 +113,7 @@ class GGUFFile:
             file.seek(tensor.start)
             for rows in numbers.split(size):
                 data = np.empty((1, len(rows) * self._row_bytes[name]), np.uint8)  # one row: gguf cuts between rows
-                if file.readinto(data) < data.nbytes:
+                if file.readinto(data.data) < data.nbytes:
                     raise ValueError(f"{self.path} ends before the end of {name}, expected a whole file: {DAMAGED}")
                 rows.copy_(torch.from_numpy(self._gguf.dequantize(data, kind)).view_as(rows))
         return numbers.reshape(tensor.shape)

@@ -22,7 +22,7 @@ STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 SMALLEST_VALUE = 8 + 4 + 1  # bytes of an entry: the length of its name, its type, a number
 SMALLEST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's entry: the length of its name, its axes, its type, its place
-MAX_AXES = 4
+MAX_AXES, MAX_ENTRIES = 4, 2**24  # of a tensor, and of a list in the metadata
 ALIGNMENT = "general.alignment"
 DAMAGED = "copy or download the file again"
 
@@ -79,7 +79,7 @@ class GGUFHeader:
         for _ in range(num_values):
             name = self._new_name(self.metadata)
             self.metadata[name] = self._value(self._number("I"), name)
-        starts = {}
+        starts: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(num_tensors):
             name = self._new_name(starts)
             starts[name] = self._tensor(name)
@@ -95,8 +95,8 @@ class GGUFHeader:
         if num_axes > MAX_AXES:
             raise ValueError(f"{self.path} has {num_axes} axes in {name}, expected at most {MAX_AXES}: {DAMAGED}")
         shape = tuple(self._number("Q") for _ in range(num_axes))[::-1]
-        if math.prod(shape) > 2**63:
-            raise ValueError(f"{self.path} has the shape {shape} of {name}, expected a smaller one: {DAMAGED}")
+        if not 0 < math.prod(shape) < 2**63:
+            raise ValueError(f"{self.path} has the shape {shape} of {name}, expected another: {DAMAGED}")
         return shape, self._number("I"), self._number("Q")
 
     def _new_name(self, known: dict[str, Any]) -> str:
@@ -123,8 +123,9 @@ class GGUFHeader:
         return list(struct.unpack(form, self._bytes(struct.calcsize(form))))
 
     def _check_count(self, count: int, smallest: int, things: str) -> None:
-        if count * smallest > self.size - self._file.tell():
-            raise ValueError(f"{self.path} announces {count} {things}, for which it is too short: {DAMAGED}")
+        most = min(MAX_ENTRIES, (self.size - self._file.tell()) // smallest)
+        if count > most:
+            raise ValueError(f"{self.path} announces {count} {things}, expected at most {most} there: {DAMAGED}")
 
     def _string(self) -> str:
         data = self._bytes(self._number("Q"))

@@ -95,16 +95,18 @@ def write_gguf(
     kind: str = "F32",
     *,
     values: dict | None = None,
-    tokenizer: dict | None = None,
+    others: dict | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     left_out: tuple[str, ...] = (),
 ) -> Path:
-    """Write a model; matrices have the type `kind`, and `values`, `tokenizer` and `tensors` are added or replaced."""
+    """Write a model; matrices have the type `kind`, and `values`, `others` and `tensors` are added or replaced.
+
+    `values` are metadata of the architecture, and `others` have whole keys.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {**metadata_of(model, architecture), **(values or {})}
-    for key, value in [(f"{architecture}.{key}", value) for key, value in metadata.items() if key not in left_out] + [
-        (f"tokenizer.{key}", value) for key, value in (tokenizer or {}).items()
-    ]:
+    whole = {f"{architecture}.{key}": value for key, value in metadata.items() if key not in left_out}
+    for key, value in {**whole, **(others or {})}.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_")), 8)
