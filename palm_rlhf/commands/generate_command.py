@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.data.stream_decoder import StreamDecoder
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.interop.gguf_dtype import generation_dtype
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
@@ -42,7 +43,8 @@ def generate(
     options = sampling.checked().options
     folder = local_model(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    palm = PaLM.from_pretrained(folder, device=device if quantize is None else "cpu")
+    dtype = generation_dtype(folder, device)
+    palm = PaLM.from_pretrained(folder, dtype=dtype, device=device if quantize is None else "cpu")
     if quantize is not None:
         palm.quantize_(quantize, device=device)
     tokenizer = _tokenizer_of(folder, palm)

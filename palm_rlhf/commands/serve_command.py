@@ -61,7 +61,8 @@ def serve(
         template: The chat template; auto is the model's own, plain writes roles as words.
         lora_scope: A LoRA scope to merge into the weights.
         reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
-        dtype: The numeric type to compute with; auto is the type of the saved weights.
+        dtype: The numeric type to compute with; auto is the type of the saved weights, and for a GGUF file in fewer
+            bits, bfloat16 where the device computes in it.
         quantize: Keep the matrices of the blocks in int8, a byte a weight, or int4, 4.5 bits a weight (NF4), by
             bitsandbytes: less memory, and on a CPU slower replies.
         max_batch: The most replies that are computed together; by default 16 on a CPU, and as many as the memory of a

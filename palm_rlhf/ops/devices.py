@@ -131,3 +131,15 @@ def available_implementations(device_type: str = "cpu") -> dict[str, str | None]
         "flex": why_not_flex_on(device_type),
         "triton": why_not_triton_on(device_type),
     }
+
+
+@beartype
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the device computes in bfloat16; elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # PyTorch has no public function for this; where it lacks the private ones, float32 is taken
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False

@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Annotated, Literal
 
+import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -30,6 +31,7 @@ def chat(
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
     template: Literal["auto", "plain", "default", "oasst", "vicuna", "openchat"] = "auto",
     lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     quantize: Quantisation | None = None,
 ) -> None:
     """Talk with a model in the terminal: it remembers what was said, and its replies come word by word.
@@ -48,6 +50,8 @@ def chat(
         context: The most tokens of the conversation with the reply; the model's max_seq_len by default.
         template: The chat template; auto is the model's own, plain writes roles as words.
         lora_scope: A LoRA scope to merge into the weights.
+        dtype: The numeric type to compute with; auto is the type of the saved weights, and for a GGUF file in fewer
+            bits, bfloat16 where the device computes in it.
         quantize: Keep the matrices of the blocks in int8, a byte a weight, or int4, 4.5 bits a weight (NF4), by
             bitsandbytes: less memory, and on a CPU slower replies.
     """
@@ -59,7 +63,8 @@ def chat(
             stream.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives `input` a history)
-    model = load(checkpoint, template=template, lora_scope=lora_scope, quantize=quantize)
+    weights = None if dtype == "auto" else getattr(torch, dtype)
+    model = load(checkpoint, template=template, lora_scope=lora_scope, dtype=weights, quantize=quantize)
     size = (context or model.palm.config.max_seq_len) * SlotCache.bytes_per_token(model.palm)
     config = EngineConfig(
         context=context,

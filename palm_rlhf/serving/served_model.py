@@ -15,6 +15,7 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template, encode_prompt, encode_response, end_of_turn, has_tools
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate, Messages, load_template
 from palm_rlhf.data.tokenizer import NUM_BYTES, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.interop.gguf_dtype import generation_dtype
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
@@ -149,7 +150,7 @@ def load(
     device: str | torch.device | None = None,
     quantize: Quantisation | None = None,
 ) -> ServedModel:
-    """Open a checkpoint: a folder with a model, the folder of a run, or an id on the Hugging Face hub.
+    """Open a checkpoint: a folder with a model, the folder of a run, a GGUF file, or an id on the Hugging Face hub.
 
     Raises ValueError for parts that do not belong together.
 
@@ -158,10 +159,12 @@ def load(
         template: One of PRESETS, "plain" for a transcript, or "auto" for the checkpoint's own.
         lora_scope: A LoRA scope that is merged into the weights.
         reward_model: A folder with a RewardModel, or its id on the hub; its tokenizer has to be the same.
+        dtype: The numeric type of the weights; by default that of `generation_dtype`, or of the saved weights.
         quantize: The kind of numbers for the matrices of the blocks, see `PaLM.quantize_`; None keeps the weights.
     """
     folder = local_model(checkpoint)
     device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or generation_dtype(folder, device)
     palm = PaLM.from_pretrained(folder, dtype=dtype, device=device if quantize is None else "cpu")
     if lora_scope is not None:
         palm.merge_finetune_params(lora_scope)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from palm_rlhf.ops.devices import computes_bfloat16
 from palm_rlhf.training.run.muon import muon
-from palm_rlhf.training.run.optimizer import adamw, computes_bfloat16, forward_precision, warmup_cosine
+from palm_rlhf.training.run.optimizer import adamw, forward_precision, warmup_cosine
 
 
 def test_the_schedule_by_hand():

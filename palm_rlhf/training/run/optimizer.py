@@ -10,6 +10,8 @@ import torch
 from beartype import beartype
 from torch import nn
 
+from palm_rlhf.ops.devices import computes_bfloat16
+
 Precision = Literal["auto", "bf16", "float32"]
 
 
@@ -85,15 +87,3 @@ def computes_below_float32(precision: Precision, dtype: torch.dtype, device: tor
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # raised where a precision was set for a single backend
         return True
-
-
-@beartype
-def computes_bfloat16(device: torch.device) -> bool:
-    """Return whether the device computes in bfloat16; elsewhere it is emulated, and slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # PyTorch has no public function for this; where it lacks the private ones, float32 is taken
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return False
