@@ -26,7 +26,7 @@ FLOORS = {
     "cli": 8,
 }
 SERVING = (  # the rooms of serving, lowest first
-    {"call_form", "deadline", "generation", "structured", "token_text"},
+    {"call_form", "deadline", "generation", "served_adapters", "structured", "token_text"},
     {"engine"},
     {"served_model"},
     {"protocol"},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from beartype import beartype
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.serving.access_options import AccessOptions, is_loopback, num_bytes
@@ -33,6 +33,7 @@ def serve(
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
     template: Literal["auto", "plain", "default", "oasst", "vicuna", "openchat"] = "auto",
     lora_scope: Annotated[str | None, arg(metavar="NAME")] = None,
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME=FOLDER")] = (),
     reward_model: Annotated[str | None, arg(metavar="MODEL")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     quantize: Quantisation | None = None,
@@ -60,6 +61,8 @@ def serve(
         context: The most tokens of a prompt with its reply; the model's max_seq_len by default.
         template: The chat template; auto is the model's own, plain writes roles as words.
         lora_scope: A LoRA scope to merge into the weights.
+        lora: An adapter beside the model, which clients call by its own name: a folder of PEFT or its hub id, or a
+            folder of this model with a LoRA scope. May be given several times; all are computed in one batch.
         reward_model: A RewardModel in a folder or on the hub, for best_of and /v1/score.
         dtype: The numeric type to compute with; auto is the type of the saved weights, and for a GGUF file in fewer
             bits, bfloat16 where the device computes in it.
@@ -82,6 +85,8 @@ def serve(
     """
     from palm_rlhf.serving.engine import EngineConfig
 
+    if lora and feedback is not None:
+        raise ValueError("got --lora with --feedback, expected one of them: judgments are kept of one model alone")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config = EngineConfig(
         context=context,
@@ -96,6 +101,7 @@ def serve(
         "name": name,
         "template": template,
         "lora_scope": lora_scope,
+        "lora": lora,
         "reward_model": reward_model,
         "dtype": None if dtype == "auto" else getattr(torch, dtype),
         "device": device,

@@ -10,13 +10,16 @@ from torch import nn
 
 from palm_rlhf.model.checkpoint import open_folder, require_same_mathematics, scope_options
 from palm_rlhf.model.interop.peft_adapter import AdapterWeights, read_peft, to_peft
+from palm_rlhf.model.interop.peft_settings import base_name
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import adapters_of
-from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WeightsFolder
+from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WeightsFolder, read_json
 from palm_rlhf.model.weights_writer import write_adapter
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
+
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 @beartype
@@ -25,6 +28,7 @@ def load_adapter(
     source: str | os.PathLike,
     scope: str = "default",
     *,
+    name: str | None = None,
     revision: str | None = None,
 ) -> nn.ModuleList:
     """Add a LoRA scope from a folder of PEFT, or from a `save_pretrained` folder of this model with a scope.
@@ -35,19 +39,26 @@ def load_adapter(
 
     Args:
         source: the folder, or the hub id of an adapter of PEFT, "owner/name".
-        scope: the new name. A folder with several scopes has to have one of this name.
+        scope: the new name.
+        name: which of several scopes in a folder of ours; by default the one that is called as the new one.
         revision: a branch, tag or commit on the hub.
 
     Returns:
         One `BlockLoRA` for each block.
     """
-    weights = read_adapter(palm, local_model(source, revision, files=(ADAPTER_CONFIG, ADAPTER_WEIGHTS)), scope)
+    weights = read_adapter(palm, local_model(source, revision, files=FILES), name or scope)
     adapters = palm.add_finetune_params(scope, **weights.options)
     with torch.no_grad():
         for block, tensors in zip(adapters, weights.blocks, strict=True):
             for name, parameter in block.named_parameters():
                 parameter.copy_(tensors[name])
     return adapters
+
+
+def base_of_adapter(source: str | os.PathLike) -> str | None:
+    """Return the name of the base that an adapter of PEFT was trained on, if its folder is one and tells it."""
+    file = local_model(source, files=FILES) / ADAPTER_CONFIG
+    return base_name(read_json(file)) if file.is_file() else None
 
 
 def read_adapter(palm: "palm_rlhf.model.palm.PaLM", folder: Path, scope: str) -> AdapterWeights:
@@ -62,6 +73,8 @@ def read_scope(palm: "palm_rlhf.model.palm.PaLM", folder: WeightsFolder, scope: 
     skeleton, _ = open_folder(type(palm), folder)
     require_same_mathematics(palm.config, skeleton.config, folder.path)
     options = scope_options(skeleton)
+    if not options:
+        raise ValueError(f"{folder.path} has no LoRA scope; expected a folder with one, or an adapter of PEFT")
     name = next(iter(options)) if len(options) == 1 else scope
     if name not in options:
         raise ValueError(

@@ -129,8 +129,13 @@ def adapter_shapes(config: PaLMConfig) -> dict[str, tuple[int, int]]:
     return inputs | {"out": (q_dim, dim), "ff_out": (inner, dim)}
 
 
-def adapters_of(palm: "palm_rlhf.model.palm.PaLM", scope: str) -> Sequence[BlockLoRA]:
-    """Return the adapters of a scope, one for each block; ValueError where the model has no such scope."""
+def adapters_of(palm: "palm_rlhf.model.palm.PaLM", scope: str | Sequence[BlockLoRA]) -> Sequence[BlockLoRA]:
+    """Return the adapters of a scope, one for each block; ValueError where the model has no such scope.
+
+    Adapters in place of a name are returned as they are.
+    """
+    if not isinstance(scope, str):
+        return scope
     if scope not in palm.finetune_modules:
         raise ValueError(f"finetune scope {scope!r}; expected one of {sorted(palm.finetune_modules)}; add it first")
     return cast("Sequence[BlockLoRA]", palm.finetune_modules[scope])

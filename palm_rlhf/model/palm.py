@@ -137,7 +137,7 @@ class PaLM(nn.Module):
         extra_embed: Tensor | None = None,
         return_only_embedding: bool = False,
         return_logits_with_embedding: bool = False,
-        finetune_scope: str | None = None,
+        finetune_scope: str | Sequence[BlockLoRA] | None = None,
         disable_lora: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, a loss, or the final embeddings.
@@ -154,7 +154,7 @@ class PaLM(nn.Module):
             extra_embed: added to the token embeddings, broadcastable to `b n e`.
             return_only_embedding: return the final embeddings, `b n e`.
             return_logits_with_embedding: return both, `b n v` and `b n e`.
-            finetune_scope: the LoRA scope to apply, unless `disable_lora`.
+            finetune_scope: the LoRA scope to apply, or adapters for each block, unless `disable_lora`.
 
         Returns:
             `b n v` float logits, a scalar loss, or embeddings.
@@ -212,7 +212,7 @@ class PaLM(nn.Module):
         document_ids: Tensor | None,
         cache: Cache | None,
         extra_embed: Tensor | None,
-        scope: str | None,
+        scope: str | Sequence[BlockLoRA] | None,
     ) -> Tensor:
         """Return the final embeddings of tokens: `b n -> b n e`."""
         num_new = tokens.shape[1]

@@ -49,6 +49,7 @@ class Request(Sampling):
         grammar: The grammar that the reply has to follow.
         continues_text: The reply goes on with the text of the prompt, and may begin with a space; else it is a message.
         timeout: Seconds until the reply is ended, its time in the queue included.
+        adapter: The LoRA scope of the model that replies; None is the base alone.
         client: Names who asks, by any string. Clients share the machine fairly, and no client can learn of the prompts
             of another.
     """
@@ -65,6 +66,7 @@ class Request(Sampling):
     grammar: Grammar | None = None
     continues_text: bool = False
     timeout: float | None = None
+    adapter: str | None = None
     client: str = ""
 
     def __post_init__(self) -> None:
@@ -80,6 +82,11 @@ class Request(Sampling):
                 raise ValueError(f"got {name}={getattr(self, name)!r}, expected {expected}")
         if not self.prompt:
             raise ValueError("got an empty prompt, expected at least one token")
+
+    @property
+    def cache_key(self) -> tuple[str, str | None]:
+        """Requests of one key may share keys and values: one client's, under one adapter."""
+        return self.client, self.adapter
 
     @property
     def continued(self) -> list[int]:

@@ -1,8 +1,8 @@
 """A checkpoint with everything that a conversation with it needs: tokenizer, chat template, reward model."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from operator import itemgetter
@@ -24,6 +24,7 @@ from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.serving.call_form import CallForm, call_form
 from palm_rlhf.serving.deadline import check_deadline
+from palm_rlhf.serving.served_adapters import load_adapters
 from palm_rlhf.serving.structured import Grammars
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class ServedModel:
 
     Without a `template` a conversation is written as a transcript, with roles as words (a model of bytes has no special
     tokens to write a template with). The model has to have seen such texts, and a user can forge the roles.
+    `adapters` has the LoRA scope of each further name by which clients call the model.
     """
 
     name: str
@@ -44,6 +46,12 @@ class ServedModel:
     tokenizer: Tokenizer
     template: Template | None = None
     reward_model: RewardModel | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names by which clients call the model: its own, and those of its adapters."""
+        return (self.name, *self.adapters)
 
     @cached_property
     def eos_tokens(self) -> frozenset[int]:
@@ -146,6 +154,7 @@ def load(
     template: str = "auto",
     lora_scope: str | None = None,
     reward_model: str | Path | None = None,
+    lora: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantize: Quantisation | None = None,
@@ -161,6 +170,7 @@ def load(
         reward_model: A folder with a RewardModel, or its id on the hub; its tokenizer has to be the same.
         dtype: The numeric type of the weights; by default that of `generation_dtype`, or of the saved weights.
         quantize: The kind of numbers for the matrices of the blocks, see `PaLM.quantize_`; None keeps the weights.
+        lora: Adapters beside the model, each as name=folder; see `load_adapters`.
     """
     folder = local_model(checkpoint)
     device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -173,14 +183,16 @@ def load(
     if quantize is not None:
         palm.quantize_(quantize, device=device)
     tokenizer = _tokenizer_of(folder, palm)
+    name = name or Path(checkpoint).resolve().name
     model = ServedModel(
-        name=name or Path(checkpoint).resolve().name,
+        name=name,
         palm=palm,
         tokenizer=tokenizer,
         template=_template_of(folder, tokenizer, palm, template),
         reward_model=None
         if reward_model is None
         else _reward_model_of(local_model(reward_model), folder, palm, device),
+        adapters=load_adapters(palm, lora, name),
     )
     _ = model.turn_ends  # so that a template that does not fit fails now, and not at the first request
     return model

@@ -1,5 +1,7 @@
 """The engine on a GPU: replies by CUDA graphs are those of steps that run as they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,9 +36,9 @@ def requests(num_tokens=40) -> list[Request]:
     ]
 
 
-def replies(palm, **config) -> list[list[int]]:
+def replies(palm, asked=None, **config) -> tuple[list[list[int]], int]:
     with Engine(palm, ByteTokenizer(), EngineConfig(**{"max_batch": 16, "context": 400, **config})) as engine:
-        generations = engine.submit_all(requests())
+        generations = engine.submit_all(asked or requests())
         for generation in generations:
             generation.text()
         batch = engine._scheduler.batch
@@ -96,3 +98,20 @@ def iter_without_leaving(reply):
     """The pieces of a reply, which goes on when the loop is left."""
     while True:
         yield reply._pieces.get(timeout=900)
+
+
+def test_captured_replies_under_adapters_are_those_of_plain_steps(palm, monkeypatch):
+    for number, scope in enumerate(("one", "two")):
+        for parameter in palm.add_finetune_params(scope, 2 + number, targets=("q", "v", "ff_out")).parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    asked = [replace(request, adapter=(None, "one", "two")[i % 3]) for i, request in enumerate(requests())]
+    try:
+        found, captured = replies(palm, asked)
+        assert captured > 0
+        monkeypatch.setenv("PALM_RLHF_CUDA_GRAPHS", "0")
+        expected, captured = replies(palm, asked)
+        assert captured == 0 and found == expected
+        assert found != replies(palm)[0]
+    finally:
+        for scope in ("one", "two"):
+            palm.remove_finetune_params(scope)

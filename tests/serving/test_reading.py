@@ -84,8 +84,8 @@ def test_replies_are_those_of_each_alone_and_no_forward_is_longer_than_the_chunk
 def test_a_mutant_that_goes_on_from_the_padding_is_noticed(palm, served_model, monkeypatch):
     embed = Batch._embed
 
-    def from_the_end(batch, tokens, cache):
-        embeds = embed(batch, tokens, cache)
+    def from_the_end(batch, tokens, cache, members):
+        embeds = embed(batch, tokens, cache, members)
         return embeds[:, -1:].expand_as(embeds)
 
     prompts = [random_prompt(length, length) for length in (20, 30)]

@@ -14,6 +14,7 @@ from palm_rlhf.serving.engine.capacity import columns_of
 from palm_rlhf.serving.engine.launched_step import LaunchedStep
 from palm_rlhf.serving.engine.prefix_cache import PrefixCache, common_prefix
 from palm_rlhf.serving.engine.prompt_logprobs import score_prompt
+from palm_rlhf.serving.engine.row_adapters import RowAdapters
 from palm_rlhf.serving.engine.sampler import NO_TOKEN, SampledToken, Sampler
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.engine.static_step import StaticSteps
@@ -32,7 +33,7 @@ class Batch:
     """Rows 0, 1, ... of the cache: sequences that are sampled from, then those being read, then those read in part.
 
     The last sequence takes the row of one that leaves, so that the rows of a step always lie next to each other. The
-    keys and values of a sequence that leaves are kept for prompts of its client that begin as it did, within
+    keys and values of a sequence that leaves are kept for prompts of its cache key that begin as it did, within
     `prefix_bytes`. A sequence that left before its end may be admitted again, and goes on where it was.
     """
 
@@ -40,7 +41,8 @@ class Batch:
         self.palm, self.sampler, self.slots = palm, sampler, slots
         self.prefixes = PrefixCache(prefix_bytes, SlotCache.bytes_per_token(palm))
         self.forward_cost = FORWARD_COST if palm.device.type == "cpu" else GPU_FORWARD_COST
-        self.static = StaticSteps(palm, slots)
+        self.adapters = RowAdapters(palm)
+        self.static = StaticSteps(palm, slots, self.adapters)
         self.rows: list[Generation] = []
         self.reading: list[Generation] = []  # all read to the same position
         self.halted: list[Generation] = []  # read in part, and left for later
@@ -91,7 +93,7 @@ class Batch:
         alone: otherwise the time of one would tell how much of the other was cached.
         """
         start, others = self.reading[0].num_read, len(self.reading)
-        own = [other for other in self.reading if other.request.client == generation.request.client]
+        own = [other for other in self.reading if other.request.cache_key == generation.request.cache_key]
         if len(own) < others and known != start:
             return False
         shared = max((common_prefix(other.sequence, generation.sequence[:-1]) for other in own), default=0)
@@ -116,15 +118,15 @@ class Batch:
         return self.slots.reserve(len(members), columns_of(columns), [member.num_read + 1 for member in self.members])
 
     def _find(self, generation: Generation) -> tuple[int, int | Tensor | None]:
-        """Return the longest prefix known from sequences of the same client, in tokens, and where it is.
+        """Return the longest prefix known from sequences of the same cache key, in tokens, and where it is.
 
         Its place is a row, or a tensor of keys and values of the prefix cache.
         """
-        wanted, client = generation.sequence[: generation.num_reusable], generation.request.client
+        wanted, key = generation.sequence[: generation.num_reusable], generation.request.cache_key
         source: int | Tensor | None
-        length, source = self.prefixes.find(wanted, client)
+        length, source = self.prefixes.find(wanted, key)
         for row, other in enumerate(self.rows):
-            if other.request.client != client or min(other.num_read, len(wanted)) <= length:
+            if other.request.cache_key != key or min(other.num_read, len(wanted)) <= length:
                 continue
             known = other.sequence[: other.num_read]
             # a row that knows more has the next token too: few rows are compared from their beginning
@@ -149,7 +151,7 @@ class Batch:
             tokens = np.zeros((count, stop - start), dtype=np.int64)  # 0 is padding, never attended to or sampled from
             for row, part in enumerate(some):
                 tokens[row, : len(part)] = part
-            embeds = self._embed(tokens, cache)
+            embeds = self._embed(tokens, cache, group[first : first + count])
             for generation, part, embedded in zip(group[first : first + count], some, embeds, strict=True):
                 if generation.request.prompt_logprobs is not None:
                     score_prompt(generation, start, embedded[: len(part)], self.palm, self.sampler)
@@ -199,7 +201,7 @@ class Batch:
                 return None
             tokens = before.tokens_of(self.rows)
             lengths[: len(self.rows)] = [row.num_read + 1 for row in self.rows]
-        logits = self.static.logits(tokens, lengths)
+        logits = self.static.logits(tokens, lengths, [row.request.adapter for row in self.rows])
         return None if logits is None else LaunchedStep(self.rows, self.sampler.draw(logits, self.rows))
 
     def _step_by_plain_forwards(self) -> Results:
@@ -210,11 +212,12 @@ class Batch:
             some = rows[first : first + count]
             tokens, lengths = [row.tokens[-1] for row in some], [row.num_read for row in some]
             if count == len(rows):
-                logits = self.static.logits(tokens, [member.num_read for member in self.members])
+                scopes = [row.request.adapter for row in rows]
+                logits = self.static.logits(tokens, [member.num_read for member in self.members], scopes)
                 if logits is not None:
                     return self._sample(logits, some)
             cache = self.slots.rows(lengths) if count == len(rows) else self.slots.row(first, *lengths)
-            embeds = self._embed(np.array(tokens)[:, None], cache)
+            embeds = self._embed(np.array(tokens)[:, None], cache, some)
             return self._sample(self.palm.to_logits(embeds[:, -1]), some)
 
         return [(row, found) for row, found in self._each(rows, forward) if found is not None]
@@ -242,9 +245,11 @@ class Batch:
                 results.append((member, error))
         return results
 
-    def _embed(self, tokens: np.ndarray, cache: Cache) -> Tensor:
-        """Return the final embeddings: `b i -> b i e`."""
-        return self.palm(upload(tokens, self.palm.device), cache=cache, return_only_embedding=True)
+    def _embed(self, tokens: np.ndarray, cache: Cache, members: Sequence[Generation]) -> Tensor:
+        """Return the final embeddings of rows, each under its own adapter: `b i -> b i e`."""
+        scope = self.adapters.of([member.request.adapter for member in members])
+        ids = upload(tokens, self.palm.device)
+        return self.palm(ids, cache=cache, return_only_embedding=True, finetune_scope=scope)
 
     def _sample(self, logits: Tensor, members: list[Generation]) -> list[Outcome]:
         """Return the next tokens after logits, `b v`, or the reasons why there is none."""
@@ -277,7 +282,7 @@ class Batch:
     def _keep(self, row: int, generation: Generation) -> None:
         """Keep the keys and values of a sequence for later prompts."""
         tokens = generation.sequence[: generation.num_read]
-        self.prefixes.put(tokens, partial(self.slots.read, row), generation.request.client)
+        self.prefixes.put(tokens, partial(self.slots.read, row), generation.request.cache_key)
 
     def clear(self) -> None:
         """Forget all sequences and all cached prefixes."""

@@ -173,6 +173,7 @@ class Engine:
                 f"the prompt has {length} tokens and asks for {request.max_new_tokens} more; the context is "
                 f"{self.context} tokens for both"
             )
+        self._scheduler.batch.adapters.check(request.adapter)
         for name, ids in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
             if ids and not 0 <= min(ids) <= max(ids) < size:
                 bad = min(ids) if min(ids) < 0 else max(ids)

@@ -1,7 +1,7 @@
-"""Keys and values of sequences that have ended, for prompts of the same client that begin as they did."""
+"""Keys and values of sequences that have ended, for prompts under the same key that begin as they did."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Span:
 
 
 class PrefixTree:
-    """The sequences of one client as a radix tree, which keeps every common beginning once.
+    """The sequences of one key as a radix tree, which keeps every common beginning once.
 
     A span counts as used before the spans that it follows, so that the span unused for longest is always a leaf.
     """
@@ -87,10 +87,11 @@ class PrefixTree:
 class PrefixCache:
     """The sequences used last, as many as fit into `max_bytes`, found by their token ids.
 
-    A prompt walks down a tree of the sequences of its client, so that the time to find its beginning does not depend
-    on their number. A prompt is never compared with the sequences of other clients, so that neither the length that is
-    found nor the time that it saves tells one client what another has asked. Where memory is short, the client whose
-    sequences take most of it loses the end that it has not used for longest.
+    A key is a client and the adapter that it asks: keys and values of one adapter are wrong under another. A prompt
+    walks down a tree of the sequences of its key, so that the time to find its beginning does not depend on their
+    number. A prompt is never compared with the sequences of other clients, so that neither the length that is found nor
+    the time that it saves tells one client what another has asked. Where memory is short, the key whose sequences take
+    most of it loses the end that was not used for longest.
 
     Args:
         max_bytes: The most memory of keys and values.
@@ -99,11 +100,11 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int, bytes_per_token: int):
         self.max_bytes, self.bytes_per_token, self.num_bytes = max_bytes, bytes_per_token, 0
-        self._trees: dict[str, PrefixTree] = {}  # by client
+        self._trees: dict[Hashable, PrefixTree] = {}
 
-    def find(self, tokens: np.ndarray, client: str = "") -> tuple[int, Tensor | None]:
+    def find(self, tokens: np.ndarray, key: Hashable = "") -> tuple[int, Tensor | None]:
         """Return the length of the longest known prefix, in tokens, and its keys and values: `... hk n d`."""
-        tree = self._trees.get(client)
+        tree = self._trees.get(key)
         path, length = ([], 0) if tree is None else tree.walk(tokens)
         if tree is None or not path:
             return 0, None
@@ -112,8 +113,8 @@ class PrefixCache:
         known = contents[0] if len(contents) == 1 else torch.cat(contents, dim=-2)
         return length, known[..., :length, :]
 
-    def put(self, tokens: np.ndarray, read: Callable[[int, int], Tensor], client: str = "") -> None:
-        """Keep a client's sequence, unless it takes more memory than there is.
+    def put(self, tokens: np.ndarray, read: Callable[[int, int], Tensor], key: Hashable = "") -> None:
+        """Keep a sequence under a key, unless it takes more memory than there is.
 
         Args:
             read: Returns a copy of the keys and values from one token of the sequence to another, `... hk n d`; called
@@ -122,13 +123,13 @@ class PrefixCache:
         size = len(tokens)
         if not size or size * self.bytes_per_token > self.max_bytes:
             return
-        tree = self._trees.get(client, PrefixTree())
+        tree = self._trees.get(key, PrefixTree())
         path, length = tree.walk(tokens)
         if length < size:
             contents = read(length, size)
             before = sum(len(span.tokens) for span in path[:-1])
             tree.add(path, np.array(tokens[length:]), contents, length - before)
-            self._trees[client] = tree
+            self._trees[key] = tree
             self.num_bytes += contents.nbytes
         tree.use(path)
         while self.num_bytes > self.max_bytes:

@@ -13,6 +13,7 @@ from palm_rlhf.model.decoding_step import RotaryLookup, static_logits
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
 from palm_rlhf.serving.engine.capacity import COLUMN_STEP, columns_of
+from palm_rlhf.serving.engine.row_adapters import RowAdapters
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.engine.transfer import upload
 
@@ -38,8 +39,8 @@ class StaticStep:
     is resized; see `SlotCache.static_step`.
     """
 
-    def __init__(self, palm: PaLM, slots: SlotCache):
-        self.palm, self.slots = palm, slots
+    def __init__(self, palm: PaLM, slots: SlotCache, adapters: RowAdapters | None = None):
+        self.palm, self.slots, self.adapters = palm, slots, adapters or RowAdapters(palm)
         rows, columns, device = slots.num_rows, slots.num_columns, slots.device
         self.inputs = torch.zeros(rows, 2, dtype=torch.int64, device=device)  # last token and length of each row
         self.logits = torch.zeros(rows, palm.num_tokens, dtype=palm.dtype, device=device)
@@ -47,7 +48,15 @@ class StaticStep:
         first = torch.zeros(rows, dtype=torch.int64, device=device)
         self.cache = StaticCache.around(slots.keys, slots.values, lengths, first, torch.arange(columns, device=device))
         self.lookup = RotaryLookup(palm, columns)
+        self.scopes = torch.zeros(rows, dtype=torch.int64, device=device)  # the number of each row's adapter
+        self.adapted = False  # whether a row has one
         self.graphs, self.addresses = StepGraphs(device, MAX_GRAPHS), addresses(palm)
+
+    def adapt(self, scopes: Sequence[str | None]) -> None:
+        """Set the LoRA scope of each of the first rows, for the steps from now on; None is the base alone."""
+        self.adapted = any(scope is not None for scope in scopes)
+        if self.adapted:
+            self.scopes[: len(scopes)] = self.adapters.indices(scopes)
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         """Read one token into each of the first rows, and return the logits after it, `b v`, until the next call.
@@ -71,13 +80,17 @@ class StaticStep:
         return self.logits[: len(tokens)]
 
     def _run(self, rows: int, columns: int) -> None:
-        """Compute a step of so many rows and columns from `inputs`."""
+        """Compute a step of so many rows and columns from `inputs`, and from `scopes` if a row is adapted."""
 
         def step() -> None:
-            found = static_logits(self.palm, self.tokens[:rows], self.cache.view(rows, columns), self.lookup)
-            self.logits[:rows] = found
+            blocks = None
+            if self.adapted:
+                sides = self.adapters.side_by_side
+                sides.mask.factors, blocks = sides.factors.index_select(0, self.scopes[:rows]), sides.blocks
+            view = self.cache.view(rows, columns)
+            self.logits[:rows] = static_logits(self.palm, self.tokens[:rows], view, self.lookup, blocks)
 
-        self.graphs.run((rows, columns, self.addresses), step)
+        self.graphs.run((rows, columns, self.adapted, self.addresses), step)
 
     def warm_up(self) -> None:
         """Compile and capture the steps of every number of rows, those of few columns first, on an empty cache."""
@@ -100,16 +113,19 @@ class StaticStep:
 class StaticSteps:
     """The `StaticStep` of a SlotCache, made anew where the cache was resized; none where steps cannot be captured."""
 
-    def __init__(self, palm: PaLM, slots: SlotCache):
-        self.palm, self.slots = palm, slots
+    def __init__(self, palm: PaLM, slots: SlotCache, adapters: RowAdapters):
+        self.palm, self.slots, self.adapters = palm, slots, adapters
         self.enabled = why_not_captured(palm) is None
 
-    def logits(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor | None:
+    def logits(
+        self, tokens: Sequence[int] | Tensor, lengths: Sequence[int], scopes: Sequence[str | None]
+    ) -> Tensor | None:
         """Return the logits of a step, `b v`, or None where it cannot be captured; from then on none is."""
         if not self.enabled:
             return None
         try:
-            step = self.slots.static_step = self.slots.static_step or StaticStep(self.palm, self.slots)
+            step = self.slots.static_step = self.slots.static_step or StaticStep(self.palm, self.slots, self.adapters)
+            step.adapt(scopes)
             return step(tokens, lengths)
         except Exception:
             self._give_up()
@@ -121,7 +137,7 @@ class StaticSteps:
         columns = min(columns_of(columns), self.slots.max_tokens // rows // COLUMN_STEP * COLUMN_STEP)
         try:
             if self.enabled and columns and self.slots.reserve(rows, columns, []):
-                self.slots.static_step = StaticStep(self.palm, self.slots)
+                self.slots.static_step = StaticStep(self.palm, self.slots, self.adapters)
                 self.slots.static_step.warm_up()
         except Exception:
             self._give_up()

@@ -7,6 +7,7 @@ from palm_rlhf import __version__
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.http.access import Access
 from palm_rlhf.serving.http.api_keys import ApiKeys
+from palm_rlhf.serving.http.descriptions import described
 from palm_rlhf.serving.http.fastapi_import import fastapi_module
 from palm_rlhf.serving.http.handlers import Handlers
 from palm_rlhf.serving.http.middleware import AccessMiddleware, error_response, json_response
@@ -14,26 +15,11 @@ from palm_rlhf.serving.http.page_files import FEEDBACK, add_page
 from palm_rlhf.serving.http.prometheus import Metrics
 from palm_rlhf.serving.http.request_bodies import RequestLimits
 from palm_rlhf.serving.protocol.engine_requests import Kind
-from palm_rlhf.serving.protocol.errors import ERROR_SCHEMA, ApiError
+from palm_rlhf.serving.protocol.errors import ApiError
 from palm_rlhf.serving.protocol.openai_parameters import CHAT, COMPLETION, SCORE
 from palm_rlhf.serving.protocol.responses_parameters import RESPONSE
 from palm_rlhf.serving.protocol.tokenize_api import DETOKENIZE, TOKENIZE
 from palm_rlhf.serving.served_model import ServedModel
-
-ERRORS = {
-    400: "The request cannot be answered.",
-    401: "The API key is missing or wrong.",
-    403: "The Host or the Origin is not allowed.",
-    404: "There is no such model.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    415: "The Content-Type is not application/json.",
-    429: "The queue is full, or your share of it is: try again after Retry-After seconds.",
-    499: "The client went away.",
-    500: "The server failed.",
-    503: "The engine has stopped, or the server is full.",
-    504: "The reply took too long.",
-}
 
 
 def create_app(
@@ -137,7 +123,7 @@ def add_protocol(app: Any, handlers: Handlers, *, secured: bool) -> None:
 
     @app.get("/v1/models", **described(None), **keyed)
     async def list_models() -> Response:
-        """List the models of this server, of which there is one."""
+        """List the models of this server: the base and its adapters."""
         return json_response(handlers.model_list())
 
     @app.get("/v1/models/{model:path}", **described(None, parameters=[name]), **keyed)
@@ -186,25 +172,3 @@ def add_errors(app: Any) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Any, error: Exception) -> Any:
         return error_response(ApiError(500, "the server failed on this request; its log says why"))
-
-
-def described(
-    body: dict[str, Any] | None,
-    *,
-    stream: bool = False,
-    parameters: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """Return FastAPI's options for the description of a path."""
-    content = {"application/json": {"schema": {"type": "object"}}}
-    if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    extra: dict[str, Any] = {}
-    if body is not None:
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    if parameters:
-        extra["parameters"] = list(parameters)
-    errors = {
-        status: {"description": text, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-        for status, text in ERRORS.items()
-    }
-    return {"responses": {200: {"description": "The reply.", "content": content}, **errors}, "openapi_extra": extra}

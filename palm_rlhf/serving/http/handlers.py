@@ -76,9 +76,9 @@ class Handlers:
 
     def _writer(self, kind: Kind, parsed: ParsedRequest) -> ReplyWriter:
         if kind == "response":
-            return ResponseWriter(self.model.name, parsed.repeated)
+            return ResponseWriter(parsed.model, parsed.repeated)
         counting = (parsed.include_usage, parsed.continuous_usage, parsed.prompt_logprobs)
-        return CompletionWriter(kind, self.model.name, self.model.tokenizer, *counting)
+        return CompletionWriter(kind, parsed.model, self.model.tokenizer, *counting)
 
     def parse(self, kind: Kind, values: dict[str, Any], client: str) -> tuple[ParsedRequest, list[Request]]:
         """Return a parsed body, and its requests to the engine."""
@@ -139,16 +139,17 @@ class Handlers:
         """Return the entry of a model; ApiError for a model that is not here."""
         self._check_model(name)
         return {
-            "id": self.model.name,
+            "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "palm-rlhf",
             "max_model_len": self.engine.context,
+            "parent": None if name == self.model.name else self.model.name,
         }
 
     def model_list(self) -> dict[str, Any]:
-        """Return the list of models, which has one entry."""
-        return {"object": "list", "data": [self.model_entry(self.model.name)]}
+        """Return the list of models: the base, then its adapters."""
+        return {"object": "list", "data": [self.model_entry(name) for name in self.model.names]}
 
     def health(self) -> dict[str, Any]:
         """Return how many replies the engine computes; ApiError where it does not compute."""
@@ -176,13 +177,9 @@ class Handlers:
         return found
 
     def _check_model(self, name: str) -> None:
-        if name != self.model.name:
-            raise ApiError(
-                404,
-                f"the model {name!a:.80} does not exist; this server has {self.model.name}",
-                param="model",
-                code="model_not_found",
-            )
+        if name not in self.model.names:
+            message = f"the model {name!a:.80} does not exist; this server has {', '.join(self.model.names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _while_connected(self, request: Any, work: Awaitable) -> Any:
         try:

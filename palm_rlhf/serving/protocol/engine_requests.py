@@ -25,6 +25,7 @@ def engine_requests(
     check_ids(parsed.options["logit_bias"], model.palm.num_tokens, "logit_bias")
     chat, name = kind != "completion", PROMPTS[kind]
     options = {**parsed.options, "client": client, "grammar": grammar_of(model, parsed)}
+    options["adapter"] = model.adapters.get(parsed.model)
     options["continues_text"] = parsed.continued or not chat
     if not parsed.ignore_eos:
         options["stop"] += model.turn_end_strings if chat else ()
