@@ -23,6 +23,8 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
 from palm_rlhf.model.weights_folder import read_json
 
+NAMES_FILE = "special_tokens_map.json"  # in folders of transformers 4, some of which name the EOS only there
+
 __all__ = [
     "CONFIG_FILE",
     "DEFAULT_SPECIAL_TOKENS",
@@ -54,9 +56,10 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         config_file, (backend, config) = file, read_gguf_tokenizer(file)
     else:
         config_file = file.with_name(CONFIG_FILE)
-        backend, config = None, read_json(config_file) if config_file.is_file() else {}
+        backend, config = None, _beside(file, CONFIG_FILE)
+    names = _beside(file, NAMES_FILE) | config
     eos_token, pad_token = (
-        name if name is not None else token_name(config.get(key))
+        name if name is not None else token_name(names.get(key))
         for key, name in (("eos_token", eos_token), ("pad_token", pad_token))
     )
     is_bytes = config.get("tokenizer_class") == "ByteTokenizer"
@@ -75,9 +78,15 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         raise ValueError(
             f"{file} is not a tokenizer of the library tokenizers ({error}): copy, download or save it again"
         ) from error
-    generation_file = file.with_name(GENERATION_FILE)
-    generation = read_json(generation_file) if generation_file.is_file() else {}
-    return HuggingFaceTokenizer(backend, eos_token=eos_token, pad_token=pad_token, config=config, generation=generation)
+    return HuggingFaceTokenizer(
+        backend, eos_token=eos_token, pad_token=pad_token, config=config, generation=_beside(file, GENERATION_FILE)
+    )
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file beside a tokenizer.json; nothing where it is missing, or beside a GGUF file."""
+    path = file.with_name(name)
+    return read_json(path) if path.is_file() and not is_gguf(file) else {}
 
 
 def token_name(value: Any) -> str | None:

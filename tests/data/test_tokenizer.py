@@ -240,6 +240,11 @@ def test_a_foreign_folder_opens_by_what_it_says(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("the cat sat") == tokenizer_of("bpe").encode("the cat sat")
     assert tokenizer.pad_token == tokenizer_of("bpe").special_tokens["<|pad|>"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(config | {"eos_token": "<|user|>"}))
+    assert load_tokenizer(tmp_path).eos_token == tokenizer.special_tokens["<|user|>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).eos_token == tokenizer.eos_token  # that of tokenizer_config.json counts
     tokenizer.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/tokenizer_config.json").read_text())["bos_token"] == "<|user|>"
 
