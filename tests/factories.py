@@ -7,6 +7,8 @@ import torch
 from palm_rlhf.model.palm import PaLM
 
 LETTERS = "abcdefghijkl"
+# The serial block with everything that it may have, whose arithmetic differs from PaLM's in every layer.
+SERIAL = {"block": "serial", "norm": "rms", "qkv_bias": True, "qk_norm": True, "tie_embeddings": False}
 
 
 def palm_of(seed: int = 0, **fields: Any) -> PaLM:
@@ -30,6 +32,8 @@ def wandering_palm(seed: int = 0, **fields: Any) -> PaLM:
     """One that rarely repeats itself: at the start a tied model mostly says its last token again."""
     palm = palm_of(seed, **{"num_tokens": 13, "ff_mult": 2, **fields})
     for layer in palm.layers:
+        if palm.config.qkv_bias:
+            layer.in_proj.bias.data.normal_(std=0.5)
         layer.attn_out.weight.data.mul_(4)
         layer.ff_out.weight.data.mul_(4)
     return palm

@@ -13,6 +13,7 @@ from palm_rlhf.model.decoding_step import CastMatrices, RotaryLookup, static_log
 from palm_rlhf.model.lora import adapters_of
 from palm_rlhf.model.static_cache import StaticCache, round_columns, round_rows
 from palm_rlhf.ops.cpu import native_library
+from tests.factories import SERIAL
 from tests.factories import palm_of as small_palm
 from tests.model.steps import EXACT, add_scope, palm_of, rows_of, without_kernel
 
@@ -42,7 +43,7 @@ def read_prompts(palm, rows, capacity, **options):
 
 @pytest.mark.parametrize("scope", [False, True], ids=["base", "lora"])
 @pytest.mark.parametrize(
-    "fields", [{}, {"qk_norm": True}, {"xpos": True}, {"kv_heads": 4}, {"flash_attn": False}], ids=str
+    "fields", [{}, {"qk_norm": True}, {"xpos": True}, {"kv_heads": 4}, {"flash_attn": False}, SERIAL], ids=str
 )
 @torch.no_grad()
 def test_logits_are_those_of_the_growing_cache(fields, scope):
@@ -66,11 +67,12 @@ def test_logits_are_those_of_the_growing_cache(fields, scope):
     assert cache.lengths.tolist() == [11] * 4 + [5] * 4 and cache.first.tolist() == [3, 0, 2] + [5] * 5
 
 
+@pytest.mark.parametrize("fields", [{}, SERIAL], ids=["parallel", "serial"])
 @pytest.mark.parametrize("way", ["bfloat16", "autocast", "cast once"])
 @torch.no_grad()
-def test_logits_in_lower_precision(way):
+def test_logits_in_lower_precision(way, fields):
     """A mask over more columns adds zeros in another order, so that sums are rounded otherwise."""
-    palm = palm_of().to(torch.bfloat16 if way == "bfloat16" else torch.float32)
+    palm = palm_of(**fields).to(torch.bfloat16 if way == "bfloat16" else torch.float32)
     prompts, cache = read_prompts(palm, rows_of([3, 5]), 16), static_cache_of(palm, 2, 16)
     cache.fill(prompts)
     lookup, tokens = RotaryLookup(palm, 16), torch.tensor([3, 1])

@@ -21,6 +21,7 @@ from palm_rlhf.model.static_generate import CHECK_EVERY
 from palm_rlhf.model.step_memory import StepMemory
 from palm_rlhf.ops.cpu import native_library
 from palm_rlhf.ops.sampling import Sampling
+from tests.factories import SERIAL
 from tests.factories import palm_of as small_palm
 from tests.model.test_generate import GREEDY, OPTIONS, VOCABULARY, cut, palm_of, palm_with, prompts_of, seeded
 
@@ -74,7 +75,15 @@ def test_tokens_are_those_of_the_loop(lengths, options, num_samples, num_new):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"qk_norm": True}, {"xpos": True}, {"kv_heads": 1}, {"kv_heads": 4, "flash_attn": False}, {"dropout": 0.5}],
+    [
+        {},
+        {"qk_norm": True},
+        {"xpos": True},
+        {"kv_heads": 1},
+        {"kv_heads": 4, "flash_attn": False},
+        {"dropout": 0.5},
+        SERIAL,
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("prompt", ["none", "n", "b n", "list"])
@@ -115,9 +124,10 @@ def test_autocast():
     torch.testing.assert_close(logprobs[0][:same], others[0][:same], rtol=0, atol=0.1)
 
 
-def test_matrices_that_are_cast_once_are_those_that_autocast_casts(monkeypatch):
+@pytest.mark.parametrize("fields", [{"qk_norm": True}, SERIAL], ids=["parallel", "serial"])
+def test_matrices_that_are_cast_once_are_those_that_autocast_casts(fields, monkeypatch):
     """The same bits, also after weights have changed in place, and after they have been replaced."""
-    palm, rows = palm_with(dtype=torch.float32, qk_norm=True), prompts_of(4, 2)
+    palm, rows = palm_with(dtype=torch.float32, **fields), prompts_of(4, 2)
     for adapters in palm.add_finetune_params("voice", r=2):
         for part in adapters.parts:
             part.B.data.normal_(std=0.5)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from palm_rlhf.model.lora import ATTENTION, TARGETS
 from palm_rlhf.ops.cpu import native_library
 from palm_rlhf.ops.cpu.native_decoding import MAX_ROWS, is_faster
+from tests.factories import SERIAL
 
 from .steps import (
     WAYS,
@@ -26,7 +27,6 @@ from .steps import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SERIAL = {"block": "serial", "norm": "rms", "qkv_bias": True, "qk_norm": True}
 every_way = pytest.mark.parametrize("way", WAYS)
 
 

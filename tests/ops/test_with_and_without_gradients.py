@@ -8,7 +8,7 @@ import torch
 from palm_rlhf import PaLM
 from palm_rlhf.ops.logprobs import MAX_REPEATED_DIM
 from palm_rlhf.policy.sequences import action_logprobs, join
-from tests.factories import palm_of
+from tests.factories import SERIAL, palm_of
 
 ARITHMETIC = {  # the type of the weights, and whether bfloat16 autocast is on
     "float64": (torch.float64, False),
@@ -23,6 +23,7 @@ MODELS = {
     "normalised": {"qk_norm": True, "xpos": True},
     "eager": {"flash_attn": False},
     "bidirectional": {"causal": False},
+    "serial": SERIAL,
     "recomputed": {"gradient_checkpointing": True},
     "wide": {"dim": 800, "num_tokens": 3200, "depth": 1},  # whose logits are dearer to compute again than to hold
 }

@@ -13,6 +13,7 @@ from palm_rlhf.policy.best_of_n import best_of_n
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.rollout import ResponseSampling, Rollout, collect
 from palm_rlhf.policy.sequences import Sequences, action_logprobs, join, response_logprobs, spoken
+from tests.factories import SERIAL
 
 EOS = 4
 LENGTHS = (3, 1, 6, 2)
@@ -53,11 +54,12 @@ def assert_parity(rollout: Rollout, logprobs: torch.Tensor) -> None:
     st.integers(1, 3),
     st.integers(1, 7),
     st.integers(0, 99),
+    st.sampled_from([{}, SERIAL]),
 )
 def test_what_is_recorded_while_sampling_is_what_training_reads(
-    device, wandering_palm, draw_rows, said_by_hand, lengths, sampling, limit, num_samples, batch_size, seed
+    device, wandering_palm, draw_rows, said_by_hand, lengths, sampling, limit, num_samples, batch_size, seed, block
 ):
-    palm, generator = wandering_palm(dropout=0.5).to(device), seeded(seed, device)
+    palm, generator = wandering_palm(dropout=0.5, **block).to(device), seeded(seed, device)
     actor_critic = ActorCritic(palm, value="none").train()
     prompts = [row.to(device) for row in draw_rows(*lengths, seed=seed)]
     sampling = ResponseSampling(**sampling, **limit)

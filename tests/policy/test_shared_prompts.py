@@ -10,6 +10,7 @@ from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.sequences import join
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
+from tests.factories import SERIAL
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def require_the_plain_way(palm, sequences, names=vars(module), scope=None):  # n
     return groups
 
 
-OPTIONS = [{}, {"kv_heads": 2, "qk_norm": True}, {"xpos": True}, {"flash_attn": False}]
+OPTIONS = [{}, {"kv_heads": 2, "qk_norm": True}, {"xpos": True}, {"flash_attn": False}, SERIAL]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -10,6 +10,7 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from palm_rlhf.training.run import compilation
 from palm_rlhf.training.run.compilation import CompiledBlocks, is_wanted, why_not
+from tests.factories import SERIAL
 
 from .laws.trainers import build, law_of_each_config, palm_of
 
@@ -122,8 +123,9 @@ def test_outside_of_the_steps_a_block_is_what_it_was(eager_compiler, tmp_path):
     assert again.step == 4
 
 
-def test_all_blocks_are_compiled_once(eager_compiler):
-    trainer = build(LMConfig, palm=palm_of(depth=5), compile=True)
+@pytest.mark.parametrize("fields", [{}, SERIAL], ids=["parallel", "serial"])
+def test_all_blocks_are_compiled_once(fields, eager_compiler):
+    trainer = build(LMConfig, palm=palm_of(depth=5, **fields), compile=True)
     list(trainer.steps())
     assert len(eager_compiler) == 1
 

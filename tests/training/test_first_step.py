@@ -10,7 +10,7 @@ from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.training.preference import PreferenceConfig, PreferenceTrainer
 from palm_rlhf.training.preference_data import Preference, UnpairedPreference
 from palm_rlhf.training.run.optimizer import computes_below_float32
-from tests.factories import palm_of
+from tests.factories import SERIAL, palm_of
 
 NUM_TOKENS, EOS = 96, 5
 ARITHMETIC = {  # the type of the weights, and the precision of the run
@@ -25,6 +25,8 @@ RLHF = [
     {"minibatch_size": 12, "micro_batch_size": None},
     {"actor_lora_r": 2, "critic_lora_r": 2},
     {"shared_trunk": True},
+    {"model": SERIAL},
+    {"model": SERIAL, "actor_lora_r": 2},
     {"algorithm": "grpo", "num_samples": 4},
     {"algorithm": "grpo", "num_samples": 4, "grpo_variant": "dapo", "kl_coef": 0.1, "kl_penalty": "loss"},
     {"algorithm": "rloo", "num_samples": 4},
@@ -57,13 +59,18 @@ def first_metrics(palm: PaLM, **options) -> dict:
 
 @pytest.mark.parametrize(
     "options, arithmetic",
-    [*((options, "autocast") for options in RLHF), *(({}, name) for name in OTHER_ARITHMETIC)],
+    [
+        *((options, "autocast") for options in RLHF),
+        *((o, name) for o in ({}, {"model": SERIAL}) for name in OTHER_ARITHMETIC),
+    ],
     ids=str,
 )
 def test_the_ratios_of_the_first_epoch_are_exactly_1_and_the_kl_is_exactly_0(options, arithmetic, kernels):
     """In each of its minibatches, however they are batched, with prompts and responses of many lengths."""
     dtype, precision = ARITHMETIC[arithmetic]
-    metrics = first_metrics(small_palm(dtype), **{"precision": precision, **options})
+    options = dict(options)
+    palm = small_palm(dtype, **options.pop("model", {}))
+    metrics = first_metrics(palm, **{"precision": precision, **options})
     assert metrics["optimizer_steps"] == 12 // options.get("minibatch_size", 6)
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["clip_fraction"] == 0
     assert metrics["approx_kl"] == 0 and metrics.get("kl", 0) == 0 and metrics.get("kl_loss", 0) == 0

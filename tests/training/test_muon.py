@@ -5,6 +5,7 @@ import torch
 
 from palm_rlhf.training.run.muon import muon, orthogonalise
 from palm_rlhf.training.run.optimizer import adamw
+from tests.factories import SERIAL
 
 SETTINGS = (0.01, (0.9, 0.95), 1e-8, 0.0)
 
@@ -46,6 +47,23 @@ def test_every_matrix_of_a_fused_projection_is_orthogonalised_by_itself(tiny_pal
         assert (got - expected).norm() < 0.05 * expected.norm()  # the iteration is in bfloat16
     whole = orthogonalise(gradient.unsqueeze(0))[0] * -0.01 * 0.2 * max(gradient.shape) ** 0.5
     assert (moved - whole).norm() > 0.2 * whole.norm()  # what one matrix of all rows would have given
+
+
+def test_the_matrices_of_a_serial_block_are_orthogonalised_one_by_one(tiny_palm):
+    """Gate and value are two matrices, and an output layer and biases are left to AdamW."""
+    palm = with_gradients(tiny_palm(**SERIAL))
+    inner, q_dim, kv_dim = palm.config.inner_dim, palm.config.heads * palm.config.dim_head, palm.config.dim_head
+    sizes = {"in_proj": [q_dim, kv_dim, kv_dim], "ff_proj": [inner, inner], "attn_out": None, "ff_out": None}
+    gradients = {name: parameter.grad.clone() for name, parameter in palm.named_parameters()}
+    moved = stepped(palm, muon)
+    for name, rows in sizes.items():
+        name = f"layers.1.{name}.weight"
+        for got, block in zip(*(t[name].split(rows or len(t[name])) for t in (moved, gradients)), strict=True):
+            expected = orthogonalise(block.unsqueeze(0))[0] * -0.01 * 0.2 * max(block.shape) ** 0.5
+            assert (got - expected).norm() < 0.05 * expected.norm()
+    theirs = stepped(with_gradients(tiny_palm(**SERIAL)), adamw)
+    for name in ("lm_head.weight", "layers.0.in_proj.bias", "layers.0.ff_norm.weight", "layers.0.q_norm.weight"):
+        torch.testing.assert_close(moved[name], theirs[name], rtol=0, atol=0)
 
 
 def test_updates_are_as_large_as_adamws(tiny_palm):
