@@ -2,6 +2,14 @@
 
 They hold the very modules of the base: the embeddings, the blocks, the last norm and the output layer. So a second PaLM
 costs the memory of its adapters, a move of one moves all, and whoever changed the base would change all of them.
+
+With `PPOConfig.share_base` the roles hold, beside the base:
+
+policy         adapters, each number with a gradient and the two moments of AdamW
+reference      nothing: it is the base
+reward model   adapters, a head and the two embeddings of prompts and responses, without gradients
+critic         a copy of those of the reward model, of which the head is not trained, or new adapters (critic_lora_r);
+               and a value head; trained numbers have gradients and moments as the policy's
 """
 
 import copy

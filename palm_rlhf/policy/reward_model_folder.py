@@ -119,14 +119,18 @@ def load(
             check_shapes(shapes_of(state), shapes_of(model.state_dict()), path)
             skeleton, parts = model, ((name, [tensor]) for name, tensor in state.items())
     require_same(model, skeleton, path)
-    if is_shared(model.palm):
-        parts = ((name, [tensor]) for name, tensor in without_base(parts, model.palm, path))
+    own = without_base(parts, model.palm, path) if is_shared(model.palm) else None
     for name, options in scope_options(skeleton.palm).items():
         if name not in model.palm.finetune_modules:
             model.palm.add_finetune_params(name, **options)
     model.pooling = skeleton.pooling
     model.use_lora_scope(skeleton.lora_scope)
-    checkpoint.copy_parts(model, parts)
+    if own is None:
+        checkpoint.copy_parts(model, parts)
+    else:
+        ours = model.state_dict()
+        for name, tensor in own:
+            checkpoint.copy_rows(ours[name], [tensor])
     if folder is not None:
         folder.require_unchanged()
     return model

@@ -172,6 +172,20 @@ def test_rlhf_without_a_critic_of_its_own_by_adapters(fine_tuned, rewarding, tmp
     assert not all(torch.equal(before[name], tensor) for name, tensor in palm.state_dict().items())
 
 
+def test_rlhf_over_one_base_saves_the_model_of_rlhf_with_four(fine_tuned, files, tmp_path, command):
+    sft, folder = fine_tuned[1], tmp_path / "reward"
+    command("reward", files["rankings"], "--model", sft, "--output-dir", folder, "--lora-r", "2", *ONE_EPOCH)
+    options = ["--model", sft, "--reward-model", folder, *PPO, "--actor-lora-r", "2", "--learning-rate", "0.1"]
+    shared, _ = command("rlhf", files["prompts"], *options, "--output-dir", tmp_path / "one", "--share-base")
+    separate, _ = command("rlhf", files["prompts"], *options, "--output-dir", tmp_path / "four")
+    one, four, before = weights(tmp_path / "one"), weights(tmp_path / "four"), weights(sft)
+    assert all(torch.equal(four[name], tensor) for name, tensor in one.items())
+    assert not all(torch.equal(before[name], tensor) for name, tensor in one.items())
+    assert all(shared[name] == separate[name] for name in ("score", "kl", "policy_loss", "value_loss"))
+    with pytest.raises(SystemExit, match="than the base that is to be shared, expected the same weights"):
+        command("rlhf", files["prompts"], *options, "--model", fine_tuned[0], "--share-base")
+
+
 @pytest.mark.parametrize("lora", [[], ["--lora-r", "2"]])
 def test_dpo_moves_the_model_towards_what_was_chosen(fine_tuned, files, tmp_path, command, lora):
     options = ["--model", fine_tuned[1], "--output-dir", tmp_path / "run", *ONE_EPOCH, "--grad-accum", "1", *lora]
