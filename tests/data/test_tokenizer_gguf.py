@@ -14,6 +14,7 @@ from palm_rlhf.data.conversation import encode_prompt
 from palm_rlhf.data.templates import PRESETS, JinjaTemplate, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from palm_rlhf.data.tokenizer_gguf_writer import gguf_metadata
+from palm_rlhf.model.interop.gguf_header import GGUFHeader
 
 TEXTS = [
     "Hello, world!  It's 12345.678 o'clock; WE'RE late.\n\n\n  Two spaces,\ttabs\r\nand lines.   ",
@@ -302,3 +303,14 @@ def test_a_template_that_is_not_jinja_is_refused_and_one_that_reaches_out_is_not
         path = write(tmp_path / "model.gguf", {**metadata, "tokenizer.chat_template": source})
         with pytest.raises(ValueError, match=message):
             load_template(path).render([{"role": "user", "content": "Hi"}])
+
+
+def test_the_metadata_of_smollm2_are_written_as_they_were_read(smollm2_file):
+    """Which llama.cpp's own converter wrote; SmolLM2 was trained on digits one by one."""
+    tokenizer, template = load_tokenizer(smollm2_file), load_template(smollm2_file)
+    expected = GGUFHeader(smollm2_file).metadata
+    found = gguf_metadata(tokenizer, template, tokenizer.num_tokens)
+    assert found.pop("tokenizer.ggml.add_eos_token") is False  # the default
+    assert found == {key: value for key, value in expected.items() if key in found}
+    assert {key for key in expected if key.startswith("tokenizer.")} - set(found) == {"tokenizer.ggml.add_space_prefix"}
+    assert tokenizer.backend.encode("in 1859").tokens == ["in", "Ġ", "1", "8", "5", "9"]

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from palm_rlhf.model.interop.gguf_header import GGUFHeader
 from palm_rlhf.model.palm import PaLM
 from tests.model.interop.gguf_files import SIZES, hugging_face_model, write_gguf
 
@@ -105,3 +109,34 @@ def test_the_scaling_of_llama_3_is_found_from_its_divisors(tmp_path):
     other = write_gguf(tmp_path / "other.gguf", model, "llama", tensors={"rope_freqs.weight": divisors**2})
     with pytest.raises(ValueError, match=r"rope_freqs\.weight other than that of Llama 3\.1"):
         PaLM.from_pretrained(other)
+
+
+def first_blocks(source: Path, path: Path, num_blocks: int) -> Path:
+    """Copy a file with its first blocks and without its tokenizer, which transformers reads for half a minute."""
+    header, contents = GGUFHeader(source), np.memmap(source, np.uint8, "r")
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in header.metadata.items():
+        if key.startswith("llama."):
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(key, num_blocks if key == "llama.block_count" else value)
+    for name, tensor in header.tensors.items():
+        block = re.match(r"blk\.(\d+)\.", name)
+        if block is None or int(block[1]) < num_blocks:
+            kind = gguf.GGMLQuantizationType(tensor.type_id)
+            rows = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            data = contents[tensor.start : tensor.start + math.prod(rows)].reshape(rows)
+            writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_logits_of_blocks_of_smollm2_are_those_of_transformers(smollm2_file, tmp_path):
+    """Real weights, in Q4_1 and Q8_0."""
+    path = first_blocks(smollm2_file, tmp_path / "model.gguf", 2)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    palm = PaLM.from_pretrained(path)
+    assert (palm.config.depth, palm.num_tokens, palm.config.rotary_theta) == (2, 49152, 100_000.0)
+    assert_same_logits(palm, theirs)

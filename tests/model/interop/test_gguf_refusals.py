@@ -188,7 +188,7 @@ def test_the_extra_is_named_where_the_package_is_missing(whole, opened, monkeypa
         opened(whole)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(places=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), min_size=1, max_size=4))
 def test_flipped_bits_of_a_header_are_refused_or_read(places, whole, tmp_path_factory):
     """Never another error than ValueError, or FileNotFoundError where the tokenizer is gone."""
