@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from palm_rlhf.ops.linear import linear, split_linear, swiglu_sum_linear
+from palm_rlhf.ops.linear import linear, split_linear, swiglu_linear, swiglu_sum_linear
 from palm_rlhf.ops.swiglu import swiglu
 
 SIZES = [4, 1, 6]
@@ -154,6 +154,82 @@ def test_swiglu_sum_linear_under_autocast_is_that_of_pytorch(dtype):
     grads = gradients(got, inputs), gradients(expected, inputs)
     assert [grad.dtype for grad in grads[0]] == [dtype] * 5
     assert_all_close(*grads, rtol=2e-2, atol=2e-1)
+
+
+def plain_gated(gate, value, weight):
+    return plain_swiglu(gate, value) @ weight.T
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (700,)], ids=str)
+def test_swiglu_linear_is_a_product_of_hidden_units(batch):
+    inputs = summands(batch=batch)[2:]
+    before = [t.detach().clone() for t in inputs]
+    got, expected = [swiglu_linear(*inputs)], [plain_gated(*inputs)]
+    assert_all_close(got, expected)
+    assert_all_close(gradients(got, inputs), gradients(expected, inputs), rtol=0, atol=1e-10)
+    assert_all_close(gradients(got, inputs), gradients(expected, inputs), rtol=0, atol=1e-10)  # and a second time
+    assert all(torch.equal(t, was) for t, was in zip(inputs, before, strict=True))
+    with torch.no_grad():
+        assert_all_close([swiglu_linear(*inputs)], expected)
+
+
+@pytest.mark.parametrize("live", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_swiglu_linear_with_some_of_it_frozen_and_strided_gradients(live):
+    inputs = [t.requires_grad_(n in live) for n, t in enumerate(summands()[2:])]
+    expected = gradients([plain_gated(*inputs)], [inputs[n] for n in live])
+    assert_all_close(gradients([swiglu_linear(*inputs)], [inputs[n] for n in live], strided=True), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_linear_under_autocast_is_that_of_pytorch(dtype):
+    inputs = summands(batch=(4, 32), dtype=dtype)[2:]
+    with torch.autocast("cpu", torch.bfloat16):
+        gate, value, weight = inputs
+        got = [swiglu_linear(*inputs)]
+        expected = [F.linear(F.silu(gate.bfloat16()) * value.bfloat16(), weight)]
+    assert got[0].dtype == torch.bfloat16
+    assert_all_close(got, expected, rtol=1e-2, atol=1e-1)
+    grads = gradients(got, inputs), gradients(expected, inputs)
+    assert [grad.dtype for grad in grads[0]] == [dtype] * 3
+    assert_all_close(*grads, rtol=2e-2, atol=2e-1)
+
+
+class InFewerBits(torch.Tensor):
+    """A weight of a subclass, which counts the products that it is asked for."""
+
+    products = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            cls.products += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_weights_of_subclasses_are_multiplied_by_their_own_product(length):
+    """A subclass that keeps its numbers in fewer bits answers to F.linear, not to what the fast ways do to a weight."""
+    x, _, gate, value, _ = summands(batch=(2, length))
+    weights = [torch.randn(shape).double() for shape in ((14, 5), (4, 7), (4, 5))]
+    narrow = [weight.as_subclass(InFewerBits) for weight in weights]
+    InFewerBits.products = 0
+    with torch.no_grad():
+        got = [*split_linear(x, narrow[0], [6, 8]), swiglu_linear(gate, value, narrow[1])]
+        got += [swiglu_sum_linear(x, narrow[2], gate, value, narrow[1]), linear(x, narrow[2])]
+    assert InFewerBits.products == 5
+    expected = [*plain_split(x, weights[0], [6, 8]), plain_gated(gate, value, weights[1])]
+    expected += [plain_sum(x, weights[2], gate, value, weights[1]), x @ weights[2].T]
+    assert_all_close([t.as_subclass(torch.Tensor) for t in got], expected)
+
+
+@pytest.mark.parametrize("batch", [(1, 1), (3, 1), (2, 3)], ids=str)
+def test_linear_adds_a_bias(batch):
+    (x, weight), bias = projection(batch=batch), torch.randn(11).double().requires_grad_()
+    got, expected, inputs = [linear(x, weight, bias)], [x @ weight.T + bias], (x, weight, bias)
+    assert_all_close(got, expected)
+    assert_all_close(gradients(got, inputs), gradients(expected, inputs))
+    with torch.no_grad():
+        assert_all_close([linear(x, weight, bias)], expected)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (1, 1), (3, 1), (1, 3), (2, 3)], ids=str)
