@@ -47,6 +47,11 @@ class LoRALinear(nn.Module):
         return self.alpha / self.r
 
     @property
+    def rank_factors(self) -> Tensor | None:
+        """Factors of the low-rank units that differ between the rows of a batch, `b 1 r`; None where there are none."""
+        return None
+
+    @property
     def delta(self) -> Tensor:
         """The change that merging makes to a weight, `o i`, in float32 or wider, so that it is rounded once."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)

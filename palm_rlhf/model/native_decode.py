@@ -53,7 +53,10 @@ def native_step(
             return None
         factor = scales.pop()
         decoder = cache.kernels["decoder"] = NativeDecoder(blocks, c.heads, c.norm_eps, factor, rms=c.norm == "rms")
-    return partial(decoder.step, first=first, lengths=lengths) if len(keys[0]) == len(tokens) else None
+    if len(keys[0]) != len(tokens):
+        return None
+    factors = adapters[0].parts[0].rank_factors if adapters else None
+    return partial(decoder.step, first=first, lengths=lengths, rank_factors=factors)
 
 
 def _is_special(layers: Sequence[Block], adapters: Sequence[BlockLoRA]) -> bool:

@@ -11,7 +11,9 @@ import torch
 
 from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.ops.devices import why_not_native
 from palm_rlhf.serving.engine import Engine, EngineConfig
+from palm_rlhf.serving.engine.row_adapters import RowAdapters
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.engine.static_step import StaticStep
 from palm_rlhf.serving.generation import Request
@@ -61,7 +63,7 @@ def scopes_of_steps(palm: PaLM) -> list[list[int]]:
 
     def note(_, args, kwargs):
         if args[0].shape[1] == 1 and isinstance(kwargs["finetune_scope"], list):
-            factors = kwargs["finetune_scope"][0].parts[0].mask.factors
+            factors = kwargs["finetune_scope"][0].parts[0].rank_factors
             found.append((factors != 0).sum((1, 2)).tolist())
 
     palm.register_forward_pre_hook(note, with_kwargs=True)
@@ -275,3 +277,22 @@ def test_the_step_of_a_gpu_gives_every_row_its_adapter(block):
         for row, (scope, length) in enumerate(zip(scopes, lengths, strict=True)):
             alone = palm(torch.tensor([[1 + row]]), cache=slots.row(row, length), finetune_scope=scope)
             torch.testing.assert_close(found[row], alone[0, 0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@torch.no_grad()
+def test_the_kernel_of_a_cpu_gives_every_row_its_adapter(block):
+    """Mixed rows do not fall back to one product after the other, and rows of one scope after them have its scale."""
+    palm = model_with_scopes(block).double()
+    slots = SlotCache(palm, max_tokens=8 * 64, max_rows=8)
+    assert slots.reserve(8, 64, [])
+    adapters, lengths = RowAdapters(palm), [5, 9, 2, 7]
+    for scopes in (["poet", None, "judge", "pirate"], ["pirate", "pirate", None, "judge"], ["judge"] * 4, [None] * 4):
+        for row, (scope, length) in enumerate(zip(scopes, lengths, strict=True)):
+            palm(torch.arange(length).unsqueeze(0), cache=slots.row(row, 0), finetune_scope=scope)
+        found = palm(torch.tensor([[1], [2], [3], [4]]), cache=slots.rows(lengths), finetune_scope=adapters.of(scopes))
+        if why_not_native() is None:
+            assert bool(slots.kernels["decoder"].shape.rank_factors) == (len(set(scopes)) > 1)
+        for row, (scope, length) in enumerate(zip(scopes, lengths, strict=True)):
+            whole = torch.tensor([[*range(length), 1 + row]])
+            torch.testing.assert_close(found[row, 0], palm(whole, finetune_scope=scope)[0, -1], rtol=0, atol=1e-10)

@@ -60,6 +60,7 @@ class _Shape(ctypes.Structure):
         *((name, c_long) for name in ("batch", "capacity", "table_rows", "table_heads", "rank", "rms")),
         ("eps", c_double),
         ("adapter_scale", c_double),
+        ("rank_factors", c_void_p),
     ]
 
 
@@ -149,7 +150,14 @@ class NativeDecoder:
     def __reduce__(self):
         return type(None), ()  # a copy of a cache starts without a kernel, whose addresses are those of the original
 
-    def step(self, x: Tensor, tables: tuple[Tensor, Tensor], first: Tensor, lengths: Tensor) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        first: Tensor,
+        lengths: Tensor,
+        rank_factors: Tensor | None = None,
+    ) -> Tensor:
         """Take the next token of each row through the blocks, and write its keys and values to the cache.
 
         Args:
@@ -157,6 +165,7 @@ class NativeDecoder:
             tables: cosines and sines, `b|1 (h + hk)|1 1 d`, float32 or wider.
             first: `b`, int64, the first position of the cache that the row sees, after its padding.
             lengths: `b`, int64, how many positions of the cache are in use.
+            rank_factors: `b 1 r`, factors of the low-rank units of the adapters for each row; None is 1.
 
         Returns:
             `b 1 e`.
@@ -167,6 +176,8 @@ class NativeDecoder:
         cos, sin = (table.contiguous() for table in tables)
         wide = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self.shape.table_rows, self.shape.table_heads = cos.shape[:2]
+        factors = None if rank_factors is None else rank_factors.to(self.dtype).contiguous()
+        self.shape.rank_factors = None if factors is None else factors.data_ptr()
         pointers = [t.data_ptr() for t in (cos, sin, first, lengths, wide, self.scratch)]
         self.function(ctypes.byref(self.shape), self.layers, *pointers, threads)
         return wide.to(x.dtype)

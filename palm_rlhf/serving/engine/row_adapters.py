@@ -26,12 +26,17 @@ class SideBySideLoRA(LoRALinear):
 
     def __init__(self, downs: list[Tensor], ups: list[Tensor], mask: RankMask):
         nn.Module.__init__(self)
-        self.A, self.B = torch.cat(downs, dim=1), torch.cat(ups)  # type: ignore[assignment]  # never trained
+        self.A = nn.Parameter(torch.cat(downs, dim=1), requires_grad=False)
+        self.B = nn.Parameter(torch.cat(ups), requires_grad=False)
         self.r = self.alpha = len(self.B)
         self.mask = mask
 
+    @property
+    def rank_factors(self) -> Tensor:
+        return self.mask.factors
+
     def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.A * self.mask.factors) @ self.B
+        return (x @ self.A * self.rank_factors) @ self.B
 
 
 class SideBySide:

@@ -13,6 +13,7 @@ typedef struct {
     long rank;                                         // of the adapters; 0 where there are none
     long rms;                                          // 1 if norms are RMSNorms, 0 if they are layer norms
     double eps, adapter_scale;
+    const void *rank_factors;                          // `batch rank`, float32 or wider: of each row; or null
 } Shape;
 
 // What can have an adapter: queries, keys, values and output of the attention; gate, value and output of the

@@ -85,13 +85,15 @@ static void OF(attend)(const Shape *s, const Layer *layer, long row, long head, 
         }
 }
 
-// low = x @ down: `b n`, `n rank` -> `b rank`.
+// low = x @ down, times the factors of the row if it has some: `b n`, `n rank` -> `b rank`.
 static void OF(lower)(const Shape *s, const T *down, const A *x, long n, A *low) {
     long rank = s->rank;
     for (long t = 0; t < s->batch; t++, low += rank) {
         memset(low, 0, rank * sizeof(A));
         for (long k = 0; k < n; k++)
             for (long r = 0; r < rank; r++) low[r] += x[t * n + k] * OF(load)(down[k * rank + r]);
+        if (s->rank_factors)
+            for (long r = 0; r < rank; r++) low[r] *= ((const A *)s->rank_factors)[t * rank + r];
     }
 }
 
