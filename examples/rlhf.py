@@ -145,6 +145,9 @@ def main(
 ) -> None:
     """The whole recipe of RLHF on real dialogues; the last line on standard output is JSON.
 
+    With --model smollm2, or another chat model, the recipe begins with that model; --model smollm2 --help has its
+    options.
+
     Args:
         seed: Random seed of every stage.
         output_dir: Folder of models, metrics and curves; by default a new one in runs/.

@@ -58,6 +58,7 @@ PPO = PPOConfig(
     critic_learning_rate=1e-3,
     kl_coef=0.05,
     reward_weights={GOLD: 0.0},
+    sample_every=5,
     actor_lora_r=16,
     shared_trunk=True,
     share_base=True,
