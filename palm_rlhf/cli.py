@@ -95,6 +95,11 @@ COMMANDS = {
         "serve",
         "Answer over HTTP in OpenAI's protocol, with a chat page at /, until it is interrupted.",
     ),
+    "plan": Command(
+        "palm_rlhf.commands.plan_command",
+        "plan",
+        "Add up the memory of a task part by part, without weights, and name the setting that fits and gives up least.",
+    ),
     "data": Command(
         "palm_rlhf.data.data_command",
         "data",

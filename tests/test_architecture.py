@@ -22,6 +22,7 @@ FLOORS = {
     "evaluation": 6,
     "serving": 6,
     "feedback": 7,
+    "planning": 7,
     "commands": 8,
     "cli": 8,
 }

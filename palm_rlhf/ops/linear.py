@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from palm_rlhf.ops.devices import why_not_triton
 from palm_rlhf.ops.swiglu import swiglu, swiglu_backward_, swiglu_forward
@@ -153,8 +154,11 @@ def linear(x: Tensor, weight: Tensor | QuantisedMatrix, bias: Tensor | None = No
 
 
 def _is_dense(weight: Tensor | QuantisedMatrix) -> bool:
-    """Return whether a weight is a plain tensor, and neither in fewer bits nor a subclass, such as one in shards."""
-    return type(weight) in (Tensor, nn.Parameter)
+    """Return whether a weight is a plain tensor, and neither in fewer bits nor a subclass, such as one in shards.
+
+    A tensor without numbers stands for a plain one, for the same operations.
+    """
+    return type(weight) in (Tensor, nn.Parameter, FakeTensor)
 
 
 def _is_faster(x: Tensor, *weights: Tensor | QuantisedMatrix) -> bool:

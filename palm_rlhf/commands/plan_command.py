@@ -1,0 +1,114 @@
+"""The command ``palm-rlhf plan``: how much memory a model takes to train or to serve, and what fits."""
+
+import json
+from typing import Annotated
+
+from beartype import beartype
+from tyro.conf import Positional, arg
+
+from palm_rlhf.evaluation.reports.report import Table, as_text
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
+from palm_rlhf.planning.memory_plan import MemoryPlan
+from palm_rlhf.planning.model_config import config_of_model
+from palm_rlhf.planning.plan_search import SearchResult, search
+from palm_rlhf.planning.plan_settings import Dtype, PlanSettings, Task
+from palm_rlhf.serving.access_options import num_bytes
+
+Integer = Annotated[int | None, arg(metavar="INT")]
+GB = 10**9
+
+
+@beartype
+def plan(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    *,
+    task: Task,
+    gpu_memory: Annotated[str, arg(metavar="BYTES")] = "40GB",
+    dtype: Dtype | None = None,
+    lora_r: Integer = None,
+    share_base: bool | None = None,
+    quantize: Quantisation | None = None,
+    gradient_checkpointing: bool | None = None,
+    batch_size: Integer = None,
+    seq_len: int = 1024,
+    new_tokens: int = 256,
+    rollout_batch_size: Integer = None,
+) -> None:
+    """Add up the memory of a task part by part, without weights, and name the setting that fits and gives up least.
+
+    A setting that is not given is searched for: first all weights are trained as they are; then come adapters, for ppo
+    one base for all roles, a base in int8 and int4, each also with gradient checkpointing; then smaller batches. A tenth
+    of the memory is left to CUDA. The phases of a step run on tensors without numbers, which are counted while they
+    live; on a GPU the kernels of Triton need no more. The last line is JSON: fits, the settings, total_bytes,
+    room_bytes, and the bytes of the parts.
+
+    Args:
+        model: A folder with a config.json, or that file; a .gguf file, a hub id, owner/name, smollm2, or one of the
+            paper's sizes: 8B, 62B, 540B. Weights are not read.
+        task: What is to be done. ppo counts a policy, a reference, a critic and a reward model of this size.
+        gpu_memory: Memory of one GPU, such as 40GB or 24GiB.
+        dtype: Type of weights and activations; bfloat16 by default.
+        lora_r: Rank of the adapters; 0 trains all weights.
+        share_base: Hold the base once for all roles of ppo, which have adapters.
+        quantize: Kind of numbers of the base's matrices below adapters, or in serving.
+        gradient_checkpointing: Keep only the inputs of the blocks for the backward.
+        batch_size: Rows in one forward with gradients, by default 8, in serving replies at once, by default 16; reward
+            and dpo have two rows for each.
+        seq_len: Tokens of a row; in serving the context of a reply.
+        new_tokens: Tokens of the response among them (ppo, dpo).
+        rollout_batch_size: Responses that ppo draws at once, by default 16.
+    """
+    config = config_of_model(model)
+    given = {
+        "dtype": dtype,
+        "lora_r": lora_r,
+        "share_base": share_base,
+        "quantize": quantize,
+        "gradient_checkpointing": gradient_checkpointing,
+        "batch_size": batch_size,
+        "rollout_batch_size": rollout_batch_size,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    start = PlanSettings(
+        **{"batch_size": 16 if task == "serve" else 8, **chosen, "seq_len": seq_len, "new_tokens": new_tokens}
+    )
+    result = search(task, config, start, num_bytes("gpu_memory", gpu_memory), fixed=frozenset(chosen))
+    show(task, result)
+
+
+def show(task: Task, result: SearchResult) -> None:
+    """Print the plans that were made, the parts of the last one, and one line of JSON."""
+    rows = tuple(
+        (made.settings.in_words(task), *in_gb(made.total), verdict(made, result.room)) for made in result.plans
+    )
+    print(as_text(Table("Settings", ("setting", "peak, GB", f"room of {result.room / GB:.1f} GB"), rows)), end="\n\n")
+    best = result.fitting or min(result.plans, key=lambda made: made.total)
+    parts = [(name, *in_gb(size), "always") for name, size in best.resident.items()]
+    for phase, sizes in best.phases.items():
+        parts += [(f"{name}, {phase}", *in_gb(size), phase) for name, size in sizes.items()]
+    parts.append((f"peak, in the phase: {best.largest_phase}", *in_gb(best.total), ""))
+    title = f"Parts of: {best.settings.in_words(task)}"
+    print(as_text(Table(title, ("part", "GB", "when"), tuple(parts))), end="\n\n")
+    if result.fitting is None:
+        print(f"nothing fits: the smallest setting lacks {(best.total - result.room) / GB:.1f} GB")
+    else:
+        print(f"fits, with {(result.room - best.total) / GB:.1f} GB to spare: {best.settings.in_words(task)}")
+    numbers = {
+        "fits": result.fitting is not None,
+        "settings": vars(best.settings),
+        "total_bytes": best.total,
+        "room_bytes": result.room,
+        "resident": dict(best.resident),
+        "phases": {name: dict(sizes) for name, sizes in best.phases.items()},
+    }
+    print(json.dumps(numbers))
+
+
+def in_gb(size: int) -> tuple[float]:
+    """Return bytes as GB, in a tuple, for the row of a table."""
+    return (round(size / GB, 3),)
+
+
+def verdict(made: MemoryPlan, room: int) -> str:
+    """Return whether a plan fits, or by how much it does not."""
+    return "fits" if made.total <= room else f"{(made.total - room) / GB:.1f} GB too much"

@@ -1,0 +1,72 @@
+"""What is to be done with a model, and the settings that decide how much memory it takes."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
+
+Task: TypeAlias = Literal["ppo", "sft", "reward", "dpo", "serve"]
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """One way to do a task.
+
+    Args:
+        lora_r: rank of the adapters of every trained role; 0 trains the weights.
+        share_base: policy, reference, critic and reward model hold one base (ppo with adapters).
+        gradient_checkpointing: keep the inputs of the blocks, and compute the rest again (not ppo).
+        dtype: the type of weights and activations.
+        quantize: the numbers of the blocks' matrices, below adapters or in serving.
+        batch_size: rows in one forward with gradients; in serving, replies computed together. A pair is two rows.
+        seq_len: tokens of a row: for ppo of prompt and response, for serving the context of a reply.
+        new_tokens: how many of them are the response (ppo, dpo).
+        rollout_batch_size: responses that ppo draws at once.
+        prefix_memory: bytes that a server keeps of ended replies.
+    """
+
+    lora_r: int = 0
+    share_base: bool = False
+    gradient_checkpointing: bool = False
+    dtype: Dtype = "bfloat16"
+    quantize: Quantisation | None = None
+    batch_size: int = 8
+    seq_len: int = 1024
+    new_tokens: int = 256
+    rollout_batch_size: int = 16
+    prefix_memory: int = 2**28
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "rollout_batch_size": 1, "lora_r": 0, "seq_len": 2, "new_tokens": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"got {name}={getattr(self, name)}, expected at least {lowest}")
+
+    def check(self, task: Task) -> None:
+        """Raise ValueError for settings that do not go together in a task."""
+        if task in ("ppo", "dpo") and self.new_tokens >= self.seq_len:
+            raise ValueError(
+                f"got new_tokens={self.new_tokens} and seq_len={self.seq_len}, expected fewer: a row has a prompt too"
+            )
+        if task != "serve" and self.quantize is not None and not self.lora_r:
+            raise ValueError(f"got quantize={self.quantize} without adapters, expected a lora_r of 1 or more to train")
+        if self.share_base and (task != "ppo" or not self.lora_r):
+            raise ValueError(
+                "got share_base=True, expected the task ppo and a lora_r of 1 or more: one base, many adapters"
+            )
+        if self.gradient_checkpointing and task not in ("sft", "reward", "dpo", "ppo"):
+            raise ValueError("got gradient_checkpointing=True in serving, which has no gradients; leave it out")
+
+    def in_words(self, task: Task) -> str:
+        """Return the settings as a reader of the plan writes them."""
+        words = [f"batch of {self.batch_size} x {self.seq_len} tokens", self.dtype]
+        if task != "serve":
+            words.append(f"LoRA of rank {self.lora_r}" if self.lora_r else "all weights trained")
+        if self.share_base:
+            words.append("one base for all roles")
+        elif task == "ppo":
+            words.append("a model for each role")
+        words += [f"base in {self.quantize}"] * (self.quantize is not None)
+        words += ["gradient checkpointing"] * self.gradient_checkpointing
+        return ", ".join(words)
