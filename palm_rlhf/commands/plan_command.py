@@ -37,10 +37,9 @@ def plan(
     """Add up the memory of a task part by part, without weights, and name the setting that fits and gives up least.
 
     A setting that is not given is searched for: first all weights are trained as they are; then come adapters, for ppo
-    one base for all roles, a base in int8 and int4, each also with gradient checkpointing; then smaller batches. A tenth
-    of the memory is left to CUDA. The phases of a step run on tensors without numbers, which are counted while they
-    live; on a GPU the kernels of Triton need no more. The last line is JSON: fits, the settings, total_bytes,
-    room_bytes, and the bytes of the parts.
+    one base for all roles, a base in int8 and int4, each also with gradient checkpointing; then smaller batches. A
+    tenth of the memory is left to CUDA. The phases of a step run on tensors without numbers, which are counted while
+    they live. The last line is JSON: fits, the settings, total_bytes, room_bytes, and the bytes of the parts.
 
     Args:
         model: A folder with a config.json, or that file; a .gguf file, a hub id, owner/name, smollm2, or one of the
@@ -111,4 +110,5 @@ def in_gb(size: int) -> tuple[float]:
 
 def verdict(made: MemoryPlan, room: int) -> str:
     """Return whether a plan fits, or by how much it does not."""
-    return "fits" if made.total <= room else f"{(made.total - room) / GB:.1f} GB too much"
+    least = "" if made.is_whole else "at least "
+    return "fits" if made.total <= room else f"{least}{(made.total - room) / GB:.1f} GB too much"

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from palm_rlhf.model import block
+
 
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that operations inside the block return, for as long as they live.
@@ -80,20 +82,20 @@ def fused_kernels() -> Iterator[None]:
 
     Only tensors without numbers are treated so. A mode of PyTorch would not reach what the backward computes again.
     """
-    norm, attention = F.rms_norm, F.scaled_dot_product_attention
+    norm, attention = F.rms_norm, block.attention
 
     def rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
         return _NormMemory.apply(x, weight) if isinstance(x, FakeTensor) else norm(x, shape, weight, eps)
 
-    def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
-        fused = isinstance(q, FakeTensor) and q.dtype == torch.bfloat16
-        return _AttentionMemory.apply(q, k, v) if fused else attention(q, k, v, *args, **options)
+    def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        fused = isinstance(q, FakeTensor) and options["implementation"] != "eager"
+        return _AttentionMemory.apply(q, k, v) if fused else attention(q, k, v, **options)
 
-    F.rms_norm, F.scaled_dot_product_attention = rms_norm, scaled_dot_product_attention  # type: ignore[assignment]
+    F.rms_norm, block.attention = rms_norm, fused_attention  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.rms_norm, F.scaled_dot_product_attention = norm, attention
+        F.rms_norm, block.attention = norm, attention
 
 
 class _NormMemory(torch.autograd.Function):

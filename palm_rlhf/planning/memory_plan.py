@@ -26,11 +26,13 @@ class MemoryPlan:
         settings: what was planned.
         resident: what lives all the time, by name.
         phases: for each phase of a step its own parts, by name; phases come one after the other.
+        is_whole: False where the phases were not run, since what lives all the time is too much already.
     """
 
     settings: PlanSettings
     resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
+    is_whole: bool = True
 
     @property
     def largest_phase(self) -> str:
@@ -42,7 +44,9 @@ class MemoryPlan:
         return sum(self.resident.values()) + sum(self.phases[self.largest_phase].values())
 
 
-def plan_memory(task: Task, config: PaLMConfig, settings: PlanSettings, *, has_reward_model: bool = True) -> MemoryPlan:
+def plan_memory(
+    task: Task, config: PaLMConfig, settings: PlanSettings, *, has_reward_model: bool = True, room: int | None = None
+) -> MemoryPlan:
     """Return the memory of a task on one device.
 
     The weights are counted on the meta device, and the phases of a step run on tensors without numbers. Raises
@@ -53,6 +57,7 @@ def plan_memory(task: Task, config: PaLMConfig, settings: PlanSettings, *, has_r
         config: the model.
         settings: how.
         has_reward_model: whether a reward model judges, and the critic begins as it (ppo).
+        room: bytes that there are; a step is run only where weights, gradients and optimiser fit into them.
     """
     settings.check(task)
     roles = roles_on_meta(task, config, settings, has_reward_model)
@@ -61,6 +66,9 @@ def plan_memory(task: Task, config: PaLMConfig, settings: PlanSettings, *, has_r
         palm = cast(PaLM, roles.models["model"])
         cache = settings.batch_size * columns_of(settings.seq_len) * SlotCache.bytes_per_token(palm)
         resident |= {"keys and values, replies": cache, "keys and values, ended replies": settings.prefix_memory}
+    gradients = sum(parameter.nbytes for parameter in trained(roles))
+    if room is not None and sum(resident.values()) + gradients > room:
+        return MemoryPlan(settings, resident, {"update": {"gradients": gradients}}, is_whole=False)
     shallow = [config.depth] if config.depth <= TRACED_DEPTHS[-1] else TRACED_DEPTHS
     traced = {depth: traced_phases(task, replace(config, depth=depth), settings, has_reward_model) for depth in shallow}
     phases = {
@@ -68,7 +76,6 @@ def plan_memory(task: Task, config: PaLMConfig, settings: PlanSettings, *, has_r
         for name in traced[shallow[0]]
     }
     split: dict[str, dict[str, int]] = {}
-    gradients = sum(parameter.nbytes for parameter in trained(roles))
     for name, num_bytes in phases.items():
         split[name] = {"activations": num_bytes}
         if name == "update":
@@ -84,7 +91,7 @@ def resident_parts(roles: Roles) -> dict[str, int]:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if id(tensor) not in counted:
                 counted.add(id(tensor))
-                if "finetune_modules" in name or "head" in name.split(".")[0]:
+                if "finetune_modules" in name or name.split(".")[0] in ("head", "value_head"):
                     adapters += tensor.nbytes
                 else:
                     base += tensor.nbytes

@@ -21,7 +21,7 @@ class SearchResult:
     @property
     def fitting(self) -> MemoryPlan | None:
         """The plan that gives up least of those that fit; None where none fits."""
-        return self.plans[-1] if self.plans[-1].total <= self.room else None
+        return self.plans[-1] if self.plans[-1].is_whole and self.plans[-1].total <= self.room else None
 
 
 def room_of(gpu_memory: int) -> int:
@@ -42,7 +42,7 @@ def search(
     """
     room, plans = room_of(gpu_memory), []
     for settings in candidates(task, start, fixed):
-        plans.append(plan_memory(task, config, settings))
+        plans.append(plan_memory(task, config, settings, room=room))
         if plans[-1].total <= room:
             break
     return SearchResult(tuple(plans), room)

@@ -60,13 +60,10 @@ class PlanSettings:
 
     def in_words(self, task: Task) -> str:
         """Return the settings as a reader of the plan writes them."""
-        words = [f"batch of {self.batch_size} x {self.seq_len} tokens", self.dtype]
+        words = [f"{self.batch_size} x {self.seq_len}", self.dtype]
         if task != "serve":
-            words.append(f"LoRA of rank {self.lora_r}" if self.lora_r else "all weights trained")
-        if self.share_base:
-            words.append("one base for all roles")
-        elif task == "ppo":
-            words.append("a model for each role")
-        words += [f"base in {self.quantize}"] * (self.quantize is not None)
-        words += ["gradient checkpointing"] * self.gradient_checkpointing
+            words.append(f"LoRA {self.lora_r}" if self.lora_r else "all weights")
+        words += ["shared base"] * self.share_base
+        words += [str(self.quantize)] * (self.quantize is not None)
+        words += ["checkpointing"] * self.gradient_checkpointing
         return ", ".join(words)
