@@ -51,7 +51,7 @@ def pack(weight: Tensor, kind: Quantisation) -> Packed:
         shape = (rows, columns) if kind == "int8" else ((rows * columns + 1) // 2, 1)
         numbers = torch.empty(shape, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
         num_scales = rows if kind == "int8" else -(-rows * columns // BLOCK_SIZE)
-        return Packed(numbers, torch.empty(num_scales, device="meta"))
+        return Packed(numbers, torch.empty(num_scales, dtype=torch.float32, device="meta"))
     functional = bitsandbytes().functional
     if kind == "int8":
         numbers, largest, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
