@@ -37,8 +37,9 @@ def test_a_palm_over_the_base_of_another_has_adapters_alone(fields):
 
 def test_a_copy_over_the_base_has_adapters_of_its_own():
     palm = palm_of()
-    view = with_scope(palm_over_base(palm), "reward")
-    copied = copy_over_base(view, view)
+    view = palm_over_base(palm)
+    assert not any(parameter.requires_grad for parameter in palm.parameters())  # frozen before there is an adapter
+    copied = copy_over_base(with_scope(view, "reward"), view)
     assert have_one_base(copied, palm) and have_one_base(copied, view)
     pairs = list(zip(copied.finetune_parameters("reward"), view.finetune_parameters("reward"), strict=True))
     assert all(one is not other and torch.equal(one, other) for one, other in pairs)
