@@ -64,7 +64,7 @@ class CompiledBlocks:
         if self.blocks and setting == "auto" and (reason := why_not(device)) is not None:
             self._say(f"the model is not compiled: torch.compile fails here, {reason}")
             self.blocks = []
-        self.forwards = {kind: torch.compile(kind.forward) for kind in set(map(type, self.blocks))}
+        self.forwards = {type(block): torch.compile(type(block).forward) for block in self.blocks}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
