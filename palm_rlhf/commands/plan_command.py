@@ -1,7 +1,7 @@
 """The command ``palm-rlhf plan``: how much memory a model takes to train or to serve, and what fits."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from beartype import beartype
 from tyro.conf import Positional, arg
@@ -67,7 +67,7 @@ def plan(
         "batch_size": batch_size,
         "rollout_batch_size": rollout_batch_size,
     }
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     start = PlanSettings(
         **{"batch_size": 16 if task == "serve" else 8, **chosen, "seq_len": seq_len, "new_tokens": new_tokens}
     )

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from palm_rlhf.model import block
+from palm_rlhf.model import block as block_module
 
 
 class LiveMemory(TorchDispatchMode):
@@ -82,6 +82,7 @@ def fused_kernels() -> Iterator[None]:
 
     Only tensors without numbers are treated so. A mode of PyTorch would not reach what the backward computes again.
     """
+    block: Any = block_module
     norm, attention = F.rms_norm, block.attention
 
     def rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:

@@ -85,7 +85,8 @@ def plan_memory(
 
 def resident_parts(roles: Roles) -> dict[str, int]:
     """Return the bytes of weights, adapters and heads, and of the optimiser's state; what roles share counts once."""
-    parts, counted = {}, set()
+    parts: dict[str, int] = {}
+    counted: set[int] = set()
     for role, model in roles.models.items():
         base = adapters = 0
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -25,7 +25,7 @@ def config_of_model(source: str | Path) -> PaLMConfig:
             the sizes of the paper, such as "8B".
     """
     if source in PRESETS and not Path(source).exists():
-        return PaLMConfig(**{**PRESET_COMMON, **PRESETS[str(source)]})
+        return PaLMConfig.from_dict({**PRESET_COMMON, **PRESETS[str(source)]})
     path = Path(source)
     if path.name == CONFIG and path.is_file():
         return config_from(read_json(path), path)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def ppo_roles(palm: PaLM, s: PlanSettings, has_reward_model: bool = True) -> Rol
         rows, count = full_rows(s.batch_size, s), torch.ones(())
         numbers = [torch.zeros(s.batch_size, s.new_tokens) for _ in range(5)]
         part = Experience(rows, torch.ones(s.batch_size, s.new_tokens, dtype=torch.bool), *numbers)
-        counts = {"num_tokens": count, "num_sequences": count, "max_length": s.new_tokens}
+        counts: dict[str, Any] = {"num_tokens": count, "num_sequences": count, "max_length": s.new_tokens}
         return objective(config, part, actor_critic(rows), kl_coef=None, **counts).loss
 
     def estimate() -> object:
