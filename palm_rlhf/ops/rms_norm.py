@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from palm_rlhf.ops.cpu.native_elementwise import rms_norm_backward_native, rms_norm_native, why_not_rms_norm
 
@@ -25,6 +26,7 @@ class _RMSNorm(torch.autograd.Function):
         return rms_norm_native(x, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
         d_x, d_weight = rms_norm_backward_native(d_out, x, weight, ctx.eps, of_weight=ctx.needs_input_grad[1])

@@ -86,6 +86,14 @@ def test_the_number_of_threads_changes_no_bit():
     assert all(map(torch.equal, *found))
 
 
+def test_gradients_of_the_kernel_are_not_differentiated_again_in_silence():
+    if native_library.why_not() is None:
+        x, weight, _ = drawn((4, 8), torch.float32)
+        (gradient,) = torch.autograd.grad(rms_norm(x, weight, EPS).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
 @pytest.mark.parametrize("called", ["rms_norm_native", "rms_norm_backward_native"])
 def test_the_kernel_does_it(called, monkeypatch):
     if native_library.why_not() is None:

@@ -103,7 +103,8 @@ def why_not(
         cache_dtype: the dtype that all keys and values must have.
     """
     caches = [t for block in blocks for t in (block.keys, block.values)]
-    weights = [t for block in blocks for t in block._replace(keys=None, values=None) if t is not None]
+    named = [item for block in blocks for item in block._asdict().items()]
+    weights = [t for name, t in named if t is not None and name not in ("keys", "values")]
     ranks = set().union(*(block.ranks for block in blocks))
     if not all(t.is_contiguous() for t in (*weights, *caches)):
         return "a tensor is not contiguous"

@@ -13,6 +13,7 @@ from palm_rlhf.ops.triton.fused_cross_entropy import linear_cross_entropy_triton
 from palm_rlhf.ops.triton.fused_logprobs import linear_logprobs_triton
 from palm_rlhf.ops.triton.fused_rotary import rotary_split_triton
 from palm_rlhf.ops.triton.fused_swiglu import swiglu_triton
+from tests.factories import SERIAL
 
 F32 = torch.float32
 
@@ -130,11 +131,12 @@ def test_gradients_are_not_differentiated_again_in_silence(function):
         gradient.sum().backward()
 
 
-def test_a_training_step_dispatches_no_operator_and_a_mode_sees_all(monkeypatch):
+@pytest.mark.parametrize("options", [{}, SERIAL], ids=["parallel", "serial"])
+def test_a_training_step_dispatches_no_operator_and_a_mode_sees_all(options, monkeypatch):
     """Gradients of both are the same bits."""
     monkeypatch.setattr("palm_rlhf.ops.devices.GPUS", {"cpu"})
     monkeypatch.setattr("palm_rlhf.ops.attention.choose", lambda *tensors, **masks: "triton")
-    palm = PaLM(num_tokens=37, dim=24, depth=2, heads=3, dim_head=8, ff_mult=2)
+    palm = PaLM(num_tokens=37, dim=24, depth=2, heads=3, dim_head=8, ff_mult=2, **options)
     watched, tokens = copy.deepcopy(palm), torch.randint(37, (2, 8))
     _, names = dispatched(lambda: palm(tokens, return_loss=True).backward())
     assert names == set()
