@@ -126,6 +126,18 @@ def run_here(root, example, monkeypatch):
     return start
 
 
+def test_a_model_that_exists_gets_adapters_unless_told_otherwise(fine_tuned, run_here, tmp_path):
+    """The embeddings stay as they are, which training of all weights changes."""
+    folder = fine_tuned[1] / "model"
+    old = PaLM.from_pretrained(folder)
+    for more, is_same in (((), True), (("--lora-r", "0"), False)):
+        output = tmp_path / str(is_same)
+        run_here("--model", folder, "--output-dir", output, *SMALL, *more)
+        new = PaLM.from_pretrained(output / "model")
+        assert not torch.equal(new.layers[0].in_proj.weight, old.layers[0].in_proj.weight)
+        assert torch.equal(new.token_emb.weight, old.token_emb.weight) == is_same
+
+
 def test_it_resumes_from_where_the_time_was_over(fine_tuned, run_here, capsys):
     _, folder = fine_tuned
     run_here(*SMALL, "--output-dir", folder, "--template", "oasst", "--resume")
