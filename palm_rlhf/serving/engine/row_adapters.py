@@ -92,7 +92,7 @@ class RowAdapters:
         return SideBySide(self.palm, self.scopes)
 
     def check(self, scope: str | None) -> None:
-        """Raise ValueError for a scope that the model has not."""
+        """Raise ValueError for a scope that the model lacks."""
         if scope not in self.numbers:
             raise ValueError(f"got adapter={scope!r}, expected one of the model's LoRA scopes, {sorted(self.scopes)}")
 
