@@ -37,7 +37,7 @@ def bitsandbytes() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"weights in fewer bits need bitsandbytes, which cannot be imported ({error}); expected it to be "
-            "installed: pip install 'palm-rlhf[quantize]', or leave --quantize out"
+            "installed: pip install 'palm-rlhf[quantize]', or keep the plain weights"
         ) from error
     finally:
         logger.disabled = before
