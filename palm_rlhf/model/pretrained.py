@@ -80,7 +80,7 @@ def from_palm_rlhf_pytorch(
 
 @beartype
 def load(palm: "palm_rlhf.model.palm.PaLM", path: str | os.PathLike) -> "palm_rlhf.model.palm.PaLM":
-    """Load a folder, a `.pt` state dict of a PaLM, or one of palm-rlhf-pytorch, in place; dtype and device stay.
+    """Load a folder, a GGUF file, or a `.pt` of a PaLM or of palm-rlhf-pytorch, in place; dtype and device stay.
 
     LoRA scopes that the model lacks are added. A pickle is never executed. Raises FileNotFoundError where there is no
     file, and ValueError for a file that is damaged or of another model; the model is unchanged then.

@@ -97,11 +97,13 @@ def write_gguf(
     values: dict | None = None,
     others: dict | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    raw: dict | None = None,
     left_out: tuple[str, ...] = (),
 ) -> Path:
     """Write a model; matrices have the type `kind`, and `values`, `others` and `tensors` are added or replaced.
 
-    `values` are metadata of the architecture, and `others` have whole keys.
+    `values` are metadata of the architecture, and `others` have whole keys; `raw` are bytes and
+    types of tensors.
     """
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {**metadata_of(model, architecture), **(values or {})}
@@ -122,6 +124,10 @@ def write_gguf(
         arrays[names.get_name(name, try_suffixes=(".weight", ".bias"))] = array
     for name, array in {**arrays, **(tensors or {})}.items():
         if name in left_out:
+            continue
+        if name in (raw or {}):
+            data, own = raw[name]
+            writer.add_tensor(name, data, raw_dtype=own)
             continue
         own = wanted if array.ndim == 2 and "norm" not in name else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quantize(array, own), raw_dtype=own)

@@ -111,6 +111,23 @@ def test_the_scaling_of_llama_3_is_found_from_its_divisors(tmp_path):
         PaLM.from_pretrained(other)
 
 
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_weights_of_every_type_are_those_of_the_package_gguf_in_the_dtype_asked_for(kind, tmp_path):
+    kind = gguf.GGMLQuantizationType[kind]
+    model = hugging_face_model("qwen2", hidden_size=256, num_attention_heads=8, vocab_size=24, num_hidden_layers=1)
+    rows = gguf.quant_shape_to_byte_shape((24, 256), kind)
+    data = np.random.default_rng(0).integers(0, 64, rows, dtype=np.uint8)  # whose float16 scales are finite
+    path = write_gguf(tmp_path / "model.gguf", model, "qwen2", raw={"token_embd.weight": (data, kind)})
+    expected = torch.from_numpy(gguf.dequantize(data, kind).copy())
+    for dtype in (None, torch.bfloat16):
+        palm = PaLM.from_pretrained(path, dtype=dtype)
+        assert {parameter.dtype for parameter in palm.parameters()} == {dtype or torch.float32}
+        torch.testing.assert_close(palm.token_emb.weight.data, expected.to(palm.dtype), rtol=0, atol=0)
+
+
 def first_blocks(source: Path, path: Path, num_blocks: int) -> Path:
     """Copy a file with its first blocks and without its tokenizer, which transformers reads for half a minute."""
     header, contents = GGUFHeader(source), np.memmap(source, np.uint8, "r")

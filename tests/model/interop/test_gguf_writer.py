@@ -59,6 +59,16 @@ def test_float32_is_read_back_to_the_bit(name, tmp_path):
     }
 
 
+def test_a_file_is_loaded_into_a_model_of_its_config(tmp_path):
+    palm = palm_of(**MODELS["qwen2"][1])
+    written(palm, tmp_path / "model.gguf")
+    other = PaLM.from_config(palm.config)
+    other.load(tmp_path / "model.gguf")
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in palm.state_dict().items())
+    with pytest.raises(ValueError, match="is of another model: .*qkv_bias=True there and False here"):
+        palm_of(**MODELS["untied"][1]).load(tmp_path / "model.gguf")
+
+
 @pytest.mark.parametrize("type", ["f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("name", ["palm", "qwen2"])
 def test_matrices_of_other_types_are_those_of_the_package_gguf(type, name, tmp_path):
