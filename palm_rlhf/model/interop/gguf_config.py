@@ -58,7 +58,7 @@ def config_of(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dict[
             f"{where} has the architecture {architecture!r}, expected one of {list(MODEL_TYPES)}: take another model"
         )
     if metadata.get("split.count", 1) not in (0, 1):
-        raise ValueError(f"{where} is a part of a model, expected a whole one: merge it with llama-gguf-split --merge")
+        raise ValueError(f"{where} is a part of a model, expected a whole one: merge the parts with llama-gguf-split")
     if EMBEDDINGS not in header.tensors or len(header.tensors[EMBEDDINGS].shape) != 2:
         raise ValueError(f"{where} lacks {EMBEDDINGS} of two axes; expected all tensors of a model")
     found = {name: value for name, value in metadata.items() if name.startswith(f"{architecture}.")}

@@ -130,5 +130,5 @@ def converted(gguf: Any, name: str, tensor: Tensor, kind: str) -> np.ndarray:
     """Return the bytes of a tensor in a type. Raises ValueError for a number that the type cannot hold."""
     numbers = tensor.detach().to("cpu", torch.float32).contiguous()
     if kind == "F16" and not numbers.half().isfinite().all():
-        raise ValueError(f"{name} has numbers beyond those of f16, up to 65504; take --type bf16 or f32")
+        raise ValueError(f"{name} has numbers beyond those of f16, up to 65504; take the type bf16 or f32")
     return gguf.quantize(numbers.numpy(), gguf.GGMLQuantizationType[kind])

@@ -65,7 +65,7 @@ def test_a_file_is_loaded_into_a_model_of_its_config(tmp_path):
     other = PaLM.from_config(palm.config)
     other.load(tmp_path / "model.gguf")
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in palm.state_dict().items())
-    with pytest.raises(ValueError, match="is of another model: .*qkv_bias=True there and False here"):
+    with pytest.raises(ValueError, match=r"is of another model: .*qkv_bias=True there and False here"):
         palm_of(**MODELS["untied"][1]).load(tmp_path / "model.gguf")
 
 
