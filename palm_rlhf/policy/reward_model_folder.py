@@ -159,7 +159,7 @@ def open_over(cls: type["RewardModel"], folder: Weights, base: PaLM) -> "RewardM
     if model.lora_scope is None:
         raise ValueError(
             f"{folder.path} has no LoRA scope, so all its weights were trained; expected adapters over the base: train "
-            "the reward model with use_lora=True (palm-rlhf reward RANKINGS --lora-r 8), or do not share the base"
+            "the reward model with use_lora=True, by adapters alone, or do not share the base"
         )
     checkpoint.require_same_mathematics(base.config, model.palm.config, folder.path)
     own = dict(without_base(parts, base, folder.path))
