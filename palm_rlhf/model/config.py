@@ -37,14 +37,12 @@ class PaLMConfig:
         logit_scale: factor of the logits; None is the paper's `dim**-0.5`.
         z_loss: weight of the auxiliary loss `log(Z)^2`, which is added in `train()` mode only.
         norm_eps: epsilon of every layer norm.
-        qk_norm: normalise the queries and keys of each head, before the rotary: by a layer norm with a scale for each
-            head (Command R+), or with norm="rms", by one scale for all heads (Qwen3, Yang et al. 2025).
+        qk_norm: normalise each head of queries and keys before the rotary (Command R+; Qwen3, Yang et al. 2025).
         dropout: rate of dropout on the embeddings and on the output of each block.
         max_seq_len: the context that a server offers, in tokens; the rotary positions have no limit.
         flash_attn: False computes attention eagerly in float32.
         gradient_checkpointing: keep the inputs of the blocks in training, and compute the rest again in the backward.
-        block: "parallel" (Chowdhery et al. 2022, section 2), or "serial": attention, then the feed-forward, each with a
-            norm of its own (Touvron et al. 2023, section 2.2).
+        block: "parallel" (Chowdhery et al. 2022, section 2), or "serial": attention, then feed-forward, with two norms.
         norm: "layer" (Ba et al. 2016) or "rms" (Zhang and Sennrich 2019), of all norms.
         qkv_bias: add biases to queries, keys and values (Qwen2, Yang et al. 2024).
         tie_embeddings: use the token embeddings as the output layer; False gives it weights of its own.
