@@ -16,7 +16,7 @@ class PlanSettings:
     Args:
         lora_r: rank of the adapters of every trained role; 0 trains the weights.
         share_base: policy, reference, critic and reward model hold one base (ppo with adapters).
-        gradient_checkpointing: keep the inputs of the blocks, and compute the rest again (not ppo).
+        gradient_checkpointing: keep the inputs of the blocks, and compute the rest again (not serve).
         dtype: the type of weights and activations.
         quantize: the numbers of the blocks' matrices, below adapters or in serving.
         batch_size: rows in one forward with gradients; in serving, replies computed together. A pair is two rows.

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.training.run.config import RunConfig
+from palm_rlhf.training.run.config import FineTuningConfig
 
 # The losses that have a setting; with other losses it is refused.
 LOSSES_WITH = {
@@ -21,7 +21,7 @@ LOSSES_WITH = {
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class PreferenceConfig(RunConfig):
+class PreferenceConfig(FineTuningConfig):
     """The settings of training on preferences.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
@@ -29,8 +29,8 @@ class PreferenceConfig(RunConfig):
 
     # with the precision, since the reference's log-probabilities are in the checkpoint
     fixed: ClassVar[tuple[str, ...]] = (
-        *RunConfig.fixed, "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight", "undesirable_weight",
-        "simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"
+        *FineTuningConfig.fixed, "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight",
+        "undesirable_weight", "simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"
     )  # fmt: skip
 
     loss: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = "sigmoid"

@@ -5,18 +5,18 @@ from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.training.run.config import RunConfig
+from palm_rlhf.training.run.config import FineTuningConfig
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class RewardConfig(RunConfig):
+class RewardConfig(FineTuningConfig):
     """The settings of a reward model's training.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the run's steps.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "loss", "centering", "max_seq_len")
+    fixed: ClassVar[tuple[str, ...]] = (*FineTuningConfig.fixed, "loss", "centering", "max_seq_len")
 
     loss: Literal["auto", "ranking", "bradley_terry", "plackett_luce", "labels"] = "auto"
     """ranking: the mean over the pairs of a prompt, then over prompts (InstructGPT); bradley_terry: the mean over all

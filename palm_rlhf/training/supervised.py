@@ -109,8 +109,6 @@ class SupervisedTrainer:
         if self.sampler.num_items != len(train_data):
             raise ValueError(f"the sampler deals {self.sampler.num_items} examples, train_data has {len(train_data)}")
 
-        if config.gradient_checkpointing:
-            palm.config = dataclasses.replace(palm.config, gradient_checkpointing=True)
         self.loss = RowsLoss(palm, SCOPE if config.lora_r > 0 else None)
         self.run = Run(config, output_dir=output_dir, resume=resume)
         self.accelerator = self.run.accelerator

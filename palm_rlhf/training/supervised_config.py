@@ -5,18 +5,18 @@ from typing import ClassVar
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.training.run.config import RunConfig
+from palm_rlhf.training.run.config import FineTuningConfig
 
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class SupervisedConfig(RunConfig):
+class SupervisedConfig(FineTuningConfig):
     """The settings of fine-tuning on examples.
 
     The learning rate rises linearly over `warmup_steps`, times a cosine over the examples of the whole run.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "lora_r", "lora_alpha", "lora_embeddings")
+    fixed: ClassVar[tuple[str, ...]] = (*FineTuningConfig.fixed, "lora_r", "lora_alpha", "lora_embeddings")
 
     batch_size: int = 8
     """Rows in one forward of one process; a step has batch_size * grad_accum * (number of processes)."""
@@ -44,9 +44,6 @@ class SupervisedConfig(RunConfig):
 
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices."""
-
-    gradient_checkpointing: bool = False
-    """Keep only the blocks' inputs for the backward, and compute the rest again: less memory, a third more time."""
 
     lora_r: int = 0
     """Rank of the adapters that are trained instead of the weights; 0 trains the weights."""

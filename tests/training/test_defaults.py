@@ -23,6 +23,7 @@ OF_EVERY_RUN = {
     "trackers": (),
     "plot": None,
 }
+OF_FINE_TUNING = {**OF_EVERY_RUN, "gradient_checkpointing": False}
 DEFAULTS = {
     LMConfig: {
         **OF_EVERY_RUN,
@@ -43,7 +44,7 @@ DEFAULTS = {
         "eval_context": 128,
     },
     SupervisedConfig: {
-        **OF_EVERY_RUN,
+        **OF_FINE_TUNING,
         "batch_size": 8,
         "grad_accum": 1,
         "num_epochs": 3,
@@ -53,14 +54,13 @@ DEFAULTS = {
         "betas": (0.9, 0.95),
         "eps": 1e-08,
         "weight_decay": 0.0,
-        "gradient_checkpointing": False,
         "lora_r": 0,
         "lora_alpha": None,
         "lora_embeddings": False,
         "eval_every": 50,
     },
     RewardConfig: {
-        **OF_EVERY_RUN,
+        **OF_FINE_TUNING,
         "loss": "auto",
         "centering": 0.0,
         "batch_size": 8,
@@ -77,7 +77,7 @@ DEFAULTS = {
         "eval_batch_size": 64,
     },
     PreferenceConfig: {
-        **OF_EVERY_RUN,
+        **OF_FINE_TUNING,
         "loss": "sigmoid",
         "beta": 0.1,
         "label_smoothing": 0.0,
@@ -115,7 +115,7 @@ DEFAULTS = {
         "samples_kept": 8,
     },
     PPOConfig: {
-        **OF_EVERY_RUN,
+        **OF_FINE_TUNING,
         "precision": "float32",
         "save_every": 50,
         "log_every": 1,

@@ -11,7 +11,7 @@ from palm_rlhf.algorithms.ratios import RatioLevel
 from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.rlhf.config_checks import check_config
 from palm_rlhf.training.rlhf.variants import Aggregation, Variant, variant_of
-from palm_rlhf.training.run.config import RunConfig
+from palm_rlhf.training.run.config import FineTuningConfig
 from palm_rlhf.training.run.optimizer import Precision
 from palm_rlhf.training.sampling_config import SamplingConfig
 
@@ -20,15 +20,15 @@ T = TypeVar("T", int, Tensor)
 
 @beartype(conf=BeartypeConf(is_pep484_tower=True))
 @dataclass(frozen=True)
-class PPOConfig(SamplingConfig, RunConfig):
+class PPOConfig(SamplingConfig, FineTuningConfig):
     """The settings of PPO (arXiv:1707.06347; for language arXiv:1909.08593 and arXiv:2203.02155), GRPO and RLOO.
 
     A step collects rollouts, scores them, and makes several optimiser steps on them. Defaults are those of
     lm-human-preferences (arXiv:1909.08593) where the text below a field names no other source.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (*RunConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk",
-                                   "share_base")  # fmt: skip
+    fixed: ClassVar[tuple[str, ...]] = (*FineTuningConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r",
+                                   "shared_trunk", "share_base")  # fmt: skip
 
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """ppo has a critic; grpo (arXiv:2402.03300) and rloo (arXiv:2402.14740) compare the responses to one prompt."""

@@ -93,3 +93,12 @@ class RunConfig(Settings):
         self.expect_positive("save_every", "keep_checkpoints", "log_every")
         self.expect_not_negative("seed", "grad_clip")
         self.expect_positive_or_none("max_seconds")
+
+
+@beartype(conf=BeartypeConf(is_pep484_tower=True))
+@dataclass(frozen=True)
+class FineTuningConfig(RunConfig):
+    """The settings of trainers that improve a model; a new model has this one in its own config."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward, and compute the rest again: less memory, a third more time."""

@@ -17,6 +17,7 @@ from beartype import beartype
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.quantised.quantised_model import check_frozen
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.run.checkpoints import (
@@ -29,7 +30,7 @@ from palm_rlhf.training.run.checkpoints import (
     write_state,
 )
 from palm_rlhf.training.run.compilation import CompiledBlocks
-from palm_rlhf.training.run.config import RunConfig
+from palm_rlhf.training.run.config import FineTuningConfig, RunConfig
 from palm_rlhf.training.run.launch import build_accelerator
 from palm_rlhf.training.run.log import Metrics, Result, RunLog
 from palm_rlhf.training.run.optimizer import forward_precision
@@ -128,6 +129,10 @@ class Run:
         """
         check_frozen(module, is_sharded=self.accelerator.is_fsdp2)
         self.module = module
+        recompute = isinstance(self.config, FineTuningConfig) and self.config.gradient_checkpointing
+        for part in module.modules():
+            if recompute and isinstance(part, PaLM):
+                part.config = dataclasses.replace(part.config, gradient_checkpointing=True)
         check_shared_bases(module, shards=self.accelerator.is_fsdp2)
         self.compiled = CompiledBlocks(module, self.config.compile, self.device, num_forwards, speaks=self.is_main)
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)

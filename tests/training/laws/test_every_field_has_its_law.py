@@ -7,12 +7,12 @@ import pytest
 
 from palm_rlhf import training
 from palm_rlhf.training.rollout_config import RolloutConfig
-from palm_rlhf.training.run.config import RunConfig, Settings
+from palm_rlhf.training.run.config import FineTuningConfig, RunConfig, Settings
 from palm_rlhf.training.sampling_config import SamplingConfig
 
 from .trainers import CONFIGS
 
-BASES = {Settings, RunConfig, SamplingConfig}  # their fields are walked in the configs that inherit them
+BASES = {Settings, RunConfig, FineTuningConfig, SamplingConfig}  # their fields are walked in their heirs
 WALKED = (*CONFIGS, RolloutConfig)
 
 WHAT_TO_DO = """{names}: no law is found.

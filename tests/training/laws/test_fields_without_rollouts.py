@@ -45,16 +45,6 @@ def test_evaluations_give_each_token_its_context_and_read_so_many_tokens(context
     assert trainer.finish()["bits_per_byte"] == trainer.evaluate() != pytest.approx(measured, rel=1e-3)
 
 
-@pytest.mark.law("SupervisedConfig.gradient_checkpointing")
-@pytest.mark.parametrize("recompute", [True, False])
-def test_checkpointing_computes_every_block_a_second_time(recompute):
-    trainer = build(SupervisedConfig, gradient_checkpointing=recompute, grad_accum=1)
-    calls = []
-    trainer.palm.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    next(trainer.steps())
-    assert len(calls) == 1 + recompute
-
-
 @pytest.mark.law("SupervisedConfig.lora_r", "SupervisedConfig.lora_alpha")
 @pytest.mark.law("PreferenceConfig.lora_r", "PreferenceConfig.lora_alpha")
 @pytest.mark.parametrize("kind, scope", [(SupervisedConfig, "supervised"), (PreferenceConfig, "policy")])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from palm_rlhf.model.block import Block
 from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from palm_rlhf.training.run.log import read_metrics
 
@@ -33,6 +34,21 @@ CURVES_DRAWN = {  # the metrics in curves.png: of a run without validation, and 
 def palm_in(trainer):
     """The PaLM that a trainer trains."""
     return trainer.palm if hasattr(trainer, "palm") else trainer.reward_model.palm
+
+
+@law_of_each_config("gradient_checkpointing")
+def test_checkpointing_computes_every_block_a_second_time(kind):
+    calls = {}
+    for recompute in (False, True):
+        trainer = build(kind, gradient_checkpointing=recompute)
+        blocks = [part for part in trainer.run.module.modules() if isinstance(part, Block)]
+        assert len(blocks) == (2 if kind is PPOConfig else 1)  # of the critic, too
+        calls[recompute] = [[] for _ in blocks]
+        for block, of_block in zip(blocks, calls[recompute], strict=True):
+            block.register_forward_pre_hook(lambda *_, of_block=of_block: of_block.append(torch.is_grad_enabled()))
+        next(trainer.steps())
+    assert [sum(of_block) for of_block in calls[True]] == [2 * sum(of_block) for of_block in calls[False]]
+    assert all(sum(of_block) > 0 for of_block in calls[False])
 
 
 # ---- seeds
