@@ -44,6 +44,7 @@ from rlhf_stages import (
     OutOfTime,
     ask,
     check_complete,
+    folder_of_run,
     improve,
     learn_reward,
     rank,
@@ -164,9 +165,7 @@ def main(
         ppo: Settings of PPO.
     """
     started = time.perf_counter()
-    if resume and output_dir is None:
-        raise ValueError("got --resume without --output-dir, expected the folder of the run: name it by --output-dir")
-    output_dir = output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
+    output_dir = folder_of_run(output_dir, resume)
 
     def timed(config: RunConfig) -> RunConfig:
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - started), 1e-3)

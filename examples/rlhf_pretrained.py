@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 from facts import Question, gold_score, hold_out, is_sentence, names_fact, read_questions, words_of
 from rlhf_report import Measurement, correlation, draw_curves, report, say
-from rlhf_stages import Bench, ask, ended, improve, learn_reward, rank, read_rankings, write_rankings
+from rlhf_stages import (
+    Bench,
+    ask,
+    ended,
+    folder_of_run,
+    improve,
+    learn_reward,
+    rank,
+    read_rankings,
+    write_rankings,
+)
 from torch import Tensor
 
 from palm_rlhf.commands.run_folder import finish_chat_model, quoted
@@ -153,9 +163,7 @@ def main(
         ppo: Settings of PPO.
     """
     started = time.perf_counter()
-    if resume and output_dir is None:
-        raise ValueError("got --resume without --output-dir, expected the folder of the run: name it by --output-dir")
-    output_dir = output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
+    output_dir = folder_of_run(output_dir, resume)
     chat_model = open_chat_model(model)
     palm, tokenizer, _ = chat_model
     reward, ppo = replace(reward, seed=seed), replace(ppo, seed=seed, eos_token=chat_model.end_of_turn)

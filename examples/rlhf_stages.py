@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ Gold = Callable[[list[str], list[bool]], list[float]]
 
 class OutOfTime(Exception):
     """max_seconds ended the named stage before its last step."""
+
+
+def folder_of_run(output_dir: Path | None, resume: bool) -> Path:
+    """Return the named folder of a run, or a new one in runs/. Raises ValueError where resuming names none."""
+    if resume and output_dir is None:
+        raise ValueError("got --resume without --output-dir, expected the folder of the run: name it by --output-dir")
+    return output_dir or Path("runs") / time.strftime("rlhf-%Y%m%d-%H%M%S")
 
 
 def check_complete(stage: str, result: Result) -> None:
