@@ -66,8 +66,14 @@ def surroundings(*packages: str) -> dict[str, object]:
     }
 
 
-def report(title: str, seconds: dict[str, list[float]], ratios: dict[str, dict[str, float]], *packages: str) -> None:
-    """Print a table of times, one of ratios, and a last line of JSON."""
+def report(
+    title: str,
+    seconds: dict[str, list[float]],
+    ratios: dict[str, dict[str, float]],
+    *packages: str,
+    **facts: object,
+) -> None:
+    """Print a table of times, one of ratios, and a last line of JSON, with further facts."""
     times = {name: summary(values) for name, values in seconds.items()}
     print(f"{title}\n\n{table(times, 'ms', 1e3)}\n\n{table(ratios, 'times as fast')}\n")
-    print(json.dumps({"benchmark": title, **surroundings(*packages), "seconds": times, "speedups": ratios}))
+    print(json.dumps({"benchmark": title, **surroundings(*packages), "seconds": times, "speedups": ratios, **facts}))
