@@ -16,6 +16,10 @@ Tools = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant", "tool")
 
 
+class RewrittenMessages(ValueError):
+    """A chat template writes a message in another way once others follow it, or than its generation prompt begins."""
+
+
 def no_checkpoint() -> None:
     """Do nothing: the default checkpoint."""
 
@@ -60,6 +64,7 @@ def parts_of(
     """Yield the conversation as tokens, cut where messages end and where the assistant begins to speak.
 
     The token of a word contains the space before it: spaces at the end of a part move to the next part, or are dropped.
+    Of a template that rewrites earlier messages only the last reply is a part of its own: see `_pieces_of_jinja`.
     """
     if missing := [name for name in template.special_tokens if name not in tokenizer.special_tokens]:
         raise ValueError(
@@ -81,7 +86,7 @@ def parts_of(
         pieces = _pieces_by_turn(guarded, template, add_generation_prompt)
     else:
         definitions = [guarded_value(tool, names, guard) for tool in tools] or None
-        pieces = _pieces_by_rendering(guarded, template, add_generation_prompt, definitions)
+        pieces = iter(_pieces_of_jinja(guarded, template, add_generation_prompt, definitions, checkpoint))
     spaces, before = "", None
     for text, index in pieces:
         checkpoint()
@@ -119,14 +124,47 @@ def _pieces_by_turn(
         yield template.assistant[0], None
 
 
-def _pieces_by_rendering(
-    messages: Messages, template: JinjaTemplate, add_generation_prompt: bool, tools: Tools | None
-) -> Iterator[tuple[str, int | None]]:
-    """Yield the same pieces for a `JinjaTemplate`, which renders all earlier messages again for each message."""
+def _pieces_of_jinja(
+    messages: Messages,
+    template: JinjaTemplate,
+    add_generation_prompt: bool,
+    tools: Tools | None,
+    checkpoint: Callable[[], None],
+) -> list[tuple[str, int | None]]:
+    """Return the same pieces for a `JinjaTemplate`, which renders all earlier messages again for each message.
+
+    The templates of models that reason (Qwen3, DeepSeek-R1) leave the reasoning out of earlier replies, so that a
+    conversation cannot be cut at every message. It is cut before the last reply then, if it ends with one: the text
+    before is the prompt of that reply in generation.
+    """
 
     def rendered(end: int, add_generation_prompt: bool = False) -> str:
+        checkpoint()
         return template.render(messages[:end], add_generation_prompt=add_generation_prompt, tools=tools)
 
+    try:
+        return list(_pieces_by_rendering(rendered, messages, template, add_generation_prompt, tools))
+    except RewrittenMessages:
+        whole, last = rendered(len(messages), add_generation_prompt), len(messages) - 1
+        _check_tools_written(messages, whole, template)
+        _check_definitions_written(tools, whole)
+        if add_generation_prompt or messages[last]["role"] != "assistant":
+            return [(whole, None)]
+        prompt = rendered(last, True)
+        return [(prompt, None), (_continued(prompt, whole)[len(prompt) :], last)]
+
+
+def _pieces_by_rendering(
+    rendered: Callable[..., str],
+    messages: Messages,
+    template: JinjaTemplate,
+    add_generation_prompt: bool,
+    tools: Tools | None,
+) -> Iterator[tuple[str, int | None]]:
+    """Yield the pieces of a template that only adds text; RewrittenMessages for another template.
+
+    `rendered` returns the text of the first messages, of which it takes the number, and maybe a generation prompt.
+    """
     done, since = "", 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -152,7 +190,12 @@ def _pieces_by_rendering(
         prompt = _continued(done, rendered(len(messages), True))
         yield prompt[len(done) :], None
         done = prompt
-    if any(_function_name(tool) not in done for tool in tools or ()):
+    _check_definitions_written(tools, done)
+
+
+def _check_definitions_written(tools: Tools | None, text: str) -> None:
+    """Raise ValueError if a template leaves out the definition of a tool."""
+    if any(_function_name(tool) not in text for tool in tools or ()):
         raise ValueError(
             "the chat template leaves out the definitions of tools, expected one that writes tools: take another"
         )
@@ -199,10 +242,10 @@ def has_tools(messages: Messages, tools: Tools = ()) -> bool:
 
 
 def _continued(before: str, after: str) -> str:
-    """Return `after`; ValueError if it does not begin with `before`."""
+    """Return `after`; RewrittenMessages if it does not begin with `before`."""
     if not after.startswith(before):
         same = next((i for i, (one, other) in enumerate(zip(before, after)) if one != other), len(after))
-        raise ValueError(
+        raise RewrittenMessages(
             f"the template changes the text of earlier messages ({before[same : same + 40]!r} becomes "
             f"{after[same : same + 40]!r}), so that the prompts of training differ from those of generation, expected "
             "one that only adds text: take a preset, or conversations with one message of the assistant"
