@@ -1,14 +1,17 @@
 """A tokenizer and a chat template as the metadata of a GGUF file; `tokenizer_gguf.py` reads them."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
+from palm_rlhf.data.conversation import end_of_turn
 from palm_rlhf.data.templates import ChatTemplate, JinjaTemplate
 from palm_rlhf.data.tokenizer_base import Tokenizer
 from palm_rlhf.data.tokenizer_gguf import (
     BLANK,
     BYTE,
     CONTROL,
+    END_OF_TURN,
     NORMAL,
     PREFIX,
     SPECIAL_TOKENS,
@@ -16,9 +19,8 @@ from palm_rlhf.data.tokenizer_gguf import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    WORDS,
-    splitting,
 )
+from palm_rlhf.data.tokenizer_gguf_words import WORDS, splitting
 from palm_rlhf.data.tokenizer_hugging_face import HuggingFaceTokenizer
 
 
@@ -42,13 +44,15 @@ def gguf_metadata(
     if backend["model"]["type"] != "BPE":
         raise ValueError(f"got a tokenizer of the type {backend['model']['type']}, expected BPE, which GGUF can hold")
     tokens, types = tokens_and_types(tokenizer, backend, num_tokens)
-    fields = {"model": "gpt2", "tokens": tokens, "token_type": types}
+    fields: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in backend["model"]["merges"]]
     if backend["model"]["byte_fallback"]:
         fields |= sentencepiece_fields(backend, tokens, merges)
     else:
         fields |= {"pre": words_of(backend), "merges": [" ".join(merge) for merge in merges]}
     fields |= ids_and_ends(tokenizer, tokens)
+    if template is not None:
+        fields |= turn_end(tokenizer, template)
     metadata = {PREFIX + name: value for name, value in fields.items()}
     if template is not None:
         metadata[TEMPLATE] = template.to_jinja() if isinstance(template, ChatTemplate) else template.source
@@ -140,3 +144,12 @@ def ids_and_ends(tokenizer: HuggingFaceTokenizer, tokens: list[str]) -> dict[str
         )
     fields: dict[str, Any] = {SPECIAL_TOKENS[role]: index for role, index in ids.items()}
     return fields | {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+
+
+def turn_end(tokenizer: HuggingFaceTokenizer, template: ChatTemplate | JinjaTemplate) -> dict[str, int]:
+    """Return the id of the special token that ends the assistant's turns, where it is another than the EOS."""
+    with suppress(ValueError):  # the template refuses the conversation from which the token is read
+        end = end_of_turn(tokenizer, template)
+        if end != tokenizer.eos_token and end in tokenizer.special_tokens.values():
+            return {END_OF_TURN: end}
+    return {}

@@ -37,13 +37,30 @@ def after(expression: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), behavior="isolated"), last])
 
 
-# As in the tokenizer.json of GPT-2, SmolLM2, Command R, Llama 3 and Qwen2: the words, the normaliser, whole words.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+"]
+# As in the tokenizer.json of GPT-2, SmolLM2, Command R, Llama 3, Smaug, Qwen2, Mistral Nemo and DeepSeek Coder: the
+# words, the normaliser, whole words.
 KINDS = {
     "gpt-2": (BYTE_LEVEL, None, False),
     "smollm": (DIGITS, None, False),
     "command-r": (DIGITS, normalizers.NFC(), False),
     "llama-bpe": (after(CONTRACTIONS + "{1,3}" + REST), None, True),
+    "smaug-bpe": (after(CONTRACTIONS + "{1,3}" + REST), None, False),
     "qwen2": (after(CONTRACTIONS + REST), normalizers.NFC(), False),
+    "tekken": (after(TEKKEN + REST.replace("[\\r\\n]*", "[\\r\\n/]*", 1)), None, True),
+    "deepseek-coder": (
+        pre_tokenizers.Sequence(
+            [
+                *(pre_tokenizers.Split(Regex(one), behavior="isolated") for one in CODER),
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        None,
+        False,
+    ),
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -103,11 +120,11 @@ def enwik(shared_data) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_the_tokenizer_that_the_file_was_made_from(kind, enwik, tmp_path):
-    backend = byte_level(kind, enwik[:150_000])
+    backend = byte_level(kind, enwik[:50_000])
     path = write(tmp_path / "model.gguf", converted(backend, kind))
     tokenizer = load_tokenizer(path)
     reference = HuggingFaceTokenizer(backend, eos_token="<|im_end|>")
-    for text in [*TEXTS, *enwik[200_000:260_000].split("\n\n")]:
+    for text in [*TEXTS, *enwik[200_000:230_000].split("\n\n")]:
         assert tokenizer.encode(text) == reference.encode(text), text
         assert tokenizer.decode(tokenizer.encode(text)) == reference.decode(reference.encode(text))
     assert tokenizer.encode("o'clock") == [backend.token_to_id("o'clock")]
@@ -281,7 +298,12 @@ BROKEN = {
     "types": ({"token_type": [1, 1]}, "not as many types"),
     "an id": ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id 1000000, expected an id of its"),
     "an id of another type": ({"eos_token_id": "end"}, "tokenizer.ggml.eos_token_id 'end'"),
-    "scores": ({"model": "llama", "scores": [0.5]}, "and 1 scores, expected as many"),
+    "scores": ({"model": "llama", "scores": [0.5], "merges": None}, "and 1 scores, expected as many"),
+    "a long token": (
+        {"model": "llama", "tokens": ["x" * 10**6], "token_type": [1], "scores": [0.0], "merges": None}
+        | {"eos_token_id": None, "bos_token_id": None},
+        "of 1000000 characters, expected at most 512",
+    ),
 }
 
 
