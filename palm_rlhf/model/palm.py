@@ -9,7 +9,7 @@ from beartype import beartype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from palm_rlhf.model import adapter_folder, lora, pretrained
+from palm_rlhf.model import adapter_folder, lora, pretrained, shared_base
 from palm_rlhf.model import generate as generation
 from palm_rlhf.model.block import draw_weights, new_block, position_tables
 from palm_rlhf.model.cache import Cache, KVCache
@@ -51,6 +51,8 @@ class PaLM(nn.Module):
     preset = classmethod(pretrained.preset)
     from_palm_rlhf_pytorch = classmethod(pretrained.from_palm_rlhf_pytorch)
     load = pretrained.load
+    _apply = shared_base.apply
+    _load_from_state_dict = shared_base.load_from_state_dict
 
     @beartype
     def __init__(

@@ -14,10 +14,12 @@ critic         a copy of those of the reward model, of which the head is not tra
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from palm_rlhf.model.palm import PaLM
@@ -66,15 +68,48 @@ def have_one_base(one: "PaLM", other: "PaLM") -> bool:
 
 def require_sole_base(palm: "PaLM", action: str) -> None:
     """Raise ValueError where an action would change the base below the adapters of another PaLM."""
-    if is_shared(palm):
-        gc.collect()  # a model that nobody holds may be left in a cycle
-    if others := _others(palm):
+    if others := _others_left(palm):
         scopes = sorted({scope for other in others for scope in other.finetune_modules})
         raise ValueError(
             f"got {action} on a base that {len(others)} other models hold, with the LoRA scopes {scopes}, expected a "
             "base of its own, since their adapters were trained on this one: change a copy, copy.deepcopy(palm), or "
             "delete the other models (a reward model, a critic, a trainer) first"
         )
+
+
+def apply(palm: "PaLM", fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PaLM":
+    """Move or cast a PaLM, as `to` does. Raises ValueError for a cast of a base that another model holds.
+
+    The adapters and the head of the other model would keep their type.
+    """
+    dtype = fn(torch.empty(0, dtype=palm.dtype, device=palm.device)).dtype if is_shared(palm) else palm.dtype
+    if dtype != palm.dtype and (others := _others_left(palm)):
+        raise ValueError(
+            f"got a cast to {dtype} of a base that {len(others)} other models hold (a reward model, a critic, a "
+            f"trainer's), expected {palm.dtype}, the type of their adapters and heads: cast a model before others are "
+            "built over it, or a copy, copy.deepcopy(palm)"
+        )
+    return nn.Module._apply(palm, fn, recurse)
+
+
+def load_from_state_dict(
+    palm: "PaLM",
+    state_dict: Any,
+    prefix: Any,
+    local_metadata: Any,
+    strict: Any,
+    missing_keys: Any,
+    unexpected_keys: Any,
+    error_msgs: Any,
+) -> None:
+    """Check a state dict before a PaLM's parts load it. Raises ValueError for other weights of a shared base."""
+    ours = palm.state_dict() if is_shared(palm) else {}
+    for name in (name for name in ours if name.split(".")[0] in base_parts(palm)):
+        theirs = state_dict.get(prefix + name, ours[name])
+        if theirs.shape != ours[name].shape or not torch.equal(theirs.to(ours[name]), ours[name]):
+            require_sole_base(palm, f"load_state_dict with another {name}")
+    lists = missing_keys, unexpected_keys, error_msgs
+    nn.Module._load_from_state_dict(palm, state_dict, prefix, local_metadata, strict, *lists)
 
 
 def _same_parts(palm: "PaLM") -> dict[int, Any]:
@@ -90,3 +125,10 @@ def _register(*palms: "PaLM") -> None:
 
 def _others(palm: "PaLM") -> list["PaLM"]:
     return [other for other in _palms.get(palm.layers, ()) if other is not palm]
+
+
+def _others_left(palm: "PaLM") -> list["PaLM"]:
+    """Return the other PaLMs over the base, but for those that nobody holds, which may be left in a cycle."""
+    if is_shared(palm):
+        gc.collect()
+    return _others(palm)

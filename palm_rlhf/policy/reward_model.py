@@ -1,7 +1,6 @@
 """The reward model: a PaLM that scores a whole sequence."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,7 @@ class RewardModel(nn.Module):
         reward_lora_scope: its name.
         share_base: hold the weights of `palm` itself, frozen and without dropout from now on, in place of a copy. The
             LoRA scope is the reward model's own: `palm` does not get it, and its scopes do not change the scores.
-            Folders hold the base as well, and open without `palm`.
+            Folders hold the base as well, and open without `palm`. A move of either moves the base: move both.
     """
 
     palm: PaLM
@@ -104,16 +103,6 @@ class RewardModel(nn.Module):
     def reads_one_score_a_token(self) -> bool:
         """Whether the score of a sequence is a linear function of the embedding of its last token."""
         return self.pooling == "last" and not self.num_binned_output
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "RewardModel":
-        """Move or cast the model, as `to` does. Raises ValueError for a cast of a base that another model holds."""
-        here = torch.empty(0, dtype=self.palm.dtype, device=self.palm.device)
-        if is_shared(self.palm) and fn(here).dtype != here.dtype:
-            raise ValueError(
-                f"got a cast of a reward model that shares its base with another model, expected {here.dtype}: cast "
-                "the other model, and build the reward model over it then"
-            )
-        return super()._apply(fn, recurse)
 
     def finetune_parameters(self) -> list[nn.Parameter]:
         """Return all trained parameters: the head, the two embeddings, and the LoRA scope or else the whole PaLM."""

@@ -10,6 +10,7 @@ from torch import nn
 from palm_rlhf import PaLM
 from palm_rlhf.model.captured import why_not_captured
 from palm_rlhf.model.quantised.quantised_model import QuantisedLinear, is_quantised, quantisation_of, weights_bytes
+from palm_rlhf.model.shared_base import palm_over_base
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quantize]'")
 
@@ -147,6 +148,15 @@ def test_the_state_dict_has_the_plain_weights_and_loads_into_a_plain_model(palm,
     palm.dequantize_()
     assert not is_quantised(palm) and all(parameter.requires_grad for parameter in palm.parameters())
     assert torch.equal(palm(tokens), plain(tokens))
+
+
+def test_plain_weights_that_another_model_holds_do_not_train(palm, tokens):
+    view = palm_over_base(palm)
+    palm.quantize_("int8")
+    numbers = view(tokens)
+    palm.dequantize_()
+    torch.testing.assert_close(view(tokens), numbers, atol=1e-5, rtol=1e-5)
+    assert not any(parameter.requires_grad for parameter in [*palm.parameters(), *view.parameters()])
 
 
 def test_other_weights_are_not_loaded_below_a_frozen_base(palm, tmp_path):

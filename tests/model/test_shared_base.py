@@ -76,6 +76,41 @@ def test_a_base_below_the_adapters_of_another_does_not_change(fields, tmp_path):
     assert torch.equal(view(TOKENS, finetune_scope="reward"), before)
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("who", ["palm", "view", "a module around it"])
+def test_a_cast_of_a_shared_base_is_refused_and_a_move_is_not(cast, who):
+    palm = with_scope(palm_of(), "actor")
+    view = with_scope(palm_over_base(palm), "reward", seed=2)
+    before = view(TOKENS, finetune_scope="reward")
+    module = {"palm": palm, "view": view, "a module around it": torch.nn.ModuleList([palm])}[who]
+    with pytest.raises(ValueError, match=rf"got a cast to {cast} of a base that 1 other models.*copy\.deepcopy"):
+        module.to(cast)
+    module.to("cpu", torch.float32)
+    assert torch.equal(view(TOKENS, finetune_scope="reward"), before)
+    assert {tensor.dtype for tensor in [*palm.parameters(), *view.parameters()]} == {torch.float32}
+    del palm, module
+    assert who != "view" or view.to(cast).dtype == cast
+
+
+@pytest.mark.parametrize("fields", [{}, SERIAL], ids=["parallel", "serial"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_another_base_is_refused_and_adapters_load(fields, assign):
+    palm = with_scope(palm_of(**fields), "actor")
+    view = with_scope(palm_over_base(palm), "reward", seed=2)
+    before = view(TOKENS, finetune_scope="reward")
+    other = with_scope(palm_of(**fields), "actor", seed=3)
+    for name, change in (("layers.1.ff_out.weight", lambda t: t + 1e-3), ("norm.weight", lambda t: t[:1])):
+        state = other.state_dict()
+        state |= {name: change(state[name])}
+        for module, prefix in ((palm, ""), (torch.nn.ModuleDict({"palm": palm}), "palm.")):
+            with pytest.raises(ValueError, match=rf"load_state_dict with another {name} on a base that 1 other"):
+                module.load_state_dict({prefix + key: tensor for key, tensor in state.items()}, assign=assign)
+    assert torch.equal(view(TOKENS, finetune_scope="reward"), before)
+    palm.load_state_dict(other.state_dict(), assign=assign)  # the same base, and other adapters
+    assert torch.equal(palm(TOKENS, finetune_scope="actor"), other(TOKENS, finetune_scope="actor"))
+    assert torch.equal(view(TOKENS, finetune_scope="reward"), before)
+
+
 def test_when_the_others_are_gone_the_base_is_free_again():
     palm = with_scope(palm_of(), "actor")
     expected = palm(TOKENS, finetune_scope="actor")

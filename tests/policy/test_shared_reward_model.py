@@ -121,7 +121,7 @@ def test_loading_and_casting_leave_the_base_of_the_policy_alone(make, wandering_
     with pytest.raises(ValueError, match="no LoRA scope for a reward model over a shared base"):
         shared.use_lora_scope(None)
     for cast in (lambda: shared.bfloat16(), lambda: shared.to(torch.float64), lambda: shared.half()):
-        with pytest.raises(ValueError, match="cast of a reward model that shares its base"):
+        with pytest.raises(ValueError, match=r"a cast to .* of a base that 1 other models hold"):
             cast()
     assert all(torch.equal(tensor, before[name]) for name, tensor in palm.state_dict().items())
     assert torch.equal(shared.score(rows), scores)

@@ -8,6 +8,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.model.quantised.quantised_weights import Packed, Quantisation, pack, product, unpack
+from palm_rlhf.model.shared_base import is_shared
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
@@ -120,7 +121,10 @@ def quantize_(
 
 @beartype
 def dequantize_(palm: "palm_rlhf.model.palm.PaLM") -> None:
-    """Put plain weights, which may train, in the place of those in fewer bits, with the same numbers, in place."""
+    """Put plain weights in the place of those in fewer bits, with the same numbers, in place.
+
+    They train unless the model has adapters, or another model holds the base.
+    """
     for layer in palm.layers:
         for name, module in list(layer.named_children()):
             if isinstance(module, QuantisedLinear):
@@ -130,7 +134,7 @@ def dequantize_(palm: "palm_rlhf.model.palm.PaLM") -> None:
                 linear.bias = module.bias  # type: ignore[assignment]  # None is what nn.Linear has without one
                 setattr(layer, name, linear)
     for parameter in palm.palm_parameters():
-        parameter.requires_grad_(not palm.finetune_modules)
+        parameter.requires_grad_(not palm.finetune_modules and not is_shared(palm))
 
 
 def quantisation_of(module: nn.Module) -> Quantisation | None:
