@@ -39,7 +39,9 @@ EXPECTED: dict[str, float] = {
     "expert_used_count": 0,
     "attention.sliding_window": 0,
 }
-EXPECTED |= {"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0}
+EXPECTED |= {f"rope.scaling.{name}": 1.0 for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")}
+EXPECTED |= {"rope.scaling.yarn_log_multiplier": 0.0}
+OLD_FACTOR = "rope.scale_linear"  # in files from before November 2023
 SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
 # Llama 3.1 to 3.3: the numbers of their config.json that a file does not have.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -57,8 +59,6 @@ def config_of(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dict[
         raise ValueError(
             f"{where} has the architecture {architecture!r}, expected one of {list(MODEL_TYPES)}: take another model"
         )
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise ValueError(f"{where} is a part of a model, expected a whole one: merge the parts with llama-gguf-split")
     if EMBEDDINGS not in header.tensors or len(header.tensors[EMBEDDINGS].shape) != 2:
         raise ValueError(f"{where} lacks {EMBEDDINGS} of two axes; expected all tensors of a model")
     found = {name: value for name, value in metadata.items() if name.startswith(f"{architecture}.")}
@@ -110,7 +110,7 @@ def number(values: dict[str, Any], name: str, default: float | None, where: Path
 
 def check_known(values: dict[str, Any], numbers: dict[str, Any], where: Path) -> None:
     """Raise ValueError that names metadata of the architecture that a PaLM cannot compute or does not know."""
-    known = {*numbers, *OTHERS, "rope.dimension_count", *(f"rope.scaling.{name}" for name in SCALING)}
+    known = {*numbers, *OTHERS, OLD_FACTOR, "rope.dimension_count", *(f"rope.scaling.{name}" for name in SCALING)}
     refused = sorted(
         f"{name}={value!r:.40}"
         for name, value in values.items()
@@ -125,9 +125,13 @@ def scaling_of(
 ) -> dict[str, Any]:
     """Return the fields of the rotary scaling in config.json, none without a scaling.
 
-    A file of Llama 3.1 has the divisors of the frequencies instead, of which those of the released models are known.
+    As in llama.cpp, a factor without a type is that of a linear scaling. A file of Llama 3.1 has the divisors of the
+    frequencies instead, of which those of the released models are known.
     """
-    kind = values.get("rope.scaling.type", "none")
+    factor = number(values, "rope.scaling.factor", number(values, OLD_FACTOR, 1, where), where)
+    kind = values.get("rope.scaling.type", "linear")
+    if kind in ("linear", "yarn") and factor in (0, 1):
+        kind = "none"
     trained = LLAMA3_CONTEXT if rope_factors is not None else config["max_position_embeddings"]
     context = number(values, "rope.scaling.original_context_length", trained, where)
     if rope_factors is not None:
@@ -136,7 +140,7 @@ def scaling_of(
         return llama3_scaling(config, rope_factors, context, where)
     if kind == "none":
         return {}
-    scaling = {"rope_type": kind, "factor": number(values, "rope.scaling.factor", None, where)}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = context
         for name in ("beta_fast", "beta_slow"):

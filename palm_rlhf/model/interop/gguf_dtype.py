@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from beartype import beartype
 
-from palm_rlhf.model.interop.gguf_header import GGUFHeader, is_gguf
+from palm_rlhf.model.interop.gguf_header import is_gguf
+from palm_rlhf.model.interop.gguf_parts import read_whole_header
 from palm_rlhf.ops.devices import computes_bfloat16
 
 FLOAT32 = 0  # the id of this type of tensors
@@ -22,5 +23,5 @@ def generation_dtype(path: Path, device: str | torch.device) -> torch.dtype | No
     """
     if not is_gguf(path) or not computes_bfloat16(torch.device(device)):
         return None
-    has_fewer_bits = any(tensor.type_id != FLOAT32 for tensor in GGUFHeader(path).tensors.values())
+    has_fewer_bits = any(tensor.type_id != FLOAT32 for tensor in read_whole_header(path).tensors.values())
     return torch.bfloat16 if has_fewer_bits else None

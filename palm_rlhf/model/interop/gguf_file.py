@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.model.interop.gguf_config import ARCHITECTURE, EMBEDDINGS, ROPE_FACTORS, config_of
-from palm_rlhf.model.interop.gguf_header import DAMAGED, GGUFHeader, StoredTensor
+from palm_rlhf.model.interop.gguf_header import DAMAGED, StoredTensor
+from palm_rlhf.model.interop.gguf_parts import read_whole_header
 from palm_rlhf.model.interop.tensor_layout import to_halves
 from palm_rlhf.model.weights_folder import versions
 
@@ -41,7 +42,9 @@ PAIRED = "llama"
 
 
 class GGUFFile:
-    """A GGUF file to read, with the attributes of a `WeightsFolder`; its tensors are float32, which holds all values.
+    """A GGUF file to read, or the first of several, with the attributes of a `WeightsFolder`.
+
+    Its tensors are float32, which holds all values.
 
     Raises ImportError without the package gguf, FileNotFoundError where there is no file, and ValueError for a file
     that is damaged, or has an architecture or a type of quantisation that is not known.
@@ -50,14 +53,14 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.path = path
         self._gguf = import_gguf(path)
-        header = GGUFHeader(path)
-        self._versions = versions([path])
+        header = read_whole_header(path)
+        self._files, self._versions = header.files, versions(header.files)
         self.metadata: Mapping[str, Any] = header.metadata
         self._row_bytes = {name: self._bytes_of_row(name, tensor) for name, tensor in header.tensors.items()}
         self._tensors = header.tensors
         for name, tensor in header.tensors.items():
-            if tensor.start + prod(tensor.shape[:-1]) * self._row_bytes[name] > header.size:
-                raise ValueError(f"{path} ends before the end of {name}, expected a whole file: {DAMAGED}")
+            if tensor.start + prod(tensor.shape[:-1]) * self._row_bytes[name] > tensor.limit:
+                raise ValueError(f"{tensor.file} ends before the end of {name}, expected a whole file: {DAMAGED}")
         rope_factors = self._numbers(ROPE_FACTORS).tolist() if ROPE_FACTORS in header.tensors else None
         self.config = config_of(header, rope_factors)
         self._names = {folder_name(name): name for name in header.tensors if name != ROPE_FACTORS}
@@ -81,7 +84,7 @@ class GGUFFile:
 
     def require_unchanged(self) -> None:
         """Raise ValueError if another process has replaced the file since it was opened."""
-        if not self.path.is_file() or versions([self.path]) != self._versions:
+        if not all(file.is_file() for file in self._files) or versions(self._files) != self._versions:
             raise ValueError(f"{self.path} was written to while it was read; load it again")
 
     def _bytes_of_row(self, name: str, tensor: StoredTensor) -> int:
@@ -109,12 +112,12 @@ class GGUFFile:
         kind = self._gguf.GGMLQuantizationType(tensor.type_id)
         numbers = torch.empty(prod(tensor.shape[:-1]), tensor.shape[-1], dtype=torch.float32)
         size = max(1, CHUNK // tensor.shape[-1])
-        with open(self.path, "rb") as file:
+        with open(tensor.file, "rb") as file:
             file.seek(tensor.start)
             for rows in numbers.split(size):
                 data = np.empty((1, len(rows) * self._row_bytes[name]), np.uint8)  # one row: gguf cuts between rows
                 if file.readinto(data.data) < data.nbytes:
-                    raise ValueError(f"{self.path} ends before the end of {name}, expected a whole file: {DAMAGED}")
+                    raise ValueError(f"{tensor.file} ends before the end of {name}, expected a whole file: {DAMAGED}")
                 rows.copy_(torch.from_numpy(self._gguf.dequantize(data, kind)).view_as(rows))
         return numbers.reshape(tensor.shape)
 

@@ -34,15 +34,20 @@ def is_gguf(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its shape, in PyTorch's order of axes, its type's id, and its first byte in the file."""
+    """One tensor of a file: its shape, in PyTorch's order of axes, its type's id, and its first byte in the file.
+
+    `limit` is the size of the file, in bytes.
+    """
 
     shape: tuple[int, ...]
     type_id: int
     start: int
+    file: Path
+    limit: int
 
 
 class GGUFHeader:
-    """The `metadata` of a GGUF file, as plain Python values and arrays, and its `tensors` by name.
+    """The `metadata` of a GGUF file, as plain Python values and lists, and its `tensors` by name; `files` has its path.
 
     Raises FileNotFoundError where there is no file, and ValueError for a file that is damaged, or of another format,
     version or byte order.
@@ -54,6 +59,7 @@ class GGUFHeader:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
+        self.files = [path]
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             self._file: BinaryIO = file
@@ -88,7 +94,7 @@ class GGUFHeader:
             raise ValueError(f"{self.path} has the {ALIGNMENT} {alignment!r}, expected a power of two: {DAMAGED}")
         data = -(-self._file.tell() // alignment) * alignment
         for name, (shape, type_id, start) in starts.items():
-            self.tensors[name] = StoredTensor(shape, type_id, data + start)
+            self.tensors[name] = StoredTensor(shape, type_id, data + start, self.path, self.size)
 
     def _tensor(self, name: str) -> tuple[tuple[int, ...], int, int]:
         num_axes = self._number("I")

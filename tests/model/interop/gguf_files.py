@@ -99,13 +99,14 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     raw: dict | None = None,
     left_out: tuple[str, ...] = (),
+    **options,
 ) -> Path:
     """Write a model; matrices have the type `kind`, and `values`, `others` and `tensors` are added or replaced.
 
     `values` are metadata of the architecture, and `others` have whole keys; `raw` are bytes and
-    types of tensors.
+    types of tensors; `options` are those of the writer.
     """
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **options)
     metadata = {**metadata_of(model, architecture), **(values or {})}
     whole = {f"{architecture}.{key}": value for key, value in metadata.items() if key not in left_out}
     for key, value in {**whole, **(others or {})}.items():

@@ -132,7 +132,12 @@ CHANGED = {
     "more blocks": ({"block_count": 2**31}, {}, (), "tensors of 2 blocks"),
     "a partial rotary": ({"rope.dimension_count": 4}, {}, (), "has the rope.dimension_count 4, expected .* 8"),
     "another rotary": ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, {}, (), "longrope"),
-    "a part of a model": ({}, {}, (), "is a part of a model"),
+    "a part of a model": (
+        {},
+        {},
+        (),
+        "is a part of a model, with split.count 3 and split.no None, expected the first part",
+    ),
     "no embeddings": ({}, {}, ("token_embd.weight",), "lacks token_embd.weight"),
     "a missing tensor": ({}, {}, ("blk.1.attn_q.weight",), "lacks model.layers.1.self_attn.q_proj.weight"),
     "another tensor": ({}, {"blk.0.ffn_gate_inp.weight": (32, 32)}, (), "the unexpected blk.0.ffn_gate_inp"),
