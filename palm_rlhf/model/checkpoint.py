@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 # The name of each tensor, and its parts, to be concatenated along the rows; a part is not read before it is used.
 Parts = Iterator[tuple[str, Iterable[Tensor]]]
-# Fields of the config that do not change what a model computes: a model may load weights that were saved with others.
 # The formats of save_pretrained: ours, and model_types of Hugging Face, of which "hf" is the one that holds the model.
 FORMATS = ("palm", "hf", cohere.MODEL_TYPE, *llama.ARCHITECTURES)
+# Fields of the config that do not change what a model computes: a model may load weights that were saved with others.
 FREE_TO_CHANGE = {"dropout", "flash_attn", "gradient_checkpointing", "max_seq_len", "z_loss"}
 STATE_DICT = "what torch.save(model.state_dict(), path) writes"
 
@@ -111,6 +111,7 @@ def load_into(palm: "PaLM", path: Path) -> None:
             skeleton, parts = open_state_dict(palm, state, path)
     require_same_mathematics(palm.config, skeleton.config, path)
     require_same_scopes(palm, skeleton, path)
+    parts = with_frozen_checked(palm, parts)
     for scope, options in scope_options(skeleton).items():
         if scope not in palm.finetune_modules:
             palm.add_finetune_params(scope, **options)
@@ -197,15 +198,20 @@ def filled(skeleton: Model, parts: Parts, *, dtype: torch.dtype | None, device: 
     return skeleton
 
 
-def copy_parts(model: nn.Module, parts: Parts) -> None:
-    """Copy weights into a model, in place.
+def with_frozen_checked(model: nn.Module, parts: Parts) -> Parts:
+    """Return the tensors that a model takes from a file: all but its frozen weights in fewer bits.
 
-    Raises ValueError where weights in fewer bits, which are frozen, are not those of the file; nothing is copied then.
+    Raises ValueError where the file has other weights than these.
     """
-    if frozen := quantised_parts(model):
-        read = {name: list(rows) for name, rows in parts}
-        require_frozen(frozen, {name: torch.cat(read.pop(name)) for name in frozen})
-        parts = iter(read.items())
+    if not (frozen := quantised_parts(model)):
+        return parts
+    read = {name: list(rows) for name, rows in parts}
+    require_frozen(frozen, {name: torch.cat(read.pop(name)) for name in frozen})
+    return iter(read.items())
+
+
+def copy_parts(model: nn.Module, parts: Parts) -> None:
+    """Copy weights into a model, in place."""
     ours = dict(chain(model.named_parameters(), model.named_buffers()))
     for name, rows in parts:
         copy_rows(ours[name], rows)

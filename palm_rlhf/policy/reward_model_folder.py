@@ -119,18 +119,16 @@ def load(
             check_shapes(shapes_of(state), shapes_of(model.state_dict()), path)
             skeleton, parts = model, ((name, [tensor]) for name, tensor in state.items())
     require_same(model, skeleton, path)
-    own = without_base(parts, model.palm, path) if is_shared(model.palm) else None
+    if is_shared(model.palm):
+        parts = ((name, [tensor]) for name, tensor in without_base(parts, model.palm, path))
+    else:
+        parts = checkpoint.with_frozen_checked(model, parts)
     for name, options in scope_options(skeleton.palm).items():
         if name not in model.palm.finetune_modules:
             model.palm.add_finetune_params(name, **options)
     model.pooling = skeleton.pooling
     model.use_lora_scope(skeleton.lora_scope)
-    if own is None:
-        checkpoint.copy_parts(model, parts)
-    else:
-        ours = model.state_dict()
-        for name, tensor in own:
-            checkpoint.copy_rows(ours[name], [tensor])
+    checkpoint.copy_parts(model, parts)
     if folder is not None:
         folder.require_unchanged()
     return model
@@ -162,11 +160,10 @@ def open_over(cls: type["RewardModel"], folder: Weights, base: PaLM) -> "RewardM
             "the reward model with use_lora=True, by adapters alone, or do not share the base"
         )
     checkpoint.require_same_mathematics(base.config, model.palm.config, folder.path)
-    own = dict(without_base(parts, base, folder.path))
+    own, buffers = without_base(parts, base, folder.path), dict(model.named_buffers())
     folder.require_unchanged()
-    dtypes = {name: own[name].dtype if name in dict(model.named_buffers()) else base.dtype for name in own}
     adopt_base(model.palm, base)
-    state = {name: tensor.to(base.device, dtypes[name]) for name, tensor in own.items()}
+    state = {name: tensor.to(base.device, tensor.dtype if name in buffers else base.dtype) for name, tensor in own}
     model.load_state_dict(state, strict=False, assign=True)  # strict would ask for the base as well
     switch_off_dropout(model).use_lora_scope(model.lora_scope)
     return model

@@ -9,8 +9,10 @@ from torch import nn
 
 from palm_rlhf import PaLM
 from palm_rlhf.model.captured import why_not_captured
-from palm_rlhf.model.quantised.quantised_model import QuantisedLinear, is_quantised, quantisation_of, weights_bytes
+from palm_rlhf.model.quantised.quantised_model import QuantisedLinear, is_quantised, weights_bytes
+from palm_rlhf.model.quantised.quantised_weights import pack, product
 from palm_rlhf.model.shared_base import palm_over_base
+from palm_rlhf.policy.reward_model import RewardModel
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quantize]'")
 
@@ -170,11 +172,51 @@ def test_other_weights_are_not_loaded_below_a_frozen_base(palm, tmp_path):
     assert torch.equal(palm.token_emb.weight, before + 1)  # nothing was copied
 
 
-def test_a_step_is_not_captured_and_compiles(palm, tokens):
+def test_a_step_in_fewer_bits_is_not_captured(palm, monkeypatch):
+    monkeypatch.setattr("palm_rlhf.model.captured.GPUS", {"cpu"})
+    assert why_not_captured(palm) is None
     palm.quantize_("int8")
-    assert quantisation_of(palm) == "int8"
-    reason = why_not_captured(palm)
-    assert reason is not None
+    assert why_not_captured(palm) == "the weights are in fewer bits"
+
+
+def test_loading_other_weights_adds_no_scope(palm, tmp_path):
+    saved = copy.deepcopy(palm)
+    saved.add_finetune_params("theirs")
+    for model, kind in ((saved, "palm"), (RewardModel(saved), "reward")):
+        model.save_pretrained(tmp_path / kind)
+    with torch.no_grad():
+        palm.layers[1].ff_out.weight.mul_(2)
+    reward_model = RewardModel(palm)
+    for model, base, kind in ((palm, palm, "palm"), (reward_model, reward_model.palm, "reward")):
+        base.quantize_("int8")
+        with pytest.raises(ValueError, match="differs from the frozen weight"):
+            model.load(tmp_path / kind)
+        assert not base.finetune_modules
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_float16_has_room_for_large_outputs_and_small_gradients(kind):
+    """LLaMA has activations of thousands, and half of its folders are float16."""
+    torch.manual_seed(0)
+    weight, x = (torch.randn(8, 512) * 0.02).half(), torch.randn(3, 512)
+    x[0, 5] = 3000
+    x, packed, plain = x.half().requires_grad_(), pack(weight, kind), by_hand(weight.float(), kind).double()
+    got, expected = product(x, packed, (8, 512)), x.double() @ plain.T
+    assert 50 < expected.abs().max() < 200
+    assert (got - expected).norm() < 2e-3 * expected.norm()
+    d_out = torch.full_like(got, 1e-3)
+    (gradient,) = torch.autograd.grad(got, x, d_out)
+    expected = d_out.double() @ plain
+    assert (gradient - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 96), (64, 33)], ids=str)
+def test_int4_numbers_of_any_width_go_on_in_blocks_of_64(shape):
+    """Blocks cross the ends of rows, and the last one may be short."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(2, shape[1])
+    expected = x.double() @ by_hand(weight, "int4").double().T
+    torch.testing.assert_close(product(x, pack(weight, "int4"), shape).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

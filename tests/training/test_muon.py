@@ -89,3 +89,14 @@ def test_only_what_is_trainable_moves(tiny_palm):
     assert {name for name, change in moved.items() if change.any()} == {
         name for name in moved if name.startswith("finetune_modules")
     }
+
+
+def test_frozen_numbers_in_fewer_bits_are_left_out(tiny_palm):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quantize]'")
+    palm = tiny_palm()
+    palm.quantize_("int8")
+    with pytest.raises(ValueError, match="all weights are frozen"):
+        muon(palm, *SETTINGS)
+    palm.add_finetune_params("a", 2)
+    trained = [parameter for group in muon(palm, *SETTINGS).param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in palm.finetune_parameters("a")}

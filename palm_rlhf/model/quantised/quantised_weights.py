@@ -89,21 +89,22 @@ class _Product(torch.autograd.Function):
     """The product with a packed weight, which is unpacked anew in the backward.
 
     Autograd would keep the unpacked weight for the backward, and so the whole model in its plain size. The numbers of
-    int8 are exact in bfloat16 too: the scales of the rows multiply the output.
+    int8 are exact in bfloat16 too: the scales of the rows multiply the output. In float16 such an output, up to 127
+    times the plain one over the largest weight of its row, would leave the range, so the weight is unpacked there.
     """
 
     @staticmethod
     def forward(ctx, x, numbers, scales, shape):
         ctx.save_for_backward(numbers, scales)
         ctx.shape = shape
-        if numbers.dtype == torch.int8:
+        if numbers.dtype == torch.int8 and x.dtype != torch.float16:
             return F.linear(x, numbers.to(x.dtype)).mul_(scales)
         return F.linear(x, unpack(Packed(numbers, scales), shape, x.dtype))
 
     @staticmethod
     def backward(ctx, d_out):
         numbers, scales = ctx.saved_tensors
-        if numbers.dtype == torch.int8:
+        if numbers.dtype == torch.int8 and d_out.dtype != torch.float16:
             return (d_out * scales).to(d_out.dtype) @ numbers.to(d_out.dtype), None, None, None
         return d_out @ unpack(Packed(numbers, scales), ctx.shape, d_out.dtype), None, None, None
 

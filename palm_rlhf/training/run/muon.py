@@ -100,7 +100,8 @@ def muon(
     """Return Muon (Jordan et al. 2024) for the blocks' matrices, with AdamW for all other trainable parameters."""
     groups: list[dict[str, Any]] = []
     for block in (module for module in model.modules() if isinstance(module, Block)):
-        rows = {getattr(block, name).weight: sizes for name, sizes in block.matrices().items()}
+        weights = ((getattr(block, name).weight, sizes) for name, sizes in block.matrices().items())
+        rows = {weight: sizes for weight, sizes in weights if isinstance(weight, nn.Parameter)}  # not in fewer bits
         groups += ({"params": [weight], "row_blocks": sizes} for weight, sizes in rows.items() if len(sizes) > 1)
         whole = [weight for weight, sizes in rows.items() if len(sizes) == 1]
         groups.append({"params": whole, "row_blocks": None})
