@@ -52,21 +52,22 @@ def generate(
     if isinstance(tokenizer, ByteTokenizer):
         tokens = tokenizer.encode(text)
     else:
-        tokens = tokenizer.encode(text.decode("utf-8", errors="replace"))
+        tokens = tokenizer.text_start + tokenizer.encode(text.decode("utf-8", errors="replace"))
     generator = None if seed is None else torch.Generator(palm.device).manual_seed(seed)
-    eos_token = tokenizer.eos_token if tokenizer.eos_token < palm.num_tokens else None
     # A character can span several tokens: the decoder holds an incomplete character back until the rest has come.
     decoder = StreamDecoder(tokenizer, after=tokens)
     steps = palm.stream(
         torch.tensor(tokens),
         max_new_tokens=max_new_tokens,
-        eos_token=eos_token,
         allowed_tokens=known_tokens(tokenizer, palm.num_tokens),
         generator=generator,
         **options,
     )
-    for token in steps:
-        print(decoder.push(int(cast(Tensor, token))), end="", flush=True)
+    for step in steps:
+        token = int(cast(Tensor, step))
+        print(decoder.push(token), end="", flush=True)
+        if token in tokenizer.eos_tokens:
+            break
     print(decoder.finish())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from beartype import beartype
 
-from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, token_name
+from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, NAMES_FILE, token_name
 from palm_rlhf.data.tokenizer_gguf import read_gguf_config
 from palm_rlhf.model.files import read_text, write_text
 from palm_rlhf.model.interop.gguf_header import is_gguf
@@ -197,9 +197,13 @@ def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
         config = read_gguf_config(folder)
     else:
         config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    named = {key: value for key, value in config.items() if value is not None}
+    if (folder / NAMES_FILE).is_file():
+        named = read_json(folder / NAMES_FILE) | named
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        entries = [entry for entry in source if isinstance(entry, dict)]
+        source = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     if (folder / JINJA_FILE).is_file():
         source = read_text(folder / JINJA_FILE)
     if not isinstance(source, str):
@@ -207,7 +211,7 @@ def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
             f"{folder} has no {TEMPLATE_FILE}, no {JINJA_FILE} and no chat_template in its {CONFIG_FILE}, expected one "
             f"of them: take the one of {list(PRESETS)} from PRESETS that the model was trained with"
         )
-    names = {key: token_name(value) for key, value in config.items() if key.endswith("_token")}
+    names = {key: token_name(value) for key, value in named.items() if key.endswith("_token")}
     return JinjaTemplate(source, {key: name for key, name in names.items() if isinstance(name, str)})
 
 

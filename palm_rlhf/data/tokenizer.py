@@ -17,13 +17,21 @@ from palm_rlhf.data.tokenizer_base import (
     Tokenizer,
 )
 from palm_rlhf.data.tokenizer_gguf import read_gguf_tokenizer
-from palm_rlhf.data.tokenizer_hugging_face import GENERATION_FILE, TOKENIZER_FILE, HuggingFaceTokenizer
+from palm_rlhf.data.tokenizer_hugging_face import (
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    HuggingFaceTokenizer,
+    unmarked,
+)
 from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
-from palm_rlhf.model.weights_folder import read_json
+from palm_rlhf.model.weights_folder import CONFIG, read_json
 
-NAMES_FILE = "special_tokens_map.json"  # in folders of transformers 4, some of which name the EOS only there
+NAMES_FILE = "special_tokens_map.json"  # in folders of transformers 4, some of which name special tokens only there
+ROLES = ("bos_token", "eos_token", "pad_token")
+# The forms of SentencePiece, of GPT-2 and BERT, and of Mistral.
+OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 
 __all__ = [
     "CONFIG_FILE",
@@ -49,6 +57,8 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         directory: The folder, which has a tokenizer.json, or that file, or a GGUF file.
         eos_token: The name of the token that ends a text, for folders that do not name it.
         pad_token: The name of the padding token, for folders that do not name it; else the EOS.
+
+    Raises FileNotFoundError where there is no tokenizer, and ValueError for one in another form.
     """
     folder = Path(directory)
     file = folder if folder.is_file() else folder / TOKENIZER_FILE
@@ -57,29 +67,45 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     else:
         config_file = file.with_name(CONFIG_FILE)
         backend, config = None, _beside(file, CONFIG_FILE)
-    names = _beside(file, NAMES_FILE) | config
-    eos_token, pad_token = (
-        name if name is not None else token_name(names.get(key))
-        for key, name in (("eos_token", eos_token), ("pad_token", pad_token))
-    )
+    named = _beside(file, NAMES_FILE) | {key: value for key, value in config.items() if value is not None}
+    names = {key: token_name(value) for key, value in named.items() if key in ROLES}
+    names |= {key: name for key, name in (("eos_token", eos_token), ("pad_token", pad_token)) if name is not None}
     is_bytes = config.get("tokenizer_class") == "ByteTokenizer"
     if not is_bytes and not file.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no {TOKENIZER_FILE}, and no {CONFIG_FILE} of a ByteTokenizer, expected one of them: name "
-            "a folder of save_pretrained (that of transformers writes a tokenizer.json for other formats, too)"
-        )
-    if eos_token is None:
+        raise _without_tokenizer(directory, file, config)
+    if (eos_token := names.get("eos_token")) is None:
         raise ValueError(f"{config_file} names no eos_token, expected its name: pass it, as in eos_token='</s>'")
+    roles: dict[str, Any] = {"eos_token": eos_token, "pad_token": names.get("pad_token")}
     if is_bytes:
-        return ByteTokenizer(config.get("special_tokens", ()), eos_token=eos_token, pad_token=pad_token)
+        return ByteTokenizer(config.get("special_tokens", ()), **roles)
     try:
         backend = backend or tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(
             f"{file} is not a tokenizer of the library tokenizers ({error}): copy, download or save it again"
         ) from error
+    generation = _beside(file, GENERATION_FILE)
+    if (ends := _beside(file, CONFIG).get("eos_token_id")) is not None:
+        generation = {"eos_token_id": ends} | generation
+    if config.get("bos_token") is None and (bos_token := names.get("bos_token")) is not None:
+        config = config | {"bos_token": bos_token}
     return HuggingFaceTokenizer(
-        backend, eos_token=eos_token, pad_token=pad_token, config=config, generation=_beside(file, GENERATION_FILE)
+        backend, unmarked(backend, names.values()), **roles, config=config, generation=generation
+    )
+
+
+def _without_tokenizer(directory: str | Path, file: Path, config: dict[str, Any]) -> Exception:
+    """Return the error for a folder without a tokenizer.json; it says whether there is a tokenizer of another form."""
+    others = [name for name in OTHER_TOKENIZERS if file.with_name(name).is_file()]
+    if others or "tokenizer_class" in config:
+        kind = ", ".join(others) or f"the form of {config['tokenizer_class']}"
+        return ValueError(
+            f"{directory} has its tokenizer in {kind}, expected a {TOKENIZER_FILE}: let transformers write it, by "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return FileNotFoundError(
+        f"{directory} has no {TOKENIZER_FILE}, and no {CONFIG_FILE} of a ByteTokenizer, expected one of them: name "
+        "a folder of save_pretrained (that of transformers writes a tokenizer.json for other formats, too)"
     )
 
 

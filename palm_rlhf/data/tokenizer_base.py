@@ -30,7 +30,7 @@ class Tokenizer(ABC):
         self._eos, self._pad = eos_token, eos_token if pad_token is None else pad_token
         self.add_special_tokens(special_tokens)
         for role, name in (("eos_token", self._eos), ("pad_token", self._pad)):
-            if name not in self.special_tokens:
+            if self._role_id(name) is None:
                 raise ValueError(
                     f"got {role}={name!r}, expected one of the special tokens "
                     f"{list(self.special_tokens)}: add it to them"
@@ -54,6 +54,16 @@ class Tokenizer(ABC):
     @property
     def eos_token(self) -> int:
         return self.special_tokens[self._eos]
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """The ids that end a text: `eos_token`, and any others with which the model was trained to end."""
+        return frozenset({self.eos_token})
+
+    @property
+    def text_start(self) -> list[int]:
+        """The special tokens that stand before the text of a prompt, such as a BOS; `encode` leaves them out."""
+        return []
 
     @property
     def pad_token(self) -> int:
@@ -98,6 +108,10 @@ class Tokenizer(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in self._files().items():
             write_text(directory / name, text)
+
+    def _role_id(self, name: str) -> int | None:
+        """Return the id of the token that has a role, such as padding; None if it cannot have one."""
+        return self.special_tokens.get(name)
 
     def _known_ids(self, ids: Iterable[int]) -> list[int]:
         """Return the ids below `num_tokens`; ValueError for a negative one."""

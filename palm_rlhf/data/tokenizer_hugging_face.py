@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import pairwise
+from functools import cached_property
+from itertools import pairwise, takewhile
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 from beartype import beartype
@@ -25,7 +27,8 @@ TOKENIZER_FILE, GENERATION_FILE = "tokenizer.json", "generation_config.json"
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the library `tokenizers`, as in the `tokenizer.json` of most models.
 
-    Its special tokens are those of the backend and `special_tokens`; the token for unknown text does not count as one.
+    Its special tokens are those of the backend and `special_tokens`; the token for unknown text does not count as one,
+    though it may be the padding token, as that of Vicuna is.
 
     Args:
         backend: The tokenizer, which is copied.
@@ -97,6 +100,23 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def token_ids(self) -> frozenset[int]:
         return self._token_ids
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """The ids that end a text: `eos_token`, and those in `generation` (Llama 3.1 has three)."""
+        found = self.generation.get("eos_token_id")
+        ids = {index for index in (found if isinstance(found, list) else [found]) if type(index) is int}
+        return frozenset({self.eos_token} | (ids & self._token_ids))
+
+    @property
+    def pad_token(self) -> int:
+        return cast(int, self._role_id(self._pad))
+
+    @cached_property
+    def text_start(self) -> list[int]:
+        """The special tokens that stand before the text of a prompt: those of tokenizer.json, as in transformers 5."""
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        return [token for token, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask))]
 
     @beartype
     def encode(self, text: str) -> list[int]:
@@ -192,6 +212,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
         self._num_tokens = 1 + max(self._token_ids)
 
+    def _role_id(self, name: str) -> int | None:
+        """Return the id of a special token, or of the token for unknown text if it pads; see `Tokenizer`."""
+        if self._eos != name == self._unknown == self._pad:
+            return self.backend.token_to_id(name)
+        return super()._role_id(name)
+
     def _check_room_for(self, names: list[str]) -> None:
         """Raise ValueError if tokens of these names would not come after all others, as the backend counts ids."""
         ids = self.backend.get_vocab(with_added_tokens=True)
@@ -226,6 +252,13 @@ class HuggingFaceTokenizer(Tokenizer):
             ends = self.eos_token
         generation |= {"eos_token_id": ends, "pad_token_id": self.pad_token}
         write_text(path, json.dumps(generation, indent=2) + "\n")
+
+
+def unmarked(backend: tokenizers.Tokenizer, names: Iterable[str | None]) -> list[str]:
+    """Return those of the names of special tokens that a backend has as ordinary tokens; transformers marks them."""
+    ids = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+    found = {name: backend.token_to_id(name) for name in names if name and name != unknown_token(backend)}
+    return [name for name, index in found.items() if index is not None and index not in ids]
 
 
 def unknown_token(backend: tokenizers.Tokenizer) -> str | None:

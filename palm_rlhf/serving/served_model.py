@@ -4,8 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +54,7 @@ class ServedModel:
     @cached_property
     def eos_tokens(self) -> frozenset[int]:
         """The ids that end a text, as far as the model's vocabulary has them."""
-        return frozenset({self.tokenizer.eos_token} & set(range(self.palm.num_tokens)))
+        return frozenset(token for token in self.tokenizer.eos_tokens if token < self.palm.num_tokens)
 
     @cached_property
     def turn_ends(self) -> frozenset[int]:
@@ -122,19 +120,12 @@ class ServedModel:
             return encode_response(messages, reply, self.tokenizer, self.template, checkpoint=check_deadline).tolist()
         return self.tokenizer.encode_continuation(reply)
 
-    @cached_property
-    def text_start(self) -> list[int]:
-        """The special tokens that the tokenizer itself puts before a text, such as one that marks its beginning."""
-        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return []
-        encoding = self.tokenizer.backend.encode("a", add_special_tokens=True)
-        return [token for token, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask))]
-
     @beartype
     def encode_text(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return the tokens of a text; an empty text becomes the token that ends the text before it."""
-        start = self.text_start if add_special_tokens else []
-        return [*start, *self.tokenizer.encode(text)] or sorted(self.eos_tokens)
+        start = self.tokenizer.text_start if add_special_tokens else []
+        end = [token for token in self.eos_tokens if token == self.tokenizer.eos_token]
+        return [*start, *self.tokenizer.encode(text)] or end
 
     @torch.inference_mode()
     def score(self, prompt: list[int], replies: Sequence[list[int]]) -> list[float]:
