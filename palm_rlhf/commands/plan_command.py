@@ -7,6 +7,7 @@ from beartype import beartype
 from tyro.conf import Positional, arg
 
 from palm_rlhf.evaluation.reports.report import Table, as_text
+from palm_rlhf.model.lora import Targets
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.planning.memory_plan import MemoryPlan
 from palm_rlhf.planning.model_config import config_of_model
@@ -26,6 +27,7 @@ def plan(
     gpu_memory: Annotated[str, arg(metavar="BYTES")] = "40GB",
     dtype: Dtype | None = None,
     lora_r: Integer = None,
+    lora_targets: Annotated[Targets | None, arg(metavar="NAME ...", help_behavior_hint="(default: q k v out)")] = None,
     share_base: bool | None = None,
     quantize: Quantisation | None = None,
     gradient_checkpointing: bool | None = None,
@@ -48,6 +50,7 @@ def plan(
         gpu_memory: Memory of one GPU, such as 40GB or 24GiB.
         dtype: Type of weights and activations; bfloat16 by default.
         lora_r: Rank of the adapters; 0 trains all weights.
+        lora_targets: Matrices of each block that have adapters: q, k, v, out, gate, value, ff_out; all-linear is all.
         share_base: Hold the base once for all roles of ppo, which have adapters.
         quantize: Kind of numbers of the base's matrices below adapters, or in serving.
         gradient_checkpointing: Keep only the inputs of the blocks for the backward.
@@ -61,6 +64,7 @@ def plan(
     given = {
         "dtype": dtype,
         "lora_r": lora_r,
+        "lora_targets": lora_targets,
         "share_base": share_base,
         "quantize": quantize,
         "gradient_checkpointing": gradient_checkpointing,

@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
 from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
 from palm_rlhf.commands.training_data import rankings_of, read_records_for, split_held_out
+from palm_rlhf.model.lora import ATTENTION, Targets
 from palm_rlhf.policy.reward_model import Pooling, RewardModel
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
@@ -26,6 +27,7 @@ def reward(
     held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
     pooling: Pooling = "last",
     lora_r: int = 0,
+    lora_targets: Targets = ATTENTION,
     normalise: bool = True,
     training: OmitArgPrefixes[RewardConfig] = RewardConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
@@ -45,9 +47,15 @@ def reward(
         pooling: Embedding that the score is computed from: the last token's, the mean over the reply, or over all
             tokens.
         lora_r: Rank of the adapters that are trained in place of the weights; 0 trains the weights.
+        lora_targets: Matrices of each block that have adapters: q, k, v and out of the attention (q_proj, k_proj,
+            v_proj and o_proj in PEFT), gate, value and ff_out of the feed-forward (gate_proj, up_proj and down_proj);
+            all-linear is all of them.
         normalise: Shift and scale the scores to mean 0 and standard deviation 1 on the training data.
         training: Training settings.
     """
+    if not lora_r and lora_targets != ATTENTION:
+        targets = " ".join(lora_targets)
+        raise ValueError(f"got --lora-targets {targets} without --lora-r, expected a rank: adapters have targets")
     output_dir = run_folder("reward", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
@@ -55,8 +63,16 @@ def reward(
         rankings_of(side, chat_model, training.max_seq_len)
         for side in split_held_out(read_records_for(data, "rankings"), held_out, training.seed)
     )
+    reward_model = RewardModel(
+        chat_model.palm,
+        pooling=pooling,
+        use_lora=lora_r > 0,
+        lora_r=lora_r,
+        lora_targets=lora_targets,
+        share_base=lora_r > 0,
+    )
     trainer = RewardModelTrainer(
-        RewardModel(chat_model.palm, pooling=pooling, use_lora=lora_r > 0, lora_r=lora_r, share_base=lora_r > 0),
+        reward_model,
         train_data=train,
         valid_data=valid or None,
         config=training,

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021) on the matrices of every block, kept in named scopes beside the base weights."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from beartype import beartype
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from palm_rlhf.model.block import Block
 
 # What can have an adapter: queries, keys, values and output of the attention; gate, value and output of the
-# feed-forward.
+# feed-forward. Settings may name all of them as PEFT does.
 TARGETS = ("q", "k", "v", "out", "gate", "value", "ff_out")
-ATTENTION = TARGETS[:4]
+ALL_LINEAR = "all-linear"
+Targets: TypeAlias = tuple[Literal["q", "k", "v", "out", "gate", "value", "ff_out", "all-linear"], ...]
+ATTENTION: Targets = ("q", "k", "v", "out")
 # The targets in each matrix of a block, in the order of their rows; `in_proj` of a serial block has the first three.
 ROWS = {
     "in_proj": ("q", "k", "v", "gate", "value"),
@@ -154,7 +156,7 @@ def add_finetune_params(
     *,
     alpha: float | int | None = None,
     train_base: bool = False,
-    targets: Sequence[str] = ATTENTION,
+    targets: str | Sequence[str] = ATTENTION,
 ) -> nn.ModuleList:
     """Add a LoRA scope that changes nothing yet, freeze the base unless `train_base`, and return the adapters.
 
@@ -164,7 +166,7 @@ def add_finetune_params(
         alpha: the adapters are scaled by alpha / r; None is r.
         train_base: leave the parameters of the base trainable.
         targets: what has an adapter in each block: some of "q", "k", "v" and "out" of the attention, and of "gate",
-            "value" and "ff_out" of the feed-forward.
+            "value" and "ff_out" of the feed-forward; or "all-linear" for all of them.
 
     Returns:
         One `BlockLoRA` for each block.
@@ -177,9 +179,11 @@ def add_finetune_params(
         raise ValueError(f"the rank r is {r}; expected at least 1")
     if train_base:
         refuse_quantised(palm, "to train the base", "leave train_base out, or call palm.dequantize_() first")
-    unknown = [name for name in targets if name not in TARGETS]
-    if unknown or not targets:
-        raise ValueError(f"got the targets {[*targets]}; expected at least one, and all of them from {TARGETS}")
+    targets = [targets] if isinstance(targets, str) else [*targets]
+    targets = [*TARGETS] if targets == [ALL_LINEAR] else targets
+    if not targets or not set(targets).issubset(TARGETS):
+        expected = f"at least one, and all of them from {TARGETS}, or {ALL_LINEAR!r} alone"
+        raise ValueError(f"got the targets {targets}; expected {expected}")
     shapes, factor = adapter_shapes(palm.config), r if alpha is None else alpha
     adapters = nn.ModuleList(
         BlockLoRA(shapes, {name: LoRALinear(*shapes[name], r, factor) for name in TARGETS if name in targets})

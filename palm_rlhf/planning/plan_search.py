@@ -45,6 +45,8 @@ def search(
         plans.append(plan_memory(task, config, settings, room=room))
         if plans[-1].total <= room:
             break
+    if not plans:
+        start.check(task)  # raises: none of the settings goes together with those that are fixed
     return SearchResult(tuple(plans), room)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from palm_rlhf.model.lora import ATTENTION, Targets
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
 
 Task: TypeAlias = Literal["ppo", "sft", "reward", "dpo", "serve"]
@@ -15,6 +16,7 @@ class PlanSettings:
 
     Args:
         lora_r: rank of the adapters of every trained role; 0 trains the weights.
+        lora_targets: the matrices that have adapters, see `add_finetune_params`.
         share_base: policy, reference, critic and reward model hold one base (ppo with adapters).
         gradient_checkpointing: keep the inputs of the blocks, and compute the rest again (not serve).
         dtype: the type of weights and activations.
@@ -27,6 +29,7 @@ class PlanSettings:
     """
 
     lora_r: int = 0
+    lora_targets: Targets = ATTENTION
     share_base: bool = False
     gradient_checkpointing: bool = False
     dtype: Dtype = "bfloat16"
@@ -51,6 +54,9 @@ class PlanSettings:
             )
         if task != "serve" and self.quantize is not None and not self.lora_r:
             raise ValueError(f"got quantize={self.quantize} without adapters, expected a lora_r of 1 or more to train")
+        if self.lora_targets != ATTENTION and (task == "serve" or not self.lora_r):
+            targets = " ".join(self.lora_targets)
+            raise ValueError(f"got lora_targets={targets} without adapters, expected a lora_r of 1 or more to train")
         if self.share_base and (task != "ppo" or not self.lora_r):
             raise ValueError(
                 "got share_base=True, expected the task ppo and a lora_r of 1 or more: one base, many adapters"
@@ -63,6 +69,7 @@ class PlanSettings:
         words = [f"{self.batch_size} x {self.seq_len}", self.dtype]
         if task != "serve":
             words.append(f"LoRA {self.lora_r}" if self.lora_r else "all weights")
+            words += [f"on {' '.join(self.lora_targets)}"] * (self.lora_targets != ATTENTION)
         words += ["shared base"] * self.share_base
         words += [str(self.quantize)] * (self.quantize is not None)
         words += ["checkpointing"] * self.gradient_checkpointing

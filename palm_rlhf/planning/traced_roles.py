@@ -69,7 +69,7 @@ def roles_on_meta(task: Task, config: PaLMConfig, settings: PlanSettings, has_re
 def sft_roles(palm: PaLM, s: PlanSettings) -> Roles:
     """Return what `SupervisedTrainer` holds, and its step."""
     if s.lora_r:
-        palm.add_finetune_params(SUPERVISED_SCOPE, s.lora_r)
+        palm.add_finetune_params(SUPERVISED_SCOPE, s.lora_r, targets=s.lora_targets)
     loss = RowsLoss(palm, SUPERVISED_SCOPE if s.lora_r else None)
 
     def step() -> Tensor:
@@ -81,7 +81,7 @@ def sft_roles(palm: PaLM, s: PlanSettings) -> Roles:
 
 def reward_roles(palm: PaLM, s: PlanSettings) -> Roles:
     """Return what `RewardTrainer` holds, and its step: a pair of responses for each row of the batch."""
-    model = RewardModel(palm, use_lora=s.lora_r > 0, lora_r=s.lora_r or 8)
+    model = RewardModel(palm, use_lora=s.lora_r > 0, lora_r=s.lora_r or 8, lora_targets=s.lora_targets)
 
     def step() -> Tensor:
         tokens, lengths = blank(2 * s.batch_size, s.seq_len), torch.ones(2 * s.batch_size, 1, dtype=torch.long)
@@ -95,7 +95,7 @@ def dpo_roles(palm: PaLM, s: PlanSettings) -> Roles:
     """Return what `PreferenceTrainer` holds, and its step: a pair of responses for each row of the batch."""
     reference = palm if s.lora_r else copy.deepcopy(palm).requires_grad_(False)
     if s.lora_r:
-        palm.add_finetune_params(PREFERENCE_SCOPE, s.lora_r)
+        palm.add_finetune_params(PREFERENCE_SCOPE, s.lora_r, targets=s.lora_targets)
     policy = ResponseLogprobs(switch_off_dropout(palm), PREFERENCE_SCOPE if s.lora_r else None)
     theirs = ResponseLogprobs(switch_off_dropout(reference), None)
 
@@ -111,10 +111,10 @@ def dpo_roles(palm: PaLM, s: PlanSettings) -> Roles:
 
 def ppo_roles(palm: PaLM, s: PlanSettings, has_reward_model: bool = True) -> Roles:
     """Return what `RLHFTrainer` holds with a reward model, and its phases; the critic begins as the reward model."""
-    options = {"use_lora": s.lora_r > 0, "lora_r": s.lora_r or 8, "share_base": s.share_base}
-    reward = RewardModel(palm, **options) if has_reward_model else None  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"share_base": s.share_base, "lora_targets": s.lora_targets}
+    reward = RewardModel(palm, use_lora=s.lora_r > 0, lora_r=s.lora_r or 8, **shared) if has_reward_model else None
     critic_r = 0 if reward is not None else s.lora_r
-    actor_critic = ActorCritic(palm, reward, actor_lora_r=s.lora_r, critic_lora_r=critic_r, share_base=s.share_base)
+    actor_critic = ActorCritic(palm, reward, actor_lora_r=s.lora_r, critic_lora_r=critic_r, **shared)
     reference = Reference(actor_critic)
     config = PPOConfig()
 

@@ -1,6 +1,7 @@
 """The policy with its critic in one module, and the reference policy that the KL is measured to."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from beartype import beartype
 from torch import Tensor, nn
 
 from palm_rlhf.model.block import Block
+from palm_rlhf.model.lora import ATTENTION
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.shared_base import copy_over_base, palm_over_base
@@ -41,6 +43,7 @@ class ActorCritic(nn.Module):
         value: "separate" for a trunk of the critic's own, "shared" for the policy's trunk, "none" for no critic.
         actor_lora_r: rank of the adapters that are trained in the policy, scope "actor"; 0 trains the whole policy.
         critic_lora_r: the same for a separate trunk that is a PaLM, scope "critic".
+        lora_targets: the matrices that have adapters in both scopes, see `add_finetune_params`.
         share_base: hold the policy's base as the critic's too, which has adapters only: new ones over the policy's
             base, or a copy of those of a reward model over that base.
 
@@ -63,6 +66,7 @@ class ActorCritic(nn.Module):
         value: str = "separate",
         actor_lora_r: int = 0,
         critic_lora_r: int = 0,
+        lora_targets: str | Sequence[str] = ATTENTION,
         share_base: bool = False,
     ):
         super().__init__()
@@ -83,11 +87,11 @@ class ActorCritic(nn.Module):
                 self.critic.requires_grad_(True)  # a critic whose trunk is frozen would train its head only
             if critic_lora_r and isinstance(self.critic, PaLM):
                 self.critic_scope = CRITIC_SCOPE
-                self.critic.add_finetune_params(CRITIC_SCOPE, critic_lora_r)
+                self.critic.add_finetune_params(CRITIC_SCOPE, critic_lora_r, targets=lora_targets)
         self.palm = palm
         if actor_lora_r:
             self.actor_scope = ACTOR_SCOPE
-            palm.add_finetune_params(ACTOR_SCOPE, actor_lora_r)
+            palm.add_finetune_params(ACTOR_SCOPE, actor_lora_r, targets=lora_targets)
         if value != "none":
             trunk = self.critic.palm if isinstance(self.critic, RewardModel) else self.critic or palm
             self.value_head = nn.Linear(trunk.config.dim, 1, device=palm.device, dtype=palm.dtype)

@@ -1,6 +1,7 @@
 """The reward model: a PaLM that scores a whole sequence."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
+from palm_rlhf.model.lora import ATTENTION
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.shared_base import is_shared, palm_over_base
@@ -33,6 +35,7 @@ class RewardModel(nn.Module):
             mean over all tokens.
         use_lora: train a LoRA scope of the PaLM in place of its weights.
         lora_r: rank of that scope.
+        lora_targets: the matrices that have adapters in it, see `add_finetune_params`.
         reward_lora_scope: its name.
         share_base: hold the weights of `palm` itself, frozen and without dropout from now on, in place of a copy. The
             LoRA scope is the reward model's own: `palm` does not get it, and its scopes do not change the scores.
@@ -60,6 +63,7 @@ class RewardModel(nn.Module):
         pooling: Pooling = "last",
         use_lora: bool = False,
         lora_r: int = 8,
+        lora_targets: str | Sequence[str] = ATTENTION,
         reward_lora_scope: str = "reward",
         share_base: bool = False,
     ):
@@ -70,10 +74,12 @@ class RewardModel(nn.Module):
             raise ValueError(
                 "got share_base=True and use_lora=False, expected use_lora=True: training the weights would change palm"
             )
+        if not use_lora and lora_targets != ATTENTION:
+            raise ValueError(f"got lora_targets={lora_targets} and use_lora=False, expected use_lora=True")
         self.num_binned_output, self.pooling = num_binned_output, pooling
         self.palm = switch_off_dropout(palm_over_base(palm) if share_base else copy.deepcopy(palm))
         if use_lora:
-            self.palm.add_finetune_params(reward_lora_scope, lora_r)
+            self.palm.add_finetune_params(reward_lora_scope, lora_r, targets=lora_targets)
         self.use_lora_scope(reward_lora_scope if use_lora else None)
 
         dim, device, dtype = palm.config.dim, palm.device, palm.dtype

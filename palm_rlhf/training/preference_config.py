@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
+from palm_rlhf.model.lora import ATTENTION, Targets
 from palm_rlhf.training.run.config import FineTuningConfig
 
 # The losses that have a setting; with other losses it is refused.
@@ -30,7 +31,7 @@ class PreferenceConfig(FineTuningConfig):
     # with the precision, since the reference's log-probabilities are in the checkpoint
     fixed: ClassVar[tuple[str, ...]] = (
         *FineTuningConfig.fixed, "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight",
-        "undesirable_weight", "simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"
+        "undesirable_weight", "simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "lora_targets", "precision"
     )  # fmt: skip
 
     loss: Literal["sigmoid", "ipo", "kto", "simpo", "orpo"] = "sigmoid"
@@ -98,6 +99,10 @@ class PreferenceConfig(FineTuningConfig):
     lora_alpha: float | None = None
     """The output of adapters is multiplied by alpha / r; None: alpha is r."""
 
+    lora_targets: Targets = ATTENTION
+    """Matrices of each block that have adapters: q, k, v and out of the attention (q_proj, k_proj, v_proj and o_proj in
+    PEFT), gate, value and ff_out of the feed-forward (gate_proj, up_proj and down_proj); all-linear is all of them."""
+
     eval_every: int = 50
     """Steps between evaluations on the validation data."""
 
@@ -111,6 +116,8 @@ class PreferenceConfig(FineTuningConfig):
         self.expect("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 to below 0.5")
         inert = [name for name, losses in LOSSES_WITH.items() if self.loss not in losses]
         self.expect_default(f"with the loss {self.loss}, which it does not reach", *inert)
+        if not self.lora_r:
+            self.expect_default("without adapters (lora_r)", "lora_targets")
         self.expect_positive_or_none("lora_alpha")
 
     @property

@@ -84,7 +84,7 @@ class PreferenceLearner:
         self.run = Run(config, output_dir=output_dir, resume=resume)
         palm.to(self.run.device)
         if config.lora_r > 0:  # not before the run has seeded the generator that adapters are drawn with
-            palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha)
+            palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha, targets=config.lora_targets)
         self.run.prepare(self.policy, adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay))
         self.reference: ResponseLogprobs | None = None
         if reference is not None:

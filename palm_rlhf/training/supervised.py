@@ -114,7 +114,7 @@ class SupervisedTrainer:
         self.accelerator = self.run.accelerator
         palm.to(self.run.device)
         if config.lora_r > 0:  # not before the run has seeded the generator that adapters are drawn with
-            palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha)
+            palm.add_finetune_params(SCOPE, config.lora_r, alpha=config.lora_alpha, targets=config.lora_targets)
             for embeddings in (palm.token_emb.weight, palm.output_weight):
                 embeddings.requires_grad_(config.lora_embeddings)
         optimizer = adamw(palm, config.learning_rate, config.betas, config.eps, config.weight_decay)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from beartype import BeartypeConf, beartype
 
+from palm_rlhf.model.lora import ATTENTION, Targets
 from palm_rlhf.training.run.config import FineTuningConfig
 
 
@@ -16,7 +17,8 @@ class SupervisedConfig(FineTuningConfig):
     The learning rate rises linearly over `warmup_steps`, times a cosine over the examples of the whole run.
     """
 
-    fixed: ClassVar[tuple[str, ...]] = (*FineTuningConfig.fixed, "lora_r", "lora_alpha", "lora_embeddings")
+    fixed: ClassVar[tuple[str, ...]] = (*FineTuningConfig.fixed, "lora_r", "lora_alpha", "lora_targets",
+                                             "lora_embeddings")  # fmt: skip
 
     batch_size: int = 8
     """Rows in one forward of one process; a step has batch_size * grad_accum * (number of processes)."""
@@ -51,6 +53,10 @@ class SupervisedConfig(FineTuningConfig):
     lora_alpha: float | None = None
     """The output of adapters is multiplied by alpha / r; None: alpha is r."""
 
+    lora_targets: Targets = ATTENTION
+    """Matrices of each block that have adapters: q, k, v and out of the attention (q_proj, k_proj, v_proj and o_proj in
+    PEFT), gate, value and ff_out of the feed-forward (gate_proj, up_proj and down_proj); all-linear is all of them."""
+
     lora_embeddings: bool = False
     """Train the token embeddings and the output layer beside the adapters, as tokens that are new to the model need."""
 
@@ -62,5 +68,7 @@ class SupervisedConfig(FineTuningConfig):
         self.expect_adamw()
         self.expect_positive("batch_size", "grad_accum", "num_epochs", "eval_every")
         self.expect_not_negative("lora_r")
+        if not self.lora_r:
+            self.expect_default("without adapters (lora_r)", "lora_targets")
         self.expect("lora_embeddings", self.lora_r > 0 or not self.lora_embeddings, "False without adapters (lora_r)")
         self.expect_positive_or_none("lora_alpha")

@@ -174,23 +174,31 @@ def test_rlhf_without_a_critic_of_its_own_by_adapters(fine_tuned, rewarding, tmp
 
 def test_rlhf_over_one_base_saves_the_model_of_rlhf_with_four(fine_tuned, files, tmp_path, command):
     sft, folder = fine_tuned[1], tmp_path / "reward"
-    command("reward", files["rankings"], "--model", sft, "--output-dir", folder, "--lora-r", "2", *ONE_EPOCH)
+    lora = ["--lora-r", "2", "--lora-targets", "v", "ff_out"]
+    command("reward", files["rankings"], "--model", sft, "--output-dir", folder, *lora, *ONE_EPOCH)
+    assert RewardModel.from_pretrained(folder).palm.finetune_modules["reward"][0].targets == ("v", "ff_out")
     options = ["--model", sft, "--reward-model", folder, *PPO, "--actor-lora-r", "2", "--learning-rate", "0.1"]
+    options += ["--lora-targets", "out"]
     shared, _ = command("rlhf", files["prompts"], *options, "--output-dir", tmp_path / "one", "--share-base")
     separate, _ = command("rlhf", files["prompts"], *options, "--output-dir", tmp_path / "four")
     one, four, before = weights(tmp_path / "one"), weights(tmp_path / "four"), weights(sft)
     assert all(torch.equal(four[name], tensor) for name, tensor in one.items())
-    assert not all(torch.equal(before[name], tensor) for name, tensor in one.items())
+    assert {name for name in one if not torch.equal(before[name], one[name])} == {"layers.0.attn_out.weight"}
     assert all(shared[name] == separate[name] for name in ("score", "kl", "policy_loss", "value_loss"))
+    with pytest.raises(SystemExit, match="got --lora-targets k without --lora-r"):
+        command("reward", files["rankings"], "--model", sft, "--lora-targets", "k")
     with pytest.raises(SystemExit, match="than the base that is to be shared, expected the same weights"):
         command("rlhf", files["prompts"], *options, "--model", fine_tuned[0], "--share-base")
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-r", "2"]])
+@pytest.mark.parametrize("lora", [[], ["--lora-r", "2", "--lora-targets", "all-linear"]])
 def test_dpo_moves_the_model_towards_what_was_chosen(fine_tuned, files, tmp_path, command, lora):
     options = ["--model", fine_tuned[1], "--output-dir", tmp_path / "run", *ONE_EPOCH, "--grad-accum", "1", *lora]
     result, _ = command("dpo", files["preferences"], *options, "--num-epochs", "6", "--learning-rate", "1e-2")
     assert result["valid_accuracy"] == 1.0
+    before, after = weights(fine_tuned[1]), weights(tmp_path / "run")
+    changed = {name.rsplit(".", 2)[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"in_proj", "attn_out", "ff_out"} if lora else "token_emb" in changed
     assert not PaLM.from_pretrained(tmp_path / "run").finetune_modules
     assert load_template(tmp_path / "run" / "model") == PRESETS["default"]
 

@@ -38,7 +38,7 @@ SETTINGS = LearningSettings(
     top_p=0.95, max_seq_len=30, held_out=0.4, people_weight=2.0, imported_weight=0.75, ai_weight=0.0,
     pooling="mean_all", reward_epochs=2, reward_batch_size=9, reward_learning_rate=3e-3, num_steps=2,
     rollouts_per_step=8, minibatch_size=4, epochs=3, learning_rate=2e-2, kl_coef=0.2, missing_eos_penalty=0.3,
-    actor_lora_r=2, save_every=3, plot=False,
+    actor_lora_r=2, lora_targets=("v", "ff_out"), save_every=3, plot=False,
 )  # fmt: skip
 OF_THE_REWARD_MODEL = {  # a setting of a round, and the field of RewardConfig that it is
     "max_seq_len": "max_seq_len", "reward_epochs": "num_epochs", "reward_batch_size": "batch_size",
@@ -49,7 +49,7 @@ OF_PPO = {
     name: name
     for name in (
         *("max_new_tokens", "temperature", "top_p", "num_steps", "rollouts_per_step", "minibatch_size", "epochs"),
-        *("learning_rate", "kl_coef", "missing_eos_penalty", "actor_lora_r", "save_every", "plot"),
+        *("learning_rate", "kl_coef", "missing_eos_penalty", "actor_lora_r", "lora_targets", "save_every", "plot"),
     )
 }
 SEEN_BELOW = {
@@ -116,13 +116,12 @@ def test_each_setting_is_looked_for():
 
 @pytest.mark.parametrize("part, names", [("reward", OF_THE_REWARD_MODEL), ("policy", OF_PPO)])
 def test_training_has_the_settings_of_the_round(learnt, part, names):
+    given = json.loads(json.dumps(dataclasses.asdict(SETTINGS)))
     for number in (1, 2):
         config = learnt.config(number, part)
-        assert {name: config[field] for name, field in names.items()} == {
-            name: getattr(SETTINGS, name) for name in names
-        }
+        assert {name: config[field] for name, field in names.items()} == {name: given[name] for name in names}
         assert config["seed"] == SETTINGS.seed + number  # rounds draw other numbers
-    assert dataclasses.asdict(SETTINGS).items() <= learnt.rounds[0].settings.items()
+    assert {**learnt.rounds[0].settings, **given} == learnt.rounds[0].settings
 
 
 def test_answers_have_the_settings_of_the_round(learnt):

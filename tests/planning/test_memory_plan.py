@@ -148,3 +148,25 @@ def test_a_deep_model_is_planned_from_shallow_ones():
         sum(plan_memory("sft", config, settings).resident.values())
         + traced_phases("sft", config, settings, has_reward_model=True)["update"], rel=0.02,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("task, num_roles", [("sft", 1), ("reward", 1), ("dpo", 1), ("ppo", 3)])
+def test_the_adapters_of_a_plan_are_on_the_matrices_asked_for(task, num_roles, capsys, tmp_path):
+    """Two matrices of rank 8 for each target of each block; those of policy, critic and reward model in ppo."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "palm", **config_of("serial").to_dict()}))
+    words = ["--task", task, "--lora-r", "8", "--seq-len", "16", "--new-tokens", "8", "--batch-size", "2"]
+    sizes = {"v": 128 + 64, "ff_out": 352 + 128, "q": 128 + 128, "k": 128 + 64, "out": 128 + 128}
+    found = {}
+    for targets in (("v", "ff_out"), ("q", "k", "v", "out")):
+        main(["plan", str(tmp_path), *words, "--lora-targets", *targets])
+        numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert numbers["settings"]["lora_targets"] == [*targets]
+        found[targets] = sum(size for name, size in numbers["resident"].items() if name.startswith("adapters"))
+    expected = [2 * 4 * 8 * num_roles * sum(sizes[target] for target in targets) for targets in found]
+    assert found["v", "ff_out"] - found["q", "k", "v", "out"] == expected[0] - expected[1]
+
+
+@pytest.mark.parametrize("words", [["--task", "serve"], ["--task", "sft", "--lora-r", "0"]])
+def test_targets_without_adapters_are_refused(words):
+    with pytest.raises(SystemExit, match="got lora_targets=v without adapters"):
+        main(["plan", "8B", *words, "--lora-targets", "v"])

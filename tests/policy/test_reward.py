@@ -209,6 +209,18 @@ def test_what_is_trained(use_lora):
     assert {id(p) for p in model.finetune_parameters()} == {id(by_name[name]) for name in has_gradient}
 
 
+@pytest.mark.parametrize("targets", [["v", "ff_out"], "all-linear"], ids=str)
+def test_the_adapters_of_a_reward_model_are_on_the_matrices_asked_for(targets, tmp_path):
+    model = RewardModel(make_palm(), use_lora=True, lora_r=2, lora_targets=targets)
+    everything = ("q", "k", "v", "out", "gate", "value", "ff_out")
+    expected = everything if targets == "all-linear" else tuple(targets)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if "finetune" in name} == set(expected)
+    model.save_pretrained(tmp_path)
+    assert RewardModel.from_pretrained(tmp_path).palm.finetune_modules["reward"][0].targets == expected
+    with pytest.raises(ValueError, match="and use_lora=False, expected use_lora=True"):
+        RewardModel(make_palm(), lora_targets=targets)
+
+
 def test_lora_can_be_switched_off():
     model, base = make_model(use_lora=True), make_model()
     tokens = torch.randint(NUM_TOKENS, (2, 5))

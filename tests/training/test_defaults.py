@@ -56,6 +56,7 @@ DEFAULTS = {
         "weight_decay": 0.0,
         "lora_r": 0,
         "lora_alpha": None,
+        "lora_targets": ("q", "k", "v", "out"),
         "lora_embeddings": False,
         "eval_every": 50,
     },
@@ -98,6 +99,7 @@ DEFAULTS = {
         "weight_decay": 0.0,
         "lora_r": 0,
         "lora_alpha": None,
+        "lora_targets": ("q", "k", "v", "out"),
         "eval_every": 50,
     },
     RolloutConfig: {
@@ -172,6 +174,7 @@ DEFAULTS = {
         "overlong_penalty": 1.0,
         "actor_lora_r": 0,
         "critic_lora_r": 0,
+        "lora_targets": ("q", "k", "v", "out"),
         "shared_trunk": False,
         "share_base": False,
         "eval_every": 10,

@@ -15,13 +15,13 @@ GROUPS = {**ROLLOUTS, "algorithm": "grpo", "num_samples": 2}
 # What a checkpoint is of, which no later setting can change; a test below says it of each field that is not here.
 REFUSED = {
     LMConfig: {"seed", "optimizer", "seq_len"},
-    SupervisedConfig: {"seed", "lora_r", "lora_alpha", "lora_embeddings"},
+    SupervisedConfig: {"seed", "lora_r", "lora_alpha", "lora_targets", "lora_embeddings"},
     RewardConfig: {"seed", "loss", "centering", "max_seq_len"},
     PreferenceConfig: {
         *("seed", "loss", "beta", "label_smoothing", "nll_coef", "desirable_weight", "undesirable_weight"),
-        *("simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "precision"),
+        *("simpo_beta", "simpo_gamma", "lora_r", "lora_alpha", "lora_targets", "precision"),
     },
-    PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "shared_trunk", "share_base"},
+    PPOConfig: {"seed", "algorithm", "actor_lora_r", "critic_lora_r", "lora_targets", "shared_trunk", "share_base"},
 }
 START = {
     **SETTINGS,
@@ -39,6 +39,7 @@ OTHERS = {
     "num_samples": 4,
     "rollouts_per_step": 4,
     "lora_alpha": 3.0,
+    "lora_targets": ("v", "ff_out"),
     "max_seconds": 600.0,
     "max_seq_len": 9,
     "max_turn_tokens": 2,
@@ -72,6 +73,8 @@ NEEDED = {
     (PPOConfig, "ratio_level"): GROUPS,
     (PPOConfig, "overlong_penalty"): {**ROLLOUTS, "overlong_buffer": 2},
     (PPOConfig, "importance_cap"): {**ROLLOUTS, "precision": "bf16"},
+    (PPOConfig, "lora_targets"): {**ROLLOUTS, "actor_lora_r": 2},
+    (PreferenceConfig, "lora_targets"): {**SETTINGS[PreferenceConfig], "lora_r": 2},
     (PPOConfig, "share_base"): {**ROLLOUTS, "actor_lora_r": 2, "critic_lora_r": 2},
     (PPOConfig, "kl_horizon"): {**ROLLOUTS, "kl_target": 2.0},
     (RewardConfig, "centering"): {**SETTINGS[RewardConfig], "loss": "ranking"},

@@ -188,6 +188,7 @@ def _go_on(session: Session, row: Round, first: str, kept: dict[str, Any]) -> No
         )
     defaults = {field.name: field.default for field in fields(LearningSettings)}
     there = {**defaults, **row.settings}
+    there = {name: tuple(value) if isinstance(value, list) else value for name, value in there.items()}  # from JSON
     fixed = [name for name in kept if name != "plot"] if "votes" in events_of(session, row.id) else OF_ANSWERS
     if changed := [name for name in fixed if there[name] != kept[name]]:
         got, expected = ([f"{name}={values[name]}" for name in changed] for values in (kept, there))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from beartype import BeartypeConf, beartype
 
+from palm_rlhf.model.lora import ATTENTION, Targets
 from palm_rlhf.policy.reward_model import Pooling
 from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.reward_config import RewardConfig
@@ -92,6 +93,9 @@ class LearningSettings(Settings):
     actor_lora_r: int = 0
     """Rank of adapters that PPO trains in place of the policy's weights, and that are merged at the end."""
 
+    lora_targets: Targets = ATTENTION
+    """Matrices of each block that have these adapters: q, k, v, out, gate, value, ff_out; all-linear is all of them."""
+
     save_every: int = 10
     """Steps between checkpoints, of the reward model and of PPO."""
 
@@ -148,6 +152,7 @@ class LearningSettings(Settings):
             kl_coef=self.kl_coef,
             missing_eos_penalty=self.missing_eos_penalty,
             actor_lora_r=self.actor_lora_r,
+            lora_targets=self.lora_targets,
             save_every=self.save_every,
             keep_checkpoints=1,
             log_every=1,

@@ -17,6 +17,7 @@ from palm_rlhf.policy.rollout import ResponseSampling, Rollout, collect
 from palm_rlhf.policy.turns import Environment, Turns
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.rlhf.config import PPOConfig
+from palm_rlhf.training.rlhf.config_checks import check_environment
 from palm_rlhf.training.rlhf.prompts import Prompts
 from palm_rlhf.training.rlhf.reward_keywords import keyword_names, run_keywords
 from palm_rlhf.training.run.run import Run
@@ -41,7 +42,7 @@ class Collector:
         self.palm, self.reward_model, self.tokenizer, self.config = palm, reward_model, tokenizer, config
         self.environment = environment
         self.prompts, self.columns = prompts
-        config.check_environment(environment)
+        check_environment(config, environment)
         self.sampler = EpochSampler(len(self.prompts), config.seed)
         self._known_tokens = known_tokens(tokenizer, palm.num_tokens)
         names = keyword_names(self.columns, environment)

@@ -1,13 +1,14 @@
 """The settings of reinforcement learning; the command line's help is generated from the texts below the fields."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from beartype import BeartypeConf, beartype
 from torch import Tensor
 
 from palm_rlhf.algorithms.advantages import AdvantageScale
 from palm_rlhf.algorithms.ratios import RatioLevel
+from palm_rlhf.model.lora import ATTENTION, Targets
 from palm_rlhf.policy.rollout import ResponseSampling
 from palm_rlhf.training.rlhf.config_checks import check_config
 from palm_rlhf.training.rlhf.variants import Aggregation, Variant, variant_of
@@ -28,7 +29,7 @@ class PPOConfig(SamplingConfig, FineTuningConfig):
     """
 
     fixed: ClassVar[tuple[str, ...]] = (*FineTuningConfig.fixed, "algorithm", "actor_lora_r", "critic_lora_r",
-                                   "shared_trunk", "share_base")  # fmt: skip
+                                   "lora_targets", "shared_trunk", "share_base")  # fmt: skip
 
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """ppo has a critic; grpo (arXiv:2402.03300) and rloo (arXiv:2402.14740) compare the responses to one prompt."""
@@ -200,6 +201,11 @@ class PPOConfig(SamplingConfig, FineTuningConfig):
     critic_lora_r: int = 0
     """Rank of the critic's adapters, unless it starts from a reward model; 0 trains all of it."""
 
+    lora_targets: Targets = ATTENTION
+    """Matrices of each block that have these adapters: q, k, v and out of the attention (q_proj, k_proj, v_proj and
+    o_proj in PEFT), gate, value and ff_out of the feed-forward (gate_proj, up_proj and down_proj); all-linear is all of
+    them. A critic that starts from a reward model has the targets of that one."""
+
     shared_trunk: bool = False
     """Read values from the policy's own embeddings, instead of a separate critic."""
 
@@ -235,23 +241,6 @@ class PPOConfig(SamplingConfig, FineTuningConfig):
     def __post_init__(self):
         super().__post_init__()
         check_config(self)
-
-    def check_end(self) -> None:
-        """Raise ValueError for a setting that needs an EOS token where none is given."""
-        if self.eos_token is None:
-            why = "where eos_token is None and every response takes all the room there is"
-            self.expect_default(why, "missing_eos_penalty", "overlong_buffer", "mask_truncated")
-
-    def check_arithmetic(self, *, below_float32: bool) -> None:
-        """Raise ValueError for a correction of recorded log-probabilities where the update uses the recorded ones."""
-        if not below_float32:
-            why = "in float32, where the probabilities recorded in sampling are those that are trained on"
-            self.expect_default(why, "importance_cap")
-
-    def check_environment(self, environment: Any) -> None:
-        """Raise ValueError for settings of conversations where there is no environment."""
-        if environment is None:
-            self.expect_default("where there is no environment to talk with", "max_turns", "max_turn_tokens")
 
     def of_episodes(self, num_episodes: int, max_timesteps: int) -> "PPOConfig":
         """Return settings for so many episodes of `max_timesteps` rollouts, in steps of at most `rollouts_per_step`."""

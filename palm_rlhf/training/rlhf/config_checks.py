@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.shared_base import have_one_base
@@ -37,6 +37,8 @@ def check_config(config: "PPOConfig") -> None:
     config.expect("eval_temperature", temperature is None or temperature >= 0, "None or 0 or more")
     if temperature == 0:
         config.expect("eval_samples", config.eval_samples == 1, "1 where eval_temperature is 0: all would be the same")
+    if not config.actor_lora_r and not config.critic_lora_r:
+        config.expect_default("without adapters (actor_lora_r, critic_lora_r)", "lora_targets")
     weights = (config.reward_weights or {}).values()
     config.expect("reward_weights", all(math.isfinite(weight) for weight in weights), "finite numbers")
     if config.max_seq_len is None:
@@ -94,3 +96,22 @@ def check_sharing(config: "PPOConfig", palm: PaLM, rewards: Iterable[Reward], re
         raise ValueError("got share_base=True and a reference, expected None: the policy's base is the reference")
     if not models and (config.algorithm != "ppo" or config.shared_trunk):
         raise ValueError("got share_base=True without a critic or a reward model to share with, expected False")
+
+
+def check_environment(config: "PPOConfig", environment: Any) -> None:
+    """Raise ValueError for settings of conversations where there is no environment."""
+    if environment is None:
+        config.expect_default("where there is no environment to talk with", "max_turns", "max_turn_tokens")
+
+
+def check_first_step(config: "PPOConfig", *, below_float32: bool) -> None:
+    """Raise ValueError for settings that can change until the first step, and have no effect in it.
+
+    They need an EOS token, or correct recorded log-probabilities where the update uses the recorded ones.
+    """
+    if config.eos_token is None:
+        why = "where eos_token is None and every response takes all the room there is"
+        config.expect_default(why, "missing_eos_penalty", "overlong_buffer", "mask_truncated")
+    if not below_float32:
+        why = "in float32, where the probabilities recorded in sampling are those that are trained on"
+        config.expect_default(why, "importance_cap")

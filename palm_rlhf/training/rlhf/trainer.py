@@ -21,7 +21,7 @@ from palm_rlhf.policy.turns import Environment
 from palm_rlhf.training.rlhf.checkpoint import resume_from_checkpoint, save_checkpoint
 from palm_rlhf.training.rlhf.collector import Collector
 from palm_rlhf.training.rlhf.config import PPOConfig
-from palm_rlhf.training.rlhf.config_checks import check_sharing
+from palm_rlhf.training.rlhf.config_checks import check_first_step, check_sharing
 from palm_rlhf.training.rlhf.dynamic_sampling import Sampled, replace_equal_groups
 from palm_rlhf.training.rlhf.evaluation import PANELS, make_evaluator
 from palm_rlhf.training.rlhf.experience import Experience, in_row_order, make_experience, shape_scores
@@ -95,6 +95,7 @@ class RLHFTrainer(Collector):
             value=value,
             actor_lora_r=config.actor_lora_r,
             critic_lora_r=config.critic_lora_r,
+            lora_targets=config.lora_targets,
             share_base=config.share_base and value == "separate",
         )
         measures_kl = config.initial_kl_coef > 0 or reference is not None
@@ -156,8 +157,7 @@ class RLHFTrainer(Collector):
         """
         config, run = self.config, self.run
         check_room(self.prompts, config.max_seq_len)
-        config.check_end()
-        config.check_arithmetic(below_float32=self._below_float32)
+        check_first_step(config, below_float32=self._below_float32)
         if self.evaluator:
             self.evaluator.begin(self)
         with Loop(run, config.num_steps, SHOWN, progress_bar) as loop:

@@ -129,6 +129,7 @@ def require_same(checkpoint: Path, there: Mapping[str, Any], config: RunConfig) 
     A field that is newer than the checkpoint had its default.
     """
     here = {name: getattr(config, name) for name in config.fixed}
+    there = {name: tuple(value) if isinstance(value, list) else value for name, value in there.items()}  # from JSON
     there = {**{field.name: field.default for field in fields(config)}, **there}
     if changed := [name for name in config.fixed if there[name] != here[name]]:
         got, expected = ([f"{name}={values[name]}" for name in changed] for values in (here, there))

@@ -1,12 +1,14 @@
 """The fields that one trainer has of its own, of those that learn from data: of language models, examples, choices."""
 
 import math
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from palm_rlhf.training import LMConfig, PreferenceConfig, RewardConfig, SupervisedConfig
+from palm_rlhf.training import LMConfig, PPOConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from palm_rlhf.training.language_model import LanguageModelTrainer
 
 from .trainers import SETTINGS, build, palm_of
@@ -66,6 +68,39 @@ def test_adapters_have_the_rank_and_the_weight_asked_for(kind, scope):
             torch.testing.assert_close(got, plain.eval()(tokens), rtol=0, atol=1e-5)
     assert build(kind, lora_r=1).palm.finetune_modules[scope][0].q.A.shape == (16, 1)  # the lowest rank there is
     assert not build(kind).palm.finetune_modules
+
+
+@pytest.mark.law("SupervisedConfig.lora_targets", "PreferenceConfig.lora_targets", "PPOConfig.lora_targets")
+@pytest.mark.parametrize("targets", [("v", "ff_out"), ("all-linear",)], ids=lambda targets: targets[0])
+@pytest.mark.parametrize(
+    "kind, ranks",
+    [
+        (SupervisedConfig, {"lora_r": 2}),
+        (PreferenceConfig, {"lora_r": 2}),
+        (PPOConfig, {"actor_lora_r": 2, "critic_lora_r": 3}),
+    ],
+    ids=lambda part: getattr(part, "__name__", ""),
+)
+def test_adapters_are_on_the_matrices_asked_for(kind, ranks, targets):
+    """The optimiser holds two matrices for each, and a step moves each of them."""
+    trainer = build(kind, **ranks, lora_targets=targets)
+    expected = {"q", "k", "v", "out", "gate", "value", "ff_out"} if len(targets) == 1 else set(targets)
+    adapters = {name: p for name, p in trainer.run.module.named_parameters() if p.requires_grad and "finetune" in name}
+    assert Counter(name.split(".")[-2] for name in adapters) == dict.fromkeys(expected, 2 * len(ranks))
+    assert trainer.run.module.state_dict().keys() >= adapters.keys()
+    before = {name: p.detach().clone() for name, p in adapters.items()}
+    held = {id(p) for group in trainer.run.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in adapters.values()} <= held
+    next(trainer.steps())
+    for name in filter(re.compile(r"\.B$").search, adapters):  # which is 0 at first, and so is the gradient of A
+        assert not torch.equal(adapters[name], before[name]), name
+
+
+@pytest.mark.parametrize("kind, rank", [(SupervisedConfig, "lora_r"), (PreferenceConfig, "lora_r"), (PPOConfig, "a")])
+def test_targets_without_adapters_are_refused(kind, rank):
+    default = r"\('q', 'k', 'v', 'out'\)"
+    with pytest.raises(ValueError, match=rf"lora_targets is \('v',\), expected {default}, without .*{rank}"):
+        kind(lora_targets=("v",))
 
 
 @pytest.mark.law("RewardConfig.eval_batch_size")
