@@ -13,7 +13,14 @@ import tokenizers
 from beartype import beartype
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from palm_rlhf.data.tokenizer_base import CONFIG_FILE, DEFAULT_SPECIAL_TOKENS, EOS, NUM_BYTES, Tokenizer, checked_names
+from palm_rlhf.data.tokenizer_base import (
+    CONFIG_FILE,
+    DEFAULT_SPECIAL_TOKENS,
+    EOS,
+    NUM_BYTES,
+    Tokenizer,
+    checked_names,
+)
 from palm_rlhf.model.files import write_text
 from palm_rlhf.model.weights_folder import read_json
 

@@ -24,7 +24,7 @@ TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "template.json"),
 ]
-HUB_FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+HUB_FILES = [CONFIG, ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 # A second copy of the weights in another layout, beside the first in repositories of Mistral and others.
 HUB_COPIES = ["consolidated*.safetensors", "*/*"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -39,7 +39,7 @@ class WeightsFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        config = self._find(CONFIG, "expected a folder of save_pretrained, or of a model of Hugging Face")
+        config = self._find(CONFIG, self._instead_of_config())
         weights = self._weight_files()
         self._versions = versions([config, *weights])
         self.config = read_json(config)
@@ -78,6 +78,15 @@ class WeightsFolder:
             if (place / name).is_file():
                 return place / name
         raise FileNotFoundError(f"{self.path} has no {name}; {mend}")
+
+    def _instead_of_config(self) -> str:
+        """Return the advice for a folder without a config.json."""
+        if (self.path / ADAPTER_CONFIG).is_file():
+            return (
+                "it is an adapter of PEFT, and no model: PaLM.from_pretrained opens it with its base, and "
+                "palm.load_adapter adds it to a model that is open"
+            )
+        return "expected a folder of save_pretrained, or of a model of Hugging Face"
 
     def _weight_files(self) -> list[Path]:
         """Return the file of the weights, or all its shards."""

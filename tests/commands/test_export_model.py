@@ -84,8 +84,8 @@ def test_f16_is_the_default_and_a_file_is_exported_again(folder, tmp_path, capsy
     [
         ([], "expected one of them: --to for a database of feedback, --format for a model"),
         (["--format", "gguf", "--to", "trees"], "expected one of them"),
-        (["--format", "gguf"], "expected the file of a model as --output FILE.gguf"),
-        (["out.gguf", "--format", "gguf"], "expected the file of a model as --output FILE.gguf"),
+        (["--format", "gguf"], "expected the place of a model: --output FILE.gguf"),
+        (["out.gguf", "--format", "gguf"], "expected the place of a model: --output FILE.gguf"),
         (["--format", "gguf", "--output", "x.gguf", "--lang", "en"], "got --lang in an export of a model"),
         (["out.jsonl", "--to", "trees", "--type", "f16"], "got --type in an export of a database"),
         (["--to", "trees"], "got no file to write"),

@@ -4,10 +4,8 @@ import json
 import re
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palm_rlhf.cli import main
 from palm_rlhf.data.conversation import encode_prompt
@@ -15,42 +13,10 @@ from palm_rlhf.data.templates import load_template
 from palm_rlhf.data.tokenizer import load_tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.served_model import load
+from tests.commands.conftest import CHATML
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 MESSAGES = [{"role": "user", "content": "What is 7?"}]
 SHORT = ["--plot", "False", "--warmup-steps", "1", "--num-epochs", "1", "--batch-size", "8", "--seq-len", "64"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, files):
-    """The folder: a vocabulary padded to 320 rows, and settings of generation."""
-    folder = tmp_path_factory.mktemp("llama")
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=310, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator([files["text"].read_text()], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=320, num_key_value_heads=2, **sizes, **ids)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.generation_config.do_sample, model.generation_config.top_k = True, 7
-    model.save_pretrained(folder, max_shard_size="20KB")
-    assert (folder / "model.safetensors.index.json").is_file() and (folder / "chat_template.jinja").is_file()
-    return folder
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["chat_template.jinja", "tokenizer_config.json"])

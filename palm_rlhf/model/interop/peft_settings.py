@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ALL_LINEAR = "all-linear"  # every matrix but the output layer
+from palm_rlhf.model.lora import ALL_LINEAR
+
 OFF: tuple[Any, ...] = (None, False, (), {}, "")
 # The values that a LoRA scope can compute with; a setting that is missing has PEFT's default, which is among them.
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -26,6 +27,7 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
         OFF,
     ),
 }  # fmt: skip
+REMOTE_CODE = "transformers_modules"  # where transformers puts code that it downloads
 MODULE_NAME = re.compile(r"[\w.]+")
 
 
@@ -92,6 +94,13 @@ def read_settings(values: Mapping[str, Any], where: Path) -> PeftSettings:
         raise ValueError(
             f"{where} has {', '.join(refused)}, which a LoRA scope cannot compute; expected plain LoRA of the linear "
             "layers: merge the adapter into its base with PEFT (merge_and_unload), and open the merged model"
+        )
+    mapping = values.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if isinstance(library, str) and library.startswith(REMOTE_CODE):
+        raise ValueError(
+            f"{where} has a base of the class in {library!r}, code from its repository, which is never executed; "
+            "expected an adapter of a model of transformers itself"
         )
     excluded = values.get("exclude_modules") or []
     layers = values.get("layers_to_transform")
