@@ -1,5 +1,6 @@
 """The command ``palm-rlhf sft``: fine-tune a model on conversations."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,8 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
+from palm_rlhf.commands.adapter_output import TrainedAdapter, base_for_adapters, refuse_other_kind
+from palm_rlhf.commands.run_folder import Saved, finish_chat_model, quoted, run_folder, say
 from palm_rlhf.commands.start_models import (
     ChatModel,
     ModelName,
@@ -35,9 +37,10 @@ def sft(
     held_out: Annotated[float, arg(metavar="0..1")] = 0.05,
     seq_len: int = 1024,
     quantize: Quantisation | None = None,
+    merge: bool = True,
     training: OmitArgPrefixes[SupervisedConfig] = SupervisedConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
-    """Fine-tune a model on conversations; adapters (--lora-r) are merged at the end.
+    """Fine-tune a model on conversations; adapters (--lora-r) are merged at the end, or saved alone (--no-merge).
 
     The last line on standard output is JSON: valid_loss in nats per token, steps, seconds, output_dir and model.
 
@@ -52,6 +55,8 @@ def sft(
         seq_len: Length of a row in tokens; longer conversations are split between turns.
         quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
             (NF4), by bitsandbytes. The model that is saved has plain weights, with the adapters merged.
+        merge: Save the whole model, with the adapters merged; else the adapters alone, as a folder of PEFT that names
+            MODEL as its base.
         training: Training settings.
     """
     output_dir = run_folder("sft", output_dir, resume)
@@ -59,6 +64,8 @@ def sft(
     chat_model = open_chat_model(model, template)
     if quantize is not None:
         quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
+    base = None if merge else base_for_adapters(model, chat_model, training.lora_r, training.lora_embeddings)
+    refuse_other_kind(output_dir, merge)
     train, valid = split_held_out(read_records_for(data, "sft"), held_out, training.seed)
     trainer = make_trainer(
         chat_model,
@@ -74,11 +81,14 @@ def sft(
         if "valid_loss" in metrics:
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
     result = trainer.finish()
-    if training.lora_r:
+    parts: Sequence[Saved] = chat_model
+    if base is not None:
+        parts = TrainedAdapter(chat_model.palm, SCOPE, base), chat_model.tokenizer, chat_model.template
+    elif training.lora_r:
         merge_adapters(chat_model.palm, SCOPE)
     if trainer.accelerator.is_main_process:
         learn_reward = f"palm-rlhf reward RANKINGS --model {quoted(output_dir)}"
-        finish_chat_model(result, output_dir, chat_model, [("learn a reward", learn_reward)])
+        finish_chat_model(result, output_dir, parts, [("learn a reward", learn_reward)])
 
 
 @beartype

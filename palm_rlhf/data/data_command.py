@@ -230,9 +230,10 @@ def _counter(tokenizer: str | None) -> Callable[[str], int]:
         return num_utf8_bytes
     from palm_rlhf.data.tokenizer import load_tokenizer
     from palm_rlhf.model.local_model import local_model
-    from palm_rlhf.model.weights_folder import TOKENIZER_FILES
+    from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, TOKENIZER_FILES
 
-    folder = tokenizer if os.path.isfile(tokenizer) else local_model(tokenizer, files=TOKENIZER_FILES)
+    files = (*TOKENIZER_FILES, ADAPTER_CONFIG)
+    folder = tokenizer if os.path.isfile(tokenizer) else local_model(tokenizer, files=files)
     encode = load_tokenizer(folder).encode
     return lambda text: len(encode(text))
 

@@ -16,7 +16,8 @@ from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, NAMES_FILE, token_name
 from palm_rlhf.data.tokenizer_gguf import read_gguf_config
 from palm_rlhf.model.files import read_text, write_text
 from palm_rlhf.model.interop.gguf_header import is_gguf
-from palm_rlhf.model.weights_folder import read_json
+from palm_rlhf.model.interop.peft_base import base_of, is_adapter
+from palm_rlhf.model.weights_folder import TOKENIZER_FILES, read_json
 
 Messages = Sequence[Mapping[str, Any]]
 TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"
@@ -189,7 +190,10 @@ def _save(folder: Path, fields: dict[str, Any], source: str) -> None:
 
 @beartype
 def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
-    """Open a template that `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder or GGUF file."""
+    """Open a template that `save_pretrained` wrote, or the `chat_template` of a Hugging Face folder or GGUF file.
+
+    An adapter of PEFT without a template has that of its base.
+    """
     folder = Path(directory)
     if (folder / TEMPLATE_FILE).is_file():
         return _from_fields(read_json(folder / TEMPLATE_FILE), folder / TEMPLATE_FILE)
@@ -206,6 +210,8 @@ def load_template(directory: str | Path) -> ChatTemplate | JinjaTemplate:
         source = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     if (folder / JINJA_FILE).is_file():
         source = read_text(folder / JINJA_FILE)
+    if not isinstance(source, str) and is_adapter(folder):
+        return load_template(base_of(folder, files=TOKENIZER_FILES))
     if not isinstance(source, str):
         raise FileNotFoundError(
             f"{folder} has no {TEMPLATE_FILE}, no {JINJA_FILE} and no chat_template in its {CONFIG_FILE}, expected one "

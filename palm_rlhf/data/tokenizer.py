@@ -24,9 +24,10 @@ from palm_rlhf.data.tokenizer_hugging_face import (
     unmarked,
 )
 from palm_rlhf.model.interop.gguf_header import is_gguf
+from palm_rlhf.model.interop.peft_base import base_of, is_adapter
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
-from palm_rlhf.model.weights_folder import CONFIG, read_json
+from palm_rlhf.model.weights_folder import CONFIG, TOKENIZER_FILES, read_json
 
 NAMES_FILE = "special_tokens_map.json"  # in folders of transformers 4, some of which name special tokens only there
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -53,6 +54,8 @@ __all__ = [
 def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_token: str | None = None) -> Tokenizer:
     """Open a tokenizer that `save_pretrained` wrote, or that of a GGUF file, or of a Hugging Face folder.
 
+    An adapter of PEFT without a tokenizer has that of its base.
+
     Args:
         directory: The folder, which has a tokenizer.json, or that file, or a GGUF file.
         eos_token: The name of the token that ends a text, for folders that do not name it.
@@ -61,6 +64,8 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     Raises FileNotFoundError where there is no tokenizer, and ValueError for one in another form.
     """
     folder = Path(directory)
+    if is_adapter(folder) and not any((folder / name).is_file() for name in (TOKENIZER_FILE, CONFIG_FILE)):
+        folder = base_of(folder, files=TOKENIZER_FILES)
     file = folder if folder.is_file() else folder / TOKENIZER_FILE
     if is_gguf(file):
         config_file, (backend, config) = file, read_gguf_tokenizer(file)

@@ -1,23 +1,26 @@
 """LoRA scopes in folders of their own: methods of `PaLM` that read and write what PEFT (Hugging Face) does."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from beartype import beartype
 from torch import nn
 
-from palm_rlhf.model.checkpoint import open_folder, require_same_mathematics, scope_options
+from palm_rlhf.model import checkpoint
 from palm_rlhf.model.interop.peft_adapter import AdapterWeights, read_peft, to_peft
+from palm_rlhf.model.interop.peft_base import base_of
 from palm_rlhf.model.interop.peft_settings import base_name
 from palm_rlhf.model.local_model import local_model
-from palm_rlhf.model.lora import adapters_of
+from palm_rlhf.model.lora import BlockLoRA, LoRALinear, adapter_shapes, adapters_of
 from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WeightsFolder, read_json
 from palm_rlhf.model.weights_writer import write_adapter
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
+    from palm_rlhf.model.block import Block
 
 FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
@@ -55,6 +58,37 @@ def load_adapter(
     return adapters
 
 
+@torch.no_grad()
+def open_adapter(
+    cls: type["palm_rlhf.model.palm.PaLM"],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+) -> "palm_rlhf.model.palm.PaLM":
+    """Open the base of an adapter of PEFT, and merge the adapter into it.
+
+    A change is computed in float32 or wider and added to the weights of the base, so that it is rounded once. Raises
+    the errors of `base_of`, `PaLM.from_pretrained` and `load_adapter`.
+    """
+    base = base_of(folder)
+    palm = checkpoint.from_pretrained(
+        cls, base, dtype=dtype, device=device, revision=None, open_with=checkpoint.open_folder
+    )
+    try:
+        weights = read_peft(folder, palm.config)
+    except ValueError as error:
+        raise ValueError(f"{error} (the base of {folder} is {base})") from error
+    shapes, r, alpha = adapter_shapes(palm.config), weights.options["r"], weights.options["alpha"]
+    for layer, tensors in zip(cast("Sequence[Block]", palm.layers), weights.blocks, strict=True):
+        with torch.device("meta"):
+            parts = {target: LoRALinear(*shapes[target], r, alpha) for target in weights.options["targets"]}
+            adapters = BlockLoRA(shapes, parts)
+        adapters.load_state_dict({name: tensor.to(palm.device) for name, tensor in tensors.items()}, assign=True)
+        adapters.merge_into(layer)
+    return palm
+
+
 def base_of_adapter(source: str | os.PathLike) -> str | None:
     """Return the name of the base that an adapter of PEFT was trained on, if its folder is one and tells it."""
     file = local_model(source, files=FILES) / ADAPTER_CONFIG
@@ -70,9 +104,9 @@ def read_adapter(palm: "palm_rlhf.model.palm.PaLM", folder: Path, scope: str) ->
 
 def read_scope(palm: "palm_rlhf.model.palm.PaLM", folder: WeightsFolder, scope: str) -> AdapterWeights:
     """Read the LoRA scope of this name in a folder of ours, or the only one that it has."""
-    skeleton, _ = open_folder(type(palm), folder)
-    require_same_mathematics(palm.config, skeleton.config, folder.path)
-    options = scope_options(skeleton)
+    skeleton, _ = checkpoint.open_folder(type(palm), folder)
+    checkpoint.require_same_mathematics(palm.config, skeleton.config, folder.path)
+    options = checkpoint.scope_options(skeleton)
     if not options:
         raise ValueError(f"{folder.path} has no LoRA scope; expected a folder with one, or an adapter of PEFT")
     name = next(iter(options)) if len(options) == 1 else scope

@@ -9,7 +9,10 @@ import torch
 from beartype import beartype
 
 from palm_rlhf.model import checkpoint
+from palm_rlhf.model.adapter_folder import open_adapter
 from palm_rlhf.model.config import PRESET_COMMON, PRESETS
+from palm_rlhf.model.interop.peft_base import is_adapter
+from palm_rlhf.model.local_model import local_model
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
@@ -47,10 +50,12 @@ def from_pretrained(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> "palm_rlhf.model.palm.PaLM":
-    """Open a `save_pretrained` folder, a Hugging Face folder, the hub id of one, or a GGUF file.
+    """Open a `save_pretrained` folder, a Hugging Face folder, the hub id of one, a GGUF file, or an adapter of PEFT.
 
     Of Hugging Face, the model_types cohere, llama, mistral, qwen2 and qwen3 open, where a PaLM can compute all their
     settings; of GGUF, the architectures llama, qwen2, qwen3 and command-r.
+    An adapter, in a folder or on the hub, is opened merged into the base that it names; `palm.load_adapter` keeps an
+    adapter apart.
 
     Args:
         source: the folder or file, or the hub id, "owner/name".
@@ -62,8 +67,11 @@ def from_pretrained(
     Raises FileNotFoundError where there is no such model, and ValueError for a file that is damaged or describes a
     model that a PaLM cannot compute.
     """
+    place = local_model(source, revision)
+    if is_adapter(place):
+        return open_adapter(cls, place, dtype=dtype, device=device)
     return checkpoint.from_pretrained(
-        cls, source, dtype=dtype, device=device, revision=revision, open_with=checkpoint.open_folder
+        cls, place, dtype=dtype, device=device, revision=None, open_with=checkpoint.open_folder
     )
 
 

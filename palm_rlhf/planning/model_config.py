@@ -9,8 +9,9 @@ from palm_rlhf.model.checkpoint import READERS
 from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
 from palm_rlhf.model.interop.gguf_file import GGUFFile
 from palm_rlhf.model.interop.gguf_header import is_gguf
+from palm_rlhf.model.interop.peft_base import base_of, is_adapter
 from palm_rlhf.model.local_model import local_model
-from palm_rlhf.model.weights_folder import CONFIG, read_json
+from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, CONFIG, read_json
 from palm_rlhf.policy.reward_model_folder import MODEL_TYPE as REWARD_MODEL
 
 
@@ -21,15 +22,17 @@ def config_of_model(source: str | Path) -> PaLMConfig:
     Raises FileNotFoundError where there is no config, and ValueError for a model that a PaLM cannot compute.
 
     Args:
-        source: a config.json, a folder with one, the folder of a run, a .gguf file, a known name, a hub id, or one of
-            the sizes of the paper, such as "8B".
+        source: a config.json, a folder with one, the folder of a run, a .gguf file, an adapter of PEFT, a known name, a
+            hub id, or one of the sizes of the paper, such as "8B".
     """
     if source in PRESETS and not Path(source).exists():
         return PaLMConfig.from_dict({**PRESET_COMMON, **PRESETS[str(source)]})
     path = Path(source)
     if path.name == CONFIG and path.is_file():
         return config_from(read_json(path), path)
-    found = local_model(source, files=(CONFIG,))
+    found = local_model(source, files=(CONFIG, ADAPTER_CONFIG))
+    if is_adapter(found):  # its base has the sizes
+        found = base_of(found, files=(CONFIG,))
     if is_gguf(found):
         return config_from(GGUFFile(found).config, found)
     if not (found / CONFIG).is_file():

@@ -138,9 +138,11 @@ def test_options_that_make_no_sense_are_refused(checkpoint, tmp_path):
         ({"template": "vicuna"}, "lacks the special tokens"),
         ({"reward_model": str(checkpoint)}, "model_type"),
         ({"lora_scope": "pirate"}, "finetune scope 'pirate'"),
+        ({"lora": ("a=b",), "feedback": str(tmp_path / "feedback.db")}, "got --lora with --feedback, expected one"),
     ):
         with pytest.raises(ValueError, match=expected):
             serve(str(checkpoint), port=0, **options)
+    assert not (tmp_path / "feedback.db").exists()
 
 
 def test_limits_that_make_no_sense_are_refused():

@@ -11,6 +11,7 @@ from beartype import beartype
 from palm_rlhf.data.conversation import Template
 from palm_rlhf.data.templates import JINJA_FILE, PRESETS, TEMPLATE_FILE, load_template
 from palm_rlhf.data.tokenizer import CONFIG_FILE, NUM_BYTES, TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from palm_rlhf.model.interop.peft_base import base_of, is_adapter, weights_of
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import require_room
@@ -52,6 +53,8 @@ def open_tokenizer(folder: Path, num_tokens: int) -> Tokenizer:
 
     Raises ValueError if the model has too few tokens.
     """
+    if is_adapter(folder) and not any((folder / name).is_file() for name in (TOKENIZER_FILE, CONFIG_FILE)):
+        folder = base_of(folder)
     if folder.is_file() or (folder / TOKENIZER_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         tokenizer = load_tokenizer(folder)
         require_room(tokenizer.num_tokens, num_tokens, folder)
@@ -93,7 +96,7 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
     chosen: Template
     if template is not None:
         chosen = PRESETS[template]
-    elif folder.is_file() or any((folder / name).is_file() for name in (TEMPLATE_FILE, JINJA_FILE, CONFIG_FILE)):
+    elif has_template(folder) or (is_adapter(folder) and has_template(base_of(folder))):
         chosen = load_template(folder)
     else:
         chosen = PRESETS["default"]
@@ -106,9 +109,18 @@ def open_chat_model(model: str | Path, template: str | None = None) -> OpenedMod
     return OpenedModel(opened, tokenizer, chosen)
 
 
+def has_template(folder: Path) -> bool:
+    """Return whether a folder has a file that can contain a chat template; a GGUF file can."""
+    return folder.is_file() or any((folder / name).is_file() for name in (TEMPLATE_FILE, JINJA_FILE, CONFIG_FILE))
+
+
 @beartype
 def version_of(folder: Path, template: str | None = None) -> str:
-    """Return a digest of the sizes and times of a folder's files, or of a GGUF file, and of the template's name."""
-    paths = [folder] if folder.is_file() else folder.iterdir()
+    """Return a digest of the sizes and times of a folder's files, or of a GGUF file, and of the template's name.
+
+    The files of an adapter's base count too.
+    """
+    places = {folder, weights_of(folder)}
+    paths = [path for place in places for path in ([place] if place.is_file() else place.iterdir())]
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     return hashlib.sha256(repr((str(folder.resolve()), files, template)).encode()).hexdigest()
