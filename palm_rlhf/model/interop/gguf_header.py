@@ -25,6 +25,7 @@ SMALLEST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's entry: the length of its 
 MAX_AXES, MAX_ENTRIES = 4, 2**24  # of a tensor, and of a list in the metadata
 ALIGNMENT = "general.alignment"
 DAMAGED = "copy or download the file again"
+ENDS_EARLY = f"ends in the middle of its header, expected a whole file: {DAMAGED}"
 
 
 def is_gguf(path: Path) -> bool:
@@ -121,7 +122,7 @@ class GGUFHeader:
         kind, count = self._number("I"), self._number("Q")
         if kind == STRING:
             self._check_count(count, 8, f"strings in {name}")
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         if kind not in NUMBERS:
             raise ValueError(f"{self.path} has an array {name} of the type {kind}, expected numbers or strings")
         self._check_count(count, struct.calcsize(NUMBERS[kind]), f"numbers in {name}")
@@ -134,9 +135,20 @@ class GGUFHeader:
             raise ValueError(f"{self.path} announces {count} {things}, expected at most {most} there: {DAMAGED}")
 
     def _string(self) -> str:
-        data = self._bytes(self._number("Q"))
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """Return strings that follow each other, of which a vocabulary has hundreds of thousands."""
+        read, room = self._file.read, self.size - self._file.tell()
+        strings = []
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            room -= 8 + length
+            if room < 0 or len(data := read(length)) < length:
+                raise ValueError(f"{self.path} {ENDS_EARLY}")
+            strings.append(data)
         try:
-            return data.decode()
+            return [data.decode() for data in strings]
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} has a string that is not UTF-8 ({error}): {DAMAGED}") from error
 
@@ -146,5 +158,5 @@ class GGUFHeader:
 
     def _bytes(self, count: int) -> bytes:
         if count > self.size - self._file.tell() or len(data := self._file.read(count)) < count:
-            raise ValueError(f"{self.path} ends in the middle of its header, expected a whole file: {DAMAGED}")
+            raise ValueError(f"{self.path} {ENDS_EARLY}")
         return data
