@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop import cohere, llama, palm_rlhf_pytorch
-from palm_rlhf.model.interop.gguf_file import GGUFFile
+from palm_rlhf.model.interop import cohere, gguf_file, llama, palm_rlhf_pytorch
 from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.local_model import local_model
@@ -25,6 +24,7 @@ from palm_rlhf.model.quantised.quantised_model import quantised_parts, require_f
 from palm_rlhf.model.shared_base import require_sole_base
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
+from palm_rlhf.ops.devices import meta_device
 
 if TYPE_CHECKING:
     from palm_rlhf.model.palm import PaLM
@@ -122,7 +122,7 @@ def load_into(palm: "PaLM", path: Path) -> None:
 
 def open_weights(path: Path) -> Weights:
     """Return the weights in a folder, or in a GGUF file."""
-    return GGUFFile(path) if is_gguf(path) else WeightsFolder(path)
+    return gguf_file.GGUFFile(path) if is_gguf(path) else WeightsFolder(path)
 
 
 def open_folder(cls: type["PaLM"], folder: Weights) -> tuple["PaLM", Parts]:
@@ -177,7 +177,7 @@ def open_state_dict(palm: "PaLM", state: Mapping[str, Tensor], path: Path) -> tu
 def skeleton_of(cls: type["PaLM"], config: Mapping[str, Any], scopes: Mapping[str, Any], where: Path | str) -> "PaLM":
     """Return a model on the meta device, with its LoRA scopes. Raises ValueError for a config of no PaLM."""
     try:
-        with torch.device("meta"):
+        with meta_device():
             palm = cls.from_config(PaLMConfig.from_dict(dict(config)))
             for scope, options in scopes.items():
                 palm.add_finetune_params(scope, **options)

@@ -8,6 +8,8 @@ the given tensors here, or None if it can; `is_faster` says, where it can, wheth
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from beartype import beartype
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 from palm_rlhf.ops.cpu import native_library
 
@@ -143,3 +146,24 @@ def computes_bfloat16(device: torch.device) -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return False
+
+
+class _NoNormalNumbers(TorchFunctionMode):
+    """Leaves tensors as they are where they would be filled with normal numbers."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Make tensors on the meta device in the block, such as a model of which only the shapes are wanted.
+
+    Normal numbers are not drawn: on that device they have no values, and for them PyTorch would import its compiler,
+    which takes two seconds.
+    """
+    with torch.device("meta"), _NoNormalNumbers():
+        yield

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf.ops.cpu import native_decoding, native_library
 from palm_rlhf.ops.cpu.native_decoding import BlockTensors
-from palm_rlhf.ops.devices import available_implementations, why_not_native, why_not_triton
+from palm_rlhf.ops.devices import available_implementations, meta_device, why_not_native, why_not_triton
 
 
 class Wrapped(torch.Tensor):
@@ -72,3 +73,31 @@ def test_the_kernel_of_decoding_is_for_few_rows_of_types_that_it_knows(monkeypat
     assert fast(64, torch.float32) and not fast(65, torch.float32)
     assert fast(8, torch.bfloat16) and not fast(9, torch.bfloat16), "AMX multiplies many rows of bfloat16 faster"
     assert not fast(1, torch.float16), "for which there is no kernel"
+
+
+def test_a_model_on_the_meta_device_draws_no_normal_numbers():
+    """For which PyTorch would import its compiler."""
+
+    class Drawn(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def drawn(device) -> list[str]:
+        with Drawn() as mode, device:
+            linear = torch.nn.Linear(3, 2)
+            torch.nn.init.normal_(linear.weight)
+            linear.weight.data.normal_(std=2.0)
+            made = [linear.weight, linear.bias, torch.nn.Embedding(4, 3).weight, torch.randn(3, 5)]
+        assert [(tuple(one.shape), one.device.type) for one in made] == [
+            *(((2, 3), "meta"), ((2,), "meta")),
+            *(((4, 3), "meta"), ((3, 5), "meta")),
+        ]
+        return [name for name in mode.names if "normal" in name or "randn" in name]
+
+    assert len(drawn(torch.device("meta"))) == 4
+    assert drawn(meta_device()) == []
