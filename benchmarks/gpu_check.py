@@ -1,4 +1,4 @@
-"""Is what runs on this GPU right? The kernels against float64, their laws, their bits, and the tests that need a GPU.
+"""Is what runs on this GPU right? Kernels and models against float64, laws, bits, and the tests that need a GPU.
 
 python benchmarks/gpu_check.py                # all of it, at most 4 minutes; what did not fit is named
 python benchmarks/gpu_check.py --device cpu   # the same checks of what the CPU runs, at small sizes; in Triton's
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from attention_checks import DECODED, SIZES, accuracy, choices, decoding, laws, repetitions
@@ -23,12 +24,14 @@ from attention_work import Work, gradients, implementation
 from check_processes import Result, in_processes, in_this_process, worker
 from fused_checks import layers, losses
 from gpu_tests import LEFT_OUT, gpu_tests
+from model_checks import KINDS, MODELS, adapters, blocks, fewer_bits, one_base
 from side_by_side import alternate, surroundings
 
 from palm_rlhf.ops.devices import available_implementations
 
 NO_GPU = 3
 DTYPES = {"cuda": ("bfloat16", "float16", "float32"), "cpu": ("float32",)}
+OF_ATTENTION = ("repetitions", "accuracy", "decode", "laws")
 ROUNDS = {"cuda": 20, "cpu": 2}
 RESERVED = 15  # of the seconds allowed, for the timings at the end
 # TFLOP/s of causal attention of 8k tokens, d 128, 16-bit, on an H100 (Shah et al. 2024, FlashAttention-3).
@@ -42,7 +45,10 @@ def tasks_of(device: str, repeats: int) -> list[list]:
         tasks += [["accuracy", dtype, size] for size in reversed(SIZES[device])]  # the largest take longest
         tasks += [["decode", dtype, size] for size in DECODED[device]]
         tasks += [["laws", dtype], ["losses", dtype], ["layers", dtype]]
-    return [*tasks, ["auto"]]
+        tasks += [["blocks", dtype, name] for name in MODELS]
+        tasks += [["adapters", dtype, name] for name in MODELS]
+        tasks += [["bits", dtype, kind] for kind in KINDS]
+    return [*tasks, *(["one base", name] for name in MODELS), ["auto"]]
 
 
 def checks_of(task: list, function: Callable, device: str) -> Iterator[tuple[str, bool]]:
@@ -52,6 +58,8 @@ def checks_of(task: list, function: Callable, device: str) -> Iterator[tuple[str
         return repetitions(function, device, *arguments)
     if part == "auto":
         return choices(device)
+    if part == "one base":
+        return one_base(device, *arguments)
     dtype = getattr(torch, arguments[0])
     if part == "accuracy":
         return accuracy(function, device, dtype, tuple(arguments[1]))
@@ -59,7 +67,8 @@ def checks_of(task: list, function: Callable, device: str) -> Iterator[tuple[str
         return decoding(function, device, dtype, tuple(arguments[1]))
     if part == "laws":
         return laws(function, device, dtype)
-    return {"losses": losses, "layers": layers}[part](device, dtype)
+    of_dtype = {"losses": losses, "layers": layers, "blocks": blocks, "adapters": adapters, "bits": fewer_bits}
+    return of_dtype[part](device, dtype, *arguments[1:])
 
 
 def step_of(function: Callable, tensors: list[torch.Tensor], direction: str) -> Callable[[], object]:
@@ -104,8 +113,9 @@ def summary_table(results: list[Result], left_out: dict[str, str], seconds: dict
 
 
 def run_checks(function: Callable, device: str, repeats: int) -> list[str]:
-    """Print every check of this process, and return the names of those that fail."""
-    results, _ = in_this_process(tasks_of(device, repeats), lambda task: checks_of(task, function, device), show)
+    """Print every check of an attention in this process, and return the names of those that fail."""
+    tasks = [task for task in tasks_of(device, repeats) if task[0] in OF_ATTENTION]
+    results, _ = in_this_process(tasks, lambda task: checks_of(task, function, device), show)
     return [result.name for result in results if not result.passed]
 
 
@@ -127,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Check what runs on a GPU, or on the CPU at small sizes, and time attention."""
     started, options = time.monotonic(), parse_arguments()
-    device, repeats = options.device, options.repeats
+    device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} sees none, so nothing was checked; --device cpu checks the CPU's")
         sys.exit(NO_GPU)
@@ -144,14 +154,18 @@ def main() -> None:
     if options.tasks is not None:
         worker(json.loads(options.tasks), run)
         return
+    tasks = tasks_of(device, options.repeats)
+    lacking = {} if find_spec("bitsandbytes") else {"bits": "bitsandbytes is not installed"}
+    tasks = [task for task in tasks if task[0] not in lacking]
     print(f"{name} attention on {device}\n")
     deadline = started + options.max_seconds - RESERVED
     tests = gpu_tests(deadline) if device == "cuda" else None  # they run beside the checks
     if options.processes:
         command = [sys.executable, __file__, "--device", device, "--tasks"]
-        results, left_out = in_processes(command, tasks_of(device, repeats), options.processes, deadline, show)
+        results, left_out = in_processes(command, tasks, options.processes, deadline, show)
     else:
-        results, left_out = in_this_process(tasks_of(device, repeats), run, show, deadline)
+        results, left_out = in_this_process(tasks, run, show, deadline)
+    left_out |= lacking
     if tests is None:
         left_out["tests"] = LEFT_OUT["cpu"]
     else:

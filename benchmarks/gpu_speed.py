@@ -22,16 +22,20 @@ from typing import Any
 import speed_attention
 import speed_decoding
 import speed_training
+import speed_variants
 import torch
 from check_processes import Result, Task, in_processes, in_this_process, worker
 from side_by_side import surroundings
-from training_models import SIZES, Size
+from training_models import LLAMA, SIZES, Size
 
 from palm_rlhf.model.config import PaLMConfig
 
 NO_GPU = 3
-PARTS = ("attention", "generation", "training", "rlhf", "engine", "example")
-TINY = Size(PaLMConfig(num_tokens=300, dim=32, depth=1, heads=2, dim_head=16), 2, 16)
+PARTS = ("attention", "generation", "training", "rlhf", "engine", "example", "serial", "adapters", "bits")
+TINY = {
+    "tiny": Size(PaLMConfig(num_tokens=300, dim=32, depth=1, heads=2, dim_head=16), 2, 16),
+    "tiny LLaMA": Size(PaLMConfig(num_tokens=300, dim=32, depth=1, heads=2, dim_head=16, **LLAMA), 2, 16),
+}
 FOR_COMPILATION = 0.4  # of the seconds allowed, at most
 PREPARED_BY = 8  # processes side by side, each with its tensors on the GPU
 OURS, TRAINER = "palm-rlhf", "palm-rlhf, trainer"
@@ -47,12 +51,14 @@ MEASURED = {  # rows of `training_models.rows`, by size
     ),
     "1B": (TRAINER, f"{TRAINER}, compiled"),
     "tiny": (OURS, TRAINER, "transformers Cohere", "palm-rlhf-pytorch"),
+    "SmolLM2 135M": (OURS, TRAINER, f"{TRAINER}, compiled", "transformers LLaMA"),
+    "tiny LLaMA": (OURS, "transformers LLaMA"),
 }
 
 
 def size_of(title: str) -> Size:
     """A model and its batch by name."""
-    return TINY if title == "tiny" else SIZES[title]
+    return {**SIZES, **TINY}[title]
 
 
 def tasks_of(device: str, only: list[str]) -> list[Task]:
@@ -62,14 +68,20 @@ def tasks_of(device: str, only: list[str]) -> list[Task]:
     tasks += [["generation", title, batch] for title, batches in zip(titles, rows, strict=True) for batch in batches]
     for title in titles:
         tasks += [["training", title, "parity"], *(["training", title, name] for name in MEASURED[title])]
-    tasks += [["rlhf", titles[0], algorithm] for algorithm in ("ppo", "grpo")]
+    tasks += [["rlhf", titles[0], kind] for kind in speed_decoding.RLHF]
     tasks += [["engine", titles[0], clients] for clients in ((64, 16) if device == "cuda" else (2,))]
-    return [task for task in [*tasks, ["example"]] if task[0] in only]
+    tasks.append(["example"])
+    serial = ("SmolLM2 135M", "LLaMA 3.2 1B") if device == "cuda" else ("tiny LLaMA",)
+    tasks += [["serial", "generation", title, 1] for title in serial]
+    tasks += [["serial", "training", serial[0], name] for name in ("parity", *MEASURED[serial[0]])]
+    tasks += [["adapters", titles[0], 16 if device == "cuda" else 6]]
+    tasks += [["bits", serial[-1], kind] for kind in ("int8", "int4")]
+    return [task for task in tasks if task[0] in only]
 
 
 def rows_of(task: Task, device: str) -> Iterator[tuple[str, bool, dict[str, Any]]]:
     """Measure a task."""
-    part, *which = task
+    part, *which = task[1:] if task[0] == "serial" else task
     if part == "attention":
         return speed_attention.attention(device, *which)
     if part == "example":
@@ -81,6 +93,7 @@ def rows_of(task: Task, device: str) -> Iterator[tuple[str, bool, dict[str, Any]
             return speed_training.parity(size, title)
         return speed_training.training(device, size, title, choice)
     measure = {"generation": speed_decoding.generation, "rlhf": speed_decoding.rlhf, "engine": speed_decoding.engine}
+    measure |= {"adapters": speed_variants.adapters, "bits": speed_variants.fewer_bits}
     return measure[part](device, size.config, title, choice)
 
 
@@ -98,16 +111,16 @@ def measured(task: Task, device: str) -> Iterator[tuple[str, bool, dict[str, Any
 
 def compiled_tasks(tasks: list[Task]) -> list[Task]:
     """The tasks in which torch.compile or Triton compile for long."""
-    found = [task for task in tasks if task[0] == "training" and task[-1].endswith("compiled")]
+    found = [task for task in tasks if "training" in task and task[-1].endswith("compiled")]
     return [*found, *(task for task in tasks if task[0] == "attention")]
 
 
 def prepared(task: Task, device: str) -> Iterator[tuple[str, bool]]:
     """Compile what a task needs into the caches on disk."""
-    if task[0] == "training":
-        speed_training.prepare(device, size_of(task[1]), task[2])
-    else:
+    if task[0] == "attention":
         speed_attention.prepare(device, task[1])
+    else:
+        speed_training.prepare(device, size_of(task[-2]), task[-1])
     yield " ".join(map(str, task)), True
 
 

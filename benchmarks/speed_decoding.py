@@ -1,5 +1,6 @@
 """Rows of `gpu_speed.py`: generation, the engine of the server, and steps of PPO and GRPO."""
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from side_by_side import alternate, summary
 from torch import Tensor
-from training_models import make_cohere
+from training_models import make_hugging_face
 from utilization import peak_of
 
-from palm_rlhf import PaLM, PPOConfig, RLHFTrainer
+from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
 from palm_rlhf.model.captured import why_not_captured
 from palm_rlhf.model.config import PaLMConfig
+from palm_rlhf.model.quantised.quantised_model import weights_bytes
 from palm_rlhf.policy.rollout import ResponseSampling, collect
 from palm_rlhf.training.run.optimizer import forward_precision
 
@@ -24,6 +26,8 @@ PARITY_TOKENS = {"cuda": 32, "cpu": 6}
 THEIR_TOKENS = {"cuda": 32, "cpu": 3}
 ROLLOUTS = {"cuda": (128, 128, 64), "cpu": (4, 4, 4)}  # responses, their tokens, tokens of a prompt
 REPLIES = {"cuda": (128, 64), "cpu": (6, 4)}  # tokens of a reply of the engine, and of a prompt
+RLHF = ("ppo", "grpo", "ppo, one base", "ppo, four bases")
+LORA_R = 16  # of the adapters where there is a base
 ROUNDS = {"cuda": 3, "cpu": 1}
 SAME = 0.95  # of greedy tokens: where two are equally likely, another order of sums may take the other
 MAX_KL = 0.1  # nats per response, at the start of a run, where only rounding tells the policy from its reference
@@ -45,9 +49,9 @@ def without_graphs() -> Iterator[None]:
 
 def bytes_of_a_token(palm: PaLM, batch: int, num_keys: float) -> float:
     """What a decoding step has to read: all weights once, and the keys and values of every row."""
-    config, size = palm.config, palm.dtype.itemsize
-    weights = sum(parameter.numel() for parameter in palm.parameters()) * size
-    return weights + 2 * config.depth * config.kv_heads * config.dim_head * num_keys * batch * size
+    config = palm.config
+    numbers = 2 * config.depth * config.kv_heads * config.dim_head * num_keys * batch
+    return weights_bytes(palm) + numbers * palm.dtype.itemsize
 
 
 def generation(device: str, config: PaLMConfig, title: str, batch: int) -> Rows:
@@ -77,10 +81,10 @@ def generation(device: str, config: PaLMConfig, title: str, batch: int) -> Rows:
         name, {"short": lambda: ours(short), "long": lambda: ours(long)}, palm, batch, device, first, captured
     )
 
-    if title == "1B":
+    if config.dim >= 2048:
         return  # the beginning would cost more than the figure is worth
     try:
-        their_model = make_cohere(config, palm.float()).to(device, torch.bfloat16).eval()
+        their_model = make_hugging_face(config, palm.float()).to(device, torch.bfloat16).eval()
     except ImportError as missing:
         yield f"{name}, transformers", True, {"left out": f"not installed: {missing}"}
         return
@@ -98,7 +102,7 @@ def timed(
     palm: PaLM,
     batch: int,
     device: str,
-    first: float,
+    first: float | None,
     why_not: str | None,
 ) -> Rows:
     """The time of a token, from the difference of a long and a short reply, which read the same prompt."""
@@ -145,11 +149,11 @@ def evens(prompts: list[Tensor], completions: list[Tensor]) -> list[float]:
     return [float((row % 2 == 0).float().mean()) for row in completions]
 
 
-def rlhf(device: str, config: PaLMConfig, title: str, algorithm: str) -> Rows:
-    """The rollouts of a step, and the whole step, of one epoch."""
+def trainer_of(device: str, config: PaLMConfig, kind: str) -> RLHFTrainer:
+    """A trainer of one of RLHF: of all weights, or of adapters beside a reward model that has them too."""
     num_responses, num_tokens, prompt_length = ROLLOUTS[device]
+    algorithm, _, bases = kind.partition(", ")
     num_samples = 1 if algorithm == "ppo" else 4
-    prompts = list(torch.randint(config.num_tokens, (num_responses // num_samples, prompt_length)))
     settings = PPOConfig(
         algorithm=algorithm,
         num_samples=num_samples,
@@ -159,30 +163,46 @@ def rlhf(device: str, config: PaLMConfig, title: str, algorithm: str) -> Rows:
         minibatch_size=max(2, num_responses // 4),
         max_new_tokens=num_tokens,
         epochs=1,
-        shared_trunk=algorithm == "ppo",
+        shared_trunk=kind == "ppo",
+        actor_lora_r=LORA_R if bases else 0,
+        share_base=bases == "one base",
         precision="bf16" if device == "cuda" else "float32",
         plot=False,
     )
-    palm = PaLM.from_config(config)
-    trainer = RLHFTrainer(palm=palm, reward_model=evens, prompt_token_ids=prompts, config=settings)
-    steps = trainer.steps()
-    policy, rows = trainer.actor_critic.palm, [prompt.to(trainer.run.device) for prompt in prompts]
+    prompts = list(torch.randint(config.num_tokens, (num_responses // num_samples, prompt_length)))
+    palm, models = PaLM.from_config(config), {"reward_model": evens}
+    if bases:
+        reward_model = RewardModel(palm, use_lora=True, lora_r=LORA_R, share_base=settings.share_base)
+        models = {"reward_model": reward_model, "critic": reward_model}
+        models["reference"] = None if settings.share_base else copy.deepcopy(palm)
+    return RLHFTrainer(palm=palm, prompt_token_ids=prompts, config=settings, **models)
+
+
+def rlhf(device: str, config: PaLMConfig, title: str, kind: str) -> Rows:
+    """The rollouts of a step, and the whole step, of one epoch."""
+    num_responses, num_tokens, _ = ROLLOUTS[device]
+    trainer = trainer_of(device, config, kind)
+    settings, steps = trainer.config, trainer.steps()
+    policy, scope = trainer.actor_critic.palm, trainer.actor_critic.actor_scope
+    rows = [prompt.to(trainer.run.device) for prompt in trainer.prompts]
+    sizes = {"num_samples": settings.num_samples, "batch_size": num_responses}
     precision = forward_precision(settings.precision, trainer.run.device)
 
     def rollouts() -> None:
         with precision():
             sampling = ResponseSampling(max_new_tokens=num_tokens)
-            collect(policy, rows, sampling, num_samples=num_samples, batch_size=num_responses)
+            collect(policy, rows, sampling, finetune_scope=scope, **sizes)
 
     started = time.perf_counter()
     metrics = next(steps)
     first = time.perf_counter() - started
     kl = metrics.get("kl", 0.0)
-    yield f"{algorithm} {title}, parity", abs(kl) < MAX_KL, {"nats of KL to the reference at the start": kl}
+    yield f"{kind} {title}, parity", abs(kl) < MAX_KL, {"nats of KL to the reference at the start": kl}
     seconds = alternate({"rollouts": rollouts, "whole step": lambda: next(steps)}, rounds=ROUNDS[device])
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
     shape = f"{num_responses} responses of {num_tokens} tokens"
     for name, values in seconds.items():
         spread = summary(values)
         figures = {f"s {part}": value for part, value in spread.items()}
         figures["tokens/s"] = num_responses * num_tokens / spread["median"]
-        yield f"{algorithm} {title}, {shape}, {name}", True, figures | {"first s": first}
+        yield f"{kind} {title}, {shape}, {name}", True, figures | {"first s": first, "peak GB": peak}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from palm_rlhf import PaLM
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.interop.cohere import to_cohere_config, to_cohere_tensors
+from palm_rlhf.model.interop.llama import model_type_of, to_llama_config, to_llama_tensors
+from palm_rlhf.ops.rotary_scaling import RotaryScaling
 from palm_rlhf.training import LanguageModelTrainer, LMConfig
 
 Step = Callable[[], object]
@@ -24,9 +26,32 @@ class Size(NamedTuple):
     seq_len: int
 
 
+LLAMA = {"block": "serial", "norm": "rms", "logit_scale": 1.0}
 SIZES = {
     "139M": Size(PaLMConfig(num_tokens=50304, dim=768, depth=12, heads=12), 16, 1024),
     "1B": Size(PaLMConfig(num_tokens=50304, dim=2048, depth=16, heads=16, dim_head=128), 8, 2048),
+    "SmolLM2 135M": Size(  # by its config.json, as that of LLaMA
+        PaLMConfig(
+            num_tokens=49152, dim=576, depth=30, heads=9, kv_heads=3, ff_inner_dim=1536, rotary_theta=1e5, **LLAMA
+        ),
+        16,
+        1024,
+    ),
+    "LLaMA 3.2 1B": Size(
+        PaLMConfig(
+            num_tokens=128256,
+            dim=2048,
+            depth=16,
+            heads=32,
+            kv_heads=8,
+            ff_inner_dim=8192,
+            rotary_theta=5e5,
+            rotary_scaling=RotaryScaling("llama3", 32.0, 8192),
+            **LLAMA,
+        ),
+        4,
+        2048,
+    ),
 }
 
 
@@ -63,17 +88,27 @@ def make_trainer_step(size: Size, compiled: bool) -> Step:
     return lambda: next(steps)
 
 
-def make_cohere(config: PaLMConfig, palm: PaLM | None = None) -> nn.Module:
-    """A model of transformers of the same shape, with the weights of `palm` where it is given."""
-    from transformers import CohereConfig, CohereForCausalLM
+def make_hugging_face(config: PaLMConfig, palm: PaLM | None = None) -> nn.Module:
+    """A model of transformers of the same shape, Cohere or LLaMA's kin, with the weights of `palm`, if given."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = CohereForCausalLM(CohereConfig(**to_cohere_config(config, scopes=[], dtype=torch.float32)))
+    if config.block == "parallel":
+        values, tensors = to_cohere_config(config, scopes=[], dtype=torch.float32), to_cohere_tensors
+    else:
+        kind = model_type_of(config)
+        values, tensors = to_llama_config(config, scopes=[], dtype=torch.float32, model_type=kind), to_llama_tensors
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     if palm is not None:
-        model.load_state_dict(to_cohere_tensors(config, palm.state_dict()), strict=False)
+        model.load_state_dict(tensors(config, palm.state_dict()), strict=False)
     return model
 
 
-def cohere_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+def name_of_transformers(config: PaLMConfig) -> str:
+    """The name of the rows of transformers."""
+    return f"transformers {'Cohere' if config.block == 'parallel' else 'LLaMA'}"
+
+
+def hugging_face_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """The loss of a model of transformers, which reads the last token too, so that all models read as many."""
     return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
 
@@ -104,13 +139,14 @@ def rows(size: Size, device: str) -> dict[str, Callable[[], Step]]:
             model.compile()
         return make_step(model, tokens, bfloat16=True, loss_of=loss_of)
 
+    transformers = name_of_transformers(size.config)
     return {
         "palm-rlhf": lambda: of_model(PaLM.from_config, False),
         "palm-rlhf, compiled": lambda: of_model(PaLM.from_config, True),
         "palm-rlhf, trainer": lambda: make_trainer_step(size, compiled=False),
         "palm-rlhf, trainer, compiled": lambda: make_trainer_step(size, compiled=True),
-        "transformers Cohere": lambda: of_model(make_cohere, False, cohere_loss),
-        "transformers Cohere, compiled": lambda: of_model(make_cohere, True, cohere_loss),
+        transformers: lambda: of_model(make_hugging_face, False, hugging_face_loss),
+        f"{transformers}, compiled": lambda: of_model(make_hugging_face, True, hugging_face_loss),
         "palm-rlhf-pytorch": lambda: of_model(make_theirs, False),
     }
 
@@ -122,9 +158,12 @@ def parity_errors(config: PaLMConfig) -> dict[str, float]:
     with torch.no_grad():
         palm = PaLM.from_config(small).eval()
         try:
-            found["transformers Cohere"] = difference(palm(tokens), make_cohere(small, palm).eval()(tokens).logits)
+            theirs = make_hugging_face(small, palm).eval()
+            found[name_of_transformers(config)] = difference(palm(tokens), theirs(tokens).logits)
         except ImportError:
             pass
+        if config.block == "serial":
+            return found  # which the other package has not
         try:
             theirs = make_theirs(small).eval()
             ours = PaLM.from_palm_rlhf_pytorch(theirs.state_dict()).eval()

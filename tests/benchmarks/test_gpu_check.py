@@ -36,9 +36,11 @@ def test_the_check_passes_on_the_cpu(bench):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["failed"] == [] and result["left_out"] == {"tests": "they need a GPU"}
-    assert len(result["timings"]) == 4 and len(result["choices"]) == 8 and result["passed"] == 34
+    assert len(result["timings"]) == 4 and len(result["choices"]) == 8 and result["passed"] == 64
     assert done.stdout.count("passed  accuracy") == 12 and done.stdout.count("passed  law") == 4
-    assert done.stdout.count("passed  bits") == 4 and done.stdout.count("passed  decode") == 2
+    assert done.stdout.count("passed  bits d ") == 4 and done.stdout.count("passed  decode") == 2
+    assert done.stdout.count("passed  block") == 12 and done.stdout.count("passed  adapters") == 6
+    assert done.stdout.count("passed  bits int") == 6 and done.stdout.count("passed  one base") == 6
 
 
 def wrong(kind: str):

@@ -9,7 +9,16 @@ import sys
 import pytest
 import torch
 
-MISSING = ("tyro", "pytest", "hypothesis", "transformers", "palm_rlhf_pytorch", "flash_attn", "matplotlib")
+MISSING = (
+    "tyro",
+    "pytest",
+    "hypothesis",
+    "transformers",
+    "palm_rlhf_pytorch",
+    "flash_attn",
+    "matplotlib",
+    "bitsandbytes",
+)
 
 
 @pytest.fixture
@@ -24,17 +33,26 @@ def run(root, *options: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow(20)
-def test_every_part_runs_on_the_cpu_at_a_tiny_size(root):
+def test_every_part_runs_on_the_cpu_at_a_tiny_size(root, module):
     done = run(root, "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["failed"] == [] and report["left_out"] == {} and report["torch"] == torch.__version__
-    assert set(report["seconds"]) == {"compilation", "attention", "generation", "training", "rlhf", "engine", "example"}
+    assert set(report["seconds"]) == {"compilation", *module("gpu_speed").PARTS}
     rows = report["rows"]
     assert rows["training tiny, 2 x 16, palm-rlhf, trainer"]["tokens/s"] > 0
     assert rows["generation tiny, batch 2"]["no CUDA graphs because"] == "the model is not on a GPU"
     assert rows["examples/train.py"]["steps/s"] > 0
-    for name in ("ppo tiny, 4 responses of 4 tokens, whole step", "engine tiny, engine, 2 clients"):
+    assert rows["training tiny LLaMA, 2 x 16, palm-rlhf"]["tokens/s"] > 0
+    assert (
+        rows["bits tiny LLaMA, int4"]["weights, of bfloat16's"]
+        < rows["bits tiny LLaMA, int8"]["weights, of bfloat16's"]
+        < 1
+    )
+    assert rows["adapters tiny, 6 clients, 4 adapters and none, mixed"]["times the time of none"] > 0
+    for kind in ("ppo", "ppo, one base", "ppo, four bases"):
+        assert rows[f"{kind} tiny, 4 responses of 4 tokens, whole step"]["tokens/s"] > 0
+    for name in ("engine tiny, engine, 2 clients", "generation tiny LLaMA, batch 1, transformers"):
         assert rows[name]["tokens/s"] > 0
 
 
@@ -80,7 +98,7 @@ def test_packages_that_are_missing_are_named(module, monkeypatch):
     for name in MISSING:
         monkeypatch.setitem(sys.modules, name, None)
     speed, decoding = module("gpu_speed"), module("speed_decoding")
-    tiny = speed.TINY.config
+    tiny = speed.size_of("tiny").config
     found = {name: figures for name, _, figures in decoding.generation("cpu", tiny, "tiny", 1)}
     assert found["generation tiny, batch 1, transformers"]["left out"].startswith("not installed")
     assert found["generation tiny, batch 1"]["whole call tokens/s"] > 0
@@ -97,7 +115,13 @@ def test_a_gpu_is_asked_for_the_rows_that_the_readme_reports(module):
     assert ["training", "139M", "transformers Cohere, compiled"] in tasks and ["engine", "139M", 64] in tasks
     rows = module("training_models").rows(speed.size_of("139M"), "cpu")
     assert {task[2] for task in tasks if task[0] == "training"} - {"parity"} <= set(rows)
-    assert speed.tasks_of("cuda", ["rlhf"]) == [["rlhf", "139M", "ppo"], ["rlhf", "139M", "grpo"]]
+    kinds = ("ppo", "grpo", "ppo, one base", "ppo, four bases")
+    assert speed.tasks_of("cuda", ["rlhf"]) == [["rlhf", "139M", kind] for kind in kinds]
+    serial = {task[2] for task in tasks if task[0] == "serial"}
+    assert serial == {"SmolLM2 135M", "LLaMA 3.2 1B"} and ["adapters", "139M", 16] in tasks
+    assert [task for task in tasks if task[0] == "bits"] == [
+        ["bits", "LLaMA 3.2 1B", kind] for kind in ("int8", "int4")
+    ]
     assert all(task in tasks for task in speed.compiled_tasks(tasks))
 
 

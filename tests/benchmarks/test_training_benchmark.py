@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def test_a_gpu_is_known_by_its_name(module):
     assert peak_of("Another card") is None
 
 
-@pytest.mark.parametrize("name, millions", [("139M", 139), ("1B", 1050)])
+@pytest.mark.parametrize(
+    "name, millions", [("139M", 139), ("1B", 1050), ("SmolLM2 135M", 134.5), ("LLaMA 3.2 1B", 1236)]
+)
 def test_the_models_have_the_sizes_that_they_are_named_by(module, name, millions):
     with torch.device("meta"):
         palm = PaLM.from_config(module("training_models").SIZES[name].config)
@@ -54,13 +57,17 @@ def test_the_packages_beside_ours_compute_the_same(module):
     config = PaLMConfig(num_tokens=64, dim=32, depth=1, heads=4, dim_head=16)
     errors = models.parity_errors(config)
     assert set(errors) == {"transformers Cohere", "palm-rlhf-pytorch"} and max(errors.values()) < 1e-3
+    llama = replace(config, **models.LLAMA, kv_heads=2)
+    errors = models.parity_errors(llama)
+    assert set(errors) == {"transformers LLaMA"} and max(errors.values()) < 1e-3
     # and the same loss, on the predictions that all of them make
-    palm = PaLM.from_config(config).eval()
-    tokens = torch.randint(64, (2, 17))
-    with torch.no_grad():
-        theirs = models.cohere_loss(models.make_cohere(config, palm).eval(), tokens)
-        ours = palm(tokens[:, :-1], return_loss=True)
-    assert float(theirs) == pytest.approx(float(ours), rel=1e-5)
+    for of_block in (config, llama):
+        palm = PaLM.from_config(of_block).eval()
+        tokens = torch.randint(64, (2, 17))
+        with torch.no_grad():
+            theirs = models.hugging_face_loss(models.make_hugging_face(of_block, palm).eval(), tokens)
+            ours = palm(tokens[:, :-1], return_loss=True)
+        assert float(theirs) == pytest.approx(float(ours), rel=1e-5)
 
 
 @pytest.fixture
