@@ -22,7 +22,7 @@ from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import ATTENTION, adapters_of
 from palm_rlhf.model.quantised.quantised_model import quantised_parts, require_frozen
 from palm_rlhf.model.shared_base import require_sole_base
-from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
+from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes, require_finite
 from palm_rlhf.model.weights_writer import parse_size, write_folder
 from palm_rlhf.ops.devices import meta_device
 
@@ -75,6 +75,7 @@ def from_pretrained(
         raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
     folder = open_weights(local_model(source, revision))
     model = filled(*open_with(cls, folder), dtype=dtype, device=device)
+    require_finite(model.state_dict(), folder.path)
     folder.require_unchanged()
     return model
 
@@ -99,9 +100,8 @@ def load_into(palm: "PaLM", path: Path) -> None:
     file that is damaged or of another model; the model is unchanged then.
     """
     require_sole_base(palm, f"load({str(path)!r})")
-    folder = None
-    if path.is_dir() or is_gguf(path):
-        folder = open_weights(path)
+    folder = open_weights(path) if path.is_dir() or is_gguf(path) else None
+    if folder is not None:
         skeleton, parts = open_folder(type(palm), folder)
     else:
         state = read_state_dict(path)

@@ -92,6 +92,8 @@ class PaLMConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if self.rotary_theta <= 0:
             raise ValueError(f"rotary_theta is {self.rotary_theta}; expected above 0, such as 10000")
+        if self.rotary_scaling is not None and self.rotary_scaling.rope_type == "yarn" and self.rotary_theta <= 1:
+            raise ValueError(f"rotary_theta is {self.rotary_theta}; expected above 1 with yarn, such as 10000")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}; expected a multiple, "

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from palm_rlhf.model.files import read_text
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 WRITTEN = ".written"  # a subfolder of new files that are complete, but not yet in their places: see weights_writer.py
+DEPTHS = ("depth", "num_hidden_layers")  # the number of blocks, in configs of ours and of Hugging Face
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The tokenizer and the chat template of a model.
 TOKENIZER_FILES = [
@@ -49,9 +51,12 @@ class WeightsFolder:
         for file in weights:
             with reading(file), safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
+                    if name in self._files:
+                        raise ValueError(f"{name} is in {self._files[name].name}, too, expected each tensor once")
                     part = tensors.get_slice(name)
                     self.shapes[name], self._files[name] = tuple(part.get_shape()), file
                     dtypes[name] = part.get_dtype()
+        check_depth(self.config, len(self.shapes), config)
         for name, dtype in dtypes.items():
             if dtype not in FLOATS:
                 raise ValueError(
@@ -121,7 +126,10 @@ def reading(file: Path) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError for anything else."""
     with reading(file):
-        values = json.loads(read_text(file))
+        try:
+            values = json.loads(read_text(file))
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         if not isinstance(values, dict):
             raise ValueError(f"it holds a JSON {type(values).__name__}, expected an object")
         return values
@@ -137,6 +145,30 @@ def shards_of(index: Path) -> list[str]:
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise ValueError(f"it names the shard {shard!r}, expected a file in the same folder")
     return sorted(set(weight_map.values()))
+
+
+def check_depth(config: Mapping[str, Any], num_tensors: int, where: Path) -> None:
+    """Raise ValueError if a config has more blocks than the folder has tensors: they would take time and memory."""
+    palm = config.get("palm")  # of a reward model
+    for values in (config, palm if isinstance(palm, dict) else {}):
+        for name in DEPTHS:
+            if isinstance(depth := values.get(name), int) and depth > num_tensors:
+                raise ValueError(
+                    f"{where} has {name}={depth}, and there are {num_tensors} tensors, expected several of each block: "
+                    "copy or download the folder again"
+                )
+
+
+@torch.no_grad()
+def require_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise ValueError that names a tensor with a number that is not finite."""
+    for name, tensor in tensors.items():
+        # a sum that is finite tells it in less time than each number
+        if not (tensor.is_meta or tensor.sum().isfinite() or tensor.isfinite().all()):
+            raise ValueError(
+                f"{where} has a number in {name} that is not finite, or not in {tensor.dtype}, expected finite ones: "
+                "take an earlier checkpoint, download it again, or open it with another dtype"
+            )
 
 
 def check_shapes(

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.policy.reward_model import RewardModel
 from tests.factories import palm_of
 
 SIZES = {"num_tokens": 19, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "kv_heads": 2}
@@ -173,6 +174,51 @@ def test_a_shard_that_the_index_does_not_name(sharded):
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != last}
     (sharded / INDEX).write_text(json.dumps(index))
     refused(sharded, ValueError, str(sharded), "lacks norm.weight", "expected all tensors of its model")
+
+
+def test_a_tensor_in_two_shards(sharded):
+    first, second = (sharded / f"model-0000{number}-of-00009.safetensors" for number in (1, 2))
+    name, rows = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: rows + 1}, second)
+    refused(sharded, ValueError, str(second), f"{name} is in {first.name}, too, expected each tensor once")
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5])
+def test_a_config_that_is_nested_too_deeply(whole, text):
+    (whole / "config.json").write_text(text)
+    refused(whole, ValueError, str(whole / "config.json"), "nested too deeply")
+
+
+def test_more_blocks_than_there_are_tensors(whole):
+    """They would take hours to make, before anything was compared."""
+    edit_config(whole, depth=10**9)
+    refused(whole, ValueError, str(whole / "config.json"), "depth=1000000000, and there are", "copy or download")
+    RewardModel(model()).save_pretrained(whole)
+    config = json.loads((whole / "config.json").read_text())
+    edit_config(whole, palm={**config["palm"], "depth": 10**9})
+    with pytest.raises(ValueError, match="depth=1000000000, and there are"):
+        RewardModel.from_pretrained(whole)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_are_not_finite(whole, number):
+    def put(tensors):
+        tensors["layers.1.ff_out.weight"][3, 5] = number
+
+    edit_weights(whole, put)
+    message = r"number in layers\.1\.ff_out\.weight that is not finite, or not in torch\.float16"
+    with pytest.raises(ValueError, match=message):
+        PaLM.from_pretrained(whole, dtype=torch.float16)
+    if number == 1e30:
+        assert PaLM.from_pretrained(whole, dtype=torch.bfloat16).layers[1].ff_out.weight[3, 5] > 9e29
+    else:
+        with pytest.raises(ValueError, match="is not finite"):
+            PaLM.from_pretrained(whole)
+
+
+def test_a_sum_that_is_too_large_is_no_number_that_is_not_finite(whole):
+    edit_weights(whole, lambda tensors: tensors["token_emb.weight"].fill_(60_000))
+    assert PaLM.from_pretrained(whole, dtype=torch.float16).token_emb.weight.max() == 60_000
 
 
 # Of another model

@@ -52,14 +52,15 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
     tied = {"tie_word_embeddings": (values.get("tie_word_embeddings"), (True,))}
     require_settings(common_settings(values, ARCHITECTURE) | tied, where)
     numbers = {"logit_scale": values.get("logit_scale", 0.0625), "layer_norm_eps": values.get("layer_norm_eps", 1e-5)}
+    # the context of Command R is longer than max_position_embeddings, and is stated here
+    numbers["context"] = values.get("model_max_length") or values.get("max_position_embeddings", 8192)
     require_numbers(numbers, values, where)
     return {
         **common_fields(values, where, theta=None),  # the default of rope_theta differs between versions
         "logit_scale": numbers["logit_scale"],
         "norm_eps": numbers["layer_norm_eps"],
         "qk_norm": bool(values.get("use_qk_norm")),
-        # the context of Command R is longer than max_position_embeddings, and is stated here
-        "max_seq_len": values.get("model_max_length") or values.get("max_position_embeddings", 8192),
+        "max_seq_len": numbers["context"],
     }
 
 

@@ -21,6 +21,23 @@ ROPE_FIELDS = {
 OTHER_ROPE_FIELDS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim", "truncate")
 
 
+# Settings of other architectures (SmolLM3 and nanotron, Gemma 2, Granite, OLMo, MiniCPM), with the values that change
+# nothing. transformers ignores them in a config.json of the architectures here.
+FOREIGN: dict[str, tuple] = {
+    "no_rope_layers": (),
+    "rope_interleaved": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "attention_multiplier": (),
+    "residual_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "logits_scaling": (1,),
+    "clip_qkv": (),
+    "scale_emb": (1,),
+}
+MOST = 2**63  # above it, integers do not fit the types of torch
+
+
 def require_settings(settings: Mapping[str, tuple[Any, tuple]], where: Path) -> None:
     """Raise ValueError that names each setting which is neither null nor one of the values that a PaLM can compute."""
     refused = []
@@ -45,6 +62,8 @@ def common_settings(values: Mapping[str, Any], architecture: str) -> dict[str, t
         "partial_rotary_factor": (rope.get("partial_rotary_factor", values.get("partial_rotary_factor")), (1,)),
         "quantization_config": (values.get("quantization_config"), ()),
         "architectures": (values.get("architectures"), ([architecture],)),
+        "tie_word_embeddings": (values.get("tie_word_embeddings"), (True, False)),
+        **{name: (values.get(name), computable) for name, computable in FOREIGN.items()},
     }
 
 
@@ -82,7 +101,7 @@ def rotary_fields(values: Mapping[str, Any], default_theta: float | None, where:
 
 
 def require_numbers(numbers: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> None:
-    """Raise ValueError that names each of the given numbers of a config.json which is none."""
+    """Raise ValueError that names each of the given numbers of a config.json which is none, or is not finite."""
     missing = [
         name for name, number in numbers.items() if isinstance(number, bool) or not isinstance(number, (int, float))
     ]
@@ -90,24 +109,44 @@ def require_numbers(numbers: Mapping[str, Any], values: Mapping[str, Any], where
         raise ValueError(
             f"{where} lacks {', '.join(missing)}; expected all the numbers of a {values.get('model_type')} model"
         )
+    if endless := [f"{name}={number}" for name, number in numbers.items() if not -MOST < number < MOST]:
+        raise ValueError(
+            f"{where} has {', '.join(endless):.200}, expected finite numbers below 2^63: copy or download it again"
+        )
 
 
-def common_fields(values: Mapping[str, Any], where: Path, *, theta: float | None) -> dict[str, Any]:
+def common_fields(
+    values: Mapping[str, Any],
+    where: Path,
+    *,
+    theta: float | None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+) -> dict[str, Any]:
     """Return the fields of a PaLMConfig that all architectures have; the z-loss is 0.
 
-    `theta` is the default of rope_theta; None if it has none. Raises ValueError that names the values which must be
-    numbers and are none.
+    Raises ValueError that names the values which must be numbers and are none.
+
+    Args:
+        values: the values of config.json.
+        where: its path.
+        theta: the default of rope_theta; None if it has none.
+        kv_heads: num_key_value_heads where the file does not mention it; None is num_attention_heads.
+        head_dim: the same of head_dim; None is the share of a head in hidden_size.
     """
     sizes: dict[str, Any] = {name: values.get(name) for name in SIZES}
-    require_numbers(sizes, values, where)
+    optional = {"num_key_value_heads": values.get("num_key_value_heads", kv_heads)}
+    optional["head_dim"] = values.get("head_dim", head_dim)
+    given = {name: number for name, number in optional.items() if number is not None}
+    require_numbers(sizes | given, values, where)
     heads = sizes["num_attention_heads"]
     return {
         "num_tokens": sizes["vocab_size"],
         "dim": sizes["hidden_size"],
         "depth": sizes["num_hidden_layers"],
         "heads": heads,
-        "dim_head": values.get("head_dim") or sizes["hidden_size"] // max(heads, 1),
-        "kv_heads": values.get("num_key_value_heads") or heads,
+        "dim_head": given.get("head_dim", sizes["hidden_size"] // max(heads, 1)),
+        "kv_heads": given.get("num_key_value_heads", heads),
         "ff_inner_dim": sizes["intermediate_size"],
         **rotary_fields(values, theta, where),
         "z_loss": 0.0,

@@ -26,19 +26,26 @@ from palm_rlhf.model.interop.tensor_layout import Weights, named_tensors, read_t
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one of the architectures from LLaMA: its switches, and settings that it needs."""
+    """What tells one of the architectures from LLaMA: its switches, settings that it needs, and defaults of its own.
+
+    The defaults are for settings that a config.json does not mention; see `common_fields`.
+    """
 
     class_name: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    kv_heads: int | None = None
+    head_dim: int | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)  # of the config.json that is written
 
 
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", constants={"mlp_bias": False}),
-    "mistral": Architecture("MistralForCausalLM", constants={"sliding_window": None}),
-    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, constants={"use_sliding_window": False}),
-    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True, constants={"use_sliding_window": False}),
+    "mistral": Architecture("MistralForCausalLM", kv_heads=8, constants={"sliding_window": None}),
+    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, kv_heads=32, constants={"use_sliding_window": False}),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM", qk_norm=True, kv_heads=32, head_dim=128, constants={"use_sliding_window": False}
+    ),
 }
 # Architectures for which people look here, and why a PaLM cannot compute them.
 OTHERS = {
@@ -52,6 +59,16 @@ OTHERS = {
     "gemma2": "its feed-forward is gated by GELU, and half of its layers attend to a sliding window",
     "gemma3_text": "its feed-forward is gated by GELU, and most of its layers attend to a sliding window",
     "phi3": "its tensors are fused, and its rotary may turn a part of each head",
+    "gemma3": "its feed-forward is gated by GELU, and most of its layers attend to a sliding window",
+    "olmo": "its norms have no weights",
+    "olmo2": "its norms follow attention and feed-forward",
+    "granite": "it has factors of embeddings, residuals and logits",
+    "gpt_oss": "it is a mixture of experts",
+    "deepseek_v3": "it is a mixture of experts, and its attention is latent",
+    "llama4": "it is a mixture of experts",
+    "phi": "it has biases everywhere, and a rotary of a part of each head",
+    "ministral": "most of its layers attend to a sliding window",
+    "falcon": "its feed-forward has no gate",
     "gpt2": "its positions are learnt, and it has biases everywhere",
 }
 
@@ -66,7 +83,9 @@ def from_llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     settings = common_settings(values, kind.class_name) | {
         "mlp_bias": (values.get("mlp_bias"), (False,)),
         "use_sliding_window": (values.get("use_sliding_window"), (False,)),
-        "layer_types": (sorted(set(values.get("layer_types") or ["full_attention"])), (["full_attention"],)),
+        "layer_types": (_kinds_of(values.get("layer_types")), (["full_attention"],)),
+        "logit_scale": (values.get("logit_scale"), (1,)),
+        "use_qk_norm": (values.get("use_qk_norm"), (False,)),
     }
     require_settings(settings, where)
     window = values.get("sliding_window", 4096) if model_type == "mistral" else None  # 4096 is its default
@@ -76,19 +95,26 @@ def from_llama_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
             "tokens that is the same: for texts that are no longer, set sliding_window to null and "
             f"max_position_embeddings to {window} there"
         )
-    norm_eps = values.get("rms_norm_eps", 1e-6)
-    require_numbers({"rms_norm_eps": norm_eps}, values, where)
+    norm_eps, context = values.get("rms_norm_eps", 1e-6), values.get("max_position_embeddings") or 2048
+    require_numbers({"rms_norm_eps": norm_eps, "max_position_embeddings": context}, values, where)
     return {
-        **common_fields(values, where, theta=10_000.0),
+        **common_fields(values, where, theta=10_000.0, kv_heads=kind.kv_heads, head_dim=kind.head_dim),
         "logit_scale": 1.0,
         "norm_eps": norm_eps,
         "qk_norm": kind.qk_norm,
-        "max_seq_len": values.get("max_position_embeddings") or 2048,
+        "max_seq_len": context,
         "block": "serial",
         "norm": "rms",
         "qkv_bias": kind.qkv_bias,
         "tie_embeddings": bool(values.get("tie_word_embeddings")),
     }
+
+
+def _kinds_of(layer_types: Any) -> Any:
+    """Return the kinds of layers in a list of them, each once; anything else is returned as it is."""
+    if isinstance(layer_types, list) and layer_types and all(isinstance(kind, str) for kind in layer_types):
+        return sorted(set(layer_types))
+    return layer_types
 
 
 def from_llama_tensors(config: PaLMConfig, folder: Weights) -> Iterator[tuple[str, Iterable[Tensor]]]:

@@ -105,7 +105,7 @@ settings_of_models = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.sampled_from(TYPES), settings_of_models, st.sampled_from(["5GB", "6KB"]), st.integers(0, 99))
 def test_a_folder_opens_as_a_palm_and_is_written_back(tmp_path_factory, model_type, values, shard_size, seed):
     model = transformer(model_type, seed, **values)
@@ -190,6 +190,24 @@ def test_settings_that_the_first_folders_of_the_hub_leave_out(tmp_path):
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     save_file({**load_file(file), **frequencies}, file)  # as transformers wrote them up to 4.31
     assert_same_logits(PaLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    "model_type, width, default",
+    [("mistral", {}, 8), ("qwen2", {}, 32), ("qwen3", {"head_dim": 6}, 32), ("qwen3", {"head_dim": 128}, 32)],
+)
+def test_settings_that_a_folder_leaves_out_have_the_defaults_of_their_architecture(
+    tmp_path, model_type, width, default
+):
+    sizes = {"num_attention_heads": default, "num_key_value_heads": default, "hidden_size": default * 4} | width
+    model = transformer(model_type, **sizes, **({"head_dim": 4} if model_type == "mistral" else {}))
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, remove=("num_key_value_heads", *(["head_dim"] if width != {"head_dim": 6} else [])))
+    assert_same_logits(PaLM.from_pretrained(tmp_path), model)
+    edit_config(tmp_path, num_attention_heads=2 * default, head_dim=model.config.hidden_size // default // 2)
+    if model_type != "qwen3":
+        with pytest.raises(ValueError, match="another shape"):  # and not as many as there are heads
+            PaLM.from_pretrained(tmp_path)
 
 
 def test_what_is_written_is_what_transformers_4_and_5_and_others_read(tmp_path):
@@ -392,6 +410,15 @@ def test_a_default_in_place_of_a_number_is_seen(tmp_path, changes):
             {"rope_parameters": ROPES["yarn"] | {"truncate": False}},
             "truncate=False, not True",
         ),
+        # settings of other architectures, which transformers ignores here
+        ("llama", {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers=[1, 1, 1, 0], not None"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=True, not False"),
+        ("mistral", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0, not None"),
+        ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2, not 1"),
+        ("qwen2", {"logit_scale": 0.5, "use_qk_norm": True}, "logit_scale=0.5, not 1, use_qk_norm=True, not False"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings='false', not one of (True, False)"),
+        ("qwen3", {"layer_types": 3}, "layer_types=3, not ['full_attention']"),
+        ("qwen3", {"layer_types": [{}]}, "layer_types=[{}], not ['full_attention']"),
     ],
 )
 def test_settings_that_a_palm_lacks_are_refused_by_name(tmp_path, model_type, change, message):
@@ -419,7 +446,16 @@ def test_a_sliding_window_is_refused_and_the_way_around_it_is_named(tmp_path, wi
         ({"rope_parameters": ROPES["yarn"] | {"mscale": "1", "mscale_all_dim": 1}}, "lacks mscale"),
         ({"rope_parameters": ROPES["llama3"] | {"low_freq_factor": 9.0}}, "low_freq_factor=9.0"),
         ({"num_key_value_heads": 3}, "heads=4 is not divisible by kv_heads=3"),
-        ({"head_dim": "wide"}, "does not describe a PaLM"),
+        ({"head_dim": "wide"}, "lacks head_dim"),
+        ({"num_key_value_heads": 0}, "kv_heads is 0; expected at least 1"),
+        ({"num_key_value_heads": True}, "lacks num_key_value_heads"),
+        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps=nan, expected finite numbers"),
+        ({"max_position_embeddings": 10**400}, "has max_position_embeddings=1000"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "has rope_theta=inf, expected finite numbers"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "has rope_theta=1000"),
+        ({"rope_parameters": ROPES["linear"] | {"factor": float("inf")}}, "has factor=inf, expected finite numbers"),
+        ({"rope_parameters": ROPES["yarn"] | {"rope_theta": 1}}, "rotary_theta is 1; expected above 1 with yarn"),
+        ({"num_hidden_layers": 10**9}, "has num_hidden_layers=1000000000, and there are 21 tensors"),
     ],
 )
 def test_numbers_that_make_no_model_are_refused(tmp_path, change, message):
