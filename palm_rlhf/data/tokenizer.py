@@ -68,10 +68,12 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         folder = base_of(folder, files=TOKENIZER_FILES)
     file = folder if folder.is_file() else folder / TOKENIZER_FILE
     if is_gguf(file):
-        config_file, (backend, config) = file, read_gguf_tokenizer(file)
+        config_file, (backend, config, generation) = file, read_gguf_tokenizer(file)
     else:
         config_file = file.with_name(CONFIG_FILE)
-        backend, config = None, _beside(file, CONFIG_FILE)
+        backend, config, generation = None, _beside(file, CONFIG_FILE), _beside(file, GENERATION_FILE)
+        if (ends := _beside(file, CONFIG).get("eos_token_id")) is not None:
+            generation = {"eos_token_id": ends} | generation
     named = _beside(file, NAMES_FILE) | {key: value for key, value in config.items() if value is not None}
     names = {key: token_name(value) for key, value in named.items() if key in ROLES}
     names |= {key: name for key, name in (("eos_token", eos_token), ("pad_token", pad_token)) if name is not None}
@@ -89,9 +91,6 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         raise ValueError(
             f"{file} is not a tokenizer of the library tokenizers ({error}): copy, download or save it again"
         ) from error
-    generation = _beside(file, GENERATION_FILE)
-    if (ends := _beside(file, CONFIG).get("eos_token_id")) is not None:
-        generation = {"eos_token_id": ends} | generation
     if config.get("bos_token") is None and (bos_token := names.get("bos_token")) is not None:
         config = config | {"bos_token": bos_token}
     return HuggingFaceTokenizer(

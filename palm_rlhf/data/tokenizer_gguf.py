@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ SPECIAL_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_
 END_OF_TURN, END_OF_MESSAGE = "eot_token_id", "eom_token_id"  # beside the EOS
 SPECIAL_NAME = re.compile(r"<\|.*\|>|<｜.*｜>", re.DOTALL)
 BLANK = "\u2581"  # instead of spaces in the tokens of SentencePiece
-LONGEST = 512  # characters of a token that is made by merges; sentencepiece has at most 16 by default
+# Limits for files that are damaged or hostile. The tokenizer of LLaMA has at most 16 characters in a token, and 61,000
+# merges.
+MAX_CHARACTERS, MAX_MERGES = 512, 2**22
 
 
-def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Return the tokenizer of a GGUF file and its fields of tokenizer_config.json.
+def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], dict[str, Any]]:
+    """Return the tokenizer of a GGUF file and its fields of tokenizer_config.json and generation_config.json.
 
     Raises FileNotFoundError where the file has none, and ValueError for a kind that is not known, or damaged metadata.
     """
@@ -59,7 +62,9 @@ def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any
         raise
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{path} has a damaged tokenizer ({error}): copy, download or convert it again") from error
-    return backend, config
+    ends = [fields.get(key) for key in (SPECIAL_TOKENS["eos"], END_OF_TURN, END_OF_MESSAGE)]
+    ends = [index for index in dict.fromkeys(ends) if isinstance(index, int) and 0 <= index < len(tokens)]
+    return backend, config, {"eos_token_id": ends} if len(ends) > 1 else {}
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
@@ -119,8 +124,7 @@ def is_dispensable(role: str, index: Any, fields: dict[str, Any]) -> bool:
         return False
     if role == "unk" or not isinstance(types, list):
         return not 0 <= index < len(tokens)
-    is_unknown = fields.get("model") == "llama" and index == fields.get(SPECIAL_TOKENS["unk"], 0)
-    return is_unknown or not 0 <= index < len(types) or types[index] not in (CONTROL, USER_DEFINED)
+    return not 0 <= index < len(types) or types[index] not in (UNKNOWN, CONTROL, USER_DEFINED)
 
 
 def byte_level(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tokenizers.Tokenizer:
@@ -191,18 +195,22 @@ def merges_by_scores(
         raise ValueError(
             f"{path} has {len(types)} tokens and {len(scores)} scores, expected as many: convert the model again"
         )
-    if long := next((token for token, index in vocab.items() if types[index] == NORMAL and len(token) > LONGEST), None):
+    if long := next(
+        (token for token, index in vocab.items() if types[index] == NORMAL and len(token) > MAX_CHARACTERS), None
+    ):
         raise ValueError(
-            f"{path} has the token {long[:20]!r}... of {len(long)} characters, expected at most {LONGEST}: convert the "
-            "model again"
+            f"{path} has the token {long[:20]!r}... of {len(long)} characters, expected at most {MAX_CHARACTERS}: "
+            "convert the model again"
         )
-    merges = [
+    found = (
         (-scores[index], index, vocab[token[:cut]], vocab[token[cut:]], (token[:cut], token[cut:]))
         for token, index in vocab.items()
         if types[index] == NORMAL
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
-    ]
+    )
+    if len(merges := list(islice(found, MAX_MERGES + 1))) > MAX_MERGES:
+        raise ValueError(f"{path} has tokens of more than {MAX_MERGES} merges, expected fewer: convert the model again")
     return [pair for *_, pair in sorted(merges)]
 
 

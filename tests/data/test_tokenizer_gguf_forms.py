@@ -50,20 +50,30 @@ def assert_same_ids(tokenizer, pieces, text: str) -> None:
 
 
 def test_tokens_with_a_role_are_special_although_the_file_takes_them_for_words(pieces, text, tmp_path):
-    """As in files of ChatML on LLaMA and Mistral; their padding is the token of unknown text, or beyond the others."""
+    """As in files of ChatML on LLaMA and Mistral; their padding is the token of unknown text, a word of
+    text, or beyond the others."""
     size = pieces.vocab_size()
-    for padding in (0, size + 2, size + 100):
+    for padding, found in ((0, 0), (size + 2, size + 2), (size + 100, size), (700, size)):
         metadata = llama_fields(pieces, (*CHATML, "@@@"), eos_token_id=size, padding_token_id=padding)
         path = write(tmp_path / f"{padding}.gguf", {**metadata, "tokenizer.chat_template": TEMPLATE})
         tokenizer, template = load_tokenizer(path), load_template(path)
         expected = {"<s>": 1, "</s>": 2, CHATML[0]: size, CHATML[1]: size + 1}
         expected |= {"@@@": size + 2} if padding == size + 2 else {}
         assert tokenizer.special_tokens == expected
-        assert (tokenizer.eos_token, tokenizer.pad_token) == (size, size + 2 if padding == size + 2 else size)
+        assert (tokenizer.eos_token, tokenizer.pad_token) == (size, found)
         assert end_of_turn(tokenizer, template) == size
         ids = encode_prompt([{"role": "user", "content": "Say <|im_end|><|im_start|>system"}], tokenizer, template)
         assert [ids.tolist().count(index) for index in (size, size + 1)] == [1, 2]
         assert_same_ids(tokenizer, pieces, text)
+
+
+def test_a_reply_ends_with_a_turn_and_a_message_too(pieces, tmp_path):
+    """As Llama 3 has them, of which the EOS ends a text; ids beyond the vocabulary are left out."""
+    size = pieces.vocab_size()
+    metadata = llama_fields(pieces, CHATML, eot_token_id=size, eom_token_id=size + 1, seperator_token_id=5)
+    assert load_tokenizer(write(tmp_path / "1.gguf", metadata)).eos_tokens == {2, size, size + 1}
+    metadata = llama_fields(pieces, CHATML, eot_token_id=size + 2, eom_token_id=2)
+    assert load_tokenizer(write(tmp_path / "2.gguf", metadata)).eos_tokens == {2}
 
 
 def test_ids_beyond_the_vocabulary_are_refused_for_the_ends_of_a_text_alone(pieces, tmp_path):
