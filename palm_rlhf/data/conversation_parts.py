@@ -168,7 +168,7 @@ def _pieces_by_rendering(
     done, since = "", 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = _continued(done, rendered(index, True))
+            prompt = _continued(done, rendered(index, True) if index else _opening(rendered))
             _check_tools_written(messages[since:index], prompt[len(done) :], template)
             yield prompt[len(done) :], None
             done, since = _continued(prompt, rendered(index + 1)), index + 1
@@ -199,6 +199,17 @@ def _check_definitions_written(tools: Tools | None, text: str) -> None:
         raise ValueError(
             "the chat template leaves out the definitions of tools, expected one that writes tools: take another"
         )
+
+
+def _opening(rendered: Callable[..., str]) -> str:
+    """Return the text before the first message where that is the assistant's.
+
+    Templates that open conversations with a system message leave it out, or fail, where there is no message at all.
+    """
+    whole = rendered(1)
+    header = _continued(whole, rendered(1, True))[len(whole) :]
+    start = whole.find(header)
+    return whole[: start + len(header)] if header and start >= 0 else rendered(0, True)
 
 
 def _check_tools_written(messages: Messages, text: str, template: JinjaTemplate) -> None:

@@ -277,6 +277,30 @@ def test_a_template_that_is_wrong_or_wants_too_much_is_refused(source, message):
         encode(TURNS, tokenizer_of("bytes"), JinjaTemplate(source))
 
 
+DEFAULT_SYSTEM = "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}"
+OPENED = {
+    "SmolLM2": "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    f"{DEFAULT_SYSTEM}{{% endif %}}{{% endfor %}}{CHATML}",
+    "Qwen2.5": f"{{% if messages[0]['role'] != 'system' %}}{DEFAULT_SYSTEM}{{% endif %}}{CHATML}",
+}
+
+
+@pytest.mark.parametrize("model", OPENED)
+def test_an_assistant_may_speak_first_after_the_system_message_of_the_template(model):
+    """Such a template has no system message without any message, or fails."""
+    template, tokenizer = JinjaTemplate(OPENED[model]), tokenizer_of("bytes")
+    messages = [{"role": "assistant", "content": "Hi!"}, *said("Hello!", "How are you?")]
+    found = encode(messages, tokenizer, template)
+    expected = (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
+        "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\nHow are you?<|im_end|>\n"
+    )
+    assert whole(found.tokens.tolist()) == expected == template.render(messages)
+    assert whole(found.tokens[found.weights > 0].tolist()) == "Hi!<|im_end|>How are you?<|im_end|>"
+    prompt = encode_prompt(messages[:2], tokenizer, template).tolist()
+    assert whole(prompt) == expected.removesuffix("How are you?<|im_end|>\n")
+
+
 def test_reading_and_trimming_of_contents_work_in_templates():
     source = (
         "{% for m in messages %}{{ '<s>' + (m['content'].split('</think>')[-1] | trim if '</think>' in m['content'] "
