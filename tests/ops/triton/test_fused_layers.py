@@ -20,9 +20,7 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.slow(38)
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_in_the_interpreter(processes, name):
-    output, _ = processes[name].communicate()
-    assert processes[name].returncode == 0, output
-    assert " passed" in output and "skipped" not in output
+    processes[name].require_passed()
 
 
 def layer(dtype=torch.bfloat16, *, device="cuda", n=6, num_tokens=50) -> tuple[torch.Tensor, ...]:
