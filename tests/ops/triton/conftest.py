@@ -9,7 +9,7 @@ from tests.ops.triton.started_tests import started_tests
 
 
 @pytest.fixture(scope="module")
-def processes(request):
+def kernel_tests(request):
     """The files of `interpreted/` that a module names in INTERPRETED, at work side by side."""
     if (reason := explain_fault("interpreter", INSTALLED, numpy=np.__version__)) is not None:
         pytest.skip(f"{NEEDS_TRITON}: {reason}")

@@ -19,8 +19,8 @@ INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py", "test_att
 
 @pytest.mark.slow(140)
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_in_the_interpreter(processes, name):
-    processes[name].require_passed()
+def test_kernels_in_the_interpreter(kernel_tests, name):
+    kernel_tests[name].require_passed()
 
 
 def run_python(code: str, **environment: str) -> str:

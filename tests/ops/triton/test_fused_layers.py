@@ -19,8 +19,8 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.mark.slow(38)
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_in_the_interpreter(processes, name):
-    processes[name].require_passed()
+def test_kernels_in_the_interpreter(kernel_tests, name):
+    kernel_tests[name].require_passed()
 
 
 def layer(dtype=torch.bfloat16, *, device="cuda", n=6, num_tokens=50) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ PARTS = {"bfloat16": "bfloat16", "the others": "not bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def processes(root, request):
+def kernel_tests(root, request):
     """The tests of compiled kernels in `ptx/`, at work side by side."""
     files = sorted(map(str, root.glob("tests/ops/triton/ptx/test_compiled_*.py")))
     parts = {part: [*files, "-k", names] for part, names in PARTS.items()}
@@ -18,5 +18,5 @@ def processes(root, request):
 
 @pytest.mark.slow(57)
 @pytest.mark.parametrize("part", PARTS)
-def test_compiled_kernels(processes, part):
-    processes[part].require_passed()
+def test_compiled_kernels(kernel_tests, part):
+    kernel_tests[part].require_passed()
