@@ -63,10 +63,8 @@ def score(folder, reply) -> float:
     """The score of a reply by the reward model in a folder."""
     tokenizer, template = load_tokenizer(folder), load_template(folder)
     example = encode([*PROMPTS[0], {"role": "assistant", "content": reply}], tokenizer, template)
-    is_prompt = ~torch.as_tensor(example.loss_mask)
-    return float(
-        RewardModel.from_pretrained(folder)(torch.as_tensor(example.tokens)[None], prompt_mask=is_prompt[None])
-    )
+    reward_model = RewardModel.from_pretrained(folder)
+    return reward_model(example.tokens[None].long(), prompt_mask=example.weights[None] == 0).item()
 
 
 class Person:
@@ -206,8 +204,8 @@ def test_two_people_grow_trees_and_compare_and_a_model_learns_from_them(browser,
             written = [pair for pair in preferred if all(map(str.strip, pair))]  # readers take no blank replies
             ranked = sum(person.num_ranked_pairs for person in people)  # in trees, of which some have not ended
             assert 0 < len(written) <= exported["preferences"] <= len(preferred) + ranked
-            last_line("reward", out, "--model", model, "--output-dir", tmp_path / "reward", *FITTING)
-            assert score(tmp_path / "reward", "aabbccdd") > score(tmp_path / "reward", "eeffgghh")
+            fitted = last_line("reward", out, "--model", model, "--output-dir", tmp_path / "reward", *FITTING)
+            assert score(fitted["model"], "aabbccdd") > score(fitted["model"], "eeffgghh")
 
             result = json.loads(learning.communicate(timeout=240)[0].splitlines()[-1])
         assert result["round"] == 1 and result["comparisons"] == 6
