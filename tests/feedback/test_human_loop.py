@@ -12,7 +12,6 @@ import time
 from contextlib import contextmanager
 
 import pytest
-import torch
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from sqlalchemy import select
