@@ -13,6 +13,7 @@ from palm_rlhf.data.templates import ChatTemplate, JinjaTemplate, load_template
 from palm_rlhf.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from palm_rlhf.data.tokenizer_byte_level import byte_level
 from palm_rlhf.data.tokenizer_gguf_writer import gguf_metadata
+from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.interop.gguf_writer import write_gguf
 from palm_rlhf.model.interop.peft_base import weights_of
 from palm_rlhf.model.local_model import local_model
@@ -29,6 +30,10 @@ EXPORTED = (CONFIG, WEIGHTS, INDEX, ANY_SHARD, *TOKENIZER_FILES, WRITTEN, WRITIN
 @beartype
 def export_gguf(source: str, output: Path, type: str, *, overwrite: bool) -> None:
     """Write a model with its tokenizer and chat template to a GGUF file, and print its architecture and size."""
+    if not is_gguf(output):
+        raise ValueError(
+            f"got --output {output}, expected a file that ends in .gguf, by which models are opened: name one"
+        )
     refuse_existing(overwrite, str(output))
     place = local_model(source)
     palm = PaLM.from_pretrained(place)

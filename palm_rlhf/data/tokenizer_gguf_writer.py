@@ -11,6 +11,7 @@ from palm_rlhf.data.tokenizer_gguf import (
     BLANK,
     BYTE,
     CONTROL,
+    END_OF_MESSAGE,
     END_OF_TURN,
     NORMAL,
     PREFIX,
@@ -50,9 +51,13 @@ def gguf_metadata(
         fields |= sentencepiece_fields(backend, tokens, merges)
     else:
         fields |= {"pre": words_of(backend), "merges": [" ".join(merge) for merge in merges]}
+    if not merges:
+        raise ValueError(
+            "got a tokenizer without merges, such as one of bytes, expected one with merges, which llama.cpp needs: "
+            "train the model with such a tokenizer"
+        )
     fields |= ids_and_ends(tokenizer, tokens)
-    if template is not None:
-        fields |= turn_end(tokenizer, template)
+    fields |= further_ends(tokenizer, template)
     metadata = {PREFIX + name: value for name, value in fields.items()}
     if template is not None:
         metadata[TEMPLATE] = template.to_jinja() if isinstance(template, ChatTemplate) else template.source
@@ -146,10 +151,11 @@ def ids_and_ends(tokenizer: HuggingFaceTokenizer, tokens: list[str]) -> dict[str
     return fields | {"add_bos_token": bool(before), "add_eos_token": bool(after)}
 
 
-def turn_end(tokenizer: HuggingFaceTokenizer, template: ChatTemplate | JinjaTemplate) -> dict[str, int]:
-    """Return the id of the special token that ends the assistant's turns, where it is another than the EOS."""
-    with suppress(ValueError):  # the template refuses the conversation from which the token is read
-        end = end_of_turn(tokenizer, template)
-        if end != tokenizer.eos_token and end in tokenizer.special_tokens.values():
-            return {END_OF_TURN: end}
-    return {}
+def further_ends(tokenizer: HuggingFaceTokenizer, template: ChatTemplate | JinjaTemplate | None) -> dict[str, int]:
+    """Return the ids of two special tokens that end a reply, beside the EOS: that of a turn first, if it is another."""
+    ends = sorted(tokenizer.eos_tokens & set(tokenizer.special_tokens.values()))
+    if template is not None:
+        with suppress(ValueError):  # the template refuses the conversation from which the token is read
+            ends.insert(0, end_of_turn(tokenizer, template))
+    ends = [end for end in dict.fromkeys(ends) if end in tokenizer.special_tokens.values()]
+    return dict(zip((END_OF_TURN, END_OF_MESSAGE), (end for end in ends if end != tokenizer.eos_token)))

@@ -101,6 +101,8 @@ def test_options_of_the_other_kind_of_export_are_refused(words, message, folder,
 def test_a_file_that_exists_is_written_over_only_if_told_so(folder, tmp_path):
     path, out = folder(), tmp_path / "tiny.gguf"
     out.write_bytes(b"precious")
+    with pytest.raises(SystemExit, match=r"got --output .*tiny\.bin, expected a file that ends in \.gguf"):
+        main(["export", str(path), "--format", "gguf", "--output", str(out.with_suffix(".bin"))])
     words = ["export", str(path), "--format", "gguf", "--output", str(out)]
     with pytest.raises(SystemExit, match=r"exists already.*--overwrite"):
         main(words)

@@ -275,6 +275,8 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(enwik):
             setattr(other, name, part)
         with pytest.raises(ValueError, match=r"expected one of the tokenizers that llama\.cpp knows"):
             gguf_metadata(HuggingFaceTokenizer(other, eos_token=SPECIAL[2]), None, 1000)
+    with pytest.raises(ValueError, match="a tokenizer without merges"):
+        gguf_metadata(HuggingFaceTokenizer.train(["ab"], 261), None, 300)
     unigram = tokenizers.Tokenizer(models.Unigram([("a", -1.0), ("<x>", -2.0)], 0, False))
     with pytest.raises(ValueError, match="of the type Unigram, expected BPE"):
         gguf_metadata(HuggingFaceTokenizer(unigram, ["<x>"], eos_token="<x>"), None, 10)

@@ -153,6 +153,10 @@ def test_the_end_of_a_turn_is_written_where_it_is_not_the_end_of_a_text(text, tm
         tokenizer = HuggingFaceTokenizer(backend, eos_token=eos)
         metadata = gguf_metadata(tokenizer, JinjaTemplate(TEMPLATE), tokenizer.num_tokens)
         assert metadata.get("tokenizer.ggml.eot_token_id") == expected
+    tokenizer.generation = {"eos_token_id": [tokenizer.eos_token, backend.token_to_id("<|endoftext|>")]}
+    path = write(tmp_path / "1.gguf", gguf_metadata(tokenizer, JinjaTemplate(TEMPLATE), tokenizer.num_tokens))
+    assert load_tokenizer(path).eos_tokens == tokenizer.eos_tokens and len(tokenizer.eos_tokens) == 2
+    tokenizer.generation = {}
     words = JinjaTemplate("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
     assert "tokenizer.ggml.eot_token_id" not in gguf_metadata(tokenizer, words, tokenizer.num_tokens)
 

@@ -1,7 +1,7 @@
 """Writing of GGUF files: a PaLM in the names, the metadata and the order of rows of llama.cpp."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,32 +44,53 @@ def write_gguf(palm: "PaLM", path: Path, *, type: str, name: str, tokenizer: Map
     require_writable(palm, architecture)
     tensors = dict(named_tensors(palm, tensors))
     heads = {"attn_q": palm.config.heads, "attn_k": palm.config.kv_heads} if architecture == PAIRED else {}
+
+    def reordered(key: str, tensor: Tensor) -> Tensor:
+        num_heads = heads.get(key.split(".")[-2], 0)
+        return to_pairs(tensor, num_heads, palm.config.dim_head) if num_heads else tensor
+
     kinds = {key: kind_of(key, tensor, type) for key, tensor in tensors.items()}
     metadata: dict[str, Any] = {"general.name": name, "general.file_type": FILE_TYPES[type]}
     if type == "q8_0":
         metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     metadata |= {f"{architecture}.{key}": value for key, value in metadata_of(config).items()}
-    with replacing(path) as partial:
-        writer = gguf.GGUFWriter(partial, architecture)
-        try:
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-            for key, value in {**metadata, **tokenizer}.items():
-                add.get(value.__class__, writer.add_array)(key, value)
-            for key, tensor in tensors.items():
-                kind = gguf.GGMLQuantizationType[kinds[key]]
-                block, size = gguf.GGML_QUANT_SIZES[kind]
-                num_bytes = tensor.numel() // block * size
-                writer.add_tensor_info(key, list(tensor.shape), np.dtype(np.float32), num_bytes, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for key, tensor in tensors.items():
-                if num_heads := heads.get(key.split(".")[-2], 0):
-                    tensor = to_pairs(tensor, num_heads, palm.config.dim_head)
-                writer.write_tensor_data(converted(gguf, key, tensor, kinds[key]))
-        finally:
-            writer.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as partial:
+            write_parts(gguf, partial, architecture, {**metadata, **tokenizer}, tensors, kinds, reordered)
+    except OSError as error:
+        message = f"{path} could not be written: {error}. Make room there, or choose another place"
+        raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
     return architecture
+
+
+def write_parts(
+    gguf: Any,
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    kinds: Mapping[str, str],
+    reordered: Callable[[str, Tensor], Tensor],
+) -> None:
+    """Write the header of a file, and its tensors, each of which is put into its order and its type when it is due."""
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        for key, value in metadata.items():
+            add.get(value.__class__, writer.add_array)(key, value)
+        for key, tensor in tensors.items():
+            kind = gguf.GGMLQuantizationType[kinds[key]]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            num_bytes = tensor.numel() // block * size
+            writer.add_tensor_info(key, list(tensor.shape), np.dtype(np.float32), num_bytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for key, tensor in tensors.items():
+            writer.write_tensor_data(converted(gguf, key, reordered(key, tensor), kinds[key]))
+    finally:
+        writer.close()
 
 
 def hugging_face_parts(palm: "PaLM") -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """GGUF files that a PaLM is written to: read back equal, and read by transformers, whatever the block."""
 
+import resource
+
 import gguf
 import numpy as np
 import pytest
@@ -141,6 +143,22 @@ def test_adapters_are_refused_by_name(tmp_path):
     palm.add_finetune_params("chat")
     with pytest.raises(ValueError, match=r"the finetune scopes \['chat'\]"):
         written(palm, tmp_path / "model.gguf")
+
+
+def test_a_full_disk_is_named_and_the_older_file_stays(tmp_path):
+    path, limits = tmp_path / "model.gguf", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"an older file")
+    for num_bytes in (10, 20_000):  # in the header, and in a tensor, for which numpy gives no reason
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"model\.gguf could not be written: .*\. Make room there"):
+                written(palm_of(), path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == b"an older file"
+        assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    written(palm_of(), tmp_path / "new" / "folder" / "model.gguf")
+    assert (tmp_path / "new" / "folder" / "model.gguf").stat().st_size > 20_000
 
 
 def test_a_number_that_f16_cannot_hold_is_refused_and_the_older_file_stays(tmp_path):
