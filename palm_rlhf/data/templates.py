@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from palm_rlhf.model.weights_folder import TOKENIZER_FILES, read_json
 
 Messages = Sequence[Mapping[str, Any]]
 TEMPLATE_FILE, JINJA_FILE = "template.json", "chat_template.jinja"
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what `render` tells a template
 MESSAGE_KEYS = ("role", "name", "content", "tool_calls", "tool_call_id")  # the keys that templates see
 
 JINJA = """\
@@ -101,7 +102,7 @@ class JinjaTemplate:
     """
 
     source: str
-    variables: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)
     special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -109,14 +110,26 @@ class JinjaTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        import jinja2
+        return compiled(self.source)
 
-        try:
-            return sandbox().from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template is not valid Jinja ({error}), mend it: {self.source[:200]!r}"
-            ) from error
+    @property
+    def options(self) -> frozenset[str]:
+        """The names that the template reads besides the conversation and `variables`, such as enable_thinking."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(sandbox().parse(self.source)) - {*GIVEN, *self.variables})
+
+    @beartype
+    def with_options(self, options: Mapping[str, bool]) -> "JinjaTemplate":
+        """Return the template with some of its `options` set, such as `enable_thinking=False` for Qwen3.
+
+        Raises ValueError for a name that it does not read.
+        """
+        if not options:
+            return self
+        if unknown := sorted(options.keys() - self.options):
+            raise ValueError(f"got the options {unknown}, expected some of {sorted(self.options)}, which it reads")
+        return dataclasses.replace(self, variables={**self.variables, **options})
 
     @property
     def knows_tools(self) -> bool:
@@ -142,6 +155,17 @@ class JinjaTemplate:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the template beside a tokenizer, for `load_template` and for other libraries."""
         _save(Path(directory), dataclasses.asdict(self), self.source)
+
+
+@lru_cache(maxsize=16)
+def compiled(source: str) -> Any:
+    """Return a Jinja template ready to render. Raises ValueError if it is not valid."""
+    import jinja2
+
+    try:
+        return sandbox().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is not valid Jinja ({error}), mend it: {source[:200]!r}") from error
 
 
 def quote(text: str) -> str:

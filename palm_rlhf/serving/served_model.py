@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,13 @@ class ServedModel:
         if not isinstance(self.template, JinjaTemplate) or not self.template.knows_tools:
             return None
         return call_form(self.template.source)
+
+    @beartype
+    def with_template_options(self, options: Mapping[str, bool]) -> "ServedModel":
+        """Return the model with switches of its chat template set; ValueError for those that it does not read."""
+        if not isinstance(self.template, JinjaTemplate):
+            raise ValueError(f"got the options {sorted(options)} of a chat template, expected none: it has none")
+        return replace(self, template=self.template.with_options(options))
 
     @beartype
     def encode_chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:

@@ -1,6 +1,6 @@
 """From a parsed request to requests to the engine: texts become tokens, which have to fit the context."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ def engine_requests(
     for prompt in parsed.prompts:
         tools = [] if parsed.tools is None else parsed.tools.definitions
         forms = {"continued": parsed.continued, "add_special_tokens": parsed.add_special_tokens}
-        tokens = prompt_tokens(model, context, prompt, tools, name, **forms)
+        tokens = prompt_tokens(model_of(model, parsed.template_options), context, prompt, tools, name, **forms)
         room = room_for_reply(len(tokens), parsed.max_new_tokens, context, name)
         requests += [Request(tokens, room, index=index, **options) for index in range(parsed.best_of)]
     return requests
@@ -127,6 +127,14 @@ def prompt_tokens(
     if not tokens:
         raise ApiError(400, f"{name} is empty; expected at least one token", param=name)
     return tokens
+
+
+def model_of(model: ServedModel, options: Mapping[str, bool]) -> ServedModel:
+    """Return the model with switches of its chat template set; ApiError for those that it does not read."""
+    try:
+        return model.with_template_options(options) if options else model
+    except ValueError as error:
+        raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
 
 
 def room_for_reply(length: int, asked: int | None, context: int, name: str) -> int:

@@ -91,6 +91,13 @@ STREAMING = {
         }
     ),
 }
+TEMPLATE_OPTIONS = {
+    "type": "object",
+    "additionalProperties": {"type": "boolean"},
+    "propertyNames": {"maxLength": 64},
+    "maxProperties": 16,
+    "description": "Switches of the model's chat template, such as enable_thinking, which has to read them.",
+}
 PROMPT_LOGPROBS = integer(
     0, 20, "Return the log-probability of each token of the prompt, and of so many of the likeliest others."
 )
@@ -137,7 +144,6 @@ NEUTRAL_IN_CHATS = {
     "echo": neutral(False),
     "add_special_tokens": neutral(False),
     "documents": neutral([]),
-    "chat_template_kwargs": neutral({}),
     "include_reasoning": neutral(True),
 }
 NEUTRAL_IN_COMPLETIONS = {"suffix": neutral("")}
@@ -257,6 +263,7 @@ CHAT = record(
         "top_logprobs": integer(0, 20, "Return the log-probabilities of so many of the likeliest tokens, too."),
         "prompt_logprobs": PROMPT_LOGPROBS,
         "response_format": RESPONSE_FORMAT,
+        "chat_template_kwargs": TEMPLATE_OPTIONS,
         "continue_final_message": boolean("Go on with the last message, which is the assistant's, as vLLM does."),
         "add_generation_prompt": boolean("Begin a message of the assistant; false only with continue_final_message."),
         **NEUTRAL_IN_CHATS,

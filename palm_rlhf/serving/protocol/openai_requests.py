@@ -35,6 +35,7 @@ class ParsedRequest:
     schema_name: str = "response_format"  # of the parameter that asks for it
     tools: Tools | None = None  # which a reply may call
     continued: bool = False  # whether the reply goes on with the last message
+    template_options: dict[str, bool] = field(default_factory=dict)  # switches of the chat template
     repeated: dict[str, Any] = field(default_factory=dict)  # parameters that a response repeats
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -68,7 +69,8 @@ def read_chat(body: dict[str, Any]) -> ParsedRequest:
         raise ApiError(400, message, param="response_format", code="conflict")
     parsed = common(values, [messages], most_tokens(values), logprobs, prompt_logprobs)
     continued = continues(values, messages, free=schema is None and tools is None)
-    return replace(parsed, prompt_logprobs=prompt_logprobs, json_schema=schema, tools=tools, continued=continued)
+    parsed = replace(parsed, template_options=values.get("chat_template_kwargs", {}), prompt_logprobs=prompt_logprobs)
+    return replace(parsed, json_schema=schema, tools=tools, continued=continued)
 
 
 def continues(values: dict[str, Any], messages: list[dict[str, Any]], *, free: bool) -> bool:

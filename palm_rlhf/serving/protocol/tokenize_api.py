@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from palm_rlhf.serving.protocol.engine_requests import check_ids, prompt_tokens
+from palm_rlhf.serving.protocol.engine_requests import check_ids, model_of, prompt_tokens
 from palm_rlhf.serving.protocol.errors import ApiError
 from palm_rlhf.serving.protocol.openai_parameters import (
     CHAT,
     MODEL,
-    NEUTRAL_IN_CHATS,
     STRING,
     TOKENS,
     boolean,
@@ -19,6 +18,7 @@ from palm_rlhf.serving.protocol.token_display import token_text
 from palm_rlhf.serving.protocol.tool_calls import read_tools
 from palm_rlhf.serving.served_model import ServedModel
 
+SHARED = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")  # with a chat
 TOKENIZE = record(
     {
         "model": MODEL,
@@ -27,8 +27,7 @@ TOKENIZE = record(
         "messages": {**CHAT["properties"]["messages"], "description": "A conversation, up to where the reply begins."},
         "tools": CHAT["properties"]["tools"],
         "return_token_strs": boolean("Return each token as text, too."),
-        "chat_template_kwargs": NEUTRAL_IN_CHATS["chat_template_kwargs"],
-        **{name: CHAT["properties"][name] for name in ("add_generation_prompt", "continue_final_message")},
+        **{name: CHAT["properties"][name] for name in SHARED},
     }
 )
 DETOKENIZE = record({"model": MODEL, "tokens": items(TOKENS, minimum=0)}, "tokens")
@@ -48,6 +47,7 @@ def tokenize(model: ServedModel, context: int, values: dict[str, Any]) -> dict[s
         tools = read_tools(values)
         continued = continues(values, messages, free=tools is None)
         definitions = [] if tools is None else tools.definitions
+        model = model_of(model, values.get("chat_template_kwargs", {}))
         tokens = prompt_tokens(model, context, messages, definitions, continued=continued)
     strings = [token_text(model.tokenizer, token)[0] for token in tokens] if values.get("return_token_strs") else None
     return {"count": len(tokens), "max_model_len": context, "tokens": tokens, "token_strs": strings}
