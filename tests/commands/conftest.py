@@ -93,6 +93,7 @@ def llama(tmp_path_factory, files):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=320, num_key_value_heads=2, **sizes, **ids)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    model.lm_head.weight.data[tokenizer.vocab_size :] *= 10  # the rows of no token would be sampled most
     model.generation_config.do_sample, model.generation_config.top_k = True, 7
     model.save_pretrained(folder, max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").is_file() and (folder / "chat_template.jinja").is_file()

@@ -117,30 +117,31 @@ def test_a_mask_that_is_none_is_refused(wrong, message):
 
 
 @both
-@pytest.mark.parametrize("num_tokens", [NUM_TOKENS, 9000])
-def test_log_probabilities_entropies_and_gradients_are_those_of_the_known_tokens_alone(kind, num_tokens):
+@pytest.mark.parametrize("num_tokens, tied", [(NUM_TOKENS, True), (9000, True), (9000, False)])
+def test_log_probabilities_entropies_and_gradients_are_those_of_the_known_tokens_alone(kind, num_tokens, tied):
     known = mask(kind, num_tokens)
     if num_tokens > NUM_TOKENS:
         known[261:-100] = True
     torch.manual_seed(0)
-    palm = PaLM(num_tokens=num_tokens, dim=16, depth=1, heads=2, dim_head=8).double()
+    palm = PaLM(num_tokens=num_tokens, dim=16, depth=1, heads=2, dim_head=8, tie_embeddings=tied).double()
+    output = palm.token_emb.weight if tied else palm.lm_head.weight
     embeds = torch.randn(8, 128, 16, dtype=torch.float64, requires_grad=True)
     actions = known.nonzero().squeeze(-1)[torch.randint(int(known.sum()), (8, 128))]
     if num_tokens > NUM_TOKENS:
-        assert chunks_are_faster(embeds, palm.token_emb.weight), "this size was to take the way in chunks"
+        assert chunks_are_faster(embeds, output), "this size was to take the way in chunks"
     found = action_logprobs(palm, embeds, actions, temperature=0.7, allowed_tokens=known)
     found.logprobs.square().sum().backward()
-    gradients = embeds.grad.clone(), palm.token_emb.weight.grad.clone()
-    embeds.grad = palm.token_emb.weight.grad = None
+    gradients = embeds.grad.clone(), output.grad.clone()
+    embeds.grad = output.grad = None
 
     places = known.nonzero().squeeze(-1)
-    logprobs = (embeds @ palm.token_emb.weight[places].mT * palm.config.output_scale / 0.7).log_softmax(dim=-1)
+    logprobs = (embeds @ output[places].mT * palm.config.output_scale / 0.7).log_softmax(dim=-1)
     expected = logprobs.gather(-1, (known.cumsum(0)[actions] - 1).unsqueeze(-1)).squeeze(-1)
     expected.square().sum().backward()
     torch.testing.assert_close(found.logprobs, expected, atol=1e-9, rtol=0)
     torch.testing.assert_close(found.entropy, -(logprobs.exp() * logprobs).sum(dim=-1), atol=1e-9, rtol=0)
     torch.testing.assert_close(gradients[0], embeds.grad, atol=1e-8, rtol=0)
-    torch.testing.assert_close(gradients[1], palm.token_emb.weight.grad, atol=1e-8, rtol=0)
+    torch.testing.assert_close(gradients[1], output.grad, atol=1e-8, rtol=0)
 
 
 @both

@@ -287,7 +287,7 @@ def test_the_kernel_of_a_cpu_gives_every_row_its_adapter(block):
     slots = SlotCache(palm, max_tokens=8 * 64, max_rows=8)
     assert slots.reserve(8, 64, [])
     adapters, lengths = RowAdapters(palm), [5, 9, 2, 7]
-    for scopes in (["poet", None, "judge", "pirate"], ["pirate", "pirate", None, "judge"], ["judge"] * 4, [None] * 4):
+    for scopes in (["poet", None, "judge", "pirate"], ["pirate", "pirate", None, None], ["judge"] * 4, [None] * 4):
         for row, (scope, length) in enumerate(zip(scopes, lengths, strict=True)):
             palm(torch.arange(length).unsqueeze(0), cache=slots.row(row, 0), finetune_scope=scope)
         found = palm(torch.tensor([[1], [2], [3], [4]]), cache=slots.rows(lengths), finetune_scope=adapters.of(scopes))

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from palm_rlhf.policy.sequences import join
 from palm_rlhf.training import Preference, PreferenceConfig, PreferenceTrainer
+from palm_rlhf.training.preference_learner import ResponseLogprobs
 from palm_rlhf.training.run.log import read_metrics
 
 # With an eps this large AdamW's first step is the gradient itself, so that weights show what gradients were.
@@ -339,3 +341,17 @@ def test_metrics_are_logged_and_drawn(palm_of, tmp_path):
     assert result.items() >= lines[-1].items() - {("step", 4)}
     assert result["steps"] == 4
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+def test_log_probabilities_in_chunks_are_those_of_an_output_layer_of_its_own(palm_of, monkeypatch):
+    """Vocabularies of real models take the way in chunks."""
+    monkeypatch.setattr("palm_rlhf.training.preference_learner.chunks_are_faster", lambda *_: True)
+    palm = palm_of(tie_embeddings=False).double()
+    prompts, responses = [torch.arange(3), torch.arange(4, 6)], [torch.tensor([5, 1]), torch.tensor([7, 0, 2])]
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logprobs = palm(torch.cat((prompt, response))[None])[0].log_softmax(dim=-1)
+        expected.append(sum(logprobs[len(prompt) - 1 + at, token] for at, token in enumerate(response)))
+    got = ResponseLogprobs(palm, None)(join(prompts, responses))
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-10)
