@@ -8,8 +8,15 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.run_folder import finish_chat_model, run_folder, say
-from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.start_models import (
+    ModelName,
+    TemplateName,
+    merge_adapters,
+    open_chat_model,
+    quantize_base,
+)
 from palm_rlhf.commands.training_data import preferences_of, read_records_for, split_held_out, unpaired_preferences_of
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.training.preference import PreferenceTrainer
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_learner import SCOPE
@@ -24,6 +31,7 @@ def dpo(
     resume: bool = False,
     template: TemplateName = "auto",
     held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
+    quantize: Quantisation | None = None,
     training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Train a model on pairs of a chosen and a rejected reply by DPO, or another --loss; no reward model.
@@ -42,11 +50,15 @@ def dpo(
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
         template: The chat template; auto is the model's own, or default.
         held_out: The share of prompts that is held out for evaluation; 0 holds out none.
+        quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
+            (NF4), by bitsandbytes. The model that is saved has plain weights, with the adapters merged.
         training: Training settings.
     """
     output_dir = run_folder("dpo", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
+    if quantize is not None:
+        quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
     records = read_records_for(data, "preferences" if training.is_paired else "unpaired")
     train, valid = (
         preferences_of(side, chat_model, training.max_seq_len)
@@ -70,6 +82,6 @@ def dpo(
             say(f"step {metrics['step']}: {success} {metrics['valid_accuracy']:.1%} of held-out {kind}")
     result = trainer.finish()
     if training.lora_r:
-        chat_model.palm.merge_finetune_params(SCOPE)
+        merge_adapters(chat_model.palm, SCOPE)
     if trainer.accelerator.is_main_process:
         finish_chat_model(result, output_dir, chat_model)

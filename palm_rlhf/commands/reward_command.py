@@ -8,9 +8,10 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.commands.run_folder import finish, quoted, run_folder, save_model, say
-from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
+from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model, quantize_base
 from palm_rlhf.commands.training_data import rankings_of, read_records_for, split_held_out
 from palm_rlhf.model.lora import ATTENTION, Targets
+from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.policy.reward_model import Pooling, RewardModel
 from palm_rlhf.training.reward import RewardModelTrainer
 from palm_rlhf.training.reward_config import RewardConfig
@@ -29,6 +30,7 @@ def reward(
     lora_r: int = 0,
     lora_targets: Targets = ATTENTION,
     normalise: bool = True,
+    quantize: Quantisation | None = None,
     training: OmitArgPrefixes[RewardConfig] = RewardConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Train a reward model on rankings of replies, or on pairs of a chosen and a rejected one.
@@ -51,6 +53,8 @@ def reward(
             v_proj and o_proj in PEFT), gate, value and ff_out of the feed-forward (gate_proj, up_proj and down_proj);
             all-linear is all of them.
         normalise: Shift and scale the scores to mean 0 and standard deviation 1 on the training data.
+        quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
+            (NF4), by bitsandbytes. The model that is saved has plain weights.
         training: Training settings.
     """
     if not lora_r and lora_targets != ATTENTION:
@@ -59,6 +63,8 @@ def reward(
     output_dir = run_folder("reward", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
+    if quantize is not None:
+        quantize_base(chat_model.palm, quantize, lora_r, "--lora-r")
     train, valid = (
         rankings_of(side, chat_model, training.max_seq_len)
         for side in split_held_out(read_records_for(data, "rankings"), held_out, training.seed)

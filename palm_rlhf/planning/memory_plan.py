@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -115,6 +116,7 @@ def trained(roles: Roles) -> list[nn.Parameter]:
 def traced_phases(task: Task, config: PaLMConfig, settings: PlanSettings, has_reward_model: bool) -> dict[str, int]:
     """Return the peak bytes of each phase of a step, above those that live all the time."""
     roles, peaks = roles_on_meta(task, config, settings, has_reward_model), {}
+    precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=settings.computes_in_bfloat16(task))
     with without_numbers() as memory:
         for model in roles.models.values():
             without_weights(model)
@@ -122,15 +124,18 @@ def traced_phases(task: Task, config: PaLMConfig, settings: PlanSettings, has_re
             optimizer = torch.optim.AdamW(trained(roles), fused=True)
             for _ in range(2):  # the first step makes the optimiser's state
                 before = memory.restart_peak()
-                roles.loss().backward()
+                with precision():
+                    loss = roles.loss()
+                loss.backward()
                 optimizer.step()
                 peaks["update"] = memory.peak - before
                 optimizer.zero_grad()
         for name, phase in roles.other_phases.items():
-            before = memory.restart_peak()
-            with torch.no_grad():
-                phase()
-            peaks[name] = memory.peak - before
+            for _ in range(2 if task == "serve" else 1):  # the first run makes the cache of a server
+                before = memory.restart_peak()
+                with torch.no_grad(), precision():
+                    phase()
+                peaks[name] = memory.peak - before
     return peaks
 
 

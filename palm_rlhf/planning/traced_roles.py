@@ -1,8 +1,8 @@
 """The models of a task, and one step of it, as its trainer builds and takes them, on tensors without numbers."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf.algorithms.preferences import dpo_loss
+from palm_rlhf.model.cache import Cache
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
@@ -18,7 +19,9 @@ from palm_rlhf.planning.plan_settings import PlanSettings, Task
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.policy.reward_model import RewardModel
 from palm_rlhf.policy.sequences import Sequences
-from palm_rlhf.serving.engine.capacity import GPU_CHUNK, SAMPLING_BYTES
+from palm_rlhf.serving.engine.capacity import GPU_CHUNK, SAMPLING_BYTES, columns_of
+from palm_rlhf.serving.engine.row_adapters import SideBySide
+from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.training.preference_learner import SCOPE as PREFERENCE_SCOPE
 from palm_rlhf.training.preference_learner import ResponseLogprobs
 from palm_rlhf.training.rlhf.config import PPOConfig
@@ -59,7 +62,7 @@ def roles_on_meta(task: Task, config: PaLMConfig, settings: PlanSettings, has_re
     try:
         with torch.device("meta"):
             palm = PaLM.from_config(replace(config, gradient_checkpointing=s.gradient_checkpointing))
-            if s.quantize is not None:
+            if s.quantize is not None and task != "ppo":
                 palm.quantize_(s.quantize)
             return BUILDERS[task](palm, s) if task != "ppo" else ppo_roles(palm, s, has_reward_model)
     finally:
@@ -81,7 +84,8 @@ def sft_roles(palm: PaLM, s: PlanSettings) -> Roles:
 
 def reward_roles(palm: PaLM, s: PlanSettings) -> Roles:
     """Return what `RewardTrainer` holds, and its step: a pair of responses for each row of the batch."""
-    model = RewardModel(palm, use_lora=s.lora_r > 0, lora_r=s.lora_r or 8, lora_targets=s.lora_targets)
+    lora: dict[str, Any] = {"lora_r": s.lora_r, "share_base": True, "lora_targets": s.lora_targets}
+    model = RewardModel(palm, use_lora=True, **lora) if s.lora_r else RewardModel(palm)
 
     def step() -> Tensor:
         tokens, lengths = blank(2 * s.batch_size, s.seq_len), torch.ones(2 * s.batch_size, 1, dtype=torch.long)
@@ -92,27 +96,33 @@ def reward_roles(palm: PaLM, s: PlanSettings) -> Roles:
 
 
 def dpo_roles(palm: PaLM, s: PlanSettings) -> Roles:
-    """Return what `PreferenceTrainer` holds, and its step: a pair of responses for each row of the batch."""
-    reference = palm if s.lora_r else copy.deepcopy(palm).requires_grad_(False)
+    """Return what `PreferenceTrainer` holds, and its step: a pair of responses for each row of the batch.
+
+    The reference is the policy before training, whose log-probabilities are computed before the first step.
+    """
     if s.lora_r:
         palm.add_finetune_params(PREFERENCE_SCOPE, s.lora_r, targets=s.lora_targets)
     policy = ResponseLogprobs(switch_off_dropout(palm), PREFERENCE_SCOPE if s.lora_r else None)
-    theirs = ResponseLogprobs(switch_off_dropout(reference), None)
+
+    def logprobs() -> Tensor:
+        return policy(full_rows(2 * s.batch_size, s))
 
     def step() -> Tensor:
-        rows = full_rows(2 * s.batch_size, s)
-        with torch.no_grad():
-            expected = theirs(rows)
-        pairs = [part for both in (policy(rows), expected) for part in both.chunk(2)]
-        return dpo_loss(*pairs, beta=0.1).loss.mean()
+        chosen, rejected = logprobs().chunk(2)
+        return dpo_loss(chosen, rejected, *torch.zeros(2, s.batch_size), beta=0.1).loss.mean()
 
-    return Roles({"policy": palm, "reference": reference}, step, {})
+    return Roles({"policy": palm}, step, {"reference, before the first step": logprobs})
 
 
 def ppo_roles(palm: PaLM, s: PlanSettings, has_reward_model: bool = True) -> Roles:
-    """Return what `RLHFTrainer` holds with a reward model, and its phases; the critic begins as the reward model."""
+    """Return what `RLHFTrainer` holds with a reward model, and its phases; the critic begins as the reward model.
+
+    The policy's base goes into fewer bits after the reward model has it or a copy of it, as in `palm-rlhf rlhf`.
+    """
     shared: dict[str, Any] = {"share_base": s.share_base, "lora_targets": s.lora_targets}
     reward = RewardModel(palm, use_lora=s.lora_r > 0, lora_r=s.lora_r or 8, **shared) if has_reward_model else None
+    if s.quantize is not None:
+        palm.quantize_(s.quantize)
     critic_r = 0 if reward is not None else s.lora_r
     actor_critic = ActorCritic(palm, reward, actor_lora_r=s.lora_r, critic_lora_r=critic_r, **shared)
     reference = Reference(actor_critic)
@@ -127,7 +137,8 @@ def ppo_roles(palm: PaLM, s: PlanSettings, has_reward_model: bool = True) -> Rol
 
     def estimate() -> object:
         rows = full_rows(s.batch_size, s)
-        return actor_critic(rows, policy=s.dtype != "float32"), reference.logprobs(rows)
+        again = s.dtype != "float32" or s.computes_in_bfloat16("ppo")
+        return actor_critic(rows, policy=again), reference.logprobs(rows)
 
     def judge() -> object:
         rows = full_rows(s.batch_size, s)
@@ -139,9 +150,43 @@ def ppo_roles(palm: PaLM, s: PlanSettings, has_reward_model: bool = True) -> Rol
 
 
 def serve_roles(palm: PaLM, s: PlanSettings) -> Roles:
-    """Return what a server holds, and its phases: a step of all replies, and the reading of a part of a prompt."""
+    """Return what a server holds beside its cache, and its phases: steps that compute all replies, or read prompts.
+
+    Adapters are there twice: each alone, and side by side for batches whose replies have different ones.
+    """
     palm.eval()
-    return Roles({"model": palm}, None, {"replies": decoding(palm, s), "prompts": reading(palm, s)})
+    scopes = [f"served-{number}" for number in range(s.num_adapters)]
+    for scope in scopes:
+        palm.add_finetune_params(scope, s.lora_r, targets=s.lora_targets)
+    together = SideBySide(palm, scopes) if scopes else None
+
+    @cache
+    def slots() -> SlotCache:  # made in the first of two runs of a phase, so that it is not counted as part of it
+        found = SlotCache(palm, max_tokens=s.batch_size * columns_of(s.seq_len), max_rows=s.batch_size)
+        found.reserve(s.batch_size, columns_of(s.seq_len), [])
+        return found
+
+    def sampled(rows: int, columns: int, cache: Cache) -> object:
+        if together is not None:
+            together.mask.factors = torch.ones(rows, 1, s.lora_r * s.num_adapters, dtype=palm.dtype)
+        adapters = None if together is None else together.blocks
+        embeds = palm(blank(rows, columns), cache=cache, return_only_embedding=True, finetune_scope=adapters)
+        numbers = torch.empty(rows, palm.num_tokens, SAMPLING_BYTES, dtype=torch.uint8)
+        return embeds, numbers, palm.to_logits(embeds[:, -1])
+
+    def replies() -> object:
+        return sampled(s.batch_size, 1, slots().rows([s.seq_len - 1] * s.batch_size))
+
+    def prompts() -> object:
+        columns = min(s.seq_len, GPU_CHUNK)
+        rows = min(s.batch_size, GPU_CHUNK // columns)
+        return sampled(rows, columns, slots().row(0, 0, rows))
+
+    def keeping() -> object:
+        return slots().read(0, 0, s.seq_len) if s.prefix_memory else None
+
+    models = {"model": palm, "adapters side by side": nn.ModuleList(together.blocks if together else [])}
+    return Roles(models, None, {"replies": replies, "prompts": prompts, "keeping a reply": keeping})
 
 
 def sampling(palm: PaLM, rows: int, s: PlanSettings) -> Callable[[], object]:
@@ -154,28 +199,6 @@ def sampling(palm: PaLM, rows: int, s: PlanSettings) -> Callable[[], object]:
         return cache, sampling_logprobs(palm.to_logits(embeds[:, -1]), Sampling())
 
     return draw
-
-
-def decoding(palm: PaLM, s: PlanSettings) -> Callable[[], object]:
-    """Return the phase in which a server takes the next token of each reply; the cache is not part of it."""
-
-    def replies() -> object:
-        cache = palm.make_cache(s.batch_size, 1)
-        embeds = palm(blank(s.batch_size, 1), cache=cache, return_only_embedding=True)
-        clocks = torch.empty(s.batch_size, palm.num_tokens, SAMPLING_BYTES, dtype=torch.uint8)
-        return clocks, palm.to_logits(embeds[:, -1])
-
-    return replies
-
-
-def reading(palm: PaLM, s: PlanSettings) -> Callable[[], object]:
-    """Return the phase in which a server reads a part of a prompt."""
-
-    def prompts() -> object:
-        size = min(s.seq_len, GPU_CHUNK)
-        return palm(blank(1, size), cache=palm.make_cache(1, size), return_only_embedding=True)
-
-    return prompts
 
 
 def blank(rows: int, columns: int) -> Tensor:

@@ -22,6 +22,7 @@ from palm_rlhf.model.interop.tensor_layout import Weights
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.modes import switch_off_dropout
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.quantised.quantised_model import quantised_parts
 from palm_rlhf.model.shared_base import adopt_base, base_parts, is_shared
 from palm_rlhf.model.weights_folder import CONFIG, WeightsFolder, check_shapes
 from palm_rlhf.model.weights_writer import parse_size, write_folder
@@ -170,8 +171,11 @@ def open_over(cls: type["RewardModel"], folder: Weights, base: PaLM) -> "RewardM
 
 
 def without_base(parts: Parts, base: PaLM, where: Path | str) -> list[tuple[str, Tensor]]:
-    """Return the tensors beside the base, each whole. Raises ValueError where the base of the file is not `base`."""
-    shared = base_parts(base)
+    """Return the tensors beside the base, each whole. Raises ValueError where the base of the file is not `base`.
+
+    Below a base in fewer bits, the file may have been trained on the plain weights, or on these bits.
+    """
+    shared, frozen = base_parts(base), quantised_parts(base)
     ours = base.state_dict()
     own = []
     for name, rows in parts:
@@ -180,6 +184,8 @@ def without_base(parts: Parts, base: PaLM, where: Path | str) -> list[tuple[str,
         tensor = torch.cat((first, *others)) if others else first
         if inner == name or inner.split(".")[0] not in shared:
             own.append((name, tensor))
+        elif inner in frozen and frozen[inner].is_made_of(tensor):
+            continue
         elif inner not in ours or not torch.equal(tensor.to(ours[inner]), ours[inner]):
             raise ValueError(
                 f"{where} has another {inner} than the base that is to be shared, expected the same weights: give the "

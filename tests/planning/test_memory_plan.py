@@ -9,11 +9,20 @@ import torch
 
 from palm_rlhf import PaLM
 from palm_rlhf.cli import main
+from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.planning.live_memory import LiveMemory
-from palm_rlhf.planning.memory_plan import plan_memory, traced_phases
+from palm_rlhf.planning.memory_plan import plan_memory, resident_parts, traced_phases
 from palm_rlhf.planning.plan_settings import PlanSettings
+from palm_rlhf.planning.traced_roles import roles_on_meta
 from palm_rlhf.policy.reward_model import RewardModel
+from palm_rlhf.serving.engine import Engine, EngineConfig
+from palm_rlhf.serving.engine.slot_cache import SlotCache
+from palm_rlhf.serving.generation import Request
+from palm_rlhf.training import Ranking, RewardConfig, RewardModelTrainer
+from palm_rlhf.training.preference import PreferenceTrainer
+from palm_rlhf.training.preference_config import PreferenceConfig
+from palm_rlhf.training.preference_data import Preference
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.trainer import RLHFTrainer
 from palm_rlhf.training.supervised import SupervisedTrainer
@@ -35,19 +44,73 @@ def palm_of(config, dtype):
     return PaLM.from_config(config).to(getattr(torch, dtype))
 
 
-def sft_peak(config, dtype, lora_r, checkpointing):
+def drawn(size):
+    return torch.randint(600, (size,))
+
+
+def sft_peak(config, dtype, lora_r, checkpointing, precision="float32"):
     palm = palm_of(config, dtype)
-    examples = [Example(torch.randint(600, (TOKENS,)), torch.ones(TOKENS)) for _ in range(3 * ROWS)]
+    examples = [Example(drawn(TOKENS), torch.ones(TOKENS)) for _ in range(3 * ROWS)]
     settings = SupervisedConfig(
         batch_size=ROWS,
         num_epochs=1,
         lora_r=lora_r,
         gradient_checkpointing=checkpointing,
-        precision="float32",
+        precision=precision,
         plot=False,
     )
     trainer = SupervisedTrainer(palm, train_data=examples, config=settings)
     return peak_of_steps(trainer, palm)
+
+
+def settings_of(kind, checkpointing, precision, **options):
+    numbers = {"batch_size": ROWS, "grad_accum": 1, "num_epochs": 1, "plot": False}
+    return kind(gradient_checkpointing=checkpointing, precision=precision, **numbers, **options)
+
+
+def reward_peak(config, dtype, lora_r, checkpointing, precision="float32"):
+    lora = {"use_lora": True, "lora_r": lora_r, "share_base": True} if lora_r else {}
+    model = RewardModel(palm_of(config, dtype), **lora)
+    rankings = [Ranking(drawn(TOKENS - NEW), (drawn(NEW), drawn(NEW))) for _ in range(3 * ROWS)]
+    settings = settings_of(RewardConfig, checkpointing, precision)
+    return peak_of_steps(RewardModelTrainer(model, train_data=rankings, config=settings), model)
+
+
+def dpo_peak(config, dtype, lora_r, checkpointing, precision="float32"):
+    palm = palm_of(config, dtype)
+    pairs = [Preference(drawn(TOKENS - NEW), drawn(NEW), drawn(NEW)) for _ in range(3 * ROWS)]
+    settings = settings_of(PreferenceConfig, checkpointing, precision, lora_r=lora_r)
+    return peak_of_steps(PreferenceTrainer(palm, train_data=pairs, config=settings), palm)
+
+
+def serve_peak(config, settings):
+    """The bytes at the peak of an engine that is asked for all replies at once, of a whole context each, twice."""
+    palm = palm_of(config, settings.dtype).eval()
+    if settings.quantize is not None:
+        palm.quantize_(settings.quantize)
+    scopes = [f"adapter-{number}" for number in range(settings.num_adapters)]
+    for scope in scopes:
+        palm.add_finetune_params(scope, settings.lora_r)
+    sizes = {"context": settings.seq_len, "max_batch": settings.batch_size, "prefix_memory": settings.prefix_memory}
+    memory = LiveMemory()
+
+    def count():  # in the thread of the engine, where it computes
+        memory.__enter__()
+        for tensor in [*palm.parameters(), *palm.buffers()]:
+            tensor.view(-1)
+
+    with Engine(palm, ByteTokenizer(), EngineConfig(prefill_chunk=2048, **sizes)) as engine:
+        engine.call(count).result()
+        for _ in range(2):
+            prompts = torch.randint(256, (settings.batch_size, settings.seq_len - 4)).tolist()
+            adapters = [*scopes, None] * settings.batch_size
+            asked = [Request(prompt, 4, adapter=scope, top_p=0.9) for prompt, scope in zip(prompts, adapters)]
+            for reply in engine.submit_all(asked):
+                reply.text()
+        full = settings.batch_size * settings.seq_len * SlotCache.bytes_per_token(palm)
+        assert engine.cache_bytes == full and engine.prefix_bytes > 0.8 * settings.prefix_memory
+        engine.call(lambda: memory.__exit__(None, None, None)).result()
+    return memory.peak
 
 
 def ppo_peak(config, dtype, lora_r, share_base):
@@ -85,11 +148,55 @@ def peak_of_steps(trainer, *models):
 @pytest.mark.parametrize("lora_r, checkpointing", [(0, False), (8, False), (8, True)])
 def test_fine_tuning_takes_what_the_plan_says(block, dtype, lora_r, checkpointing):
     config = config_of(block)
-    settings = PlanSettings(
-        lora_r=lora_r, gradient_checkpointing=checkpointing, dtype=dtype, batch_size=ROWS, seq_len=TOKENS
-    )
+    settings = plan_of(dtype, lora_r, checkpointing, "float32")
     plan = plan_memory("sft", config, settings)
     assert plan.total == pytest.approx(sft_peak(config, dtype, lora_r, checkpointing), rel=0.1)
+
+
+def plan_of(dtype, lora_r, checkpointing, precision):
+    return PlanSettings(
+        lora_r=lora_r, gradient_checkpointing=checkpointing, dtype=dtype, precision=precision, batch_size=ROWS,
+        seq_len=TOKENS, new_tokens=NEW,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "task, block, dtype, lora_r, checkpointing, precision",
+    [
+        ("reward", "parallel", "float32", 0, False, "float32"),
+        ("reward", "serial", "bfloat16", 8, True, "float32"),
+        ("dpo", "serial", "bfloat16", 0, True, "float32"),  # a copy as reference would be 14% more
+        ("dpo", "parallel", "float32", 8, False, "float32"),
+        ("sft", "parallel", "float32", 0, False, None),  # bfloat16 autocast, as the commands compute on a GPU
+        ("dpo", "serial", "float32", 8, True, None),
+    ],
+)
+def test_training_by_preferences_and_in_bfloat16_takes_what_the_plan_says(
+    task, block, dtype, lora_r, checkpointing, precision
+):
+    config, peak = config_of(block), {"sft": sft_peak, "reward": reward_peak, "dpo": dpo_peak}[task]
+    plan = plan_memory(task, config, plan_of(dtype, lora_r, checkpointing, precision))
+    measured = peak(config, dtype, lora_r, checkpointing, precision or "bf16")
+    assert plan.total == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "block, options",
+    [
+        ("parallel", {"dtype": "float32"}),
+        ("serial", {"dtype": "bfloat16", "quantize": "int8"}),
+        ("serial", {"dtype": "float32", "lora_r": 16, "num_adapters": 2}),
+    ],
+    ids=str,
+)
+def test_a_server_takes_what_the_plan_says(block, options):
+    if "quantize" in options:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quantize]'")
+    config = config_of(block)
+    per_token = 2 * 4 * 2 * 32 * (4 if options["dtype"] == "float32" else 2)
+    settings = PlanSettings(**options, batch_size=ROWS, seq_len=TOKENS, prefix_memory=ROWS * TOKENS * per_token)
+    plan = plan_memory("serve", config, settings)
+    assert plan.total == pytest.approx(serve_peak(config, settings), rel=0.1)
 
 
 @pytest.mark.parametrize("block, dtype", [("parallel", "bfloat16"), ("serial", "float32")])
@@ -134,11 +241,28 @@ def test_a_server_s_weights_and_cache_by_hand(kind, bits):
     }
 
 
+@pytest.mark.parametrize("share_base", [False, True])
+def test_a_base_in_fewer_bits_is_that_of_the_policy_alone_unless_it_is_shared(share_base):
+    """As in `palm-rlhf rlhf`, whose reward model keeps the weights of its folder, and the critic begins as it."""
+    config, lora = config_of("serial"), {"lora_r": 8, "share_base": share_base}
+    plans = [resident_parts(roles_on_meta("ppo", config, PlanSettings(**lora, quantize=k))) for k in (None, "int8")]
+    plain, fewer = ({name: size for name, size in plan.items() if "weights," in name} for plan in plans)
+    assert fewer["weights, policy"] < 0.7 * plain["weights, policy"]
+    others = {"weights, critic", "weights, reward model"}
+    assert {name: fewer[name] for name in others} == {name: plain[name] for name in others}
+    assert all((plain[name] > plain["weights, policy"] / 2) != share_base for name in others)
+
+
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="got quantize=int8 without adapters, expected a lora_r of 1 or more"):
         plan_memory("sft", config_of("parallel"), PlanSettings(quantize="int8"))
     with pytest.raises(ValueError, match="got share_base=True, expected the task ppo and a lora_r"):
         plan_memory("ppo", config_of("parallel"), PlanSettings(share_base=True))
+    for task, options in (("serve", {"lora_r": 8}), ("serve", {"num_adapters": 1}), ("sft", {"num_adapters": 1})):
+        with pytest.raises(ValueError, match="expected both to serve adapters, and a lora_r alone to train them"):
+            plan_memory(task, config_of("parallel"), PlanSettings(**options))
+    with pytest.raises(ValueError, match="got precision=bf16 in serving"):
+        plan_memory("serve", config_of("parallel"), PlanSettings(precision="bf16"))
 
 
 def test_a_deep_model_is_planned_from_shallow_ones():

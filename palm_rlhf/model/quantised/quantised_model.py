@@ -82,6 +82,13 @@ class QuantisedLinear(nn.Module):
         elif problem := self.why_not_equal(name, state_dict[name]):
             errors.append(problem)
 
+    def is_made_of(self, weight: Tensor) -> bool:
+        """Return whether a plain weight becomes these numbers, or is already the one that they stand for."""
+        if self.why_not_equal("", weight) is None:
+            return True
+        packed = pack(weight.to(self.like), self.kind)
+        return torch.equal(packed.numbers, self.numbers) and torch.equal(packed.scales, self.scales)
+
     def why_not_equal(self, name: str, weight: Tensor) -> str | None:
         """Return why a saved weight is another than the one that is frozen here, or None where it is the same."""
         if torch.equal(weight.cpu(), self.dequantised().cpu().to(weight.dtype)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -54,7 +55,7 @@ class SideBySide:
         blocks = [adapters_of(palm, scope) for scope in scopes]
         self.blocks = [self._block(palm, of_scopes) for of_scopes in zip(*blocks, strict=True)]
         first = [scope_blocks[0].parts[0] for scope_blocks in blocks]
-        stops = torch.tensor([0, *(part.r for part in first)]).cumsum(0).tolist()
+        stops = [0, *accumulate(part.r for part in first)]
         self.factors = torch.zeros(1 + len(scopes), 1, stops[-1], dtype=palm.dtype, device=palm.device)
         for number, part in enumerate(first):  # number 0 is the base, for which all factors are 0
             self.factors[1 + number, 0, stops[number] : stops[number + 1]] = part.scale
