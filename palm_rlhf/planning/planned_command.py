@@ -10,22 +10,22 @@ from palm_rlhf.training.rlhf.config import PPOConfig
 def planned_command(task: Task, model: str, settings: PlanSettings) -> list[str]:
     """Return the words of the command line; words in capitals stand for files and folders of the user."""
     s, rank = settings, settings.lora_r or None
+    options: dict[str, Any]
     if task == "serve":
         options = {"dtype": s.dtype, "quantize": s.quantize, "max-batch": s.batch_size, "context": s.seq_len}
         adapters = [word for number in range(s.num_adapters) for word in ("--lora", f"NAME{number + 1}=FOLDER")]
         return ["palm-rlhf", "serve", model, *as_words(options | {"prefix-memory": s.prefix_memory}), *adapters]
-    command, options = {
-        "sft": ("sft CONVERSATIONS", {"seq-len": s.seq_len, "batch-size": s.batch_size, "lora-r": rank}),
-        "reward": (
-            "reward RANKINGS",
-            {"max-seq-len": s.seq_len, "batch-size": s.batch_size, "eval-batch-size": 2 * s.batch_size, "lora-r": rank},
-        ),
-        "dpo": ("dpo PREFERENCES", {"max-seq-len": s.seq_len, "batch-size": s.batch_size, "lora-r": rank}),
-        "ppo": ("rlhf PROMPTS", {"reward-model": "REWARD_MODEL", **ppo_options(s), "actor-lora-r": rank}),
-    }[task]
+    command = {"sft": "sft CONVERSATIONS", "reward": "reward RANKINGS", "dpo": "dpo PREFERENCES", "ppo": "rlhf PROMPTS"}
+    if task == "ppo":
+        options = {"reward-model": "REWARD_MODEL", **ppo_options(s), "actor-lora-r": rank}
+    else:
+        length = "seq-len" if task == "sft" else "max-seq-len"
+        options = {length: s.seq_len, "batch-size": s.batch_size, "lora-r": rank}
+    if task == "reward":  # as many as in a step, which has two responses for each row
+        options["eval-batch-size"] = 2 * s.batch_size
     options["lora-targets"] = None if s.lora_targets == ATTENTION else s.lora_targets
     options |= {"quantize": s.quantize, "gradient-checkpointing": s.gradient_checkpointing, "precision": s.precision}
-    return ["palm-rlhf", *command.split(), "--model", model, *as_words(options)]
+    return ["palm-rlhf", *command[task].split(), "--model", model, *as_words(options)]
 
 
 def ppo_options(s: PlanSettings) -> dict[str, Any]:
