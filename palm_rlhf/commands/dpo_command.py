@@ -57,8 +57,7 @@ def dpo(
     output_dir = run_folder("dpo", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    if quantize is not None:
-        quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
+    quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
     records = read_records_for(data, "preferences" if training.is_paired else "unpaired")
     train, valid = (
         preferences_of(side, chat_model, training.max_seq_len)

@@ -63,8 +63,7 @@ def reward(
     output_dir = run_folder("reward", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    if quantize is not None:
-        quantize_base(chat_model.palm, quantize, lora_r, "--lora-r")
+    quantize_base(chat_model.palm, quantize, lora_r, "--lora-r")
     train, valid = (
         rankings_of(side, chat_model, training.max_seq_len)
         for side in split_held_out(read_records_for(data, "rankings"), held_out, training.seed)

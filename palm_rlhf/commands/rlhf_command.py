@@ -73,8 +73,7 @@ def rlhf(
     output_dir = run_folder("rlhf", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    if quantize is not None:
-        quantize_base(chat_model.palm, quantize, training.actor_lora_r, "--actor-lora-r")
+    quantize_base(chat_model.palm, quantize, training.actor_lora_r, "--actor-lora-r")
     judges = open_rewards(reward_model, rewards, chat_model, model, share_base=training.share_base)
     if training.eos_token is None:
         training = replace(training, eos_token=chat_model.end_of_turn)

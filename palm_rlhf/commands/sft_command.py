@@ -62,8 +62,7 @@ def sft(
     output_dir = run_folder("sft", output_dir, resume)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
-    if quantize is not None:
-        quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
+    quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
     base = None if merge else base_for_adapters(model, chat_model, training.lora_r, training.lora_embeddings)
     refuse_other_kind(output_dir, merge)
     train, valid = split_held_out(read_records_for(data, "sft"), held_out, training.seed)

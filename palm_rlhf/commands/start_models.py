@@ -57,8 +57,13 @@ def open_chat_model(source: str | Path, template: str = "auto") -> ChatModel:
 
 
 @beartype
-def quantize_base(palm: PaLM, kind: Quantisation, rank: int, option: str) -> None:
-    """Put the base below adapters into fewer bits. Raises ValueError without adapters: `rank` is that of `option`."""
+def quantize_base(palm: PaLM, kind: Quantisation | None, rank: int, option: str) -> None:
+    """Put the base below adapters into fewer bits, unless `kind` is None.
+
+    Raises ValueError without adapters: `rank` is the value of `option`.
+    """
+    if kind is None:
+        return
     if not rank:
         raise ValueError(f"got --quantize {kind} without {option}, expected adapters: frozen weights do not train")
     palm.quantize_(kind)
