@@ -24,7 +24,7 @@ SCALINGS = {
     "Qwen": (QWEN, 1000000.0, 128),
     "yarn, betas": ({**QWEN, "beta_fast": 64.0, "beta_slow": 2.0, "attention_factor": 1.3}, 10000.0, 96),
     "yarn, short": ({**QWEN, "original_max_position_embeddings": 5}, 10000.0, 16),
-    "yarn, every pair turns often": (QWEN, 50.0, 16),
+    "yarn, no pair turns so slowly": ({**QWEN, "beta_slow": 1e-4}, 10000.0, 16),
     "yarn of factor 1": ({**QWEN, "factor": 1.0}, 10000.0, 64),
 }
 
