@@ -1,4 +1,4 @@
-"""Short questions with known answers, and a check of answers to them: the gold score of examples/rlhf_smollm2.py."""
+"""Short questions with known answers, and a check of answers to them: the gold score of examples/rlhf_pretrained.py."""
 
 import itertools
 import random

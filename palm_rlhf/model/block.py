@@ -1,4 +1,4 @@
-"""One layer: PaLM's, with attention and feed-forward in parallel, and LLaMA's, with one after the other."""
+"""The two kinds of layers: PaLM's, attention and feed-forward in parallel; LLaMA's, one after the other."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from palm_rlhf.ops.rotary import rotary_split, rotary_tables, xpos_scales
 class Block(nn.Module):
     """The attention of a layer, and the sizes of its matrices; a subclass adds the feed-forward.
 
-    The rows of `in_proj` begin with those of queries, keys and values, in this order.
+    The first rows of `in_proj` make queries, keys and values, in this order.
     """
 
     norm: LayerNorm | RMSNorm

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import palm_rlhf.model.palm
     from palm_rlhf.model.block import Block
 
-# What can have an adapter: queries, keys, values and output of the attention; gate, value and output of the
-# feed-forward. Settings may name all of them as PEFT does.
+# The matrices that can have an adapter: queries, keys, values and output of the attention; gate, value and output of
+# the feed-forward. Settings may name all of them as PEFT does.
 TARGETS = ("q", "k", "v", "out", "gate", "value", "ff_out")
 ALL_LINEAR = "all-linear"
 Targets: TypeAlias = tuple[Literal["q", "k", "v", "out", "gate", "value", "ff_out", "all-linear"], ...]

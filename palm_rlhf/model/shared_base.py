@@ -1,6 +1,6 @@
 """Several PaLMs over one set of base weights, each with LoRA scopes of its own.
 
-They hold the very modules of the base: the embeddings, the blocks, the last norm and the output layer. So a second PaLM
+They hold the same modules: the embeddings, the blocks, the last norm and the output layer. So a second PaLM
 costs the memory of its adapters, a move of one moves all, and whoever changed the base would change all of them.
 
 With `PPOConfig.share_base` the roles hold, beside the base:

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019): division of rows by their root mean square."""
+"""RMSNorm (Zhang and Sennrich 2019, equation 4): division of rows by their root mean square."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Rotary frequencies for contexts longer than those of pretraining: linear, Llama 3's and YaRN's."""
+"""Rotary frequencies for contexts longer than in pretraining: linear, Llama 3's and YaRN's."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ KINDS = ("linear", "llama3", "yarn")
 class RotaryScaling:
     """How the frequencies of the rotary are stretched; the fields have the names of Hugging Face's config.json.
 
-    linear: every frequency is divided by `factor` (Chen et al. 2023, position interpolation). llama3: frequencies of
-    long wavelengths are divided, those of short ones stay, and between them both are mixed (Llama 3.1, Dubey et al.
-    2024, as in Meta's released code). yarn: the same by a linear ramp between two numbers of rotations, and the scores
-    of attention are sharpened (Peng et al. 2023, sections 3.2 to 3.4).
+    linear: every frequency is divided by `factor` (Chen et al. 2023, position interpolation). llama3: low frequencies
+    are divided, high ones stay, and in between the two are mixed linearly in the frequency (Llama 3.1, Dubey et al.
+    2024, as in Meta's released code). yarn: the same, but mixed linearly in the number of the pair, as in the authors'
+    code, and the scores of attention are sharpened (Peng et al. 2023, sections 3.2 and 3.4).
 
     Args:
         rope_type: the kind.

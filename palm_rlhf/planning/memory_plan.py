@@ -114,7 +114,7 @@ def trained(roles: Roles) -> list[nn.Parameter]:
 
 
 def traced_phases(task: Task, config: PaLMConfig, settings: PlanSettings, has_reward_model: bool) -> dict[str, int]:
-    """Return the peak bytes of each phase of a step, above those that live all the time."""
+    """Return the peak bytes of each phase of a step, without the bytes that live all the time."""
     roles, peaks = roles_on_meta(task, config, settings, has_reward_model), {}
     precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=settings.computes_in_bfloat16(task))
     with without_numbers() as memory:
@@ -140,6 +140,6 @@ def traced_phases(task: Task, config: PaLMConfig, settings: PlanSettings, has_re
 
 
 def at_depth(peaks: Mapping[int, int], depth: int) -> int:
-    """Return the bytes at a depth, on the line through those at two smaller depths."""
+    """Return the bytes at a depth by linear extrapolation from two smaller depths."""
     (low, first), (high, last) = min(peaks.items()), max(peaks.items())
     return first if low == high else first + (last - first) * (depth - low) // (high - low)

@@ -1,4 +1,4 @@
-"""The search for settings that fit into a memory, from those that give up least to those that save most."""
+"""The search for settings that fit into a GPU's memory: cheap changes first, those that save most last."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ class SearchResult:
 
     @property
     def fitting(self) -> MemoryPlan | None:
-        """The plan that gives up least of those that fit; None where none fits."""
+        """The first plan that fits, which gives up least; None where no plan fits."""
         return self.plans[-1] if self.plans[-1].is_whole and self.plans[-1].total <= self.room else None
 
 

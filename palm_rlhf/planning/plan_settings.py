@@ -83,7 +83,7 @@ class PlanSettings:
         return task != "serve" and (self.precision or usual) != "float32"
 
     def in_words(self, task: Task) -> str:
-        """Return the settings as a reader of the plan writes them."""
+        """Return the settings in words, for the tables of a plan."""
         words = [f"{self.batch_size} x {self.seq_len}", self.dtype]
         if task != "serve":
             words.append(f"LoRA {self.lora_r}" if self.lora_r else "all weights")

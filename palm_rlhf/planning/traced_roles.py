@@ -33,7 +33,7 @@ from palm_rlhf.training.weighted_examples import Rows
 
 
 class FullRows(Sequences):
-    """Prompts and responses that fill their rows, so that no mask is needed, and none has numbers to be looked at."""
+    """Prompts and responses without padding, which need no mask: without numbers, a mask could not be read."""
 
     @property
     def key_mask(self) -> None:  # type: ignore[override]

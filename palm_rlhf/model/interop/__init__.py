@@ -1,1 +1,1 @@
-"""Weights of other libraries: the folders of Hugging Face, its Cohere models, and palm-rlhf-pytorch."""
+"""Weights of other libraries: folders of Hugging Face, adapters of PEFT, GGUF files, and palm-rlhf-pytorch."""

@@ -1,4 +1,4 @@
-"""Weights of `CohereForCausalLM` of Hugging Face (Command R, Aya 23), a PaLM whose tensors have other names."""
+"""Weights of Hugging Face's `CohereForCausalLM` (Command R, Aya 23), which is a PaLM under other names."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

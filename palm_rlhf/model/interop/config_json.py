@@ -1,4 +1,4 @@
-"""Settings in the config.json of the decoders of Hugging Face: those that all of them have, read and written."""
+"""Settings that the config.json of every decoder of Hugging Face has, read and written."""
 
 import math
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ MOST = 2**63  # above it, integers do not fit the types of torch
 
 
 def require_settings(settings: Mapping[str, tuple[Any, tuple]], where: Path) -> None:
-    """Raise ValueError that names each setting which is neither null nor one of the values that a PaLM can compute."""
+    """Raise ValueError that names each setting with a value, other than null, that a PaLM cannot compute."""
     refused = []
     for name, (got, computable) in settings.items():
         if got is not None and got not in computable:
@@ -101,7 +101,7 @@ def rotary_fields(values: Mapping[str, Any], default_theta: float | None, where:
 
 
 def require_numbers(numbers: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> None:
-    """Raise ValueError that names each of the given numbers of a config.json which is none, or is not finite."""
+    """Raise ValueError that names each of the given values of a config.json that is not a finite number."""
     missing = [
         name for name, number in numbers.items() if isinstance(number, bool) or not isinstance(number, (int, float))
     ]

@@ -27,12 +27,12 @@ NUMBERS = {
 FLOATS = {"rope.freq_base", "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "logit_scale"}
 RMS_EPS = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", None)}
 LAYER_EPS = {"attention.layer_norm_epsilon": ("layer_norm_eps", None), "logit_scale": ("logit_scale", None)}
-# Metadata that tell nothing which the numbers and the tensors do not, or that `config_of` checks.
+# Metadata that repeat what the numbers and the tensors say, or that `config_of` checks.
 OTHERS = {
     *("vocab_size", "tensor_data_layout", "use_parallel_residual"),
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
 }
-# Metadata that are read if they have these values.
+# Metadata that are accepted with these values only.
 EXPECTED: dict[str, float] = {
     "attention.causal": True,
     "expert_count": 0,

@@ -123,7 +123,7 @@ def require_writable(palm: "PaLM", architecture: str) -> None:
 
 
 def named_tensors(palm: "PaLM", tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a Hugging Face model by their names in llama.cpp, and those which llama.cpp has besides."""
+    """Yield the tensors of a Hugging Face model by their names in llama.cpp, and the divisors of a llama3 rotary."""
     scaling = palm.config.rotary_scaling
     if scaling is not None and scaling.rope_type == "llama3":
         yield ROPE_FACTORS, llama3_factors(scaling, palm.config.rotary_theta, palm.config.dim_head)

@@ -134,7 +134,7 @@ def check_tensors(
     config: PaLMConfig,
     where: Path,
 ) -> None:
-    """Raise ValueError unless the tensors are those of the adapted modules, of the model's shapes, and all finite."""
+    """Raise ValueError unless the tensors are exactly those of the adapted modules, with fitting shapes, and finite."""
     shapes = adapter_shapes(config)
     expected: dict[str, tuple[int, ...]] = {}
     for module, (_, target) in found.items():
@@ -172,7 +172,7 @@ def in_their_order(rows: Tensor, target: str, config: PaLMConfig) -> Tensor:
 
 
 def turned_heads(target: str, config: PaLMConfig) -> int:
-    """Return the number of heads whose rows the rotary of transformers has in another order; 0 for none."""
+    """Return the number of heads of a target if transformers has their rows in another order, or else 0."""
     return {"q": config.heads, "k": config.kv_heads}.get(target, 0) if config.block == "parallel" else 0
 
 

@@ -33,7 +33,7 @@ MODULE_NAME = re.compile(r"[\w.]+")
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What adapter_config.json says of the adapters of a model; modules go by their names in transformers.
+    """The settings of the adapters of a model in adapter_config.json; modules have the names of transformers.
 
     A regular expression of the file is never run, since a hostile one would not end. Where `target_modules` is one, the
     tensors tell which modules have adapters.
@@ -42,7 +42,7 @@ class PeftSettings:
         r: the rank, except where `rank_pattern` has another for a module.
         alpha: the numerator of the scale, except where `alpha_pattern` has another.
         use_rslora: divide alpha by the square root of the rank (Kalajdzievski 2023), and not by the rank.
-        target_modules: names of modules, or the ends of their names; None is what the tensors tell.
+        target_modules: names of modules, or the ends of their names; None: the modules that have tensors.
         exclude_modules: modules that have no adapter though `target_modules` names them.
         layers: the numbers of the blocks with adapters; None is all.
         rank_pattern: ranks by names of modules, or by the ends of their names.
@@ -61,7 +61,7 @@ class PeftSettings:
     base: str | None
 
     def covers(self, module: str, layer: int) -> bool | None:
-        """Return whether a module of a block has an adapter, or None where the tensors tell it."""
+        """Return whether a module of a block has an adapter, or None where only its tensors show it."""
         if self.target_modules is None:
             return None
         if is_named(module, self.exclude_modules) or (self.layers is not None and layer not in self.layers):
@@ -80,7 +80,7 @@ class PeftSettings:
 
 
 def is_named(module: str, names: tuple[str, ...]) -> bool:
-    """Return whether one of the names is that of a module, or the end of it from a dot on."""
+    """Return whether one of the names is the name of a module, or its end after a dot."""
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 

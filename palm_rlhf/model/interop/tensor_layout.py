@@ -40,7 +40,7 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    paired_heads: int = 0  # the number of heads whose rows are in pairs there, and in halves here
+    paired_heads: int = 0  # heads with rows in pairs there and in halves here
 
 
 def layout(config: PaLMConfig) -> dict[str, list[Part]]:

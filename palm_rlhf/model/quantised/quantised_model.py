@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class QuantisedLinear(nn.Module):
     """A linear layer with a frozen weight in fewer bits: `... i -> ... o`.
 
-    "int8" has a scale for each row (Dettmers et al. 2022, section 2.1); the inputs keep their type. "int4" is NF4, with
+    "int8" has a scale for each row (Dettmers et al. 2022, section 3.1); the inputs keep their type. "int4" is NF4, with
     a scale for each 64 numbers (Dettmers et al. 2023, section 3). Its state dict has the plain weight that the numbers
     stand for, on the CPU, under the name that `nn.Linear` gives it.
     """
@@ -155,7 +155,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def refuse_quantised(module: nn.Module, doing: str, mend: str) -> None:
-    """Raise ValueError if a model has weights in fewer bits, which do not go with what it is to do."""
+    """Raise ValueError if a model has weights in fewer bits: `doing` needs plain ones, and `mend` says how to go on."""
     if kind := quantisation_of(module):
         raise ValueError(f"got weights in {kind}, expected plain ones {doing}; {mend}")
 
@@ -176,7 +176,7 @@ def quantised_parts(module: nn.Module) -> dict[str, QuantisedLinear]:
 
 
 def require_frozen(parts: Mapping[str, QuantisedLinear], saved: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a saved weight is another one than that of its `quantised_parts`, which loading keeps."""
+    """Raise ValueError if a saved weight differs from the frozen one of its layer, which loading would keep."""
     for name, part in parts.items():
         if problem := part.why_not_equal(name, saved[name]):
             raise ValueError(problem)

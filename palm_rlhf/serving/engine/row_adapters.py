@@ -41,9 +41,9 @@ class SideBySideLoRA(LoRALinear):
 
 
 class SideBySide:
-    """The adapters of all scopes of a model, for forwards whose rows have different ones; see `SideBySideLoRA`.
+    """The adapters of all scopes of a model, for batches of rows with different scopes; see `SideBySideLoRA`.
 
-    It copies the adapters once, which are small beside the weights of the base.
+    The adapters, which are small beside the base, are copied once.
 
     Args:
         palm: The model.
@@ -98,7 +98,7 @@ class RowAdapters:
             raise ValueError(f"got adapter={scope!r}, expected one of the model's LoRA scopes, {sorted(self.scopes)}")
 
     def of(self, scopes: Sequence[str | None]) -> str | list[BlockLoRA] | None:
-        """Return the `finetune_scope` of a forward whose rows have these scopes; None is the base alone."""
+        """Return the `finetune_scope` for a forward of rows with these scopes; None is the base alone."""
         if len(set(scopes)) == 1:
             return scopes[0]
         self.side_by_side.mask.factors = self.side_by_side.factors[self.indices(scopes)]

@@ -19,7 +19,7 @@ from palm_rlhf.model.shared_base import is_shared
 
 @beartype
 def check_shared_bases(module: nn.Module, *, shards: bool) -> None:
-    """Raise ValueError for a PaLM over whose base there is another one, if its base is trained or put in shards."""
+    """Raise ValueError for a PaLM that shares its base with another one, if the base is trained or put in shards."""
     for part in module.modules():
         if not isinstance(part, PaLM) or not is_shared(part):
             continue
