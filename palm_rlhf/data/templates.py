@@ -5,13 +5,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cache, cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from beartype import beartype
 
+from palm_rlhf.data.jinja_sandbox import bounded, compiled, sandbox
 from palm_rlhf.data.tokenizer import CONFIG_FILE, EOS, NAMES_FILE, token_name
 from palm_rlhf.data.tokenizer_gguf import read_gguf_config
 from palm_rlhf.model.files import read_text, write_text
@@ -94,7 +94,7 @@ class ChatTemplate:
 @beartype
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A Hugging Face `chat_template`, which runs in a sandbox where it can change and reach nothing.
+    """A Hugging Face `chat_template`, which runs in a sandbox where it can change and reach nothing, and not for long.
 
     It has the names and filters of `apply_chat_template` in transformers: those in `variables`, such as bos_token;
     `tools`, and `documents`, which is None; `strftime_now`, `raise_exception` and `tojson`. The special tokens are
@@ -147,7 +147,8 @@ class JinjaTemplate:
         plain = [{key: message[key] for key in MESSAGE_KEYS if key in message} for message in messages]
         names = {**self.variables, "messages": plain, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._compiled.render(**{**names, "tools": tools, "documents": None})
+            with bounded():
+                return self._compiled.render(**{**names, "tools": tools, "documents": None})
         except Exception as error:  # a template can fail in every way that Python can
             raise ValueError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
 
@@ -157,53 +158,9 @@ class JinjaTemplate:
         _save(Path(directory), dataclasses.asdict(self), self.source)
 
 
-@lru_cache(maxsize=16)
-def compiled(source: str) -> Any:
-    """Return a Jinja template ready to render. Raises ValueError if it is not valid."""
-    import jinja2
-
-    try:
-        return sandbox().from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is not valid Jinja ({error}), mend it: {source[:200]!r}") from error
-
-
 def quote(text: str) -> str:
     """Return a string as Jinja reads it."""
     return json.dumps(text, ensure_ascii=False)
-
-
-@cache
-def sandbox() -> Any:
-    """Return the environment of the templates of Hugging Face, as in transformers; `generation` blocks mark nothing."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationTag(Extension):
-        tags = {"generation"}  # noqa: RUF012 (it is Jinja's)
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
-    )
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # the filter of Jinja itself escapes characters of HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(form):
-        return datetime.now().strftime(form)
-
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment
 
 
 def _save(folder: Path, fields: dict[str, Any], source: str) -> None:
