@@ -94,8 +94,22 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     if config.get("bos_token") is None and (bos_token := names.get("bos_token")) is not None:
         config = config | {"bos_token": bos_token}
     return HuggingFaceTokenizer(
-        backend, unmarked(backend, names.values()), **roles, config=config, generation=generation
+        backend, unmarked(backend, names.values()), **roles, config=config, generation=_generation_of(file)
     )
+
+
+def _generation_of(file: Path) -> dict[str, Any]:
+    """Return the settings of generation of the model that a tokenizer.json is beside; of an adapter's base, as in PEFT.
+
+    The tokens that end a text are in config.json where generation_config.json does not name them.
+    """
+    if not is_gguf(file) and is_adapter(file.parent) and not file.with_name(GENERATION_FILE).is_file():
+        try:
+            return getattr(load_tokenizer(base_of(file.parent, files=TOKENIZER_FILES)), "generation", {})
+        except FileNotFoundError:  # the base has no tokenizer
+            return {}
+    ends = _beside(file, CONFIG).get("eos_token_id")
+    return ({} if ends is None else {"eos_token_id": ends}) | _beside(file, GENERATION_FILE)
 
 
 def _without_tokenizer(directory: str | Path, file: Path, config: dict[str, Any]) -> Exception:

@@ -93,7 +93,8 @@ def test_the_tokenizer_and_the_template_of_an_adapter_come_first(llama, adapter)
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_template(folder).source == tokenizer.chat_template
-    assert load_tokenizer(folder).eos_token == 0 and load(folder).turn_ends == {0}
+    assert load_tokenizer(folder).eos_token == 0
+    assert load(folder).turn_ends == {0, 2}  # the settings of generation are those of the base, as in transformers
     (folder / "chat_template.jinja").unlink()
     assert load_template(folder).source == CHATML and load_tokenizer(folder).eos_token == 0
 
