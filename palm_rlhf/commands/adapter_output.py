@@ -1,11 +1,13 @@
 """Adapters as the result of a training command: a folder of PEFT in place of a whole model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from beartype import beartype
 
-from palm_rlhf.commands.start_models import ChatModel
+from palm_rlhf.commands.run_folder import Saved
+from palm_rlhf.commands.start_models import ChatModel, merge_adapters
 from palm_rlhf.data.tokenizer import load_tokenizer
 from palm_rlhf.model.interop.peft_base import is_adapter
 from palm_rlhf.model.local_model import MODEL, local_model
@@ -26,7 +28,7 @@ class TrainedAdapter(NamedTuple):
 
 
 @beartype
-def base_for_adapters(model: str, opened: ChatModel, rank: int, trains_embeddings: bool) -> str:
+def base_for_adapters(model: str, opened: ChatModel, rank: int, trains_embeddings: bool = False) -> str:
     """Return the name of the base for adapters over a model: an absolute path, or the name as it was given.
 
     Raises ValueError where the adapters over that base would not be the model that was trained.
@@ -38,7 +40,7 @@ def base_for_adapters(model: str, opened: ChatModel, rank: int, trains_embedding
         trains_embeddings: Whether the embeddings are trained, too.
     """
     if not rank:
-        raise ValueError("got --no-merge without --lora-r, expected adapters: there is nothing else to save")
+        raise ValueError("got --no-merge without adapters, expected some, by --lora-r (of rlhf, --actor-lora-r)")
     if trains_embeddings:
         raise ValueError("got --no-merge with --lora-embeddings, expected one of them: adapters hold no embeddings")
     place = local_model(model)
@@ -57,6 +59,19 @@ def base_for_adapters(model: str, opened: ChatModel, rank: int, trains_embedding
             "of the adapters. Expected a template whose tokens the model has (--template), or merged weights"
         )
     return str(place.resolve()) if Path(model).exists() else model
+
+
+@beartype
+def parts_to_save(model: ChatModel, scope: str, rank: int, base: str | None) -> Sequence[Saved]:
+    """Return a trained model, its tokenizer and its template, to be saved.
+
+    The model is its adapters alone where they have a base, and else the whole one, into which adapters are merged.
+    """
+    if base is not None:
+        return TrainedAdapter(model.palm, scope, base), model.tokenizer, model.template
+    if rank:
+        merge_adapters(model.palm, scope)
+    return model
 
 
 @beartype

@@ -7,11 +7,11 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from palm_rlhf.commands.adapter_output import base_for_adapters, parts_to_save, refuse_other_kind
 from palm_rlhf.commands.run_folder import finish_chat_model, run_folder, say
 from palm_rlhf.commands.start_models import (
     ModelName,
     TemplateName,
-    merge_adapters,
     open_chat_model,
     quantize_base,
 )
@@ -32,14 +32,15 @@ def dpo(
     template: TemplateName = "auto",
     held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
     quantize: Quantisation | None = None,
+    merge: bool = True,
     training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Train a model on pairs of a chosen and a rejected reply by DPO, or another --loss; no reward model.
 
     The losses ipo, simpo and orpo learn from pairs too. kto learns from single replies with a label (wanted or not), or
-    from the best and the worst reply of rankings. Adapters (--lora-r) are merged at the end. The last line on standard
-    output is JSON: valid_accuracy and the other metrics of the held-out preferences, steps, seconds, output_dir and
-    model.
+    from the best and the worst reply of rankings. Adapters (--lora-r) are merged at the end, or saved alone
+    (--no-merge). The last line on standard output is JSON: valid_accuracy and the other metrics of the held-out
+    preferences, steps, seconds, output_dir and model.
 
     Args:
         data: A file in any format that `palm-rlhf data convert` reads as preferences (chosen and rejected, or
@@ -52,12 +53,16 @@ def dpo(
         held_out: The share of prompts that is held out for evaluation; 0 holds out none.
         quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
             (NF4), by bitsandbytes. The model that is saved has plain weights, with the adapters merged.
+        merge: Save the whole model, with the adapters merged; else the adapters alone, as a folder of PEFT that names
+            MODEL as its base.
         training: Training settings.
     """
     output_dir = run_folder("dpo", output_dir, resume)
+    refuse_other_kind(output_dir, merge)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
     quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
+    base = None if merge else base_for_adapters(model, chat_model, training.lora_r)
     records = read_records_for(data, "preferences" if training.is_paired else "unpaired")
     train, valid = (
         preferences_of(side, chat_model, training.max_seq_len)
@@ -80,7 +85,6 @@ def dpo(
         if "valid_accuracy" in metrics:
             say(f"step {metrics['step']}: {success} {metrics['valid_accuracy']:.1%} of held-out {kind}")
     result = trainer.finish()
-    if training.lora_r:
-        merge_adapters(chat_model.palm, SCOPE)
+    parts = parts_to_save(chat_model, SCOPE, training.lora_r, base)
     if trainer.accelerator.is_main_process:
-        finish_chat_model(result, output_dir, chat_model)
+        finish_chat_model(result, output_dir, parts)

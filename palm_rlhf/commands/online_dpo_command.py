@@ -8,6 +8,7 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from palm_rlhf.commands.adapter_output import base_for_adapters, parts_to_save, refuse_other_kind
 from palm_rlhf.commands.reward_arguments import has_functions, open_rewards, without_name
 from palm_rlhf.commands.run_folder import finish_chat_model, run_folder, say
 from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model
@@ -29,14 +30,15 @@ def online_dpo(
     resume: bool = False,
     template: TemplateName = "auto",
     held_out: Annotated[float, arg(metavar="0..1")] = 0.1,
+    merge: bool = True,
     rollouts: OmitArgPrefixes[RolloutConfig] = RolloutConfig(),  # noqa: B008 (it is frozen)
     training: OmitArgPrefixes[PreferenceConfig] = PreferenceConfig(),  # noqa: B008
 ) -> None:
     """Improve a model by DPO, or another --loss of pairs, on its own replies, which rewards compare.
 
     In each step the model replies --num-samples times to each prompt, and the best and the worst reply make a pair.
-    Adapters (--lora-r) are merged at the end. The last line on standard output is JSON: valid_score and the other
-    metrics of the replies to held-out prompts, steps, seconds, output_dir and model.
+    Adapters (--lora-r) are merged at the end, or saved alone (--no-merge). The last line on standard output is JSON:
+    valid_score and the other metrics of the replies to held-out prompts, steps, seconds, output_dir and model.
 
     Args:
         prompts: A text file with a prompt on each line (.txt), or records in any format that `palm-rlhf data convert`
@@ -51,12 +53,16 @@ def online_dpo(
         resume: Continue from the newest checkpoint in output_dir; without output_dir, from the newest run in runs/.
         template: The chat template; auto is the model's own, or default.
         held_out: The share of prompts that is held out for evaluation; 0 holds out none.
+        merge: Save the whole model, with the adapters merged; else the adapters alone, as a folder of PEFT that names
+            MODEL as its base.
         rollouts: Sampling settings; if --eos-token is None, the end of the assistant's turn ends a reply.
         training: Training settings; sizes count pairs, one for each prompt, and kto is no loss of pairs.
     """
     output_dir = run_folder("online-dpo", output_dir, resume)
+    refuse_other_kind(output_dir, merge)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
+    base = None if merge else base_for_adapters(model, chat_model, training.lora_r)
     judges = open_rewards(reward_model, rewards, chat_model, model)
     if rollouts.eos_token is None:
         rollouts = replace(rollouts, eos_token=chat_model.end_of_turn)
@@ -78,7 +84,6 @@ def online_dpo(
         if "valid_score" in metrics:
             say(f"step {metrics['step']}: replies to held-out prompts score {metrics['valid_score']:.3f}")
     result = trainer.finish()
-    if training.lora_r:
-        chat_model.palm.merge_finetune_params(SCOPE)
+    parts = parts_to_save(chat_model, SCOPE, training.lora_r, base)
     if trainer.accelerator.is_main_process:
-        finish_chat_model(result, output_dir, chat_model)
+        finish_chat_model(result, output_dir, parts)

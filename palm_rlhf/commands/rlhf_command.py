@@ -1,5 +1,6 @@
 """The command ``palm-rlhf rlhf``: improve a model by PPO, GRPO or RLOO."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +9,11 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from palm_rlhf.commands.adapter_output import base_for_adapters, parts_to_save, refuse_other_kind
 from palm_rlhf.commands.reward_arguments import MAIN, has_functions, open_rewards, read_environment, without_name
-from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
-from palm_rlhf.commands.start_models import ModelName, TemplateName, open_chat_model, quantize_base
+from palm_rlhf.commands.run_folder import Saved, finish_chat_model, quoted, run_folder, say
+from palm_rlhf.commands.start_models import ChatModel, ModelName, TemplateName, open_chat_model, quantize_base
 from palm_rlhf.commands.training_data import read_prompt_rows
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.policy.actor_critic import ACTOR_SCOPE
 from palm_rlhf.policy.reward_model import RewardModel
@@ -38,14 +39,16 @@ def rlhf(
     resume: bool = False,
     template: TemplateName = "auto",
     quantize: Quantisation | None = None,
+    merge: bool = True,
     training: OmitArgPrefixes[PPOConfig] = PPOConfig(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Improve a model by reinforcement learning from rewards, models or functions: PPO, GRPO or RLOO (--algorithm).
 
     With PPO the critic starts from the reward model, unless --shared-trunk reads values from the policy. Adapters
-    (--actor-lora-r) are merged at the end. With --share-base the weights are in memory once, and reward models are
-    those that `palm-rlhf reward --lora-r` trained on the same model; the models of --eval-rewards have their own. The
-    last line on standard output is JSON: the metrics of the last step, such as score and kl, output_dir and model.
+    (--actor-lora-r) are merged at the end, or saved alone (--no-merge). With --share-base the weights are in memory
+    once, and reward models are those that `palm-rlhf reward --lora-r` trained on the same model; those of
+    evaluations (--eval-rewards) have their own. The last line on standard output is JSON: the metrics of the last step,
+    such as score and kl, output_dir and model.
 
     Args:
         prompts: A text file with a prompt on each line (.txt), or records in any format that `palm-rlhf data convert`
@@ -68,12 +71,16 @@ def rlhf(
         template: The chat template; auto is the model's own, or default.
         quantize: Keep the frozen matrices below the adapters in int8, a byte a weight, or int4, 4.5 bits a weight
             (NF4), by bitsandbytes. The model that is saved has plain weights, with the adapters merged.
+        merge: Save the whole model, with the adapters merged; else the adapters alone, as a folder of PEFT that names
+            MODEL as its base.
         training: Training settings; if --eos-token is None, the end of the assistant's turn ends a response.
     """
     output_dir = run_folder("rlhf", output_dir, resume)
+    refuse_other_kind(output_dir, merge)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
     quantize_base(chat_model.palm, quantize, training.actor_lora_r, "--actor-lora-r")
+    base = None if merge else base_for_adapters(model, chat_model, training.actor_lora_r)
     judges = open_rewards(reward_model, rewards, chat_model, model, share_base=training.share_base)
     if training.eos_token is None:
         training = replace(training, eos_token=chat_model.end_of_turn)
@@ -101,7 +108,7 @@ def rlhf(
     )
     say(f"{len(rows)} prompts; saved to {output_dir}")
     result = trainer.train()
-    palm = merged_policy(trainer, chat_model.palm)
+    parts = trained_policy(trainer, chat_model, base)
     if trainer.accelerator.is_main_process:
         if trainer.evaluator is not None and (best := best_checkpoint(trainer.run.checkpoints)):
             say(f"the best by {trainer.evaluator.best_metric} is {best / 'policy'}")
@@ -109,18 +116,17 @@ def rlhf(
         if reward_model is not None and read_metrics(output_dir / SAMPLES_FILE):  # empty after a short run
             options = f"--reference {quoted(model)} --reward-model {quoted(reward_model)}"
             more_commands = [("measure the run", f"palm-rlhf evaluate run {quoted(output_dir)} {options}")]
-        finish_chat_model(result, output_dir, (palm, chat_model.tokenizer, chat_model.template), more_commands)
+        finish_chat_model(result, output_dir, parts, more_commands)
 
 
-def merged_policy(trainer: RLHFTrainer, palm: PaLM) -> PaLM:
-    """Return the trained policy with merged adapters, of all shards. Every process has to call it.
+def trained_policy(trainer: RLHFTrainer, model: ChatModel, base: str | None) -> Sequence[Saved]:
+    """Return the trained policy, of all shards, with tokenizer and template, to be saved. Every process has to call it.
 
-    The adapters are merged in place, without a second copy in memory: the trainer, its reference and reward models over
-    the same base mean nothing afterwards.
+    Without a base for adapters alone, the adapters are merged in place, without a second copy in memory: the trainer,
+    its reference and reward models over the same base mean nothing afterwards.
     """
     state = full_state(trainer.actor_critic.palm)
-    if trainer.accelerator.is_main_process:
-        palm = plain_palm(palm, state)
-        if trainer.config.actor_lora_r:
-            palm.merge_finetune_params(ACTOR_SCOPE)
-    return palm
+    if not trainer.accelerator.is_main_process:
+        return model
+    policy = model._replace(palm=plain_palm(model.palm, state))
+    return parts_to_save(policy, ACTOR_SCOPE, trainer.config.actor_lora_r, base)

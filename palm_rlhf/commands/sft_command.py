@@ -1,6 +1,5 @@
 """The command ``palm-rlhf sft``: fine-tune a model on conversations."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,13 +7,12 @@ import torch
 from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from palm_rlhf.commands.adapter_output import TrainedAdapter, base_for_adapters, refuse_other_kind
-from palm_rlhf.commands.run_folder import Saved, finish_chat_model, quoted, run_folder, say
+from palm_rlhf.commands.adapter_output import base_for_adapters, parts_to_save, refuse_other_kind
+from palm_rlhf.commands.run_folder import finish_chat_model, quoted, run_folder, say
 from palm_rlhf.commands.start_models import (
     ChatModel,
     ModelName,
     TemplateName,
-    merge_adapters,
     open_chat_model,
     quantize_base,
 )
@@ -60,11 +58,11 @@ def sft(
         training: Training settings.
     """
     output_dir = run_folder("sft", output_dir, resume)
+    refuse_other_kind(output_dir, merge)
     torch.manual_seed(training.seed)
     chat_model = open_chat_model(model, template)
     quantize_base(chat_model.palm, quantize, training.lora_r, "--lora-r")
     base = None if merge else base_for_adapters(model, chat_model, training.lora_r, training.lora_embeddings)
-    refuse_other_kind(output_dir, merge)
     train, valid = split_held_out(read_records_for(data, "sft"), held_out, training.seed)
     trainer = make_trainer(
         chat_model,
@@ -80,11 +78,7 @@ def sft(
         if "valid_loss" in metrics:
             say(f"step {metrics['step']}: held-out loss {metrics['valid_loss']:.3f} nats per token")
     result = trainer.finish()
-    parts: Sequence[Saved] = chat_model
-    if base is not None:
-        parts = TrainedAdapter(chat_model.palm, SCOPE, base), chat_model.tokenizer, chat_model.template
-    elif training.lora_r:
-        merge_adapters(chat_model.palm, SCOPE)
+    parts = parts_to_save(chat_model, SCOPE, training.lora_r, base)
     if trainer.accelerator.is_main_process:
         learn_reward = f"palm-rlhf reward RANKINGS --model {quoted(output_dir)}"
         finish_chat_model(result, output_dir, parts, [("learn a reward", learn_reward)])

@@ -178,7 +178,7 @@ def test_sft_saves_adapters_alone_where_it_is_told_to(llama, files, tmp_path, co
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "got --no-merge without --lora-r"),
+        ([], "got --no-merge without adapters"),
         (["--lora-r", "2", "--lora-embeddings"], "got --no-merge with --lora-embeddings"),
         (["--lora-r", "2", "--template", "oasst"], r"got --no-merge and the chat template's tokens \["),
     ],
