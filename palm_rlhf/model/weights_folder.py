@@ -19,6 +19,7 @@ from palm_rlhf.model.files import read_text
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 WRITTEN = ".written"  # a subfolder of new files that are complete, but not yet in their places: see weights_writer.py
+MOST_JSON = 2**28  # bytes: the largest index of a known model has under 2^24
 DEPTHS = ("depth", "num_hidden_layers")  # the number of blocks, in configs of ours and of Hugging Face
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The tokenizer and the chat template of a model.
@@ -126,6 +127,8 @@ def reading(file: Path) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError for anything else."""
     with reading(file):
+        if (num_bytes := file.stat().st_size) > MOST_JSON:
+            raise ValueError(f"it has {num_bytes:,} bytes, expected at most {MOST_JSON:,}")
         try:
             values = json.loads(read_text(file))
         except RecursionError as error:

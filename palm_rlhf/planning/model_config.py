@@ -29,6 +29,9 @@ DTYPES: dict[Any, Dtype] = {
     "float16": "bfloat16",
 }
 
+MOST_BLOCKS, MOST = 1_000, 2**31  # a plan takes time for each block, and torch counts bytes in 64 bits
+WIDTHS = ("num_tokens", "dim", "inner_dim", "heads", "kv_heads", "dim_head")
+
 
 @beartype
 def config_of_model(source: str | Path) -> PaLMConfig:
@@ -93,12 +96,27 @@ def file_of_model(source: str | Path) -> Path:
 
 
 def config_from(values: dict[str, Any], where: Path) -> PaLMConfig:
-    """Return the config that the values of a config.json describe, of a PaLM, a reward model, or a kin of LLaMA."""
+    """Return the config that the values of a config.json describe, of a PaLM, a reward model, or a kin of LLaMA.
+
+    Raises ValueError for a model that a PaLM cannot compute, and for sizes far above those of any model.
+    """
+    config = _read_config(values, where)
+    sizes = {"depth": config.depth} | {name: getattr(config, name) for name in WIDTHS}
+    if large := [f"{name}={size}" for name, size in sizes.items() if size > (MOST_BLOCKS if name == "depth" else MOST)]:
+        raise ValueError(
+            f"{where} describes a model of {', '.join(large)}; expected at most {MOST_BLOCKS:,} blocks, and "
+            f"{MOST:,} of the others: copy or download it again"
+        )
+    return config
+
+
+def _read_config(values: dict[str, Any], where: Path) -> PaLMConfig:
+    """Return the config that the values of a config.json describe, of any size."""
     model_type = values.get("model_type")
     if isinstance(model_type, str) and model_type in READERS:
         return PaLMConfig.from_dict(READERS[model_type][0](values, where))
     if model_type == REWARD_MODEL and isinstance(values.get("palm"), dict):
-        return config_from({**values["palm"], "model_type": "palm"}, where)
+        return _read_config({**values["palm"], "model_type": "palm"}, where)
     if model_type != "palm":
         raise ValueError(f'{where} has the model_type {model_type!r}; expected "palm", or one of {sorted(READERS)}')
     try:

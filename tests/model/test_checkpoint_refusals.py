@@ -189,6 +189,12 @@ def test_a_config_that_is_nested_too_deeply(whole, text):
     refused(whole, ValueError, str(whole / "config.json"), "nested too deeply")
 
 
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_json_file_of_absurd_size_is_not_read_into_memory(sharded, name):
+    os.truncate(sharded / name, 2**36)  # a hole, which takes no room on the disk
+    refused(sharded, ValueError, str(sharded / name), "it has 68,719,476,736 bytes, expected at most 268,435,456")
+
+
 def test_more_blocks_than_there_are_tensors(whole):
     """They would take hours to make, before anything was compared."""
     edit_config(whole, depth=10**9)

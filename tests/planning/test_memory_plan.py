@@ -294,3 +294,14 @@ def test_the_adapters_of_a_plan_are_on_the_matrices_asked_for(task, num_roles, c
 def test_targets_without_adapters_are_refused(words):
     with pytest.raises(SystemExit, match="got lora_targets=v without adapters"):
         main(["plan", "8B", *words, "--lora-targets", "v"])
+
+
+@pytest.mark.parametrize("name, size", [("depth", 10**9), ("num_tokens", 10**18), ("ff_inner_dim", 10**15)])
+@pytest.mark.parametrize("of", ["palm", "palm_reward"])
+def test_a_model_of_absurd_size_is_refused_at_once(name, size, of, tmp_path):
+    palm = {**config_of("serial").to_dict(), name: size}
+    values = {"model_type": of, "palm": palm} if of == "palm_reward" else {"model_type": of, **palm}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shown = "inner_dim" if name == "ff_inner_dim" else name
+    with pytest.raises(SystemExit, match=rf"config\.json describes a model of {shown}={size}; expected at most 1,000"):
+        main(["plan", str(tmp_path), "--task", "sft"])
