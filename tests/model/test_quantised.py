@@ -1,6 +1,7 @@
 """Weights in fewer bits: their numbers by hand, the model of plain weights that they stand for, gradients, refusals."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from palm_rlhf import PaLM
 from palm_rlhf.model.captured import why_not_captured
-from palm_rlhf.model.quantised.quantised_model import QuantisedLinear, is_quantised, weights_bytes
+from palm_rlhf.model.quantised.quantised_model import QuantisedLinear, check_frozen, is_quantised, weights_bytes
 from palm_rlhf.model.quantised.quantised_weights import pack, product
 from palm_rlhf.model.shared_base import palm_over_base
 from palm_rlhf.policy.reward_model import RewardModel
@@ -86,9 +87,11 @@ def test_a_quantised_model_computes_with_the_weights_that_its_numbers_stand_for(
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_adapters_get_the_gradients_of_the_dequantised_model(palm, tokens, kind):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_get_the_gradients_of_the_dequantised_model(palm, tokens, kind, checkpointing):
     expected = with_weights_by_hand(palm, kind)
     palm.quantize_(kind)
+    palm.config = dataclasses.replace(palm.config, gradient_checkpointing=checkpointing)
     for model in (palm, expected):
         torch.manual_seed(2)
         model.add_finetune_params("a", 4)
@@ -222,6 +225,9 @@ def test_int4_numbers_of_any_width_go_on_in_blocks_of_64(shape):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_base_neither_trains_nor_takes_adapters_in(palm, kind):
     palm.quantize_(kind)
+    check_frozen(palm, is_sharded=False)
+    with pytest.raises(ValueError, match=rf"got weights in {kind}, expected plain ones in shards \(FSDP\)"):
+        check_frozen(palm, is_sharded=True)
     assert not any(parameter.requires_grad for parameter in palm.parameters())
     with pytest.raises(ValueError, match=rf"got weights in {kind}, expected plain ones; call palm.dequantize_"):
         palm.quantize_("int8")
