@@ -11,7 +11,7 @@ from palm_rlhf.evaluation.reports.report import Table, as_text
 from palm_rlhf.model.lora import Targets
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
 from palm_rlhf.planning.memory_plan import MemoryPlan
-from palm_rlhf.planning.model_config import config_of_model, dtype_of_model
+from palm_rlhf.planning.model_config import config_of_model, dtype_of_model, name_in_commands
 from palm_rlhf.planning.plan_search import SearchResult, search
 from palm_rlhf.planning.plan_settings import Dtype, PlanSettings, Task
 from palm_rlhf.planning.planned_command import planned_command
@@ -93,7 +93,7 @@ def plan(
         prefix_memory=num_bytes("prefix_memory", prefix_memory),
     )
     result = search(task, config, start, num_bytes("gpu_memory", gpu_memory), fixed=frozenset(chosen))
-    show(task, model, result, saved)
+    show(task, name_in_commands(model), result, saved)
 
 
 def show(task: Task, model: str, result: SearchResult, saved: Dtype) -> None:

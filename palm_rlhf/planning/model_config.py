@@ -73,6 +73,15 @@ def dtype_of_model(source: str | Path, task: Task) -> Dtype:
     return next((DTYPES[name] for name in names if isinstance(name, str) and name in DTYPES), "bfloat16")
 
 
+@beartype
+def name_in_commands(source: str | Path) -> str:
+    """Return a model as other commands take it: the folder of a config.json, and MODEL for a size of the paper."""
+    if is_preset(source):
+        return "MODEL"
+    path = Path(source)
+    return str(path.parent if path.name == CONFIG and path.is_file() else source)
+
+
 def is_preset(source: str | Path) -> bool:
     """Return whether a model is one of the sizes of the paper, and not a folder of that name."""
     return source in PRESETS and not Path(source).exists()

@@ -13,6 +13,7 @@ from palm_rlhf.data.tokenizer import ByteTokenizer
 from palm_rlhf.model.config import PaLMConfig
 from palm_rlhf.planning.live_memory import LiveMemory
 from palm_rlhf.planning.memory_plan import plan_memory, resident_parts, traced_phases
+from palm_rlhf.planning.model_config import dtype_of_model, name_in_commands
 from palm_rlhf.planning.plan_settings import PlanSettings
 from palm_rlhf.planning.traced_roles import roles_on_meta
 from palm_rlhf.policy.reward_model import RewardModel
@@ -251,6 +252,26 @@ def test_a_base_in_fewer_bits_is_that_of_the_policy_alone_unless_it_is_shared(sh
     others = {"weights, critic", "weights, reward model"}
     assert {name: fewer[name] for name in others} == {name: plain[name] for name in others}
     assert all((plain[name] > plain["weights, policy"] / 2) != share_base for name in others)
+
+
+@pytest.mark.parametrize(
+    "saved, named, training, serving",
+    [
+        (torch.float32, {}, "float32", "float32"),
+        (torch.bfloat16, {"torch_dtype": "float32"}, "bfloat16", "bfloat16"),  # the weights know better
+        (None, {"torch_dtype": "float32"}, "float32", "float32"),
+        (None, {"dtype": "float16"}, "bfloat16", "bfloat16"),  # as many bytes
+        (None, {}, "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_type_is_that_of_the_saved_weights(tmp_path, saved, named, training, serving):
+    if saved is not None:
+        palm_of(config_of("serial"), "float32").to(saved).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "palm", **config_of("serial").to_dict(), **named}))
+    for source in (tmp_path, tmp_path / "config.json"):
+        assert (dtype_of_model(source, "sft"), dtype_of_model(source, "serve")) == (training, serving)
+        assert name_in_commands(source) == str(tmp_path)
+    assert dtype_of_model("8B", "ppo") == "bfloat16" and name_in_commands("8B") == "MODEL"
 
 
 def test_settings_that_do_not_go_together_are_refused():
