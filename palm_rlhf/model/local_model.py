@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from palm_rlhf.model.weights_folder import CONFIG, HUB_COPIES, HUB_FILES, WRITTEN
+from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, CONFIG, HUB_COPIES, HUB_FILES, WRITTEN
 
 MODEL, CHECKPOINTS = "model", "checkpoints/step_*/model"  # in the folder of a run
 GGUF_SUFFIX = ".gguf"
@@ -59,8 +59,9 @@ def local_model(
     of another kind, or a damaged one; ImportError for a missing package.
 
     Args:
-        source: the folder or file itself, the folder of a run, the name of one of `PACKAGED_MODELS`, or a hub id,
-            "owner/name", which is downloaded. A folder or file of that name is preferred.
+        source: the folder or file itself, a folder with one GGUF file, the folder of a run, the name of one of
+            `PACKAGED_MODELS`, or a hub id, "owner/name", which is downloaded. A folder or file of that name is
+            preferred.
         revision: a branch, tag or commit on the hub.
         files: patterns of the files to download.
     """
@@ -71,7 +72,7 @@ def local_model(
             f"{path} is on this machine, and has no revision {revision!r}; leave the revision out, or give a hub id"
         )
     if on_disk and path.is_dir():
-        return model_of_run(path)
+        return only_gguf_file(model_of_run(path))
     if on_disk and path.suffix.lower() == GGUF_SUFFIX:
         return path
     if on_disk:
@@ -123,6 +124,20 @@ def model_of_run(path: Path) -> Path:
             f"its newest checkpoint, {checkpoints[-1]}"
         )
     return path
+
+
+def only_gguf_file(path: Path) -> Path:
+    """Return the GGUF file in a folder that has no other model, such as a download, or else the folder.
+
+    Of a model in several files, it is the first. Raises ValueError where several models are there.
+    """
+    if any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)) or (path / WRITTEN).exists():
+        return path
+    names = sorted(file.name for file in path.iterdir() if file.suffix.lower() == GGUF_SUFFIX and file.is_file())
+    models = [name for name in names if not re.search(r"-(?!00001-)\d{5}-of-\d{5}\.\w+$", name)]
+    if len(models) > 1:
+        raise ValueError(f"{path} has {len(models)} GGUF files, such as {models[:3]}, expected one: name one of them")
+    return path / models[0] if models else path
 
 
 def packaged_file(name: str) -> Path:

@@ -78,6 +78,20 @@ def test_a_file_is_a_model_by_its_suffix_only(tmp_path):
         local_model(tmp_path / "model.bin")
 
 
+def test_a_folder_with_one_gguf_file_is_that_file(tmp_path):
+    assert local_model(tmp_path) == tmp_path
+    for part in (2, 1, 3):
+        (tmp_path / f"model-0000{part}-of-00003.gguf").write_bytes(CONTENTS)
+    assert local_model(str(tmp_path)) == tmp_path / "model-00001-of-00003.gguf"
+    (tmp_path / "other.GGUF").write_bytes(CONTENTS)
+    with pytest.raises(ValueError, match=r"has 2 GGUF files, such as \['model-00001-of-00003\.gguf', 'other\.GGUF'\]"):
+        local_model(tmp_path)
+    for name in ("adapter_config.json", "config.json"):  # of an adapter, and of a model
+        (tmp_path / name).write_text("{}")
+        assert local_model(tmp_path) == tmp_path
+        (tmp_path / name).unlink()
+
+
 def test_an_unknown_name_is_told_what_is_known():
     with pytest.raises(FileNotFoundError, match=r"expected .* a \.gguf file, a hub id, owner/name, or .*'smollm2'"):
         local_model("smolm2")

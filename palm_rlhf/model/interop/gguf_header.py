@@ -69,7 +69,10 @@ class GGUFHeader:
     def _read(self) -> None:
         magic = self._file.read(4)
         if magic != MAGIC:
-            raise ValueError(f"{self.path} begins with {magic!r}, expected {MAGIC!r}: it is no GGUF file")
+            raise ValueError(
+                f"{self.path} begins with {magic!r}, expected {MAGIC!r}: it is no GGUF file; download it "
+                "again (a pointer of Git LFS, which begins with b'vers', by git lfs pull)"
+            )
         version = self._number("I")
         if version & 0xFFFF == 0:
             raise ValueError(
