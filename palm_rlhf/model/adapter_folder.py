@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from beartype import beartype
@@ -72,13 +72,13 @@ def open_adapter(
     the errors of `base_of`, `PaLM.from_pretrained` and `load_adapter`.
     """
     base = base_of(folder)
-    palm = checkpoint.from_pretrained(
-        cls, base, dtype=dtype, device=device, revision=None, open_with=checkpoint.open_folder
-    )
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "revision": None}
     try:
+        palm = checkpoint.from_pretrained(cls, base, **options, open_with=checkpoint.open_folder)
         weights = read_peft(folder, palm.config)
-    except ValueError as error:
-        raise ValueError(f"{error} (the base of {folder} is {base})") from error
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error} (the adapter {folder} has the base {base})") from error
     shapes, r, alpha = adapter_shapes(palm.config), weights.options["r"], weights.options["alpha"]
     for layer, tensors in zip(cast("Sequence[Block]", palm.layers), weights.blocks, strict=True):
         with torch.device("meta"):

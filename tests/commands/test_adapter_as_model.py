@@ -128,6 +128,8 @@ def test_a_base_is_found_by_every_name_that_a_model_has(llama, adapter, tmp_path
         ),
         ({"base_model_name_or_path": "."}, "which is an adapter itself; expected a model"),
         ({"base_model_name_or_path": "OTHER"}, r"another shape of .* open the adapter over that model.*OTHER"),
+        ({"base_model_name_or_path": "/dev/zero"}, "adapter of '/dev/zero', and that base was not found: .* is a file"),
+        ({"base_model_name_or_path": "/proc/self"}, r"/proc/self has no config.json.*adapter has the base /proc/"),
         ({"peft_type": "IA3"}, "has peft_type='IA3', which a LoRA scope cannot compute"),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "transformers_modules.a.b"}}, "never executed"),
         ({"r": "many"}, "has r='many'; expected a rank"),

@@ -40,8 +40,9 @@ def base_of(folder: Path, *, files: Sequence[str] = tuple(HUB_FILES)) -> Path:
     revision = values.get("revision") if on_hub else None
     try:
         base = local_model(source, revision if isinstance(revision, str) and revision else None, files=files)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
             f"{folder} is an adapter of {name!r}, and that base was not found: {error}. Correct its "
             f"base_model_name_or_path in {file}, or open the base and call palm.load_adapter(folder)"
         ) from error
