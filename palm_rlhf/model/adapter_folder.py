@@ -17,6 +17,7 @@ from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import BlockLoRA, LoRALinear, adapter_shapes, adapters_of
 from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WeightsFolder, read_json
 from palm_rlhf.model.weights_writer import write_adapter
+from palm_rlhf.ops.devices import meta_device
 
 if TYPE_CHECKING:
     import palm_rlhf.model.palm
@@ -81,7 +82,7 @@ def open_adapter(
         raise kind(f"{error} (the adapter {folder} has the base {base})") from error
     shapes, r, alpha = adapter_shapes(palm.config), weights.options["r"], weights.options["alpha"]
     for layer, tensors in zip(cast("Sequence[Block]", palm.layers), weights.blocks, strict=True):
-        with torch.device("meta"):
+        with meta_device():
             parts = {target: LoRALinear(*shapes[target], r, alpha) for target in weights.options["targets"]}
             adapters = BlockLoRA(shapes, parts)
         adapters.load_state_dict({name: tensor.to(palm.device) for name, tensor in tensors.items()}, assign=True)

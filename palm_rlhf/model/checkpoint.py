@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palm_rlhf.model.config import PaLMConfig
-from palm_rlhf.model.interop import cohere, gguf_file, llama, palm_rlhf_pytorch
+from palm_rlhf.model.interop import gguf_file, llama, palm_rlhf_pytorch
 from palm_rlhf.model.interop.gguf_header import is_gguf
-from palm_rlhf.model.interop.tensor_layout import Weights
+from palm_rlhf.model.interop.hugging_face import CONFIG_READERS, to_hugging_face
+from palm_rlhf.model.interop.tensor_layout import Weights, read_tensors
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.lora import ATTENTION, adapters_of
 from palm_rlhf.model.quantised.quantised_model import quantised_parts, require_frozen
@@ -33,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # The name of each tensor, and its parts, to be concatenated along the rows; a part is not read before it is used.
 Parts = Iterator[tuple[str, Iterable[Tensor]]]
 # The formats of save_pretrained: ours, and model_types of Hugging Face, of which "hf" is the one that holds the model.
-FORMATS = ("palm", "hf", cohere.MODEL_TYPE, *llama.ARCHITECTURES)
+FORMATS = ("palm", "hf", *CONFIG_READERS)
 # Fields of the config that do not change what a model computes: a model may load weights that were saved with others.
 FREE_TO_CHANGE = {"dropout", "flash_attn", "gradient_checkpointing", "max_seq_len", "z_loss"}
 STATE_DICT = "what torch.save(model.state_dict(), path) writes"
@@ -43,18 +44,11 @@ def save_pretrained(palm: "PaLM", path: Path, *, format: str, max_shard_size: in
     """Write a PaLM and its LoRA scopes to a folder, in our format or in one of Hugging Face."""
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {FORMATS}")
-    scopes = list(palm.finetune_modules)
-    if format == "hf":
-        format = cohere.MODEL_TYPE if palm.config.block == "parallel" else llama.model_type_of(palm.config)
-    if format == cohere.MODEL_TYPE:
-        config = cohere.to_cohere_config(palm.config, scopes=scopes, dtype=palm.dtype)
-        tensors = cohere.to_cohere_tensors(palm.config, palm.state_dict())
-    elif format in llama.ARCHITECTURES:
-        config = llama.to_llama_config(palm.config, scopes=scopes, dtype=palm.dtype, model_type=format)
-        tensors = llama.to_llama_tensors(palm.config, palm.state_dict())
-    else:
+    if format == "palm":
         config = {"model_type": "palm", **palm.config.to_dict(), "finetune_scopes": scope_options(palm)}
         tensors = palm.state_dict()
+    else:
+        config, tensors = to_hugging_face(palm, None if format == "hf" else format)
     write_folder(path, config, tensors, parse_size(max_shard_size))
 
 
@@ -130,27 +124,19 @@ def open_folder(cls: type["PaLM"], folder: Weights) -> tuple["PaLM", Parts]:
     config = dict(folder.config)
     where = folder.path if is_gguf(folder.path) else folder.path / CONFIG
     model_type = config.pop("model_type", None)
-    if isinstance(model_type, str) and model_type in READERS:
-        config_of, tensors_of = READERS[model_type]
-        skeleton = skeleton_of(cls, config_of(folder.config, where), {}, where)
-        return skeleton, tensors_of(skeleton.config, folder)
+    if isinstance(model_type, str) and model_type in CONFIG_READERS:
+        skeleton = skeleton_of(cls, CONFIG_READERS[model_type](folder.config, where), {}, where)
+        return skeleton, read_tensors(skeleton.config, folder)
     if model_type != "palm":
         reason = llama.OTHERS.get(str(model_type))
         raise ValueError(
             f"{where} has the model_type {model_type!r}{f', which a PaLM cannot compute: {reason}' if reason else ''}; "
-            f'expected "palm", which save_pretrained writes, or one of {sorted(READERS)}, as Hugging Face names them'
+            f'expected "palm", which save_pretrained writes, or, as Hugging Face names them, {sorted(CONFIG_READERS)}'
         )
     scopes = config.pop("finetune_scopes", {})
     skeleton = skeleton_of(cls, config, scopes, where)
     check_shapes(folder.shapes, shapes_of(skeleton.state_dict()), folder.path)
     return skeleton, ((name, [folder[name]]) for name in folder.shapes)
-
-
-# For each model_type of Hugging Face, the fields of our config from config.json, and our tensors from its weights.
-READERS: dict[Any, tuple[Callable[[Mapping[str, Any], Path], dict[str, Any]], Callable[..., Parts]]] = {
-    cohere.MODEL_TYPE: (cohere.from_cohere_config, cohere.from_cohere_tensors),
-    **dict.fromkeys(llama.ARCHITECTURES, (llama.from_llama_config, llama.from_llama_tensors)),
-}
 
 
 def open_palm_rlhf_pytorch(

@@ -8,11 +8,11 @@ from typing import Any
 from beartype import beartype
 from safetensors import safe_open
 
-from palm_rlhf.model.checkpoint import READERS
 from palm_rlhf.model.config import PRESET_COMMON, PRESETS, PaLMConfig
 from palm_rlhf.model.interop.gguf_dtype import FLOAT32
 from palm_rlhf.model.interop.gguf_file import GGUFFile
 from palm_rlhf.model.interop.gguf_header import GGUFHeader, is_gguf
+from palm_rlhf.model.interop.hugging_face import CONFIG_READERS
 from palm_rlhf.model.interop.peft_base import base_of, is_adapter
 from palm_rlhf.model.local_model import local_model
 from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, CONFIG, read_json, reading
@@ -122,12 +122,13 @@ def config_from(values: dict[str, Any], where: Path) -> PaLMConfig:
 def _read_config(values: dict[str, Any], where: Path) -> PaLMConfig:
     """Return the config that the values of a config.json describe, of any size."""
     model_type = values.get("model_type")
-    if isinstance(model_type, str) and model_type in READERS:
-        return PaLMConfig.from_dict(READERS[model_type][0](values, where))
+    if isinstance(model_type, str) and model_type in CONFIG_READERS:
+        return PaLMConfig.from_dict(CONFIG_READERS[model_type](values, where))
     if model_type == REWARD_MODEL and isinstance(values.get("palm"), dict):
         return _read_config({**values["palm"], "model_type": "palm"}, where)
     if model_type != "palm":
-        raise ValueError(f'{where} has the model_type {model_type!r}; expected "palm", or one of {sorted(READERS)}')
+        known = ["palm", *sorted(CONFIG_READERS)]
+        raise ValueError(f"{where} has the model_type {model_type!r}; expected one of {known}")
     try:
         return PaLMConfig.from_dict({k: v for k, v in values.items() if k not in ("model_type", "finetune_scopes")})
     except TypeError as error:

@@ -1,6 +1,6 @@
 """Weights of Hugging Face's `CohereForCausalLM` (Command R, Aya 23), which is a PaLM under other names."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from palm_rlhf.model.interop.config_json import (
     require_settings,
     unrepresentable,
 )
-from palm_rlhf.model.interop.tensor_layout import Weights, named_tensors, read_tensors
+from palm_rlhf.model.interop.tensor_layout import named_tensors
 
 MODEL_TYPE, ARCHITECTURE = "cohere", "CohereForCausalLM"
 SWITCHES = {"block": "parallel", "norm": "layer", "qkv_bias": False, "tie_embeddings": True}
@@ -62,8 +62,3 @@ def from_cohere_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]
         "qk_norm": bool(values.get("use_qk_norm")),
         "max_seq_len": numbers["context"],
     }
-
-
-def from_cohere_tensors(config: PaLMConfig, folder: Weights) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Return the names of our tensors and their parts, after checking all shapes; the parts are read when used."""
-    return read_tensors(config, folder)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.model.files import replacing
-from palm_rlhf.model.interop import cohere, llama
 from palm_rlhf.model.interop.gguf_config import MODEL_TYPES, ROPE_FACTORS, llama3_factors, metadata_of
 from palm_rlhf.model.interop.gguf_file import INNER, OUTER, PAIRED, import_gguf
+from palm_rlhf.model.interop.hugging_face import to_hugging_face
 from palm_rlhf.model.interop.tensor_layout import to_pairs
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write_gguf(palm: "PaLM", path: Path, *, type: str, name: str, tokenizer: Map
     Raises ValueError for a model that these architectures cannot represent, and OSError on a full disk.
     """
     gguf = import_gguf(path)
-    config, tensors = hugging_face_parts(palm)
+    config, tensors = to_hugging_face(palm)
     architecture = next(ours for ours, theirs in MODEL_TYPES.items() if theirs == config["model_type"])
     require_writable(palm, architecture)
     tensors = dict(named_tensors(palm, tensors))
@@ -91,17 +91,6 @@ def write_parts(
             writer.write_tensor_data(converted(gguf, key, reordered(key, tensor), kinds[key]))
     finally:
         writer.close()
-
-
-def hugging_face_parts(palm: "PaLM") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config.json and the tensors of the Hugging Face format that holds a model."""
-    scopes, state = list(palm.finetune_modules), palm.state_dict()
-    if palm.config.block == "parallel":
-        config = cohere.to_cohere_config(palm.config, scopes=scopes, dtype=palm.dtype)
-        return config, cohere.to_cohere_tensors(palm.config, state)
-    model_type = llama.model_type_of(palm.config)
-    config = llama.to_llama_config(palm.config, scopes=scopes, dtype=palm.dtype, model_type=model_type)
-    return config, llama.to_llama_tensors(palm.config, state)
 
 
 def require_writable(palm: "PaLM", architecture: str) -> None:

@@ -3,7 +3,7 @@
 SmolLM2, Vicuna, TinyLlama and many others are of the model_type llama.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from palm_rlhf.model.interop.config_json import (
     require_settings,
     unrepresentable,
 )
-from palm_rlhf.model.interop.tensor_layout import Weights, named_tensors, read_tensors
+from palm_rlhf.model.interop.tensor_layout import named_tensors
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,6 @@ def _kinds_of(layer_types: Any) -> Any:
     if isinstance(layer_types, list) and layer_types and all(isinstance(kind, str) for kind in layer_types):
         return sorted(set(layer_types))
     return layer_types
-
-
-def from_llama_tensors(config: PaLMConfig, folder: Weights) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Return the names of our tensors and their parts, after checking all shapes; the parts are read when used."""
-    return read_tensors(config, folder)
 
 
 def to_llama_config(config: PaLMConfig, *, scopes: list[str], dtype: torch.dtype, model_type: str) -> dict[str, Any]:

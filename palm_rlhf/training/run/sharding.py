@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from palm_rlhf.model.checkpoint import scope_options
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.shared_base import is_shared
+from palm_rlhf.ops.devices import meta_device
 
 
 @beartype
@@ -119,7 +120,7 @@ def load_full(target: Tensor, full: Tensor) -> None:
 @beartype
 def plain_palm(palm: PaLM, state: dict[str, Tensor]) -> PaLM:
     """Return a PaLM like the given one, LoRA scopes included, with the tensors of `state`, which are not copied."""
-    with torch.device("meta"):
+    with meta_device():
         plain = PaLM.from_config(palm.config)
         for scope, options in scope_options(palm).items():
             plain.add_finetune_params(scope, **options)
