@@ -96,16 +96,17 @@ def write_parts(
 def require_writable(palm: "PaLM", architecture: str) -> None:
     """Raise ValueError that names the options of a model that llama.cpp does not compute."""
     config, refused = palm.config, []
-    if architecture == "command-r":
-        if config.heads * config.dim_head != config.dim:
-            refused.append(f"heads * dim_head = {config.heads * config.dim_head} (it expects dim, {config.dim})")
-        if config.qk_norm != (config.depth >= NORMS_PER_HEAD_FROM):
-            refused.append(f"qk_norm={config.qk_norm} with depth={config.depth} (it has the norms from depth 64 on)")
+    if architecture in ("command-r", "qwen2") and config.heads * config.dim_head != config.dim:
+        refused.append(f"heads * dim_head = {config.heads * config.dim_head} (it expects dim, {config.dim})")
+    if architecture == "command-r" and config.qk_norm != (config.depth >= NORMS_PER_HEAD_FROM):
+        refused.append(f"qk_norm={config.qk_norm} with depth={config.depth} (it has the norms from depth 64 on)")
     scaling = config.rotary_scaling
     if scaling is not None:
         if scaling.rope_type == "yarn" and not math.isclose(scaling.table_factor, 0.1 * math.log(scaling.factor) + 1):
             refused.append(f"attention_factor={scaling.attention_factor} (it computes 0.1 log(factor) + 1)")
-        if scaling.rope_type == "llama3" and (scaling.low_freq_factor, scaling.high_freq_factor) != (1, 4):
+        if scaling.rope_type == "llama3" and architecture != "llama":
+            refused.append('a llama3 scaling (only its "llama" reads one)')
+        elif scaling.rope_type == "llama3" and (scaling.low_freq_factor, scaling.high_freq_factor) != (1, 4):
             refused.append("a llama3 scaling with other factors than low_freq_factor=1 and high_freq_factor=4")
     if refused:
         raise ValueError(f'the architecture "{architecture}" of llama.cpp cannot hold {" and ".join(refused)}')

@@ -128,6 +128,10 @@ def test_a_factor_of_the_logits_goes_into_the_last_norm_of_a_serial_model(tmp_pa
         ({"depth": 64, "dim": 4, "heads": 2, "dim_head": 2}, "qk_norm=False with depth=64"),
         (SERIAL | {"rotary_scaling": {"rope_type": "yarn", **LONG, "attention_factor": 1.0}}, "attention_factor=1.0"),
         (SERIAL | {"rotary_scaling": {"rope_type": "llama3", **LONG, "low_freq_factor": 2.0}}, "low_freq_factor=1"),
+        (SERIAL | {"qkv_bias": True, "dim_head": 12}, r"heads \* dim_head = 48 \(it expects dim, 32\)"),
+        (SERIAL | {"qkv_bias": True, "rotary_scaling": {"rope_type": "llama3", **LONG}}, "a llama3 scaling"),
+        (SERIAL | {"qk_norm": True, "rotary_scaling": {"rope_type": "llama3", **LONG}}, "a llama3 scaling"),
+        ({"rotary_scaling": {"rope_type": "llama3", **LONG}}, "a llama3 scaling"),
     ],
 )
 def test_a_model_that_llama_cpp_does_not_compute_is_refused_by_name(fields, named, tmp_path):
