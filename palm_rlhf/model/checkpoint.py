@@ -68,7 +68,7 @@ def from_pretrained(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point one, such as torch.bfloat16")
     folder = open_weights(local_model(source, revision))
-    model = filled(*open_with(cls, folder), dtype=dtype, device=device)
+    model = filled(*open_with(cls, folder), dtype=dtype or folder.dtype, device=device)
     require_finite(model.state_dict(), folder.path)
     folder.require_unchanged()
     return model

@@ -21,7 +21,9 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 WRITTEN = ".written"  # a subfolder of new files that are complete, but not yet in their places: see weights_writer.py
 MOST_JSON = 2**28  # bytes: the largest index of a known model has under 2^24
 DEPTHS = ("depth", "num_hidden_layers")  # the number of blocks, in configs of ours and of Hugging Face
-FLOATS = ("F64", "F32", "F16", "BF16")
+# The floating-point types, by their names in safetensors, the widest first.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OURS = ("palm", "palm_reward")  # model types whose parts may have types of their own, such as adapters
 # The tokenizer and the chat template of a model.
 TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
@@ -35,6 +37,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 class WeightsFolder:
     """A folder to read: its `config`, the `shapes` of its tensors, and each tensor when it is asked for.
+
+    `dtype` is the type for all tensors where the folder mixes several; see `one_dtype`.
 
     Raises FileNotFoundError for a missing file, and ValueError for a file that is damaged or holds anything but
     floating-point tensors.
@@ -61,8 +65,9 @@ class WeightsFolder:
         for name, dtype in dtypes.items():
             if dtype not in FLOATS:
                 raise ValueError(
-                    f"{path} holds {name} as {dtype}; expected one of {FLOATS}: take it from before quantisation"
+                    f"{path} holds {name} as {dtype}; expected one of {tuple(FLOATS)}: take it from before quantisation"
                 )
+        self.dtype = one_dtype(self.config, set(dtypes.values()))
 
     def __getitem__(self, name: str) -> Tensor:
         # The file is opened for each tensor, so that its pages do not stay in memory beside the copy of the tensor.
@@ -108,6 +113,18 @@ class WeightsFolder:
                 "Expected model.safetensors; convert the folder with save_pretrained of the library that wrote it"
             )
         raise FileNotFoundError(f"{self.path} has no {WEIGHTS}, nor {INDEX}; copy or download the folder again")
+
+
+def one_dtype(config: Mapping[str, Any], found: set[str]) -> torch.dtype | None:
+    """Return the type for all tensors of a folder that mixes several, where the model computes in one; else None.
+
+    It is the type that config.json names, or else the widest.
+    """
+    if config.get("model_type") in OURS or len(found) < 2:
+        return None
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+    stated = next((name for key in ("dtype", "torch_dtype") if isinstance(name := config.get(key), str)), "")
+    return named.get(stated) or next(dtype for name, dtype in FLOATS.items() if name in found)
 
 
 def versions(files: list[Path]) -> set[tuple[int, int, int]]:

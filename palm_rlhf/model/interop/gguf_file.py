@@ -50,6 +50,8 @@ class GGUFFile:
     that is damaged, or has an architecture or a type of quantisation that is not known.
     """
 
+    dtype: torch.dtype | None = None  # all tensors have one type already
+
     def __init__(self, path: Path):
         self.path = path
         self._gguf = import_gguf(path)

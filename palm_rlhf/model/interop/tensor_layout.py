@@ -26,6 +26,7 @@ class Weights(Protocol):
     path: Path
     config: dict[str, Any]  # the values of config.json
     shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype | None  # for all tensors, unless each is to have its own
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor, which is read now."""

@@ -153,6 +153,25 @@ def test_bfloat16_in_shards_stays_bfloat16_both_ways(tmp_path, model_type):
         assert torch.equal(back.state_dict()[name], tensor) and tensor.dtype == torch.bfloat16, name
 
 
+@pytest.mark.parametrize("stated, expected", [("bfloat16", torch.bfloat16), (None, torch.float32), (7, torch.float32)])
+@pytest.mark.parametrize("wide", ["norm", "lm_head", "embed_tokens"])
+def test_a_folder_of_several_types_opens_in_one(tmp_path, stated, expected, wide):
+    """Some keep the norms or the output layer in float32 beside bfloat16."""
+    model = transformer("llama").bfloat16()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: rows.float() * 1.001 if wide in name else rows for name, rows in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit_config(tmp_path, remove=("dtype",), torch_dtype=stated)
+    palm = PaLM.from_pretrained(tmp_path).eval()
+    assert {parameter.dtype for parameter in palm.parameters()} == {expected}
+    with torch.no_grad():
+        torch.testing.assert_close(palm(tokens()), PaLM.from_pretrained(tmp_path, dtype=expected)(tokens()))
+    edit_config(tmp_path, remove=("torch_dtype",))
+    unrounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same_logits(PaLM.from_pretrained(tmp_path, dtype=torch.float32), unrounded)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
