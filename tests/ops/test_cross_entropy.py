@@ -116,21 +116,18 @@ def test_it_compiles_in_one_graph():
 
 
 PEAK = """
-import resource, sys, torch
+import resource, torch
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-loss = {"chunked": linear_cross_entropy, "all": linear_cross_entropy_reference}[sys.argv[1]]
-x, weight = torch.randn(4, 512, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
-targets = torch.randint(50257, (4, 512))
+x, weight = torch.randn(4, 256, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
+targets = torch.randint(50257, (4, 256))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-loss(x, weight, targets, scale=1 / 8).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+for loss in (linear_cross_entropy, linear_cross_entropy_reference):
+    loss(x, weight, targets, scale=1 / 8).backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.slow(8)
 def test_its_peak_memory_is_a_quarter_at_most_of_that_with_all_logits(root):
-    def peak(which: str) -> int:
-        command = [sys.executable, "-c", PEAK, which]
-        return int(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
-
-    assert peak("chunked") <= peak("all") / 4
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=root, capture_output=True, text=True, check=True)
+    chunked, all_logits = map(int, done.stdout.split())  # the smaller peak comes first
+    assert chunked <= all_logits / 4

@@ -222,7 +222,7 @@ def used_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.slow(24)
+@pytest.mark.slow(9)
 @pytest.mark.parametrize(
     "file, old, new",
     [
@@ -307,7 +307,6 @@ def test_rotation_is_its_definition_and_turns_back(dtype, per_head, rows):
         assert rotation_distance(dtype, per_head=per_head, rows=rows) < 2 * ROUNDING[dtype]
 
 
-@pytest.mark.slow(10)
 @pytest.mark.parametrize(
     "old, new, distance_of",
     [
