@@ -97,7 +97,10 @@ class WeightsFolder:
                 "it is an adapter of PEFT, and no model: PaLM.from_pretrained opens it with its base, and "
                 "palm.load_adapter adds it to a model that is open"
             )
-        return "expected a folder of save_pretrained, or of a model of Hugging Face"
+        return (
+            "expected a folder of save_pretrained, or of a model of Hugging Face; of a hub id that has GGUF files, "
+            "download one and name that"
+        )
 
     def _weight_files(self) -> list[Path]:
         """Return the file of the weights, or all its shards."""

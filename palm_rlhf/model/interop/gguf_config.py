@@ -43,6 +43,7 @@ EXPECTED |= {f"rope.scaling.{name}": 1.0 for name in ("attn_factor", "yarn_attn_
 EXPECTED |= {"rope.scaling.yarn_log_multiplier": 0.0}
 OLD_FACTOR = "rope.scale_linear"  # in files from before November 2023
 SCALING = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
+TENSORS_OF_BLOCK = 8  # of command-r; others have more
 # Llama 3.1 to 3.3: the numbers of their config.json that a file does not have.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXT = 8192
@@ -61,8 +62,8 @@ def config_of(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dict[
         )
     if EMBEDDINGS not in header.tensors or len(header.tensors[EMBEDDINGS].shape) != 2:
         raise ValueError(f"{where} lacks {EMBEDDINGS} of two axes; expected all tensors of a model")
-    found = {name: value for name, value in metadata.items() if name.startswith(f"{architecture}.")}
-    values = {name.removeprefix(f"{architecture}."): value for name, value in found.items()}
+    prefix = f"{architecture}."
+    values = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     numbers = NUMBERS | (LAYER_EPS if architecture == "command-r" else RMS_EPS)
     config: dict[str, Any] = {
         "model_type": MODEL_TYPES[architecture],
@@ -71,11 +72,12 @@ def config_of(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dict[
     for name, (ours, default) in numbers.items():
         config[ours] = number(values, name, default, where)
     check_known(values, numbers, where)
-    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
-    if len(blocks) != config["num_hidden_layers"]:
+    found = [name.split(".")[1] for name in header.tensors if name.startswith("blk.")]
+    blocks = len(set(found))
+    if blocks != config["num_hidden_layers"] or len(found) < TENSORS_OF_BLOCK * blocks:
         raise ValueError(
-            f"{where} has the block_count {config['num_hidden_layers']} and tensors of {len(blocks)} blocks, expected "
-            "as many: copy or download the file again"
+            f"{where} has the block_count {config['num_hidden_layers']} and {len(found)} tensors of {blocks} blocks, "
+            f"expected as many blocks, and at least {TENSORS_OF_BLOCK} tensors of each: copy or download the file again"
         )
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = number(values, "attention.head_count_kv", heads, where)

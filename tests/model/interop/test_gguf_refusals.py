@@ -129,7 +129,13 @@ CHANGED = {
     "a missing number": ({}, {}, ("embedding_length",), "lacks the metadata embedding_length"),
     "a number for each block": ({"feed_forward_length": [64, 32]}, {}, (), r"feed_forward_length \[64, 32\]"),
     "a text for a number": ({"block_count": "two"}, {}, (), "has the block_count 'two'"),
-    "more blocks": ({"block_count": 2**31}, {}, (), "tensors of 2 blocks"),
+    "more blocks": ({"block_count": 2**31}, {}, (), "block_count 2147483648 and 18 tensors of 2 blocks"),
+    "blocks of one tensor": (
+        {"block_count": 5002},
+        {f"blk.{index}.attn_norm.weight": (1,) for index in range(2, 5002)},
+        (),
+        "5018 tensors of 5002 blocks, expected as many blocks, and at least 8 tensors of each",
+    ),
     "a partial rotary": ({"rope.dimension_count": 4}, {}, (), "has the rope.dimension_count 4, expected .* 8"),
     "another rotary": ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, {}, (), "longrope"),
     "a part of a model": (
