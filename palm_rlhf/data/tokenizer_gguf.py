@@ -133,7 +133,7 @@ def byte_level(fields: dict[str, Any], vocab: dict[str, int], path: Path) -> tok
     if kind not in WORDS:
         raise ValueError(
             f"{path} has the tokenizer.ggml.pre {kind!r}, expected one of {sorted(WORDS)}: if the model has one of "
-            "these, write it by gguf-new-metadata --pre-tokenizer, of the package gguf; else take the model's folder"
+            "these, write it by gguf-new-metadata (option pre-tokenizer) of the package gguf; else take its folder"
         )
     normalizer, splitter, whole_words = splitting(kind)
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges_of(fields, path), ignore_merges=whole_words))

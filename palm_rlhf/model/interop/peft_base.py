@@ -48,8 +48,8 @@ def base_of(folder: Path, *, files: Sequence[str] = tuple(HUB_FILES)) -> Path:
         ) from error
     if is_adapter(base):
         raise ValueError(
-            f"{folder} is an adapter of {name!r}, which is an adapter itself; expected a model: merge that one first, "
-            f"palm-rlhf export {name} --format hf --output FOLDER, and write FOLDER as base_model_name_or_path"
+            f"{folder} is an adapter of {name!r}, which is an adapter itself; expected a model: open that one, save it "
+            "merged by palm.save_pretrained(path), and write the path as base_model_name_or_path"
         )
     return base
 
