@@ -54,12 +54,17 @@ class SpecialTokenNames:
             before: The token before the text, or None at the start.
         """
         special = {tokenizer.special_tokens[name] for name in self.names}
+        left, right = tokenizer.stripping
         tokens: list[int] = []
-        for piece in self.whole.split(text):
+        pieces = self.whole.split(text)
+        for piece, following in zip(pieces, [*pieces[1:], ""], strict=True):
             if piece in self.names:
                 tokens.append(tokenizer.special_tokens[piece])
-            elif words := piece.replace(guard, ""):
-                last = tokens[-1] if tokens else before
+                continue
+            last, words = tokens[-1] if tokens else before, piece.replace(guard, "")
+            words = words.lstrip() if last in right else words
+            words = words.rstrip() if tokenizer.special_tokens.get(following) in left else words
+            if words:
                 if last is None:
                     tokens += tokenizer.encode(words)
                 else:

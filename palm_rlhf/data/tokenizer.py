@@ -135,7 +135,8 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
 
 def token_name(value: Any) -> str | None:
     """Return the name of a token in tokenizer_config.json, where it is a string or an object that contains it."""
-    return value.get("content") if isinstance(value, dict) else value
+    name = value.get("content") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else None
 
 
 @beartype

@@ -66,6 +66,11 @@ class Tokenizer(ABC):
         return []
 
     @property
+    def stripping(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The special tokens that remove the white space before them, and those that remove it after them."""
+        return frozenset(), frozenset()
+
+    @property
     def pad_token(self) -> int:
         return self.special_tokens[self._pad]
 

@@ -216,8 +216,15 @@ class HuggingFaceTokenizer(Tokenizer):
             token.content: index for index, token in added if token.special and token.content != self._unknown
         }
         self._special_ids = frozenset(self.special_tokens.values())
+        strips = [{index for index, token in added if getattr(token, side)} for side in ("lstrip", "rstrip")]
+        self._stripping = self._special_ids & strips[0], self._special_ids & strips[1]
         self._token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
         self._num_tokens = 1 + max(self._token_ids)
+
+    @property
+    def stripping(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The special tokens that remove the white space before them, and those that remove it after them (Phi 4)."""
+        return self._stripping
 
     def _role_id(self, name: str) -> int | None:
         """Return the id of a special token, or of the token for unknown text if it pads; see `Tokenizer`."""

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from palm_rlhf.cli import main
-from palm_rlhf.data.conversation import encode_prompt
+from palm_rlhf.data.conversation import encode, encode_prompt
 from palm_rlhf.data.templates import load_template
-from palm_rlhf.data.tokenizer import load_tokenizer
+from palm_rlhf.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.serving.served_model import ServedModel, load
 from tests.factories import palm_of
@@ -135,3 +135,36 @@ def test_a_tokenizer_of_another_form_is_not_taken_for_bytes(tmp_path, name):
         load(tmp_path)
     with pytest.raises(SystemExit, match=message):
         main(["generate", str(tmp_path), "--prompt", "hi"])
+
+
+@pytest.mark.parametrize("value", [5, ["</s>"], {"content": 7}, {"x": "</s>"}])
+def test_a_name_that_is_no_text_is_none(tmp_path, value):
+    llama_2(tmp_path, LLAMA | {"eos_token": value, "bos_token": value})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json names no eos_token"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, eos_token="</s>").eos_token == 2
+
+
+@pytest.mark.parametrize("left, right", [(True, True), (True, False), (False, True), (False, False)])
+def test_special_tokens_may_remove_white_space_beside_them(tmp_path, left, right):
+    """As those of Phi 3 and Phi 4 do, which are also saved as models of LLaMA's architecture."""
+    backend = HuggingFaceTokenizer.train([TEXT, "user assistant \n"], 280, ["</s>"], eos_token="</s>").backend
+    backend.add_special_tokens(
+        [AddedToken("<|im_sep|>", lstrip=left, rstrip=right), AddedToken("<|im_end|>", rstrip=right)]
+    )
+    template = (
+        "{% for m in messages %}{{ m.role + ' <|im_sep|>\\n' + m.content + ' <|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant <|im_sep|>\n{% endif %}"
+    )
+    HuggingFaceTokenizer(backend, eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate([" hi ", "\nthe", "hi"])
+    ]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    tokenizer, chat = load_tokenizer(tmp_path), load_template(tmp_path)
+    ours = encode_prompt(messages, tokenizer, chat).tolist()
+    assert ours == theirs
+    assert encode(messages[:2], tokenizer, chat).tokens.tolist() == ours[: len(encode(messages[:2], tokenizer, chat))]
