@@ -114,6 +114,24 @@ def test_a_base_is_found_by_every_name_that_a_model_has(llama, adapter, tmp_path
     assert torch.equal(logits(PaLM.from_pretrained("adapter-1")), expected)  # from the adapter's folder
 
 
+def test_an_adapter_and_its_base_may_be_on_the_hub(llama, adapter, tmp_path, monkeypatch):
+    """In the cache of the hub's client, without a network; of the base, the revision that the adapter names."""
+    expected = logits(PaLM.from_pretrained(adapter()))
+    folder = adapter("of-the-hub", base_model_name_or_path="owner/base", revision="v2")
+    for name, ref, source in (("base", "v2", llama), ("adapter", "main", folder)):
+        place = tmp_path / f"hub/models--owner--{name}"
+        shutil.copytree(source, place / "snapshots" / "0123abcd")
+        (place / "refs").mkdir()
+        (place / "refs" / ref).write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    served = load("owner/adapter")
+    assert torch.equal(logits(served.palm), expected) and served.template.source == CHATML
+    (folder / "adapter_config.json").write_text((folder / "adapter_config.json").read_text().replace("v2", "v3"))
+    with pytest.raises(FileNotFoundError, match="adapter of 'owner/base', and that base was not found"):
+        PaLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
