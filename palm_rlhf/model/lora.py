@@ -148,6 +148,16 @@ def adapters_of(palm: "palm_rlhf.model.palm.PaLM", scope: str | Sequence[BlockLo
     return cast("Sequence[BlockLoRA]", palm.finetune_modules[scope])
 
 
+def checked_targets(targets: str | Sequence[str]) -> list[str]:
+    """Return the names of targets, all of them for "all-linear"; ValueError for an unknown one, and for none."""
+    names = [targets] if isinstance(targets, str) else [*targets]
+    names = [*TARGETS] if names == [ALL_LINEAR] else names
+    if not names or not set(names).issubset(TARGETS):
+        expected = f"at least one, and all of them from {TARGETS}, or {ALL_LINEAR!r} alone"
+        raise ValueError(f"got the targets {names}; expected {expected}")
+    return names
+
+
 @beartype
 def add_finetune_params(
     palm: "palm_rlhf.model.palm.PaLM",
@@ -179,14 +189,10 @@ def add_finetune_params(
         raise ValueError(f"the rank r is {r}; expected at least 1")
     if train_base:
         refuse_quantised(palm, "to train the base", "leave train_base out, or call palm.dequantize_() first")
-    targets = [targets] if isinstance(targets, str) else [*targets]
-    targets = [*TARGETS] if targets == [ALL_LINEAR] else targets
-    if not targets or not set(targets).issubset(TARGETS):
-        expected = f"at least one, and all of them from {TARGETS}, or {ALL_LINEAR!r} alone"
-        raise ValueError(f"got the targets {targets}; expected {expected}")
+    names = checked_targets(targets)
     shapes, factor = adapter_shapes(palm.config), r if alpha is None else alpha
     adapters = nn.ModuleList(
-        BlockLoRA(shapes, {name: LoRALinear(*shapes[name], r, factor) for name in TARGETS if name in targets})
+        BlockLoRA(shapes, {name: LoRALinear(*shapes[name], r, factor) for name in TARGETS if name in names})
         for _ in range(palm.config.depth)
     )
     palm.finetune_modules[scope] = adapters.to(palm.device, palm.dtype)

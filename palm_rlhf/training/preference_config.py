@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.model.lora import ATTENTION, Targets
+from palm_rlhf.model.lora import ATTENTION, Targets, checked_targets
 from palm_rlhf.training.run.config import FineTuningConfig
 
 # The losses that have a setting; with other losses it is refused.
@@ -116,6 +116,7 @@ class PreferenceConfig(FineTuningConfig):
         self.expect("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 to below 0.5")
         inert = [name for name, losses in LOSSES_WITH.items() if self.loss not in losses]
         self.expect_default(f"with the loss {self.loss}, which it does not reach", *inert)
+        checked_targets(self.lora_targets)
         if not self.lora_r:
             self.expect_default("without adapters (lora_r)", "lora_targets")
         self.expect_positive_or_none("lora_alpha")

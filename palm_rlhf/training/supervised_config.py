@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from beartype import BeartypeConf, beartype
 
-from palm_rlhf.model.lora import ATTENTION, Targets
+from palm_rlhf.model.lora import ATTENTION, Targets, checked_targets
 from palm_rlhf.training.run.config import FineTuningConfig
 
 
@@ -68,6 +68,7 @@ class SupervisedConfig(FineTuningConfig):
         self.expect_adamw()
         self.expect_positive("batch_size", "grad_accum", "num_epochs", "eval_every")
         self.expect_not_negative("lora_r")
+        checked_targets(self.lora_targets)
         if not self.lora_r:
             self.expect_default("without adapters (lora_r)", "lora_targets")
         self.expect("lora_embeddings", self.lora_r > 0 or not self.lora_embeddings, "False without adapters (lora_r)")

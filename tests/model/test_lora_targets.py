@@ -132,7 +132,7 @@ def test_a_saved_model_has_its_targets_again(tmp_path, targets):
         other.load(tmp_path)
 
 
-@pytest.mark.parametrize("targets", [(), ("q", "lm_head"), ("q_proj",)])
+@pytest.mark.parametrize("targets", [(), ("q", "lm_head"), ("q_proj",), "kv", ("all-linear", "q")])
 def test_other_targets_are_refused_by_name(targets):
     palm = small_model()
     with pytest.raises(ValueError, match=r"expected at least one, and all of them from .*'ff_out'"):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from palm_rlhf.model.lora import checked_targets
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.shared_base import have_one_base
 from palm_rlhf.policy.reward_model import RewardModel
@@ -37,6 +38,7 @@ def check_config(config: "PPOConfig") -> None:
     config.expect("eval_temperature", temperature is None or temperature >= 0, "None or 0 or more")
     if temperature == 0:
         config.expect("eval_samples", config.eval_samples == 1, "1 where eval_temperature is 0: all would be the same")
+    checked_targets(config.lora_targets)
     if not config.actor_lora_r and not config.critic_lora_r:
         config.expect_default("without adapters (actor_lora_r, critic_lora_r)", "lora_targets")
     weights = (config.reward_weights or {}).values()

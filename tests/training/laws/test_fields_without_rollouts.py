@@ -101,6 +101,9 @@ def test_targets_without_adapters_are_refused(kind, rank):
     default = r"\('q', 'k', 'v', 'out'\)"
     with pytest.raises(ValueError, match=rf"lora_targets is \('v',\), expected {default}, without .*{rank}"):
         kind(lora_targets=("v",))
+    for targets in ((), ("all-linear", "q")):
+        with pytest.raises(ValueError, match=r"expected at least one, and all of them from .* or 'all-linear' alone"):
+            kind(**{rank if rank == "lora_r" else "actor_lora_r": 2}, lora_targets=targets)
 
 
 @pytest.mark.law("RewardConfig.eval_batch_size")
