@@ -71,9 +71,7 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
         config_file, (backend, config, generation) = file, read_gguf_tokenizer(file)
     else:
         config_file = file.with_name(CONFIG_FILE)
-        backend, config, generation = None, _beside(file, CONFIG_FILE), _beside(file, GENERATION_FILE)
-        if (ends := _beside(file, CONFIG).get("eos_token_id")) is not None:
-            generation = {"eos_token_id": ends} | generation
+        backend, config, generation = None, _beside(file, CONFIG_FILE), _generation_of(file)
     named = _beside(file, NAMES_FILE) | {key: value for key, value in config.items() if value is not None}
     names = {key: token_name(value) for key, value in named.items() if key in ROLES}
     names |= {key: name for key, name in (("eos_token", eos_token), ("pad_token", pad_token)) if name is not None}
@@ -94,7 +92,7 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     if config.get("bos_token") is None and (bos_token := names.get("bos_token")) is not None:
         config = config | {"bos_token": bos_token}
     return HuggingFaceTokenizer(
-        backend, unmarked(backend, names.values()), **roles, config=config, generation=_generation_of(file)
+        backend, unmarked(backend, names.values()), **roles, config=config, generation=generation
     )
 
 
@@ -103,7 +101,7 @@ def _generation_of(file: Path) -> dict[str, Any]:
 
     The tokens that end a text are in config.json where generation_config.json does not name them.
     """
-    if not is_gguf(file) and is_adapter(file.parent) and not file.with_name(GENERATION_FILE).is_file():
+    if is_adapter(file.parent) and not file.with_name(GENERATION_FILE).is_file():
         try:
             return getattr(load_tokenizer(base_of(file.parent, files=TOKENIZER_FILES)), "generation", {})
         except FileNotFoundError:  # the base has no tokenizer
