@@ -15,7 +15,7 @@ from pathlib import Path
 import attention_table
 import torch
 import tyro
-from attention_work import Work, errors, exact, gradients, implementation, peak_on_gpu
+from attention_work import Work, errors, exact, gradients, implementation, largest, peak_on_gpu
 from side_by_side import alternate, speedup, summary, surroundings
 
 GPU = torch.cuda.is_available()
@@ -59,7 +59,7 @@ def check_parity(dims: tuple[int, ...], heads: int, kv_heads: int) -> None:
         for name in IMPLEMENTATIONS:
             found = errors(gradients(implementation(name), tensors, causal=True), truth)
             # Others round their gradients more than once.
-            assert max(found.values()) <= (1 if name in ("triton", "eager") else 4), f"{name}, d {dim}: {found}"
+            assert largest(found.values()) <= (1 if name in ("triton", "eager") else 4), f"{name}, d {dim}: {found}"
     print(f"parity: results and gradients of {', '.join(IMPLEMENTATIONS)} agree with float64")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from attention_work import TOLERANCE, Work, error, errors, exact, gradients, implementation
+from attention_work import TOLERANCE, Work, error, errors, exact, gradients, implementation, largest
 
 from palm_rlhf.ops.attention import choose
 from palm_rlhf.ops.attention_reference import attention_reference
@@ -64,7 +64,7 @@ def accuracy(function: Callable, device: str, dtype: torch.dtype, size: Size) ->
         options = {"causal": True, **masks_of(kind, 2, work.num_keys, device)}
         tensors = work.tensors()
         truth, got = exact(tensors, **options), gradients(function, tensors, **options)
-        worst = max(errors(got, truth).values())
+        worst = largest(errors(got, truth).values())
         eager = gradients(attention_reference, tensors, **options)
         near = work.num_queries < EAGER_FROM or all(
             rms(a, t) <= ratio * rms(e, t) for a, e, t, ratio in zip(got, eager, truth, MAX_RATIO, strict=True)

@@ -1,6 +1,6 @@
 """What benchmarks and checks of kernels share: tensors, operations and bytes, memory, how exact results must be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,11 @@ def error(got: Tensor, truth: Tensor) -> float:
 def errors(got: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
     """The largest error of each, in parts of what its type allows."""
     return {name: error(a, b) for name, a, b in zip(NAMES, got, truth, strict=True)}
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """The largest of some numbers, or NaN where one of them is: Python's `max` would depend on their order."""
+    return float(torch.tensor(list(numbers), dtype=torch.float64).max())
 
 
 def implementation(name: str) -> Callable:

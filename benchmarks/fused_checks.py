@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from attention_work import TOLERANCE
+from attention_work import TOLERANCE, largest
 
 from palm_rlhf.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from palm_rlhf.ops.logprobs import linear_logprobs, linear_logprobs_reference
@@ -26,7 +26,7 @@ def off(got: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> float:
 
 def compared(name: str, pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> tuple[str, bool]:
     """A check of tensors against exact ones."""
-    worst = max(off(got, truth, dtype) for got, truth in pairs)
+    worst = largest(off(got, truth, dtype) for got, truth in pairs)
     return f"{name}: {worst:.2f} of what is allowed", worst <= MAX_ERROR[dtype]
 
 

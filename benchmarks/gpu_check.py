@@ -51,6 +51,12 @@ def tasks_of(device: str, repeats: int) -> list[list]:
     return [*tasks, *(["one base", name] for name in MODELS), ["auto"]]
 
 
+def without_packages(tasks: list[list]) -> tuple[list[list], dict[str, str]]:
+    """The checks that can run here, and the parts that are left out for want of a package."""
+    lacking = {} if find_spec("bitsandbytes") else {"bits": "bitsandbytes is not installed"}
+    return [task for task in tasks if task[0] not in lacking], lacking
+
+
 def checks_of(task: list, function: Callable, device: str) -> Iterator[tuple[str, bool]]:
     """The checks of a task, each with whether it passed."""
     part, *arguments = task
@@ -154,9 +160,7 @@ def main() -> None:
     if options.tasks is not None:
         worker(json.loads(options.tasks), run)
         return
-    tasks = tasks_of(device, options.repeats)
-    lacking = {} if find_spec("bitsandbytes") else {"bits": "bitsandbytes is not installed"}
-    tasks = [task for task in tasks if task[0] not in lacking]
+    tasks, lacking = without_packages(tasks_of(device, options.repeats))
     print(f"{name} attention on {device}\n")
     deadline = started + options.max_seconds - RESERVED
     tests = gpu_tests(deadline) if device == "cuda" else None  # they run beside the checks

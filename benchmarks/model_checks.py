@@ -1,12 +1,14 @@
 """Checks of whole models: both blocks, a LoRA adapter for each row, weights in fewer bits, one base for all roles."""
 
 import copy
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from attention_work import largest
 from torch import Tensor
 
 from palm_rlhf import PaLM, PPOConfig, RewardModel, RLHFTrainer
@@ -56,7 +58,7 @@ def tokens_of(device: str, *shape: int, seed: int = 1) -> Tensor:
 def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """Return the largest of the errors of tensors, each the root mean square by that of the exact numbers."""
     pairs = [(a.double(), b.double()) for a, b in zip(got, truth, strict=True)]
-    return max(float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-12)) for a, b in pairs)
+    return largest(float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-12)) for a, b in pairs)
 
 
 def compared(name: str, got: Sequence[Tensor], truth: Sequence[Tensor], allowed: float) -> tuple[str, bool]:
@@ -193,7 +195,7 @@ def fewer_bits(device: str, dtype: torch.dtype, kind: str) -> Checks:
     plain = copy.deepcopy(palm)
     plain.dequantize_()
     after = [getattr(layer, name).weight.detach() for layer in plain.layers for name in layer.matrices()]
-    worst = max(steps_apart(a, b, kind) for a, b in zip(before, after, strict=True))
+    worst = largest(steps_apart(a, b, kind) for a, b in zip(before, after, strict=True))
     rounding = 2 * 127 * (torch.finfo(torch.float16).eps + torch.finfo(dtype).eps) / 2  # before packing, and after
     yield f"{label} weights: {worst:.3f} half steps apart", worst <= 1 + rounding
     tokens = tokens_of(device, 2, LENGTHS[device][0])
@@ -226,6 +228,7 @@ def one_base(device: str, name: str) -> Checks:
     found = []
     for shared in (True, False):
         if device == "cuda":
+            gc.collect()  # of the first run's models
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         palm = model(device, name)

@@ -43,6 +43,20 @@ def test_the_check_passes_on_the_cpu(bench):
     assert done.stdout.count("passed  bits int") == 6 and done.stdout.count("passed  one base") == 6
 
 
+def test_weights_in_fewer_bits_are_left_out_without_their_package(module, monkeypatch):
+    check = module("gpu_check")
+    tasks = check.tasks_of("cuda", 1)
+    assert check.without_packages(tasks) == (tasks, {}) and {task[0] for task in tasks} >= {
+        "bits",
+        "one base",
+        "blocks",
+    }
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    rest, left_out = check.without_packages(tasks)
+    assert left_out == {"bits": "bitsandbytes is not installed"}
+    assert rest == [task for task in tasks if task[0] != "bits"]
+
+
 def wrong(kind: str):
     """An attention with one mistake."""
     from palm_rlhf.ops.attention import attention
@@ -90,6 +104,26 @@ def test_the_checks_refuse_a_wrong_loss_and_layer(module, monkeypatch, kind):
     monkeypatch.setattr(checks, name, lambda *inputs, **options: original(*inputs, **options) * 1.001)
     found = [*checks.losses("cpu", torch.float32), *checks.layers("cpu", torch.float32)]
     assert {text.split()[0] for text, passed in found if not passed} == {kind}
+
+
+def without_gradient(function):
+    """The function with the same result, and a gradient of its last positional tensor that is no number."""
+    return lambda *tensors, **options: function(*tensors, **options) + (tensors[-1] * 0).sqrt().sum()
+
+
+def test_gradients_that_are_no_numbers_are_refused(module, monkeypatch):
+    """Also where the numbers before them are right: the largest of a number and NaN depends on their order."""
+    attention, work, fused = module("attention_checks"), module("attention_work"), module("fused_checks")
+    spoiled = without_gradient(work.implementation("chunked"))
+    found = list(attention.accuracy(spoiled, "cpu", torch.float32, (3, 3, 1, 1, 32)))
+    assert len(found) == 4 and not any(passed for _, passed in found)
+    original = fused.swiglu
+    monkeypatch.setattr(fused, "swiglu", without_gradient(original))
+    assert [passed for name, passed in fused.layers("cpu", torch.float32) if name.startswith("swiglu")] == [False]
+    speed = module("speed_attention")
+    monkeypatch.setattr(speed, "functions_for", lambda row, device: {"ours, auto": spoiled})
+    found = {name: passed for name, passed, _ in speed.attention("cpu", 0)}
+    assert found["attention d16 multi-query, ours, auto"] is False
 
 
 # A process that passes its first check, and crashes, hangs or raises in the task of that name.
