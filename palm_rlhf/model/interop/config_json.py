@@ -72,7 +72,8 @@ def rope_of(values: Mapping[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
     nested = any(isinstance(value, dict) for value in rope.values())  # one rotary for each type of layer
-    return {**rope, "rope_type": dict(rope) if nested else rope.get("rope_type", rope.get("type", "default"))}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return {**rope, "rope_type": dict(rope) if nested else kind}
 
 
 def rotary_fields(values: Mapping[str, Any], default_theta: float | None, where: Path) -> dict[str, Any]:

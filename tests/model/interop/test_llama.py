@@ -176,6 +176,7 @@ def test_a_folder_of_several_types_opens_in_one(tmp_path, stated, expected, wide
     "rope",
     [
         {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 77.0, "rope_scaling": {"rope_type": None, "type": "linear", "factor": 2.0}},
         {"rope_theta": 77.0, "rope_scaling": {"rope_type": "linear", "factor": 2}},
         {"rope_parameters": {"rope_theta": 77.0, "rope_type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 77.0},
@@ -196,6 +197,9 @@ def test_the_context_of_pretraining_is_found_where_the_scaling_does_not_have_it(
     palm = PaLM.from_pretrained(tmp_path)
     assert palm.config.rotary_scaling.original_max_position_embeddings == 16
     assert_same_logits(palm, model)
+    both = yarn | {"rope_theta": 1000.0, "original_max_position_embeddings": 99}
+    edit_config(tmp_path, rope_parameters=both, original_max_position_embeddings=16)  # which transformers prefers
+    assert_same_logits(PaLM.from_pretrained(tmp_path), model)
 
 
 def test_settings_that_the_first_folders_of_the_hub_leave_out(tmp_path):
