@@ -85,6 +85,7 @@ class PlanSettings:
     def in_words(self, task: Task) -> str:
         """Return the settings in words, for the tables of a plan."""
         words = [f"{self.batch_size} x {self.seq_len}", self.dtype]
+        words += ["forward in bf16"] * (self.dtype == "float32" and self.computes_in_bfloat16(task))
         if task != "serve":
             words.append(f"LoRA {self.lora_r}" if self.lora_r else "all weights")
         elif self.num_adapters:

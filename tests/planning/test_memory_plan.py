@@ -114,12 +114,12 @@ def serve_peak(config, settings):
     return memory.peak
 
 
-def ppo_peak(config, dtype, lora_r, share_base):
-    palm = palm_of(config, dtype)
+def ppo_peak(config, dtype, lora_r, share_base, checkpointing):
+    palm = palm_of(config, dtype).eval()
     reward = RewardModel(palm, use_lora=lora_r > 0, lora_r=lora_r or 8, share_base=share_base).eval()
     settings = PPOConfig(
         num_steps=2, rollouts_per_step=ROWS, rollout_batch_size=ROWS, minibatch_size=ROWS, max_new_tokens=NEW, epochs=1,
-        actor_lora_r=lora_r, share_base=share_base, plot=False,
+        actor_lora_r=lora_r, share_base=share_base, gradient_checkpointing=checkpointing, plot=False,
     )  # fmt: skip
     trainer = RLHFTrainer(
         palm=palm,
@@ -200,16 +200,16 @@ def test_a_server_takes_what_the_plan_says(block, options):
     assert plan.total == pytest.approx(serve_peak(config, settings), rel=0.1)
 
 
-@pytest.mark.parametrize("block, dtype", [("parallel", "bfloat16"), ("serial", "float32")])
+@pytest.mark.parametrize("block, dtype, checkpointing", [("parallel", "bfloat16", False), ("serial", "float32", True)])
 @pytest.mark.parametrize("lora_r, share_base", [(0, False), (8, False), (8, True)])
-def test_ppo_takes_what_the_plan_says(block, dtype, lora_r, share_base):
+def test_ppo_takes_what_the_plan_says(block, dtype, lora_r, share_base, checkpointing):
     config = config_of(block)
     settings = PlanSettings(
         lora_r=lora_r, share_base=share_base, dtype=dtype, batch_size=ROWS, seq_len=TOKENS, new_tokens=NEW,
-        rollout_batch_size=ROWS,
+        rollout_batch_size=ROWS, gradient_checkpointing=checkpointing,
     )  # fmt: skip
     plan = plan_memory("ppo", config, settings)
-    assert plan.total == pytest.approx(ppo_peak(config, dtype, lora_r, share_base), rel=0.1)
+    assert plan.total == pytest.approx(ppo_peak(config, dtype, lora_r, share_base, checkpointing), rel=0.1)
 
 
 def test_a_command_names_what_fits_and_what_does_not(tmp_path, capsys):

@@ -160,6 +160,7 @@ class RLHFTrainer(Collector):
         check_first_step(config, below_float32=self._below_float32)
         if self.evaluator:
             self.evaluator.begin(self)
+        self.actor_critic.train()  # in eval mode, gradient checkpointing would be off
         with Loop(run, config.num_steps, SHOWN, progress_bar) as loop:
             while loop.goes_on:
                 started = time.perf_counter()
