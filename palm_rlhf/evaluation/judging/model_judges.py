@@ -1,5 +1,6 @@
 """Judges that are models of ours: a PaLM, and a RewardModel."""
 
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -60,7 +61,8 @@ class LocalJudge(Judge):
             generator=torch.Generator(self.palm.device).manual_seed(seed),
         )
         response = cast(Tensor, generated).tolist()  # one prompt, one sample: `t`
-        response = response[: response.index(end)] if end in response else response
+        ends = {end, *self.tokenizer.eos_tokens}  # some models end a reply in more than one way
+        response = list(takewhile(lambda token: token not in ends, response))
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(response)}
         return JudgeReply(self.tokenizer.decode(response), usage=usage)
 
