@@ -52,6 +52,7 @@ NOT_ALL = {
     "ops/sampling.py": "truncation, which comes after the penalties",
     "policy/actor_critic.py": "log-probabilities are computed again for temperature, top-k and top-p only",
     "policy/sequences.py": "the same",
+    "serving/dialogue.py": "a default of its own for the temperature, beside what Sampling has",
     "training/rlhf/config.py": "a text of its own for the temperature, beside what SamplingConfig has",
     "training/rlhf/trainer.py": "its train() takes the arguments of palm-rlhf-pytorch's",
     "training/sampling_config.py": "training computes log-probabilities again",
@@ -142,8 +143,8 @@ def test_commands_take_and_explain_every_option(command, capsys, monkeypatch):
     for words in ("0 is greedy", "this many of the likeliest tokens", "arXiv:1904.09751", "arXiv:1909.05858"):
         assert words in shown
     sampling = inspect.signature(chat_command).parameters["sampling"].default
-    assert sampling.checked() == Sampling(temperature=0.7)
-    assert inspect.signature(Dialogue).parameters["sampling"].default == sampling.checked()
+    assert sampling.over({}) == Sampling(temperature=0.7)
+    assert inspect.signature(Dialogue).parameters["sampling"].default == sampling.over({})
 
 
 DOORS = {

@@ -11,8 +11,7 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
-from palm_rlhf.ops.sampling import UncheckedSampling
-from palm_rlhf.serving.dialogue import CHATTING, Dialogue
+from palm_rlhf.serving.dialogue import ChatSampling, Dialogue
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.served_model import load
@@ -25,7 +24,7 @@ def chat(
     *,
     once: Annotated[str | None, arg(metavar="TEXT")] = None,
     system: Annotated[str | None, arg(metavar="TEXT")] = None,
-    sampling: OmitArgPrefixes[UncheckedSampling] = UncheckedSampling(**CHATTING.options),  # noqa: B008 (it is frozen)
+    sampling: OmitArgPrefixes[ChatSampling] = ChatSampling(),  # noqa: B008 (it is frozen)
     max_tokens: Annotated[int | None, arg(metavar="TOKENS")] = None,
     seed: Annotated[int | None, arg(metavar="INT")] = None,
     context: Annotated[int | None, arg(metavar="TOKENS")] = None,
@@ -44,7 +43,8 @@ def chat(
             owner/name, or smollm2; without a tokenizer the tokens are bytes.
         once: Print the reply to this message, and end; - reads the message from standard input.
         system: A system message, such as "You are brief."
-        sampling: How each token is sampled.
+        sampling: How each token is sampled. The temperature, top-k, top-p and min-p that are not given are those of the
+            model's generation_config.json, where it has them; SmolLM2's makers sample with 0.2 and a top-p of 0.9.
         max_tokens: The most tokens of a reply; by default as many as the context has room for.
         seed: Makes the replies repeatable; by default they differ each time.
         context: The most tokens of the conversation with the reply; the model's max_seq_len by default.
@@ -57,7 +57,7 @@ def chat(
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"got max_tokens={max_tokens}, expected at least 1")
-    checked = sampling.checked()
+    sampling.over({})  # an option out of range fails before the model is loaded
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -75,7 +75,8 @@ def chat(
         timeout=math.inf,
     )
     with Engine(model.palm, model.tokenizer, config) as engine:
-        dialogue = Dialogue(model, engine, system=system, sampling=checked, max_tokens=max_tokens, seed=seed)
+        chosen = sampling.over(model.sampling)
+        dialogue = Dialogue(model, engine, system=system, sampling=chosen, max_tokens=max_tokens, seed=seed)
         session = TerminalSession(dialogue)
         if once is not None:
             session.answer_once(once)

@@ -1,18 +1,33 @@
 """A conversation with a model: its messages, and the part of them that the context has room for."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from beartype import beartype
 
 from palm_rlhf.model.files import write_text
-from palm_rlhf.ops.sampling import Sampling
+from palm_rlhf.ops.sampling import Sampling, UncheckedSampling
 from palm_rlhf.serving.engine import Engine
 from palm_rlhf.serving.generation import Request
 from palm_rlhf.serving.served_model import ServedModel
 
 CHATTING = Sampling(temperature=0.7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSampling(UncheckedSampling):
+    """The options of a command line of chats; options that are None are the model's own."""
+
+    temperature: float | None = None  # type: ignore[assignment]  # `over` takes the model's own, and so makes a number
+    """Divides the logits; 0 is greedy and always takes the likeliest token; None: the model's own, or 0.7."""
+
+    def over(self, own: Mapping[str, Any]) -> Sampling:
+        """Return these options, and where they are None, those of a model; ValueError for a value out of its range."""
+        chosen = {name: value for name, value in self.options.items() if value is not None}
+        return Sampling(**{**CHATTING.options, **own, **chosen})
 
 
 class Dialogue:

@@ -63,6 +63,15 @@ class ServedModel:
             return self.eos_tokens
         return self.eos_tokens | {end_of_turn(self.tokenizer, self.template)}
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How its makers sample replies, by its generation_config.json: options of `Sampling`, maybe none."""
+        generation = self.tokenizer.generation if isinstance(self.tokenizer, HuggingFaceTokenizer) else {}
+        found = {name: generation.get(name) for name in ("temperature", "top_p", "min_p")}
+        found = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        top_k = generation.get("top_k")
+        return found | ({"top_k": top_k} if isinstance(top_k, int) and top_k > 0 else {})  # 0 is all tokens there
+
     @cached_property
     def grammars(self) -> Grammars:
         """The compiler of grammars for replies; ValueError where the tokenizer does not allow it."""

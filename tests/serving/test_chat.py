@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from palm_rlhf.cli import main
 from palm_rlhf.data.conversation import encode_prompt, end_of_turn
+from palm_rlhf.data.templates import PRESETS
+from palm_rlhf.data.tokenizer import HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.sampling import Sampling
 from palm_rlhf.serving.dialogue import Dialogue
 from palm_rlhf.serving.generation import EngineError
+from palm_rlhf.serving.served_model import load
 from palm_rlhf.serving.terminal import read_message
 
 MAX_TOKENS = 40
@@ -195,7 +198,7 @@ def test_characters_come_whole(served_model, start_engine, dialogues):
 def test_a_reply_that_breaks_off_is_told_and_the_chat_goes_on(checkpoint, chat, tmp_path, served_model):
     palm = PaLM.from_pretrained(checkpoint)
     with torch.no_grad():
-        palm.token_emb.weight[ord("!")] = torch.nan  # what reads it computes no numbers
+        palm.token_emb.weight[ord("!")] = 3e38  # whatever reads it overflows
     for part in (palm, served_model.tokenizer, served_model.template):
         part.save_pretrained(tmp_path)
     captured = chat("Count!", "/help", folder=tmp_path)
@@ -315,3 +318,44 @@ def test_wrong_options_are_one_clear_line(chat, options, words):
 def test_a_folder_that_is_missing_is_named(chat, tmp_path):
     with pytest.raises(SystemExit, match=r"^palm-rlhf: .*there is no folder .*nowhere"):
         chat("Hello", folder=tmp_path / "nowhere")
+
+
+# How it samples
+
+
+@pytest.fixture
+def foreign_folder(tmp_path):
+    """A folder in the form of Hugging Face, of a model that has learnt nothing."""
+    torch.manual_seed(0)
+    template = PRESETS["default"]
+    tokenizer = HuggingFaceTokenizer.train(
+        ["Hello there"], 270, template.special_tokens, eos_token=template.special_tokens[0]
+    )
+    palm = PaLM(num_tokens=tokenizer.num_tokens, dim=16, depth=1, heads=1, dim_head=8)
+    for part in (palm, tokenizer, template):
+        part.save_pretrained(tmp_path / "foreign")
+    return tmp_path / "foreign"
+
+
+def test_without_options_it_samples_as_the_makers_of_the_model_do(chat, foreign_folder):
+    def said(*options) -> str:
+        return chat("Hello", folder=foreign_folder, options=("--max-tokens", "9", "--seed", "1", *options)).out
+
+    greedy, varied, narrow = (said(*o) for o in (("--temperature", "0"), (), ("--top-k", "1")))
+    assert greedy == narrow != varied == said("--temperature", "0.7")
+    for recommended in ({"temperature": 0}, {"top_k": 1}):
+        (foreign_folder / "generation_config.json").write_text(json.dumps(recommended))
+        assert said() == greedy
+        assert said("--temperature", "0.7", "--top-k", "1000") == varied
+
+
+@pytest.mark.parametrize(
+    "recommended, expected",
+    [
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1}, ["min_p", "temperature", "top_k", "top_p"]),
+        ({"do_sample": True, "top_k": 0, "temperature": None, "top_p": "high", "max_new_tokens": 3}, []),
+    ],
+)
+def test_what_the_makers_recommend_is_read_from_the_folder(foreign_folder, recommended, expected):
+    (foreign_folder / "generation_config.json").write_text(json.dumps(recommended))
+    assert load(foreign_folder, device="cpu").sampling == {name: recommended[name] for name in expected}
