@@ -49,6 +49,9 @@ class RotaryScaling:
             raise ValueError(f"got a rotary scaling of factor {self.factor}, expected at least 1")
         if self.rope_type != "linear" and not self.original_max_position_embeddings:
             raise ValueError(f"got {self.rope_type} without original_max_position_embeddings, expected that number")
+        for name in ("original_max_position_embeddings", "attention_factor"):
+            if (number := getattr(self, name)) is not None and not number > 0:
+                raise ValueError(f"got a rotary scaling with {name}={number}, expected above 0")
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"got low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}, "

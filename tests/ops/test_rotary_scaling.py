@@ -81,6 +81,8 @@ def test_by_hand():
         ({"factor": 2.0}, r"without \['rope_type'\]"),
         ({"rope_type": "yarn", "factor": 2.0}, "yarn without original_max_position_embeddings"),
         ({**LLAMA_31, "original_max_position_embeddings": None}, "llama3 without original_max_position_embeddings"),
+        ({**QWEN, "original_max_position_embeddings": -5}, "original_max_position_embeddings=-5, expected above 0"),
+        ({**QWEN, "attention_factor": 0.0}, "attention_factor=0.0, expected above 0"),
         ({**LLAMA_31, "low_freq_factor": 4.0}, "low_freq_factor=4.0 and high_freq_factor=4.0"),
         ({**QWEN, "mscale": 0.7}, r"rotary scaling with \['mscale'\]"),
         ({**QWEN, "truncate": False}, r"rotary scaling with \['truncate'\]"),
