@@ -150,7 +150,7 @@ def main(
     old: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OLD")],
     new: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NEW]")] = None,
     rows: tuple[Literal[tuple(ROWS)], ...] = tuple(ROWS),
-    rounds: int = 4,
+    rounds: int = 8,
     repeats: int = 3,
     max_seconds: float = 360.0,
     size: Literal[tuple(SIZES)] = "usual",
