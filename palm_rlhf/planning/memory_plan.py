@@ -1,5 +1,6 @@
 """The memory of a task, part by part."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,13 +104,21 @@ def resident_parts(roles: Roles) -> dict[str, int]:
 
 
 def trained(roles: Roles) -> list[nn.Parameter]:
-    """Return the parameters that the optimiser trains."""
+    """Return the parameters that get gradients, and so a state of the optimiser.
+
+    The output layer of a reward model, or of a critic that is a model of its own, computes nothing.
+    """
     if roles.loss is None:
         return []
-    models = [roles.models[name] for name in ("policy", "critic", "model", "reward model") if name in roles.models]
-    if "critic" in roles.models:
-        models = [model for model in models if model is not roles.models.get("reward model")]
-    found = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
+    left_out = {"reference", "reward model"} if "critic" in roles.models else {"reference"}
+    models = {role: model for role, model in roles.models.items() if role not in left_out}
+    unused = {"critic": r"critic\..*lm_head", "reward model": "lm_head"}
+    found = {
+        id(parameter): parameter
+        for role, model in models.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not (role in unused and re.search(unused[role], name))
+    }
     return list(found.values())
 
 

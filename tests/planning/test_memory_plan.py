@@ -286,6 +286,20 @@ def test_settings_that_do_not_go_together_are_refused():
         plan_memory("serve", config_of("parallel"), PlanSettings(precision="bf16"))
 
 
+@pytest.mark.parametrize("task", ["reward", "ppo"])
+def test_an_output_layer_that_computes_nothing_has_no_gradients(task):
+    """Of a reward model, and of a critic: a third of all where the vocabulary is large and the model small."""
+    config = dataclasses.replace(config_of("serial"), num_tokens=8000, depth=1)
+    if task == "reward":
+        plan = plan_memory(task, config, plan_of("float32", 0, True, "float32"))
+        assert plan.total == pytest.approx(reward_peak(config, "float32", 0, True), rel=0.1)
+    roles, weights = roles_on_meta(task, config, PlanSettings(dtype="float32")), PaLM.from_config(config).state_dict()
+    output = weights["lm_head.weight"].nbytes
+    whole = sum(tensor.nbytes for tensor in weights.values())
+    expected = whole - output + (whole if task == "ppo" else 0)
+    assert resident_parts(roles)["optimiser state"] == pytest.approx(2 * expected, rel=1e-3)
+
+
 def test_a_deep_model_is_planned_from_shallow_ones():
     config = dataclasses.replace(config_of("serial"), depth=9)
     settings = PlanSettings(dtype="float32", batch_size=2, seq_len=64)
