@@ -65,6 +65,13 @@ def test_a_prompt_has_what_the_request_asks_for(model, post):
     assert model.encode_chat(CHAT["messages"]) == plain  # and later requests have their own
 
 
+def test_the_longest_token_is_not_looked_for_again(model):
+    """Of a real vocabulary that takes a tenth of a second, in every request with options."""
+    known = ServedModel(name="m", palm=model.palm, tokenizer=model.tokenizer, template=model.template)
+    vars(known)["longest_token"] = 77  # as if it had been found before
+    assert known.with_template_options({"loud": True}).longest_token == 77
+
+
 @pytest.mark.parametrize(
     "options", [{"thinking": True}, {"enable_thinking": "no"}, {"messages": True}, {"pad_token": True}, ["a"], 5]
 )
