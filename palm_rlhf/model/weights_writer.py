@@ -40,7 +40,7 @@ def write_adapter(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
 
     def write(place: Path) -> None:
         here = {name: tensor.cpu() for name, tensor in tensors.items()}
-        save_file(here, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        write_tensors(here, place / ADAPTER_WEIGHTS)
         write_json(place / ADAPTER_CONFIG, config)
         sync_all(place)
 
@@ -96,13 +96,21 @@ def write_files(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     names = [SHARD.format(i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [WEIGHTS]
     for name, group in zip(names, groups, strict=True):
         here = {key: tensors[key].detach().cpu().contiguous() for key in group}
-        save_file(here, path / name, metadata={"format": "pt"})
+        write_tensors(here, path / name)
     if len(groups) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(path / CONFIG, config)
     sync_all(path)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file of safetensors with the permissions of any new file; the library lets nobody but the owner read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def sync_all(path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from beartype import beartype
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.weights_writer import write_tensors
 from palm_rlhf.training.epoch_sampler import EpochSampler
 from palm_rlhf.training.preference_config import PreferenceConfig
 from palm_rlhf.training.preference_data import Preferences, checked_preferences
@@ -193,7 +194,7 @@ class PreferenceTrainer:
             if folder is not None:
                 self.learner.write_models(folder)
                 if self.config.has_reference:
-                    save_file(self.ref_logprobs, folder / "reference.safetensors")
+                    write_tensors(self.ref_logprobs, folder / "reference.safetensors")
 
     def _resume(self) -> None:
         with self.run.newest_checkpoint() as saved:

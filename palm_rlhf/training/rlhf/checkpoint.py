@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beartype import beartype
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from palm_rlhf.model.checkpoint import require_same_mathematics, shapes_of
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.quantised.quantised_model import quantised_parts, require_frozen
 from palm_rlhf.model.weights_folder import check_shapes
+from palm_rlhf.model.weights_writer import write_tensors
 from palm_rlhf.policy.actor_critic import ActorCritic, Reference
 from palm_rlhf.training.rlhf.config import PPOConfig
 from palm_rlhf.training.rlhf.variants import VARIANTS
@@ -72,7 +73,7 @@ def write_policy(
     if reference is not None and not reference.is_base:
         reference.palm.save_pretrained(folder / "reference")
     if critic:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in critic.items()}, folder / CRITIC_FILE)
+        write_tensors({name: tensor.cpu().contiguous() for name, tensor in critic.items()}, folder / CRITIC_FILE)
 
 
 @beartype

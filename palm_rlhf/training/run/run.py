@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from beartype import beartype
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.quantised.quantised_model import check_frozen
+from palm_rlhf.model.weights_writer import write_tensors
 from palm_rlhf.ops.cpu.threads import adapt
 from palm_rlhf.training.run.checkpoints import (
     complete_checkpoints,
@@ -223,7 +223,7 @@ class Run:
         if self.is_main:
             with new_checkpoint(self.checkpoints, self.step, self.config.keep_checkpoints, best) as folder:
                 yield folder
-                save_file(moments, folder / "optimizer.safetensors")
+                write_tensors(moments, folder / "optimizer.safetensors")
                 own = {"step": self.step, "elapsed": self.elapsed, "config": dataclasses.asdict(self.config)}
                 write_state(folder, {**own, **state, "random_states": random_states})
         else:
