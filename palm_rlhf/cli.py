@@ -38,7 +38,7 @@ COMMANDS = {
     "sft": Command(
         "palm_rlhf.commands.sft_command",
         "sft",
-        "Fine-tune a model on conversations; adapters (--lora-r) are merged at the end.",
+        "Fine-tune a model on conversations; adapters (--lora-r) are merged at the end, or saved alone (--no-merge).",
     ),
     "reward": Command(
         "palm_rlhf.commands.reward_command",
@@ -78,7 +78,7 @@ COMMANDS = {
     "export": Command(
         "palm_rlhf.commands.export_command",
         "export",
-        "Write a database of feedback to a file of records, or a model to a GGUF file of llama.cpp.",
+        "Write a database of feedback to a file of records, or a model for llama.cpp or Hugging Face.",
     ),
     "import": Command(
         "palm_rlhf.commands.import_command",
