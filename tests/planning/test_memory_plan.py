@@ -37,8 +37,10 @@ BLOCKS = {
 ROWS, TOKENS, NEW = 4, 128, 48
 
 
-def config_of(block):
-    return PaLMConfig(num_tokens=600, dim=128, depth=4, heads=4, dim_head=32, kv_heads=2, z_loss=0.0, **BLOCKS[block])
+def config_of(block, depth=4):
+    return PaLMConfig(
+        num_tokens=600, dim=128, depth=depth, heads=4, dim_head=32, kv_heads=2, z_loss=0.0, **BLOCKS[block]
+    )
 
 
 def palm_of(config, dtype):
@@ -148,7 +150,7 @@ def peak_of_steps(trainer, *models):
 @pytest.mark.parametrize("block, dtype", [("parallel", "float32"), ("serial", "bfloat16")])
 @pytest.mark.parametrize("lora_r, checkpointing", [(0, False), (8, False), (8, True)])
 def test_fine_tuning_takes_what_the_plan_says(block, dtype, lora_r, checkpointing):
-    config = config_of(block)
+    config = config_of(block, depth=2)
     settings = plan_of(dtype, lora_r, checkpointing, "float32")
     plan = plan_memory("sft", config, settings)
     assert plan.total == pytest.approx(sft_peak(config, dtype, lora_r, checkpointing), rel=0.1)
@@ -175,7 +177,7 @@ def plan_of(dtype, lora_r, checkpointing, precision):
 def test_training_by_preferences_and_in_bfloat16_takes_what_the_plan_says(
     task, block, dtype, lora_r, checkpointing, precision
 ):
-    config, peak = config_of(block), {"sft": sft_peak, "reward": reward_peak, "dpo": dpo_peak}[task]
+    config, peak = config_of(block, depth=2), {"sft": sft_peak, "reward": reward_peak, "dpo": dpo_peak}[task]
     plan = plan_memory(task, config, plan_of(dtype, lora_r, checkpointing, precision))
     measured = peak(config, dtype, lora_r, checkpointing, precision or "bf16")
     assert plan.total == pytest.approx(measured, rel=0.1)
@@ -193,8 +195,8 @@ def test_training_by_preferences_and_in_bfloat16_takes_what_the_plan_says(
 def test_a_server_takes_what_the_plan_says(block, options):
     if "quantize" in options:
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[quantize]'")
-    config = config_of(block)
-    per_token = 2 * 4 * 2 * 32 * (4 if options["dtype"] == "float32" else 2)
+    config = config_of(block, depth=2)
+    per_token = 2 * 2 * 2 * 32 * (4 if options["dtype"] == "float32" else 2)
     settings = PlanSettings(**options, batch_size=ROWS, seq_len=TOKENS, prefix_memory=ROWS * TOKENS * per_token)
     plan = plan_memory("serve", config, settings)
     assert plan.total == pytest.approx(serve_peak(config, settings), rel=0.1)
@@ -203,7 +205,7 @@ def test_a_server_takes_what_the_plan_says(block, options):
 @pytest.mark.parametrize("block, dtype, checkpointing", [("parallel", "bfloat16", False), ("serial", "float32", True)])
 @pytest.mark.parametrize("lora_r, share_base", [(0, False), (8, False), (8, True)])
 def test_ppo_takes_what_the_plan_says(block, dtype, lora_r, share_base, checkpointing):
-    config = config_of(block)
+    config = config_of(block, depth=2)
     settings = PlanSettings(
         lora_r=lora_r, share_base=share_base, dtype=dtype, batch_size=ROWS, seq_len=TOKENS, new_tokens=NEW,
         rollout_batch_size=ROWS, gradient_checkpointing=checkpointing,
@@ -303,8 +305,9 @@ def test_an_output_layer_that_computes_nothing_has_no_gradients(task):
 def test_a_deep_model_is_planned_from_shallow_ones():
     config = dataclasses.replace(config_of("serial"), depth=9)
     settings = PlanSettings(dtype="float32", batch_size=2, seq_len=64)
-    assert plan_memory("sft", config, settings).total == pytest.approx(
-        sum(plan_memory("sft", config, settings).resident.values())
+    plan = plan_memory("sft", config, settings)
+    assert plan.total == pytest.approx(
+        sum(plan.resident.values())
         + traced_phases("sft", config, settings, has_reward_model=True)["update"], rel=0.02,
     )  # fmt: skip
 
