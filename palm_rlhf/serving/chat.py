@@ -11,7 +11,7 @@ from beartype import beartype
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from palm_rlhf.model.quantised.quantised_weights import Quantisation
-from palm_rlhf.serving.dialogue import ChatSampling, Dialogue
+from palm_rlhf.serving.dialogue import ChatSampling, Dialogue, recommended_sampling
 from palm_rlhf.serving.engine import Engine, EngineConfig
 from palm_rlhf.serving.engine.slot_cache import SlotCache
 from palm_rlhf.serving.served_model import load
@@ -75,7 +75,7 @@ def chat(
         timeout=math.inf,
     )
     with Engine(model.palm, model.tokenizer, config) as engine:
-        chosen = sampling.over(model.sampling)
+        chosen = sampling.over(recommended_sampling(model.tokenizer))
         dialogue = Dialogue(model, engine, system=system, sampling=chosen, max_tokens=max_tokens, seed=seed)
         session = TerminalSession(dialogue)
         if once is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from beartype import beartype
 
+from palm_rlhf.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from palm_rlhf.model.files import write_text
 from palm_rlhf.ops.sampling import Sampling, UncheckedSampling
 from palm_rlhf.serving.engine import Engine
@@ -28,6 +29,16 @@ class ChatSampling(UncheckedSampling):
         """Return these options, and where they are None, those of a model; ValueError for a value out of its range."""
         chosen = {name: value for name, value in self.options.items() if value is not None}
         return Sampling(**{**CHATTING.options, **own, **chosen})
+
+
+@beartype
+def recommended_sampling(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return how a model's makers sample replies, by its generation_config.json: options of `Sampling`, maybe none."""
+    generation = tokenizer.generation if isinstance(tokenizer, HuggingFaceTokenizer) else {}
+    found = {name: generation.get(name) for name in ("temperature", "top_p", "min_p")}
+    found = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    top_k = generation.get("top_k")
+    return found | ({"top_k": top_k} if isinstance(top_k, int) and top_k > 0 else {})  # 0 is all tokens there
 
 
 class Dialogue:

@@ -63,15 +63,6 @@ class ServedModel:
             return self.eos_tokens
         return self.eos_tokens | {end_of_turn(self.tokenizer, self.template)}
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """How its makers sample replies, by its generation_config.json: options of `Sampling`, maybe none."""
-        generation = self.tokenizer.generation if isinstance(self.tokenizer, HuggingFaceTokenizer) else {}
-        found = {name: generation.get(name) for name in ("temperature", "top_p", "min_p")}
-        found = {name: value for name, value in found.items() if isinstance(value, int | float)}
-        top_k = generation.get("top_k")
-        return found | ({"top_k": top_k} if isinstance(top_k, int) and top_k > 0 else {})  # 0 is all tokens there
-
     @cached_property
     def grammars(self) -> Grammars:
         """The compiler of grammars for replies; ValueError where the tokenizer does not allow it."""
@@ -193,14 +184,13 @@ def load(
         palm.quantize_(quantize, device=device)
     tokenizer = _tokenizer_of(folder, palm)
     name = name or Path(checkpoint).resolve().name
+    judge = None if reward_model is None else _reward_model_of(local_model(reward_model), folder, palm, device)
     model = ServedModel(
         name=name,
         palm=palm,
         tokenizer=tokenizer,
         template=_template_of(folder, tokenizer, palm, template),
-        reward_model=None
-        if reward_model is None
-        else _reward_model_of(local_model(reward_model), folder, palm, device),
+        reward_model=judge,
         adapters=load_adapters(palm, lora, name),
     )
     _ = model.turn_ends  # so that a template that does not fit fails now, and not at the first request

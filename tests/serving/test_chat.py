@@ -17,7 +17,7 @@ from palm_rlhf.data.templates import PRESETS
 from palm_rlhf.data.tokenizer import HuggingFaceTokenizer
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.ops.sampling import Sampling
-from palm_rlhf.serving.dialogue import Dialogue
+from palm_rlhf.serving.dialogue import Dialogue, recommended_sampling
 from palm_rlhf.serving.generation import EngineError
 from palm_rlhf.serving.served_model import load
 from palm_rlhf.serving.terminal import read_message
@@ -358,4 +358,5 @@ def test_without_options_it_samples_as_the_makers_of_the_model_do(chat, foreign_
 )
 def test_what_the_makers_recommend_is_read_from_the_folder(foreign_folder, recommended, expected):
     (foreign_folder / "generation_config.json").write_text(json.dumps(recommended))
-    assert load(foreign_folder, device="cpu").sampling == {name: recommended[name] for name in expected}
+    tokenizer = load(foreign_folder, device="cpu").tokenizer
+    assert recommended_sampling(tokenizer) == {name: recommended[name] for name in expected}
