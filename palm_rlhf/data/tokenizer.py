@@ -25,7 +25,6 @@ from palm_rlhf.data.tokenizer_hugging_face import (
 )
 from palm_rlhf.model.interop.gguf_header import is_gguf
 from palm_rlhf.model.interop.peft_base import base_of, is_adapter
-from palm_rlhf.model.local_model import packaged_generation
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.model.token_ids import resize_token_embeddings
 from palm_rlhf.model.weights_folder import CONFIG, TOKENIZER_FILES, read_json
@@ -70,7 +69,6 @@ def load_tokenizer(directory: str | Path, *, eos_token: str | None = None, pad_t
     file = folder if folder.is_file() else folder / TOKENIZER_FILE
     if is_gguf(file):
         config_file, (backend, config, generation) = file, read_gguf_tokenizer(file)
-        generation = packaged_generation(file) | generation
     else:
         config_file = file.with_name(CONFIG_FILE)
         backend, config, generation = None, _beside(file, CONFIG_FILE), _generation_of(file)

