@@ -94,11 +94,14 @@ def reward(
     if trainer.accelerator.is_main_process:
         save_model(output_dir, trainer.reward_model, chat_model.tokenizer, chat_model.template)
         folder = quoted(output_dir)
+        improve = f"palm-rlhf rlhf PROMPTS --model {quoted(model)} --reward-model {folder}"
+        improve += f" --actor-lora-r {lora_r} --share-base" if lora_r else ""
+        improve += f" --quantize {quantize}" if quantize else ""
         finish(
             result,
             output_dir,
             [
-                ("improve a model", f"palm-rlhf rlhf PROMPTS --model {quoted(model)} --reward-model {folder}"),
+                ("improve a model", improve),
                 ("measure it", f"palm-rlhf evaluate reward {folder} PREFERENCES"),
             ],
         )

@@ -64,6 +64,8 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives `input` a history)
     weights = None if dtype == "auto" else getattr(torch, dtype)
+    if sys.stderr.isatty():
+        note(f"opening {checkpoint}")
     model = load(checkpoint, template=template, lora_scope=lora_scope, dtype=weights, quantize=quantize)
     size = (context or model.palm.config.max_seq_len) * SlotCache.bytes_per_token(model.palm)
     config = EngineConfig(

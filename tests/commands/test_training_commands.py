@@ -181,7 +181,9 @@ def test_rlhf_without_a_critic_of_its_own_by_adapters(fine_tuned, rewarding, tmp
 def test_rlhf_over_one_base_saves_the_model_of_rlhf_with_four(fine_tuned, files, tmp_path, command):
     sft, folder = fine_tuned[1], tmp_path / "reward"
     lora = ["--lora-r", "2", "--lora-targets", "v", "ff_out"]
-    command("reward", files["rankings"], "--model", sft, "--output-dir", folder, *lora, *ONE_EPOCH)
+    _, said = command("reward", files["rankings"], "--model", sft, "--output-dir", folder, *lora, *ONE_EPOCH)
+    proposed = f"palm-rlhf rlhf PROMPTS --model {sft} --reward-model {folder} --actor-lora-r 2 --share-base\n"
+    assert proposed in said.replace("'", "")  # quotes of the shell
     assert RewardModel.from_pretrained(folder).palm.finetune_modules["reward"][0].targets == ("v", "ff_out")
     options = ["--model", sft, "--reward-model", folder, *PPO, "--actor-lora-r", "2", "--learning-rate", "0.1"]
     options += ["--lora-targets", "out"]
