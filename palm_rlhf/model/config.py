@@ -28,8 +28,7 @@ class PaLMConfig:
         depth: number of blocks.
         heads: query heads.
         dim_head: width of a head.
-        kv_heads: heads of keys and values; 1 is multi-query attention (Shazeer 2019), more but fewer than `heads` is
-            grouped-query attention (Ainslie et al. 2023).
+        kv_heads: heads of keys and values; 1 is multi-query (Shazeer 2019), more is grouped-query (Ainslie 2023).
         ff_mult: hidden units of the feed-forward, in multiples of `dim`.
         ff_inner_dim: hidden units of the feed-forward, instead of `ff_mult`.
         causal: False gives a bidirectional encoder.

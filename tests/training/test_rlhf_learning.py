@@ -43,8 +43,7 @@ def learn(task: str, seed: int, **options) -> list[float]:
     return [metrics["score"] for metrics in trainer.steps()]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task, seed", [("count", 0), ("len", 1)])
 def test_ppo_learns(task, seed):
     *_, (low, high), threshold = TASKS[task]
     scores = learn(task, seed)

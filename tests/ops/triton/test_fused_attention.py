@@ -14,13 +14,13 @@ from palm_rlhf.ops.attention import attention, choose
 from palm_rlhf.ops.attention_choices import PACKAGED, ChoiceTable, use_table
 from palm_rlhf.ops.devices import available_implementations
 
-INTERPRETED = ["test_attention_accuracy.py", "test_attention_laws.py", "test_attention_descriptors.py"]
-
 
 @pytest.mark.slow(140)
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_in_the_interpreter(kernel_tests, name):
-    kernel_tests[name].require_passed()
+@pytest.mark.parametrize(
+    "name", ["test_attention_accuracy.py", "test_attention_laws.py", "test_attention_descriptors.py"]
+)
+def test_in_a_process(interpreted, name):
+    interpreted(name)
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -13,14 +13,13 @@ from palm_rlhf.ops.logprobs import chunks_are_faster, linear_logprobs, linear_lo
 from palm_rlhf.ops.rotary import rotary_split, rotary_tables
 from palm_rlhf.ops.swiglu import swiglu
 
-INTERPRETED = ["test_fused_accuracy.py", "test_fused_laws.py", "test_eager_calls.py"]
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.slow(38)
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_in_the_interpreter(kernel_tests, name):
-    kernel_tests[name].require_passed()
+@pytest.mark.parametrize("name", ["test_fused_accuracy.py", "test_fused_laws.py", "test_eager_calls.py"])
+def test_in_a_process(interpreted, name):
+    interpreted(name)
 
 
 def layer(dtype=torch.bfloat16, *, device="cuda", n=6, num_tokens=50) -> tuple[torch.Tensor, ...]:
