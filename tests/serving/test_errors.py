@@ -74,7 +74,7 @@ BAD_CHATS = [
     ("tools", [{}, [1], [{}], [{"type": "function", "function": {"name": ""}}]]),
     ("tool_choice", ["any", {"type": "function"}]),
     ("parallel_tool_calls", ["x"]),
-    ("chat_template_kwargs", ["x", [], {"enable_thinking": 1}, {"enable_thinking": True}]),  # which no template here reads
+    ("chat_template_kwargs", ["x", [], {"enable_thinking": 1}, {"enable_thinking": True}]),  # unread here
 ]
 BAD_TEXTS = [
     ("prompt", [1, [], {}, [1, "a"], [[]], [-1], [1.5], [261], [[1], [261]]]),
