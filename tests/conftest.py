@@ -419,6 +419,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # for what is checked at exit
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--strict-skips",
