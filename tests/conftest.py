@@ -5,7 +5,7 @@ A test computes on the CPU and sees no GPU, nor do the processes that it starts,
 
 Where pytest-xdist is installed, the cores share the files by themselves (`-n 0` for one process), quick tests come
 before slow ones, and each process computes with one thread. `--strict-skips` allows no skip but for hardware or data
-that is missing. `--in-turns` leaves out most of the tests of benchmarks, Triton, compilers, load, two
+that is missing. `--in-turns` leaves out most of the tests of benchmarks, Triton, compilers, load,
 examples and the suite itself: each of their files runs on one day of seven.
 """
 
@@ -55,7 +55,9 @@ IN_TURNS = (
     *("benchmarks", "ops/triton", "ops/test_attention_flex.py", "training/test_compilation.py"),
     *("ops/cpu/test_native_kernels.py", "ops/cpu/test_native_library.py", "model/test_step_mutants.py"),
     *("feedback/test_human_loop_example.py", "feedback/test_load.py", "serving/test_soak.py"),
-    *("training/test_guessing_game.py", "test_strict_skips.py", "test_parallel.py", "test_devices_of_tests.py"),
+    *("training/test_guessing_game.py", "training/test_rlhf_example.py", "training/test_rlhf_pretrained_example.py"),
+    *("training/test_sft_example.py", "serving/test_serve_example.py"),
+    *("test_strict_skips.py", "test_parallel.py", "test_devices_of_tests.py"),
 )
 # Asked before it is hidden: CUDA reads its variables when it is asked first, and never again in this process.
 HAS_GPU = torch.cuda.is_available()

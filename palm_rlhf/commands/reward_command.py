@@ -94,14 +94,19 @@ def reward(
     if trainer.accelerator.is_main_process:
         save_model(output_dir, trainer.reward_model, chat_model.tokenizer, chat_model.template)
         folder = quoted(output_dir)
-        improve = f"palm-rlhf rlhf PROMPTS --model {quoted(model)} --reward-model {folder}"
-        improve += f" --actor-lora-r {lora_r} --share-base" if lora_r else ""
-        improve += f" --quantize {quantize}" if quantize else ""
         finish(
             result,
             output_dir,
             [
-                ("improve a model", improve),
+                ("improve a model", rlhf_command(model, folder, lora_r, quantize)),
                 ("measure it", f"palm-rlhf evaluate reward {folder} PREFERENCES"),
             ],
         )
+
+
+def rlhf_command(model: str, folder: str, lora_r: int, quantize: Quantisation | None) -> str:
+    """Return the command that improves a model by its reward model, over one base where that one has adapters."""
+    command = f"palm-rlhf rlhf PROMPTS --model {quoted(model)} --reward-model {folder}"
+    if not lora_r:
+        return command
+    return f"{command} --actor-lora-r {lora_r} --share-base" + (f" --quantize {quantize}" if quantize else "")
