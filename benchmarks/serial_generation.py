@@ -86,7 +86,7 @@ def check_transformers(palm: PaLM, model: nn.Module, prompt: list[int], count: i
     assert apart < MAX_DIFFERENCE, f"the logits of transformers differ by {apart:.1e} of their deviation"
     said = by_palm(palm, prompt)(count)
     assert said == by_transformers(model, prompt)(count), "the tokens of transformers differ"
-    print(f"parity: transformers has the same logits, and {count} tokens, {len(set(said))} of them different")
+    print(f"parity: transformers has the same logits, and says the same {count} tokens, {len(set(said))} distinct ones")
 
 
 @torch.no_grad()
