@@ -1,13 +1,12 @@
 """Rows of `gpu_speed.py`: generation, the engine of the server, and steps of PPO and GRPO."""
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from model_checks import without_graphs
 from side_by_side import alternate, summary
 from torch import Tensor
 from training_models import make_hugging_face
@@ -31,20 +30,6 @@ LORA_R = 16  # of the adapters where there is a base
 ROUNDS = {"cuda": 3, "cpu": 1}
 SAME = 0.95  # of greedy tokens: where two are equally likely, another order of sums may take the other
 MAX_KL = 0.1  # nats per response, at the start of a run, where only rounding tells the policy from its reference
-
-
-@contextmanager
-def without_graphs() -> Iterator[None]:
-    """A block in which no step is captured as a CUDA graph."""
-    before = os.environ.get("PALM_RLHF_CUDA_GRAPHS")
-    os.environ["PALM_RLHF_CUDA_GRAPHS"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PALM_RLHF_CUDA_GRAPHS"]
-        else:
-            os.environ["PALM_RLHF_CUDA_GRAPHS"] = before
 
 
 def bytes_of_a_token(palm: PaLM, batch: int, num_keys: float) -> float:
